@@ -1,0 +1,5073 @@
+#!/usr/bin/env python3
+"""copilot_proxy.py - your own GitHub Copilot subscription as a local OpenAI and Anthropic API.
+
+One file, standard library only, Python 3.8 or newer.  Copy it anywhere and run:
+
+    python copilot_proxy.py start          log in once, then serve http://127.0.0.1:4399/v1
+    python copilot_proxy.py start --demo   the same with no account and no network
+    python copilot_proxy.py check-usage    what is left of the quota
+
+Map of the file.  A section uses only names from sections above it; 2 to 9 are pure: no socket,
+file, thread, clock or random number, so they can be read and tested by themselves.
+
+     1 Imports             what of the standard library is used
+     2 Constants           every number and header value, with unit and source
+     3 Errors              one class per kind of failure, one table of their names on the wire
+     4 Helpers             JSON, redaction, unwrapping of upstream errors
+     5 Vocabulary          Usage, Model: what all dialects have in common
+     6 Framing             HTTP heads, bodies and server-sent events, bytes in, values out
+     7 Dialects            ChatCompletions, Responses, Messages: rules and stream pipelines
+     8 Planning            which model is meant, may it be asked this way, token estimate
+     9 Settings            flag > environment > default
+    10 Storage             the folder with the login
+    11 Upstream HTTP       one urllib opener with a keep-alive pool
+    12 GitHub              device flow, token exchange, usage
+    13 Copilot             headers, the short-lived token, the model catalogue, one call
+    14 Policy              rate limit, approval by hand
+    15 HTTP server         connections, requests, answers, the relay of a stream
+    16 Endpoints           one short function per route, the table of routes
+    17 Page                the pages for a browser
+    18 Demo                a make-believe GitHub and Copilot inside this process
+    19 Commands            start, auth, check-usage, debug, models
+    20 Main
+
+The way of a request:
+
+    Server -> Handler -> ROUTES -> chat_completions() -> plan() -> Copilot.send() -> GitHub Copilot
+                                                                        |
+    client socket <- chunk <- StreamRelay.feed(bytes) -> bytes <- upstream socket
+
+Hosts contacted: github.com and api.github.com (login, token exchange, usage), and the Copilot API
+host that GitHub names together with the token (*.githubcopilot.com).  With --github-url and
+--copilot-url: those instead.  Nothing else, ever: no telemetry, no update check.
+
+Files written: `github_token` (mode 0600) in the data folder, see section 10.  Nothing else.
+
+Secrets held: the GitHub token (in that file and in memory) and the Copilot token made from it (in
+memory only, about 30 minutes).  They go to the hosts they belong to, and never to a log, an error
+text or another host.
+
+As a library: `from copilot_proxy import App, DIALECTS` has no side effect; the names in
+`__all__` are the promise, everything else may change.
+"""
+# ==== 1. Imports ==================================================================================
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import email.utils
+import errno
+import hashlib
+import http.client
+import json
+import logging
+import os
+import platform
+import re
+import secrets
+import select
+import signal
+import socket
+import socketserver
+import struct
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+from dataclasses import dataclass, field
+from http.server import ThreadingHTTPServer
+from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, Protocol
+
+__version__ = "0.1.0"
+__all__ = ["DIALECTS", "App", "BodyDecoder", "Model", "ProxyError", "SSEDecoder", "Settings",
+           "Usage", "__version__", "main"]
+
+Json = Dict[str, Any]            # a JSON object
+Headers = Dict[str, str]         # header names in lower case, doubled ones joined by ", "
+
+# ==== 2. Constants ================================================================================
+# Every number has its unit in the name.  Version values age: each is overridable by --header.
+
+GITHUB_URL = "https://github.com"
+COPILOT_URLS = {                 # used only when neither the exchange nor a flag names a host
+    "individual": "https://api.githubcopilot.com",
+    "business": "https://api.business.githubcopilot.com",
+    "enterprise": "https://api.enterprise.githubcopilot.com",
+}
+COPILOT_HOSTS = (".githubcopilot.com", ".ghe.com")   # a server-given API host must end so
+CLIENT_ID = "Iv1.b507a08c87ecfe98"                   # the editor's Copilot app: tokens ghu_...
+SCOPE = "read:user"
+DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
+TOKEN_PREFIXES = ("ghu_", "gho_")                    # what a device flow yields
+PAT_PREFIXES = ("ghp_", "github_pat_")               # never accepted by Copilot
+
+API_VERSIONS = ("2026-06-01", "2026-08-01", "2025-05-01")   # first one is sent, rest after a 466
+INTERNAL_API_VERSION = "2025-04-01"                         # for /copilot_internal/*
+EDITOR_HEADERS = {
+    "Copilot-Integration-Id": "vscode-chat",
+    "Editor-Version": "vscode/1.130.0",
+    "Editor-Plugin-Version": "copilot-chat/0.58.0",
+    "User-Agent": "GitHubCopilotChat/0.58.0",
+}
+CLI_INTEGRATION = "copilot-developer-cli"   # identity for /models with the GitHub token itself
+INTENT, MODEL_INTENT = "conversation-agent", "model-access"
+ANTHROPIC_VERSION = "2023-06-01"
+BETA_PREFIXES = ("interleaved-thinking-", "advanced-tool-use-")   # others are refused upstream
+PASSED_HEADERS = ("retry-after", "x-github-request-id", "x-copilot-service-request-id",
+                  "openai-processing-ms")
+PASSED_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-", "x-quota-snapshot-",
+                   "x-usage-ratelimit-")
+
+DEFAULT_PORT = 4399
+BACKLOG = 1024
+MAX_HEAD_BYTES = 64 * 1024
+MAX_TARGET_BYTES = 16 * 1024
+MAX_HEADER_FIELDS = 128
+MAX_BODY_BYTES = 32 * 1024 * 1024        # as the upstream's own services use
+MAX_ERROR_BYTES = 64 * 1024
+MAX_ERROR_TEXT = 2000                    # characters of an upstream message that are passed on
+MAX_ANSWER_BYTES = 256 * 1024 * 1024     # a whole body that must be looked at
+MAX_FRAME_BYTES = 32 * 1024 * 1024       # one server-sent event
+MAX_CHUNK_LINE_BYTES = 1024
+MAX_ID_CHARS = 64                        # of item and call ids, OpenAI's own validator
+MAX_WHITESPACE_RUN = 2000                # in streamed tool arguments: a model gone astray
+READ_BYTES = 256 * 1024
+
+HEAD_TIMEOUT_S = 30.0                    # a request head, from its first byte
+IDLE_CLIENT_S = 75.0                     # between two requests of one connection
+BODY_STALL_S = 30.0                      # a request body without any progress
+BODY_BYTES_PER_S = 16 * 1024             # and the slowest whole that is waited for
+SEND_TIMEOUT_S = 60.0                    # a client that takes nothing
+LINGER_S = 2.0                           # reading on after a refusal, so that it can be read
+CONNECT_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 900.0                 # until the head, and between bytes: long silent reasoning
+GITHUB_TIMEOUT_S = 30.0
+KEEPALIVE_S = 15.0                       # of silence, then a ping to the client
+POOL_IDLE_S = 50.0
+POOL_SIZE = 256
+TOKEN_MARGIN_S, TOKEN_FALLBACK_S = 60.0, 1500.0
+TOKEN_RETRY_S = (1.0, 5.0, 15.0, 60.0)   # pauses after failed refreshes, the last one repeats
+REACTIVE_PAUSE_S = 60.0                  # after a refresh that did not cure an opaque 403
+CATALOGUE_AGE_S, CATALOGUE_RETRY_S = 600.0, 60.0
+RATE_QUEUE = 100                         # callers that may wait for --rate-limit
+HICCUP_STATUS = (500, 502, 503, 504, 529)
+EMBEDDING_BATCH = 512                    # upstream's max_inputs
+ATTACHMENTS_URL = "https://github.com/github-copilot/chat/attachments/"
+
+# ==== 3. Errors ===================================================================================
+# Whose fault it is decides the class; the status decides the name on the wire.  An error is raised
+# where the fact is known and rendered once, by the dialect of the route that was called.
+
+#: status -> (type in OpenAI's shape, type in Anthropic's shape)
+ERROR_TYPES = {
+    400: ("invalid_request_error", "invalid_request_error"),
+    401: ("authentication_error", "authentication_error"),
+    402: ("insufficient_quota", "permission_error"),
+    403: ("permission_error", "permission_error"),
+    404: ("invalid_request_error", "not_found_error"),
+    413: ("invalid_request_error", "request_too_large"),
+    429: ("rate_limit_error", "rate_limit_error"),
+    503: ("server_error", "overloaded_error"),
+    529: ("server_error", "overloaded_error"),
+}
+
+
+class ProxyError(Exception):
+    """A failure that the caller is told about; `str(error)` says what happened and what to do.
+
+    status: HTTP status; code, param: OpenAI's fields, None when unknown; headers: to be added to
+    the answer; details: Anthropic's `error.details`, None when there are none.
+    """
+
+    status = 500
+
+    def __init__(self, message: str, status: int | None = None, code: str | None = None,
+                 param: str | None = None, headers: Headers | None = None,
+                 details: Json | None = None) -> None:
+        super().__init__(message)
+        self.status = status or self.status
+        self.code, self.param, self.details = code, param, details
+        self.headers: Headers = headers or {}
+
+    def types(self) -> tuple[str, str]:
+        """(OpenAI's, Anthropic's) type for this status."""
+        if self.status in ERROR_TYPES:
+            return ERROR_TYPES[self.status]
+        return ERROR_TYPES[400] if self.status < 500 else ("server_error", "api_error")
+
+
+class ConfigError(ProxyError):
+    """A flag, variable or file that cannot be used; ends a command with exit code 2."""
+
+
+class BadRequest(ProxyError):
+    """The client's request cannot be served as it is."""
+
+    status = 400
+
+
+class AuthError(ProxyError):
+    """Nobody is logged in, or GitHub refuses the login."""
+
+    status = 401
+
+
+class RateLimited(ProxyError):
+    """Too early; `Retry-After` is among the headers."""
+
+    status = 429
+
+
+class UpstreamError(ProxyError):
+    """GitHub or Copilot could not be reached, or answered with an error."""
+
+    status = 502
+    answered = False        # the status is the upstream's own
+    unsent = False          # nothing of the request had left this machine
+    opaque = False          # a 403 without any reason: perhaps the token
+
+
+class StreamCut(UpstreamError):
+    """The upstream's body ended before its end."""
+
+
+class StaleConnection(UpstreamError):
+    """A kept-alive connection turned out to be closed before a byte of the answer came."""
+
+
+class ClientGone(Exception):
+    """The client has hung up: nobody is left to answer."""
+
+
+# ==== 4. Helpers ==================================================================================
+# Small pure functions that several sections need.
+
+
+def dumps(value: Any) -> bytes:
+    """Compact UTF-8 JSON; key order is kept.  A lone surrogate falls back to ASCII escapes."""
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError("%s is not JSON" % name)
+
+
+def loads(data: bytes) -> Any:
+    """A JSON value.  Raises ValueError for everything malformed, also too deep a nesting."""
+    try:
+        return json.loads(data, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def as_object(value: Any) -> Json:
+    """`value` if it is a JSON object, else an empty one: for reading answers leniently."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    """`value` if it is a JSON array, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
+def as_int(value: Any) -> int:
+    """`value` if it is a whole number, else 0 (JSON booleans are no numbers here)."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+_SECRET = re.compile(
+    r"gh[a-z]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|tid=[^\s\"']+"
+    r"|(?<=[Bb]earer )[^\s\"',]+|(?<=[Tt]oken )(?=[\w.]*[_\d])[\w.~+/=:;-]{8,}"
+    r"|(?<=://)[^/\s@\"']+(?=@)")
+
+
+def redact(text: str) -> str:
+    """`text` without tokens and URL passwords.  'Bearer ghu_abcd' -> 'Bearer [redacted]'."""
+    return _SECRET.sub("[redacted]", text)
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """`text` on one ASCII line, safe for any console: control and other characters escaped."""
+    return ascii(text[:limit])[1:-1]
+
+
+def host_of(url: str) -> str:
+    """'https://X.GHE.com:8443/a' -> 'x.ghe.com' ('' when there is none)."""
+    try:
+        return (urllib.parse.urlsplit(url).hostname or "").lower()
+    except ValueError:
+        return ""
+
+
+def is_loopback(host: str) -> bool:
+    """Is `host` this machine by name or address?  '127.8.0.1' -> True, '127.evil.com' -> False."""
+    host = host.lower().strip("[]")
+    return (host in ("localhost", "::1", "::ffff:127.0.0.1") or host.endswith(".localhost")
+            or bool(re.fullmatch(r"127\.\d{1,3}\.\d{1,3}\.\d{1,3}", host)))
+
+
+def unwrap_error(status: int, body: bytes, phrase: str) -> tuple[str, str | None, str | None]:
+    """(message, code, param) out of any error body that the upstream is known to send.
+
+    Shapes: {"error":{message,code,param}}, {"error":"text"}, {"message","code"}, plain text, HTML,
+    nothing, and JSON inside `message`.  -> ("no quota", "quota_exceeded", None)
+    """
+    text, code, param = body[:MAX_ERROR_BYTES].decode("utf-8", "replace").strip(), None, None
+    for _ in range(4):
+        try:
+            value = json.loads(text) if text[:1] == "{" else None
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            break
+        inner = value.get("error")
+        details = as_object(value.get("error_details"))
+        source = inner if isinstance(inner, dict) else value
+        code = source.get("code") or code
+        param = source.get("param") or param
+        text = details.get("message") or source.get("message") or (
+            inner if isinstance(inner, str) else "")
+        text = text.strip() if isinstance(text, str) else dumps(text).decode()
+        if details.get("url"):
+            text += " (%s)" % details["url"]
+    if not text or text[:1] == "<":
+        text = "%d %s" % (status, phrase or http.client.responses.get(status, "error"))
+    return (redact(text[:MAX_ERROR_TEXT]), code if isinstance(code, str) else None,
+            param if isinstance(param, str) else None)
+
+
+def stable_id(prefix: str, text: str) -> str:
+    """A short id made from a long one, always the same: 'rs_' + 32 hex digits."""
+    return prefix + hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
+
+
+def shorten_id(text: str) -> str:
+    """A call id that fits into 64 characters; equal ids stay equal."""
+    return text if len(text) <= MAX_ID_CHARS else stable_id("call_", text)
+
+
+def floats_to_base64(vector: list[float]) -> str:
+    """Little-endian float32 in base64, as the OpenAI SDKs ask for."""
+    return base64.b64encode(struct.pack("<%df" % len(vector), *vector)).decode()
+
+
+# ==== 5. Vocabulary ===============================================================================
+# What the dialects have in common, in neutral words.  Glossary: dialect = one of the three API
+# shapes; model = an entry of the upstream's catalogue; asked = the model id that the client wrote;
+# loss = something of the request that did not go upstream, and why.
+
+
+@dataclass
+class Usage:
+    """Token counts of one answer.  The three input counts are disjoint and add up to the prompt.
+
+    OpenAI counts cached tokens inside the prompt, Anthropic beside it: converted once, here.
+    """
+
+    input: int = 0
+    cache_read: int = 0
+    cache_write: int = 0
+    output: int = 0
+    reasoning: int = 0
+
+    @classmethod
+    def from_openai(cls, usage: Json) -> Usage:
+        """From Chat's prompt_/completion_ words or from Responses' input_/output_ words."""
+        total = as_int(usage.get("prompt_tokens", usage.get("input_tokens")))
+        output = as_int(usage.get("completion_tokens", usage.get("output_tokens")))
+        given = as_object(usage.get("prompt_tokens_details", usage.get("input_tokens_details")))
+        made = as_object(usage.get("completion_tokens_details",
+                                   usage.get("output_tokens_details")))
+        cached = as_int(given.get("cached_tokens"))
+        return cls(max(total - cached, 0), cached, 0, output, as_int(made.get("reasoning_tokens")))
+
+    @classmethod
+    def from_anthropic(cls, usage: Json, before: Usage | None = None) -> Usage:
+        """From Messages' counts; those that are absent are taken from an earlier event."""
+        old = before or cls()
+        return cls(as_int(usage.get("input_tokens", old.input)),
+                   as_int(usage.get("cache_read_input_tokens", old.cache_read)),
+                   as_int(usage.get("cache_creation_input_tokens", old.cache_write)),
+                   as_int(usage.get("output_tokens", old.output)), old.reasoning)
+
+
+@dataclass
+class Model:
+    """One entry of the catalogue, read leniently: every field may be missing upstream."""
+
+    id: str
+    name: str = ""
+    vendor: str = ""
+    kind: str = "chat"                       # chat, embeddings, completion
+    endpoints: tuple[str, ...] = ()          # /chat/completions, /responses, /v1/messages
+    limits: Json = field(default_factory=dict)
+    supports: Json = field(default_factory=dict)
+    picker: bool = False                     # meant to be shown to users
+    state: str = "enabled"                   # enabled, disabled, unconfigured, ...
+    entry: Json = field(default_factory=dict)   # as the upstream sent it
+
+    @classmethod
+    def from_entry(cls, entry: Json) -> Model:
+        """Absent `supported_endpoints` means chat only (older models) or embeddings."""
+        about = as_object(entry.get("capabilities"))
+        kind = str(about.get("type") or "chat")
+        usual = {"chat": ("/chat/completions",), "embeddings": ("/embeddings",)}.get(kind, ())
+        listed = tuple(e for e in as_list(entry.get("supported_endpoints")) if isinstance(e, str))
+        return cls(str(entry.get("id")), str(entry.get("name") or entry.get("id")),
+                   str(entry.get("vendor") or ""), kind, listed or usual,
+                   as_object(about.get("limits")), as_object(about.get("supports")),
+                   entry.get("model_picker_enabled") is True,
+                   str(as_object(entry.get("policy")).get("state") or "enabled"), entry)
+
+    @property
+    def is_openai(self) -> bool:
+        return "openai" in self.vendor.lower()
+
+    @property
+    def is_claude(self) -> bool:
+        return self.vendor == "Anthropic" or self.id.startswith("claude")
+
+    @property
+    def is_listed(self) -> bool:
+        """Shown by default: embeddings, and chat models that are meant for users and allowed."""
+        return self.kind == "embeddings" or (self.kind == "chat" and self.picker
+                                             and self.state != "disabled")
+
+    @property
+    def efforts(self) -> list[str]:
+        """Reasoning efforts that the model lists, in its own order."""
+        return [e for e in as_list(self.supports.get("reasoning_effort")) if isinstance(e, str)]
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """'claude-opus-4.6' -> (4, 6); () when the id has no number."""
+        found = re.search(r"(\d+)(?:\.(\d+))?", self.id)
+        return tuple(int(n) for n in found.groups() if n) if found else ()
+
+    def limit(self, name: str) -> int:
+        """A limit in tokens, 0 when the upstream gives none."""
+        return as_int(self.limits.get(name))
+
+    def output_cap(self, stream: bool) -> int:
+        """The largest max_tokens that the upstream takes for such a call, 0 when unknown."""
+        most, whole = self.limit("max_output_tokens"), self.limit("max_non_streaming_output_tokens")
+        return min(most or whole, whole) if whole and not stream else most
+
+
+class Edit:
+    """A request body that is being made fit for the upstream, and the record of what was done.
+
+    As long as `changed` is False the bytes that the client sent go upstream as they are.
+    """
+
+    def __init__(self, body: Json) -> None:
+        self.body = body
+        self.changed = False
+        self.losses: list[tuple[str, str]] = []      # (field, reason)
+
+    def set(self, target: Json, key: str, value: Any) -> None:
+        """Set `key` where it is not `value` already; its place among the keys stays."""
+        if key not in target or target[key] != value or type(target[key]) is not type(value):
+            target[key] = value
+            self.changed = True
+
+    def drop(self, target: Json, key: str, reason: str = "") -> Any:
+        """Remove `key` if it is there; with a reason the loss is recorded."""
+        if key not in target:
+            return None
+        self.changed = True
+        if reason:
+            self.lose(key, reason)
+        return target.pop(key)
+
+    def replace(self, target: Json, key: str, items: list[Any]) -> None:
+        """Put a filtered list in the place of the old one if anything was filtered."""
+        if len(items) != len(target[key]) or any(a is not b for a, b in zip(items, target[key])):
+            target[key] = items
+            self.changed = True
+
+    def lose(self, name: str, reason: str) -> None:
+        """Record that something the client said did not go upstream."""
+        self.changed = True
+        if (name, reason) not in self.losses:
+            self.losses.append((name, reason))
+
+
+# ==== 6. Framing ==================================================================================
+# HTTP heads, bodies and server-sent events: bytes in, values out.  No socket is known here, so
+# every reader is tested whole, cut anywhere, and one byte at a time.  Strict where a lenient
+# reading would let two parties see two different requests.
+
+_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
+_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00\r\n]*?)[ \t]*\Z")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00]*)?\Z")
+_SINGLE_FIELDS = ("host", "content-length", "transfer-encoding", "content-type")
+
+
+@dataclass
+class RequestHead:
+    """`POST /v1/messages?beta=true HTTP/1.1` and the header fields."""
+
+    method: str
+    target: str
+    minor: int                # 1 for HTTP/1.1, 0 for HTTP/1.0
+    headers: Headers
+
+    @property
+    def keep_alive(self) -> bool:
+        wish = self.headers.get("connection", "").lower()
+        return "close" not in wish and (self.minor == 1 or "keep-alive" in wish)
+
+    def body_form(self) -> tuple[int, bool]:
+        """(length, is chunked); every form that could be read in two ways is a 400."""
+        coding, length = self.headers.get("transfer-encoding"), self.headers.get("content-length")
+        if coding is not None:
+            if length is not None or self.minor == 0:
+                raise BadRequest("Transfer-Encoding beside Content-Length or in HTTP/1.0")
+            if coding.lower() != "chunked":
+                raise BadRequest("Transfer-Encoding %r is not known here" % coding[:40], 501)
+            return 0, True
+        if length is None:
+            return 0, False
+        if not re.fullmatch("[0-9]{1,15}", length):
+            raise BadRequest("Content-Length is not a number")
+        return int(length), False
+
+
+def _parse_fields(lines: list[bytes]) -> Headers:
+    headers: Headers = {}
+    if len(lines) > MAX_HEADER_FIELDS:
+        raise BadRequest("more than %d header fields" % MAX_HEADER_FIELDS, 431)
+    for line in lines:
+        found = _FIELD.match(line)
+        if not found:
+            raise BadRequest("malformed header field %s" % printable(line.decode("latin-1"), 40))
+        name, value = found.group(1).decode().lower(), found.group(2).decode("latin-1")
+        if name in headers:
+            if name in _SINGLE_FIELDS:
+                raise BadRequest("header field %s is given twice" % name)
+            value = headers[name] + ", " + value
+        headers[name] = value
+    return headers
+
+
+def parse_request_head(raw: bytes) -> RequestHead:
+    """A request head without its closing empty line.  Raises BadRequest (400, 414, 431, 505).
+
+    b"GET / HTTP/1.1\\r\\nHost: a" -> RequestHead("GET", "/", 1, {"host": "a"})
+    """
+    lines = raw.split(b"\r\n")
+    words = lines[0].split(b" ")
+    if len(words) != 3 or not _TOKEN.match(words[0]) or not words[1]:
+        raise BadRequest("malformed request line")
+    method, target, version = words
+    if version not in (b"HTTP/1.1", b"HTTP/1.0"):
+        raise BadRequest("only HTTP/1.0 and HTTP/1.1 are spoken here",
+                         505 if version.startswith(b"HTTP/") else 400)
+    if len(target) > MAX_TARGET_BYTES:
+        raise BadRequest("the URL is longer than %d bytes" % MAX_TARGET_BYTES, 414)
+    if any(byte <= 32 or byte >= 127 for byte in target):
+        raise BadRequest("the URL holds control or non-ASCII characters")
+    head = RequestHead(method.decode(), target.decode(), int(version[-1:]),
+                       _parse_fields(lines[1:]))
+    if head.minor == 1 and "host" not in head.headers:
+        raise BadRequest("the Host header is missing")
+    return head
+
+
+def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
+    """(status, phrase, headers).  Lenient: the upstream is trusted not to smuggle, but may fold
+    lines or repeat fields.  Raises UpstreamError when it is no HTTP head at all."""
+    lines = raw.replace(b"\r\n", b"\n").split(b"\n")
+    words = lines[0].split(b" ", 2)
+    if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
+        raise UpstreamError("the upstream's answer is not HTTP/1.x")
+    headers: Headers = {}
+    for line in lines[1:]:
+        name, colon, value = line.partition(b":")
+        if colon and name:
+            key, text = name.decode("latin-1").lower(), value.strip().decode("latin-1")
+            headers[key] = headers[key] + ", " + text if key in headers else text
+    return int(words[1]), words[2].decode("latin-1") if len(words) > 2 else "", headers
+
+
+def render_head(start: str, fields_: Iterable[tuple[str, str]]) -> bytes:
+    """A head as bytes, with its empty line.  Line ends inside a value become spaces."""
+    lines = [start]
+    lines.extend("%s: %s" % (name, value) for name, value in fields_)
+    text = "\r\n".join(line.replace("\r", " ").replace("\n", " ") for line in lines)
+    return text.encode("latin-1", "replace") + b"\r\n\r\n"
+
+
+class BodyDecoder:
+    """A message body: of a known length, chunked, or ending with the connection (length None).
+
+    `feed(data)` gives the payload bytes found so far; `done` is True at the end, `rest` then holds
+    what came behind it.  Raises BadRequest on malformed framing; never blocks, holds back at most
+    one chunk line.  b"3\\r\\nabc\\r\\n0\\r\\n\\r\\n" -> b"abc", done
+    """
+
+    def __init__(self, length: int | None = None, chunked: bool = False) -> None:
+        self.chunked = chunked
+        self.delimited = chunked or length is not None
+        self.done = length == 0 and not chunked
+        self.rest = b""
+        self._left = length or 0         # payload bytes of the body or of the open chunk
+        self._tail = b""                 # an incomplete chunk line
+        self._state = "size"             # size, data, end (of a chunk), trailer
+        self._trailer_bytes = 0
+
+    def feed(self, data: bytes) -> bytes:
+        if self.done:
+            self.rest += data
+            return b""
+        if self.chunked:
+            return self._feed_chunked(data)
+        if not self.delimited:
+            return data
+        taken = data[:self._left]
+        self._left -= len(taken)
+        if not self._left:
+            self.done, self.rest = True, data[len(taken):]
+        return taken
+
+    def _feed_chunked(self, data: bytes) -> bytes:
+        data = self._tail + data if self._tail else data
+        out: list[bytes] = []
+        at, end = 0, len(data)
+        while at < end and not self.done:
+            if self._state == "data":
+                taken = data[at:at + self._left]
+                out.append(taken)
+                at += len(taken)
+                self._left -= len(taken)
+                if not self._left:
+                    self._state = "end"
+                continue
+            line_end = data.find(b"\r\n", at, at + MAX_CHUNK_LINE_BYTES)
+            if line_end < 0:
+                if end - at >= MAX_CHUNK_LINE_BYTES or b"\n" in data[at:]:
+                    raise BadRequest("malformed chunked body")
+                break
+            self._take_line(data[at:line_end])
+            at = line_end + 2
+        self._tail = b"" if self.done else data[at:]
+        self.rest = data[at:] if self.done else b""
+        return b"".join(out)
+
+    def _take_line(self, line: bytes) -> None:
+        if self._state == "end":
+            if line:
+                raise BadRequest("malformed chunked body: a chunk is longer than its size")
+            self._state = "size"
+        elif self._state == "trailer":
+            self._trailer_bytes += len(line)
+            if self._trailer_bytes > MAX_HEAD_BYTES:
+                raise BadRequest("trailer fields larger than %d bytes" % MAX_HEAD_BYTES, 431)
+            self.done = not line
+        else:
+            found = _CHUNK_SIZE.match(line)
+            if not found:
+                raise BadRequest("malformed chunked body: no chunk size")
+            self._left = int(found.group(1), 16)
+            self._state = "data" if self._left else "trailer"
+
+
+def chunk(data: bytes) -> bytes:
+    """b"abc" -> b"3\\r\\nabc\\r\\n" """
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+def inflate(data: bytes, coding: str) -> bytes:
+    """Undo a Content-Encoding of a request.  Raises BadRequest: 415 unknown, 413 a bomb, 400."""
+    bits = {"gzip": 31, "x-gzip": 31, "deflate": 15}.get(coding.strip().lower())
+    if coding.strip().lower() in ("", "identity"):
+        return data
+    if bits is None:
+        raise BadRequest("Content-Encoding %s is not understood here: send gzip or plain JSON"
+                         % printable(coding, 20), 415)
+    try:
+        machine = zlib.decompressobj(bits)
+        plain = machine.decompress(data, MAX_BODY_BYTES + 1)
+    except zlib.error:
+        raise BadRequest("the body is not valid %s" % coding) from None
+    if len(plain) > MAX_BODY_BYTES:
+        raise BadRequest("the unpacked body is larger than %d bytes" % MAX_BODY_BYTES, 413)
+    if not machine.eof:
+        raise BadRequest("the %s body is cut short" % coding)
+    return plain
+
+
+class FrameCutter:
+    """Cuts a byte stream into whole server-sent events without looking into them.
+
+    `feed` gives zero or more whole frames, each ending in b"\\n\\n" (other line ends are
+    normalised); the incomplete rest is kept, at most MAX_FRAME_BYTES of it.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._last = b""                  # the last byte kept: a frame end may straddle two reads
+        self._carry = b""                 # a CR whose LF may be in the next read
+
+    def feed(self, data: bytes) -> bytes:
+        if b"\r" in data or self._carry:
+            data = self._carry + data
+            self._carry = b"\r" if data.endswith(b"\r") else b""
+            data = (data[:-1] if self._carry else data).replace(b"\r\n", b"\n").replace(b"\r",
+                                                                                        b"\n")
+        end = data.rfind(b"\n\n") + 2
+        if end < 2:
+            if not (self._last == b"\n" and data[:1] == b"\n"):
+                self._keep(data)
+                return b""
+            end = 1
+        block = b"".join(self._parts) + data[:end]
+        self._parts, self._size, self._last = [], 0, b""
+        self._keep(data[end:])
+        return block
+
+    def flush(self) -> bytes:
+        """What is left at the end of the stream, closed as a frame; b"" when there is nothing."""
+        rest = b"".join(self._parts).strip(b"\n")
+        self._parts, self._size, self._last, self._carry = [], 0, b"", b""
+        return rest + b"\n\n" if rest else b""
+
+    def _keep(self, data: bytes) -> None:
+        if data:
+            self._parts.append(data)
+            self._size += len(data)
+            self._last = data[-1:]
+        if self._size > MAX_FRAME_BYTES:
+            raise UpstreamError("an event of the stream is larger than %d bytes" % MAX_FRAME_BYTES)
+
+
+@dataclass
+class Frame:
+    """One server-sent event.  Raw b'event: a\\ndata: {}\\n\\n' -> Frame('a', b'{}')"""
+
+    event: str
+    data: bytes
+
+    @classmethod
+    def parse(cls, raw: bytes) -> Frame:
+        """Several data lines are joined by a line end; comments and other fields are left out."""
+        if raw.startswith(b"data: ") and raw.find(b"\n") >= len(raw.rstrip(b"\n")):
+            return cls("", raw[6:].rstrip(b"\n"))
+        event, data = "", []
+        for line in raw.split(b"\n"):
+            name, _, value = line.partition(b":")
+            value = value[1:] if value[:1] == b" " else value
+            if name == b"data":
+                data.append(value)
+            elif name == b"event":
+                event = value.decode("utf-8", "replace")
+        return cls(event, b"\n".join(data))
+
+    def encode(self) -> bytes:
+        head = b"event: %b\n" % self.event.encode() if self.event else b""
+        return b"%bdata: %b\n\n" % (head, self.data.replace(b"\n", b"\ndata: "))
+
+
+def split_frames(block: bytes) -> list[bytes]:
+    """Whole frames, each still ending in its empty line."""
+    return [raw + b"\n\n" for raw in block.split(b"\n\n") if raw.strip(b"\n")]
+
+
+class SSEDecoder:
+    """`feed(bytes) -> list[Frame]`: the events that are complete by now, without empty ones.
+
+    b'data: {"a":1}\\n\\n' -> [Frame('', b'{"a":1}')]
+    """
+
+    def __init__(self) -> None:
+        self._cutter = FrameCutter()
+
+    def feed(self, data: bytes) -> list[Frame]:
+        return self._frames(self._cutter.feed(data))
+
+    def close(self) -> list[Frame]:
+        """The last event when the stream ended without an empty line."""
+        return self._frames(self._cutter.flush())
+
+    @staticmethod
+    def _frames(block: bytes) -> list[Frame]:
+        frames = [Frame.parse(raw) for raw in split_frames(block)]
+        return [frame for frame in frames if frame.data]
+
+
+# ==== 7. Dialects =================================================================================
+# One class per API shape.  A dialect knows how a request of its shape is made fit for the upstream
+# (`prepare`), what in it decides the headers (`initiator`, `has_images`), how an answer is mended
+# (`mend`, `stream`), and how an error looks.  On the diagonal - client and model speak the same
+# dialect - nothing is translated: bytes go through and only what must change is touched.
+
+
+class StreamRelay:
+    """A pure pipeline for one streamed answer: upstream bytes in, client bytes out.
+
+    `feed(data)` may be called with any cut of the stream and gives the same bytes in all;
+    `close(error)` gives the last bytes: nothing after a proper end, else the dialect's error
+    event, so that a cut stream never ends politely.  `ended` is True once the terminal event went
+    through; `failure` then holds the upstream's own message if it was an error.
+    """
+
+    def __init__(self, asked: str) -> None:
+        self.asked = asked
+        self.usage: Usage | None = None
+        self.ended = False
+        self.failure: str | None = None
+        self._cutter = FrameCutter()
+        self._rename: tuple[bytes, bytes] | None = None   # the upstream's model -> the asked
+
+    def feed(self, data: bytes) -> bytes:
+        if self.ended:
+            return b""
+        block = self._cutter.feed(data)
+        return self._block(block) if block else b""
+
+    def close(self, error: ProxyError | None = None) -> bytes:
+        """The end of the upstream's body; `error` says that it was no regular one."""
+        out = b""
+        if error is None and not self.ended:
+            rest = self._cutter.flush()
+            out = self._block(rest) if rest else b""
+            out += self._finish() if not self.ended else b""
+        if not self.ended:
+            self.ended = True
+            error = error or StreamCut("the upstream ended the stream before its end",
+                                       code="upstream_stream_ended")
+            self.failure = str(error)
+            out += self._error(error)
+        return out
+
+    def _block(self, block: bytes) -> bytes:
+        if self._is_plain(block):
+            return block.replace(*self._rename) if self._rename else block
+        out = []
+        for raw in split_frames(block):
+            if self.ended:
+                break
+            out.append(self._mend(raw))
+        return b"".join(out)
+
+    def _learn_model(self, answered: Any) -> None:
+        if self._rename is None and isinstance(answered, str) and answered != self.asked:
+            self._rename = (b'"model":' + dumps(answered), b'"model":' + dumps(self.asked))
+
+    def _is_plain(self, block: bytes) -> bool:
+        """Is there nothing in these frames that must be seen or changed?"""
+        raise NotImplementedError
+
+    def _mend(self, raw: bytes) -> bytes:
+        """One frame, looked into."""
+        raise NotImplementedError
+
+    def _finish(self) -> bytes:
+        """At a regular end of the body: may still set `ended`."""
+        return b""
+
+    def _error(self, error: ProxyError) -> bytes:
+        raise NotImplementedError
+
+
+class Dialect:
+    """What the three have in common.  Stateless; the state of a stream lives in its StreamRelay."""
+
+    name = ""
+    path = ""                         # of the upstream, as in `supported_endpoints`
+    keepalive = b": keepalive\n\n"    # an event that clients of this dialect ignore
+
+    def error_body(self, error: ProxyError, request_id: str) -> Json:
+        """OpenAI's shape: {"error":{"message","type","param","code"}}"""
+        return {"error": {"message": str(error), "type": error.types()[0],
+                          "param": error.param, "code": error.code}}
+
+    def prepare(self, edit: Edit, model: Model) -> None:
+        """Make the body fit for the upstream, in place.  Raises BadRequest."""
+        raise NotImplementedError
+
+    def initiator(self, body: Json) -> str:
+        """'user' for a human turn, 'agent' for a follow-up of the tool loop."""
+        raise NotImplementedError
+
+    def has_images(self, body: Json) -> bool:
+        """Is there an image anywhere, also inside a tool's result?"""
+        raise NotImplementedError
+
+    def mend(self, answer: Json, asked: str) -> tuple[bool, Usage | None]:
+        """Mend a whole answer in place -> (was it changed, its token counts)."""
+        raise NotImplementedError
+
+    def stream(self, asked: str, body: Json) -> StreamRelay:
+        """The pipeline for a streamed answer; `body` is the client's request, before prepare."""
+        raise NotImplementedError
+
+
+def check_list(body: Json, key: str) -> list[Json]:
+    """`body[key]` as a list of objects.  Raises BadRequest naming the place."""
+    items = body.get(key)
+    if not isinstance(items, list):
+        raise BadRequest("'%s' must be an array" % key, param=key)
+    for at, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise BadRequest("'%s[%d]' must be an object" % (key, at), param="%s[%d]" % (key, at))
+    return items
+
+
+def walk_objects(value: Any) -> Iterator[Json]:
+    """Every JSON object inside `value`, outermost first, without recursion."""
+    todo = [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, dict):
+            yield item
+            todo.extend(reversed(list(item.values())))
+        elif isinstance(item, list):
+            todo.extend(reversed(item))
+
+
+_REMINDER = re.compile(r"\s*(?:<system-reminder>.*?</system-reminder>\s*)+\Z", re.DOTALL)
+_CONTINUATIONS = (
+    "This session is being continued from a previous conversation that ran out of context.",
+    "The previous request exceeded the provider's size limit",
+)
+_CONTINUE_EXACTLY = "Continue if you have next steps, or stop and ask for clarification"
+_COMPACTING_SYSTEMS = (
+    "You are a helpful AI assistant tasked with summarizing conversations",
+    "You are an anchored context summarization assistant for coding sessions.",
+)
+
+
+def is_reminder(text: str) -> bool:
+    """Claude Code puts such texts beside tool results; no human wrote them."""
+    return "<system-reminder>" in text and bool(_REMINDER.match(text))
+
+
+def is_machine_turn(user_text: str, system_text: str) -> bool:
+    """Compaction and automatic continuation: written by the client, not by a human."""
+    text = user_text.strip()
+    compaction = ("CRITICAL: Respond with TEXT ONLY. Do NOT call any tools." in text
+                  and "Your task is to create a detailed summary of the conversation so far" in text
+                  and ("Pending Tasks:" in text or "Current Work:" in text))
+    return (compaction or text.startswith(_CONTINUATIONS) or text == _CONTINUE_EXACTLY
+            or system_text.lstrip().startswith(_COMPACTING_SYSTEMS))
+
+
+def text_of(content: Any) -> str:
+    """The text of a content field in any dialect: a string, or parts with a `text`."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in as_list(content)
+                     if isinstance(part, dict) and isinstance(part.get("text"), str))
+
+
+def first_text(messages: list[Any], *roles: str) -> str:
+    """The text of the first message if it has one of these roles."""
+    first = as_object(messages[0]) if messages else {}
+    return text_of(first.get("content")) if first.get("role") in roles else ""
+
+
+def drop_schema_marks(edit: Edit, schema: Any) -> None:
+    """`$schema` is refused by some backends and means nothing to a model."""
+    if isinstance(schema, dict):
+        edit.drop(schema, "$schema")
+
+
+def drop_empty_tools(edit: Edit) -> None:
+    """`tools: []` is refused by some models; `tool_choice` without tools by all."""
+    body = edit.body
+    if "tools" in body and not body["tools"]:
+        edit.drop(body, "tools")
+        edit.drop(body, "parallel_tool_calls")
+        if edit.drop(body, "tool_choice") not in (None, "auto", "none", {"type": "auto"},
+                                                  {"type": "none"}):
+            edit.lose("tool_choice", "there are no tools")
+
+
+def is_inline_image(url: str) -> bool:
+    """The upstream takes data: URLs and its own attachments only."""
+    return url[:5].lower() == "data:" or url.startswith(ATTACHMENTS_URL)
+
+
+def refuse_image_url(url: str, param: str) -> None:
+    """Raises BadRequest for an image that the upstream would have to fetch."""
+    if not is_inline_image(url):
+        raise BadRequest("images by URL are not supported by the upstream: send the image itself "
+                         "as base64 (data:image/png;base64,...)", param=param)
+
+
+# ---- Chat Completions ----
+
+
+class ChatStream(StreamRelay):
+    """Chat chunks made uniform: one choice with index 0, `object`, `id` and `model` filled, tool
+    calls numbered from 0, one finish chunk, usage only for a client that asked for it.
+
+    Claude's turns come split over several choices, so the finish reason is held back until the
+    end: a client stops reading tool calls at the first one it sees.
+    """
+
+    def __init__(self, asked: str, wants_usage: bool) -> None:
+        super().__init__(asked)
+        self._wants_usage = wants_usage
+        self._head: Json = {}                 # id, created and what else every chunk repeats
+        self._started = False
+        self._finish_reason: str | None = None
+        self._raw_usage: Json | None = None
+        self._calls: dict[tuple[int, int, str], int] = {}    # (choice, index, id) -> our index
+        self._open: dict[tuple[int, int], int] = {}          # (choice, index) -> our index
+        self._blanks: dict[int, int] = {}                    # our index -> run of white space
+
+    def _is_plain(self, block: bytes) -> bool:
+        count = block.count(b"\n\n")
+        return (self._started
+                and block.count(b'"choices":[{"index":0,"delta":{"content":"') == count
+                and block.count(b'"finish_reason":null}],') == count
+                and block.count(b'"object":"chat.completion.chunk"') == count
+                and b'"usage":{' not in block and b'"reasoning_' not in block
+                and b'"tool_calls"' not in block and b'"id":""' not in block)
+
+    def _mend(self, raw: bytes) -> bytes:
+        frame = Frame.parse(raw)
+        if not frame.data:
+            return raw                                       # a comment
+        if frame.data.strip() == b"[DONE]":
+            return self._complete() if self._started or self._finish_reason else b""
+        try:
+            answer = as_object(loads(frame.data))
+        except ValueError:
+            return self._fail("the upstream sent an event that is not JSON", None)
+        if isinstance(answer.get("usage"), dict):
+            self._raw_usage = answer["usage"]
+            self.usage = Usage.from_openai(answer["usage"])
+        choices = [c for c in as_list(answer.get("choices")) if isinstance(c, dict)]
+        if answer.get("error") or any(c.get("finish_reason") == "error" for c in choices):
+            message, code, _ = unwrap_error(502, frame.data, "")
+            return self._fail(message if answer.get("error") else "the model failed", code)
+        return self._chunk(answer, choices) if choices else b""
+
+    def _chunk(self, answer: Json, choices: list[Json]) -> bytes:
+        self._learn_model(answer.get("model"))
+        for key in ("id", "created", "system_fingerprint"):
+            if answer.get(key):
+                self._head.setdefault(key, answer[key])
+        delta = merge_choices(choices, "delta", self._number_call)
+        if any(run > MAX_WHITESPACE_RUN for run in self._blanks.values()):
+            return self._fail("the model sent endless white space as tool arguments", None)
+        for choice in choices:
+            self._finish_reason = choice.get("finish_reason") or self._finish_reason
+        if not delta and self._started:
+            return b""
+        if not self._started:
+            delta.setdefault("role", "assistant")
+        self._started = True
+        return self._render([{"index": 0, "delta": delta, "finish_reason": None}])
+
+    def _number_call(self, choice: int, call: Json, place: int) -> None:
+        """Give a tool call fragment our index: calls are numbered by first appearance."""
+        index, call_id = as_int(call.get("index", place)), str(call.get("id") or "")
+        slot = (choice, index)
+        if slot not in self._open or (call_id and (choice, index, call_id) not in self._calls):
+            self._open[slot] = len(self._calls)
+            self._calls[(choice, index, call_id)] = self._open[slot]
+        number = call["index"] = self._open[slot]
+        text = as_object(call.get("function")).get("arguments")
+        if isinstance(text, str) and text:
+            blank = len(text) - len(text.rstrip("\r\n\t "))
+            self._blanks[number] = blank + (self._blanks.get(number, 0) if blank == len(text)
+                                            else 0)
+
+    def _finish(self) -> bytes:
+        return self._complete() if self._finish_reason else b""
+
+    def _complete(self) -> bytes:
+        self.ended = True
+        reason = self._finish_reason or "stop"
+        if self._calls and reason == "stop":
+            reason = "tool_calls"
+        out = self._render([{"index": 0, "delta": {}, "finish_reason": reason}])
+        if self._wants_usage and self._raw_usage is not None:
+            out += self._render([], {"usage": self._raw_usage})
+        return out + b"data: [DONE]\n\n"
+
+    def _render(self, choices: list[Json], more: Json | None = None) -> bytes:
+        answer = {"id": self._head.get("id") or "chatcmpl", "object": "chat.completion.chunk",
+                  "created": self._head.get("created") or 0, "model": self.asked,
+                  "choices": choices}
+        if "system_fingerprint" in self._head:
+            answer["system_fingerprint"] = self._head["system_fingerprint"]
+        answer.update(more or {})
+        return b"data: %b\n\n" % dumps(answer)
+
+    def _fail(self, message: str, code: str | None) -> bytes:
+        self.ended, self.failure = True, message
+        return self._error(UpstreamError(message, code=code))
+
+    def _error(self, error: ProxyError) -> bytes:
+        return b"data: %b\n\n" % dumps(CHAT.error_body(error, ""))
+
+
+def merge_choices(choices: list[Json], key: str,
+                  number: Callable[[int, Json, int], None]) -> Json:
+    """The deltas (or messages) of one answer's choices as one: texts joined, tool calls in a row.
+
+    `number(choice index, call, its place)` may set a call's index.
+    """
+    merged: Json = {}
+    for choice in choices:
+        part = as_object(choice.get(key) or choice.get("message") or choice.get("delta"))
+        for name, value in part.items():
+            if name == "tool_calls":
+                for place, call in enumerate(c for c in as_list(value) if isinstance(c, dict)):
+                    number(as_int(choice.get("index")), call, place)
+                    merged.setdefault(name, []).append(call)
+            elif isinstance(value, str) and isinstance(merged.get(name), str) and name != "role":
+                merged[name] += value
+            elif value is not None:
+                merged[name] = value
+    if isinstance(merged.get("reasoning_text"), str):
+        merged.setdefault("reasoning_content", merged["reasoning_text"])
+    return merged
+
+
+class ChatCompletions(Dialect):
+    """POST /chat/completions, OpenAI's older shape and the one that most models speak."""
+
+    name, path = "chat", "/chat/completions"
+
+    def prepare(self, edit: Edit, model: Model) -> None:
+        body = edit.body
+        messages = check_list(body, "messages")
+        if not messages:
+            raise BadRequest("'messages' must not be empty", param="messages")
+        if as_int(body.get("n")) > 1:
+            raise BadRequest("'n' above 1 is not offered: the upstream gives one answer a request",
+                             param="n")
+        for key in ("store", "service_tier"):
+            edit.drop(body, key)
+        if body.get("stream") is True:
+            options = dict(as_object(body.get("stream_options")), include_usage=True)
+            edit.set(body, "stream_options", options)
+        for at, message in enumerate(messages):
+            self._prepare_message(edit, model, message, "messages[%d]" % at)
+        for tool in as_list(body.get("tools")):
+            function = as_object(as_object(tool).get("function"))
+            drop_schema_marks(edit, function.get("parameters"))
+        drop_empty_tools(edit)
+        self._prepare_max_tokens(edit, model)
+
+    @staticmethod
+    def _prepare_message(edit: Edit, model: Model, message: Json, place: str) -> None:
+        takes_developer = model.is_openai and not model.id.startswith(("gpt-4", "gpt-3"))
+        if message.get("role") == "developer" and not takes_developer:
+            edit.set(message, "role", "system")
+        if message.get("role") == "assistant":
+            edit.drop(message, "reasoning_content")     # ours, beside the native reasoning_text
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and part.get("type") == "image_url":
+                image = part.get("image_url")
+                url = image.get("url") if isinstance(image, dict) else image
+                if not isinstance(url, str):
+                    raise BadRequest("'image_url.url' must be a string", param=place)
+                refuse_image_url(url, place)
+
+    @staticmethod
+    def _prepare_max_tokens(edit: Edit, model: Model) -> None:
+        body = edit.body
+        for key in ("max_tokens", "max_completion_tokens"):
+            if key in body and (body[key] is None or body[key] == -1):
+                edit.drop(body, key)                    # how some clients say: no limit
+        reasons = model.is_openai and bool(
+            model.efforts or re.match(r"gpt-5|o\d", model.id))
+        old, new = "max_tokens", "max_completion_tokens"
+        if not model.is_openai:
+            old, new = new, old
+        if old in body and (reasons or not model.is_openai):
+            limit = edit.drop(body, old)
+            edit.set(body, new, body.get(new, limit))
+        cap = model.output_cap(body.get("stream") is True)
+        if not model.is_openai and cap and "max_tokens" not in body:
+            edit.set(body, "max_tokens", cap)           # Claude and Gemini stop early without
+
+    def initiator(self, body: Json) -> str:
+        messages = as_list(body.get("messages"))
+        last = as_object(messages[-1]) if messages else {}
+        if last.get("role") != "user":
+            return "agent"
+        machine = is_machine_turn(text_of(last.get("content")),
+                                  first_text(messages, "system", "developer"))
+        return "agent" if machine else "user"
+
+    def has_images(self, body: Json) -> bool:
+        return any(as_object(part).get("type") == "image_url"
+                   for message in as_list(body.get("messages"))
+                   for part in as_list(as_object(message).get("content")))
+
+    def mend(self, answer: Json, asked: str) -> tuple[bool, Usage | None]:
+        before = dumps(answer)
+        choices = [c for c in as_list(answer.get("choices")) if isinstance(c, dict)]
+        if choices:
+            answer["choices"] = [self._merge(choices)]
+        answer.setdefault("id", "chatcmpl")
+        answer.setdefault("object", "chat.completion")
+        answer.setdefault("created", 0)
+        answer["model"] = asked
+        usage = answer.get("usage")
+        counts = Usage.from_openai(usage) if isinstance(usage, dict) else None
+        return dumps(answer) != before, counts
+
+    @staticmethod
+    def _merge(choices: list[Json]) -> Json:
+        merged = dict(choices[0], index=0)
+        message = merge_choices(choices, "message", lambda choice, call, place: None)
+        message.setdefault("role", "assistant")
+        message.setdefault("content", None)
+        reasons = [c["finish_reason"] for c in choices if c.get("finish_reason")]
+        merged["message"] = message
+        merged["finish_reason"] = ("tool_calls" if message.get("tool_calls")
+                                   else reasons[-1] if reasons else "stop")
+        merged.pop("delta", None)
+        return merged
+
+    def stream(self, asked: str, body: Json) -> StreamRelay:
+        wants = as_object(body.get("stream_options")).get("include_usage") is True
+        return ChatStream(asked, wants)
+
+
+CHAT = ChatCompletions()
+
+# ---- Responses ----
+
+_ITEM_PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_",
+                  "custom_tool_call": "ctc_", "web_search_call": "ws_", "compaction": "cmp_"}
+_ITEM_ID = re.compile(rb'"item_id":\s*"((?:[^"\\]|\\.)*)"')
+_OUTPUT_INDEX = re.compile(rb'"output_index":\s*(\d+)')
+_TERMINAL = ("response.completed", "response.incomplete", "response.failed", "response.cancelled",
+             "error")
+_ARGUMENT_EVENTS = ("response.function_call_arguments", "response.custom_tool_call_input")
+
+
+def item_id(item: Json, place: int) -> str:
+    """The id under which a client sees an output item: the upstream's first one if it is short."""
+    given = str(item.get("id") or "")
+    if given and len(given) <= MAX_ID_CHARS:
+        return given
+    return stable_id(_ITEM_PREFIXES.get(str(item.get("type")), "item_"), given or str(place))
+
+
+def response_id(given: Any) -> str:
+    text = str(given or "")
+    return text if 0 < len(text) <= MAX_ID_CHARS else stable_id("resp_", text)
+
+
+def mend_item(item: Json, new_id: str) -> None:
+    item["id"] = new_id
+    if item.get("type") == "reasoning" and not isinstance(item.get("summary"), list):
+        item["summary"] = []            # without it some clients show "thinking" for ever
+
+
+def mend_response_usage(answer: Json) -> Usage | None:
+    """Fill what strict clients need (Codex: total_tokens) -> the counts, None if there are none."""
+    usage = answer.get("usage")
+    if not isinstance(usage, dict):
+        return None
+    counts = Usage.from_openai(usage)
+    for key, inner in (("input_tokens_details", "cached_tokens"),
+                       ("output_tokens_details", "reasoning_tokens")):
+        if not isinstance(usage.get(key), dict):
+            usage[key] = {inner: 0}
+    if not isinstance(usage.get("total_tokens"), int):
+        usage["total_tokens"] = as_int(usage.get("input_tokens")) + counts.output
+    return counts
+
+
+class ResponsesStream(StreamRelay):
+    """Response events with ids that stay: the upstream gives one item another id in every event,
+    and strict clients give up on a mismatch.  The first id per `output_index` is kept.
+
+    Argument deltas that come with `obfuscation` may be ciphertext: they are held until the `.done`
+    event, whose text is the truth, and then sent as one delta.
+    """
+
+    def __init__(self, asked: str) -> None:
+        super().__init__(asked)
+        self._response: Json = {}              # id and created_at, once known
+        self._ids: dict[int, str] = {}         # output_index -> the id that the client knows
+        self._items: dict[int, Json] = {}      # output_index -> the finished item
+        self._held: dict[int, str] = {}        # output_index -> obfuscated argument deltas
+        self._sequence = 0                     # the next number
+        self._marker = b""                     # what every frame of the open item must hold
+
+    def _is_plain(self, block: bytes) -> bool:
+        count = block.count(b"\n\n")
+        if not (self._marker and block.count(self._marker) == count
+                and block.count(b'"sequence_number":') == count
+                and block.count(b"\ndata: {") == count and not self._held
+                and b'"obfuscation"' not in block):
+            return False
+        self._sequence += count
+        return True
+
+    def _mend(self, raw: bytes) -> bytes:
+        frame = Frame.parse(raw)
+        if not frame.data:
+            return raw
+        if frame.data.strip() == b"[DONE]":
+            return b""                         # never a terminal event in this dialect
+        quick = self._mend_delta(frame)
+        if quick is not None:
+            return quick
+        try:
+            event = as_object(loads(frame.data))
+        except ValueError:
+            return self._fail("the upstream sent an event that is not JSON")
+        return self._mend_event(event)
+
+    def _mend_delta(self, frame: Frame) -> bytes | None:
+        """The many small events: only the id is exchanged, in the bytes.  None: look closer."""
+        if not frame.event.endswith(".delta") or b'"obfuscation"' in frame.data:
+            return None
+        found, index = _ITEM_ID.search(frame.data), _OUTPUT_INDEX.search(frame.data)
+        known = self._ids.get(int(index.group(1))) if index else None
+        if not found or known is None or b'"sequence_number":' not in frame.data:
+            return None
+        self._sequence += 1
+        if found.group(1) == known.encode():
+            return frame.encode()
+        data = frame.data[:found.start(1)] + known.encode() + frame.data[found.end(1):]
+        return Frame(frame.event, data).encode()
+
+    def _mend_event(self, event: Json) -> bytes:
+        kind = str(event.get("type"))
+        for key in [k for k in event if k.startswith("copilot_")]:
+            del event[key]
+        obfuscated = event.pop("obfuscation", None) is not None
+        index = as_int(event.get("output_index"))
+        if isinstance(event.get("item"), dict):
+            self._mend_output_item(kind, event["item"], index)
+        if "item_id" in event:
+            event["item_id"] = self._ids.setdefault(index, item_id({"id": event["item_id"]}, index))
+        if isinstance(event.get("response"), dict):
+            self._mend_response(kind, event["response"])
+        if kind in _TERMINAL:
+            self.ended = True
+            inner = as_object(event.get("response")).get("error") or event.get("error") or event
+            if kind in ("error", "response.failed"):
+                self.failure = str(as_object(inner).get("message") or kind)
+        stem, _, last = kind.rpartition(".")
+        if stem in _ARGUMENT_EVENTS:
+            if last == "delta" and (obfuscated or index in self._held):
+                self._held[index] = self._held.get(index, "") + str(event.get("delta") or "")
+                return b""
+            if last == "done" and index in self._held:
+                return self._release(event, stem, index)
+        return self._render(event)
+
+    def _release(self, event: Json, stem: str, index: int) -> bytes:
+        held = self._held.pop(index)
+        text = event.get("arguments", event.get("input"))
+        delta = {"type": stem + ".delta", "sequence_number": self._sequence,
+                 "item_id": event.get("item_id"), "output_index": index,
+                 "delta": text if isinstance(text, str) else held}
+        return self._render(delta) + self._render(event)
+
+    def _mend_output_item(self, kind: str, item: Json, index: int) -> None:
+        original = item.get("id")
+        self._ids.setdefault(index, item_id(item, index))
+        mend_item(item, self._ids[index])
+        if kind == "response.output_item.added":
+            same = original == self._ids[index]
+            self._marker = b'"item_id":' + dumps(original) if same else b""
+        elif kind == "response.output_item.done":
+            self._items[index] = item
+
+    def _mend_response(self, kind: str, answer: Json) -> None:
+        if not self._response:
+            self._response = {"id": response_id(answer.get("id")),
+                              "created_at": answer.get("created_at") or 0}
+        answer["id"], answer["model"] = self._response["id"], self.asked
+        for key in [k for k in answer if k.startswith("copilot_")]:
+            del answer[key]
+        output = as_list(answer.get("output"))
+        if kind in _TERMINAL and not output and self._items:
+            answer["output"] = [self._items[at] for at in sorted(self._items)]
+        for at, item in enumerate(output):
+            if isinstance(item, dict):
+                mend_item(item, self._ids.get(at) or item_id(item, at))
+        self.usage = mend_response_usage(answer) or self.usage
+
+    def _render(self, event: Json) -> bytes:
+        given = event.get("sequence_number")
+        number = max(given, self._sequence) if isinstance(given, int) else self._sequence
+        event["sequence_number"], self._sequence = number, number + 1
+        return Frame(str(event.get("type")), dumps(event)).encode()
+
+    def _fail(self, message: str) -> bytes:
+        self.ended, self.failure = True, message
+        return self._error(UpstreamError(message))
+
+    def _error(self, error: ProxyError) -> bytes:
+        answer = dict({"id": response_id(None), "created_at": 0}, **self._response)
+        answer.update(object="response", status="failed", model=self.asked, output=[], usage=None,
+                      error={"code": error.code or error.types()[0], "message": str(error)})
+        return self._render({"type": "response.failed", "response": answer})
+
+
+class Responses(Dialect):
+    """POST /responses, OpenAI's newer shape.  Upstream it is stateless: nothing is stored."""
+
+    name, path = "responses", "/responses"
+
+    def prepare(self, edit: Edit, model: Model) -> None:
+        body = edit.body
+        self._refuse_state(body)
+        edit.set(body, "store", False)
+        edit.drop(body, "service_tier")
+        limit = body.get("max_output_tokens")
+        if isinstance(limit, int) and limit < 16:
+            edit.set(body, "max_output_tokens", 16)     # OpenAI's own minimum
+        if model.efforts:
+            wanted = "reasoning.encrypted_content"      # needed to go on without a store
+            include = as_list(body.get("include"))
+            if wanted not in include:
+                edit.set(body, "include", include + [wanted])
+        if isinstance(body.get("tools"), list):
+            self._prepare_tools(edit)
+        drop_empty_tools(edit)
+        if not isinstance(body.get("input"), str):
+            items = check_list(body, "input")
+            kept = [item for at, item in enumerate(items) if self._prepare_item(edit, item, at)]
+            edit.replace(body, "input", kept)
+
+    @staticmethod
+    def _refuse_state(body: Json) -> None:
+        for key in ("background", "conversation", "prompt"):
+            if body.get(key):
+                raise BadRequest("'%s' is not supported: the upstream stores nothing" % key,
+                                 code="unsupported_parameter", param=key)
+        if body.get("previous_response_id"):
+            raise BadRequest("Previous response with id '%s' not found: the upstream stores "
+                             "nothing, send the whole input" % printable(
+                                 str(body["previous_response_id"]), 80),
+                             code="previous_response_not_found", param="previous_response_id")
+
+    @staticmethod
+    def _prepare_tools(edit: Edit) -> None:
+        kept = []
+        for tool in check_list(edit.body, "tools"):
+            if tool.get("type") in ("image_generation", "code_interpreter"):
+                edit.lose("tools", "%s is not offered upstream" % tool["type"])
+                continue
+            drop_schema_marks(edit, tool.get("parameters"))
+            kept.append(tool)
+        edit.replace(edit.body, "tools", kept)
+
+    @staticmethod
+    def _prepare_item(edit: Edit, item: Json, at: int) -> bool:
+        """Ids are bound to a connection upstream and refused later: they go.  False: drop it."""
+        kind = item.get("type")
+        if kind == "item_reference":
+            edit.lose("input[%d]" % at, "the upstream stores no items")
+            return False
+        if kind == "reasoning" and not item.get("encrypted_content") and not item.get("summary"):
+            edit.changed = True
+            return False
+        edit.drop(item, "id")
+        edit.drop(item, "internal_chat_message_metadata_passthrough")
+        if isinstance(item.get("call_id"), str):
+            edit.set(item, "call_id", shorten_id(item["call_id"]))
+        for key in ("content", "output"):
+            for part in as_list(item.get(key)):
+                if isinstance(part, dict) and part.get("type") == "input_image":
+                    if part.get("detail") == "original":
+                        edit.set(part, "detail", "high")
+                    if isinstance(part.get("image_url"), str):
+                        refuse_image_url(part["image_url"], "input[%d]" % at)
+        return True
+
+    def initiator(self, body: Json) -> str:
+        items = body.get("input")
+        if not isinstance(items, list) or not items:
+            return "user"
+        last = as_object(items[-1])
+        if last.get("role") not in ("user", "system", "developer"):
+            return "agent"
+        system = str(body.get("instructions") or first_text(items, "system", "developer"))
+        return "agent" if is_machine_turn(text_of(last.get("content")), system) else "user"
+
+    def has_images(self, body: Json) -> bool:
+        return any(as_object(part).get("type") == "input_image"
+                   for item in as_list(body.get("input"))
+                   for key in ("content", "output")
+                   for part in as_list(as_object(item).get(key)))
+
+    def mend(self, answer: Json, asked: str) -> tuple[bool, Usage | None]:
+        before = dumps(answer)
+        answer["id"], answer["model"] = response_id(answer.get("id")), asked
+        for key in [k for k in answer if k.startswith("copilot_")]:
+            del answer[key]
+        for at, item in enumerate(as_list(answer.get("output"))):
+            if isinstance(item, dict):
+                mend_item(item, item_id(item, at))
+        counts = mend_response_usage(answer)
+        return dumps(answer) != before, counts
+
+    def stream(self, asked: str, body: Json) -> StreamRelay:
+        return ResponsesStream(asked)
+
+
+# ---- Messages ----
+
+#: the effort words in order, and the thinking budget in tokens that each stands for
+EFFORT_BUDGETS = (("low", 2048), ("medium", 8192), ("high", 16384), ("xhigh", 24576),
+                  ("max", 32000))
+_REFUSED_FIELDS = ("context_management", "inference_geo", "speed", "container", "mcp_servers",
+                   "betas", "contextTier", "service_tier", "cache_control")
+_REFUSED_TOOL_FIELDS = ("eager_input_streaming", "defer_loading", "input_examples", "strict")
+_NONCE_LINE = "x-anthropic-billing-header:"
+_COUNTED_FIELDS = ("model", "messages", "system", "tools", "tool_choice")
+
+
+def budget_to_effort(budget: int) -> str:
+    """A thinking budget in tokens -> an effort: below 4k low, below 16k medium, else high."""
+    return "low" if budget < 4096 else "medium" if budget < 16384 else "high"
+
+
+def clamp_effort(effort: str, listed: list[str]) -> str:
+    """The listed effort nearest to the wish, the lower one where both are as near."""
+    order = [name for name, _ in EFFORT_BUDGETS]
+    if effort in listed or not listed:
+        return effort
+    place = order.index(effort) if effort in order else 1
+    return min(listed, key=lambda name: abs((order.index(name) if name in order else -1) - place))
+
+
+class MessagesStream(StreamRelay):
+    """Anthropic's events as they come; only the model's name in `message_start` is exchanged."""
+
+    def _is_plain(self, block: bytes) -> bool:
+        return b'"message_' not in block and b'"error"' not in block
+
+    def _mend(self, raw: bytes) -> bytes:
+        if self._is_plain(raw):
+            return raw
+        try:
+            event = as_object(loads(Frame.parse(raw).data))
+        except ValueError:
+            self.ended, self.failure = True, "the upstream sent an event that is not JSON"
+            return self._error(UpstreamError(self.failure))
+        kind = event.get("type")
+        if kind == "message_start":
+            message = as_object(event.get("message"))
+            self._learn_model(message.get("model"))
+            self.usage = Usage.from_anthropic(as_object(message.get("usage")), self.usage)
+            return raw.replace(*self._rename) if self._rename else raw
+        if kind == "message_delta":
+            self.usage = Usage.from_anthropic(as_object(event.get("usage")), self.usage)
+        elif kind == "message_stop":
+            self.ended = True
+        elif kind == "error":
+            self.ended = True
+            self.failure = str(as_object(event.get("error")).get("message") or "error")
+        return raw
+
+    def _block(self, block: bytes) -> bytes:
+        return block if self._is_plain(block) else super()._block(block)
+
+    def _error(self, error: ProxyError) -> bytes:
+        return Frame("error", dumps(MESSAGES.error_body(error, ""))).encode()
+
+
+class Messages(Dialect):
+    """POST /v1/messages, Anthropic's shape.  The backend behind a model changes from request to
+    request and differs in strictness, so everything that one of them refuses is left out."""
+
+    name, path = "messages", "/v1/messages"
+    keepalive = b'event: ping\ndata: {"type":"ping"}\n\n'
+
+    def error_body(self, error: ProxyError, request_id: str) -> Json:
+        inner: Json = {"type": error.types()[1], "message": str(error)}
+        if error.details:
+            inner["details"] = error.details
+        body: Json = {"type": "error", "error": inner}
+        if request_id:
+            body["request_id"] = request_id
+        return body
+
+    def prepare(self, edit: Edit, model: Model) -> None:
+        body = edit.body
+        if "thread" in body:
+            raise BadRequest("threads are not supported: send the full history",
+                             details={"error_code": "thread_unsupported_request"})
+        for key in _REFUSED_FIELDS:
+            edit.drop(body, key, "refused upstream" if body.get(key) else "")
+        messages = check_list(body, "messages")
+        self._prepare_system(edit)
+        self._fold_system_turns(edit, messages)
+        for at, message in enumerate(body["messages"]):
+            if isinstance(message.get("content"), list):
+                blocks = [b for b in message["content"] if self._keep_block(edit, b, at)]
+                edit.replace(message, "content", [self._plain_block(edit, b) for b in blocks])
+        edit.replace(body, "messages", [m for m in body["messages"] if m.get("content") != []])
+        self._prepare_tools(edit)
+        self._prepare_cache_marks(edit)
+        self._prepare_thinking(edit, model)
+        self._prepare_limits(edit, model)
+        self._end_with_user(edit, model)
+
+    def prepare_count(self, edit: Edit, model: Model) -> None:
+        """The same for count_tokens, which takes fewer fields and needs no max_tokens."""
+        self.prepare(edit, model)
+        for key in [k for k in edit.body if k not in _COUNTED_FIELDS]:
+            edit.drop(edit.body, key)
+
+    @staticmethod
+    def _prepare_system(edit: Edit) -> None:
+        body = edit.body
+        system = body.get("system")
+        if system is None:
+            edit.drop(body, "system")
+            return
+        if isinstance(system, str):
+            edit.set(body, "system", [{"type": "text", "text": system}])
+        blocks = check_list(body, "system")
+        kept = [b for b in blocks if text_of([b]).strip()
+                and not text_of([b]).startswith(_NONCE_LINE)]    # it defeats the prompt cache
+        if kept:
+            edit.replace(body, "system", kept)
+        else:
+            edit.drop(body, "system")
+
+    @staticmethod
+    def _fold_system_turns(edit: Edit, messages: list[Json]) -> None:
+        """Newer Claude Code writes system turns between the others: they become part of the next
+        user turn, behind its tool results, or a user turn of their own."""
+        if not any(m.get("role") == "system" for m in messages):
+            return
+        folded: list[Json] = []
+        waiting: list[Json] = []
+        for message in messages + [{"role": "end"}]:
+            if message.get("role") == "system":
+                waiting += _as_blocks(message.get("content"))
+                continue
+            if waiting and message.get("role") == "user":
+                message = dict(message, content=_as_blocks(message.get("content")) + waiting)
+                waiting = []
+            elif waiting:
+                folded.append({"role": "user", "content": waiting})
+                waiting = []
+            folded.append(message)
+        edit.replace(edit.body, "messages", folded[:-1])
+
+    @staticmethod
+    def _keep_block(edit: Edit, block: Any, at: int) -> bool:
+        place = "messages[%d].content" % at
+        if not isinstance(block, dict):
+            raise BadRequest("'%s' must hold objects" % place, param=place)
+        kind = block.get("type")
+        if kind == "text":
+            return bool(str(block.get("text") or "").strip())
+        if kind == "thinking":
+            signature, text = block.get("signature"), block.get("thinking")
+            native = isinstance(signature, str) and signature and "@" not in signature
+            return bool(native and text and text != "Thinking...")
+        for inner in walk_objects(block) if kind in ("image", "document", "tool_result") else ():
+            if inner.get("type") in ("url", "file") and ("url" in inner or "file_id" in inner):
+                raise BadRequest("images and documents by URL or file id are not supported by the "
+                                 "upstream: send them as base64", param=place)
+        return True
+
+    @staticmethod
+    def _plain_block(edit: Edit, block: Json) -> Json:
+        """Blocks of server tools are text for a backend that does not know the tool."""
+        kind = str(block.get("type"))
+        if kind == "server_tool_use" or (kind.endswith("_tool_result") and kind != "tool_result"):
+            edit.lose(kind, "told as text")
+            return {"type": "text", "text": "[%s] %s" % (kind, dumps(
+                block.get("input", block.get("content"))).decode()[:MAX_ERROR_TEXT])}
+        if kind == "tool_result" and isinstance(block.get("content"), list):
+            parts = [p for p in block["content"] if not isinstance(p, dict)
+                     or p.get("type") != "text" or p.get("text")]
+            edit.replace(block, "content", parts)
+        return block
+
+    @staticmethod
+    def _prepare_tools(edit: Edit) -> None:
+        body = edit.body
+        if not body.get("tools"):
+            drop_empty_tools(edit)
+            return
+        kept = []
+        for tool in check_list(body, "tools"):
+            if tool.get("type") not in (None, "custom"):
+                edit.lose("tools", "the server tool %s is not offered upstream" % printable(
+                    str(tool.get("type")), 60))
+                continue
+            for key in _REFUSED_TOOL_FIELDS:
+                edit.drop(tool, key)
+            drop_schema_marks(edit, tool.get("input_schema"))
+            kept.append(tool)
+        edit.replace(body, "tools", kept)
+        drop_empty_tools(edit)
+
+    @staticmethod
+    def _prepare_cache_marks(edit: Edit) -> None:
+        """Every mark plain, none on thinking, the last four only: more is refused."""
+        marked = []
+        for key in ("tools", "system", "messages"):
+            blocks = as_list(edit.body.get(key))
+            if key == "messages":
+                blocks = [b for m in blocks for b in as_list(m.get("content"))]
+                blocks = [inner for b in blocks for inner in [b] + as_list(b.get("content"))]
+            marked += [b for b in blocks if isinstance(b, dict) and "cache_control" in b]
+        plain = {"type": "ephemeral"}
+        for block in marked:
+            if block.get("type") in ("thinking", "redacted_thinking") or not isinstance(
+                    block["cache_control"], dict):
+                edit.drop(block, "cache_control")
+            else:
+                edit.set(block, "cache_control", plain)
+        for block in [b for b in marked if "cache_control" in b][:-4]:
+            edit.drop(block, "cache_control", "more than four marks")
+
+    def _prepare_thinking(self, edit: Edit, model: Model) -> None:
+        """Adaptive or with a budget, as the model takes it; see also `EFFORT_BUDGETS`."""
+        body = edit.body
+        thinking = as_object(body.get("thinking"))
+        kind = thinking.get("type")
+        config = as_object(body.get("output_config"))
+        effort = config.get("effort")
+        adaptive = model.supports.get("adaptive_thinking") is True
+        least, most = (as_int(model.supports.get(k))
+                       for k in ("min_thinking_budget", "max_thinking_budget"))
+        only_adaptive = adaptive and (model.version >= (4, 7) or not most)
+        if not (adaptive or most):
+            edit.drop(body, "thinking", "the model does not think" if thinking else "")
+        elif kind == "enabled" and only_adaptive:
+            budget = as_int(thinking.get("budget_tokens"))
+            edit.set(body, "thinking", {"type": "adaptive"})
+            effort = effort or budget_to_effort(budget)
+            edit.set(body, "output_config", dict(config, effort=effort))
+        elif kind in ("enabled", "adaptive") and not (kind == "adaptive" and adaptive):
+            wish = thinking.get("budget_tokens") or dict(EFFORT_BUDGETS).get(str(effort), 8192)
+            self._set_budget(edit, as_int(wish), max(least, 1024), most)
+        self._prepare_effort(edit, model)
+
+    @staticmethod
+    def _set_budget(edit: Edit, wish: int, least: int, most: int) -> None:
+        body = edit.body
+        room = as_int(body.get("max_tokens")) or most + 1
+        if room <= least:
+            edit.drop(body, "thinking", "max_tokens leaves no room for it")
+        else:
+            budget = max(least, min(wish, most, room - 1))
+            display = as_object(body.get("thinking")).get("display")
+            edit.set(body, "thinking", dict({"type": "enabled", "budget_tokens": budget},
+                                            **({"display": display} if display else {})))
+
+    @staticmethod
+    def _prepare_effort(edit: Edit, model: Model) -> None:
+        config = edit.body.get("output_config")
+        if not isinstance(config, dict) or "effort" not in config:
+            return
+        if not model.efforts:
+            edit.drop(config, "effort", "the model has no efforts")
+            if not config:
+                edit.drop(edit.body, "output_config")
+        else:
+            edit.set(config, "effort", clamp_effort(str(config["effort"]), model.efforts))
+
+    @staticmethod
+    def _prepare_limits(edit: Edit, model: Model) -> None:
+        body = edit.body
+        most = model.limit("max_output_tokens")
+        wish = body.get("max_tokens")
+        if wish is None and most:
+            edit.set(body, "max_tokens", model.output_cap(body.get("stream") is True))
+        elif isinstance(wish, int) and most and wish > most:
+            edit.set(body, "max_tokens", most)
+        if as_object(body.get("thinking")).get("type") in ("enabled", "adaptive"):
+            if body.get("temperature") != 1:
+                edit.drop(body, "temperature", "not with thinking")
+            edit.drop(body, "top_p", "not with thinking")
+            edit.drop(body, "top_k", "not with thinking")
+        elif "temperature" in body and "top_p" in body and model.version >= (4, 5):
+            edit.drop(body, "top_p", "not beside temperature")
+
+    @staticmethod
+    def _end_with_user(edit: Edit, model: Model) -> None:
+        """Models from 4.6 on refuse an answer begun by the client (prefill)."""
+        messages = edit.body["messages"]
+        if messages and messages[-1].get("role") == "assistant" and model.version >= (4, 6):
+            edit.replace(edit.body, "messages", messages + [
+                {"role": "user", "content": "Continue your answer exactly where it stopped."}])
+            edit.lose("messages", "an answer begun by the client became a request to go on")
+
+    def initiator(self, body: Json) -> str:
+        messages = as_list(body.get("messages"))
+        last = as_object(messages[-1]) if messages else {}
+        if last.get("role") != "user":
+            return "agent"
+        content = last.get("content")
+        if isinstance(content, list):
+            human = [b for b in content if isinstance(b, dict) and b.get("type") != "tool_result"
+                     and not is_reminder(text_of([b]))]
+            if not human:
+                return "agent"
+            content = human
+        return "agent" if is_machine_turn(text_of(content), text_of(body.get("system"))) else "user"
+
+    def has_images(self, body: Json) -> bool:
+        return any(as_object(part).get("type") == "image"
+                   for message in as_list(body.get("messages"))
+                   for block in as_list(as_object(message).get("content"))
+                   for part in [block] + as_list(as_object(block).get("content")))
+
+    def mend(self, answer: Json, asked: str) -> tuple[bool, Usage | None]:
+        changed = answer.get("model") != asked
+        answer["model"] = asked
+        usage = answer.get("usage")
+        return changed, Usage.from_anthropic(usage) if isinstance(usage, dict) else None
+
+    def stream(self, asked: str, body: Json) -> StreamRelay:
+        return MessagesStream(asked)
+
+
+def _as_blocks(content: Any) -> list[Any]:
+    """'a' -> [{"type": "text", "text": "a"}]; a list stays."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}] if content else []
+    return as_list(content)
+
+
+def filter_betas(value: str) -> str:
+    """The `anthropic-beta` values that the upstream knows.  'a-1,interleaved-thinking-2' -> ..."""
+    wanted = [beta.strip() for beta in value.split(",")]
+    return ",".join(beta for beta in wanted if beta.startswith(BETA_PREFIXES))
+
+
+RESPONSES = Responses()
+MESSAGES = Messages()
+DIALECTS: dict[str, Dialect] = {d.name: d for d in (CHAT, RESPONSES, MESSAGES)}
+
+
+# ==== 8. Planning =================================================================================
+# Which model is meant, may it be asked in this dialect, how long is a prompt.
+
+_MODEL_NOISE = re.compile(r"(?:-latest|@[\w-]+|-v\d+(?::\d+)?|-20\d{6}|-20\d\d-\d\d-\d\d)+\Z")
+_FAMILIES = ("opus", "sonnet", "haiku", "fable")
+
+
+def normalise_model(asked: str) -> list[str]:
+    """The ids that a client's spelling may stand for, most literal first.
+
+    'anthropic/claude-haiku-4-5-20251001' -> [..., 'claude-haiku-4-5', 'claude-haiku-4.5']
+    """
+    names = [asked, asked.strip().lower()]
+    plain = re.sub(r"(?:\[1m\])+\Z", "", names[1])
+    bare = re.sub(r"\A(?:us\.|eu\.|apac\.)?anthropic\.", "", plain.rsplit("/", 1)[-1])
+    steady = _MODEL_NOISE.sub("", bare)
+    dotted = re.sub(r"(?<=\d)-(?=\d)", ".", steady)
+    if plain != names[1]:
+        names += [dotted + "-1m", dotted + "-1m-internal"]
+    names += [plain, bare, steady, dotted]
+    return [name for at, name in enumerate(names) if name and name not in names[:at]]
+
+
+def _stem_and_version(name: str) -> tuple[str, tuple[int, ...]]:
+    """'claude-opus-4.6' -> ('claude-opus', (4, 6)); 'gpt-5.3-codex' -> ('gpt--codex', (5, 3))."""
+    found = re.search(r"(?<![a-z])\d+(?:\.\d+)?", name)
+    if not found:
+        return name, ()
+    return (name[:found.start()].rstrip("-") + (name[found.end():] and "-" + name[found.end():]),
+            tuple(int(n) for n in found.group().split(".")))
+
+
+def _nearest_in_family(name: str, models: list[Model]) -> Model | None:
+    """For Claude any version finds the nearest one; for others only a newer one than all listed."""
+    usable = [m for m in models if m.is_listed and m.kind == "chat"]
+    family = next((f for f in _FAMILIES if re.search(r"(?:\A|-)%s(?:-|\Z)" % f, name)), "")
+    if family and ("claude" in name or name == family):
+        kin = [m for m in usable if re.fullmatch(r"claude-%s-[\d.]+" % family, m.id)]
+        kin = kin or [m for m in usable if "claude-%s" % family in m.id]
+        newest = max(kin, key=lambda m: m.version, default=None)
+        old_order = re.match(r"claude-\d", name)                # claude-3.5-haiku: any newer one
+        version = () if old_order else _stem_and_version(name)[1]
+        at_least = [m for m in kin if len(version) > 1 and m.version >= version]
+        return min(at_least, key=lambda m: m.version) if at_least else newest
+    stem, version = _stem_and_version(name)
+    kin = [m for m in usable if _stem_and_version(m.id)[0] == stem and m.version]
+    newest = max(kin, key=lambda m: m.version, default=None)
+    return newest if newest and version > newest.version else None
+
+
+def resolve_model(asked: str, models: list[Model], aliases: Mapping[str, str]) -> Model | None:
+    """The catalogue entry that `asked` means: alias, exact id, normalised spelling, nearest of the
+    same family for an unknown newer name.  None when nothing fits."""
+    asked = aliases.get(asked, asked)
+    by_id = {m.id: m for m in models}
+    if asked == "auto":
+        return next((m for m in models if m.entry.get("is_chat_default") is True), None)
+    names = normalise_model(asked)
+    for name in names:
+        if name in by_id:
+            return by_id[name]
+    return _nearest_in_family(names[-1], models)
+
+
+def nearest_ids(asked: str, models: list[Model], count: int = 3) -> list[str]:
+    """Ids that look most like `asked`, for the text of a 404."""
+    import difflib
+    ids = [m.id for m in models if m.is_listed] or [m.id for m in models]
+    name = normalise_model(asked)[-1] if asked else ""
+    return difflib.get_close_matches(name, ids, count, 0.0)
+
+
+def check_endpoint(model: Model, path: str) -> None:
+    """Raises BadRequest when the model cannot be asked at this upstream path."""
+    if path not in model.endpoints:
+        spoken = ", ".join(e for e in model.endpoints if e.startswith("/")) or "no endpoint"
+        raise BadRequest("model %s is not accessible via %s: it speaks %s"
+                         % (model.id, path, spoken), code="unsupported_api_for_model",
+                         param="model")
+
+
+def estimate_tokens(body: Json) -> int:
+    """How many tokens the prompt of a request has, estimated on the high side.
+
+    System, tools and all texts count; an inline image counts as 1,600 (Anthropic's largest).
+    ASCII text at 3 characters a token, other characters at 1.2 tokens each.
+    """
+    count, images = 0.0, 0
+    todo: list[Any] = [{k: v for k, v in body.items() if k in _COUNTED_FIELDS + ("input",)}]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            if value.get("type") == "base64" or str(value.get("url"))[:5] == "data:":
+                images += 1
+                continue
+            todo.extend(value.values())
+            count += 3 + len(value)
+        elif isinstance(value, list):
+            todo.extend(value)
+        elif isinstance(value, str):
+            wide = len(value) - len(value.encode("ascii", "ignore"))
+            count += (len(value) - wide) / 3 + wide * 1.2
+        else:
+            count += 1
+    return int(count) + images * 1600 + (346 if body.get("tools") else 0) + 8
+
+
+# ==== 9. Settings =================================================================================
+# Every value has flag > environment > default.  One table makes the command line, the environment
+# names and the help text.  Pure: the environment is handed in.
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting: `--name`, `COPILOT_PROXY_NAME`, and what it is for.
+
+    kind: text, int, float, switch, list; where: the commands that take it, 'network' means all
+    that talk to GitHub; env: further variables, read after COPILOT_PROXY_NAME.
+    """
+
+    name: str
+    default: Any
+    help: str
+    kind: str = "text"
+    short: str = ""
+    where: str = "start"
+    env: tuple[str, ...] = ()
+
+    @property
+    def field(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        return ("COPILOT_PROXY_" + self.field.upper(),) + self.env
+
+
+OPTIONS = (
+    Option("port", DEFAULT_PORT, "port to serve on; 0 takes a free one", "int", "-p",
+           env=("PORT",)),
+    Option("host", "127.0.0.1", "address to serve on; loopback only", env=("HOST",)),
+    Option("verbose", False, "log every step, not only one line per request", "switch", "-v",
+           "network"),
+    Option("account-type", "individual", "individual, business or enterprise: the API host to use "
+           "when GitHub names none", short="-a", where="network"),
+    Option("manual", False, "ask on the terminal before each request goes up", "switch"),
+    Option("rate-limit", 0.0, "least seconds between two requests to the upstream", "float", "-r"),
+    Option("wait", False, "with --rate-limit: let requests wait instead of answering 429",
+           "switch", "-w"),
+    Option("github-token", "", "a GitHub token to use; - reads it from standard input",
+           short="-g", where="network", env=("GH_TOKEN", "GITHUB_TOKEN")),
+    Option("show-token", False, "print tokens on the terminal at login and refresh, and serve "
+           "/token to this machine", "switch", where="start auth"),
+    Option("proxy-env", None, "insist on HTTPS_PROXY & co.; --no-proxy-env ignores them", "either",
+           where="network"),
+    Option("github-url", GITHUB_URL, "where to log in: https://TENANT.ghe.com", where="network"),
+    Option("copilot-url", "", "Copilot API base, instead of the one GitHub names",
+           where="network"),
+    Option("client-id", CLIENT_ID, "app id of the device login", where="network"),
+    Option("ca-file", "", "PEM file with further certificate authorities", where="network"),
+    Option("tls-relaxed", False, "accept CAs that lack key identifiers (Python 3.13 is strict)",
+           "switch", where="network"),
+    Option("data-dir", "", "folder of the login", where="network", env=("COPILOT_PROXY_HOME",)),
+    Option("header", (), "NAME=VALUE sent upstream instead of the built-in value", "list",
+           where="network"),
+    Option("model-alias", (), "FROM=TO: serve model TO under the name FROM", "list"),
+    Option("allow-host", (), "a further name that clients may use in the Host header", "list"),
+    Option("cors-origin", (), "a web page's origin that may call the API", "list"),
+    Option("grace", 10.0, "seconds that running answers get at shutdown", "float"),
+    Option("open", False, "open the status page in the browser", "switch"),
+    Option("demo", False, "play without account and network", "switch"),
+)
+_YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+_GUARDED_HEADERS = ("authorization", "host", "content-length", "transfer-encoding", "connection",
+                    "content-type", "cookie", "accept-encoding")
+
+
+def parse_value(option: Option, text: str, source: str) -> Any:
+    """A value from the environment or the command line.  Raises ConfigError naming its source."""
+    try:
+        if option.kind == "int":
+            return int(text)
+        if option.kind == "float":
+            return float(text)
+    except ValueError:
+        raise ConfigError("%s: '%s' is not a number" % (source, printable(text, 40))) from None
+    if option.kind in ("switch", "either"):
+        if text.strip().lower() not in _YES + _NO:
+            raise ConfigError("%s: '%s' is neither yes nor no" % (source, printable(text, 40)))
+        return text.strip().lower() in _YES
+    if option.kind == "list":
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    return text
+
+
+def parse_pairs(values: Iterable[str], flag: str) -> dict[str, str]:
+    """('A=b', 'C=d') -> {'A': 'b', 'C': 'd'}.  Raises ConfigError."""
+    pairs = {}
+    for value in values:
+        name, equals, text = value.partition("=")
+        if not (name.strip() and equals and text.strip()):
+            raise ConfigError("%s: '%s' is not of the form NAME=VALUE" % (flag,
+                                                                         printable(value, 60)))
+        pairs[name.strip()] = text.strip()
+    return pairs
+
+
+def check_url(url: str, flag: str) -> str:
+    """The URL without its trailing slash; plain http only on this machine.  Raises ConfigError."""
+    parts = urllib.parse.urlsplit(url)
+    host = host_of(url)
+    if parts.scheme not in ("http", "https") or not host or parts.query or parts.username:
+        raise ConfigError("%s: '%s' is not the URL of a server" % (flag, redact(printable(url))))
+    if parts.scheme == "http" and not is_loopback(host):
+        raise ConfigError("%s: plain http is accepted for this machine only, use https" % flag)
+    return url.rstrip("/")
+
+
+@dataclass
+class Settings:
+    """All settings, checked.  The fields of OPTIONS, then timings that only tests change."""
+
+    port: int = DEFAULT_PORT
+    host: str = "127.0.0.1"
+    verbose: bool = False
+    account_type: str = "individual"
+    manual: bool = False
+    rate_limit: float = 0.0
+    wait: bool = False
+    github_token: str = ""
+    show_token: bool = False
+    proxy_env: bool | None = None
+    github_url: str = GITHUB_URL
+    copilot_url: str = ""
+    client_id: str = CLIENT_ID
+    ca_file: str = ""
+    tls_relaxed: bool = False
+    data_dir: str = ""
+    header: tuple[str, ...] = ()
+    model_alias: tuple[str, ...] = ()
+    allow_host: tuple[str, ...] = ()
+    cors_origin: tuple[str, ...] = ()
+    grace: float = 10.0
+    open: bool = False
+    demo: bool = False
+
+    keepalive_s: float = KEEPALIVE_S
+    poll_margin_s: float = 1.0                 # added to GitHub's polling interval
+    token_retry_s: tuple[float, ...] = TOKEN_RETRY_S
+    hiccup_pause_s: float = 0.5
+    idle_client_s: float = IDLE_CLIENT_S
+    head_timeout_s: float = HEAD_TIMEOUT_S
+    body_stall_s: float = BODY_STALL_S
+    answer_timeout_s: float = ANSWER_TIMEOUT_S
+    catalogue_age_s: float = CATALOGUE_AGE_S
+
+    @classmethod
+    def merge(cls, flags: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
+        """Flags (None: not given) over environment over defaults.  Raises ConfigError."""
+        values: dict[str, Any] = {}
+        for option in OPTIONS:
+            value = flags.get(option.field)
+            for name in option.variables if value is None else ():
+                if environ.get(name):
+                    value = parse_value(option, environ[name], name)
+                    break
+            values[option.field] = option.default if value is None else value
+        return cls(**values).check()
+
+    def check(self) -> Settings:
+        """Every combination that cannot work is refused here, with the flag's name."""
+        self.github_url = check_url(self.github_url, "--github-url")
+        if self.copilot_url:
+            self.copilot_url = check_url(self.copilot_url, "--copilot-url")
+        if self.account_type not in COPILOT_URLS:
+            raise ConfigError("--account-type: choose individual, business or enterprise")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError("--port: %d is not a port (0 to 65535)" % self.port)
+        if not 0 <= self.rate_limit <= 86400 or not 0 <= self.grace <= 86400:
+            raise ConfigError("--rate-limit and --grace take 0 to 86400 seconds")
+        if not is_loopback(self.host):
+            raise ConfigError("--host %s: this version serves loopback only, because it has no "
+                              "keys yet; use --host 127.0.0.1" % printable(self.host, 60))
+        for name, value in self.headers.items():
+            if name.lower() in _GUARDED_HEADERS or not _TOKEN.match(name.encode("utf-8")):
+                raise ConfigError("--header: %s cannot be set" % printable(name, 60))
+            if not value.isprintable() or not value.isascii():
+                raise ConfigError("--header %s: the value must be printable ASCII" % name)
+        parse_pairs(self.model_alias, "--model-alias")
+        return self
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return parse_pairs(self.header, "--header")
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        return parse_pairs(self.model_alias, "--model-alias")
+
+    @property
+    def rest_url(self) -> str:
+        """Base of GitHub's REST API: github.com -> api.github.com, X.ghe.com -> api.X.ghe.com."""
+        host = host_of(self.github_url)
+        if host == "github.com":
+            return "https://api.github.com"
+        if host.endswith(".ghe.com"):
+            return self.github_url.replace("://", "://api.", 1)
+        return self.github_url if is_loopback(host) else self.github_url + "/api/v3"
+
+    @property
+    def usual_copilot_url(self) -> str:
+        """The Copilot API base when neither a flag nor GitHub names one."""
+        host = host_of(self.github_url)
+        if host.endswith(".ghe.com"):
+            return self.github_url.replace("://", "://copilot-api.", 1)
+        return self.github_url if is_loopback(host) else COPILOT_URLS[self.account_type]
+
+    def accept_copilot_url(self, url: Any) -> str:
+        """A server-given API base if a bearer may be sent there, else ''."""
+        if not isinstance(url, str) or not url:
+            return ""
+        host, own = host_of(url), host_of(self.github_url)
+        secure = url.startswith("https://") and host.endswith(COPILOT_HOSTS)
+        local = is_loopback(host) and is_loopback(own)
+        tenant = url.startswith("https://") and own != "github.com" and host.endswith("." + own)
+        return url.rstrip("/") if secure or local or tenant else ""
+
+
+# ==== 10. Storage =================================================================================
+# The data folder: mode 0700, files 0600 from their first byte, replaced in one step.  The
+# short-lived Copilot token is never written.
+
+
+def default_data_dir(environ: Mapping[str, str]) -> str:
+    """$XDG_DATA_HOME/copilot-proxy, ~/.local/share/copilot-proxy, on Windows %LOCALAPPDATA%."""
+    base = environ.get("LOCALAPPDATA") if os.name == "nt" else environ.get("XDG_DATA_HOME")
+    base = base or os.path.join(os.path.expanduser("~"), ".local", "share")
+    return os.path.join(base, "copilot-proxy")
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Replace a file in one step: a crash leaves the old one or the new one.  Raises OSError."""
+    folder = os.path.dirname(path)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=".new-", dir=folder)     # mode 0600
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+class LoginFile:
+    """The GitHub token of one host: `github_token` for github.com, else `github_token.<host>`.
+
+    Plain text; empty means that nobody is logged in.  Same place and form as other proxies of
+    this kind use, so that a login can be shared with them.
+    """
+
+    def __init__(self, folder: str, github_url: str) -> None:
+        host = re.sub(r"[^a-z0-9.-]", "_", urllib.parse.urlsplit(github_url).netloc.lower())
+        self.path = os.path.join(folder, "github_token" + ("" if host == "github.com"
+                                                           else "." + host))
+
+    def load(self) -> str:
+        """The token, '' when there is none.  A file that holds something else is moved aside."""
+        try:
+            with open(self.path, "rb") as file:
+                text = file.read(4096).decode("ascii").strip()
+        except FileNotFoundError:
+            return ""
+        except UnicodeDecodeError:
+            text = "not a token"
+        except OSError as error:
+            raise ConfigError("cannot read %s: %s" % (self.path, error.strerror)) from None
+        if text and not re.fullmatch(r"[A-Za-z0-9_.~-]+", text):
+            aside = "%s.bad-%d" % (self.path, int(time.time()))
+            os.replace(self.path, aside)
+            raise ConfigError("%s held no token; it was moved to %s. Log in again: "
+                              "copilot_proxy.py auth" % (self.path, aside))
+        return text
+
+    def save(self, token: str) -> None:
+        try:
+            write_file(self.path, token.encode("ascii"))
+        except OSError as error:
+            raise ConfigError("cannot write %s: %s; choose another folder with --data-dir"
+                              % (self.path, error.strerror)) from None
+
+    def delete(self) -> bool:
+        """True if there was a login."""
+        try:
+            os.unlink(self.path)
+            return True
+        except FileNotFoundError:
+            return False
+
+
+# ==== 11. Upstream HTTP ===========================================================================
+# All traffic to GitHub and Copilot goes through one urllib opener: proxies, CAs, time limits and
+# connections in one place.  Its handlers keep connections alive in a pool, where the stock ones
+# open one for each call; no redirect is followed.  http.client connects, tunnels and does TLS; the
+# answer's head and body are read by section 6, because a relay must see bytes as they come.
+
+
+class Downstream(Protocol):
+    """The client on whose behalf an upstream call waits."""
+
+    keepalive_s: float
+
+    @property
+    def is_full(self) -> bool:
+        """Has so much been sent ahead that it is not read any more?"""
+
+    def fileno(self) -> int:
+        """Of its socket: readable when the client sends more or has hung up."""
+
+    def is_gone(self) -> bool:
+        """Has it hung up?  Does not block."""
+
+    def on_silence(self) -> None:
+        """Called after each `keepalive_s` without a byte from the upstream."""
+
+
+def wait_readable(sockets: list[Any], timeout_s: float) -> list[Any]:
+    """Those of `sockets` (objects with fileno()) that can be read now, or after at most
+    `timeout_s`; [] when the time is over.  poll where there is one: select ends at 1,024 files."""
+    if not hasattr(select, "poll"):
+        return select.select(sockets, [], [], timeout_s)[0]
+    poller = select.poll()
+    by_number = {item.fileno(): item for item in sockets}
+    for number in by_number:
+        poller.register(number, select.POLLIN | getattr(select, "POLLRDHUP", 0))
+    ready = poller.poll(max(0, int(timeout_s * 1000 + 0.999)))
+    return [by_number[number] for number, _ in ready]
+
+
+class UpstreamRequest(urllib.request.Request):
+    """A request with what our handlers need: who waits for it and how long."""
+
+    def __init__(self, method: str, url: str, headers: Mapping[str, str],
+                 body: bytes | None = None, client: Downstream | None = None,
+                 timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+        super().__init__(url, body, dict(headers), method=method)
+        self.client = client
+        self.answer_timeout_s = timeout_s
+
+
+class Wire:
+    """A connection that can be kept: reads raw bytes and watches the client meanwhile.
+
+    Mixed into http.client's two connection classes, which connect, tunnel and do TLS.
+    """
+
+    sock: Any
+    idle_since = 0.0
+    received = b""                     # bytes that belong to the next head or body
+
+    def open(self) -> None:
+        """Connect (with proxy tunnel and TLS handshake).  Raises OSError."""
+        self.connect()                 # type: ignore[attr-defined]
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock.settimeout(SEND_TIMEOUT_S)
+
+    def fileno(self) -> int:
+        return int(self.sock.fileno())
+
+    def is_stale(self) -> bool:
+        """Has the other side closed it, or said something nobody asked for?"""
+        return bool(self.received or wait_readable([self], 0))
+
+    def write(self, head: bytes, body: bytes) -> None:
+        """Head and small body in one packet."""
+        if len(body) <= 65536:
+            self.sock.sendall(head + body)
+        else:
+            self.sock.sendall(head)
+            self.sock.sendall(body)
+
+    def read(self, client: Downstream | None, deadline: float) -> bytes:
+        """The next bytes, b'' at the end.  Raises ClientGone, UpstreamError 504, OSError.
+
+        While nothing comes `client.on_silence` is called every `keepalive_s`.
+        """
+        if self.received:
+            data, self.received = self.received, b""
+            return data
+        while not (hasattr(self.sock, "pending") and self.sock.pending()):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise UpstreamError("the upstream was silent for too long", 504)
+            pause = left if client is None else min(left, client.keepalive_s)
+            watched = [self] if client is None or client.is_full else [self, client]
+            ready = wait_readable(watched, pause)
+            if self in ready:
+                break
+            if client is not None and ready and client.is_gone():
+                raise ClientGone
+            if client is not None and not ready:
+                client.on_silence()
+        return bytes(self.sock.recv(READ_BYTES))
+
+
+class PlainWire(Wire, http.client.HTTPConnection):
+    pass
+
+
+class SecureWire(Wire, http.client.HTTPSConnection):
+    pass
+
+
+class Pool:
+    """Idle connections by destination; newest first, none older than POOL_IDLE_S.
+
+    Thread-safe; `_lock` guards `_idle` and is held for no I/O.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: dict[Any, list[Any]] = {}
+
+    def take(self, key: Any) -> Any:
+        """A connection that is usable as far as one can see, or None."""
+        while True:
+            with self._lock:
+                idle = self._idle.get(key)
+                wire = idle.pop() if idle else None
+            if wire is None:
+                return None
+            if time.monotonic() - wire.idle_since < POOL_IDLE_S and not wire.is_stale():
+                return wire
+            wire.close()
+
+    def give(self, key: Any, wire: Any) -> None:
+        now = wire.idle_since = time.monotonic()
+        with self._lock:
+            idle = self._idle.setdefault(key, [])
+            idle.append(wire)
+            old = [w for w in idle if now - w.idle_since >= POOL_IDLE_S] + idle[:-POOL_SIZE]
+            for gone in old:
+                if gone in idle:
+                    idle.remove(gone)
+        for gone in old:
+            gone.close()
+
+    def clear(self) -> None:
+        with self._lock:
+            wires = [wire for idle in self._idle.values() for wire in idle]
+            self._idle.clear()
+        for wire in wires:
+            wire.close()
+
+
+class UpstreamResponse:
+    """An answer whose body is still on the wire.
+
+    status, reason, headers (lower-case names).  `read_some` gives payload as it comes, `read_all`
+    the rest; at the end the connection goes back to the pool by itself.  `close` gives it up.
+    Not thread-safe; belongs to the one request.
+    """
+
+    def __init__(self, head: tuple[int, str, Headers], wire: Any, method: str,
+                 give_back: Callable[[Any], None]) -> None:
+        self.status, self.reason, self.headers = head
+        self._wire, self._give_back = wire, give_back
+        length = self.headers.get("content-length")
+        chunked = "chunked" in self.headers.get("transfer-encoding", "").lower()
+        if method == "HEAD" or self.status in (204, 304):
+            length, chunked = "0", False
+        self._body = BodyDecoder(int(length) if length and length.isdigit() and not chunked
+                                 else None, chunked)
+        self._keep = self._body.delimited and "close" not in self.headers.get("connection",
+                                                                              "").lower()
+        if self._body.done:
+            self._release()
+
+    @property
+    def done(self) -> bool:
+        return self._body.done
+
+    def info(self) -> Headers:
+        """For urllib's own response processors."""
+        return self.headers
+
+    def read_some(self, client: Downstream | None = None,
+                  timeout_s: float = ANSWER_TIMEOUT_S) -> bytes:
+        """The next payload bytes, at times none; `done` at the end.
+
+        Raises StreamCut when the body ends too early, ClientGone, UpstreamError 504.
+        """
+        if self._body.done:
+            return b""
+        try:
+            data = self._wire.read(client, time.monotonic() + timeout_s)
+        except OSError as error:
+            raise StreamCut("the upstream broke the connection (%s)" % plain_reason(error),
+                            code="upstream_stream_ended") from None
+        if not data:
+            if self._body.delimited:
+                raise StreamCut("the upstream closed the connection in the middle of its answer",
+                                code="upstream_stream_ended")
+            self._body.done = True
+            self.close()
+            return b""
+        try:
+            payload = self._body.feed(data)
+        except BadRequest as error:
+            raise StreamCut("the upstream's body is malformed: %s" % error) from None
+        if self._body.done:
+            self._release()
+        return payload
+
+    def read_all(self, client: Downstream | None = None, limit: int = MAX_ANSWER_BYTES,
+                 timeout_s: float = ANSWER_TIMEOUT_S) -> bytes:
+        """The whole rest of the body, at most `limit` bytes (more is an UpstreamError)."""
+        parts: list[bytes] = []
+        size = 0
+        while not self.done:
+            parts.append(self.read_some(client, timeout_s))
+            size += len(parts[-1])
+            if size > limit:
+                self.close()
+                raise UpstreamError("the upstream's answer is larger than %d bytes" % limit)
+        return b"".join(parts)
+
+    def abort(self) -> None:
+        """From another thread: whoever reads sees the end at once."""
+        wire = self._wire
+        if wire is not None:
+            with contextlib.suppress(OSError, AttributeError):
+                wire.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Give the connection up: the upstream stops working on the answer."""
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.close()
+
+    def _release(self) -> None:
+        if self._keep and not self._body.rest:
+            wire, self._wire = self._wire, None
+            self._give_back(wire)
+        else:
+            self.close()
+
+
+def plain_reason(error: BaseException) -> str:
+    """An OSError in a few words, without secrets."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return redact(printable(str(text)))
+
+
+def explain_connect_error(error: OSError, host: str, proxied: bool) -> UpstreamError:
+    """Why a host could not be reached, and what to do: as an error for the client."""
+    text = str(error)
+    way = " through the proxy" if proxied else ""
+    if isinstance(error, socket.gaierror):
+        return UpstreamError("cannot find the host %s%s: no DNS or no network; behind a company "
+                             "proxy set HTTPS_PROXY" % (host, way))
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        hint = ("--tls-relaxed" if "Missing" in text or "not marked critical" in text
+                else "--ca-file FILE with your company's root certificate")
+        return UpstreamError("the certificate of %s is not trusted (%s): use %s"
+                             % (host, plain_reason(error), hint))
+    if "Tunnel connection failed: 407" in text:
+        return UpstreamError("the proxy wants a login for %s: set HTTPS_PROXY="
+                             "http://user:password@proxy:port" % host)
+    if isinstance(error, socket.timeout):
+        return UpstreamError("connecting to %s%s took more than %d s" % (host, way,
+                                                                         CONNECT_TIMEOUT_S), 504)
+    failure = UpstreamError("cannot connect to %s%s: %s" % (host, way, plain_reason(error)))
+    failure.unsent = True
+    return failure
+
+
+class _Proxies(urllib.request.ProxyHandler):
+    """urllib's own, except that this machine itself is never asked for through a proxy."""
+
+    def proxy_open(self, req: Any, proxy: str, type: str) -> Any:
+        if is_loopback(host_of(req.full_url)):
+            return None
+        return super().proxy_open(req, proxy, type)
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        """A redirect is an answer like any other: a token must not follow it."""
+
+
+class _PlainErrors(urllib.request.HTTPErrorProcessor):
+    def http_response(self, request: Any, response: Any) -> Any:
+        """Every status is an answer; what it means is decided by sections 12 and 13."""
+        return response
+
+    https_response = http_response
+
+
+class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Opens http and https URLs over pooled connections."""
+
+    def __init__(self, pool: Pool, context: Callable[[], Any]) -> None:
+        urllib.request.HTTPHandler.__init__(self)
+        self._pool, self._context = pool, context
+
+    def http_open(self, req: Any) -> Any:
+        return self._exchange(req, PlainWire, {})
+
+    def https_open(self, req: Any) -> Any:
+        return self._exchange(req, SecureWire, {"context": self._context()})
+
+    def _exchange(self, req: UpstreamRequest, kind: Any, extra: Json) -> UpstreamResponse:
+        """Send the request, once more on a fresh connection if a kept one proves closed."""
+        fields_ = dict(req.header_items())
+        tunnel: str = getattr(req, "_tunnel_host", None) or ""
+        proxy_login = fields_.pop("Proxy-authorization", "") if tunnel else ""
+        key = (kind, req.host, tunnel, proxy_login)
+        head = render_head("%s %s HTTP/1.1" % (req.get_method(), req.selector),
+                           fields_.items())
+        wire = self._pool.take(key)
+        if wire is not None:
+            try:
+                return self._talk(wire, req, head, key)
+            except StaleConnection:
+                pass
+        wire = kind(req.host, timeout=CONNECT_TIMEOUT_S, **extra)
+        if tunnel:
+            wire.set_tunnel(tunnel, headers={"Proxy-Authorization": proxy_login}
+                            if proxy_login else {})
+        try:
+            wire.open()
+        except OSError as error:
+            wire.close()
+            raise explain_connect_error(error, host_of(req.full_url),
+                                        req.has_proxy()) from None
+        return self._talk(wire, req, head, key)
+
+    def _talk(self, wire: Any, req: UpstreamRequest, head: bytes, key: Any) -> UpstreamResponse:
+        fresh = not wire.idle_since
+        try:
+            answer = self._read_head(wire, req, head)
+        except StaleConnection as error:
+            wire.close()
+            if fresh:
+                raise UpstreamError(str(error)) from None
+            raise
+        except BaseException:
+            wire.close()
+            raise
+        return UpstreamResponse(answer, wire, req.get_method(),
+                                lambda done: self._pool.give(key, done))
+
+    @staticmethod
+    def _read_head(wire: Any, req: UpstreamRequest, head: bytes) -> tuple[int, str, Headers]:
+        deadline = time.monotonic() + req.answer_timeout_s
+        broken: OSError | None = None
+        try:
+            wire.write(head, req.data or b"")
+        except OSError as error:
+            broken = error                           # an early answer may still be readable
+        data = b""
+        while True:
+            end = data.find(b"\r\n\r\n")
+            if end >= 0:
+                raw, data = data[:end], data[end + 4:]
+                status, reason, headers = parse_response_head(raw)
+                if status >= 200:
+                    wire.received = data
+                    return status, reason, headers
+                continue
+            try:
+                more = wire.read(req.client, deadline)
+            except OSError as error:
+                more, broken = b"", error
+            if not more:
+                reason = plain_reason(broken) if broken else "connection closed"
+                kind = UpstreamError if data else StaleConnection
+                raise kind("the upstream gave no answer (%s)" % reason)
+            data += more
+            if len(data) > MAX_HEAD_BYTES and b"\r\n\r\n" not in data:
+                raise UpstreamError("the head of the upstream's answer is too large")
+
+
+#: where operating systems keep their CA bundle, for a Python that was built elsewhere
+_CA_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt",
+               "/etc/ssl/ca-bundle.pem", "/etc/ssl/cert.pem", "/usr/local/etc/openssl/cert.pem")
+_CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
+
+
+def ca_files(settings: Settings, environ: Mapping[str, str]) -> list[str]:
+    """CA files of the user's, to be added to those of the system."""
+    named = [settings.ca_file] + [environ.get(name, "") for name in _CA_VARIABLES]
+    return [name for at, name in enumerate(named) if name and name not in named[:at]]
+
+
+def make_tls_context(settings: Settings, environ: Mapping[str, str]) -> Any:
+    """The system's CAs plus the user's.  Raises ConfigError for a file that cannot be read."""
+    import ssl  # late: 15 ms that a plain start can do without
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    paths = ssl.get_default_verify_paths()
+    for name in (paths.openssl_cafile,) + _CA_BUNDLES:
+        if os.path.isfile(name):                     # SSL_CERT_FILE replaced it, we want both
+            with contextlib.suppress(ssl.SSLError, OSError):
+                context.load_verify_locations(cafile=name)
+            break
+    for name in ca_files(settings, environ):
+        try:
+            context.load_verify_locations(cafile=name)
+        except (ssl.SSLError, OSError) as error:
+            raise ConfigError("cannot use the CA file %s: %s" % (name, plain_reason(error))) \
+                from None
+    if settings.tls_relaxed or settings.ca_file:
+        context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+    return context
+
+
+class Upstream:
+    """The one opener.  `send` blocks until the head of the answer is there; thread-safe."""
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+        self._settings, self._environ = settings, environ
+        self._tls: Any = None
+        self._lock = threading.Lock()                # guards the making of _tls
+        self.pool = Pool()
+        self.proxies = self._find_proxies()
+        self.opener = urllib.request.build_opener(
+            _Proxies(self.proxies), KeepAliveHandler(self.pool, self.tls_context),
+            _NoRedirects, _PlainErrors)
+        self.opener.addheaders = []
+
+    def _find_proxies(self) -> dict[str, str]:
+        if self._settings.proxy_env is False:
+            return {}
+        proxies = {name: url if "://" in url else "http://" + url
+                   for name, url in urllib.request.getproxies().items()
+                   if name in ("http", "https", "all") and url}
+        if self._settings.proxy_env and not proxies:
+            raise ConfigError("--proxy-env: no HTTP_PROXY or HTTPS_PROXY is set")
+        for name in ("http", "https"):
+            if "all" in proxies:
+                proxies.setdefault(name, proxies["all"])
+        proxies.pop("all", None)
+        for name, url in proxies.items():
+            if not url.lower().startswith("http://"):
+                raise ConfigError("the proxy %s for %s is not of the kind http://host:port"
+                                  % (redact(url), name))
+        return proxies
+
+    def tls_context(self) -> Any:
+        with self._lock:
+            if self._tls is None:
+                self._tls = make_tls_context(self._settings, self._environ)
+            return self._tls
+
+    def send(self, request: UpstreamRequest) -> UpstreamResponse:
+        """Raises UpstreamError (502, 504) and ClientGone; any status is an answer."""
+        try:
+            answer = self.opener.open(request)
+        except urllib.error.URLError as error:
+            raise UpstreamError("cannot reach %s: %s" % (host_of(request.full_url),
+                                                         plain_reason(error))) from None
+        return answer                                # type: ignore[no-any-return]
+
+    def fetch_json(self, request: UpstreamRequest) -> tuple[int, Any, Headers, bytes]:
+        """(status, JSON value or None, headers, raw body) of a small answer."""
+        answer = self.send(request)
+        body = answer.read_all(limit=MAX_BODY_BYTES, timeout_s=request.answer_timeout_s)
+        try:
+            value = loads(body)
+        except ValueError:
+            value = None
+        return answer.status, value, answer.headers, body
+
+
+# ==== 12. GitHub ==================================================================================
+# Login by device flow, exchange of the GitHub token for a Copilot token, the usage answer.
+
+
+@dataclass(frozen=True)
+class DeviceCode:
+    """GitHub's answer to a login request; times in seconds."""
+
+    device_code: str
+    user_code: str
+    verification_uri: str
+    expires_in: float
+    interval: float
+
+
+@dataclass(frozen=True)
+class CopilotToken:
+    """The short-lived bearer and the API host it is bound to: always replaced together.
+
+    Its age is the larger of two elapsed times, because the monotonic clock stands still while a
+    laptop sleeps and the wall clock may be set; the server's `expires_at` is never compared with
+    the local clock, which may be wrong by hours.
+    """
+
+    value: str = field(repr=False)
+    api_url: str
+    refresh_s: float                # from receipt until it is due
+    lifetime_s: float               # from receipt until it is dead
+    obtained: tuple[float, float]   # (monotonic, wall) at receipt
+    direct: bool = False            # the GitHub token itself, without an exchange
+    details: Json = field(default_factory=dict, repr=False)
+
+    def age_s(self, now: tuple[float, float]) -> float:
+        return max(now[0] - self.obtained[0], now[1] - self.obtained[1])
+
+
+def read_clock() -> tuple[float, float]:
+    """(monotonic, wall) in seconds."""
+    return time.monotonic(), time.time()
+
+
+def check_github_token(token: str) -> str:
+    """The token without white space.  Raises AuthError for kinds that never work, before any call."""
+    token = token.strip()
+    if token.startswith(PAT_PREFIXES):
+        raise AuthError("this is a personal access token, which Copilot does not accept: log in "
+                        "with: copilot_proxy.py auth")
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise AuthError("this is no GitHub token: log in with: copilot_proxy.py auth")
+    return token
+
+
+class GitHub:
+    """The calls to github.com and its REST API.  Blocking, thread-safe, at most 30 s each."""
+
+    def __init__(self, settings: Settings, upstream: Upstream,
+                 clock: Callable[[], tuple[float, float]] = read_clock) -> None:
+        self._settings, self._upstream, self._clock = settings, upstream, clock
+
+    def _headers(self, token: str = "") -> Headers:
+        headers = dict(EDITOR_HEADERS, Accept="application/json")
+        if token:
+            headers["X-GitHub-Api-Version"] = INTERNAL_API_VERSION
+            headers["Authorization"] = "token " + token
+        own = {k: v for k, v in self._settings.headers.items()
+               if k.lower() in ("editor-version", "editor-plugin-version", "user-agent",
+                                "copilot-integration-id")}
+        return {**{k: v for k, v in headers.items()
+                   if k.lower() not in [name.lower() for name in own]}, **own}
+
+    def _post(self, path: str, values: Json) -> tuple[int, Json]:
+        headers = dict(self._headers(), **{"Content-Type": "application/json"})
+        status, answer, _, _ = self._upstream.fetch_json(UpstreamRequest(
+            "POST", self._settings.github_url + path, headers, dumps(values),
+            timeout_s=GITHUB_TIMEOUT_S))
+        return status, as_object(answer)
+
+    def _get(self, path: str, token: str) -> tuple[int, Json, Headers, bytes]:
+        status, answer, headers, body = self._upstream.fetch_json(UpstreamRequest(
+            "GET", self._settings.rest_url + path, self._headers(token),
+            timeout_s=GITHUB_TIMEOUT_S))
+        return status, as_object(answer), headers, body
+
+    def request_code(self) -> DeviceCode:
+        """Begin a login.  Raises UpstreamError, AuthError."""
+        status, answer = self._post("/login/device/code", {
+            "client_id": self._settings.client_id, "scope": SCOPE})
+        if not answer.get("device_code") or not answer.get("user_code"):
+            text = answer.get("error_description") or answer.get("error") or "status %d" % status
+            raise UpstreamError("%s gave no login code: %s" % (host_of(self._settings.github_url),
+                                                               printable(str(text))))
+        uri = str(answer.get("verification_uri") or self._settings.github_url + "/login/device")
+        return DeviceCode(str(answer["device_code"]), str(answer["user_code"]), uri,
+                          float(answer.get("expires_in") or 900),
+                          float(answer.get("interval", 5)))
+
+    def poll(self, code: DeviceCode) -> Json:
+        """GitHub's words on a running login; {} for a passing fault."""
+        try:
+            status, answer = self._post("/login/oauth/access_token", {
+                "client_id": self._settings.client_id, "device_code": code.device_code,
+                "grant_type": DEVICE_GRANT})
+        except UpstreamError:
+            return {}
+        return answer if status == 200 or "error" in answer else {}
+
+    def fetch_login(self, token: str) -> str:
+        """The account's name, '' when it cannot be had (it is needed for nothing)."""
+        try:
+            status, answer, _, _ = self._get("/user", token)
+        except UpstreamError:
+            return ""
+        return str(answer.get("login") or "") if status == 200 else ""
+
+    def fetch_usage(self, token: str) -> Json:
+        """The whole answer of /copilot_internal/user.  Raises AuthError, UpstreamError."""
+        status, answer, headers, body = self._get("/copilot_internal/user", token)
+        if status != 200:
+            raise self._refusal(status, headers, body)
+        return answer
+
+    def fetch_copilot_token(self, token: str) -> CopilotToken:
+        """Exchange the GitHub token.  Where the exchange is not offered but the account has
+        Copilot, the GitHub token itself is the bearer (direct mode)."""
+        status, answer, headers, body = self._get("/copilot_internal/v2/token", token)
+        if status == 200 and answer.get("token"):
+            return self._read_token(answer, headers)
+        limited = status in (403, 429) and b"rate limit" in body.lower()
+        if status in (400, 403, 404) and b"notification_id" not in body and not limited:
+            direct = self._try_direct(token)
+            if direct:
+                return direct
+        raise self._refusal(status, headers, body)
+
+    def _read_token(self, answer: Json, headers: Headers) -> CopilotToken:
+        value = str(answer["token"])
+        parts = dict(p.partition("=")[::2] for p in value.split(":")[0].split(";") if "=" in p)
+        named = as_object(answer.get("endpoints")).get("api")
+        proxy = parts.get("proxy-ep", "")
+        fallback = "https://api." + proxy[6:] if proxy.startswith("proxy.") else ""
+        refresh = as_int(answer.get("refresh_in")) or TOKEN_FALLBACK_S
+        due = min(max(refresh - TOKEN_MARGIN_S, 60.0), 86400.0)
+        lifetime = refresh + TOKEN_MARGIN_S
+        with contextlib.suppress(TypeError, ValueError, KeyError):   # by the server's own clock
+            sent = email.utils.parsedate_to_datetime(headers["date"]).timestamp()
+            expires = float(answer["expires_at"])
+            left = (expires / 1000 if expires > 1e11 else expires) - sent
+            lifetime = left if 0 < left < 86400 else lifetime
+        return CopilotToken(value, self._api_url(named, fallback), due, lifetime, self._clock(),
+                            details={k: v for k, v in answer.items() if k != "token"})
+
+    def _api_url(self, *candidates: Any) -> str:
+        if self._settings.copilot_url:
+            return self._settings.copilot_url
+        accepted = [self._settings.accept_copilot_url(url) for url in candidates]
+        return next((url for url in accepted if url), self._settings.usual_copilot_url)
+
+    def _try_direct(self, token: str) -> CopilotToken | None:
+        status, answer, _, _ = self._get("/copilot_internal/user", token)
+        named = as_object(answer.get("endpoints")).get("api")
+        if status != 200 or not named:
+            return None
+        return CopilotToken(token, self._api_url(named), 86400.0, 1e9, self._clock(), True, answer)
+
+    def _refusal(self, status: int, headers: Headers, body: bytes) -> ProxyError:
+        """What a refused call to GitHub means for the user."""
+        text, code, _ = unwrap_error(status, body, "")
+        host = host_of(self._settings.rest_url)
+        if status == 401:
+            return AuthError("GitHub refuses this login (%s): log in again with: copilot_proxy.py "
+                             "auth; for a GHE.com tenant set --github-url" % text)
+        if "rate limit" in text.lower():
+            kept = {"retry-after": headers["retry-after"]} if "retry-after" in headers else {}
+            return RateLimited("GitHub limits calls to %s: %s" % (host, text), headers=kept)
+        if "personal access token" in text:
+            return AuthError("personal access tokens do not work with Copilot: log in with: "
+                             "copilot_proxy.py auth", 403)
+        if status == 404:
+            return AuthError("%s offers no Copilot to this login (404): log in with: "
+                             "copilot_proxy.py auth" % host, 403)
+        if status in (400, 402, 403):
+            return AuthError("no access to Copilot: %s" % text, 403, code)
+        return UpstreamError("%s answered %d: %s" % (host, status, text))
+
+
+class DeviceLogin:
+    """One login by device flow.  `run` blocks until it is granted, refused or stopped.
+
+    `code` is what the user must type, None while there is none; `problem` says why it ended.
+    """
+
+    def __init__(self, github: GitHub, margin_s: float, stop: threading.Event,
+                 announce: Callable[[DeviceCode], None]) -> None:
+        self._github, self._margin_s, self._stop = github, margin_s, stop
+        self._announce = announce
+        self.code: DeviceCode | None = None
+        self.problem = ""
+
+    def run(self) -> str:
+        """The GitHub token.  Raises AuthError (denied, refused), UpstreamError (no code to be
+        had); returns '' when stopped."""
+        while not self._stop.is_set():
+            self.code = self._github.request_code()
+            self._announce(self.code)
+            token = self._poll(self.code)
+            if token is not None:
+                return token
+        return ""
+
+    def _poll(self, code: DeviceCode) -> str | None:
+        """The token, '' when stopped, None when the code has expired."""
+        deadline = time.monotonic() + code.expires_in
+        interval = code.interval
+        while time.monotonic() < deadline:
+            if self._stop.wait(interval + self._margin_s):     # first sleep, then ask
+                return ""
+            answer = self._github.poll(code)
+            problem = answer.get("error")
+            if answer.get("access_token"):
+                return str(answer["access_token"])
+            if problem == "slow_down":
+                interval = max(interval + 5, float(answer.get("interval") or 0))
+            elif problem == "expired_token":
+                return None
+            elif problem == "access_denied":
+                raise AuthError("the login was cancelled on GitHub's page: start it again")
+            elif problem not in (None, "authorization_pending"):
+                text = answer.get("error_description") or problem
+                raise AuthError("GitHub refuses the login: %s" % printable(str(text)))
+        return None
+
+
+# ==== 13. Copilot =================================================================================
+# One account: its token, its catalogue, and one call to the API with everything that may be
+# replayed before the first byte has gone to the client.
+
+
+class Refreshed:
+    """A value that is fetched again when it is due; one fetch for all threads that wait.
+
+    `get()` returns at once while the value is fresh.  When it is due one thread fetches, the
+    others go on with the old value as long as it is not dead, else they wait for that one fetch.
+    After a failed fetch the old value is kept and further tries are spaced by `pauses_s`.
+    `_changed` guards all fields and is held for no I/O.
+    """
+
+    def __init__(self, fetch: Callable[[], Any], due: Callable[[Any], bool],
+                 dead: Callable[[Any], bool], pauses_s: tuple[float, ...]) -> None:
+        self._fetch, self._is_due, self._is_dead, self._pauses_s = fetch, due, dead, pauses_s
+        self._changed = threading.Condition()
+        self._value: Any = None
+        self._busy = False
+        self._attempts = 0                    # fetches that have ended
+        self._failures = 0                    # of them, failed in a row
+        self._retry_at = 0.0                  # monotonic
+        self._error: ProxyError | None = None
+
+    @property
+    def value(self) -> Any:
+        """What is there, without a fetch; None at the start."""
+        return self._value
+
+    @property
+    def error(self) -> ProxyError | None:
+        """Why the last fetch failed; None when it did not."""
+        return self._error
+
+    def get(self, bad: Any = None) -> Any:
+        """The value; never the very object `bad`.  Raises what the fetch raised."""
+        with self._changed:
+            seen = self._attempts
+            while True:
+                value = self._value
+                usable = value is not None and value is not bad and not self._is_dead(value)
+                early = time.monotonic() < self._retry_at
+                if usable and (not self._is_due(value) or self._busy or early):
+                    return value
+                failed = self._error is not None and (self._attempts != seen
+                                                      or early and not self._busy)
+                if failed and self._error is not None:
+                    raise self._error.with_traceback(None)
+                if not self._busy:
+                    break
+                self._changed.wait()
+            self._busy = True
+        return self._attempt(bad)
+
+    def _attempt(self, bad: Any) -> Any:
+        value, error = None, None
+        try:
+            value = self._fetch()
+        except ProxyError as problem:
+            error = problem
+        finally:
+            with self._changed:
+                self._busy = False
+                self._attempts += 1
+                if value is not None:
+                    self._value, self._error, self._failures, self._retry_at = value, None, 0, 0.0
+                else:
+                    pause = self._pauses_s[min(self._failures, len(self._pauses_s) - 1)]
+                    self._failures += 1
+                    self._retry_at = time.monotonic() + pause
+                    self._error = error or UpstreamError("the fetch was broken off")
+                old = self._value
+                self._changed.notify_all()
+        if value is None and error is not None:
+            if old is None or old is bad or self._is_dead(old):
+                raise error
+            value = old
+        return value
+
+
+@dataclass
+class Call:
+    """One call to the Copilot API."""
+
+    path: str
+    body: bytes | None = None
+    headers: Headers = field(default_factory=dict)     # beside the usual ones
+    client: Downstream | None = None
+    has_started: Callable[[], bool] = bool             # has a byte gone to the client?
+    request_id: str = ""
+    timeout_s: float = ANSWER_TIMEOUT_S
+
+    @property
+    def method(self) -> str:
+        return "GET" if self.body is None else "POST"
+
+
+_TOKEN_CODES = ("expired_token", "invalid_token", "token_expired")
+
+
+class Copilot:
+    """One account's way to the API.  Thread-safe."""
+
+    def __init__(self, settings: Settings, upstream: Upstream, github: GitHub, github_token: str,
+                 log: logging.Logger,
+                 clock: Callable[[], tuple[float, float]] = read_clock) -> None:
+        self._settings, self._upstream, self._github = settings, upstream, github
+        self._log, self._clock = log, clock
+        self.github_token = github_token
+        self.on_token: Callable[[CopilotToken], None] = lambda token: None
+        self._version = ""                             # the API version that worked after a 466
+        self._futile_refresh_at = -REACTIVE_PAUSE_S    # monotonic
+        self.token = Refreshed(self._fetch_token, self._is_due, self._is_dead,
+                               settings.token_retry_s)
+        self.catalogue = Refreshed(self._fetch_models, self._is_old, lambda value: False,
+                                   settings.token_retry_s)
+
+    # -- the token
+
+    def _is_due(self, token: CopilotToken) -> bool:
+        return token.age_s(self._clock()) >= token.refresh_s
+
+    def _is_dead(self, token: CopilotToken) -> bool:
+        return token.age_s(self._clock()) >= token.lifetime_s
+
+    def _fetch_token(self) -> CopilotToken:
+        token = self._github.fetch_copilot_token(self.github_token)
+        self._log.info("copilot token fetched for %s%s", host_of(token.api_url),
+                       " (direct mode: the GitHub token is the bearer)" if token.direct else "")
+        if token.details.get("chat_enabled") is False:
+            self._log.warning("this account's policy has chat disabled: calls will be refused")
+        self.on_token(token)
+        return token
+
+    def keep_fresh(self, stop: threading.Event) -> None:
+        """Body of the refresh thread: fetch ahead of time, so that no request has to wait."""
+        while not stop.is_set():
+            with contextlib.suppress(ProxyError):
+                if not isinstance(self.token.error, AuthError):
+                    self.token.get()
+            token = self.token.value
+            left = token.refresh_s - token.age_s(self._clock()) if token else 0.0
+            if self.token.error is not None:
+                left = self._settings.token_retry_s[-1]
+            stop.wait(min(max(left, 0.2), 30.0))       # 30: a slept laptop wakes into the check
+
+    # -- one call
+
+    def send(self, call: Call) -> UpstreamResponse:
+        """An answer below 300.  Raises UpstreamError with the upstream's own status and words,
+        AuthError, ClientGone.
+
+        What a second try may cure is tried once each, at most three calls in all, and only while
+        nothing has gone to the client: 401, 421 and the token codes of 403 after a new exchange,
+        466 with another API version, 500/502/503/504/529 after a short pause.
+        """
+        cured: list[str] = []
+        token: CopilotToken = self.token.get()
+        while True:
+            try:
+                answer = self._send_once(call, token)
+                if answer.status < 300:
+                    return answer
+                error = self._read_error(answer, call)
+            except UpstreamError as problem:
+                error = problem
+            cure = "" if call.has_started() else self._cure_for(error)
+            if not cure or cure in cured or len(cured) >= 2:
+                raise error
+            self._log.debug("%s upstream %d, trying again after: %s", call.request_id,
+                            error.status, cure)
+            cured.append(cure)
+            token = self._apply(cure, token, error)
+
+    def _send_once(self, call: Call, token: CopilotToken) -> UpstreamResponse:
+        headers = self._headers(call, token)
+        return self._upstream.send(UpstreamRequest(
+            call.method, token.api_url + call.path, headers, call.body, call.client,
+            call.timeout_s))
+
+    def _headers(self, call: Call, token: CopilotToken) -> Headers:
+        headers = dict(EDITOR_HEADERS)
+        headers.update({
+            "Authorization": "Bearer " + token.value, "Accept": "application/json",
+            "Accept-Encoding": "identity", "OpenAI-Intent": INTENT, "X-Interaction-Type": INTENT,
+            "X-GitHub-Api-Version": self._version or API_VERSIONS[0],
+            "X-Request-Id": call.request_id or new_request_id()})
+        if call.body is not None:
+            headers["Content-Type"] = "application/json"
+        headers.update(call.headers)
+        own = self._settings.headers
+        if own:
+            lower = {name.lower() for name in own}
+            headers = {k: v for k, v in headers.items() if k.lower() not in lower}
+            headers.update(own)
+        return headers
+
+    def _read_error(self, answer: UpstreamResponse, call: Call) -> UpstreamError:
+        try:
+            body = answer.read_all(call.client, MAX_ANSWER_BYTES, GITHUB_TIMEOUT_S)
+        except StreamCut:
+            body = b""
+        status = answer.status if answer.status >= 400 else 502
+        text, code, param = unwrap_error(status, body, answer.reason)
+        if answer.status < 400:
+            text = "the upstream wants to redirect elsewhere (%d), which is not followed" \
+                % answer.status
+        if status == 400 and (code or "").startswith("rate_limited"):
+            status = 429
+        error = UpstreamError(text, status, code, param, passed_headers(answer.headers))
+        error.answered = answer.status >= 400
+        error.opaque = text == "Forbidden" and "x-github-request-id" in answer.headers
+        return error
+
+    def _cure_for(self, error: UpstreamError) -> str:
+        status, text = error.status, str(error).lower()
+        if status == 401:                  # item ids that went stale come as a 401, too
+            return "" if "input item" in text or "connection" in text else "login"
+        if status == 421 or status == 403 and error.code in _TOKEN_CODES:
+            return "login"
+        if status == 403 and error.opaque:
+            quiet = time.monotonic() - self._futile_refresh_at < REACTIVE_PAUSE_S
+            return "" if quiet else "login"
+        if status == 466:
+            own = {name.lower() for name in self._settings.headers}
+            return "" if "x-github-api-version" in own else "version"
+        if error.unsent or status in HICCUP_STATUS and error.answered:
+            return "" if error.headers.get("retry-after", "0") not in ("0", "1") else "hiccup"
+        return ""
+
+    def _apply(self, cure: str, token: CopilotToken, error: UpstreamError) -> CopilotToken:
+        if cure == "login":
+            if error.opaque:
+                self._futile_refresh_at = time.monotonic()
+            return self.token.get(bad=token)           # type: ignore[no-any-return]
+        if cure == "version":
+            used = self._version or API_VERSIONS[0]
+            self._version = API_VERSIONS[(API_VERSIONS.index(used) + 1) % len(API_VERSIONS)]
+            self._log.warning("API version %s is refused (466): trying %s; if that fails set "
+                              "--header X-GitHub-Api-Version=...", used, self._version)
+        else:
+            time.sleep(self._settings.hiccup_pause_s * (1 + secrets.randbelow(100) / 100))
+        return token
+
+    # -- the catalogue
+
+    def _is_old(self, value: tuple[float, list[Model]]) -> bool:
+        return time.monotonic() - value[0] >= self._settings.catalogue_age_s
+
+    def _fetch_models(self) -> tuple[float, list[Model]]:
+        """(monotonic, models).  Where the list is refused to the editor's identity, the GitHub
+        token with the command line's identity is tried: some accounts changed in 2026."""
+        call = Call("/models", headers={"OpenAI-Intent": MODEL_INTENT,
+                                        "X-Interaction-Type": MODEL_INTENT},
+                    timeout_s=GITHUB_TIMEOUT_S, request_id=new_request_id())
+        try:
+            answer = self.send(call)
+        except UpstreamError as error:
+            if not 400 <= error.status < 500 or error.status == 429:
+                raise
+            bearer = {"Authorization": "Bearer " + self.github_token,
+                      "Copilot-Integration-Id": CLI_INTEGRATION}
+            call.headers = dict(call.headers, **bearer)
+            answer = self._send_once(call, self.token.get())
+            if answer.status >= 300:
+                answer.close()
+                raise
+        try:
+            entries = as_list(as_object(loads(answer.read_all(timeout_s=GITHUB_TIMEOUT_S)))
+                              .get("data"))
+        except ValueError:
+            raise UpstreamError("the model list is not JSON") from None
+        models: dict[str, Model] = {}
+        for entry in entries:
+            if isinstance(entry, dict) and isinstance(entry.get("id"), str):
+                model = Model.from_entry(entry)
+                if model.id not in models or (model.picker and not models[model.id].picker):
+                    models[model.id] = model
+        self._log.debug("catalogue: %d models", len(models))
+        return time.monotonic(), list(models.values())
+
+    def models(self) -> list[Model]:
+        """The catalogue, at most 10 minutes old if it can be had, else the last one."""
+        value: tuple[float, list[Model]] = self.catalogue.get()
+        return value[1]
+
+    def find_model(self, asked: str) -> Model:
+        """The model that `asked` means; an unknown name refreshes the list, once a minute at most.
+
+        Raises BadRequest 404 that names the three nearest ids.
+        """
+        value: tuple[float, list[Model]] = self.catalogue.get()
+        aliases = self._settings.aliases
+        model = resolve_model(asked, value[1], aliases)
+        if model is None and time.monotonic() - value[0] >= CATALOGUE_RETRY_S:
+            with contextlib.suppress(UpstreamError):
+                value = self.catalogue.get(bad=value)
+            model = resolve_model(asked, value[1], aliases)
+        if model is None:
+            near = nearest_ids(asked, value[1])
+            raise BadRequest("model '%s' does not exist here; nearest: %s" % (
+                printable(asked, 80), ", ".join(near) or "none"), 404, "model_not_found", "model")
+        return model
+
+
+def new_request_id() -> str:
+    """A random UUID as text (uuid4 without the import)."""
+    text = secrets.token_hex(16)
+    return "%s-%s-4%s-a%s-%s" % (text[:8], text[8:12], text[13:16], text[17:20], text[20:])
+
+
+def passed_headers(headers: Headers) -> Headers:
+    """The upstream's headers that clients may see."""
+    return {k: v for k, v in headers.items()
+            if k in PASSED_HEADERS or k.startswith(PASSED_PREFIXES)}
+
+
+# ==== 14. Policy ==================================================================================
+# When a request may go up, and the App that holds everything together.
+
+
+class RateLimiter:
+    """At least `interval_s` between two starts.  `_lock` guards `_next` (monotonic)."""
+
+    def __init__(self, interval_s: float, may_wait: bool) -> None:
+        self._interval_s, self._may_wait = interval_s, may_wait
+        self._lock = threading.Lock()
+        self._next = 0.0
+
+    def admit(self, client: Downstream) -> None:
+        """Return when it is this caller's turn, in the order of arrival.  Raises RateLimited,
+        ClientGone."""
+        if not self._interval_s:
+            return
+        with self._lock:
+            now = time.monotonic()
+            pause = max(0.0, self._next - now)
+            if pause > (RATE_QUEUE * self._interval_s if self._may_wait else 0):
+                seconds = str(int(pause) + 1)
+                raise RateLimited("one request in %g s is allowed here (--rate-limit): try again "
+                                  "in %s s" % (self._interval_s, seconds),
+                                  code="rate_limit_exceeded", headers={"retry-after": seconds})
+            self._next = now + pause + self._interval_s
+        deadline = now + pause
+        while time.monotonic() < deadline:
+            ready = wait_readable([client], min(deadline - time.monotonic(), client.keepalive_s))
+            if ready and client.is_gone():
+                raise ClientGone
+            if ready:                                  # its next request is there already
+                time.sleep(max(0.0, deadline - time.monotonic()))
+
+
+class Approval:
+    """`--manual`: a person at the terminal says yes or no, one question at a time."""
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted
+        self._lock = threading.Lock()                  # guards the terminal
+
+    def ask(self, client: Downstream, who: str, model: str, text: str) -> None:
+        """Raises BadRequest 403 for a no, and where there is no terminal to ask on."""
+        if not self._wanted:
+            return
+        if not (sys.stdin and sys.stdin.isatty()):
+            raise BadRequest("--manual needs a terminal to ask on, and there is none", 403)
+        with self._lock:
+            if client.is_gone():
+                raise ClientGone
+            sys.stderr.write("\nallow %s to ask %s: %s ? [y/N] " % (
+                printable(who, 40), printable(model, 60), printable(text, 60)))
+            sys.stderr.flush()
+            answer = sys.stdin.readline()
+        if answer.strip().lower() not in ("y", "yes"):
+            raise BadRequest("refused by the person at the terminal (--manual)", 403,
+                             "request_refused")
+
+
+class App:
+    """Everything one server needs: settings, login, upstream, policy.  Two can live in a process.
+
+    `account` is None while nobody is logged in; `_lock` guards it and the running login.
+    """
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str] | None = None,
+                 clock: Callable[[], tuple[float, float]] = read_clock) -> None:
+        self.settings = settings
+        self.environ = os.environ if environ is None else environ
+        self.log = logging.getLogger("copilot_proxy")
+        self.upstream = Upstream(settings, self.environ)
+        self.github = GitHub(settings, self.upstream, clock)
+        folder = settings.data_dir or default_data_dir(self.environ)
+        self.login_file = LoginFile(folder, settings.github_url)
+        self.limiter = RateLimiter(settings.rate_limit, settings.wait)
+        self.approval = Approval(settings.manual)
+        self.stop = threading.Event()
+        self.started = time.time()
+        self.account: Copilot | None = None
+        self.announce: Callable[[DeviceCode], None] = self._log_code
+        self.login: DeviceLogin | None = None
+        self._clock = clock
+        self._refused: list[str] = []                  # logins that GitHub does not know any more
+        self._lock = threading.Lock()
+        self._account_stop = threading.Event()
+
+    def _log_code(self, code: DeviceCode) -> None:
+        self.log.warning("login needed: open %s and enter the code %s", code.verification_uri,
+                         code.user_code)
+
+    def load_login(self) -> str:
+        """The GitHub token to use: the given one, else the stored one, else ''."""
+        return self.settings.github_token or self.login_file.load()
+
+    def use(self, github_token: str) -> Copilot:
+        """Serve with this login from now on."""
+        copilot = Copilot(self.settings, self.upstream, self.github,
+                          check_github_token(github_token), self.log, self._clock)
+        stop = threading.Event()
+        with self._lock:
+            self._account_stop.set()
+            self.account, self._account_stop, self.login = copilot, stop, None
+        if self.settings.show_token:
+            copilot.on_token = show_token
+        threading.Thread(target=copilot.keep_fresh, args=(stop,), name="copilot-token",
+                         daemon=True).start()
+        return copilot
+
+    def begin_login(self) -> None:
+        """Start a device login in its own thread, unless one is running."""
+        with self._lock:
+            if self.login is not None and not self.login.problem or self.stop.is_set():
+                return
+            login = self.login = DeviceLogin(self.github, self.settings.poll_margin_s, self.stop,
+                                             lambda code: self.announce(code))
+        threading.Thread(target=self._run_login, args=(login,), name="device-login",
+                         daemon=True).start()
+
+    def _run_login(self, login: DeviceLogin) -> None:
+        try:
+            token = login.run()
+            if token:
+                self.login_file.save(token)
+                self.use(token)
+                self.log.warning("logged in")
+        except ProxyError as error:
+            login.code, login.problem = None, str(error)
+            self.log.error("%s", error)
+
+    def copilot(self) -> Copilot:
+        """The account.  Raises AuthError with the code to enter while nobody is logged in."""
+        account = self.account
+        if account is None:
+            stored = self.login_file.load()            # another process may have logged in
+            if stored and stored not in self._refused:
+                return self.use(stored)
+            self.begin_login()
+            raise AuthError(self.login_hint(), code="login_required")
+        return account
+
+    def refused(self, account: Copilot) -> None:
+        """GitHub does not know this login any more: take a newer one from the file, else ask."""
+        with contextlib.suppress(ConfigError):
+            stored = self.login_file.load()
+            if stored and stored not in self._refused + [account.github_token]:
+                self.use(stored)
+                return
+        with self._lock:
+            if self.account is not account:
+                return
+            self._refused.append(account.github_token)      # kept on disk, but not used again
+            self.account = None
+            self._account_stop.set()
+        self.log.error("GitHub refuses the login: a new one is needed")
+        self.begin_login()
+
+    def login_hint(self) -> str:
+        login = self.login
+        code = login.code if login else None
+        if code:
+            return "login required: open %s and enter the code %s" % (code.verification_uri,
+                                                                      code.user_code)
+        if login and login.problem:
+            return "login required; the last try failed: %s" % login.problem
+        return "login required: open /auth/device on this server, or run: copilot_proxy.py auth"
+
+    def close(self) -> None:
+        """Stop the threads and close the pool."""
+        self.stop.set()
+        self._account_stop.set()
+        self.upstream.pool.clear()
+
+
+def show_token(token: CopilotToken) -> None:
+    """--show-token: on the terminal, never in the log."""
+    sys.stderr.write("Copilot token: %s\n" % token.value)
+    sys.stderr.flush()
+
+
+# ==== 15. HTTP server =============================================================================
+# Connections, requests, answers.  A thread per connection reads a request, finds its route and
+# calls the endpoint; every error is rendered here and nowhere else.
+
+
+class Client:
+    """One connection from a client: a socket and what was read ahead of it."""
+
+    def __init__(self, sock: socket.socket, address: Any, settings: Settings) -> None:
+        self.sock, self.settings = sock, settings
+        self.address = str(address[0]) if isinstance(address, tuple) else ""
+        self.keepalive_s = settings.keepalive_s
+        self.ahead = b""                          # read, but not used yet
+        self.ping: Callable[[], None] = lambda: None      # the running request's keep-alive
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.ahead) > MAX_HEAD_BYTES
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def on_silence(self) -> None:
+        self.ping()
+
+    def is_gone(self) -> bool:
+        """Reads ahead what it has sent, to see whether the end is behind it."""
+        try:
+            while not self.is_full and wait_readable([self], 0):
+                data = self.sock.recv(READ_BYTES)
+                self.ahead += data
+                if not data:
+                    return True
+        except (OSError, ValueError):
+            return True
+        return False
+
+    def send(self, data: bytes) -> None:
+        """Raises ClientGone when it has hung up or takes nothing for SEND_TIMEOUT_S."""
+        try:
+            self.sock.settimeout(SEND_TIMEOUT_S)
+            self.sock.sendall(data)
+        except OSError:
+            raise ClientGone from None
+
+    def _receive(self, timeout_s: float) -> bytes:
+        """b'' when it has hung up.  Raises socket.timeout."""
+        if timeout_s <= 0:
+            raise socket.timeout
+        self.sock.settimeout(timeout_s)
+        try:
+            return self.sock.recv(READ_BYTES)
+        except socket.timeout:
+            raise
+        except OSError:
+            return b""
+
+    def read_head(self) -> bytes:
+        """The next request's head without its empty line; b'' when none comes any more.
+
+        Raises BadRequest: 431 too large, 408 too slow.
+        """
+        deadline = time.monotonic() + self.settings.idle_client_s
+        begun = False
+        while True:
+            if not begun and self.ahead:
+                self.ahead = self.ahead.lstrip(b"\r\n")      # some clients send one too many
+                begun = bool(self.ahead)
+                deadline = time.monotonic() + self.settings.head_timeout_s
+            end = self.ahead.find(b"\r\n\r\n")
+            if end > MAX_HEAD_BYTES or end < 0 and len(self.ahead) > MAX_HEAD_BYTES:
+                raise BadRequest("the request head is larger than %d bytes" % MAX_HEAD_BYTES, 431)
+            if end >= 0:
+                raw, self.ahead = self.ahead[:end], self.ahead[end + 4:]
+                return raw
+            if b"\n\n" in self.ahead:
+                raise BadRequest("line ends of the head must be CR LF")
+            try:
+                data = self._receive(deadline - time.monotonic())
+            except socket.timeout:
+                if not begun:
+                    return b""
+                raise BadRequest("the request head came too slowly", 408) from None
+            if not data:
+                return b""
+            self.ahead += data
+
+    def read_body(self, length: int, chunked: bool) -> bytes:
+        """Raises BadRequest (400, 408, 413), ClientGone when it ends in the middle."""
+        decoder = BodyDecoder(length, chunked)
+        parts: list[bytes] = []
+        size, began = 0, time.monotonic()
+        data, self.ahead = self.ahead, b""
+        while True:
+            parts.append(decoder.feed(data))
+            size += len(parts[-1])
+            if size > MAX_BODY_BYTES:
+                raise BadRequest("the body is larger than %d bytes" % MAX_BODY_BYTES, 413)
+            if decoder.done:
+                self.ahead = decoder.rest
+                return b"".join(parts)
+            late = began + self.settings.body_stall_s + size / BODY_BYTES_PER_S
+            try:
+                data = self._receive(min(self.settings.body_stall_s, late - time.monotonic()))
+            except socket.timeout:
+                raise BadRequest("the request body came too slowly", 408) from None
+            if not data:
+                raise ClientGone
+
+    def linger(self) -> None:
+        """After a refusal: read on for a moment, else the client sees a reset, not the reason."""
+        deadline, size = time.monotonic() + LINGER_S, 0
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+            while size < 4 * MAX_BODY_BYTES:
+                data = self._receive(deadline - time.monotonic())
+                size += len(data)
+                if not data:
+                    break
+
+
+class Exchange:
+    """One request and its answer.
+
+    `reply` and `fail` send a whole answer; `expect_stream`, `write` and `finish` a streamed one,
+    whose head goes out together with its first bytes.
+    """
+
+    def __init__(self, client: Client, head: RequestHead, app: App) -> None:
+        self.client, self.head, self.app = client, head, app
+        self.id = new_request_id()
+        target = head.target if head.target.startswith("/") else "/"
+        self.path, _, self.query = target.partition("?")
+        self.path = normalise_path(self.path)
+        self.argument = ""                   # what a route with a pattern matched
+        self.dialect: Dialect = MESSAGES if self.path.startswith("/messages") else CHAT
+        self.body = b""
+        self.headers: Headers = {}           # to be added to the answer
+        self.started = False                 # has a byte of the answer gone out?
+        self.keep_alive = head.keep_alive
+        self.answer: UpstreamResponse | None = None     # being relayed
+        self.status, self.model, self.route = 0, "-", "local"
+        self.usage: Usage | None = None
+        self.failure = ""                    # of a stream that began well
+        self._began = time.monotonic()
+        self._first_byte_ms = 0.0
+        self._pending_head = b""
+        self._chunked = head.minor == 1
+        self._keepalive = b""
+
+    # -- the request
+
+    def json_object(self) -> Json:
+        """The body.  Raises BadRequest."""
+        try:
+            value = loads(self.body)
+        except ValueError as error:
+            raise BadRequest("the body is not valid JSON: %s" % printable(str(error))) from None
+        if not isinstance(value, dict):
+            raise BadRequest("the body must be a JSON object")
+        return value
+
+    def parameter(self, name: str) -> str | None:
+        """A value of the query string."""
+        found = urllib.parse.parse_qs(self.query, keep_blank_values=True).get(name)
+        return found[-1] if found else None
+
+    # -- a whole answer
+
+    def reply(self, body: bytes, status: int = 200, kind: str = "application/json") -> None:
+        self._begin(status, kind, [("Content-Length", str(len(body)))])
+        self._flush(b"" if self.head.method == "HEAD" else body)
+
+    def reply_json(self, value: Any, status: int = 200) -> None:
+        self.reply(dumps(value), status)
+
+    def fail(self, error: ProxyError) -> None:
+        """Render the error in the dialect of the route."""
+        self.failure = str(error)
+        self.headers.update(error.headers)
+        self.reply_json(self.dialect.error_body(error, self.id), error.status)
+
+    # -- a streamed answer
+
+    def expect_stream(self, keepalive: bytes) -> None:
+        """From now on silence is filled with keep-alives, the first of which commits to 200."""
+        self._keepalive = keepalive
+        self._chunked = self.head.minor == 1
+        self.keep_alive = self.keep_alive and self._chunked
+        self.client.ping = lambda: self.write(self._keepalive)
+
+    def write(self, data: bytes) -> None:
+        """Some bytes of the stream, with the head before the first ones.  Raises ClientGone."""
+        if not self.status:
+            coding = [("Transfer-Encoding", "chunked")] if self._chunked else []
+            self._begin(200, "text/event-stream", coding + [("Cache-Control", "no-cache")])
+        if data and self.head.method != "HEAD":
+            self._flush(chunk(data) if self._chunked else data)
+
+    def finish(self, last: bytes = b"") -> None:
+        """The end of the stream, in one write with its last bytes."""
+        self.write(b"")
+        last = chunk(last) if last and self._chunked else last
+        self._flush(last + (LAST_CHUNK if self._chunked else b""))
+
+    def _begin(self, status: int, kind: str, more: list[tuple[str, str]]) -> None:
+        self.status = status
+        fields_ = [("Date", email.utils.formatdate(usegmt=True)), ("x-request-id", self.id)]
+        if kind:
+            fields_.append(("Content-Type", kind))
+        fields_ += more
+        fields_ += [(k, v) for k, v in self.headers.items() if k != "x-request-id"]
+        if not self.keep_alive:
+            fields_.append(("Connection", "close"))
+        elif self.head.minor == 0:
+            fields_.append(("Connection", "keep-alive"))
+        phrase = http.client.responses.get(status, "Error")
+        self._pending_head = render_head("HTTP/1.1 %d %s" % (status, phrase), fields_)
+
+    def _flush(self, data: bytes) -> None:
+        data, self._pending_head = self._pending_head + data, b""
+        if not self.started:
+            self.started, self._first_byte_ms = True, self._elapsed_ms()
+        if data:
+            self.client.send(data)
+
+    def _elapsed_ms(self) -> float:
+        return (time.monotonic() - self._began) * 1000
+
+    def log_line(self) -> None:
+        """One line per request; the target's query is left out, it may hold anything."""
+        usage = self.usage
+        tokens = "%d+%d" % (usage.input + usage.cache_read + usage.cache_write,
+                            usage.output) if usage else "-"
+        self.app.log.info("%s %s %s model=%s route=%s status=%d first=%.0fms total=%.0fms "
+                          "tokens=%s%s", self.id[:8], self.head.method,
+                          printable(self.path, 80), printable(self.model, 60), self.route,
+                          self.status, self._first_byte_ms, self._elapsed_ms(), tokens,
+                          " error=" + printable(redact(self.failure)) if self.failure else "")
+
+
+Endpoint = Callable[[Exchange], None]
+Routes = Mapping[str, Mapping[str, Endpoint]]      # path -> method -> endpoint; "/x/*" for a tail
+
+
+def normalise_path(path: str) -> str:
+    """'//v1/v1/models/' -> '/models': doubled slashes, a final one and any /v1 are left out."""
+    path = re.sub(r"//+", "/", path)
+    path = re.sub(r"\A(?:/v1(?=/|\Z))+", "", path)
+    return path.rstrip("/") or "/"
+
+
+class Handler(socketserver.BaseRequestHandler):
+    """Reads requests from one connection and answers them, one after the other."""
+
+    server: Server
+
+    def handle(self) -> None:
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.client = Client(self.request, self.client_address, self.server.app.settings)
+        with contextlib.suppress(ClientGone):
+            while self._serve_one():
+                pass
+
+    def _serve_one(self) -> bool:
+        """Answer one request.  False: the connection is to be closed."""
+        app = self.server.app
+        problem: BadRequest | None = None
+        try:
+            raw = self.client.read_head()
+            if not raw:
+                return False
+            head = parse_request_head(raw)
+            head.body_form()
+        except BadRequest as error:
+            problem, head = error, RequestHead("GET", "/", 1, {"connection": "close"})
+        exchange = Exchange(self.client, head, app)
+        with self.server.watch(exchange):
+            try:
+                if problem is not None:
+                    raise problem
+                self._dispatch(exchange)
+            except ClientGone:
+                exchange.status = exchange.status or 499
+                exchange.keep_alive = False
+            except ProxyError as error:
+                self._refuse(exchange, error)
+            except Exception:
+                app.log.exception("%s failed", exchange.id)
+                self._refuse(exchange, ProxyError("an error in the proxy itself; its log has the "
+                                                  "request id %s" % exchange.id))
+            finally:
+                self.client.ping = lambda: None
+                if exchange.answer is not None:
+                    exchange.answer.close()
+                exchange.log_line()
+        return exchange.keep_alive and not app.stop.is_set()
+
+    def _refuse(self, exchange: Exchange, error: ProxyError) -> None:
+        if exchange.started:
+            exchange.keep_alive = False              # too late to say so
+            return
+        exchange.fail(error)
+        if not exchange.keep_alive:
+            self.client.linger()
+
+    def _dispatch(self, exchange: Exchange) -> None:
+        head = exchange.head
+        length, chunked = head.body_form()
+        try:
+            self._check_browser(exchange)
+            endpoint = None if head.method == "OPTIONS" else self._find_route(exchange)
+            self._check_body(exchange, length, chunked)
+        except ProxyError:
+            exchange.keep_alive = exchange.keep_alive and not (length or chunked)
+            raise
+        if head.headers.get("expect", "").lower() == "100-continue" and (length or chunked):
+            self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if length or chunked:
+            exchange.keep_alive, keep = False, exchange.keep_alive     # until it is read whole
+            body = self.client.read_body(length, chunked)
+            exchange.keep_alive = keep
+            exchange.body = inflate(body, head.headers.get("content-encoding", ""))
+        if endpoint is None:
+            exchange.headers["Allow"] = "GET, HEAD, POST, OPTIONS"
+            exchange.reply(b"", 204, "")
+        else:
+            endpoint(exchange)
+
+    def _check_browser(self, exchange: Exchange) -> None:
+        """DNS rebinding and foreign web pages: refused before any work."""
+        head, settings = exchange.head, self.server.app.settings
+        host = head.headers.get("host", "localhost")
+        name = host_of("//" + host)
+        if not (is_loopback(name) or name in settings.allow_host):
+            raise BadRequest("the host name %s is not served here; allow it with --allow-host"
+                             % printable(host, 60), 403, "host_not_allowed")
+        origin = head.headers.get("origin")
+        if origin is None:
+            return
+        if origin not in settings.cors_origin and origin.lower() != "http://" + host.lower():
+            raise BadRequest("pages of the origin %s may not call this API; allow it with "
+                             "--cors-origin" % printable(origin, 80), 403, "origin_not_allowed")
+        exchange.headers.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})
+        if head.method == "OPTIONS":
+            exchange.headers.update({
+                "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
+                "Access-Control-Allow-Headers": head.headers.get(
+                    "access-control-request-headers", "authorization, content-type"),
+                "Access-Control-Max-Age": "600"})
+            if "access-control-request-private-network" in head.headers:
+                exchange.headers["Access-Control-Allow-Private-Network"] = "true"
+
+    def _find_route(self, exchange: Exchange) -> Endpoint:
+        """Exact path first, then `/x/*`.  Raises BadRequest 404, 405."""
+        methods = self.server.routes.get(exchange.path)
+        stem, _, tail = exchange.path[1:].partition("/")
+        if methods is None and tail:
+            methods = self.server.routes.get("/%s/*" % stem)
+            exchange.argument = urllib.parse.unquote(tail)
+        if methods is None:
+            raise BadRequest("there is no route %s %s" % (exchange.head.method,
+                                                          printable(exchange.path, 80)),
+                             404, "unknown_url")
+        method = exchange.head.method
+        endpoint = methods.get("GET" if method == "HEAD" else method)
+        if endpoint is None:
+            allowed = sorted(methods) + (["HEAD"] if "GET" in methods else [])
+            raise BadRequest("%s is not possible here, only %s" % (
+                printable(method, 20), ", ".join(allowed)), 405, "method_not_allowed",
+                headers={"Allow": ", ".join(allowed)})
+        return endpoint
+
+    def _check_body(self, exchange: Exchange, length: int, chunked: bool) -> None:
+        headers = exchange.head.headers
+        if length > MAX_BODY_BYTES:
+            raise BadRequest("the body is larger than %d bytes" % MAX_BODY_BYTES, 413)
+        if headers.get("expect", "100-continue").lower() != "100-continue":
+            raise BadRequest("this expectation cannot be met", 417)
+        kind = headers.get("content-type", "").split(";")[0].strip().lower()
+        is_json = kind == "application/json" or kind.endswith("+json")
+        if exchange.head.method == "POST" and (length or chunked) and not is_json:
+            raise BadRequest("send the header Content-Type: application/json (curl: "
+                             "-H 'Content-Type: application/json')", 415)
+
+
+class Server(ThreadingHTTPServer):
+    """Listens; a daemon thread per connection.  `_lock` guards `_running`."""
+
+    daemon_threads = True
+    request_queue_size = BACKLOG
+    allow_reuse_address = os.name != "nt"            # on Windows that would let another take over
+
+    def __init__(self, app: App, routes: Routes, host: str, port: int) -> None:
+        self.app, self.routes = app, routes
+        self._lock = threading.Lock()
+        self._running: list[Exchange] = []
+        if ":" in host:
+            self.address_family = socket.AF_INET6
+        super().__init__((host, port), Handler)
+
+    def server_bind(self) -> None:
+        """Without the name look-up of the original, which can take seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]   # type: ignore[assignment]
+
+    @property
+    def url(self) -> str:
+        host = str(self.server_address[0])
+        return "http://%s:%d" % ("[%s]" % host if ":" in host else host, self.server_port)
+
+    @contextlib.contextmanager
+    def watch(self, exchange: Exchange) -> Iterator[None]:
+        """Count the exchange as running, for the shutdown."""
+        with self._lock:
+            self._running.append(exchange)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running.remove(exchange)
+
+    def start(self) -> None:
+        threading.Thread(target=self.serve_forever, args=(0.1,), name="listener",
+                         daemon=True).start()
+
+    def finish(self, grace_s: float) -> None:
+        """Accept nothing more, give running answers `grace_s`, then end them with an error."""
+        self.app.stop.set()
+        self.shutdown()
+        self.server_close()
+        if self._wait_idle(grace_s):
+            return
+        with self._lock:
+            running = list(self._running)
+        for exchange in running:
+            if exchange.answer is not None:
+                exchange.answer.abort()
+        self._wait_idle(1.0)
+
+    def _wait_idle(self, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        while self._running and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return not self._running
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is no event; anything else is logged with its traceback."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, (ConnectionError, socket.timeout, ClientGone)):
+            self.app.log.error("connection failed", exc_info=error)
+
+
+def relay_stream(exchange: Exchange, answer: UpstreamResponse, pipeline: StreamRelay) -> None:
+    """Pump one streamed answer through its pipeline to the client.
+
+    An upstream that breaks off becomes the dialect's error event; a client that leaves (also in
+    silence) closes the upstream connection, so that nobody pays for an answer without a reader.
+    Raises ClientGone.
+    """
+    exchange.answer = answer
+    timeout_s = exchange.app.settings.answer_timeout_s
+    try:
+        while not (answer.done or pipeline.ended):
+            out = pipeline.feed(answer.read_some(exchange.client, timeout_s))
+            if out:
+                exchange.write(out)
+        last = pipeline.close()
+    except UpstreamError as error:
+        last = pipeline.close(error)
+    exchange.usage, exchange.failure = pipeline.usage, pipeline.failure or ""
+    exchange.finish(last)
+    if not pipeline.failure:
+        drain(answer)
+
+
+def drain(answer: UpstreamResponse) -> None:
+    """Read the last chunk that follows the terminal event, so that the connection can be kept."""
+    with contextlib.suppress(UpstreamError):
+        while not answer.done:
+            answer.read_some(timeout_s=0.5)
+    answer.close()
+
+
+# ==== 16. Page ====================================================================================
+# What a browser shows at / and /auth/device: one page, no outside resource.  It holds no data; its
+# script fetches /health, /models and /usage of this server.
+
+PAGE_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --good: #2a7d46; --bad: #b3402e; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.3rem; } h2 { font-size: 1.05rem; margin-top: 2rem; }
+table { border-collapse: collapse; width: 100%; } .wide { overflow-x: auto; }
+th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); }
+code { background: #8882; padding: .1rem .3rem; border-radius: .2rem; }
+.code { font-size: 2rem; letter-spacing: .15em; } .bad { color: var(--bad); }
+.good { color: var(--good); } progress { width: 100%; }
+"""
+PAGE_SCRIPT = """
+const byId = id => document.getElementById(id);
+const make = (tag, text) => {
+  const e = document.createElement(tag); e.textContent = text; return e; };
+async function get(path) {
+  const answer = await fetch(path);
+  const value = await answer.json();
+  if (!answer.ok) throw new Error((value.error || {}).message || answer.statusText);
+  return value;
+}
+function showLogin(health) {
+  const login = health.login || {}, box = byId('login');
+  box.replaceChildren();
+  if (health.status === 'ok') return;
+  box.append(make('h2', 'Login'));
+  if (login.user_code) {
+    const link = make('a', login.verification_uri);
+    if (/^https?:/.test(login.verification_uri)) link.href = login.verification_uri;
+    link.target = '_blank'; link.rel = 'noreferrer';
+    const line = make('p', 'Open '); line.append(link, ' and enter this code:');
+    box.append(line, make('p', login.user_code));
+    box.lastChild.className = 'code';
+  } else {
+    box.append(make('p', login.problem || 'Nobody is logged in.'));
+    const button = make('button', 'Get a login code');
+    button.onclick = () => fetch('/auth/device/start', { method: 'POST' }).then(refresh);
+    box.append(button);
+  }
+}
+function showModels(list) {
+  byId('models').replaceChildren(...list.data.map(model => {
+    const row = make('tr', '');
+    row.append(make('td', model.id), make('td', model.supported_endpoints.join(' ')),
+               make('td', model.context_window || ''), make('td', model.max_output_tokens || ''),
+               make('td', model.state));
+    return row;
+  }));
+}
+function showUsage(usage) {
+  const lanes = Object.entries(usage.quota_snapshots || {});
+  byId('usage').replaceChildren(...lanes.map(([name, lane]) => {
+    const line = make('p', name + ': ' + (lane.unlimited ? 'unlimited'
+      : lane.remaining + ' of ' + lane.entitlement + ' left'));
+    if (!lane.unlimited) {
+      const bar = make('progress', ''); bar.max = 100; bar.value = lane.percent_remaining;
+      bar.setAttribute('aria-label', name + ' remaining'); line.append(bar);
+    }
+    return line;
+  }));
+}
+let loaded = false;
+async function refresh() {
+  const state = byId('state');
+  try {
+    const health = await get('/health');
+    const ready = health.status === 'ok';
+    state.textContent = (ready ? 'ready' : 'login required') + (health.demo ? ' (demo)' : '');
+    state.className = ready ? 'good' : 'bad';
+    showLogin(health);
+    if (ready && !loaded) {
+      loaded = true;
+      get('/models').then(showModels, problem => { byId('problem').textContent = problem.message;
+                                                   loaded = false; });
+      get('/usage').then(showUsage, () => {});
+    }
+  } catch (problem) {
+    state.textContent = 'the server is gone'; state.className = 'bad';
+  }
+}
+byId('base').textContent = location.origin;
+refresh();
+setInterval(refresh, 3000);
+"""
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>copilot_proxy</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>%s</style></head><body><main>
+<h1>copilot_proxy: <span id="state" role="status">loading</span></h1>
+<p>OpenAI clients: base URL <code><span id="base"></span>/v1</code>. Anthropic clients: the same
+without <code>/v1</code>. Any API key does.</p>
+<div id="login" aria-live="polite"></div>
+<h2>Quota</h2><div id="usage"></div>
+<h2>Models</h2><p id="problem" class="bad"></p><div class="wide"><table><thead><tr><th>id</th>
+<th>endpoints</th><th>context</th><th>output</th><th>state</th></tr></thead>
+<tbody id="models"></tbody></table></div>
+</main><script>%s</script></body></html>
+""" % (PAGE_STYLE, PAGE_SCRIPT)
+
+
+def csp_hash(text: str) -> str:
+    """How a Content-Security-Policy names an inline script or style."""
+    return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; script-src %s; style-src "
+    "%s; base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (csp_hash(PAGE_SCRIPT),
+                                                                         csp_hash(PAGE_STYLE)),
+    "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+# ==== 17. Endpoints ===============================================================================
+# One short function per route, and the table of routes.
+
+
+def plan(exchange: Exchange, dialect: Dialect, body: Json) -> tuple[Copilot, Model, str]:
+    """(account, model, the id asked for) of a request.  Raises AuthError, BadRequest."""
+    asked = body.get("model")
+    if not isinstance(asked, str) or not asked:
+        raise BadRequest("'model' is required: the id of a model, see /v1/models", param="model")
+    exchange.model = asked
+    copilot = exchange.app.copilot()
+    model = with_login(exchange, copilot, lambda: copilot.find_model(asked))
+    check_endpoint(model, dialect.path)
+    return copilot, model, asked
+
+
+def with_login(exchange: Exchange, copilot: Copilot, work: Callable[[], Any]) -> Any:
+    """Do `work`; when GitHub does not know the login any more a new one is begun."""
+    try:
+        return work()
+    except AuthError as error:
+        if error.status == 401:
+            exchange.app.refused(copilot)
+            raise AuthError("%s (%s)" % (error, exchange.app.login_hint()),
+                            code="login_required") from None
+        raise
+
+
+def fit_model(data: bytes, body: Json, edit: Edit, model_id: str) -> bytes:
+    """The body to send: the client's own bytes where nothing but the model's id changes."""
+    asked = body["model"]
+    if edit.changed:
+        body["model"] = model_id
+        return dumps(body)
+    if asked == model_id:
+        return data
+    places = list(re.finditer(rb'"model"\s*:\s*' + re.escape(dumps(asked)), data))
+    if len(places) != 1:
+        return dumps(dict(body, model=model_id))
+    start, end = places[0].span()
+    return data[:start] + b'"model":' + dumps(model_id) + data[end:]
+
+
+def upstream_headers(exchange: Exchange, dialect: Dialect, body: Json) -> Headers:
+    """What of the request itself decides headers: who began it, images, Anthropic's versions."""
+    given = exchange.head.headers
+    said = given.get("x-initiator", "").lower()
+    headers = {"X-Initiator": said if said in ("user", "agent") else dialect.initiator(body)}
+    if body.get("stream") is True:
+        headers["Accept"] = "text/event-stream"
+    if dialect.has_images(body):
+        headers["Copilot-Vision-Request"] = "true"
+    if dialect is MESSAGES:
+        headers["anthropic-version"] = ANTHROPIC_VERSION
+        betas = filter_betas(given.get("anthropic-beta", ""))
+        if betas:
+            headers["anthropic-beta"] = betas
+    return headers
+
+
+def admit(exchange: Exchange, dialect: Dialect, body: Json, model: Model) -> None:
+    """Rate limit and approval by hand.  Raises RateLimited, BadRequest, ClientGone."""
+    app = exchange.app
+    app.limiter.admit(exchange.client)
+    turns = as_list(body.get("messages") or body.get("input"))
+    last = as_object(turns[-1]) if turns else {}
+    text = text_of(last.get("content")) or text_of(body.get("input"))
+    who = exchange.head.headers.get("user-agent", "an unnamed client")
+    app.approval.ask(exchange.client, who, model.id, text)
+
+
+def complete(exchange: Exchange, dialect: Dialect) -> None:
+    """A request of any dialect to a model that speaks it."""
+    exchange.dialect = dialect
+    body = exchange.json_object()
+    copilot, model, asked = plan(exchange, dialect, body)
+    pipeline = dialect.stream(asked, body) if body.get("stream") is True else None
+    edit = Edit(body)
+    dialect.prepare(edit, model)
+    headers = upstream_headers(exchange, dialect, body)
+    data = fit_model(exchange.body, body, edit, model.id)
+    exchange.body = b""                            # several MB that nobody needs any more
+    if edit.losses:
+        exchange.headers["x-copilot-proxy-lossy"] = ", ".join(
+            sorted({name for name, _ in edit.losses}))
+        exchange.app.log.debug("%s lost: %s", exchange.id, edit.losses)
+    admit(exchange, dialect, body, model)
+    exchange.route = "passthrough"
+    if pipeline is not None:
+        exchange.expect_stream(dialect.keepalive)
+    call = Call(dialect.path, data, headers, exchange.client, lambda: exchange.started,
+                exchange.id, exchange.app.settings.answer_timeout_s)
+    try:
+        answer = with_login(exchange, copilot, lambda: copilot.send(call))
+    except ProxyError as error:
+        if pipeline is None or not exchange.started:
+            raise
+        exchange.failure = str(error)
+        exchange.finish(pipeline.close(error))
+        return
+    exchange.headers.update(passed_headers(answer.headers))
+    is_stream = "event-stream" in answer.headers.get("content-type", "")
+    if pipeline is not None and (is_stream or exchange.started):
+        relay_stream(exchange, answer, pipeline)
+    else:
+        relay_body(exchange, dialect, answer, asked)
+
+
+def relay_body(exchange: Exchange, dialect: Dialect, answer: UpstreamResponse, asked: str) -> None:
+    """A whole answer: mended where it must be, else the bytes as they came."""
+    exchange.answer = answer
+    data = answer.read_all(exchange.client, timeout_s=exchange.app.settings.answer_timeout_s)
+    try:
+        value = loads(data)
+    except ValueError:
+        raise UpstreamError("the upstream's answer is not JSON") from None
+    if not isinstance(value, dict):
+        raise UpstreamError("the upstream's answer is no JSON object")
+    changed, exchange.usage = dialect.mend(value, asked)
+    exchange.reply(dumps(value) if changed else data)
+
+
+def chat_completions(exchange: Exchange) -> None:
+    complete(exchange, CHAT)
+
+
+def responses(exchange: Exchange) -> None:
+    complete(exchange, RESPONSES)
+
+
+def messages(exchange: Exchange) -> None:
+    complete(exchange, MESSAGES)
+
+
+def refuse_websocket(exchange: Exchange) -> None:
+    """Codex asks for a WebSocket first and falls back to HTTP when told so at once."""
+    if "upgrade" in exchange.head.headers:
+        exchange.keep_alive = False
+        raise BadRequest("WebSockets are not served here: use plain HTTP", 426)
+    raise BadRequest("GET is not possible here, only POST", 405, headers={"Allow": "POST"})
+
+
+def count_tokens(exchange: Exchange) -> None:
+    """The upstream's own count for models with /v1/messages, else an estimate, always 200: Claude
+    Code waits for it."""
+    exchange.dialect = MESSAGES
+    body = exchange.json_object()
+    check_list(body, "messages")
+    estimate = estimate_tokens(body)
+    try:
+        copilot, model, _ = plan(exchange, MESSAGES, body)
+        edit = Edit(body)
+        MESSAGES.prepare_count(edit, model)
+        headers = upstream_headers(exchange, MESSAGES, body)
+        answer = copilot.send(Call("/v1/messages/count_tokens",
+                                   fit_model(exchange.body, body, edit, model.id), headers,
+                                   exchange.client, request_id=exchange.id,
+                                   timeout_s=GITHUB_TIMEOUT_S))
+        counted = as_object(loads(answer.read_all(exchange.client))).get("input_tokens")
+        exchange.route = "passthrough"
+    except (ProxyError, ValueError) as error:
+        if isinstance(error, BadRequest) and error.code != "unsupported_api_for_model":
+            raise
+        counted = None
+    exchange.reply_json({"input_tokens": counted if as_int(counted) else estimate})
+
+
+def embeddings(exchange: Exchange) -> None:
+    """Strings only upstream, floats only back: wrapped, split, merged and packed here."""
+    body = exchange.json_object()
+    copilot, model, asked = plan(exchange, EMBEDDINGS, body)
+    given = body.get("input")
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+        raise BadRequest("'input' must be a string or an array of strings; token arrays cannot be "
+                         "decoded here", param="input")
+    packing = body.pop("encoding_format", None)
+    if packing not in (None, "float", "base64"):
+        raise BadRequest("'encoding_format' must be float or base64", param="encoding_format")
+    admit(exchange, CHAT, {"input": texts[0]}, model)
+    exchange.route = "passthrough"
+    batch = model.limit("max_inputs") or EMBEDDING_BATCH
+    data: list[Json] = []
+    counts = {"prompt_tokens": 0, "total_tokens": 0}
+    for at in range(0, len(texts), batch):
+        part = dict(body, model=model.id, input=texts[at:at + batch])
+        answer = copilot.send(Call("/embeddings", dumps(part), {}, exchange.client,
+                                   request_id=exchange.id))
+        exchange.headers.update(passed_headers(answer.headers))
+        merge_embeddings(data, counts, answer.read_all(exchange.client), len(part["input"]))
+    for at, item in enumerate(data):
+        vector = item["embedding"]
+        item.update(object="embedding", index=at, embedding=floats_to_base64(vector)
+                    if packing == "base64" else vector)
+    exchange.usage = Usage.from_openai(counts)
+    exchange.reply_json({"object": "list", "data": data, "model": asked, "usage": counts})
+
+
+def merge_embeddings(data: list[Json], counts: Json, answer: bytes, wanted: int) -> None:
+    """Append one batch's vectors in their order, add its counts.  Raises UpstreamError."""
+    try:
+        value = as_object(loads(answer))
+    except ValueError:
+        value = {}
+    items = [item for item in as_list(value.get("data"))
+             if isinstance(item, dict) and isinstance(item.get("embedding"), list)]
+    if len(items) != wanted:
+        raise UpstreamError("the upstream gave %d embeddings for %d texts" % (len(items), wanted))
+    data.extend(sorted(items, key=lambda item: as_int(item.get("index"))))
+    for key in counts:
+        counts[key] += as_int(as_object(value.get("usage")).get(key))
+
+
+class _EmbeddingsShape(ChatCompletions):
+    """Not a dialect of its own: OpenAI's error shape at another upstream path."""
+
+    name, path = "embeddings", "/embeddings"
+
+
+EMBEDDINGS = _EmbeddingsShape()
+
+
+def model_entry(model: Model) -> Json:
+    """One model so that the OpenAI and the Anthropic SDKs both parse it."""
+    found = re.search(r"(20\d\d)-(\d\d)-(\d\d)", str(model.entry.get("version") or ""))
+    date = found.group(0) if found else "1970-01-01"        # unknown, as Anthropic's API says it
+    created = int(time.mktime(time.strptime(date, "%Y-%m-%d")) - time.timezone) if found else 0
+    return {"id": model.id, "object": "model", "type": "model", "created": created,
+            "created_at": date + "T00:00:00Z", "owned_by": model.vendor.lower() or "unknown",
+            "display_name": model.name, "kind": model.kind, "state": model.state,
+            "picker_enabled": model.picker, "supported_endpoints": list(model.endpoints),
+            "context_window": model.limit("max_context_window_tokens") or None,
+            "max_input_tokens": model.limit("max_prompt_tokens") or None,
+            "max_output_tokens": model.limit("max_output_tokens") or None}
+
+
+def models(exchange: Exchange) -> None:
+    """The models meant for users; `?all=1` shows hidden and disabled ones, too.  Codex asks with
+    `client_version` and takes an empty `models` as: use your own list."""
+    copilot = exchange.app.copilot()
+    found = with_login(exchange, copilot, copilot.models)
+    shown = [m for m in found if m.is_listed or exchange.parameter("all") not in (None, "0")]
+    data = [model_entry(m) for m in shown if m.kind in ("chat", "embeddings")]
+    answer: Json = {"object": "list", "data": data, "has_more": False,
+                    "first_id": data[0]["id"] if data else None,
+                    "last_id": data[-1]["id"] if data else None}
+    if exchange.parameter("client_version") is not None:
+        answer["models"] = []
+    exchange.reply_json(answer)
+
+
+def one_model(exchange: Exchange) -> None:
+    exchange.dialect = MESSAGES if "anthropic-version" in exchange.head.headers else CHAT
+    copilot = exchange.app.copilot()
+    model = with_login(exchange, copilot, lambda: copilot.find_model(exchange.argument))
+    exchange.reply_json(dict(model_entry(model), id=exchange.argument))
+
+
+def usage(exchange: Exchange) -> None:
+    """The upstream's usage answer, whole."""
+    copilot = exchange.app.copilot()
+    exchange.reply_json(with_login(
+        exchange, copilot, lambda: exchange.app.github.fetch_usage(copilot.github_token)))
+
+
+def token(exchange: Exchange) -> None:
+    """The Copilot token, for this machine's own programs and only with --show-token."""
+    if (not exchange.app.settings.show_token or "origin" in exchange.head.headers
+            or not is_loopback(exchange.client.address)):
+        raise BadRequest("there is no route GET /token; it is off without --show-token", 404,
+                         "unknown_url")
+    copilot = exchange.app.copilot()
+    value: CopilotToken = with_login(exchange, copilot, copilot.token.get)
+    exchange.headers["Cache-Control"] = "no-store"
+    exchange.reply_json({"token": value.value})
+
+
+def health(exchange: Exchange) -> None:
+    """200 as soon as the port serves; whether calls will work is in `status`."""
+    exchange.reply_json(health_report(exchange.app))
+
+
+def health_report(app: App) -> Json:
+    account, login = app.account, app.login
+    report: Json = {"status": "ok" if account else "login_required", "version": __version__,
+                    "uptime_s": round(time.time() - app.started, 1), "demo": app.settings.demo}
+    if account is not None:
+        problem = account.token.error
+        report["token"] = {"ready": account.token.value is not None,
+                           "problem": str(problem) if problem else None}
+    elif login is not None:
+        report["login"] = {"problem": login.problem or None}
+        if login.code:
+            report["login"].update(user_code=login.code.user_code,
+                                   verification_uri=login.code.verification_uri)
+    return report
+
+
+def page(exchange: Exchange) -> None:
+    """The one page: it holds no data and fetches what it shows."""
+    exchange.headers.update(PAGE_HEADERS)
+    exchange.reply(PAGE.encode(), kind="text/html; charset=utf-8")
+
+
+def begin_login(exchange: Exchange) -> None:
+    """POST /auth/device/start: ask GitHub for a code when nobody is logged in."""
+    if exchange.app.account is None:
+        exchange.app.begin_login()
+    exchange.reply_json(health_report(exchange.app))
+
+
+def accept_quietly(exchange: Exchange) -> None:
+    """Telemetry of clients: dropped without noise."""
+    exchange.reply_json({})
+
+
+def nothing(exchange: Exchange) -> None:
+    exchange.reply(b"", 204, "")
+
+
+ROUTES: Routes = {
+    "/chat/completions": {"POST": chat_completions},
+    "/responses": {"POST": responses, "GET": refuse_websocket},
+    "/messages": {"POST": messages},
+    "/messages/count_tokens": {"POST": count_tokens},
+    "/embeddings": {"POST": embeddings},
+    "/models": {"GET": models},
+    "/models/*": {"GET": one_model},
+    "/usage": {"GET": usage},
+    "/token": {"GET": token},
+    "/health": {"GET": health},
+    "/": {"GET": page},
+    "/dashboard": {"GET": page},
+    "/auth/device": {"GET": page},
+    "/auth/device/start": {"POST": begin_login},
+    "/api/event_logging/batch": {"POST": accept_quietly},
+    "/favicon.ico": {"GET": nothing},
+}
+
+
+# ==== 18. Demo ====================================================================================
+# `start --demo`: a make-believe GitHub and Copilot on a loopback port of this process, so that a
+# client can be tried without account and network.  The proxy's own code runs unchanged; only the
+# upstream's address differs.  Every answer says that it is the demo.
+
+DEMO_TEXT = "This is the copilot_proxy demo; no model was asked."
+DEMO_PAUSE_S = 0.02                          # between two words, so that streaming can be seen
+
+
+def demo_model(name: str, vendor: str, endpoints: list[str], **supports: Any) -> Json:
+    """A catalogue entry in the upstream's own shape."""
+    kind = "embeddings" if endpoints == ["/embeddings"] else "chat"
+    entry: Json = {
+        "id": name, "name": name + " (demo)", "object": "model", "vendor": vendor,
+        "version": name, "model_picker_enabled": kind == "chat",
+        "is_chat_default": name == "gpt-4.1",
+        "capabilities": {"type": kind, "family": name, "tokenizer": "o200k_base",
+                         "limits": {"max_context_window_tokens": 200000,
+                                    "max_prompt_tokens": 168000, "max_output_tokens": 32000,
+                                    "max_inputs": 512},
+                         "supports": dict({"streaming": True, "tool_calls": True}, **supports)}}
+    if endpoints not in (["/chat/completions"], ["/embeddings"]):
+        entry["supported_endpoints"] = endpoints
+    return entry
+
+
+DEMO_MODELS = [
+    demo_model("gpt-4.1", "OpenAI", ["/chat/completions"]),
+    demo_model("gemini-3.1-pro-preview", "Google", ["/chat/completions"]),
+    demo_model("gpt-5-mini", "OpenAI", ["/chat/completions", "/responses"],
+               reasoning_effort=["low", "medium", "high"]),
+    demo_model("gpt-5.3-codex", "OpenAI", ["/responses"],
+               reasoning_effort=["low", "medium", "high", "xhigh"]),
+    demo_model("claude-sonnet-4.6", "Anthropic", ["/chat/completions", "/v1/messages"],
+               adaptive_thinking=True, max_thinking_budget=32000, min_thinking_budget=1024,
+               reasoning_effort=["low", "medium", "high"]),
+    demo_model("claude-haiku-4.5", "Anthropic", ["/chat/completions", "/v1/messages"],
+               max_thinking_budget=32000, min_thinking_budget=1024),
+    demo_model("text-embedding-3-small", "OpenAI", ["/embeddings"], dimensions=True),
+]
+
+
+@dataclass
+class DemoAnswer:
+    """What the demo says: words, or a call of the first tool when the prompt speaks of a tool."""
+
+    model: str
+    words: list[str]
+    tool: str | None
+    prompt_tokens: int
+
+    @classmethod
+    def to(cls, body: Json) -> DemoAnswer:
+        turns = as_list(body.get("messages") or body.get("input"))
+        last = as_object(turns[-1]) if turns else {}
+        said = text_of(last.get("content")) or text_of(body.get("input"))
+        blocks = as_list(last.get("content"))
+        result = last.get("role") == "tool" or last.get("type") == "function_call_output" or any(
+            as_object(b).get("type") == "tool_result" for b in blocks)
+        tool = as_object((as_list(body.get("tools")) or [None])[0])
+        name = tool.get("name") or as_object(tool.get("function")).get("name")
+        text = "%s %s: %s" % (DEMO_TEXT, "The tool answered" if result else "You said",
+                              said or text_of(last.get("output")))
+        return cls(str(body.get("model")), re.findall(r"\S+\s*", text[:2000]),
+                   str(name) if name and not result and "tool" in said.lower() else None,
+                   estimate_tokens(body))
+
+    @property
+    def text(self) -> str:
+        return "".join(self.words)
+
+    def usage(self, given: str, made: str) -> Json:
+        output = len(self.words)
+        return {given: self.prompt_tokens, made: output,
+                "total_tokens": self.prompt_tokens + output}
+
+
+def demo_stream(exchange: Exchange, frames: Iterable[Frame]) -> None:
+    exchange.expect_stream(b": demo\n\n")
+    for frame in frames:
+        exchange.write(frame.encode())
+        if b"delta" in frame.data:
+            time.sleep(DEMO_PAUSE_S)
+    exchange.finish()
+
+
+def demo_chat(exchange: Exchange) -> None:
+    body = exchange.json_object()
+    answer = DemoAnswer.to(body)
+    message: Json = {"role": "assistant", "content": answer.text}
+    if answer.tool:
+        message = {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "call_demo", "type": "function",
+             "function": {"name": answer.tool, "arguments": "{}"}}]}
+    reason = "tool_calls" if answer.tool else "stop"
+    base = {"id": "chatcmpl-demo", "created": int(time.time()), "model": answer.model}
+    counts = answer.usage("prompt_tokens", "completion_tokens")
+    if body.get("stream") is not True:
+        exchange.reply_json(dict(base, object="chat.completion", usage=counts, choices=[
+            {"index": 0, "message": message, "finish_reason": reason}]))
+        return
+
+    def frames() -> Iterator[Frame]:
+        base["object"] = "chat.completion.chunk"
+        deltas = [{"tool_calls": [dict(message["tool_calls"][0], index=0)]}] if answer.tool else [
+            {"content": word} for word in answer.words]
+        for delta in [{"role": "assistant", "content": ""}] + deltas:
+            yield Frame("", dumps(dict(base, choices=[
+                {"index": 0, "delta": delta, "finish_reason": None}])))
+        yield Frame("", dumps(dict(base, choices=[
+            {"index": 0, "delta": {}, "finish_reason": reason}])))
+        yield Frame("", dumps(dict(base, choices=[], usage=counts)))
+        yield Frame("", b"[DONE]")
+
+    demo_stream(exchange, frames())
+
+
+def demo_responses(exchange: Exchange) -> None:
+    body = exchange.json_object()
+    answer = DemoAnswer.to(body)
+    part = {"type": "output_text", "text": answer.text, "annotations": []}
+    item: Json = {"id": "msg_demo", "type": "message", "role": "assistant",
+                  "status": "completed", "content": [part]}
+    if answer.tool:
+        item = {"id": "fc_demo", "type": "function_call", "call_id": "call_demo",
+                "name": answer.tool, "arguments": "{}", "status": "completed"}
+    whole = {"id": "resp_demo", "object": "response", "created_at": int(time.time()),
+             "status": "completed", "model": answer.model, "output": [item], "error": None,
+             "incomplete_details": None, "instructions": None, "metadata": {}, "tools": [],
+             "tool_choice": "auto", "parallel_tool_calls": True, "temperature": 1, "top_p": 1,
+             "usage": answer.usage("input_tokens", "output_tokens")}
+    if body.get("stream") is not True:
+        exchange.reply_json(whole)
+        return
+
+    def events() -> Iterator[tuple[str, Json]]:
+        begun = dict(whole, status="in_progress", output=[], usage=None)
+        place = {"item_id": item["id"], "output_index": 0}
+        yield "created", {"response": begun}
+        yield "in_progress", {"response": begun}
+        hollow = dict(item, status="in_progress")
+        hollow["arguments" if answer.tool else "content"] = "" if answer.tool else []
+        yield "output_item.added", {"output_index": 0, "item": hollow}
+        if answer.tool:
+            yield "function_call_arguments.delta", dict(place, delta="{}")
+            yield "function_call_arguments.done", dict(place, arguments="{}", name=answer.tool)
+        else:
+            place["content_index"] = 0
+            yield "content_part.added", dict(place, part=dict(part, text=""))
+            for word in answer.words:
+                yield "output_text.delta", dict(place, delta=word, logprobs=[])
+            yield "output_text.done", dict(place, text=answer.text, logprobs=[])
+            yield "content_part.done", dict(place, part=part)
+        yield "output_item.done", {"output_index": 0, "item": item}
+        yield "completed", {"response": whole}
+
+    demo_stream(exchange, (
+        Frame("response." + name, dumps(dict(value, type="response." + name, sequence_number=at)))
+        for at, (name, value) in enumerate(events())))
+
+
+def demo_messages(exchange: Exchange) -> None:
+    body = exchange.json_object()
+    answer = DemoAnswer.to(body)
+    block: Json = {"type": "text", "text": answer.text}
+    if answer.tool:
+        block = {"type": "tool_use", "id": "toolu_demo", "name": answer.tool, "input": {}}
+    counts = {"input_tokens": answer.prompt_tokens, "output_tokens": len(answer.words)}
+    reason = "tool_use" if answer.tool else "end_turn"
+    whole = {"id": "msg_demo", "type": "message", "role": "assistant", "model": answer.model,
+             "content": [block], "stop_reason": reason, "stop_sequence": None, "usage": counts}
+    if body.get("stream") is not True:
+        exchange.reply_json(whole)
+        return
+
+    def events() -> Iterator[Json]:
+        begun = dict(whole, content=[], stop_reason=None, usage=dict(counts, output_tokens=1))
+        yield {"type": "message_start", "message": begun}
+        hollow = dict(block) if answer.tool else dict(block, text="")
+        yield {"type": "content_block_start", "index": 0, "content_block": hollow}
+        for word in [] if answer.tool else answer.words:
+            yield {"type": "content_block_delta", "index": 0,
+                   "delta": {"type": "text_delta", "text": word}}
+        yield {"type": "content_block_stop", "index": 0}
+        yield {"type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": None},
+               "usage": counts}
+        yield {"type": "message_stop"}
+
+    demo_stream(exchange, (Frame(event["type"], dumps(event)) for event in events()))
+
+
+def demo_embeddings(exchange: Exchange) -> None:
+    """Vectors made from a hash: equal texts have equal vectors, no more is promised."""
+    body = exchange.json_object()
+    size = min(as_int(body.get("dimensions")) or 8, 1536)
+    data = []
+    for at, text in enumerate(as_list(body.get("input"))):
+        digest = (hashlib.sha256(str(text).encode("utf-8", "replace")).digest() * 48)[:size]
+        data.append({"index": at, "embedding": [(byte - 127.5) / 127.5 for byte in digest]})
+    count = sum(len(str(text)) // 4 + 1 for text in as_list(body.get("input")))
+    exchange.reply_json({"data": data, "usage": {"prompt_tokens": count, "total_tokens": count}})
+
+
+def demo_token(exchange: Exchange) -> None:
+    exchange.reply_json({"token": "tid=demo", "expires_at": int(time.time()) + 1800,
+                         "refresh_in": 1500, "chat_enabled": True})
+
+
+def demo_user(exchange: Exchange) -> None:
+    exchange.reply_json({"login": "demo", "copilot_plan": "demo", "quota_snapshots": {
+        "premium_interactions": {"entitlement": 300, "remaining": 226, "percent_remaining": 75.4,
+                                 "quota_remaining": 226.3, "unlimited": False},
+        "chat": {"entitlement": 0, "remaining": 0, "percent_remaining": 100.0,
+                 "unlimited": True}}, "quota_reset_date": "2099-01-01"})
+
+
+DEMO_ROUTES: Routes = {
+    "/copilot_internal/*": {"GET": lambda x: (demo_token if x.argument == "v2/token"
+                                              else demo_user)(x)},
+    "/user": {"GET": demo_user},
+    "/models": {"GET": lambda x: x.reply_json({"object": "list", "data": DEMO_MODELS})},
+    "/chat/completions": {"POST": demo_chat},
+    "/responses": {"POST": demo_responses},
+    "/messages": {"POST": demo_messages},
+    "/messages/count_tokens": {"POST": lambda x: x.reply_json(
+        {"input_tokens": estimate_tokens(x.json_object())})},
+    "/embeddings": {"POST": demo_embeddings},
+}
+
+
+def start_demo(settings: Settings) -> Server:
+    """Start the make-believe upstream and point `settings` at it."""
+    app = App(Settings(), {})
+    app.log = logging.getLogger("copilot_proxy.demo")        # its requests are not the user's
+    app.log.disabled = True
+    server = Server(app, DEMO_ROUTES, "127.0.0.1", 0)
+    server.start()
+    settings.github_url, settings.copilot_url = server.url, ""
+    settings.github_token = "ghu_demo"
+    return server
+
+
+# ==== 19. Commands ================================================================================
+# One function per command.  Each gets the settings and the parsed flags and returns an exit code:
+# 0 ok, 1 failure, 2 usage, 130 interrupt.
+
+
+def say(text: str = "") -> None:
+    """A line for a person, flushed at once: start scripts wait for it."""
+    print(text, flush=True)
+
+
+def load_settings(flags: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(flags).items()}
+    settings = Settings.merge(values, environ)
+    if settings.github_token == "-":
+        settings.github_token = sys.stdin.readline().strip()
+        if not settings.github_token:
+            raise ConfigError("--github-token -: standard input holds no token")
+    return settings
+
+
+def open_account(app: App) -> Copilot:
+    """The login for commands without a server.  Raises AuthError."""
+    github_token = app.load_login()
+    if not github_token:
+        raise AuthError("nobody is logged in: run copilot_proxy.py auth")
+    return Copilot(app.settings, app.upstream, app.github, check_github_token(github_token),
+                   app.log)
+
+
+def print_code(code: DeviceCode) -> None:
+    say("\nTo log in, open   %s\nand enter the code   %s\n(the code is good for %d minutes)\n" % (
+        printable(code.verification_uri), printable(code.user_code), code.expires_in // 60))
+
+
+def open_server(app: App) -> Server:
+    settings = app.settings
+    try:
+        return Server(app, ROUTES, settings.host, settings.port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            hint = "another program (this one, too?) uses it; choose one with --port, 0 takes a " \
+                   "free one"
+        elif error.errno == errno.EACCES or getattr(error, "winerror", 0) == 10013:
+            hint = "the system reserves it; choose another with --port"
+        else:
+            hint = plain_reason(error)
+        raise ProxyError("cannot serve on %s port %d: %s" % (settings.host, settings.port, hint)) \
+            from None
+
+
+def banner(server: Server) -> str:
+    return "\n".join((
+        "copilot_proxy %s%s" % (__version__, " DEMO" if server.app.settings.demo else ""),
+        "  OpenAI clients     %s/v1" % server.url, "  Anthropic clients  %s" % server.url,
+        "  status page        %s/" % server.url, "Ctrl-C ends it."))
+
+
+def cmd_start(settings: Settings, flags: argparse.Namespace) -> int:
+    """Serve.  The port opens before anything is asked of GitHub."""
+    demo = start_demo(settings) if settings.demo else None
+    app = App(settings)
+    if settings.github_token:
+        check_github_token(settings.github_token)
+    server = open_server(app)
+    interrupts = catch_signals()
+    server.start()
+    say(banner(server))
+    github_token = app.load_login()
+    if github_token:
+        app.use(github_token)
+    else:
+        app.announce = print_code if sys.stdout.isatty() else app.announce
+        app.begin_login()
+    if settings.open:
+        import webbrowser
+        threading.Thread(target=webbrowser.open, args=(server.url + "/",), daemon=True).start()
+    while not interrupts:
+        time.sleep(0.1)
+    server.finish(settings.grace)
+    app.close()
+    if demo is not None:
+        demo.finish(0)
+    return 130 if interrupts[0] == signal.SIGINT else 0
+
+
+def catch_signals() -> list[int]:
+    """A list that Ctrl-C and SIGTERM append to; a second one ends the process at once."""
+    seen: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            os._exit(130)
+
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), note)
+    return seen
+
+
+def cmd_auth(settings: Settings, flags: argparse.Namespace) -> int:
+    app = App(settings)
+    if flags.list:
+        return list_logins(app)
+    if flags.logout is not None:
+        return log_out(app, flags.logout)
+    if flags.import_login:
+        github_token = import_login(app)
+    elif settings.github_token and flags.github_token:
+        github_token = settings.github_token
+    else:
+        login = DeviceLogin(app.github, settings.poll_margin_s, app.stop, print_code)
+        github_token = login.run()
+    github_token = check_github_token(github_token)
+    copilot = app.github.fetch_copilot_token(github_token)
+    app.login_file.save(github_token)
+    if settings.show_token:
+        say("GitHub token: %s\nCopilot token: %s" % (github_token, copilot.value))
+    name = app.github.fetch_login(github_token)
+    say("logged in%s; kept in %s" % (" as " + printable(name) if name else "",
+                                     app.login_file.path))
+    return 0
+
+
+def list_logins(app: App) -> int:
+    stored = app.login_file.load()
+    if not stored:
+        say("nobody is logged in")
+        return 0
+    name = app.github.fetch_login(stored) or "(the name could not be fetched)"
+    say("%s  %s  %s" % (printable(name), host_of(app.settings.github_url), app.login_file.path))
+    return 0
+
+
+def log_out(app: App, name: str) -> int:
+    stored = app.login_file.load()
+    if name and stored and app.github.fetch_login(stored).lower() != name.lower():
+        raise AuthError("%s is not logged in here" % printable(name))
+    removed = app.login_file.delete()
+    say("logged out" if removed and stored else "nobody was logged in")
+    return 0
+
+
+def import_login(app: App) -> str:
+    """A login of another program on this machine.  Asks first on a terminal."""
+    for source, found in find_logins(app):
+        if found.startswith(PAT_PREFIXES):
+            say("%s holds a personal access token, which Copilot does not accept" % source)
+            continue
+        if sys.stdin.isatty():
+            say("use the login found in %s ? [y/N]" % source)
+            if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+                continue
+        say("using the login found in %s" % source)
+        return found
+    raise AuthError("no login to import was found in the environment or in an editor's files: run "
+                    "copilot_proxy.py auth")
+
+
+def find_logins(app: App) -> Iterator[tuple[str, str]]:
+    """(where, token) of logins in the environment and in the editor plugins' files."""
+    for name in ("COPILOT_GITHUB_TOKEN", "GH_COPILOT_TOKEN", "GH_TOKEN", "GITHUB_TOKEN"):
+        if app.environ.get(name):
+            yield name, app.environ[name].strip()
+    host = host_of(app.settings.github_url)
+    bases = [app.environ.get("LOCALAPPDATA"), app.environ.get("XDG_CONFIG_HOME"),
+             os.path.join(os.path.expanduser("~"), ".config")]
+    for base in [b for b in bases if b]:
+        for name in ("apps.json", "hosts.json"):
+            path = os.path.join(base, "github-copilot", name)
+            try:
+                with open(path, "rb") as file:
+                    entries = as_object(loads(file.read(MAX_ERROR_BYTES)))
+            except (OSError, ValueError):
+                continue
+            for key, entry in entries.items():
+                value = as_object(entry).get("oauth_token")
+                if key.split(":")[0].lower() == host and isinstance(value, str) and value:
+                    yield path, value
+
+
+def quota_lanes(answer: Json) -> list[Json]:
+    """Every lane of a usage answer -> [{name, unlimited, total, left, percent_left}]; numbers are
+    None where the account reports none.  Knows the newer snapshots and the free plan's form."""
+    lanes = []
+    for name, lane in as_object(answer.get("quota_snapshots")).items():
+        lane = as_object(lane)
+        left = lane.get("quota_remaining", lane.get("remaining"))
+        lanes.append({"name": name, "unlimited": lane.get("unlimited") is True,
+                      "total": lane.get("entitlement"), "left": left,
+                      "percent_left": lane.get("percent_remaining")})
+    for name, left in as_object(answer.get("limited_user_quotas")).items():
+        if name not in as_object(answer.get("quota_snapshots")):
+            total = as_object(answer.get("monthly_quotas")).get(name)
+            percent = 100.0 * left / total if total and isinstance(left, (int, float)) else None
+            lanes.append({"name": name, "unlimited": False, "total": total, "left": left,
+                          "percent_left": percent})
+    return lanes
+
+
+def cmd_check_usage(settings: Settings, flags: argparse.Namespace) -> int:
+    app = App(settings)
+    answer = app.github.fetch_usage(open_account(app).github_token)
+    if flags.json:
+        say(json.dumps(answer, indent=2))
+        return 0
+    say("%s, plan %s" % (printable(str(answer.get("login") or "?")),
+                         printable(str(answer.get("copilot_plan") or "?"))))
+    lanes = quota_lanes(answer)
+    for lane in lanes:
+        say(quota_line(lane))
+    if not lanes:
+        say("the account reports no quotas")
+    reset = answer.get("quota_reset_date_utc") or answer.get("quota_reset_date") or answer.get(
+        "limited_user_reset_date")
+    if reset:
+        say("resets %s" % printable(str(reset)))
+    return 0
+
+
+def quota_line(lane: Json) -> str:
+    name = printable(lane["name"], 24)
+    if lane["unlimited"]:
+        return "%-22s unlimited" % name
+    percent, left, total = lane["percent_left"], lane["left"], lane["total"]
+    if not isinstance(percent, (int, float)):
+        return "%-22s %s left" % (name, left)
+    filled = max(0, min(20, round((100 - percent) / 5)))
+    return "%-22s [%s%s] %5.1f %% used, %s of %s left" % (
+        name, "#" * filled, "." * (20 - filled), 100 - percent, left, total)
+
+
+def cmd_models(settings: Settings, flags: argparse.Namespace) -> int:
+    app = App(settings)
+    found = open_account(app).models()
+    shown = [m for m in found if flags.all or m.is_listed]
+    if flags.json:
+        say(json.dumps([dict(model_entry(m), entry=m.entry) for m in shown], indent=2))
+        return 0
+    rows = [("id", "endpoints", "context", "output", "price", "state")]
+    rows += [(m.id, " ".join(e for e in m.endpoints if e.startswith("/")),
+              str(m.limit("max_context_window_tokens") or "?"),
+              str(m.limit("max_output_tokens") or "?"), price_of(m), m.state) for m in shown]
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    for row in rows:
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return 0
+
+
+def price_of(model: Model) -> str:
+    """As the account reports it: USD per million tokens in/out, or the request multiplier."""
+    billing = as_object(model.entry.get("billing"))
+    prices = as_object(billing.get("token_prices"))
+    tier, batch = as_object(prices.get("default")), as_int(prices.get("batch_size"))
+    given, made = tier.get("input_price"), tier.get("output_price")
+    if batch and isinstance(given, (int, float)) and isinstance(made, (int, float)):
+        return "$%.2f/$%.2f" % (given * 10000 / batch, made * 10000 / batch)
+    multiplier = billing.get("multiplier")
+    return "%gx" % multiplier if isinstance(multiplier, (int, float)) else "-"
+
+
+def cmd_debug(settings: Settings, flags: argparse.Namespace) -> int:
+    app = App(settings)
+    report = debug_report(app)
+    if flags.network:
+        report["network"] = probe_network(app)
+    if flags.json:
+        say(json.dumps(report, indent=2))
+        return 0
+    for name, value in report.items():
+        for at, line in enumerate(value if isinstance(value, list) else [value]):
+            say("%-14s %s" % (name.replace("_", " ") if not at else "", printable(str(line), 300)))
+    return 0
+
+
+def debug_report(app: App) -> Json:
+    settings = app.settings
+    try:
+        github_token = app.load_login()
+        state = "logged in" if github_token else "nobody is logged in"
+    except ConfigError as error:
+        github_token, state = "", str(error)
+    source = "flag or environment" if settings.github_token else app.login_file.path
+    return {
+        "version": __version__, "python": sys.version.split()[0], "platform": platform.platform(),
+        "executable": sys.executable, "data_folder": os.path.dirname(app.login_file.path),
+        "login": "%s (%s)" % (state, source), "github": settings.github_url,
+        "rest": settings.rest_url, "copilot": settings.copilot_url or
+        "named by GitHub with each token, else " + settings.usual_copilot_url,
+        "proxies": ["%s through %s" % (k, redact(v)) for k, v in app.upstream.proxies.items()]
+        or ["none"], "ca_files": ca_files(settings, app.environ) or ["the system's"],
+        "headers": ["%s: %s" % pair for pair in dict(EDITOR_HEADERS, **settings.headers).items()],
+        "api_version": API_VERSIONS[0]}
+
+
+def probe_network(app: App) -> list[str]:
+    """Every hop once: GitHub, its REST API, the token, the Copilot API."""
+    lines = []
+    for url in (app.settings.github_url + "/", app.settings.rest_url + "/"):
+        try:
+            answer = app.upstream.send(UpstreamRequest("HEAD", url, {"User-Agent": "debug"},
+                                                       timeout_s=GITHUB_TIMEOUT_S))
+            answer.close()
+            lines.append("%s answered %d" % (url, answer.status))
+        except ProxyError as error:
+            lines.append("%s FAILED: %s" % (url, error))
+    try:
+        copilot = open_account(app)
+        value: CopilotToken = copilot.token.get()
+        lines.append("token for %s, good for %d s%s" % (
+            value.api_url, value.lifetime_s, " (direct mode)" if value.direct else ""))
+        lines.append("%s/models lists %d models" % (value.api_url, len(copilot.models())))
+    except ProxyError as error:
+        lines.append("copilot FAILED: %s" % error)
+    return lines
+
+
+COMMANDS: Mapping[str, tuple[str, Callable[[Settings, argparse.Namespace], int]]] = {
+    "start": ("serve; logs in first if nobody is logged in", cmd_start),
+    "auth": ("log in to GitHub, no server", cmd_auth),
+    "check-usage": ("quota and resets", cmd_check_usage),
+    "debug": ("what runs where; never a secret", cmd_debug),
+    "models": ("the models of this account", cmd_models),
+}
+
+
+def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
+    names = ([option.short] if option.short else []) + ["--" + option.name]
+    default = "" if option.default in ("", None, (), False) else "default %s, " % option.default
+    help_text = "%s [%senv %s]" % (option.help, default, ", ".join(option.variables))
+    more: Json = {"dest": option.field, "default": None, "help": help_text.replace("%", "%%")}
+    if option.kind in ("switch", "either"):
+        parser.add_argument(*names, action="store_const", const=True, **more)
+        if option.kind == "either":
+            parser.add_argument("--no-" + option.name, action="store_const", const=False,
+                                dest=option.field, help=argparse.SUPPRESS)
+    elif option.kind == "list":
+        parser.add_argument(*names, action="append", metavar=option.help.split(" ")[0].strip(":")
+                            if "=" in option.help.split(" ")[0] else "VALUE", **more)
+    else:
+        kind = {"int": int, "float": float}.get(option.kind, str)
+        parser.add_argument(*names, type=kind, metavar=option.field.split("_")[-1].upper(), **more)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="copilot_proxy.py", description="Your own GitHub Copilot subscription as a local "
+        "OpenAI and Anthropic API.")
+    parser.add_argument("--version", action="version", version="copilot_proxy %s (Python %s, %s)" % (
+        __version__, sys.version.split()[0], sys.platform))
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (text, _) in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text)
+        for option in OPTIONS:
+            if option.where == "network" or name in option.where.split():
+                add_option(sub, option)
+        if name in ("check-usage", "debug", "models"):
+            sub.add_argument("--json", action="store_true", help="as JSON")
+    auth, debug, table = (commands.choices[n] for n in ("auth", "debug", "models"))
+    auth.add_argument("--import", dest="import_login", action="store_true",
+                      help="reuse a login of the environment or of an editor's files")
+    auth.add_argument("--list", action="store_true", help="who is logged in")
+    auth.add_argument("--logout", nargs="?", const="", metavar="LOGIN", help="forget the login")
+    debug.add_argument("--network", action="store_true", help="probe each hop")
+    table.add_argument("--all", action="store_true", help="hidden and disabled ones, too")
+    return parser
+
+
+class RedactingFormatter(logging.Formatter):
+    """The last line of defence: no token leaves through the log, whatever was logged."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def set_up_logging(verbose: bool) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    log = logging.getLogger("copilot_proxy")
+    log.handlers[:] = [handler]
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    log.propagate = False
+
+
+# ==== 20. Main ====================================================================================
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command -> exit code.  `main(["start", "--port", "0"])`"""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")             # consoles with an old code page
+    parser = build_parser()
+    flags = parser.parse_args(argv)
+    if flags.command is None:
+        parser.print_help()
+        return 2
+    try:
+        settings = load_settings(flags, os.environ)
+        set_up_logging(settings.verbose if flags.command == "start" else bool(flags.verbose))
+        if flags.command != "start" and not flags.verbose:
+            logging.getLogger("copilot_proxy").setLevel(logging.WARNING)
+        return COMMANDS[flags.command][1](settings, flags)
+    except ProxyError as error:
+        print("error: %s" % redact(str(error)), file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,320 @@
+"""What the tests share: a proxy in this process, the command line as a subprocess, a raw client.
+
+Every test imports this module first; it puts the root of the repository on the path.
+"""
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from typing import Any, Callable, Iterator
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+for _folder in (HERE, ROOT):
+    if _folder not in sys.path:
+        sys.path.insert(0, _folder)
+
+import copilot_proxy as cp  # noqa: E402
+from fake_upstream import FakeUpstream  # noqa: E402
+
+SCRIPT = os.path.join(ROOT, "copilot_proxy.py")
+DEADLINE_S = 10.0            # for anything that should happen at once
+JSON_TYPE = {"Content-Type": "application/json"}
+
+# The product's logger has no handler as a library; the tests keep it quiet and look at records.
+logging.getLogger("copilot_proxy").addHandler(logging.NullHandler())
+logging.getLogger("copilot_proxy").propagate = False
+
+
+def wait_until(condition: Callable[[], Any], what: str = "", timeout_s: float = DEADLINE_S) -> Any:
+    """The first true value of `condition()`.  Raises AssertionError after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError("did not happen in time: %s" % (what or condition))
+        time.sleep(0.005)
+
+
+class TestClock:
+    """A clock that tests move; reads (monotonic, wall)."""
+
+    __test__ = False          # not a test case for pytest
+
+    def __init__(self) -> None:
+        self.monotonic_offset_s = 0.0
+        self.wall_offset_s = 0.0
+
+    def __call__(self) -> tuple[float, float]:
+        return (time.monotonic() + self.monotonic_offset_s, time.time() + self.wall_offset_s)
+
+
+class Proxy:
+    """The product's own App and Server in this process, over real loopback sockets.
+
+    `with Proxy(fake) as proxy:` logs in with "ghu_fake"; `login=False` does not; keyword arguments
+    set fields of Settings (short intervals are the default here).
+    """
+
+    def __init__(self, fake: FakeUpstream, login: bool = True, clock: Any = None,
+                 environ: dict[str, str] | None = None, **settings: Any) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        values: dict[str, Any] = dict(
+            github_url=fake.url, data_dir=self._folder.name, poll_margin_s=0.01,
+            token_retry_s=(0.05, 0.1), hiccup_pause_s=0.01, grace=0.5, port=0)
+        if login:
+            values["github_token"] = "ghu_fake"
+        values.update(settings)
+        self.settings = cp.Settings(**values).check()
+        self.app = cp.App(self.settings, environ or {}, clock or cp.read_clock)
+        self.server = cp.Server(self.app, cp.ROUTES, "127.0.0.1", self.settings.port)
+        self.logs: list[logging.LogRecord] = []
+        self._handler = _ListHandler(self.logs)
+
+    def __enter__(self) -> Proxy:
+        self.app.log.addHandler(self._handler)
+        self.app.log.setLevel(logging.DEBUG)
+        self.server.start()
+        token = self.app.load_login()
+        if token:
+            self.app.use(token)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.server.finish(0.2)
+        self.app.close()
+        self.app.log.removeHandler(self._handler)
+        self._folder.cleanup()
+
+    @property
+    def port(self) -> int:
+        return int(self.server.server_port)
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+    @property
+    def data_dir(self) -> str:
+        return self._folder.name
+
+    def log_text(self) -> str:
+        return "\n".join(record.getMessage() for record in list(self.logs))
+
+    def request(self, method: str, path: str, body: Any = None,
+                headers: dict[str, str] | None = None) -> Reply:
+        """One request on its own connection; a body that is not bytes is sent as JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            return send(connection, method, path, body, headers)
+        finally:
+            connection.close()
+
+    def get(self, path: str, **headers: str) -> Reply:
+        return self.request("GET", path, None, headers)
+
+    def post(self, path: str, body: Any, **headers: str) -> Reply:
+        return self.request("POST", path, body, headers)
+
+    def stream(self, path: str, body: Any, **headers: str) -> Reply:
+        """POST with stream set; the reply's `events` are its frames."""
+        return self.post(path, dict(body, stream=True), **headers)
+
+    def connect(self) -> socket.socket:
+        """A raw socket to the server."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE_S)
+
+
+class _ListHandler(logging.Handler):
+    def __init__(self, records: list[logging.LogRecord]) -> None:
+        super().__init__()
+        self._records = records
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._records.append(record)
+
+
+class Reply:
+    """status, headers (lower case), body bytes; `json` and `events` look into the body."""
+
+    def __init__(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.status, self.headers, self.body = status, headers, body
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def frames(self) -> list[cp.Frame]:
+        """Every server-sent event, comments left out."""
+        decoder = cp.SSEDecoder()
+        return decoder.feed(self.body) + decoder.close()
+
+    @property
+    def events(self) -> list[Any]:
+        """The JSON of every event but [DONE]."""
+        return [json.loads(frame.data) for frame in self.frames if frame.data != b"[DONE]"]
+
+    @property
+    def is_done(self) -> bool:
+        return any(frame.data == b"[DONE]" for frame in self.frames)
+
+    def __repr__(self) -> str:
+        return "<Reply %d %r>" % (self.status, self.body[:2000])
+
+
+def send(connection: http.client.HTTPConnection, method: str, path: str, body: Any = None,
+         headers: dict[str, str] | None = None) -> Reply:
+    """One request on a kept connection."""
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request(method, path, data, dict(JSON_TYPE if data is not None else {},
+                                                **(headers or {})))
+    answer = connection.getresponse()
+    return Reply(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
+
+
+def raw_exchange(port: int, data: bytes, shut: bool = False, timeout_s: float = 5.0) -> bytes:
+    """Send raw bytes, read until the server closes (or `timeout_s` passes without a byte)."""
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as sock:
+        with contextlib.suppress(OSError):
+            sock.sendall(data)
+        if shut:
+            sock.shutdown(socket.SHUT_WR)
+        parts = []
+        with contextlib.suppress(OSError):
+            while True:
+                part = sock.recv(65536)
+                if not part:
+                    break
+                parts.append(part)
+        return b"".join(parts)
+
+
+def clean_environment(home: str, **more: str) -> dict[str, str]:
+    """An environment that knows nothing of this machine's user, proxies or tokens."""
+    keep = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "LANG", "LD_LIBRARY_PATH")
+    environ = {name: os.environ[name] for name in keep if name in os.environ}
+    environ.update(HOME=home, USERPROFILE=home, LOCALAPPDATA=home,
+                   PYTHONDONTWRITEBYTECODE="1", **more)
+    return environ
+
+
+class Command:
+    """The command line as a subprocess with an isolated home.
+
+    `Command("start", "--demo").wait_for_url()`; `stop()` ends it and returns the exit code;
+    `output()` is everything it printed.
+    """
+
+    def __init__(self, *args: str, home: str, stdin: bytes | None = None, **env: str) -> None:
+        self._lines: list[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", SCRIPT, *args], env=clean_environment(home, **env),
+            cwd=home, stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if stdin is not None and self.process.stdin is not None:
+            self.process.stdin.write(stdin)
+            self.process.stdin.close()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.append(line.decode("utf-8", "replace"))
+        self.process.stdout.close()
+
+    def output(self) -> str:
+        return "".join(self._lines)
+
+    def wait_for(self, text: str) -> str:
+        """The first line that holds `text`."""
+        return str(wait_until(lambda: next((ln for ln in list(self._lines) if text in ln), None),
+                              "output %r, have %s" % (text, self.output())))
+
+    def wait_for_url(self) -> str:
+        """The server's base URL, from its first lines."""
+        return self.wait_for("Anthropic clients").split()[-1]
+
+    def wait(self, timeout_s: float = 20.0) -> int:
+        code = self.process.wait(timeout_s)
+        self._reader.join(5)
+        return code
+
+    def stop(self, signal_number: int = 15) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal_number)
+        return self.wait()
+
+    def __enter__(self) -> Command:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.wait()
+
+
+def run_command(*args: str, stdin: bytes | None = None, **env: str) -> tuple[int, str]:
+    """(exit code, everything printed) of a command that ends by itself."""
+    with tempfile.TemporaryDirectory() as home:
+        with Command(*args, home=home, stdin=stdin, **env) as command:
+            return command.wait(), command.output()
+
+
+class ProxyCase(unittest.TestCase):
+    """A fake upstream and a proxy for each test; `settings` are fields of Settings."""
+
+    settings: dict[str, Any] = {}
+
+    def setUp(self) -> None:
+        self.fake = self.enter(FakeUpstream())
+        self.proxy = self.enter(Proxy(self.fake, **self.settings))
+
+    def enter(self, manager: Any) -> Any:
+        """Like enterContext of newer Pythons."""
+        value = manager.__enter__()
+        self.addCleanup(manager.__exit__, None, None, None)
+        return value
+
+    def tearDown(self) -> None:
+        self.assertEqual(self.fake.crashes, [])
+
+
+@contextlib.contextmanager
+def second_proxy(case: ProxyCase, **settings: Any) -> Iterator[Proxy]:
+    """Another proxy on the same fake, with other settings."""
+    with Proxy(case.fake, **settings) as proxy:
+        yield proxy
+
+
+def chat(text: str, model: str = "gpt-4.1", **more: Any) -> dict[str, Any]:
+    """A minimal chat request."""
+    return dict({"model": model, "messages": [{"role": "user", "content": text}]}, **more)
+
+
+def response(text: str, model: str = "gpt-5.3-codex", **more: Any) -> dict[str, Any]:
+    """A minimal responses request."""
+    return dict({"model": model, "input": text}, **more)
+
+
+def message(text: str, model: str = "claude-sonnet-4.6", **more: Any) -> dict[str, Any]:
+    """A minimal messages request."""
+    return dict({"model": model, "max_tokens": 1000,
+                 "messages": [{"role": "user", "content": text}]}, **more)
+
+
+REQUESTS = (("/v1/chat/completions", chat), ("/v1/responses", response),
+            ("/v1/messages", message))
