@@ -55,6 +55,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import collections
 import contextlib
 import email.utils
 import errno
@@ -64,9 +65,11 @@ import json
 import logging
 import os
 import platform
+import queue
 import re
 import secrets
 import select
+import selectors
 import signal
 import socket
 import socketserver
@@ -136,20 +139,25 @@ MAX_FRAME_BYTES = 32 * 1024 * 1024       # one server-sent event
 MAX_CHUNK_LINE_BYTES = 1024
 MAX_ID_CHARS = 64                        # of item and call ids, OpenAI's own validator
 MAX_WHITESPACE_RUN = 2000                # in streamed tool arguments: a model gone astray
-READ_BYTES = 256 * 1024
+READ_BYTES = 64 * 1024                   # below malloc's threshold for mapping fresh pages
 
 HEAD_TIMEOUT_S = 30.0                    # a request head, from its first byte
 IDLE_CLIENT_S = 75.0                     # between two requests of one connection
 BODY_STALL_S = 30.0                      # a request body without any progress
 BODY_BYTES_PER_S = 16 * 1024             # and the slowest whole that is waited for
 SEND_TIMEOUT_S = 60.0                    # a client that takes nothing
+FOLLOW_UP_S = 0.02                       # a worker stays with a connection that long
+WORKER_IDLE_S = 10.0                     # then an idle worker thread ends
+SPARE_FILES = 32                         # kept free for logins, history, the pool
+DRAIN_S = 0.5                            # for the last chunk behind a terminal event
+MAX_OUT_BYTES = 256 * 1024               # not taken by a slow client: its upstream is paused
 LINGER_S = 2.0                           # reading on after a refusal, so that it can be read
 CONNECT_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 900.0                 # until the head, and between bytes: long silent reasoning
 GITHUB_TIMEOUT_S = 30.0
 KEEPALIVE_S = 15.0                       # of silence, then a ping to the client
 POOL_IDLE_S = 50.0
-POOL_SIZE = 256
+POOL_SIZE = 1024
 TOKEN_MARGIN_S, TOKEN_FALLBACK_S = 60.0, 1500.0
 TOKEN_RETRY_S = (1.0, 5.0, 15.0, 60.0)   # pauses after failed refreshes, the last one repeats
 REACTIVE_PAUSE_S = 60.0                  # after a refresh that did not cure an opaque 403
@@ -2307,6 +2315,30 @@ def wait_readable(sockets: list[Any], timeout_s: float) -> list[Any]:
     return [by_number[number] for number, _ in ready]
 
 
+def receive_now(sock: Any) -> bytes | None:
+    """Read from a socket that does not block, TLS or not: None when nothing is there."""
+    try:
+        return sock.recv(READ_BYTES)                 # type: ignore[no-any-return]
+    except (BlockingIOError, InterruptedError):
+        return None
+    except OSError as error:
+        if type(error).__name__ in ("SSLWantReadError", "SSLWantWriteError"):
+            return None
+        raise
+
+
+def send_now(sock: Any, data: Any) -> int:
+    """Write what fits to a socket that does not block -> how many bytes.  Raises OSError."""
+    try:
+        return sock.send(data)                       # type: ignore[no-any-return]
+    except (BlockingIOError, InterruptedError):
+        return 0
+    except OSError as error:
+        if type(error).__name__ in ("SSLWantReadError", "SSLWantWriteError"):
+            return 0
+        raise
+
+
 class UpstreamRequest(urllib.request.Request):
     """A request with what our handlers need: who waits for it and how long."""
 
@@ -2373,6 +2405,18 @@ class Wire:
                 client.on_silence()
         return bytes(self.sock.recv(READ_BYTES))
 
+    def receive(self) -> bytes | None:
+        """What is there now, for a loop: None when nothing is, b'' at the end.  Raises OSError."""
+        if self.received:
+            data, self.received = self.received, b""
+            return data
+        return receive_now(self.sock)
+
+    @property
+    def has_more(self) -> bool:
+        """Bytes that were read already, so that no selector will tell of them."""
+        return bool(self.received or hasattr(self.sock, "pending") and self.sock.pending())
+
 
 class PlainWire(Wire, http.client.HTTPConnection):
     pass
@@ -2401,6 +2445,7 @@ class Pool:
             if wire is None:
                 return None
             if time.monotonic() - wire.idle_since < POOL_IDLE_S and not wire.is_stale():
+                wire.sock.settimeout(SEND_TIMEOUT_S)
                 return wire
             wire.close()
 
@@ -2427,15 +2472,15 @@ class Pool:
 class UpstreamResponse:
     """An answer whose body is still on the wire.
 
-    status, reason, headers (lower-case names).  `read_some` gives payload as it comes, `read_all`
-    the rest; at the end the connection goes back to the pool by itself.  `close` gives it up.
-    Not thread-safe; belongs to the one request.
+    status, reason, headers (lower-case names).  A thread reads the rest with `read_all`; a loop
+    feeds what it receives from `wire` to `take`.  At the end `finish` puts the connection back
+    into the pool; `close` gives it up.  Not thread-safe; belongs to the one request.
     """
 
     def __init__(self, head: tuple[int, str, Headers], wire: Any, method: str,
                  give_back: Callable[[Any], None]) -> None:
         self.status, self.reason, self.headers = head
-        self._wire, self._give_back = wire, give_back
+        self.wire, self._give_back = wire, give_back
         length = self.headers.get("content-length")
         chunked = "chunked" in self.headers.get("transfer-encoding", "").lower()
         if method == "HEAD" or self.status in (204, 304):
@@ -2444,8 +2489,6 @@ class UpstreamResponse:
                                  else None, chunked)
         self._keep = self._body.delimited and "close" not in self.headers.get("connection",
                                                                               "").lower()
-        if self._body.done:
-            self._release()
 
     @property
     def done(self) -> bool:
@@ -2455,66 +2498,56 @@ class UpstreamResponse:
         """For urllib's own response processors."""
         return self.headers
 
-    def read_some(self, client: Downstream | None = None,
-                  timeout_s: float = ANSWER_TIMEOUT_S) -> bytes:
-        """The next payload bytes, at times none; `done` at the end.
+    def take(self, data: bytes) -> bytes:
+        """The payload in these bytes from the wire; b'' from the wire means its end.
 
-        Raises StreamCut when the body ends too early, ClientGone, UpstreamError 504.
+        Raises StreamCut when the body ends too early or is malformed.
         """
-        if self._body.done:
-            return b""
-        try:
-            data = self._wire.read(client, time.monotonic() + timeout_s)
-        except OSError as error:
-            raise StreamCut("the upstream broke the connection (%s)" % plain_reason(error),
-                            code="upstream_stream_ended") from None
         if not data:
             if self._body.delimited:
                 raise StreamCut("the upstream closed the connection in the middle of its answer",
                                 code="upstream_stream_ended")
-            self._body.done = True
-            self.close()
+            self._body.done, self._keep = True, False
             return b""
         try:
-            payload = self._body.feed(data)
+            return self._body.feed(data)
         except BadRequest as error:
             raise StreamCut("the upstream's body is malformed: %s" % error) from None
-        if self._body.done:
-            self._release()
-        return payload
 
     def read_all(self, client: Downstream | None = None, limit: int = MAX_ANSWER_BYTES,
                  timeout_s: float = ANSWER_TIMEOUT_S) -> bytes:
-        """The whole rest of the body, at most `limit` bytes (more is an UpstreamError)."""
+        """The whole rest of the body, at most `limit` bytes (more is an UpstreamError).
+
+        `timeout_s` is the longest silence.  Raises StreamCut, ClientGone, UpstreamError 504.
+        """
         parts: list[bytes] = []
         size = 0
-        while not self.done:
-            parts.append(self.read_some(client, timeout_s))
-            size += len(parts[-1])
-            if size > limit:
-                self.close()
-                raise UpstreamError("the upstream's answer is larger than %d bytes" % limit)
+        try:
+            while not self.done:
+                parts.append(self.take(self.wire.read(client, time.monotonic() + timeout_s)))
+                size += len(parts[-1])
+                if size > limit:
+                    raise UpstreamError("the upstream's answer is larger than %d bytes" % limit)
+        except OSError as error:
+            raise StreamCut("the upstream broke the connection (%s)" % plain_reason(error),
+                            code="upstream_stream_ended") from None
+        finally:
+            self.finish()
         return b"".join(parts)
 
-    def abort(self) -> None:
-        """From another thread: whoever reads sees the end at once."""
-        wire = self._wire
-        if wire is not None:
-            with contextlib.suppress(OSError, AttributeError):
-                wire.sock.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Give the connection up: the upstream stops working on the answer."""
-        wire, self._wire = self._wire, None
-        if wire is not None:
-            wire.close()
-
-    def _release(self) -> None:
-        if self._keep and not self._body.rest:
-            wire, self._wire = self._wire, None
+    def finish(self) -> None:
+        """Give the connection back if it can be used again, else give it up."""
+        if self.done and self._keep and not self._body.rest and self.wire is not None:
+            wire, self.wire = self.wire, None
             self._give_back(wire)
         else:
             self.close()
+
+    def close(self) -> None:
+        """Give the connection up: the upstream stops working on the answer."""
+        wire, self.wire = self.wire, None
+        if wire is not None:
+            wire.close()
 
 
 def plain_reason(error: BaseException) -> str:
@@ -3476,40 +3509,62 @@ def show_token(token: CopilotToken) -> None:
 
 
 # ==== 15. HTTP server =============================================================================
-# Connections, requests, answers.  A thread per connection reads a request, finds its route and
-# calls the endpoint; every error is rendered here and nowhere else.
+# Threads prepare, one loop relays.  A worker thread reads a request, finds its route and calls the
+# endpoint; a streamed answer and an idle connection belong to the RelayLoop, so that a thousand of
+# them hold no thread.  Every error is rendered here and nowhere else.
 
 
 class Client:
-    """One connection from a client: a socket and what was read ahead of it."""
+    """One connection from a client: a socket and what was read ahead of it.
 
-    def __init__(self, sock: socket.socket, address: Any, settings: Settings) -> None:
-        self.sock, self.settings = sock, settings
+    Owned by one party at a time: the loop while it is parked or its answer is streamed, else a
+    worker thread.
+    """
+
+    def __init__(self, sock: Any, address: Any, settings: Settings,
+                 on_close: Callable[[Client], None] = lambda client: None) -> None:
+        self.sock, self.settings, self._on_close = sock, settings, on_close
         self.address = str(address[0]) if isinstance(address, tuple) else ""
         self.keepalive_s = settings.keepalive_s
         self.ahead = b""                          # read, but not used yet
+        self.problem: BadRequest | None = None    # why no request can be read from it
+        self.ending = False                       # the server is shutting down
         self.ping: Callable[[], None] = lambda: None      # the running request's keep-alive
 
     @property
     def is_full(self) -> bool:
         return len(self.ahead) > MAX_HEAD_BYTES
 
+    @property
+    def has_head(self) -> bool:
+        """Is there a whole request head, or something that can never become one?"""
+        if self.ahead[:1] in (b"\r", b"\n"):
+            self.ahead = self.ahead.lstrip(b"\r\n")      # some clients send one too many
+        return b"\r\n\r\n" in self.ahead or b"\n\n" in self.ahead or self.is_full
+
     def fileno(self) -> int:
-        return self.sock.fileno()
+        return self.sock.fileno()                 # type: ignore[no-any-return]
 
     def on_silence(self) -> None:
         self.ping()
 
-    def is_gone(self) -> bool:
-        """Reads ahead what it has sent, to see whether the end is behind it."""
+    def fill(self) -> bool:
+        """Read ahead what is there now.  False: it has hung up."""
         try:
-            while not self.is_full and wait_readable([self], 0):
-                data = self.sock.recv(READ_BYTES)
-                self.ahead += data
-                if not data:
-                    return True
+            data = receive_now(self.sock) if not self.is_full else None
         except (OSError, ValueError):
-            return True
+            return False
+        self.ahead += data or b""
+        return data != b""
+
+    def is_gone(self) -> bool:
+        """Has it hung up?  Raises UpstreamError when the server is shutting down."""
+        if self.ending:
+            raise UpstreamError("the proxy is shutting down", 503)
+        self.sock.settimeout(0)
+        while not self.is_full and wait_readable([self], 0):
+            if not self.fill():
+                return True
         return False
 
     def send(self, data: bytes) -> None:
@@ -3520,47 +3575,17 @@ class Client:
         except OSError:
             raise ClientGone from None
 
-    def _receive(self, timeout_s: float) -> bytes:
-        """b'' when it has hung up.  Raises socket.timeout."""
-        if timeout_s <= 0:
-            raise socket.timeout
-        self.sock.settimeout(timeout_s)
-        try:
-            return self.sock.recv(READ_BYTES)
-        except socket.timeout:
-            raise
-        except OSError:
-            return b""
-
-    def read_head(self) -> bytes:
-        """The next request's head without its empty line; b'' when none comes any more.
-
-        Raises BadRequest: 431 too large, 408 too slow.
-        """
-        deadline = time.monotonic() + self.settings.idle_client_s
-        begun = False
-        while True:
-            if not begun and self.ahead:
-                self.ahead = self.ahead.lstrip(b"\r\n")      # some clients send one too many
-                begun = bool(self.ahead)
-                deadline = time.monotonic() + self.settings.head_timeout_s
-            end = self.ahead.find(b"\r\n\r\n")
-            if end > MAX_HEAD_BYTES or end < 0 and len(self.ahead) > MAX_HEAD_BYTES:
-                raise BadRequest("the request head is larger than %d bytes" % MAX_HEAD_BYTES, 431)
-            if end >= 0:
-                raw, self.ahead = self.ahead[:end], self.ahead[end + 4:]
-                return raw
-            if b"\n\n" in self.ahead:
-                raise BadRequest("line ends of the head must be CR LF")
-            try:
-                data = self._receive(deadline - time.monotonic())
-            except socket.timeout:
-                if not begun:
-                    return b""
-                raise BadRequest("the request head came too slowly", 408) from None
-            if not data:
-                return b""
-            self.ahead += data
+    def take_head(self) -> bytes:
+        """The next request's head without its empty line.  Raises BadRequest."""
+        if self.problem is not None:
+            raise self.problem
+        end = self.ahead.find(b"\r\n\r\n")
+        if end > MAX_HEAD_BYTES or end < 0 and self.is_full:
+            raise BadRequest("the request head is larger than %d bytes" % MAX_HEAD_BYTES, 431)
+        if end < 0:
+            raise BadRequest("line ends of the head must be CR LF")
+        raw, self.ahead = self.ahead[:end], self.ahead[end + 4:]
+        return raw
 
     def read_body(self, length: int, chunked: bool) -> bytes:
         """Raises BadRequest (400, 408, 413), ClientGone when it ends in the middle."""
@@ -3584,6 +3609,18 @@ class Client:
             if not data:
                 raise ClientGone
 
+    def _receive(self, timeout_s: float) -> bytes:
+        """b'' when it has hung up.  Raises socket.timeout."""
+        if timeout_s <= 0:
+            raise socket.timeout
+        self.sock.settimeout(timeout_s)
+        try:
+            return self.sock.recv(READ_BYTES)     # type: ignore[no-any-return]
+        except socket.timeout:
+            raise
+        except OSError:
+            return b""
+
     def linger(self) -> None:
         """After a refusal: read on for a moment, else the client sees a reset, not the reason."""
         deadline, size = time.monotonic() + LINGER_S, 0
@@ -3595,12 +3632,24 @@ class Client:
                 if not data:
                     break
 
+    def end(self) -> None:
+        """From another thread: a handler that waits for the upstream is woken to say goodbye."""
+        self.ending = True
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RD)
+
+    def close(self) -> None:
+        self._on_close(self)
+        with contextlib.suppress(OSError):
+            self.sock.close()
+
 
 class Exchange:
     """One request and its answer.
 
-    `reply` and `fail` send a whole answer; `expect_stream`, `write` and `finish` a streamed one,
-    whose head goes out together with its first bytes.
+    `reply` and `fail` send a whole answer.  A streamed one is sent by a thread with
+    `expect_stream`, `write` and `finish`, or handed to the loop with `hand_over`, which sends what
+    `frame` and `frame_end` give.  Its head goes out together with its first bytes.
     """
 
     def __init__(self, client: Client, head: RequestHead, app: App) -> None:
@@ -3615,15 +3664,14 @@ class Exchange:
         self.headers: Headers = {}           # to be added to the answer
         self.started = False                 # has a byte of the answer gone out?
         self.keep_alive = head.keep_alive
-        self.answer: UpstreamResponse | None = None     # being relayed
+        self.relay: Relay | None = None      # what the loop is to do when the endpoint is through
         self.status, self.model, self.route = 0, "-", "local"
         self.usage: Usage | None = None
         self.failure = ""                    # of a stream that began well
         self._began = time.monotonic()
         self._first_byte_ms = 0.0
-        self._pending_head = b""
         self._chunked = head.minor == 1
-        self._keepalive = b""
+        self.keepalive = b""
 
     # -- the request
 
@@ -3645,8 +3693,8 @@ class Exchange:
     # -- a whole answer
 
     def reply(self, body: bytes, status: int = 200, kind: str = "application/json") -> None:
-        self._begin(status, kind, [("Content-Length", str(len(body)))])
-        self._flush(b"" if self.head.method == "HEAD" else body)
+        head = self._head(status, kind, [("Content-Length", str(len(body)))])
+        self._send(head if self.head.method == "HEAD" else head + body)
 
     def reply_json(self, value: Any, status: int = 200) -> None:
         self.reply(dumps(value), status)
@@ -3661,27 +3709,38 @@ class Exchange:
 
     def expect_stream(self, keepalive: bytes) -> None:
         """From now on silence is filled with keep-alives, the first of which commits to 200."""
-        self._keepalive = keepalive
+        self.keepalive = keepalive
         self._chunked = self.head.minor == 1
         self.keep_alive = self.keep_alive and self._chunked
-        self.client.ping = lambda: self.write(self._keepalive)
+        self.client.ping = lambda: self.write(self.keepalive)
+
+    def frame(self, data: bytes) -> bytes:
+        """Some bytes of the stream as they go over the wire, with the head before the first."""
+        head = b"" if self.status else self._stream_head()
+        return head + (chunk(data) if self._chunked else data) if data else head
+
+    def frame_end(self, last: bytes = b"") -> bytes:
+        """The last bytes of the stream and its end."""
+        return self.frame(last) + (LAST_CHUNK if self._chunked else b"")
 
     def write(self, data: bytes) -> None:
-        """Some bytes of the stream, with the head before the first ones.  Raises ClientGone."""
-        if not self.status:
-            coding = [("Transfer-Encoding", "chunked")] if self._chunked else []
-            self._begin(200, "text/event-stream", coding + [("Cache-Control", "no-cache")])
-        if data and self.head.method != "HEAD":
-            self._flush(chunk(data) if self._chunked else data)
+        """Send some bytes of the stream.  Raises ClientGone."""
+        self._send(self.frame(data))
 
     def finish(self, last: bytes = b"") -> None:
         """The end of the stream, in one write with its last bytes."""
-        self.write(b"")
-        last = chunk(last) if last and self._chunked else last
-        self._flush(last + (LAST_CHUNK if self._chunked else b""))
+        self._send(self.frame_end(last))
 
-    def _begin(self, status: int, kind: str, more: list[tuple[str, str]]) -> None:
-        self.status = status
+    def hand_over(self, answer: UpstreamResponse, pipeline: StreamRelay) -> None:
+        """Let the loop relay the rest; the last act of an endpoint."""
+        self.relay = Relay(self, answer, pipeline)
+
+    def _stream_head(self) -> bytes:
+        coding = [("Transfer-Encoding", "chunked")] if self._chunked else []
+        return self._head(200, "text/event-stream", coding + [("Cache-Control", "no-cache")])
+
+    def _head(self, status: int, kind: str, more: list[tuple[str, str]]) -> bytes:
+        self.status, self.started, self._first_byte_ms = status, True, self._elapsed_ms()
         fields_ = [("Date", email.utils.formatdate(usegmt=True)), ("x-request-id", self.id)]
         if kind:
             fields_.append(("Content-Type", kind))
@@ -3692,12 +3751,9 @@ class Exchange:
         elif self.head.minor == 0:
             fields_.append(("Connection", "keep-alive"))
         phrase = http.client.responses.get(status, "Error")
-        self._pending_head = render_head("HTTP/1.1 %d %s" % (status, phrase), fields_)
+        return render_head("HTTP/1.1 %d %s" % (status, phrase), fields_)
 
-    def _flush(self, data: bytes) -> None:
-        data, self._pending_head = self._pending_head + data, b""
-        if not self.started:
-            self.started, self._first_byte_ms = True, self._elapsed_ms()
+    def _send(self, data: bytes) -> None:
         if data:
             self.client.send(data)
 
@@ -3727,59 +3783,461 @@ def normalise_path(path: str) -> str:
     return path.rstrip("/") or "/"
 
 
+class Relay:
+    """One streamed answer in the loop: whose it is, where it comes from, what is still to send."""
+
+    def __init__(self, exchange: Exchange, answer: UpstreamResponse, pipeline: StreamRelay) -> None:
+        self.exchange, self.client = exchange, exchange.client
+        self.answer, self.pipeline = answer, pipeline
+        self.out = bytearray()               # for the client, not taken yet
+        self.heard_at = self.sent_at = time.monotonic()
+        self.paused = False                  # the client is slow: its upstream is not read
+        self.ending = False                  # all that is to be sent is in `out`
+        self.interest = 0                    # what the selector watches the client for
+
+
+class RelayLoop:
+    """One thread for everything that waits: running streams and idle connections.
+
+                       whole head there                    endpoint handed a stream over
+          new ---> PARKED ----------------> worker thread --------------------------+
+                     ^  |  idle too long,        |                                   v
+                     |  +---> closed             +--- whole answer ---> PARKED    RELAYING <--+
+                     |                                                             |   |  |   |
+                     |      all sent, keep-alive          upstream ended, cut,     |   |  |   |
+                     +--------------------------- ENDING <--- silent for too long -+   |  |   |
+                              all sent, close  |                                       |  +---+
+                                   closed <----+    client left: upstream closed <-----+  PAUSED
+                                                                                    (slow reader)
+
+    An upstream whose stream is complete but whose last chunk is not there yet is DRAINED apart
+    from its client, then goes back to the pool.  All methods with a leading underscore run in the
+    loop's own thread; the others post to it and may be called from any thread.  No exception of
+    one stream touches another.
+    """
+
+    def __init__(self, settings: Settings, log: logging.Logger,
+                 serve: Callable[[Client], None], on_end: Callable[[Exchange], None]) -> None:
+        self._settings, self.log, self._serve, self._on_end = settings, log, serve, on_end
+        self._selector = selectors.DefaultSelector()
+        self._inbox: collections.deque[tuple[Callable[[Any], None], Any]] = collections.deque()
+        self._wake_up, self._woken = socket.socketpair()
+        self._signalled = False
+        self._stopped = self._closing = False
+        self._parked: dict[Client, float] = {}               # -> until when (monotonic)
+        self._relays: dict[Relay, None] = {}
+        self._draining: dict[UpstreamResponse, float] = {}   # -> until when
+        self._again: dict[Relay, None] = {}                  # more to read, but not on the wire
+        self._tick_s = min(1.0, settings.keepalive_s / 4, settings.head_timeout_s / 4)
+        self._now = time.monotonic()
+        self._swept_at = self._now
+        self._thread = threading.Thread(target=self._run, name="relay-loop", daemon=True)
+
+    # -- from any thread
+
+    def start(self) -> None:
+        self._woken.setblocking(False)
+        self._selector.register(self._woken, selectors.EVENT_READ, (self._on_wake, None))
+        self._thread.start()
+
+    def park(self, client: Client) -> None:
+        """Wait for the client's next request, then give it to a worker."""
+        self._post(self._park, client)
+
+    def relay(self, relay: Relay) -> None:
+        """Pump a stream to its end."""
+        self._post(self._begin, relay)
+
+    def close_parked(self) -> None:
+        """Shutdown, first step: no further requests; running streams go on."""
+        self._post(self._close_parked, None)
+
+    def end_streams(self) -> None:
+        """Shutdown, second step: what still runs ends with the dialect's error."""
+        self._post(self._end_streams, None)
+
+    def stop(self) -> None:
+        self._post(self._stop, None)
+        self._thread.join(5)
+
+    def _post(self, work: Callable[[Any], None], item: Any) -> None:
+        self._inbox.append((work, item))
+        if not self._signalled:
+            self._signalled = True
+            with contextlib.suppress(OSError):
+                self._wake_up.send(b"x")
+
+    # -- the loop
+
+    def _run(self) -> None:
+        while not self._stopped:
+            ready = self._selector.select(0 if self._again else self._tick_s)
+            self._now = time.monotonic()
+            for key, mask in ready:
+                self._guard(key.data[0], key.data[1], mask)
+            again, self._again = self._again, {}
+            for relay in again:
+                self._guard(self._on_upstream, relay, 0)
+            if self._now - self._swept_at >= self._tick_s:
+                self._swept_at = self._now
+                self._sweep()
+        for item in (self._selector, self._wake_up, self._woken):
+            item.close()
+
+    def _guard(self, work: Callable[..., None], item: Any, mask: int) -> None:
+        try:
+            work(item, mask)
+        except Exception:
+            self.log.exception("relay failed")
+            if isinstance(item, Relay) and item in self._relays:
+                self._break(item)
+
+    def _break(self, relay: Relay) -> None:
+        """After an exception of ours: tell the client if that is still possible."""
+        try:
+            if relay.ending:
+                self._abandon(relay)
+            else:
+                self._end(relay, ProxyError("an error in the proxy itself; its log has the request "
+                                            "id %s" % relay.exchange.id))
+        except Exception:
+            self.log.exception("%s could not be ended", relay.exchange.id)
+            self._abandon(relay)
+
+    def _on_wake(self, item: None, mask: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._woken.recv(4096)
+        self._signalled = False
+        while self._inbox:
+            work, item = self._inbox.popleft()
+            self._guard(lambda value, mask, work=work: work(value), item, 0)
+
+    def _forget(self, item: Any) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(item)
+
+    def _sweep(self) -> None:
+        """Everything that depends on time, once a tick."""
+        for client, until in list(self._parked.items()):
+            if self._now >= until:
+                self._unpark(client, late=True)
+        for answer, until in list(self._draining.items()):
+            if self._now >= until:
+                self._end_drain(answer)
+        for relay in list(self._relays):
+            self._guard(self._check_time, relay, 0)
+
+    # -- parked connections
+
+    def _park(self, client: Client) -> None:
+        if self._closing:
+            client.close()
+            return
+        client.sock.settimeout(0)
+        wait = self._settings.head_timeout_s if client.ahead else self._settings.idle_client_s
+        self._parked[client] = self._now + wait
+        self._selector.register(client, selectors.EVENT_READ, (self._on_parked, client))
+        if client.has_head:
+            self._unpark(client)
+
+    def _on_parked(self, client: Client, mask: int) -> None:
+        begun = bool(client.ahead)
+        if not client.fill():
+            self._unpark(client, late=True)
+        elif client.has_head:
+            self._unpark(client)
+        elif not begun:
+            self._parked[client] = self._now + self._settings.head_timeout_s
+
+    def _unpark(self, client: Client, late: bool = False) -> None:
+        """To a worker with a request, or with half of one that came too slowly; else closed."""
+        self._forget(client)
+        del self._parked[client]
+        if late and not client.ahead:
+            client.close()
+            return
+        if late:
+            client.problem = BadRequest("the request head came too slowly or not whole", 408)
+        self._serve(client)
+
+    def _close_parked(self, item: None) -> None:
+        self._closing = True
+        for client in list(self._parked):
+            self._forget(client)
+            client.close()
+        self._parked.clear()
+
+    # -- running streams
+
+    def _begin(self, relay: Relay) -> None:
+        self._relays[relay] = None
+        relay.client.sock.settimeout(0)
+        relay.answer.wire.sock.settimeout(0)
+        self._watch_client(relay)
+        self._selector.register(relay.answer.wire, selectors.EVENT_READ,
+                                (self._on_upstream, relay))
+        self._on_upstream(relay, 0)
+
+    def _watch_client(self, relay: Relay) -> None:
+        """Tell the selector what of the client matters now."""
+        wanted = 0 if relay.client.is_full else selectors.EVENT_READ
+        wanted |= selectors.EVENT_WRITE if relay.out else 0
+        if wanted == relay.interest:
+            return
+        if not wanted:
+            self._forget(relay.client)
+        elif relay.interest:
+            self._selector.modify(relay.client, wanted, (self._on_client, relay))
+        else:
+            self._selector.register(relay.client, wanted, (self._on_client, relay))
+        relay.interest = wanted
+
+    def _on_upstream(self, relay: Relay, mask: int) -> None:
+        """Bytes from the upstream: through the pipeline, to the client."""
+        if relay.ending or relay.paused or relay not in self._relays:
+            return
+        answer, pipeline = relay.answer, relay.pipeline
+        try:
+            data = answer.wire.receive()
+            if data is None:
+                return
+            relay.heard_at = self._now
+            out = pipeline.feed(answer.take(data))
+        except UpstreamError as error:
+            self._end(relay, error)
+            return
+        except OSError as error:
+            self._end(relay, StreamCut("the upstream broke the connection (%s)"
+                                       % plain_reason(error), code="upstream_stream_ended"))
+            return
+        if out:
+            relay.out += relay.exchange.frame(out)
+        if answer.done or pipeline.ended:
+            self._end(relay)
+            return
+        if out:
+            self._flush(relay)
+        if answer.wire is not None and answer.wire.has_more:
+            self._again[relay] = None
+
+    def _on_client(self, relay: Relay, mask: int) -> None:
+        if mask & selectors.EVENT_READ and not relay.client.fill():
+            self._abandon(relay)
+            return
+        if relay.out:
+            self._flush(relay)
+        elif relay.client.is_full:
+            self._watch_client(relay)
+
+    def _flush(self, relay: Relay) -> None:
+        """Send what the client takes; a slow one stops its own upstream."""
+        try:
+            sent = send_now(relay.client.sock, relay.out)
+        except OSError:
+            self._abandon(relay)
+            return
+        if sent:
+            relay.sent_at = self._now
+            del relay.out[:sent]
+        if relay.ending and not relay.out:
+            self._let_go(relay)
+            return
+        if relay.out or relay.interest != selectors.EVENT_READ:
+            self._watch_client(relay)
+        if not relay.ending and relay.paused != (len(relay.out) > MAX_OUT_BYTES):
+            self._pause(relay, not relay.paused)
+
+    def _pause(self, relay: Relay, paused: bool) -> None:
+        relay.paused = paused
+        if paused:
+            self._forget(relay.answer.wire)
+        else:
+            self._selector.register(relay.answer.wire, selectors.EVENT_READ,
+                                    (self._on_upstream, relay))
+            self._again[relay] = None
+
+    def _check_time(self, relay: Relay, mask: int) -> None:
+        if relay.out and self._now - relay.sent_at >= SEND_TIMEOUT_S:
+            self._abandon(relay)
+        elif not relay.ending and not relay.paused:
+            if self._now - relay.heard_at >= self._settings.answer_timeout_s:
+                self._end(relay, UpstreamError("the upstream was silent for too long", 504))
+            elif self._now - relay.sent_at >= self._settings.keepalive_s and not relay.out:
+                relay.out += relay.exchange.frame(relay.exchange.keepalive)
+                self._flush(relay)
+
+    # -- ends
+
+    def _end(self, relay: Relay, error: ProxyError | None = None) -> None:
+        """The upstream has no more: send the last bytes, part with it."""
+        exchange, pipeline, answer = relay.exchange, relay.pipeline, relay.answer
+        relay.ending = True
+        self._forget(answer.wire)
+        relay.out += exchange.frame_end(pipeline.close(error))
+        exchange.usage, exchange.failure = pipeline.usage, pipeline.failure or ""
+        if answer.done or pipeline.failure or error is not None:
+            answer.finish()
+        else:
+            self._draining[answer] = self._now + DRAIN_S
+            self._selector.register(answer.wire, selectors.EVENT_READ, (self._on_drain, answer))
+            self._on_drain(answer, 0)
+        self._flush(relay)
+
+    def _on_drain(self, answer: UpstreamResponse, mask: int) -> None:
+        """The last chunk behind the terminal event; then the connection can be used again."""
+        try:
+            data = answer.wire.receive()
+            if data is None:
+                return
+            answer.take(data)
+        except (OSError, UpstreamError):
+            self._end_drain(answer)
+            return
+        if answer.done:
+            self._end_drain(answer)
+
+    def _end_drain(self, answer: UpstreamResponse) -> None:
+        del self._draining[answer]
+        self._forget(answer.wire)
+        answer.finish()
+
+    def _let_go(self, relay: Relay) -> None:
+        """All is sent: the connection waits for its next request, or is closed."""
+        client = relay.client
+        del self._relays[relay]
+        self._forget(client)
+        self._on_end(relay.exchange)
+        if relay.exchange.keep_alive:
+            self._park(client)
+        else:
+            client.close()
+
+    def _abandon(self, relay: Relay) -> None:
+        """The client has left: nobody pays for an answer without a reader."""
+        self._relays.pop(relay, None)
+        self._forget(relay.client)
+        if not relay.ending:
+            self._forget(relay.answer.wire)
+            relay.answer.close()
+        relay.client.close()
+        relay.exchange.failure = relay.exchange.failure or "the client left"
+        self._on_end(relay.exchange)
+
+    def _end_streams(self, item: None) -> None:
+        for relay in list(self._relays):
+            if not relay.ending:
+                self._end(relay, UpstreamError("the proxy is shutting down", 503))
+
+    def _stop(self, item: None) -> None:
+        self._stopped = True
+        for relay in list(self._relays):
+            self._abandon(relay)
+        self._close_parked(None)
+
+
+class Workers:
+    """Threads that serve connections; idle ones are used again, and end after WORKER_IDLE_S.
+
+    `_lock` guards `_idle`: waiting threads that nothing has been put into the queue for.
+    """
+
+    def __init__(self, work: Callable[[Any], None]) -> None:
+        self._work = work
+        self._lock = threading.Lock()
+        self._idle = 0
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def run(self, item: Any) -> None:
+        with self._lock:
+            if self._idle:
+                self._idle -= 1
+                self._queue.put(item)
+                return
+        threading.Thread(target=self._run, args=(item,), name="worker", daemon=True).start()
+
+    def _run(self, item: Any) -> None:
+        while True:
+            self._work(item)
+            with self._lock:
+                self._idle += 1
+            try:
+                item = self._queue.get(timeout=WORKER_IDLE_S)
+            except queue.Empty:
+                with self._lock:
+                    if self._queue.empty():
+                        self._idle -= 1
+                        return
+                item = self._queue.get()
+
+
 class Handler(socketserver.BaseRequestHandler):
-    """Reads requests from one connection and answers them, one after the other."""
+    """Answers the requests of one connection as long as they follow each other at once."""
 
     server: Server
+    request: Client
 
     def handle(self) -> None:
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.client = Client(self.request, self.client_address, self.server.app.settings)
-        with contextlib.suppress(ClientGone):
-            while self._serve_one():
-                pass
+        while self._serve_one():
+            if not self._has_follow_up():
+                return
+
+    def _has_follow_up(self) -> bool:
+        """Is the next request here already?  Else the loop waits for it."""
+        client = self.request
+        if not client.has_head and wait_readable([client], FOLLOW_UP_S):
+            client.sock.settimeout(0)
+            if not client.fill() and not client.ahead:
+                client.close()
+                return False
+        if not client.has_head:
+            self.server.loop.park(client)
+        return client.has_head
 
     def _serve_one(self) -> bool:
-        """Answer one request.  False: the connection is to be closed."""
-        app = self.server.app
+        """Answer one request.  False: the connection is closed, or the loop's now."""
+        client, app = self.request, self.server.app
         problem: BadRequest | None = None
         try:
-            raw = self.client.read_head()
-            if not raw:
-                return False
-            head = parse_request_head(raw)
+            head = parse_request_head(client.take_head())
             head.body_form()
         except BadRequest as error:
             problem, head = error, RequestHead("GET", "/", 1, {"connection": "close"})
-        exchange = Exchange(self.client, head, app)
-        with self.server.watch(exchange):
-            try:
-                if problem is not None:
-                    raise problem
-                self._dispatch(exchange)
-            except ClientGone:
-                exchange.status = exchange.status or 499
-                exchange.keep_alive = False
-            except ProxyError as error:
-                self._refuse(exchange, error)
-            except Exception:
-                app.log.exception("%s failed", exchange.id)
-                self._refuse(exchange, ProxyError("an error in the proxy itself; its log has the "
-                                                  "request id %s" % exchange.id))
-            finally:
-                self.client.ping = lambda: None
-                if exchange.answer is not None:
-                    exchange.answer.close()
-                exchange.log_line()
-        return exchange.keep_alive and not app.stop.is_set()
+        exchange = Exchange(client, head, app)
+        self.server.begin(exchange)
+        try:
+            if problem is not None:
+                raise problem
+            self._dispatch(exchange)
+        except ClientGone:
+            exchange.status = exchange.status or 499
+            exchange.keep_alive = False
+        except ProxyError as error:
+            self._refuse(exchange, error)
+        except Exception:
+            app.log.exception("%s failed", exchange.id)
+            self._refuse(exchange, ProxyError("an error in the proxy itself; its log has the "
+                                              "request id %s" % exchange.id))
+        client.ping = lambda: None
+        if exchange.relay is not None:
+            self.server.loop.relay(exchange.relay)
+            return False
+        self.server.end(exchange)
+        if exchange.keep_alive and not app.stop.is_set():
+            return True
+        client.close()
+        return False
 
     def _refuse(self, exchange: Exchange, error: ProxyError) -> None:
         if exchange.started:
             exchange.keep_alive = False              # too late to say so
             return
-        exchange.fail(error)
+        try:
+            exchange.fail(error)
+        except ClientGone:
+            exchange.keep_alive = False
+            return
         if not exchange.keep_alive:
-            self.client.linger()
+            self.request.linger()
 
     def _dispatch(self, exchange: Exchange) -> None:
         head = exchange.head
@@ -3792,10 +4250,10 @@ class Handler(socketserver.BaseRequestHandler):
             exchange.keep_alive = exchange.keep_alive and not (length or chunked)
             raise
         if head.headers.get("expect", "").lower() == "100-continue" and (length or chunked):
-            self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.request.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         if length or chunked:
             exchange.keep_alive, keep = False, exchange.keep_alive     # until it is read whole
-            body = self.client.read_body(length, chunked)
+            body = self.request.read_body(length, chunked)
             exchange.keep_alive = keep
             exchange.body = inflate(body, head.headers.get("content-encoding", ""))
         if endpoint is None:
@@ -3861,17 +4319,40 @@ class Handler(socketserver.BaseRequestHandler):
                              "-H 'Content-Type: application/json')", 415)
 
 
-class Server(ThreadingHTTPServer):
-    """Listens; a daemon thread per connection.  `_lock` guards `_running`."""
+def file_limit() -> int:
+    """How many files this process may open; Windows' select ends at 512 sockets."""
+    try:
+        import resource
+        return min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 20)
+    except ImportError:
+        return 512
 
-    daemon_threads = True
+
+def raise_file_limit() -> None:
+    """The soft limit to the hard one: a stream takes two files."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class Server(ThreadingHTTPServer):
+    """Listens, and shares the connections out among the loop and the workers.
+
+    `_lock` guards `_running`, the exchanges that have begun and not ended.
+    """
+
     request_queue_size = BACKLOG
     allow_reuse_address = os.name != "nt"            # on Windows that would let another take over
 
     def __init__(self, app: App, routes: Routes, host: str, port: int) -> None:
         self.app, self.routes = app, routes
         self._lock = threading.Lock()
-        self._running: list[Exchange] = []
+        self._running: dict[Exchange, None] = {}
+        self._workers = Workers(self._work)
+        self._clients: set[Client] = set()           # open connections; the listener adds, any
+        self._most_clients = max(file_limit() // 2 - SPARE_FILES, 1)     # thread discards
+        self.loop = RelayLoop(app.settings, app.log, self._workers.run, self.end)
         if ":" in host:
             self.address_family = socket.AF_INET6
         super().__init__((host, port), Handler)
@@ -3886,18 +4367,40 @@ class Server(ThreadingHTTPServer):
         host = str(self.server_address[0])
         return "http://%s:%d" % ("[%s]" % host if ":" in host else host, self.server_port)
 
-    @contextlib.contextmanager
-    def watch(self, exchange: Exchange) -> Iterator[None]:
-        """Count the exchange as running, for the shutdown."""
-        with self._lock:
-            self._running.append(exchange)
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A new connection: the loop waits for its first request."""
+        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client = Client(request, client_address, self.app.settings, self._clients.discard)
+        if len(self._clients) >= self._most_clients:
+            refusal = dumps(CHAT.error_body(ProxyError("too many connections", 503), ""))
+            head = render_head("HTTP/1.1 503 Service Unavailable", (
+                ("Content-Type", "application/json"), ("Content-Length", str(len(refusal))),
+                ("Retry-After", "5"), ("Connection", "close")))
+            send_now(request, head + refusal)
+            client.close()
+            return
+        self._clients.add(client)
+        self.loop.park(client)
+
+    def _work(self, client: Client) -> None:
         try:
-            yield
-        finally:
-            with self._lock:
-                self._running.remove(exchange)
+            self.finish_request(client, client.address)          # type: ignore[arg-type]
+        except Exception:
+            self.app.log.exception("connection failed")
+            client.close()
+
+    def begin(self, exchange: Exchange) -> None:
+        with self._lock:
+            self._running[exchange] = None
+
+    def end(self, exchange: Exchange) -> None:
+        """The exchange is over: one log line."""
+        with self._lock:
+            self._running.pop(exchange, None)
+        exchange.log_line()
 
     def start(self) -> None:
+        self.loop.start()
         threading.Thread(target=self.serve_forever, args=(0.1,), name="listener",
                          daemon=True).start()
 
@@ -3906,57 +4409,21 @@ class Server(ThreadingHTTPServer):
         self.app.stop.set()
         self.shutdown()
         self.server_close()
-        if self._wait_idle(grace_s):
-            return
-        with self._lock:
-            running = list(self._running)
-        for exchange in running:
-            if exchange.answer is not None:
-                exchange.answer.abort()
-        self._wait_idle(1.0)
+        self.loop.close_parked()
+        if not self._wait_idle(grace_s):
+            self.loop.end_streams()
+            with self._lock:
+                waiting = [exchange for exchange in self._running if exchange.relay is None]
+            for exchange in waiting:
+                exchange.client.end()
+            self._wait_idle(1.0)
+        self.loop.stop()
 
     def _wait_idle(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
         while self._running and time.monotonic() < deadline:
-            time.sleep(0.02)
+            time.sleep(0.01)
         return not self._running
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no event; anything else is logged with its traceback."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, (ConnectionError, socket.timeout, ClientGone)):
-            self.app.log.error("connection failed", exc_info=error)
-
-
-def relay_stream(exchange: Exchange, answer: UpstreamResponse, pipeline: StreamRelay) -> None:
-    """Pump one streamed answer through its pipeline to the client.
-
-    An upstream that breaks off becomes the dialect's error event; a client that leaves (also in
-    silence) closes the upstream connection, so that nobody pays for an answer without a reader.
-    Raises ClientGone.
-    """
-    exchange.answer = answer
-    timeout_s = exchange.app.settings.answer_timeout_s
-    try:
-        while not (answer.done or pipeline.ended):
-            out = pipeline.feed(answer.read_some(exchange.client, timeout_s))
-            if out:
-                exchange.write(out)
-        last = pipeline.close()
-    except UpstreamError as error:
-        last = pipeline.close(error)
-    exchange.usage, exchange.failure = pipeline.usage, pipeline.failure or ""
-    exchange.finish(last)
-    if not pipeline.failure:
-        drain(answer)
-
-
-def drain(answer: UpstreamResponse) -> None:
-    """Read the last chunk that follows the terminal event, so that the connection can be kept."""
-    with contextlib.suppress(UpstreamError):
-        while not answer.done:
-            answer.read_some(timeout_s=0.5)
-    answer.close()
 
 
 # ==== 16. Page ====================================================================================
@@ -4179,14 +4646,13 @@ def complete(exchange: Exchange, dialect: Dialect) -> None:
     exchange.headers.update(passed_headers(answer.headers))
     is_stream = "event-stream" in answer.headers.get("content-type", "")
     if pipeline is not None and (is_stream or exchange.started):
-        relay_stream(exchange, answer, pipeline)
+        exchange.hand_over(answer, pipeline)
     else:
         relay_body(exchange, dialect, answer, asked)
 
 
 def relay_body(exchange: Exchange, dialect: Dialect, answer: UpstreamResponse, asked: str) -> None:
     """A whole answer: mended where it must be, else the bytes as they came."""
-    exchange.answer = answer
     data = answer.read_all(exchange.client, timeout_s=exchange.app.settings.answer_timeout_s)
     try:
         value = loads(data)
@@ -4721,6 +5187,7 @@ def cmd_start(settings: Settings, flags: argparse.Namespace) -> int:
     app = App(settings)
     if settings.github_token:
         check_github_token(settings.github_token)
+    raise_file_limit()
     server = open_server(app)
     interrupts = catch_signals()
     server.start()
