@@ -25,8 +25,8 @@ file, thread, clock or random number, so they can be read and tested by themselv
     13 Copilot             headers, the short-lived token, the model catalogue, one call
     14 Policy              rate limit, approval by hand
     15 HTTP server         connections, requests, answers, the relay of a stream
-    16 Endpoints           one short function per route, the table of routes
-    17 Page                the pages for a browser
+    16 Page                what a browser shows
+    17 Endpoints           one short function per route, the table of routes
     18 Demo                a make-believe GitHub and Copilot inside this process
     19 Commands            start, auth, check-usage, debug, models
     20 Main
@@ -59,6 +59,7 @@ import collections
 import contextlib
 import email.utils
 import errno
+import functools
 import hashlib
 import http.client
 import json
@@ -160,8 +161,11 @@ POOL_IDLE_S = 50.0
 POOL_SIZE = 1024
 TOKEN_MARGIN_S, TOKEN_FALLBACK_S = 60.0, 1500.0
 TOKEN_RETRY_S = (1.0, 5.0, 15.0, 60.0)   # pauses after failed refreshes, the last one repeats
+CODE_WAIT_S = 5.0                        # a refused call waits so long for the code to name
 REACTIVE_PAUSE_S = 60.0                  # after a refresh that did not cure an opaque 403
 CATALOGUE_AGE_S, CATALOGUE_RETRY_S = 600.0, 60.0
+MAX_MODEL_CHARS = 200
+MAX_SPELLINGS = 1000                     # of model names that are remembered
 RATE_QUEUE = 100                         # callers that may wait for --rate-limit
 HICCUP_STATUS = (500, 502, 503, 504, 529)
 EMBEDDING_BATCH = 512                    # upstream's max_inputs
@@ -256,22 +260,33 @@ class ClientGone(Exception):
 # Small pure functions that several sections need.
 
 
+def _no_constant(name: str) -> Any:
+    raise ValueError("%s is not JSON" % name)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError("%s is too large a number" % text[:20])
+    return value
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_decode = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite).decode
+
+
 def dumps(value: Any) -> bytes:
     """Compact UTF-8 JSON; key order is kept.  A lone surrogate falls back to ASCII escapes."""
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+        return _encode(value).encode()
     except UnicodeEncodeError:
         return json.dumps(value, separators=(",", ":")).encode()
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError("%s is not JSON" % name)
 
 
 def loads(data: bytes) -> Any:
     """A JSON value.  Raises ValueError for everything malformed, also too deep a nesting."""
     try:
-        return json.loads(data, parse_constant=_no_constant)
+        return _decode(data.decode("utf-8-sig" if data[:1] == b"\xef" else "utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -297,9 +312,14 @@ _SECRET = re.compile(
     r"|(?<=://)[^/\s@\"']+(?=@)")
 
 
+_SECRET_SIGNS = ("gh", "github_pat_", "tid=", "earer ", "oken ", "://")     # one of them is in every secret
+
+
 def redact(text: str) -> str:
     """`text` without tokens and URL passwords.  'Bearer ghu_abcd' -> 'Bearer [redacted]'."""
-    return _SECRET.sub("[redacted]", text)
+    if any(sign in text for sign in _SECRET_SIGNS):
+        return _SECRET.sub("[redacted]", text)
+    return text
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -363,8 +383,11 @@ def shorten_id(text: str) -> str:
 
 
 def floats_to_base64(vector: list[float]) -> str:
-    """Little-endian float32 in base64, as the OpenAI SDKs ask for."""
-    return base64.b64encode(struct.pack("<%df" % len(vector), *vector)).decode()
+    """Little-endian float32 in base64, as the OpenAI SDKs ask for.  Raises UpstreamError."""
+    try:
+        return base64.b64encode(struct.pack("<%df" % len(vector), *vector)).decode()
+    except (struct.error, OverflowError):
+        raise UpstreamError("the upstream's embedding holds something that is no number") from None
 
 
 # ==== 5. Vocabulary ===============================================================================
@@ -515,8 +538,10 @@ class Edit:
 # reading would let two parties see two different requests.
 
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
-_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00\r\n]*?)[ \t]*\Z")
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00]*)?\Z")
+_FIELD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00\r\n]*"
+_FIELDS = re.compile(rb"(?:" + _FIELD + rb"(?:\r\n" + _FIELD + rb")*)?\Z")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00\r\n]*)?\Z")
+_TARGET = re.compile(rb"[\x21-\x7e]+\Z")
 _SINGLE_FIELDS = ("host", "content-length", "transfer-encoding", "content-type")
 
 
@@ -550,15 +575,16 @@ class RequestHead:
         return int(length), False
 
 
-def _parse_fields(lines: list[bytes]) -> Headers:
+def _parse_fields(raw: bytes) -> Headers:
+    if not _FIELDS.match(raw):
+        raise BadRequest("malformed header field")
     headers: Headers = {}
+    lines = raw.decode("latin-1").split("\r\n") if raw else []
     if len(lines) > MAX_HEADER_FIELDS:
         raise BadRequest("more than %d header fields" % MAX_HEADER_FIELDS, 431)
     for line in lines:
-        found = _FIELD.match(line)
-        if not found:
-            raise BadRequest("malformed header field %s" % printable(line.decode("latin-1"), 40))
-        name, value = found.group(1).decode().lower(), found.group(2).decode("latin-1")
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
         if name in headers:
             if name in _SINGLE_FIELDS:
                 raise BadRequest("header field %s is given twice" % name)
@@ -572,8 +598,8 @@ def parse_request_head(raw: bytes) -> RequestHead:
 
     b"GET / HTTP/1.1\\r\\nHost: a" -> RequestHead("GET", "/", 1, {"host": "a"})
     """
-    lines = raw.split(b"\r\n")
-    words = lines[0].split(b" ")
+    line, _, rest = raw.partition(b"\r\n")
+    words = line.split(b" ")
     if len(words) != 3 or not _TOKEN.match(words[0]) or not words[1]:
         raise BadRequest("malformed request line")
     method, target, version = words
@@ -582,10 +608,9 @@ def parse_request_head(raw: bytes) -> RequestHead:
                          505 if version.startswith(b"HTTP/") else 400)
     if len(target) > MAX_TARGET_BYTES:
         raise BadRequest("the URL is longer than %d bytes" % MAX_TARGET_BYTES, 414)
-    if any(byte <= 32 or byte >= 127 for byte in target):
+    if not _TARGET.match(target):
         raise BadRequest("the URL holds control or non-ASCII characters")
-    head = RequestHead(method.decode(), target.decode(), int(version[-1:]),
-                       _parse_fields(lines[1:]))
+    head = RequestHead(method.decode(), target.decode(), int(version[-1:]), _parse_fields(rest))
     if head.minor == 1 and "host" not in head.headers:
         raise BadRequest("the Host header is missing")
     return head
@@ -594,25 +619,31 @@ def parse_request_head(raw: bytes) -> RequestHead:
 def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
     """(status, phrase, headers).  Lenient: the upstream is trusted not to smuggle, but may fold
     lines or repeat fields.  Raises UpstreamError when it is no HTTP head at all."""
-    lines = raw.replace(b"\r\n", b"\n").split(b"\n")
-    words = lines[0].split(b" ", 2)
-    if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
+    lines = raw.decode("latin-1").split("\n")
+    words = lines[0].rstrip("\r").split(" ", 2)
+    if not re.match(r"HTTP/1\.\d [0-9]{3}(?: |\r?\Z)", lines[0]):
         raise UpstreamError("the upstream's answer is not HTTP/1.x")
     headers: Headers = {}
     for line in lines[1:]:
-        name, colon, value = line.partition(b":")
+        name, colon, value = line.partition(":")
         if colon and name:
-            key, text = name.decode("latin-1").lower(), value.strip().decode("latin-1")
-            headers[key] = headers[key] + ", " + text if key in headers else text
-    return int(words[1]), words[2].decode("latin-1") if len(words) > 2 else "", headers
+            name, value = name.lower(), value.strip()
+            headers[name] = headers[name] + ", " + value if name in headers else value
+    return int(words[1]), words[2] if len(words) > 2 else "", headers
 
 
 def render_head(start: str, fields_: Iterable[tuple[str, str]]) -> bytes:
     """A head as bytes, with its empty line.  Line ends inside a value become spaces."""
     lines = [start]
-    lines.extend("%s: %s" % (name, value) for name, value in fields_)
-    text = "\r\n".join(line.replace("\r", " ").replace("\n", " ") for line in lines)
+    lines += [name + ": " + value for name, value in fields_]
+    text = "\r\n".join(lines)
+    if text.count("\r") + text.count("\n") != 2 * len(lines) - 2:
+        text = "\r\n".join(line.replace("\r", " ").replace("\n", " ") for line in lines)
     return text.encode("latin-1", "replace") + b"\r\n\r\n"
+
+
+#: the usual chunk sizes as they are written: a look-up beats a check and a conversion
+_CHUNK_SIZES = {b"%x" % size: size for size in range(1, 2048)}
 
 
 class BodyDecoder:
@@ -634,6 +665,7 @@ class BodyDecoder:
         self._trailer_bytes = 0
 
     def feed(self, data: bytes) -> bytes:
+        """The payload bytes in `data`; what follows the body's end goes to `rest`."""
         if self.done:
             self.rest += data
             return b""
@@ -660,6 +692,8 @@ class BodyDecoder:
                 if not self._left:
                     self._state = "end"
                 continue
+            if self._state == "size":
+                at = self._whole_chunks(data, at, out)
             line_end = data.find(b"\r\n", at, at + MAX_CHUNK_LINE_BYTES)
             if line_end < 0:
                 if end - at >= MAX_CHUNK_LINE_BYTES or b"\n" in data[at:]:
@@ -671,6 +705,21 @@ class BodyDecoder:
         self.rest = data[at:] if self.done else b""
         return b"".join(out)
 
+    @staticmethod
+    def _whole_chunks(data: bytes, at: int, out: list[bytes]) -> int:
+        """The hot path: chunks that are here whole -> where the first other thing begins."""
+        find, add, size_of = data.find, out.append, _CHUNK_SIZES.get
+        while True:
+            line_end = find(b"\r\n", at, at + 8)
+            size = size_of(data[at:line_end]) if line_end > at else None
+            if size is None:
+                return at
+            stop = line_end + 2 + size
+            if data[stop:stop + 2] != b"\r\n":
+                return at
+            add(data[line_end + 2:stop])
+            at = stop + 2
+
     def _take_line(self, line: bytes) -> None:
         if self._state == "end":
             if line:
@@ -678,6 +727,8 @@ class BodyDecoder:
             self._state = "size"
         elif self._state == "trailer":
             self._trailer_bytes += len(line)
+            if b"\n" in line or b"\r" in line:
+                raise BadRequest("malformed trailer of a chunked body")
             if self._trailer_bytes > MAX_HEAD_BYTES:
                 raise BadRequest("trailer fields larger than %d bytes" % MAX_HEAD_BYTES, 431)
             self.done = not line
@@ -690,8 +741,8 @@ class BodyDecoder:
 
 
 def chunk(data: bytes) -> bytes:
-    """b"abc" -> b"3\\r\\nabc\\r\\n" """
-    return b"%x\r\n%b\r\n" % (len(data), data)
+    """b"abc" -> b"3\\r\\nabc\\r\\n"; nothing for b"", which would be the end of the body."""
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
 LAST_CHUNK = b"0\r\n\r\n"
@@ -731,6 +782,7 @@ class FrameCutter:
         self._carry = b""                 # a CR whose LF may be in the next read
 
     def feed(self, data: bytes) -> bytes:
+        """Whole frames as one block, b'' while there is none."""
         if b"\r" in data or self._carry:
             data = self._carry + data
             self._carry = b"\r" if data.endswith(b"\r") else b""
@@ -823,6 +875,15 @@ class SSEDecoder:
 # dialect - nothing is translated: bytes go through and only what must change is touched.
 
 
+def is_whole_event(raw: bytes) -> bool:
+    """Is the last event of a stream, whose empty line is missing, there to its end?"""
+    data = Frame.parse(raw).data.strip()
+    try:
+        return data == b"[DONE]" or isinstance(loads(data), dict)
+    except ValueError:
+        return False
+
+
 class StreamRelay:
     """A pure pipeline for one streamed answer: upstream bytes in, client bytes out.
 
@@ -838,9 +899,9 @@ class StreamRelay:
         self.ended = False
         self.failure: str | None = None
         self._cutter = FrameCutter()
-        self._rename: tuple[bytes, bytes] | None = None   # the upstream's model -> the asked
 
     def feed(self, data: bytes) -> bytes:
+        """Client bytes for these upstream bytes, b'' while no event is whole."""
         if self.ended:
             return b""
         block = self._cutter.feed(data)
@@ -851,7 +912,7 @@ class StreamRelay:
         out = b""
         if error is None and not self.ended:
             rest = self._cutter.flush()
-            out = self._block(rest) if rest else b""
+            out = self._block(rest) if rest and is_whole_event(rest) else b""
             out += self._finish() if not self.ended else b""
         if not self.ended:
             self.ended = True
@@ -863,21 +924,17 @@ class StreamRelay:
 
     def _block(self, block: bytes) -> bytes:
         if self._is_plain(block):
-            return block.replace(*self._rename) if self._rename else block
+            return block
         out = []
         for raw in split_frames(block):
             if self.ended:
                 break
-            out.append(self._mend(raw))
+            out.append(raw if self._is_plain(raw) else self._mend(raw))
         return b"".join(out)
-
-    def _learn_model(self, answered: Any) -> None:
-        if self._rename is None and isinstance(answered, str) and answered != self.asked:
-            self._rename = (b'"model":' + dumps(answered), b'"model":' + dumps(self.asked))
 
     def _is_plain(self, block: bytes) -> bool:
         """Is there nothing in these frames that must be seen or changed?"""
-        raise NotImplementedError
+        return False
 
     def _mend(self, raw: bytes) -> bytes:
         """One frame, looked into."""
@@ -1020,6 +1077,9 @@ def refuse_image_url(url: str, param: str) -> None:
 # ---- Chat Completions ----
 
 
+_JSON_TEXT = re.compile(rb'(?:[^"\\]|\\.)*\Z')      # the inside of one JSON string
+
+
 class ChatStream(StreamRelay):
     """Chat chunks made uniform: one choice with index 0, `object`, `id` and `model` filled, tool
     calls numbered from 0, one finish chunk, usage only for a client that asked for it.
@@ -1033,20 +1093,38 @@ class ChatStream(StreamRelay):
         self._wants_usage = wants_usage
         self._head: Json = {}                 # id, created and what else every chunk repeats
         self._started = False
+        self._template: tuple[bytes, bytes, bytes, bytes] | None = None   # around the text
         self._finish_reason: str | None = None
         self._raw_usage: Json | None = None
         self._calls: dict[tuple[int, int, str], int] = {}    # (choice, index, id) -> our index
         self._open: dict[tuple[int, int], int] = {}          # (choice, index) -> our index
         self._blanks: dict[int, int] = {}                    # our index -> run of white space
 
-    def _is_plain(self, block: bytes) -> bool:
-        count = block.count(b"\n\n")
-        return (self._started
-                and block.count(b'"choices":[{"index":0,"delta":{"content":"') == count
-                and block.count(b'"finish_reason":null}],') == count
-                and block.count(b'"object":"chat.completion.chunk"') == count
-                and b'"usage":{' not in block and b'"reasoning_' not in block
-                and b'"tool_calls"' not in block and b'"id":""' not in block)
+    def _block(self, block: bytes) -> bytes:
+        out = []
+        for raw in split_frames(block):
+            if self.ended:
+                break
+            out.append(self._from_template(raw) or self._mend(raw))
+        return b"".join(out)
+
+    def _from_template(self, raw: bytes) -> bytes:
+        """The frame if it differs from an earlier text chunk in its text alone, else b''."""
+        if self._template is None:
+            return b""
+        prefix, suffix, new_prefix, new_suffix = self._template
+        start, stop = len(prefix), len(raw) - len(suffix)
+        if not (raw.startswith(prefix) and raw.endswith(suffix)
+                and (raw.find(b'"', start) == stop or _JSON_TEXT.match(raw, start, stop))):
+            return b""
+        return new_prefix + raw[start:stop] + new_suffix
+
+    def _learn(self, raw: bytes, out: bytes, text: str) -> None:
+        """A mended text chunk is the pattern for the next ones: they need no JSON parser."""
+        needle = dumps(text)
+        if raw.count(needle) == 1 and out.count(needle) == 1:
+            at, to, size = raw.index(needle) + 1, out.index(needle) + 1, len(needle) - 2
+            self._template = raw[:at], raw[at + size:], out[:to], out[to + size:]
 
     def _mend(self, raw: bytes) -> bytes:
         frame = Frame.parse(raw)
@@ -1065,10 +1143,13 @@ class ChatStream(StreamRelay):
         if answer.get("error") or any(c.get("finish_reason") == "error" for c in choices):
             message, code, _ = unwrap_error(502, frame.data, "")
             return self._fail(message if answer.get("error") else "the model failed", code)
-        return self._chunk(answer, choices) if choices else b""
+        out = self._chunk(answer, choices) if choices else b""
+        delta = as_object(choices[0].get("delta")) if len(choices) == 1 else {}
+        if out and list(delta) == ["content"] and delta["content"] and not self._finish_reason:
+            self._learn(raw, out, delta["content"])
+        return out
 
     def _chunk(self, answer: Json, choices: list[Json]) -> bytes:
-        self._learn_model(answer.get("model"))
         for key in ("id", "created", "system_fingerprint"):
             if answer.get(key):
                 self._head.setdefault(key, answer[key])
@@ -1088,9 +1169,11 @@ class ChatStream(StreamRelay):
         """Give a tool call fragment our index: calls are numbered by first appearance."""
         index, call_id = as_int(call.get("index", place)), str(call.get("id") or "")
         slot = (choice, index)
-        if slot not in self._open or (call_id and (choice, index, call_id) not in self._calls):
-            self._open[slot] = len(self._calls)
-            self._calls[(choice, index, call_id)] = self._open[slot]
+        known = self._calls.get((choice, index, call_id))
+        if call_id and known is not None:
+            self._open[slot] = known
+        elif call_id or slot not in self._open:
+            self._open[slot] = self._calls[(choice, index, call_id)] = len(self._calls)
         number = call["index"] = self._open[slot]
         text = as_object(call.get("function")).get("arguments")
         if isinstance(text, str) and text:
@@ -1226,17 +1309,26 @@ class ChatCompletions(Dialect):
                    for part in as_list(as_object(message).get("content")))
 
     def mend(self, answer: Json, asked: str) -> tuple[bool, Usage | None]:
-        before = dumps(answer)
         choices = [c for c in as_list(answer.get("choices")) if isinstance(c, dict)]
-        if choices:
+        whole = (len(choices) == 1 and self._is_whole(choices[0]) and answer.get("model") == asked
+                 and all(answer.get(key) for key in ("id", "object", "created")))
+        if choices and not whole:
             answer["choices"] = [self._merge(choices)]
         answer.setdefault("id", "chatcmpl")
         answer.setdefault("object", "chat.completion")
         answer.setdefault("created", 0)
         answer["model"] = asked
         usage = answer.get("usage")
-        counts = Usage.from_openai(usage) if isinstance(usage, dict) else None
-        return dumps(answer) != before, counts
+        return not whole, Usage.from_openai(usage) if isinstance(usage, dict) else None
+
+    @staticmethod
+    def _is_whole(choice: Json) -> bool:
+        """Has it all that clients insist on, and nothing that they would not see?"""
+        message = as_object(choice.get("message"))
+        called = choice.get("finish_reason") == "tool_calls"
+        return (choice.get("index") == 0 and bool(choice.get("finish_reason"))
+                and "role" in message and "content" in message
+                and "reasoning_text" not in message and bool(message.get("tool_calls")) == called)
 
     @staticmethod
     def _merge(choices: list[Json]) -> Json:
@@ -1263,6 +1355,7 @@ CHAT = ChatCompletions()
 _ITEM_PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_",
                   "custom_tool_call": "ctc_", "web_search_call": "ws_", "compaction": "cmp_"}
 _ITEM_ID = re.compile(rb'"item_id":\s*"((?:[^"\\]|\\.)*)"')
+_SEQUENCE = re.compile(rb'"sequence_number":\s*(\d+)')
 _OUTPUT_INDEX = re.compile(rb'"output_index":\s*(\d+)')
 _TERMINAL = ("response.completed", "response.incomplete", "response.failed", "response.cancelled",
              "error")
@@ -1283,6 +1376,7 @@ def response_id(given: Any) -> str:
 
 
 def mend_item(item: Json, new_id: str) -> None:
+    """Give an output item the id that the client knows."""
     item["id"] = new_id
     if item.get("type") == "reasoning" and not isinstance(item.get("summary"), list):
         item["summary"] = []            # without it some clients show "thinking" for ever
@@ -1290,17 +1384,20 @@ def mend_item(item: Json, new_id: str) -> None:
 
 def mend_response_usage(answer: Json) -> Usage | None:
     """Fill what strict clients need (Codex: total_tokens) -> the counts, None if there are none."""
-    usage = answer.get("usage")
-    if not isinstance(usage, dict):
+    given = isinstance(answer.get("usage"), dict)
+    if not given and answer.get("status") not in ("completed", "incomplete"):
         return None
+    usage: Json = answer["usage"] if given else {"input_tokens": 0, "output_tokens": 0}
+    answer["usage"] = usage
     counts = Usage.from_openai(usage)
     for key, inner in (("input_tokens_details", "cached_tokens"),
                        ("output_tokens_details", "reasoning_tokens")):
         if not isinstance(usage.get(key), dict):
             usage[key] = {inner: 0}
+    usage["input_tokens_details"].setdefault("cache_write_tokens", 0)     # openai 3.52 insists
     if not isinstance(usage.get("total_tokens"), int):
         usage["total_tokens"] = as_int(usage.get("input_tokens")) + counts.output
-    return counts
+    return counts if given else None
 
 
 class ResponsesStream(StreamRelay):
@@ -1322,12 +1419,16 @@ class ResponsesStream(StreamRelay):
 
     def _is_plain(self, block: bytes) -> bool:
         count = block.count(b"\n\n")
-        if not (self._marker and block.count(self._marker) == count
-                and block.count(b'"sequence_number":') == count
-                and block.count(b"\ndata: {") == count and not self._held
-                and b'"obfuscation"' not in block):
+        return bool(self._marker and block.count(self._marker) == count
+                    and block.count(b'"sequence_number":') == count and not self._held
+                    and b'"obfuscation"' not in block and self._count_on(block))
+
+    def _count_on(self, block: bytes) -> bool:
+        """Do these frames go on with higher sequence numbers than those that went out?"""
+        first, last = _SEQUENCE.search(block), _SEQUENCE.search(block, block.rfind(b'"sequence_n'))
+        if not first or not last or int(first.group(1)) < self._sequence:
             return False
-        self._sequence += count
+        self._sequence = int(last.group(1)) + 1
         return True
 
     def _mend(self, raw: bytes) -> bytes:
@@ -1351,9 +1452,8 @@ class ResponsesStream(StreamRelay):
             return None
         found, index = _ITEM_ID.search(frame.data), _OUTPUT_INDEX.search(frame.data)
         known = self._ids.get(int(index.group(1))) if index else None
-        if not found or known is None or b'"sequence_number":' not in frame.data:
+        if not found or known is None or not self._count_on(frame.data):
             return None
-        self._sequence += 1
         if found.group(1) == known.encode():
             return frame.encode()
         data = frame.data[:found.start(1)] + known.encode() + frame.data[found.end(1):]
@@ -1429,7 +1529,8 @@ class ResponsesStream(StreamRelay):
         return self._error(UpstreamError(message))
 
     def _error(self, error: ProxyError) -> bytes:
-        answer = dict({"id": response_id(None), "created_at": 0}, **self._response)
+        answer = dict({"id": response_id(None), "created_at": 0, "parallel_tool_calls": True,
+                       "tool_choice": "auto", "tools": []}, **self._response)
         answer.update(object="response", status="failed", model=self.asked, output=[], usage=None,
                       error={"code": error.code or error.types()[0], "message": str(error)})
         return self._render({"type": "response.failed", "response": answer})
@@ -1491,7 +1592,8 @@ class Responses(Dialect):
         if kind == "item_reference":
             edit.lose("input[%d]" % at, "the upstream stores no items")
             return False
-        if kind == "reasoning" and not item.get("encrypted_content") and not item.get("summary"):
+        if kind == "reasoning" and not item.get("encrypted_content") and not text_of(
+                item.get("summary")).strip():
             edit.changed = True
             return False
         edit.drop(item, "id")
@@ -1524,15 +1626,13 @@ class Responses(Dialect):
                    for part in as_list(as_object(item).get(key)))
 
     def mend(self, answer: Json, asked: str) -> tuple[bool, Usage | None]:
-        before = dumps(answer)
         answer["id"], answer["model"] = response_id(answer.get("id")), asked
         for key in [k for k in answer if k.startswith("copilot_")]:
             del answer[key]
         for at, item in enumerate(as_list(answer.get("output"))):
             if isinstance(item, dict):
                 mend_item(item, item_id(item, at))
-        counts = mend_response_usage(answer)
-        return dumps(answer) != before, counts
+        return True, mend_response_usage(answer)
 
     def stream(self, asked: str, body: Json) -> StreamRelay:
         return ResponsesStream(asked)
@@ -1546,6 +1646,7 @@ EFFORT_BUDGETS = (("low", 2048), ("medium", 8192), ("high", 16384), ("xhigh", 24
 _REFUSED_FIELDS = ("context_management", "inference_geo", "speed", "container", "mcp_servers",
                    "betas", "contextTier", "service_tier", "cache_control")
 _REFUSED_TOOL_FIELDS = ("eager_input_streaming", "defer_loading", "input_examples", "strict")
+_RESULT_PARTS = ("text", "image", "document")
 _NONCE_LINE = "x-anthropic-billing-header:"
 _COUNTED_FIELDS = ("model", "messages", "system", "tools", "tool_choice")
 
@@ -1571,8 +1672,6 @@ class MessagesStream(StreamRelay):
         return b'"message_' not in block and b'"error"' not in block
 
     def _mend(self, raw: bytes) -> bytes:
-        if self._is_plain(raw):
-            return raw
         try:
             event = as_object(loads(Frame.parse(raw).data))
         except ValueError:
@@ -1581,9 +1680,10 @@ class MessagesStream(StreamRelay):
         kind = event.get("type")
         if kind == "message_start":
             message = as_object(event.get("message"))
-            self._learn_model(message.get("model"))
             self.usage = Usage.from_anthropic(as_object(message.get("usage")), self.usage)
-            return raw.replace(*self._rename) if self._rename else raw
+            if message.get("model") != self.asked:
+                message["model"] = self.asked
+                return Frame("message_start", dumps(event)).encode()
         if kind == "message_delta":
             self.usage = Usage.from_anthropic(as_object(event.get("usage")), self.usage)
         elif kind == "message_stop":
@@ -1592,9 +1692,6 @@ class MessagesStream(StreamRelay):
             self.ended = True
             self.failure = str(as_object(event.get("error")).get("message") or "error")
         return raw
-
-    def _block(self, block: bytes) -> bytes:
-        return block if self._is_plain(block) else super()._block(block)
 
     def _error(self, error: ProxyError) -> bytes:
         return Frame("error", dumps(MESSAGES.error_body(error, ""))).encode()
@@ -1633,8 +1730,9 @@ class Messages(Dialect):
         edit.replace(body, "messages", [m for m in body["messages"] if m.get("content") != []])
         self._prepare_tools(edit)
         self._prepare_cache_marks(edit)
+        self._prepare_max_tokens(edit, model)
         self._prepare_thinking(edit, model)
-        self._prepare_limits(edit, model)
+        self._prepare_sampling(edit, model)
         self._end_with_user(edit, model)
 
     def prepare_count(self, edit: Edit, model: Model) -> None:
@@ -1710,7 +1808,9 @@ class Messages(Dialect):
         if kind == "tool_result" and isinstance(block.get("content"), list):
             parts = [p for p in block["content"] if not isinstance(p, dict)
                      or p.get("type") != "text" or p.get("text")]
-            edit.replace(block, "content", parts)
+            edit.replace(block, "content", [
+                p if not isinstance(p, dict) or p.get("type") in _RESULT_PARTS else
+                {"type": "text", "text": dumps(p).decode()[:MAX_ERROR_TEXT]} for p in parts])
         return block
 
     @staticmethod
@@ -1757,6 +1857,7 @@ class Messages(Dialect):
         body = edit.body
         thinking = as_object(body.get("thinking"))
         kind = thinking.get("type")
+        edit.drop(thinking, "budget_tokens_max")
         config = as_object(body.get("output_config"))
         effort = config.get("effort")
         adaptive = model.supports.get("adaptive_thinking") is True
@@ -1767,7 +1868,8 @@ class Messages(Dialect):
             edit.drop(body, "thinking", "the model does not think" if thinking else "")
         elif kind == "enabled" and only_adaptive:
             budget = as_int(thinking.get("budget_tokens"))
-            edit.set(body, "thinking", {"type": "adaptive"})
+            edit.set(body, "thinking", dict(
+                {"type": "adaptive"}, **{k: v for k, v in thinking.items() if k == "display"}))
             effort = effort or budget_to_effort(budget)
             edit.set(body, "output_config", dict(config, effort=effort))
         elif kind in ("enabled", "adaptive") and not (kind == "adaptive" and adaptive):
@@ -1800,7 +1902,7 @@ class Messages(Dialect):
             edit.set(config, "effort", clamp_effort(str(config["effort"]), model.efforts))
 
     @staticmethod
-    def _prepare_limits(edit: Edit, model: Model) -> None:
+    def _prepare_max_tokens(edit: Edit, model: Model) -> None:
         body = edit.body
         most = model.limit("max_output_tokens")
         wish = body.get("max_tokens")
@@ -1808,6 +1910,10 @@ class Messages(Dialect):
             edit.set(body, "max_tokens", model.output_cap(body.get("stream") is True))
         elif isinstance(wish, int) and most and wish > most:
             edit.set(body, "max_tokens", most)
+
+    @staticmethod
+    def _prepare_sampling(edit: Edit, model: Model) -> None:
+        body = edit.body
         if as_object(body.get("thinking")).get("type") in ("enabled", "adaptive"):
             if body.get("temperature") != 1:
                 edit.drop(body, "temperature", "not with thinking")
@@ -1826,8 +1932,9 @@ class Messages(Dialect):
             edit.lose("messages", "an answer begun by the client became a request to go on")
 
     def initiator(self, body: Json) -> str:
-        messages = as_list(body.get("messages"))
-        last = as_object(messages[-1]) if messages else {}
+        messages = [m for m in as_list(body.get("messages"))
+                    if isinstance(m, dict) and m.get("role") != "system"]
+        last = messages[-1] if messages else {}
         if last.get("role") != "user":
             return "agent"
         content = last.get("content")
@@ -1910,7 +2017,8 @@ def _nearest_in_family(name: str, models: list[Model]) -> Model | None:
     usable = [m for m in models if m.is_listed and m.kind == "chat"]
     family = next((f for f in _FAMILIES if re.search(r"(?:\A|-)%s(?:-|\Z)" % f, name)), "")
     if family and ("claude" in name or name == family):
-        kin = [m for m in usable if re.fullmatch(r"claude-%s-[\d.]+" % family, m.id)]
+        kin = [m for m in usable if re.fullmatch(r"claude-%s-[\d.]+" % family, m.id)
+               and m.entry.get("preview") is not True]
         kin = kin or [m for m in usable if "claude-%s" % family in m.id]
         newest = max(kin, key=lambda m: m.version, default=None)
         old_order = re.match(r"claude-\d", name)                # claude-3.5-haiku: any newer one
@@ -1927,6 +2035,8 @@ def resolve_model(asked: str, models: list[Model], aliases: Mapping[str, str]) -
     """The catalogue entry that `asked` means: alias, exact id, normalised spelling, nearest of the
     same family for an unknown newer name.  None when nothing fits."""
     asked = aliases.get(asked, asked)
+    if not asked or len(asked) > MAX_MODEL_CHARS:
+        return None
     by_id = {m.id: m for m in models}
     if asked == "auto":
         return next((m for m in models if m.entry.get("is_chat_default") is True), None)
@@ -1941,7 +2051,7 @@ def nearest_ids(asked: str, models: list[Model], count: int = 3) -> list[str]:
     """Ids that look most like `asked`, for the text of a 404."""
     import difflib
     ids = [m.id for m in models if m.is_listed] or [m.id for m in models]
-    name = normalise_model(asked)[-1] if asked else ""
+    name = normalise_model(asked[:MAX_MODEL_CHARS])[-1] if asked else ""
     return difflib.get_close_matches(name, ids, count, 0.0)
 
 
@@ -1972,6 +2082,8 @@ def estimate_tokens(body: Json) -> int:
             count += 3 + len(value)
         elif isinstance(value, list):
             todo.extend(value)
+        elif isinstance(value, str) and value[:5] == "data:" and ";base64," in value[:100]:
+            images += 1
         elif isinstance(value, str):
             wide = len(value) - len(value.encode("ascii", "ignore"))
             count += (len(value) - wide) / 3 + wide * 1.2
@@ -2082,8 +2194,8 @@ def parse_pairs(values: Iterable[str], flag: str) -> dict[str, str]:
 
 def check_url(url: str, flag: str) -> str:
     """The URL without its trailing slash; plain http only on this machine.  Raises ConfigError."""
-    parts = urllib.parse.urlsplit(url)
     host = host_of(url)
+    parts = urllib.parse.urlsplit(url if host else "")
     if parts.scheme not in ("http", "https") or not host or parts.query or parts.username:
         raise ConfigError("%s: '%s' is not the URL of a server" % (flag, redact(printable(url))))
     if parts.scheme == "http" and not is_loopback(host):
@@ -2164,11 +2276,11 @@ class Settings:
         parse_pairs(self.model_alias, "--model-alias")
         return self
 
-    @property
+    @functools.cached_property
     def headers(self) -> dict[str, str]:
         return parse_pairs(self.header, "--header")
 
-    @property
+    @functools.cached_property
     def aliases(self) -> dict[str, str]:
         return parse_pairs(self.model_alias, "--model-alias")
 
@@ -2195,6 +2307,8 @@ class Settings:
         if not isinstance(url, str) or not url:
             return ""
         host, own = host_of(url), host_of(self.github_url)
+        if not re.fullmatch(r"[a-z0-9.:-]+", host):
+            return ""
         secure = url.startswith("https://") and host.endswith(COPILOT_HOSTS)
         local = is_loopback(host) and is_loopback(own)
         tenant = url.startswith("https://") and own != "github.com" and host.endswith("." + own)
@@ -2254,13 +2368,14 @@ class LoginFile:
         except OSError as error:
             raise ConfigError("cannot read %s: %s" % (self.path, error.strerror)) from None
         if text and not re.fullmatch(r"[A-Za-z0-9_.~-]+", text):
-            aside = "%s.bad-%d" % (self.path, int(time.time()))
+            aside = "%s.bad-%d" % (self.path, time.time_ns())
             os.replace(self.path, aside)
             raise ConfigError("%s held no token; it was moved to %s. Log in again: "
                               "copilot_proxy.py auth" % (self.path, aside))
         return text
 
     def save(self, token: str) -> None:
+        """Raises ConfigError."""
         try:
             write_file(self.path, token.encode("ascii"))
         except OSError as error:
@@ -2302,17 +2417,29 @@ class Downstream(Protocol):
         """Called after each `keepalive_s` without a byte from the upstream."""
 
 
+_POLL_READ = getattr(select, "POLLIN", 0) | getattr(select, "POLLRDHUP", 0)
+
+
 def wait_readable(sockets: list[Any], timeout_s: float) -> list[Any]:
     """Those of `sockets` (objects with fileno()) that can be read now, or after at most
     `timeout_s`; [] when the time is over.  poll where there is one: select ends at 1,024 files."""
     if not hasattr(select, "poll"):
         return select.select(sockets, [], [], timeout_s)[0]
     poller = select.poll()
-    by_number = {item.fileno(): item for item in sockets}
-    for number in by_number:
-        poller.register(number, select.POLLIN | getattr(select, "POLLRDHUP", 0))
+    for item in sockets:
+        poller.register(item, _POLL_READ)
     ready = poller.poll(max(0, int(timeout_s * 1000 + 0.999)))
-    return [by_number[number] for number, _ in ready]
+    numbers = [number for number, _ in ready]
+    return [item for item in sockets if item.fileno() in numbers]
+
+
+def wait_ready(sock: Any, timeout_s: float, write: bool = False) -> bool:
+    """Can this one be read (or written) now, or after at most `timeout_s`?"""
+    if not hasattr(select, "poll"):
+        return any(select.select([] if write else [sock], [sock] if write else [], [], timeout_s))
+    poller = select.poll()
+    poller.register(sock, select.POLLOUT if write else _POLL_READ)
+    return bool(poller.poll(max(0, int(timeout_s * 1000 + 0.999))))
 
 
 def receive_now(sock: Any) -> bytes | None:
@@ -2339,13 +2466,23 @@ def send_now(sock: Any, data: Any) -> int:
         raise
 
 
+def send_all(sock: Any, data: bytes, timeout_s: float) -> None:
+    """Write all of it; raises socket.timeout when the other side takes nothing for so long."""
+    sent = send_now(sock, data)
+    while sent < len(data):
+        if not wait_ready(sock, timeout_s, write=True):
+            raise socket.timeout("timed out")
+        sent += send_now(sock, memoryview(data)[sent:sent + MAX_OUT_BYTES])
+
+
 class UpstreamRequest(urllib.request.Request):
     """A request with what our handlers need: who waits for it and how long."""
 
     def __init__(self, method: str, url: str, headers: Mapping[str, str],
                  body: bytes | None = None, client: Downstream | None = None,
                  timeout_s: float = ANSWER_TIMEOUT_S) -> None:
-        super().__init__(url, body, dict(headers), method=method)
+        super().__init__(url, body, method=method)
+        self.headers = dict(headers)
         self.client = client
         self.answer_timeout_s = timeout_s
 
@@ -2365,45 +2502,50 @@ class Wire:
         self.connect()                 # type: ignore[attr-defined]
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock.settimeout(SEND_TIMEOUT_S)
+        self.sock.settimeout(0)        # from here on we wait ourselves, and watch the client
 
     def fileno(self) -> int:
-        return int(self.sock.fileno())
+        return self.sock.fileno()      # type: ignore[no-any-return]
 
     def is_stale(self) -> bool:
         """Has the other side closed it, or said something nobody asked for?"""
-        return bool(self.received or wait_readable([self], 0))
+        return bool(self.received) or wait_ready(self.sock, 0)
 
     def write(self, head: bytes, body: bytes) -> None:
         """Head and small body in one packet."""
         if len(body) <= 65536:
-            self.sock.sendall(head + body)
+            send_all(self.sock, head + body, SEND_TIMEOUT_S)
         else:
-            self.sock.sendall(head)
-            self.sock.sendall(body)
+            send_all(self.sock, head, SEND_TIMEOUT_S)
+            send_all(self.sock, body, SEND_TIMEOUT_S)
 
     def read(self, client: Downstream | None, deadline: float) -> bytes:
         """The next bytes, b'' at the end.  Raises ClientGone, UpstreamError 504, OSError.
 
         While nothing comes `client.on_silence` is called every `keepalive_s`.
         """
-        if self.received:
-            data, self.received = self.received, b""
-            return data
-        while not (hasattr(self.sock, "pending") and self.sock.pending()):
-            left = deadline - time.monotonic()
+        silent_since = time.monotonic()
+        while True:
+            data = self.receive() if self.has_more else None
+            if data is not None:
+                return data
+            now = time.monotonic()
+            left = pause = deadline - now
             if left <= 0:
                 raise UpstreamError("the upstream was silent for too long", 504)
-            pause = left if client is None else min(left, client.keepalive_s)
+            if client is not None:
+                pause = min(left, max(silent_since + client.keepalive_s - now, 0))
             watched = [self] if client is None or client.is_full else [self, client]
             ready = wait_readable(watched, pause)
             if self in ready:
-                break
-            if client is not None and ready and client.is_gone():
+                data = self.receive()
+                if data is not None:
+                    return data
+            elif client is not None and ready and client.is_gone():
                 raise ClientGone
-            if client is not None and not ready:
+            elif client is not None and not ready and pause < left:
                 client.on_silence()
-        return bytes(self.sock.recv(READ_BYTES))
+                silent_since = time.monotonic()
 
     def receive(self) -> bytes | None:
         """What is there now, for a loop: None when nothing is, b'' at the end.  Raises OSError."""
@@ -2426,6 +2568,12 @@ class SecureWire(Wire, http.client.HTTPSConnection):
     pass
 
 
+def host_and_port(req: UpstreamRequest) -> str:
+    """What the Host header says, also when a proxy stands in `req.host`."""
+    return urllib.parse.urlsplit(req.full_url).netloc.rpartition("@")[2] if req.has_proxy() \
+        or getattr(req, "_tunnel_host", None) else req.host
+
+
 class Pool:
     """Idle connections by destination; newest first, none older than POOL_IDLE_S.
 
@@ -2445,11 +2593,11 @@ class Pool:
             if wire is None:
                 return None
             if time.monotonic() - wire.idle_since < POOL_IDLE_S and not wire.is_stale():
-                wire.sock.settimeout(SEND_TIMEOUT_S)
                 return wire
             wire.close()
 
     def give(self, key: Any, wire: Any) -> None:
+        """Keep a connection for the next request."""
         now = wire.idle_since = time.monotonic()
         with self._lock:
             idle = self._idle.setdefault(key, [])
@@ -2462,6 +2610,7 @@ class Pool:
             gone.close()
 
     def clear(self) -> None:
+        """Close all."""
         with self._lock:
             wires = [wire for idle in self._idle.values() for wire in idle]
             self._idle.clear()
@@ -2608,6 +2757,12 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         urllib.request.HTTPHandler.__init__(self)
         self._pool, self._context = pool, context
 
+    def http_request(self, request: Any) -> Any:
+        """Nothing is to be added: `_exchange` writes Host and Content-Length."""
+        return request
+
+    https_request = http_request
+
     def http_open(self, req: Any) -> Any:
         return self._exchange(req, PlainWire, {})
 
@@ -2616,7 +2771,9 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
     def _exchange(self, req: UpstreamRequest, kind: Any, extra: Json) -> UpstreamResponse:
         """Send the request, once more on a fresh connection if a kept one proves closed."""
-        fields_ = dict(req.header_items())
+        fields_ = {"Host": host_and_port(req), **req.headers, **req.unredirected_hdrs}
+        if req.data is not None:
+            fields_["Content-Length"] = str(len(req.data))       # type: ignore[arg-type]
         tunnel: str = getattr(req, "_tunnel_host", None) or ""
         proxy_login = fields_.pop("Proxy-authorization", "") if tunnel else ""
         key = (kind, req.host, tunnel, proxy_login)
@@ -2753,6 +2910,7 @@ class Upstream:
         return proxies
 
     def tls_context(self) -> Any:
+        """Made at the first https call: it takes longer than all the rest of the start."""
         with self._lock:
             if self._tls is None:
                 self._tls = make_tls_context(self._settings, self._environ)
@@ -2814,13 +2972,19 @@ class CopilotToken:
         return max(now[0] - self.obtained[0], now[1] - self.obtained[1])
 
 
+def as_seconds(value: Any, default: float) -> float:
+    """A duration out of an answer; whatever is none is the default."""
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+    return float(value) if usable else default
+
+
 def read_clock() -> tuple[float, float]:
     """(monotonic, wall) in seconds."""
     return time.monotonic(), time.time()
 
 
 def check_github_token(token: str) -> str:
-    """The token without white space.  Raises AuthError for kinds that never work, before any call."""
+    """The token without white space.  Raises AuthError, before any call, for what never works."""
     token = token.strip()
     if token.startswith(PAT_PREFIXES):
         raise AuthError("this is a personal access token, which Copilot does not accept: log in "
@@ -2871,8 +3035,8 @@ class GitHub:
                                                                printable(str(text))))
         uri = str(answer.get("verification_uri") or self._settings.github_url + "/login/device")
         return DeviceCode(str(answer["device_code"]), str(answer["user_code"]), uri,
-                          float(answer.get("expires_in") or 900),
-                          float(answer.get("interval", 5)))
+                          as_seconds(answer.get("expires_in"), 900),
+                          as_seconds(answer.get("interval"), 5))
 
     def poll(self, code: DeviceCode) -> Json:
         """GitHub's words on a running login; {} for a passing fault."""
@@ -2882,7 +3046,7 @@ class GitHub:
                 "grant_type": DEVICE_GRANT})
         except UpstreamError:
             return {}
-        return answer if status == 200 or "error" in answer else {}
+        return answer if status == 200 else {}
 
     def fetch_login(self, token: str) -> str:
         """The account's name, '' when it cannot be had (it is needed for nothing)."""
@@ -2918,14 +3082,16 @@ class GitHub:
         named = as_object(answer.get("endpoints")).get("api")
         proxy = parts.get("proxy-ep", "")
         fallback = "https://api." + proxy[6:] if proxy.startswith("proxy.") else ""
-        refresh = as_int(answer.get("refresh_in")) or TOKEN_FALLBACK_S
+        refresh = answer.get("refresh_in")
+        if not isinstance(refresh, (int, float)) or isinstance(refresh, bool) or not refresh:
+            refresh = TOKEN_FALLBACK_S
         due = min(max(refresh - TOKEN_MARGIN_S, 60.0), 86400.0)
-        lifetime = refresh + TOKEN_MARGIN_S
+        lifetime = due + 2 * TOKEN_MARGIN_S
         with contextlib.suppress(TypeError, ValueError, KeyError):   # by the server's own clock
             sent = email.utils.parsedate_to_datetime(headers["date"]).timestamp()
             expires = float(answer["expires_at"])
             left = (expires / 1000 if expires > 1e11 else expires) - sent
-            lifetime = left if 0 < left < 86400 else lifetime
+            lifetime = max(left, due) if 0 < left < 86400 else lifetime
         return CopilotToken(value, self._api_url(named, fallback), due, lifetime, self._clock(),
                             details={k: v for k, v in answer.items() if k != "token"})
 
@@ -2975,12 +3141,14 @@ class DeviceLogin:
         self._announce = announce
         self.code: DeviceCode | None = None
         self.problem = ""
+        self.ready = threading.Event()            # there is a code, or a problem
 
     def run(self) -> str:
         """The GitHub token.  Raises AuthError (denied, refused), UpstreamError (no code to be
         had); returns '' when stopped."""
         while not self._stop.is_set():
             self.code = self._github.request_code()
+            self.ready.set()
             self._announce(self.code)
             token = self._poll(self.code)
             if token is not None:
@@ -2999,7 +3167,7 @@ class DeviceLogin:
             if answer.get("access_token"):
                 return str(answer["access_token"])
             if problem == "slow_down":
-                interval = max(interval + 5, float(answer.get("interval") or 0))
+                interval = max(interval + 5, as_seconds(answer.get("interval"), 0))
             elif problem == "expired_token":
                 return None
             elif problem == "access_denied":
@@ -3091,6 +3259,23 @@ class Refreshed:
         return value
 
 
+class Catalogue:
+    """The models as fetched at one time (monotonic), and what was found among them before."""
+
+    def __init__(self, fetched_at: float, models: list[Model]) -> None:
+        self.fetched_at, self.models = fetched_at, models
+        self._found = {model.id: model for model in models}
+
+    def find(self, asked: str, aliases: Mapping[str, str]) -> Model | None:
+        """The model that `asked` means, None when there is none."""
+        if asked in self._found and asked not in aliases:
+            return self._found[asked]
+        model = resolve_model(asked, self.models, aliases)
+        if model is not None and asked not in aliases and len(self._found) < MAX_SPELLINGS:
+            self._found[asked] = model
+        return model
+
+
 @dataclass
 class Call:
     """One call to the Copilot API."""
@@ -3171,6 +3356,7 @@ class Copilot:
         token: CopilotToken = self.token.get()
         while True:
             try:
+                version = self._version or API_VERSIONS[0]
                 answer = self._send_once(call, token)
                 if answer.status < 300:
                     return answer
@@ -3179,11 +3365,13 @@ class Copilot:
                 error = problem
             cure = "" if call.has_started() else self._cure_for(error)
             if not cure or cure in cured or len(cured) >= 2:
+                if error.opaque and "login" in cured:
+                    self._futile_refresh_at = time.monotonic()
                 raise error
             self._log.debug("%s upstream %d, trying again after: %s", call.request_id,
                             error.status, cure)
             cured.append(cure)
-            token = self._apply(cure, token, error)
+            token = self._apply(cure, token, version)
 
     def _send_once(self, call: Call, token: CopilotToken) -> UpstreamResponse:
         headers = self._headers(call, token)
@@ -3241,27 +3429,26 @@ class Copilot:
             return "" if error.headers.get("retry-after", "0") not in ("0", "1") else "hiccup"
         return ""
 
-    def _apply(self, cure: str, token: CopilotToken, error: UpstreamError) -> CopilotToken:
+    def _apply(self, cure: str, token: CopilotToken, version: str) -> CopilotToken:
         if cure == "login":
-            if error.opaque:
-                self._futile_refresh_at = time.monotonic()
             return self.token.get(bad=token)           # type: ignore[no-any-return]
         if cure == "version":
-            used = self._version or API_VERSIONS[0]
-            self._version = API_VERSIONS[(API_VERSIONS.index(used) + 1) % len(API_VERSIONS)]
-            self._log.warning("API version %s is refused (466): trying %s; if that fails set "
-                              "--header X-GitHub-Api-Version=...", used, self._version)
+            following = API_VERSIONS[(API_VERSIONS.index(version) + 1) % len(API_VERSIONS)]
+            if (self._version or API_VERSIONS[0]) == version:    # else another call has moved on
+                self._version = following
+                self._log.warning("API version %s is refused (466): trying %s; if that fails set "
+                                  "--header X-GitHub-Api-Version=...", version, following)
         else:
             time.sleep(self._settings.hiccup_pause_s * (1 + secrets.randbelow(100) / 100))
         return token
 
     # -- the catalogue
 
-    def _is_old(self, value: tuple[float, list[Model]]) -> bool:
-        return time.monotonic() - value[0] >= self._settings.catalogue_age_s
+    def _is_old(self, catalogue: Catalogue) -> bool:
+        return time.monotonic() - catalogue.fetched_at >= self._settings.catalogue_age_s
 
-    def _fetch_models(self) -> tuple[float, list[Model]]:
-        """(monotonic, models).  Where the list is refused to the editor's identity, the GitHub
+    def _fetch_models(self) -> Catalogue:
+        """Where the list is refused to the editor's identity, the GitHub
         token with the command line's identity is tried: some accounts changed in 2026."""
         call = Call("/models", headers={"OpenAI-Intent": MODEL_INTENT,
                                         "X-Interaction-Type": MODEL_INTENT},
@@ -3290,27 +3477,27 @@ class Copilot:
                 if model.id not in models or (model.picker and not models[model.id].picker):
                     models[model.id] = model
         self._log.debug("catalogue: %d models", len(models))
-        return time.monotonic(), list(models.values())
+        return Catalogue(time.monotonic(), list(models.values()))
 
     def models(self) -> list[Model]:
         """The catalogue, at most 10 minutes old if it can be had, else the last one."""
-        value: tuple[float, list[Model]] = self.catalogue.get()
-        return value[1]
+        catalogue: Catalogue = self.catalogue.get()
+        return catalogue.models
 
     def find_model(self, asked: str) -> Model:
         """The model that `asked` means; an unknown name refreshes the list, once a minute at most.
 
         Raises BadRequest 404 that names the three nearest ids.
         """
-        value: tuple[float, list[Model]] = self.catalogue.get()
         aliases = self._settings.aliases
-        model = resolve_model(asked, value[1], aliases)
-        if model is None and time.monotonic() - value[0] >= CATALOGUE_RETRY_S:
+        catalogue: Catalogue = self.catalogue.get()
+        model = catalogue.find(asked, aliases)
+        if model is None and time.monotonic() - catalogue.fetched_at >= CATALOGUE_RETRY_S:
             with contextlib.suppress(UpstreamError):
-                value = self.catalogue.get(bad=value)
-            model = resolve_model(asked, value[1], aliases)
+                catalogue = self.catalogue.get(bad=catalogue)
+            model = catalogue.find(asked, aliases)
         if model is None:
-            near = nearest_ids(asked, value[1])
+            near = nearest_ids(asked, catalogue.models)
             raise BadRequest("model '%s' does not exist here; nearest: %s" % (
                 printable(asked, 80), ", ".join(near) or "none"), 404, "model_not_found", "model")
         return model
@@ -3420,8 +3607,18 @@ class App:
                          code.user_code)
 
     def load_login(self) -> str:
-        """The GitHub token to use: the given one, else the stored one, else ''."""
-        return self.settings.github_token or self.login_file.load()
+        """The GitHub token to use: the given one, else the stored one, else ''.
+
+        Never one that GitHub has refused.  A login file that cannot be read is told in the log.
+        """
+        if self.settings.github_token and self.settings.github_token not in self._refused:
+            return self.settings.github_token
+        try:
+            stored = self.login_file.load()
+        except ConfigError as error:
+            self.log.error("%s", error)
+            return ""
+        return "" if stored in self._refused else stored
 
     def use(self, github_token: str) -> Copilot:
         """Serve with this login from now on."""
@@ -3451,46 +3648,53 @@ class App:
         try:
             token = login.run()
             if token:
-                self.login_file.save(token)
+                try:
+                    self.login_file.save(token)
+                except ConfigError as error:
+                    self.log.error("the login works, but only until the end: %s", error)
                 self.use(token)
                 self.log.warning("logged in")
         except ProxyError as error:
             login.code, login.problem = None, str(error)
             self.log.error("%s", error)
+        finally:
+            login.ready.set()
 
     def copilot(self) -> Copilot:
         """The account.  Raises AuthError with the code to enter while nobody is logged in."""
         account = self.account
-        if account is None:
-            stored = self.login_file.load()            # another process may have logged in
-            if stored and stored not in self._refused:
-                return self.use(stored)
-            self.begin_login()
-            raise AuthError(self.login_hint(), code="login_required")
-        return account
+        if account is not None:
+            return account
+        stored = self.load_login()                     # another process may have logged in
+        if stored:
+            return self.use(stored)
+        self.begin_login()
+        raise AuthError(self.login_hint(), code="login_required")
 
     def refused(self, account: Copilot) -> None:
         """GitHub does not know this login any more: take a newer one from the file, else ask."""
-        with contextlib.suppress(ConfigError):
-            stored = self.login_file.load()
-            if stored and stored not in self._refused + [account.github_token]:
-                self.use(stored)
-                return
         with self._lock:
             if self.account is not account:
                 return
             self._refused.append(account.github_token)      # kept on disk, but not used again
             self.account = None
             self._account_stop.set()
+        stored = self.load_login()
+        if stored:
+            self.use(stored)
+            return
         self.log.error("GitHub refuses the login: a new one is needed")
         self.begin_login()
 
     def login_hint(self) -> str:
+        """What to do to be logged in; waits a moment for the code of a login just begun."""
         login = self.login
+        if login is not None:
+            login.ready.wait(CODE_WAIT_S)
         code = login.code if login else None
         if code:
-            return "login required: open %s and enter the code %s" % (code.verification_uri,
-                                                                      code.user_code)
+            return "login required: open %s and enter the code %s, or run: copilot_proxy.py auth" \
+                % (code.verification_uri, code.user_code)
         if login and login.problem:
             return "login required; the last try failed: %s" % login.problem
         return "login required: open /auth/device on this server, or run: copilot_proxy.py auth"
@@ -3522,7 +3726,7 @@ class Client:
     """
 
     def __init__(self, sock: Any, address: Any, settings: Settings,
-                 on_close: Callable[[Client], None] = lambda client: None) -> None:
+                 on_close: Callable[[Client], None]) -> None:
         self.sock, self.settings, self._on_close = sock, settings, on_close
         self.address = str(address[0]) if isinstance(address, tuple) else ""
         self.keepalive_s = settings.keepalive_s
@@ -3561,8 +3765,7 @@ class Client:
         """Has it hung up?  Raises UpstreamError when the server is shutting down."""
         if self.ending:
             raise UpstreamError("the proxy is shutting down", 503)
-        self.sock.settimeout(0)
-        while not self.is_full and wait_readable([self], 0):
+        while not self.is_full and wait_ready(self.sock, 0):
             if not self.fill():
                 return True
         return False
@@ -3570,8 +3773,7 @@ class Client:
     def send(self, data: bytes) -> None:
         """Raises ClientGone when it has hung up or takes nothing for SEND_TIMEOUT_S."""
         try:
-            self.sock.settimeout(SEND_TIMEOUT_S)
-            self.sock.sendall(data)
+            send_all(self.sock, data, SEND_TIMEOUT_S)
         except OSError:
             raise ClientGone from None
 
@@ -3611,11 +3813,13 @@ class Client:
 
     def _receive(self, timeout_s: float) -> bytes:
         """b'' when it has hung up.  Raises socket.timeout."""
-        if timeout_s <= 0:
-            raise socket.timeout
-        self.sock.settimeout(timeout_s)
         try:
-            return self.sock.recv(READ_BYTES)     # type: ignore[no-any-return]
+            data = receive_now(self.sock)
+            while data is None:
+                if timeout_s <= 0 or not wait_ready(self.sock, timeout_s):
+                    raise socket.timeout
+                data = receive_now(self.sock)
+            return data
         except socket.timeout:
             raise
         except OSError:
@@ -3639,6 +3843,7 @@ class Client:
             self.sock.shutdown(socket.SHUT_RD)
 
     def close(self) -> None:
+        """Let go of the socket; may be called twice."""
         self._on_close(self)
         with contextlib.suppress(OSError):
             self.sock.close()
@@ -3655,8 +3860,7 @@ class Exchange:
     def __init__(self, client: Client, head: RequestHead, app: App) -> None:
         self.client, self.head, self.app = client, head, app
         self.id = new_request_id()
-        target = head.target if head.target.startswith("/") else "/"
-        self.path, _, self.query = target.partition("?")
+        self.path, _, self.query = path_of(head.target).partition("?")
         self.path = normalise_path(self.path)
         self.argument = ""                   # what a route with a pattern matched
         self.dialect: Dialect = MESSAGES if self.path.startswith("/messages") else CHAT
@@ -3717,7 +3921,7 @@ class Exchange:
     def frame(self, data: bytes) -> bytes:
         """Some bytes of the stream as they go over the wire, with the head before the first."""
         head = b"" if self.status else self._stream_head()
-        return head + (chunk(data) if self._chunked else data) if data else head
+        return head + (chunk(data) if self._chunked else data)
 
     def frame_end(self, last: bytes = b"") -> bytes:
         """The last bytes of the stream and its end."""
@@ -3741,7 +3945,9 @@ class Exchange:
 
     def _head(self, status: int, kind: str, more: list[tuple[str, str]]) -> bytes:
         self.status, self.started, self._first_byte_ms = status, True, self._elapsed_ms()
-        fields_ = [("Date", email.utils.formatdate(usegmt=True)), ("x-request-id", self.id)]
+        fields_ = [("Date", http_date(int(time.time()))), ("x-request-id", self.id)]
+        if self.dialect is MESSAGES:
+            fields_.append(("request-id", self.id))          # where Anthropic's SDK looks for it
         if kind:
             fields_.append(("Content-Type", kind))
         fields_ += more
@@ -3766,20 +3972,35 @@ class Exchange:
         tokens = "%d+%d" % (usage.input + usage.cache_read + usage.cache_write,
                             usage.output) if usage else "-"
         self.app.log.info("%s %s %s model=%s route=%s status=%d first=%.0fms total=%.0fms "
-                          "tokens=%s%s", self.id[:8], self.head.method,
-                          printable(self.path, 80), printable(self.model, 60), self.route,
+                          "tokens=%s%s", self.id[:8], printable(self.head.method, 20),
+                          printable(redact(self.path), 80), printable(redact(self.model), 60),
+                          self.route,
                           self.status, self._first_byte_ms, self._elapsed_ms(), tokens,
                           " error=" + printable(redact(self.failure)) if self.failure else "")
+
+
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> str:
+    return email.utils.formatdate(second, usegmt=True)
 
 
 Endpoint = Callable[[Exchange], None]
 Routes = Mapping[str, Mapping[str, Endpoint]]      # path -> method -> endpoint; "/x/*" for a tail
 
 
+def path_of(target: str) -> str:
+    """The path and query of a request target, which a proxy's client writes as a whole URL."""
+    if target.lower().startswith(("http://", "https://")):
+        return "/" + target.partition("://")[2].partition("/")[2]
+    return target
+
+
 def normalise_path(path: str) -> str:
     """'//v1/v1/models/' -> '/models': doubled slashes, a final one and any /v1 are left out."""
-    path = re.sub(r"//+", "/", path)
-    path = re.sub(r"\A(?:/v1(?=/|\Z))+", "", path)
+    while "//" in path:
+        path = path.replace("//", "/")
+    while path == "/v1" or path.startswith("/v1/"):
+        path = path[3:]
     return path.rstrip("/") or "/"
 
 
@@ -3836,6 +4057,7 @@ class RelayLoop:
     # -- from any thread
 
     def start(self) -> None:
+        """Begin to wait."""
         self._woken.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ, (self._on_wake, None))
         self._thread.start()
@@ -3890,19 +4112,15 @@ class RelayLoop:
         except Exception:
             self.log.exception("relay failed")
             if isinstance(item, Relay) and item in self._relays:
-                self._break(item)
+                if item.ending:
+                    self._abandon(item)
+                else:
+                    self._guard(self._end_broken, item, 0)
 
-    def _break(self, relay: Relay) -> None:
+    def _end_broken(self, relay: Relay, mask: int) -> None:
         """After an exception of ours: tell the client if that is still possible."""
-        try:
-            if relay.ending:
-                self._abandon(relay)
-            else:
-                self._end(relay, ProxyError("an error in the proxy itself; its log has the request "
-                                            "id %s" % relay.exchange.id))
-        except Exception:
-            self.log.exception("%s could not be ended", relay.exchange.id)
-            self._abandon(relay)
+        self._end(relay, ProxyError("an error in the proxy itself; its log has the request id %s"
+                                    % relay.exchange.id))
 
     def _on_wake(self, item: None, mask: int) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -3933,7 +4151,6 @@ class RelayLoop:
         if self._closing:
             client.close()
             return
-        client.sock.settimeout(0)
         wait = self._settings.head_timeout_s if client.ahead else self._settings.idle_client_s
         self._parked[client] = self._now + wait
         self._selector.register(client, selectors.EVENT_READ, (self._on_parked, client))
@@ -3946,7 +4163,7 @@ class RelayLoop:
             self._unpark(client, late=True)
         elif client.has_head:
             self._unpark(client)
-        elif not begun:
+        elif client.ahead and not begun:
             self._parked[client] = self._now + self._settings.head_timeout_s
 
     def _unpark(self, client: Client, late: bool = False) -> None:
@@ -3971,8 +4188,6 @@ class RelayLoop:
 
     def _begin(self, relay: Relay) -> None:
         self._relays[relay] = None
-        relay.client.sock.settimeout(0)
-        relay.answer.wire.sock.settimeout(0)
         self._watch_client(relay)
         self._selector.register(relay.answer.wire, selectors.EVENT_READ,
                                 (self._on_upstream, relay))
@@ -4148,6 +4363,7 @@ class Workers:
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def run(self, item: Any) -> None:
+        """Work on `item` in a thread that is idle or new."""
         with self._lock:
             if self._idle:
                 self._idle -= 1
@@ -4177,6 +4393,7 @@ class Handler(socketserver.BaseRequestHandler):
     request: Client
 
     def handle(self) -> None:
+        """Until the loop takes the connection over or it is closed."""
         while self._serve_one():
             if not self._has_follow_up():
                 return
@@ -4184,14 +4401,14 @@ class Handler(socketserver.BaseRequestHandler):
     def _has_follow_up(self) -> bool:
         """Is the next request here already?  Else the loop waits for it."""
         client = self.request
-        if not client.has_head and wait_readable([client], FOLLOW_UP_S):
-            client.sock.settimeout(0)
-            if not client.fill() and not client.ahead:
-                client.close()
-                return False
-        if not client.has_head:
-            self.server.loop.park(client)
-        return client.has_head
+        if (not client.has_head and wait_ready(client.sock, FOLLOW_UP_S)
+                and not client.fill() and not client.ahead):
+            client.close()
+            return False
+        if client.has_head:
+            return True
+        self.server.loop.park(client)              # from here on it is the loop's
+        return False
 
     def _serve_one(self) -> bool:
         """Answer one request.  False: the connection is closed, or the loop's now."""
@@ -4199,7 +4416,6 @@ class Handler(socketserver.BaseRequestHandler):
         problem: BadRequest | None = None
         try:
             head = parse_request_head(client.take_head())
-            head.body_form()
         except BadRequest as error:
             problem, head = error, RequestHead("GET", "/", 1, {"connection": "close"})
         exchange = Exchange(client, head, app)
@@ -4240,16 +4456,17 @@ class Handler(socketserver.BaseRequestHandler):
             self.request.linger()
 
     def _dispatch(self, exchange: Exchange) -> None:
-        head = exchange.head
-        length, chunked = head.body_form()
+        head, length, chunked = exchange.head, 0, True       # until we know better
         try:
+            length, chunked = head.body_form()
             self._check_browser(exchange)
             endpoint = None if head.method == "OPTIONS" else self._find_route(exchange)
             self._check_body(exchange, length, chunked)
         except ProxyError:
             exchange.keep_alive = exchange.keep_alive and not (length or chunked)
             raise
-        if head.headers.get("expect", "").lower() == "100-continue" and (length or chunked):
+        expects = head.minor == 1 and head.headers.get("expect", "").lower() == "100-continue"
+        if expects and (length or chunked):
             self.request.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         if length or chunked:
             exchange.keep_alive, keep = False, exchange.keep_alive     # until it is read whole
@@ -4267,7 +4484,7 @@ class Handler(socketserver.BaseRequestHandler):
         head, settings = exchange.head, self.server.app.settings
         host = head.headers.get("host", "localhost")
         name = host_of("//" + host)
-        if not (is_loopback(name) or name in settings.allow_host):
+        if not (is_loopback(name) or name in [allowed.lower() for allowed in settings.allow_host]):
             raise BadRequest("the host name %s is not served here; allow it with --allow-host"
                              % printable(host, 60), 403, "host_not_allowed")
         origin = head.headers.get("origin")
@@ -4294,9 +4511,9 @@ class Handler(socketserver.BaseRequestHandler):
             methods = self.server.routes.get("/%s/*" % stem)
             exchange.argument = urllib.parse.unquote(tail)
         if methods is None:
-            raise BadRequest("there is no route %s %s" % (exchange.head.method,
-                                                          printable(exchange.path, 80)),
-                             404, "unknown_url")
+            raise BadRequest("there is no route %s %s" % (
+                printable(exchange.head.method, 20), printable(exchange.path, 80)), 404,
+                "unknown_url")
         method = exchange.head.method
         endpoint = methods.get("GET" if method == "HEAD" else method)
         if endpoint is None:
@@ -4370,6 +4587,7 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """A new connection: the loop waits for its first request."""
         request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        request.settimeout(0)
         client = Client(request, client_address, self.app.settings, self._clients.discard)
         if len(self._clients) >= self._most_clients:
             refusal = dumps(CHAT.error_body(ProxyError("too many connections", 503), ""))
@@ -4400,6 +4618,7 @@ class Server(ThreadingHTTPServer):
         exchange.log_line()
 
     def start(self) -> None:
+        """Serve in threads of its own; returns at once."""
         self.loop.start()
         threading.Thread(target=self.serve_forever, args=(0.1,), name="listener",
                          daemon=True).start()
@@ -4434,6 +4653,7 @@ PAGE_STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #2a7d46; --bad: #b3402e; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.3rem; } h2 { font-size: 1.05rem; margin-top: 2rem; }
+@media (prefers-color-scheme: dark) { :root { --good: #5fbf80; --bad: #f0907e; } }
 table { border-collapse: collapse; width: 100%; } .wide { overflow-x: auto; }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); }
 code { background: #8882; padding: .1rem .3rem; border-radius: .2rem; }
@@ -4619,10 +4839,12 @@ def complete(exchange: Exchange, dialect: Dialect) -> None:
     exchange.dialect = dialect
     body = exchange.json_object()
     copilot, model, asked = plan(exchange, dialect, body)
-    pipeline = dialect.stream(asked, body) if body.get("stream") is True else None
+    if not isinstance(body.get("stream"), (bool, type(None))):
+        raise BadRequest("'stream' must be true or false", param="stream")
+    pipeline = dialect.stream(asked, body) if body.get("stream") else None
+    headers = upstream_headers(exchange, dialect, body)
     edit = Edit(body)
     dialect.prepare(edit, model)
-    headers = upstream_headers(exchange, dialect, body)
     data = fit_model(exchange.body, body, edit, model.id)
     exchange.body = b""                            # several MB that nobody needs any more
     if edit.losses:
@@ -4733,9 +4955,9 @@ def embeddings(exchange: Exchange) -> None:
         exchange.headers.update(passed_headers(answer.headers))
         merge_embeddings(data, counts, answer.read_all(exchange.client), len(part["input"]))
     for at, item in enumerate(data):
-        vector = item["embedding"]
-        item.update(object="embedding", index=at, embedding=floats_to_base64(vector)
-                    if packing == "base64" else vector)
+        item.update(object="embedding", index=at)
+        if packing == "base64":
+            item["embedding"] = floats_to_base64(item["embedding"])
     exchange.usage = Usage.from_openai(counts)
     exchange.reply_json({"object": "list", "data": data, "model": asked, "usage": counts})
 
@@ -4743,11 +4965,12 @@ def embeddings(exchange: Exchange) -> None:
 def merge_embeddings(data: list[Json], counts: Json, answer: bytes, wanted: int) -> None:
     """Append one batch's vectors in their order, add its counts.  Raises UpstreamError."""
     try:
-        value = as_object(loads(answer))
+        value = as_object(json.loads(answer))          # thousands of floats: without our checks
     except ValueError:
         value = {}
     items = [item for item in as_list(value.get("data"))
-             if isinstance(item, dict) and isinstance(item.get("embedding"), list)]
+             if isinstance(item, dict) and isinstance(item.get("embedding"), list)
+             and all(isinstance(number, (int, float)) for number in item["embedding"])]
     if len(items) != wanted:
         raise UpstreamError("the upstream gave %d embeddings for %d texts" % (len(items), wanted))
     data.extend(sorted(items, key=lambda item: as_int(item.get("index"))))
@@ -4775,7 +4998,8 @@ def model_entry(model: Model) -> Json:
             "picker_enabled": model.picker, "supported_endpoints": list(model.endpoints),
             "context_window": model.limit("max_context_window_tokens") or None,
             "max_input_tokens": model.limit("max_prompt_tokens") or None,
-            "max_output_tokens": model.limit("max_output_tokens") or None}
+            "max_output_tokens": model.limit("max_output_tokens") or None,
+            "max_tokens": model.limit("max_output_tokens") or None, "lifecycle": "active"}
 
 
 def models(exchange: Exchange) -> None:
@@ -4794,6 +5018,7 @@ def models(exchange: Exchange) -> None:
 
 
 def one_model(exchange: Exchange) -> None:
+    """One entry of the list; any spelling that finds a model will do."""
     exchange.dialect = MESSAGES if "anthropic-version" in exchange.head.headers else CHAT
     copilot = exchange.app.copilot()
     model = with_login(exchange, copilot, lambda: copilot.find_model(exchange.argument))
@@ -4825,6 +5050,7 @@ def health(exchange: Exchange) -> None:
 
 
 def health_report(app: App) -> Json:
+    """What /health and the page say: login state, code to enter, token state; no secret."""
     account, login = app.account, app.login
     report: Json = {"status": "ok" if account else "login_required", "version": __version__,
                     "uptime_s": round(time.time() - app.started, 1), "demo": app.settings.demo}
@@ -4935,6 +5161,7 @@ class DemoAnswer:
 
     @classmethod
     def to(cls, body: Json) -> DemoAnswer:
+        """What the demo says to a request of any dialect."""
         turns = as_list(body.get("messages") or body.get("input"))
         last = as_object(turns[-1]) if turns else {}
         said = text_of(last.get("content")) or text_of(body.get("input"))
@@ -4954,12 +5181,14 @@ class DemoAnswer:
         return "".join(self.words)
 
     def usage(self, given: str, made: str) -> Json:
+        """Token counts under the dialect's names."""
         output = len(self.words)
         return {given: self.prompt_tokens, made: output,
                 "total_tokens": self.prompt_tokens + output}
 
 
 def demo_stream(exchange: Exchange, frames: Iterable[Frame]) -> None:
+    """Send frames at a pace that can be seen."""
     exchange.expect_stream(b": demo\n\n")
     for frame in frames:
         exchange.write(frame.encode())
@@ -4969,6 +5198,7 @@ def demo_stream(exchange: Exchange, frames: Iterable[Frame]) -> None:
 
 
 def demo_chat(exchange: Exchange) -> None:
+    """POST /chat/completions of the demo."""
     body = exchange.json_object()
     answer = DemoAnswer.to(body)
     message: Json = {"role": "assistant", "content": answer.text}
@@ -5000,6 +5230,7 @@ def demo_chat(exchange: Exchange) -> None:
 
 
 def demo_responses(exchange: Exchange) -> None:
+    """POST /responses of the demo."""
     body = exchange.json_object()
     answer = DemoAnswer.to(body)
     part = {"type": "output_text", "text": answer.text, "annotations": []}
@@ -5044,6 +5275,7 @@ def demo_responses(exchange: Exchange) -> None:
 
 
 def demo_messages(exchange: Exchange) -> None:
+    """POST /v1/messages of the demo."""
     body = exchange.json_object()
     answer = DemoAnswer.to(body)
     block: Json = {"type": "text", "text": answer.text}
@@ -5091,6 +5323,7 @@ def demo_token(exchange: Exchange) -> None:
 
 
 def demo_user(exchange: Exchange) -> None:
+    """GET /copilot_internal/user and /user of the demo."""
     exchange.reply_json({"login": "demo", "copilot_plan": "demo", "quota_snapshots": {
         "premium_interactions": {"entitlement": 300, "remaining": 226, "percent_remaining": 75.4,
                                  "quota_remaining": 226.3, "unlimited": False},
@@ -5125,7 +5358,7 @@ def start_demo(settings: Settings) -> Server:
 
 
 # ==== 19. Commands ================================================================================
-# One function per command.  Each gets the settings and the parsed flags and returns an exit code:
+# One function per command.  Each gets the App and the parsed flags and returns an exit code:
 # 0 ok, 1 failure, 2 usage, 130 interrupt.
 
 
@@ -5135,6 +5368,7 @@ def say(text: str = "") -> None:
 
 
 def load_settings(flags: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
+    """Flags and environment, with the token from standard input.  Raises ConfigError."""
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(flags).items()}
     settings = Settings.merge(values, environ)
     if settings.github_token == "-":
@@ -5159,6 +5393,7 @@ def print_code(code: DeviceCode) -> None:
 
 
 def open_server(app: App) -> Server:
+    """Bind the port.  Raises ProxyError that says what is in the way."""
     settings = app.settings
     try:
         return Server(app, ROUTES, settings.host, settings.port)
@@ -5175,16 +5410,16 @@ def open_server(app: App) -> Server:
 
 
 def banner(server: Server) -> str:
+    """What `start` prints once it serves."""
     return "\n".join((
         "copilot_proxy %s%s" % (__version__, " DEMO" if server.app.settings.demo else ""),
         "  OpenAI clients     %s/v1" % server.url, "  Anthropic clients  %s" % server.url,
         "  status page        %s/" % server.url, "Ctrl-C ends it."))
 
 
-def cmd_start(settings: Settings, flags: argparse.Namespace) -> int:
+def cmd_start(app: App, flags: argparse.Namespace) -> int:
     """Serve.  The port opens before anything is asked of GitHub."""
-    demo = start_demo(settings) if settings.demo else None
-    app = App(settings)
+    settings = app.settings
     if settings.github_token:
         check_github_token(settings.github_token)
     raise_file_limit()
@@ -5204,9 +5439,6 @@ def cmd_start(settings: Settings, flags: argparse.Namespace) -> int:
     while not interrupts:
         time.sleep(0.1)
     server.finish(settings.grace)
-    app.close()
-    if demo is not None:
-        demo.finish(0)
     return 130 if interrupts[0] == signal.SIGINT else 0
 
 
@@ -5226,8 +5458,9 @@ def catch_signals() -> list[int]:
     return seen
 
 
-def cmd_auth(settings: Settings, flags: argparse.Namespace) -> int:
-    app = App(settings)
+def cmd_auth(app: App, flags: argparse.Namespace) -> int:
+    """Log in without a server, or list, import, forget a login."""
+    settings = app.settings
     if flags.list:
         return list_logins(app)
     if flags.logout is not None:
@@ -5251,6 +5484,7 @@ def cmd_auth(settings: Settings, flags: argparse.Namespace) -> int:
 
 
 def list_logins(app: App) -> int:
+    """auth --list: who is logged in, never the token."""
     stored = app.login_file.load()
     if not stored:
         say("nobody is logged in")
@@ -5261,6 +5495,7 @@ def list_logins(app: App) -> int:
 
 
 def log_out(app: App, name: str) -> int:
+    """auth --logout [NAME]: forget the login, if it is NAME's."""
     stored = app.login_file.load()
     if name and stored and app.github.fetch_login(stored).lower() != name.lower():
         raise AuthError("%s is not logged in here" % printable(name))
@@ -5326,8 +5561,8 @@ def quota_lanes(answer: Json) -> list[Json]:
     return lanes
 
 
-def cmd_check_usage(settings: Settings, flags: argparse.Namespace) -> int:
-    app = App(settings)
+def cmd_check_usage(app: App, flags: argparse.Namespace) -> int:
+    """Quota as bars, or the upstream's answer as JSON."""
     answer = app.github.fetch_usage(open_account(app).github_token)
     if flags.json:
         say(json.dumps(answer, indent=2))
@@ -5347,6 +5582,7 @@ def cmd_check_usage(settings: Settings, flags: argparse.Namespace) -> int:
 
 
 def quota_line(lane: Json) -> str:
+    """One lane: 'chat  [####......]  40.0 % used, 180 of 300 left'."""
     name = printable(lane["name"], 24)
     if lane["unlimited"]:
         return "%-22s unlimited" % name
@@ -5358,8 +5594,8 @@ def quota_line(lane: Json) -> str:
         name, "#" * filled, "." * (20 - filled), 100 - percent, left, total)
 
 
-def cmd_models(settings: Settings, flags: argparse.Namespace) -> int:
-    app = App(settings)
+def cmd_models(app: App, flags: argparse.Namespace) -> int:
+    """The catalogue as a table, or as JSON with the upstream's own entries."""
     found = open_account(app).models()
     shown = [m for m in found if flags.all or m.is_listed]
     if flags.json:
@@ -5387,8 +5623,8 @@ def price_of(model: Model) -> str:
     return "%gx" % multiplier if isinstance(multiplier, (int, float)) else "-"
 
 
-def cmd_debug(settings: Settings, flags: argparse.Namespace) -> int:
-    app = App(settings)
+def cmd_debug(app: App, flags: argparse.Namespace) -> int:
+    """What runs where."""
     report = debug_report(app)
     if flags.network:
         report["network"] = probe_network(app)
@@ -5402,6 +5638,7 @@ def cmd_debug(settings: Settings, flags: argparse.Namespace) -> int:
 
 
 def debug_report(app: App) -> Json:
+    """Facts that help to find a fault; no secret is among them."""
     settings = app.settings
     try:
         github_token = app.load_login()
@@ -5443,7 +5680,7 @@ def probe_network(app: App) -> list[str]:
     return lines
 
 
-COMMANDS: Mapping[str, tuple[str, Callable[[Settings, argparse.Namespace], int]]] = {
+COMMANDS: Mapping[str, tuple[str, Callable[[App, argparse.Namespace], int]]] = {
     "start": ("serve; logs in first if nobody is logged in", cmd_start),
     "auth": ("log in to GitHub, no server", cmd_auth),
     "check-usage": ("quota and resets", cmd_check_usage),
@@ -5453,6 +5690,7 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Settings, argparse.Namespace], int]]
 
 
 def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
+    """One row of OPTIONS as an argument, its help with default and environment names."""
     names = ([option.short] if option.short else []) + ["--" + option.name]
     default = "" if option.default in ("", None, (), False) else "default %s, " % option.default
     help_text = "%s [%senv %s]" % (option.help, default, ", ".join(option.variables))
@@ -5471,11 +5709,13 @@ def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
     parser = argparse.ArgumentParser(
         prog="copilot_proxy.py", description="Your own GitHub Copilot subscription as a local "
         "OpenAI and Anthropic API.")
-    parser.add_argument("--version", action="version", version="copilot_proxy %s (Python %s, %s)" % (
-        __version__, sys.version.split()[0], sys.platform))
+    version = "copilot_proxy %s (Python %s, %s)" % (__version__, sys.version.split()[0],
+                                                    sys.platform)
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (text, _) in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text)
@@ -5502,6 +5742,7 @@ class RedactingFormatter(logging.Formatter):
 
 
 def set_up_logging(verbose: bool) -> None:
+    """Log to standard error; a library user configures the logger himself."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
     log = logging.getLogger("copilot_proxy")
@@ -5528,7 +5769,12 @@ def main(argv: list[str] | None = None) -> int:
         set_up_logging(settings.verbose if flags.command == "start" else bool(flags.verbose))
         if flags.command != "start" and not flags.verbose:
             logging.getLogger("copilot_proxy").setLevel(logging.WARNING)
-        return COMMANDS[flags.command][1](settings, flags)
+        with contextlib.ExitStack() as stack:
+            if settings.demo:
+                stack.callback(start_demo(settings).finish, 0)
+            app = App(settings)
+            stack.callback(app.close)
+            return COMMANDS[flags.command][1](app, flags)
     except ProxyError as error:
         print("error: %s" % redact(str(error)), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
