@@ -309,10 +309,11 @@ def as_int(value: Any) -> int:
 _SECRET = re.compile(
     r"gh[a-z]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|tid=[^\s\"']+"
     r"|(?<=[Bb]earer )[^\s\"',]+|(?<=[Tt]oken )(?=[\w.]*[_\d])[\w.~+/=:;-]{8,}"
-    r"|(?<=://)[^/\s@\"']+(?=@)")
+    r"|(?<=://)[^/\s\"']+(?=@)")
 
 
-_SECRET_SIGNS = ("gh", "github_pat_", "tid=", "earer ", "oken ", "://")     # one of them is in every secret
+#: one of these is in every secret: a look before the pattern is tried
+_SECRET_SIGNS = ("gh", "github_pat_", "tid=", "earer ", "oken ", "://")
 
 
 def redact(text: str) -> str:
@@ -2196,7 +2197,11 @@ def check_url(url: str, flag: str) -> str:
     """The URL without its trailing slash; plain http only on this machine.  Raises ConfigError."""
     host = host_of(url)
     parts = urllib.parse.urlsplit(url if host else "")
-    if parts.scheme not in ("http", "https") or not host or parts.query or parts.username:
+    try:
+        wrong = not host or parts.port == 0 or bool(parts.query or parts.username)
+    except ValueError:
+        wrong = True
+    if wrong or parts.scheme not in ("http", "https"):
         raise ConfigError("%s: '%s' is not the URL of a server" % (flag, redact(printable(url))))
     if parts.scheme == "http" and not is_loopback(host):
         raise ConfigError("%s: plain http is accepted for this machine only, use https" % flag)
@@ -2705,7 +2710,7 @@ def plain_reason(error: BaseException) -> str:
     return redact(printable(str(text)))
 
 
-def explain_connect_error(error: OSError, host: str, proxied: bool) -> UpstreamError:
+def explain_connect_error(error: Exception, host: str, proxied: bool) -> UpstreamError:
     """Why a host could not be reached, and what to do: as an error for the client."""
     text = str(error)
     way = " through the proxy" if proxied else ""
@@ -2718,8 +2723,8 @@ def explain_connect_error(error: OSError, host: str, proxied: bool) -> UpstreamE
         return UpstreamError("the certificate of %s is not trusted (%s): use %s"
                              % (host, plain_reason(error), hint))
     if "Tunnel connection failed: 407" in text:
-        return UpstreamError("the proxy wants a login for %s: set HTTPS_PROXY="
-                             "http://user:password@proxy:port" % host)
+        return UpstreamError("the proxy wants a login for %s: write user:password@ before "
+                             "its host in HTTPS_PROXY" % host)
     if isinstance(error, socket.timeout):
         return UpstreamError("connecting to %s%s took more than %d s" % (host, way,
                                                                          CONNECT_TIMEOUT_S), 504)
@@ -2791,10 +2796,10 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                             if proxy_login else {})
         try:
             wire.open()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             wire.close()
             raise explain_connect_error(error, host_of(req.full_url),
-                                        req.has_proxy()) from None
+                                        bool(tunnel) or req.has_proxy()) from None
         return self._talk(wire, req, head, key)
 
     def _talk(self, wire: Any, req: UpstreamRequest, head: bytes, key: Any) -> UpstreamResponse:
@@ -2855,6 +2860,18 @@ def ca_files(settings: Settings, environ: Mapping[str, str]) -> list[str]:
     return [name for at, name in enumerate(named) if name and name not in named[:at]]
 
 
+def check_ca_files(names: list[str]) -> None:
+    """Tell at once about a file that is no use.  Raises ConfigError."""
+    for name in names:
+        try:
+            with open(name, "rb") as file:
+                usable = b"-----BEGIN" in file.read()
+        except OSError as error:
+            raise ConfigError("cannot read the CA file %s: %s" % (name, error.strerror)) from None
+        if not usable:
+            raise ConfigError("the CA file %s holds no certificate in PEM form" % name)
+
+
 def make_tls_context(settings: Settings, environ: Mapping[str, str]) -> Any:
     """The system's CAs plus the user's.  Raises ConfigError for a file that cannot be read."""
     import ssl  # late: 15 ms that a plain start can do without
@@ -2882,6 +2899,7 @@ class Upstream:
 
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
         self._settings, self._environ = settings, environ
+        check_ca_files(ca_files(settings, environ))
         self._tls: Any = None
         self._lock = threading.Lock()                # guards the making of _tls
         self.pool = Pool()
@@ -2904,7 +2922,11 @@ class Upstream:
                 proxies.setdefault(name, proxies["all"])
         proxies.pop("all", None)
         for name, url in proxies.items():
-            if not url.lower().startswith("http://"):
+            try:
+                usable = urllib.parse.urlsplit(url).port is not None or host_of(url) != ""
+            except ValueError:
+                usable = False
+            if not usable or not url.lower().startswith("http://"):
                 raise ConfigError("the proxy %s for %s is not of the kind http://host:port"
                                   % (redact(url), name))
         return proxies
@@ -3707,9 +3729,10 @@ class App:
 
 
 def show_token(token: CopilotToken) -> None:
-    """--show-token: on the terminal, never in the log."""
-    sys.stderr.write("Copilot token: %s\n" % token.value)
-    sys.stderr.flush()
+    """--show-token: on a terminal, never in a file or pipe that may be a log."""
+    if sys.stderr.isatty():
+        sys.stderr.write("Copilot token: %s\n" % token.value)
+        sys.stderr.flush()
 
 
 # ==== 15. HTTP server =============================================================================
@@ -4534,6 +4557,13 @@ class Handler(socketserver.BaseRequestHandler):
         if exchange.head.method == "POST" and (length or chunked) and not is_json:
             raise BadRequest("send the header Content-Type: application/json (curl: "
                              "-H 'Content-Type: application/json')", 415)
+
+
+def give_back_memory() -> None:
+    """Compiling this file took 12 MB that glibc would keep for ever; elsewhere nothing happens."""
+    with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
+        import ctypes
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def file_limit() -> int:
@@ -5427,6 +5457,7 @@ def cmd_start(app: App, flags: argparse.Namespace) -> int:
     interrupts = catch_signals()
     server.start()
     say(banner(server))
+    give_back_memory()
     github_token = app.load_login()
     if github_token:
         app.use(github_token)
@@ -5475,7 +5506,7 @@ def cmd_auth(app: App, flags: argparse.Namespace) -> int:
     github_token = check_github_token(github_token)
     copilot = app.github.fetch_copilot_token(github_token)
     app.login_file.save(github_token)
-    if settings.show_token:
+    if settings.show_token and sys.stdout.isatty():
         say("GitHub token: %s\nCopilot token: %s" % (github_token, copilot.value))
     name = app.github.fetch_login(github_token)
     say("logged in%s; kept in %s" % (" as " + printable(name) if name else "",
@@ -5555,7 +5586,8 @@ def quota_lanes(answer: Json) -> list[Json]:
     for name, left in as_object(answer.get("limited_user_quotas")).items():
         if name not in as_object(answer.get("quota_snapshots")):
             total = as_object(answer.get("monthly_quotas")).get(name)
-            percent = 100.0 * left / total if total and isinstance(left, (int, float)) else None
+            known = isinstance(left, (int, float)) and isinstance(total, (int, float)) and total
+            percent = 100.0 * left / total if known else None
             lanes.append({"name": name, "unlimited": False, "total": total, "left": left,
                           "percent_left": percent})
     return lanes
