@@ -1,0 +1,371 @@
+"""The shape of copilot_proxy.py itself: sections, layers, purity, sizes, docstrings."""
+from __future__ import annotations
+
+import ast
+import builtins
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import unittest
+from typing import Any, Iterator
+
+from support import ROOT, SCRIPT, Proxy, chat, clean_environment
+import copilot_proxy as cp
+from fake_upstream import FakeUpstream
+
+BANNER = re.compile(r"# ==== (\d+)\. (.+?) =+\Z")
+PURE = range(2, 10)
+IMPURE = {"socket", "os", "time", "threading", "select", "random", "secrets", "subprocess", "sys",
+          "tempfile", "ssl", "shutil", "signal", "socketserver", "uuid", "pathlib", "sqlite3",
+          "asyncio", "multiprocessing", "platform", "logging"}
+IMPURE_CALLS = {"open", "print", "input", "exec", "eval"}
+HEAVY = {"ssl", "difflib", "resource", "webbrowser", "sqlite3", "getpass", "termios", "tty",
+         "ctypes", "mimetypes"}
+#: the standard library of the oldest and newest Python that matter here, for Pythons without
+#: sys.stdlib_module_names
+STDLIB = {"__future__", "argparse", "base64", "binascii", "collections", "contextlib", "ctypes",
+          "dataclasses", "difflib", "email", "errno", "functools", "getpass", "gzip", "hashlib",
+          "hmac", "html", "http", "importlib", "io", "ipaddress", "itertools", "json", "logging",
+          "math", "os", "platform", "queue", "re", "resource", "secrets", "select", "selectors",
+          "shlex", "shutil", "signal", "socket", "socketserver", "sqlite3", "ssl", "stat",
+          "string", "struct", "subprocess", "sys", "tempfile", "textwrap", "threading", "time",
+          "traceback", "types", "typing", "unicodedata", "urllib", "uuid", "webbrowser", "zlib"}
+MAX_LINES, MAX_FUNCTION, MAX_COLUMNS, MAX_NESTING = 8000, 80, 100, 4
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+NESTING = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try)
+
+
+class Source:
+    """The file, parsed once: its lines, tree and sections."""
+
+    def __init__(self) -> None:
+        with open(SCRIPT, encoding="utf-8") as file:
+            self.text = file.read()
+        self.lines = self.text.splitlines()
+        self.tree = ast.parse(self.text)
+        self.banners: list[tuple[int, int, str]] = []       # (line, number, name)
+        for at, line in enumerate(self.lines, 1):
+            found = BANNER.match(line)
+            if found:
+                self.banners.append((at, int(found.group(1)), found.group(2)))
+
+    def section_at(self, line: int) -> int:
+        """Number of the section that holds a line; 0 above the first."""
+        return max([number for at, number, _ in self.banners if at <= line] or [0])
+
+    def defined(self) -> dict[str, int]:
+        """Module-level name -> first section that binds it."""
+        names: dict[str, int] = {}
+        for node in self.tree.body:
+            for name in bound_by(node):
+                names.setdefault(name, self.section_at(node.lineno))
+        return names
+
+
+def bound_by(node: ast.stmt) -> Iterator[str]:
+    """Names that a module-level statement binds."""
+    if isinstance(node, FUNCTIONS + (ast.ClassDef,)):
+        yield node.name
+    elif isinstance(node, (ast.Import, ast.ImportFrom)):
+        for alias in node.names:
+            yield (alias.asname or alias.name).split(".")[0]
+    else:
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+                yield inner.id
+
+
+def local_names(function: ast.AST) -> set[str]:
+    """Parameters and assigned names of a function or lambda and of those around nothing else."""
+    names: set[str] = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            names.add(node.id)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            names.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names.update((a.asname or a.name).split(".")[0] for a in node.names)
+        elif isinstance(node, FUNCTIONS) and node is not function:
+            names.add(node.name)
+    return names
+
+
+def names_read(node: ast.AST, hidden: frozenset[str] = frozenset()) -> Iterator[ast.Name]:
+    """Every global name that is read in a statement, annotations too."""
+    if isinstance(node, FUNCTIONS + (ast.Lambda,)):
+        inner = hidden | local_names(node)
+        for default in list(node.args.defaults) + [d for d in node.args.kw_defaults if d]:
+            yield from names_read(default, hidden)
+        for decorator in getattr(node, "decorator_list", []):
+            yield from names_read(decorator, hidden)
+        for argument in ast.walk(node.args):
+            if isinstance(argument, ast.arg) and argument.annotation:
+                yield from names_read(argument.annotation, hidden)
+        if getattr(node, "returns", None):
+            yield from names_read(node.returns, hidden)         # type: ignore[union-attr]
+        body = node.body if isinstance(node.body, list) else [node.body]
+        for statement in body:
+            yield from names_read(statement, inner)
+        return
+    if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+        hidden = hidden | local_names(node)
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in hidden:
+        yield node
+    for child in ast.iter_child_nodes(node):
+        yield from names_read(child, hidden)
+
+
+def functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, node) of every function, nested ones too."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, FUNCTIONS):
+            yield prefix + node.name, node
+            yield from functions(node, prefix + node.name + ".")
+        elif isinstance(node, ast.ClassDef):
+            yield from functions(node, prefix + node.name + ".")
+        else:
+            yield from functions(node, prefix)
+
+
+def depth(statements: list[ast.stmt], level: int = 0) -> int:
+    """Compound statements inside each other; elif counts as its if, nested functions anew."""
+    deepest = level
+    for node in statements:
+        if not isinstance(node, NESTING) and type(node).__name__ not in ("TryStar", "Match"):
+            continue
+        parts = [getattr(node, "body", [])]
+        parts += [handler.body for handler in getattr(node, "handlers", [])]
+        parts += [case.body for case in getattr(node, "cases", [])]
+        parts.append(getattr(node, "finalbody", []))
+        for part in parts:
+            deepest = max(deepest, depth(part, level + 1))
+        rest = getattr(node, "orelse", [])
+        is_elif = isinstance(node, ast.If) and len(rest) == 1 and isinstance(rest[0], ast.If)
+        deepest = max(deepest, depth(rest, level if is_elif else level + 1))
+    return deepest
+
+
+def length(node: Any) -> int:
+    """Lines from def or class to the end."""
+    return int(node.end_lineno - node.lineno + 1)
+
+
+SOURCE = Source()
+
+
+class SectionTest(unittest.TestCase):
+    """Banners, map and layers."""
+
+    def test_sections_are_numbered_in_order_without_gaps(self) -> None:
+        numbers = [number for _, number, _ in SOURCE.banners]
+        self.assertEqual(numbers, list(range(1, len(numbers) + 1)))
+        self.assertGreaterEqual(len(numbers), 20)
+
+    def test_banners_reach_the_same_column_everywhere(self) -> None:
+        widths = {len(SOURCE.lines[at - 1]) for at, _, _ in SOURCE.banners}
+        self.assertEqual(len(widths), 1, widths)
+        self.assertLessEqual(widths, {98, 99, 100})
+
+    def test_nothing_that_looks_like_a_banner_is_misspelt(self) -> None:
+        odd = [line for line in SOURCE.lines if line.startswith("# ===") and not BANNER.match(line)]
+        self.assertEqual(odd, [])
+
+    def test_the_map_in_the_docstring_names_the_banners(self) -> None:
+        text = ast.get_docstring(SOURCE.tree) or ""
+        listed = [(int(number), name.strip()) for number, name in
+                  re.findall(r"^ +(\d+) ([A-Z][A-Za-z ]*?)(?:  .*)?$", text, re.M)]
+        self.assertEqual(listed, [(number, name) for _, number, name in SOURCE.banners])
+
+    def test_a_section_uses_only_names_of_its_own_and_earlier_sections(self) -> None:
+        defined = SOURCE.defined()
+        wrong = []
+        for statement in SOURCE.tree.body:
+            here = SOURCE.section_at(statement.lineno)
+            for name in names_read(statement):
+                if defined.get(name.id, 0) > here:
+                    wrong.append("line %d, section %d: %s of section %d" % (
+                        name.lineno, here, name.id, defined[name.id]))
+        self.assertEqual(wrong, [])
+
+    def test_every_name_that_is_used_exists(self) -> None:
+        known = set(SOURCE.defined()) | set(dir(builtins)) | {"__name__", "__file__", "__doc__"}
+        unknown = {"%s (line %d)" % (name.id, name.lineno) for statement in SOURCE.tree.body
+                   for name in names_read(statement) if name.id not in known
+                   and not isinstance(statement, ast.ClassDef)}
+        self.assertEqual(unknown, set())
+
+    def test_pure_sections_touch_no_socket_file_clock_thread_or_chance(self) -> None:
+        wrong = []
+        for statement in SOURCE.tree.body:
+            if SOURCE.section_at(statement.lineno) not in PURE:
+                continue
+            for name in names_read(statement):
+                if name.id in IMPURE:
+                    wrong.append("line %d: %s" % (name.lineno, name.id))
+            for node in ast.walk(statement):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) \
+                        and node.func.id in IMPURE_CALLS:
+                    wrong.append("line %d: %s()" % (node.lineno, node.func.id))
+                if isinstance(node, ast.Import):
+                    wrong += ["line %d: import %s" % (node.lineno, alias.name)
+                              for alias in node.names if alias.name.split(".")[0] in IMPURE]
+                if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in IMPURE:
+                    wrong.append("line %d: from %s" % (node.lineno, node.module))
+        self.assertEqual(wrong, [])
+
+
+class ImportTest(unittest.TestCase):
+    """What the file needs and what importing it does."""
+
+    def test_only_the_standard_library_is_imported(self) -> None:
+        known = set(getattr(sys, "stdlib_module_names", STDLIB)) | {"__future__"}
+        for node in ast.walk(SOURCE.tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                self.assertEqual(node.level, 0, "a relative import in line %d" % node.lineno)
+                names = [node.module or ""]
+            for name in names:
+                with self.subTest(line=getattr(node, "lineno", 0), module=name):
+                    self.assertIn(name.split(".")[0], known)
+
+    def test_imports_stand_at_the_top_and_only_heavy_ones_inside_functions(self) -> None:
+        for node in SOURCE.tree.body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                self.assertEqual(SOURCE.section_at(node.lineno), 1, node.lineno)
+        late = {alias.name for _, function in functions(SOURCE.tree) for node in ast.walk(function)
+                if isinstance(node, ast.Import) for alias in node.names}
+        late |= {node.module or "" for _, function in functions(SOURCE.tree)
+                 for node in ast.walk(function) if isinstance(node, ast.ImportFrom)}
+        self.assertLessEqual({name.split(".")[0] for name in late}, HEAVY)
+
+    def test_promised_names_exist(self) -> None:
+        self.assertEqual([name for name in cp.__all__ if not hasattr(cp, name)], [])
+        self.assertEqual(len(set(cp.__all__)), len(cp.__all__))
+
+    def test_importing_has_no_side_effect(self) -> None:
+        code = ("import sys, threading, signal, logging, os; sys.path.insert(0, sys.argv[1])\n"
+                "before = (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))\n"
+                "import copilot_proxy\n"
+                "assert threading.active_count() == 1, threading.enumerate()\n"
+                "assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) "
+                "== before\n"
+                "assert not logging.getLogger('copilot_proxy').handlers\n"
+                "assert not logging.getLogger().handlers\n"
+                "assert os.listdir('.') == [], os.listdir('.')\n")
+        with tempfile.TemporaryDirectory() as home:
+            done = subprocess.run([sys.executable, "-B", "-S", "-c", code, ROOT], cwd=home,
+                                  env=clean_environment(home), stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30)
+            self.assertEqual((done.returncode, done.stdout), (0, b""))
+            self.assertEqual(os.listdir(home), [])
+
+    def test_two_apps_live_in_one_process(self) -> None:
+        with FakeUpstream() as one, FakeUpstream() as two:
+            two.models = [entry for entry in two.models if entry["id"] == "gpt-4o"]
+            with Proxy(one) as first, Proxy(two, rate_limit=3600.0) as second:
+                self.assertEqual(first.post("/v1/chat/completions", chat("hi")).status, 200)
+                self.assertEqual(second.post("/v1/chat/completions", chat("hi")).status, 404)
+                self.assertEqual(
+                    second.post("/v1/chat/completions", chat("hi", "gpt-4o")).status, 200)
+                self.assertEqual(
+                    second.post("/v1/chat/completions", chat("hi", "gpt-4o")).status, 429)
+                self.assertEqual(first.post("/v1/chat/completions", chat("hi")).status, 200)
+                self.assertEqual(len(two.last("/chat/completions").json["messages"]), 1)
+            self.assertEqual(one.count("/chat/completions"), 2)
+            self.assertEqual(two.count("/chat/completions"), 1)
+
+
+class SizeTest(unittest.TestCase):
+    """Limits that keep the file readable."""
+
+    def test_the_file_stays_below_its_ceiling(self) -> None:
+        self.assertLess(len(SOURCE.lines), MAX_LINES)
+
+    def test_no_line_is_too_long(self) -> None:
+        self.assertEqual([at for at, line in enumerate(SOURCE.lines, 1)
+                          if len(line) > MAX_COLUMNS], [])
+
+    def test_no_function_is_too_long(self) -> None:
+        self.assertEqual([(name, length(node)) for name, node in functions(SOURCE.tree)
+                          if length(node) > MAX_FUNCTION], [])
+
+    def test_no_function_nests_too_deeply(self) -> None:
+        self.assertEqual([(name, depth(node.body)) for name, node in functions(SOURCE.tree)
+                          if depth(node.body) > MAX_NESTING], [])
+
+    def test_no_white_space_hangs_at_the_end_of_a_line(self) -> None:
+        self.assertEqual([at for at, line in enumerate(SOURCE.lines, 1)
+                          if line != line.rstrip() or "\t" in line], [])
+
+
+def is_told_above(class_name: str, method: str) -> bool:
+    """Does a base class in this file say what the method is for?"""
+    bases = getattr(getattr(cp, class_name, None), "__mro__", ())[1:]
+    return any(base.__module__ == cp.__name__ and getattr(base.__dict__.get(method), "__doc__", "")
+               for base in bases)
+
+
+class HabitTest(unittest.TestCase):
+    """Docstrings, annotations, state."""
+
+    maxDiff = None
+
+    def test_whatever_is_public_says_what_it_is_for(self) -> None:
+        lacking = []
+        places = [("", SOURCE.tree.body)] + [
+            (node.name + ".", node.body) for node in SOURCE.tree.body
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+        for prefix, body in places:
+            for node in body:
+                if not isinstance(node, FUNCTIONS + (ast.ClassDef,)) or node.name[0] == "_":
+                    continue
+                if (length(node) > 3 and ast.get_docstring(node) is None
+                        and not is_told_above(prefix[:-1], node.name)):
+                    lacking.append("%s%s (line %d)" % (prefix, node.name, node.lineno))
+        self.assertEqual(lacking, [])
+
+    def test_every_function_is_annotated(self) -> None:
+        bare = []
+        for name, node in functions(SOURCE.tree):
+            arguments = [a for a in ast.walk(node.args) if isinstance(a, ast.arg)
+                         and a.arg not in ("self", "cls")]
+            if node.returns is None or any(a.annotation is None for a in arguments):
+                bare.append("%s (line %d)" % (name, node.lineno))
+        self.assertEqual(bare, [])
+
+    def test_nothing_at_module_level_is_rebound_or_mutated(self) -> None:
+        rebinding = [node.lineno for node in ast.walk(SOURCE.tree) if isinstance(node, ast.Global)]
+        self.assertEqual(rebinding, [])
+        containers = {target.id for node in SOURCE.tree.body if isinstance(node, ast.Assign)
+                      and isinstance(node.value, (ast.List, ast.Dict, ast.Set))
+                      for target in node.targets if isinstance(target, ast.Name)}
+        changing = {"append", "extend", "add", "update", "pop", "clear", "setdefault", "insert",
+                    "remove", "popitem", "discard"}
+        wrong = []
+        for _, function in functions(SOURCE.tree):
+            names = containers - local_names(function)
+            for node in ast.walk(function):
+                target: Any = None
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) \
+                        and node.func.attr in changing:
+                    target = node.func.value
+                elif isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+                    target = node.value
+                if isinstance(target, ast.Name) and target.id in names:
+                    wrong.append("line %d: %s" % (node.lineno, target.id))
+        self.assertEqual(wrong, [])
+
+    def test_broad_excepts_are_rare(self) -> None:
+        broad = [node.lineno for node in ast.walk(SOURCE.tree)
+                 if isinstance(node, ast.ExceptHandler)
+                 and (node.type is None or isinstance(node.type, ast.Name)
+                      and node.type.id == "Exception")]
+        self.assertLessEqual(len(broad), 3, broad)
+
+
+if __name__ == "__main__":
+    unittest.main()
