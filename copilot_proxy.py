@@ -4134,7 +4134,11 @@ class RelayLoop:
             work(item, mask)
         except Exception:
             self.log.exception("relay failed")
-            if isinstance(item, Relay) and item in self._relays:
+            if isinstance(item, Client):
+                self._parked.pop(item, None)
+                self._forget(item)
+                item.close()
+            elif isinstance(item, Relay) and item in self._relays:
                 if item.ending:
                     self._abandon(item)
                 else:
@@ -4161,7 +4165,7 @@ class RelayLoop:
         """Everything that depends on time, once a tick."""
         for client, until in list(self._parked.items()):
             if self._now >= until:
-                self._unpark(client, late=True)
+                self._guard(self._expire, client, 0)
         for answer, until in list(self._draining.items()):
             if self._now >= until:
                 self._end_drain(answer)
@@ -4179,6 +4183,9 @@ class RelayLoop:
         self._selector.register(client, selectors.EVENT_READ, (self._on_parked, client))
         if client.has_head:
             self._unpark(client)
+
+    def _expire(self, client: Client, mask: int) -> None:
+        self._unpark(client, late=True)
 
     def _on_parked(self, client: Client, mask: int) -> None:
         begun = bool(client.ahead)
@@ -4629,6 +4636,10 @@ class Server(ThreadingHTTPServer):
             return
         self._clients.add(client)
         self.loop.park(client)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Something went wrong with a new connection: into the log, not onto the terminal."""
+        self.app.log.error("connection failed", exc_info=sys.exc_info()[1])
 
     def _work(self, client: Client) -> None:
         try:
