@@ -3393,7 +3393,7 @@ class Copilot:
             self._log.debug("%s upstream %d, trying again after: %s", call.request_id,
                             error.status, cure)
             cured.append(cure)
-            token = self._apply(cure, token, version)
+            token = self._apply(cure, token, version, error.status)
 
     def _send_once(self, call: Call, token: CopilotToken) -> UpstreamResponse:
         headers = self._headers(call, token)
@@ -3451,7 +3451,7 @@ class Copilot:
             return "" if error.headers.get("retry-after", "0") not in ("0", "1") else "hiccup"
         return ""
 
-    def _apply(self, cure: str, token: CopilotToken, version: str) -> CopilotToken:
+    def _apply(self, cure: str, token: CopilotToken, version: str, status: int) -> CopilotToken:
         if cure == "login":
             return self.token.get(bad=token)           # type: ignore[no-any-return]
         if cure == "version":
@@ -3461,7 +3461,8 @@ class Copilot:
                 self._log.warning("API version %s is refused (466): trying %s; if that fails set "
                                   "--header X-GitHub-Api-Version=...", version, following)
         else:
-            time.sleep(self._settings.hiccup_pause_s * (1 + secrets.randbelow(100) / 100))
+            least = 2 if status == 503 else 1                    # a second at least for a 503
+            time.sleep(self._settings.hiccup_pause_s * (least + secrets.randbelow(100) / 100))
         return token
 
     # -- the catalogue
@@ -3991,15 +3992,18 @@ class Exchange:
 
     def log_line(self) -> None:
         """One line per request; the target's query is left out, it may hold anything."""
-        usage = self.usage
+        log, usage = self.app.log, self.usage
+        if not log.isEnabledFor(logging.INFO):
+            return
         tokens = "%d+%d" % (usage.input + usage.cache_read + usage.cache_write,
                             usage.output) if usage else "-"
-        self.app.log.info("%s %s %s model=%s route=%s status=%d first=%.0fms total=%.0fms "
-                          "tokens=%s%s", self.id[:8], printable(self.head.method, 20),
-                          printable(redact(self.path), 80), printable(redact(self.model), 60),
-                          self.route,
-                          self.status, self._first_byte_ms, self._elapsed_ms(), tokens,
-                          " error=" + printable(redact(self.failure)) if self.failure else "")
+        line = "%s %s %s model=%s route=%s status=%d first=%.0fms total=%.0fms tokens=%s%s" % (
+            self.id[:8], printable(self.head.method, 20), printable(redact(self.path), 80),
+            printable(redact(self.model), 60), self.route, self.status, self._first_byte_ms,
+            self._elapsed_ms(), tokens,
+            " error=" + printable(redact(self.failure)) if self.failure else "")
+        # as log.info would, but without its search for the caller's line in each request
+        log.handle(log.makeRecord(log.name, logging.INFO, "", 0, line, (), None))
 
 
 @functools.lru_cache(maxsize=1)
@@ -4087,7 +4091,10 @@ class RelayLoop:
 
     def park(self, client: Client) -> None:
         """Wait for the client's next request, then give it to a worker."""
-        self._post(self._park, client)
+        if self._stopped:
+            client.close()
+        else:
+            self._post(self._park, client)
 
     def relay(self, relay: Relay) -> None:
         """Pump a stream to its end."""
@@ -4126,8 +4133,12 @@ class RelayLoop:
             if self._now - self._swept_at >= self._tick_s:
                 self._swept_at = self._now
                 self._sweep()
-        for item in (self._selector, self._wake_up, self._woken):
-            item.close()
+        while self._inbox:                                   # parked too late
+            item = self._inbox.popleft()[1]
+            if isinstance(item, Client):
+                item.close()
+        for part in (self._selector, self._wake_up, self._woken):
+            part.close()
 
     def _guard(self, work: Callable[..., None], item: Any, mask: int) -> None:
         try:
@@ -4623,7 +4634,8 @@ class Server(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """A new connection: the loop waits for its first request."""
-        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):           # macOS: the client has reset it already
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         request.settimeout(0)
         client = Client(request, client_address, self.app.settings, self._clients.discard)
         if len(self._clients) >= self._most_clients:
@@ -5006,12 +5018,13 @@ def embeddings(exchange: Exchange) -> None:
 def merge_embeddings(data: list[Json], counts: Json, answer: bytes, wanted: int) -> None:
     """Append one batch's vectors in their order, add its counts.  Raises UpstreamError."""
     try:
-        value = as_object(json.loads(answer))          # thousands of floats: without our checks
-    except ValueError:
+        value = as_object(json.loads(answer))          # thousands of floats: checked below
+    except (ValueError, RecursionError):
         value = {}
     items = [item for item in as_list(value.get("data"))
              if isinstance(item, dict) and isinstance(item.get("embedding"), list)
-             and all(isinstance(number, (int, float)) for number in item["embedding"])]
+             and all(type(number) in (int, float) and number - number == 0     # finite
+                     for number in item["embedding"])]
     if len(items) != wanted:
         raise UpstreamError("the upstream gave %d embeddings for %d texts" % (len(items), wanted))
     data.extend(sorted(items, key=lambda item: as_int(item.get("index"))))
@@ -5467,12 +5480,12 @@ def cmd_start(app: App, flags: argparse.Namespace) -> int:
     server = open_server(app)
     interrupts = catch_signals()
     server.start()
-    say(banner(server))
-    give_back_memory()
     github_token = app.load_login()
     if github_token:
         app.use(github_token)
-    else:
+    say(banner(server))
+    give_back_memory()
+    if not github_token:
         app.announce = print_code if sys.stdout.isatty() else app.announce
         app.begin_login()
     if settings.open:
