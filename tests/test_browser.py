@@ -1,4 +1,6 @@
-"""The page at / and /auth/device in a real browser, headless; skips itself where there is none.
+"""The page at / and /auth/device in a real browser, headless.
+
+Skips itself where there is none, and without COPILOT_PROXY_BROWSER_TESTS=1: it takes a while.
 
 PAGE_SHOTS=folder in the environment makes it leave a picture of each state there.
 """
@@ -60,6 +62,8 @@ class PageCase(ProxyCase):
 
     @classmethod
     def setUpClass(cls) -> None:
+        if os.environ.get("COPILOT_PROXY_BROWSER_TESTS") != "1":
+            raise unittest.SkipTest("set COPILOT_PROXY_BROWSER_TESTS=1 to drive a browser")
         if find_chromium() is None:
             raise unittest.SkipTest("no chromium is installed")
         cls.browser = Browser()
