@@ -83,9 +83,9 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import ThreadingHTTPServer
-from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, Protocol
+from typing import Any, Callable, ClassVar, Dict, Iterable, Iterator, Mapping, Protocol
 
 __version__ = "0.1.0"
 __all__ = ["DIALECTS", "App", "BodyDecoder", "Model", "ProxyError", "SSEDecoder", "Settings",
@@ -500,10 +500,10 @@ class Edit:
     As long as `changed` is False the bytes that the client sent go upstream as they are.
     """
 
-    def __init__(self, body: Json) -> None:
+    def __init__(self, body: Json, losses: list[tuple[str, str]] | None = None) -> None:
         self.body = body
         self.changed = False
-        self.losses: list[tuple[str, str]] = []      # (field, reason)
+        self.losses = [] if losses is None else losses       # (field, reason)
 
     def set(self, target: Json, key: str, value: Any) -> None:
         """Set `key` where it is not `value` already; its place among the keys stays."""
@@ -531,6 +531,302 @@ class Edit:
         self.changed = True
         if (name, reason) not in self.losses:
             self.losses.append((name, reason))
+
+
+class Part:
+    """A piece of a turn or of an answer: one of the classes below."""
+
+    cache = False            # True: the prompt cache may end here
+
+
+@dataclass
+class Text(Part):
+    """Words.  `refusal`: the model says why it will not answer."""
+
+    text: str
+    refusal: bool = False
+
+
+@dataclass
+class Image(Part):
+    """Either base64 `data` of a `media_type`, or a `url`.  `detail`: low, high, auto."""
+
+    media_type: str = ""
+    data: str = ""
+    url: str = ""
+    detail: str | None = None
+
+
+@dataclass
+class Document(Part):
+    """One of base64 `data`, `url` or plain `text`."""
+
+    media_type: str = ""
+    data: str = ""
+    url: str = ""
+    text: str = ""
+    title: str | None = None
+
+
+@dataclass
+class Reasoning(Part):
+    """Readable thinking and the opaque state that lets a model go on with it.
+
+    signature: Messages' signature, Responses' encrypted content or Copilot's reasoning_opaque, as
+    `minted_by` (a dialect's name) says; it means nothing to any other.  redacted: no text at all.
+    """
+
+    text: str = ""
+    signature: str | None = None
+    id: str | None = None
+    minted_by: str | None = None
+    redacted: bool = False
+
+
+@dataclass
+class ToolCall(Part):
+    """`arguments` stay JSON text, parsed only where a dialect demands an object."""
+
+    id: str
+    name: str
+    arguments: str = "{}"
+
+
+@dataclass
+class ToolResult(Part):
+    """What a tool gave back; always in a user turn."""
+
+    call_id: str
+    parts: list[Part]
+    is_error: bool = False
+
+
+@dataclass
+class Turn:
+    """role: system (OpenAI's developer, too), user or assistant."""
+
+    role: str
+    parts: list[Part]
+
+
+@dataclass
+class Tool:
+    """A function that the client runs.  `parameters`: a JSON schema, None when there is none.
+
+    custom: freeform for its client, who gives and gets bare text.  namespace, short_name: of a
+    tool that its client knows under two names.
+    """
+
+    name: str
+    description: str | None = None
+    parameters: Json | None = None
+    strict: bool | None = None
+    custom: bool = False
+    namespace: str = ""
+    short_name: str = ""
+    cache: bool = False
+
+
+@dataclass
+class Named:
+    """tool_choice: this tool and no other."""
+
+    name: str
+
+
+@dataclass
+class OutputSchema:
+    """The answer must be JSON: of this schema, or any object when `schema` is None."""
+
+    schema: Json | None = None
+    name: str = "output"
+    strict: bool | None = None
+    description: str | None = None
+
+
+@dataclass
+class Request:
+    """A request in neutral words.  None means that the client did not say; it is never sent.
+
+    model: as the client wrote it; now: unix seconds.  tool_choice: None, "auto", "none",
+    "required" or Named.  effort: a word of EFFORT_BUDGETS, "minimal" or "none".  openai: fields
+    that both of OpenAI's shapes have.  wants_usage: a chat client asked for the usage chunk.
+    output_tool: set when a forced call stands for `output_schema`, see `Unwrapper`.
+    """
+
+    model: str
+    dialect: str = field(default="", compare=False)
+    now: int = field(default=0, compare=False)
+    turns: list[Turn] = field(default_factory=list)
+    tools: list[Tool] = field(default_factory=list)
+    tool_choice: str | Named | None = None
+    parallel_tool_calls: bool | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: list[str] = field(default_factory=list)
+    effort: str | None = None
+    thinking_budget: int | None = None
+    output_schema: OutputSchema | None = None
+    stream: bool | None = None
+    user: str | None = None
+    openai: Json = field(default_factory=dict)
+    wants_usage: bool = field(default=False, compare=False)
+    output_tool: str = field(default="", compare=False)
+    losses: list[tuple[str, str]] = field(default_factory=list, compare=False)
+
+    def lose(self, name: str, reason: str) -> None:
+        """Record that something the client said does not go upstream."""
+        if (name, reason) not in self.losses:
+            self.losses.append((name, reason))
+
+    def add_turn(self, role: str, parts: list[Part]) -> None:
+        """Results of one round of tools belong into one user turn, a model's parts into one."""
+        last = self.turns[-1] if self.turns else None
+        if last and parts and last.role == role and (role == "assistant" or last.parts and all(
+                isinstance(part, ToolResult) for part in last.parts + parts)):
+            last.parts += parts
+        else:
+            self.turns.append(Turn(role, parts))
+
+
+@dataclass
+class Response:
+    """A whole answer.  stop: stop, length, tool_use, stop_sequence, refusal or pause.  created:
+    unix seconds, 0 when unknown."""
+
+    id: str
+    model: str
+    parts: list[Part] = field(default_factory=list)
+    stop: str = "stop"
+    usage: Usage | None = None
+    created: int = 0
+    stop_sequence: str | None = None
+
+
+class Event:
+    """A piece of a streamed answer.  Legal order: ResponseStart, then for each index PartStart
+    (PartDelta | PartSignature)* PartEnd, then ResponseEnd; StreamError ends all.  Parts may
+    interleave; their indexes rise in the order of their starts."""
+
+
+@dataclass
+class ResponseStart(Event):
+    id: str
+    model: str
+    created: int = 0
+
+
+@dataclass
+class PartStart(Event):
+    """`part` is a skeleton: its text or arguments come as deltas."""
+
+    index: int
+    part: Part
+
+
+@dataclass
+class PartDelta(Event):
+    """More of the text, the readable thinking, or the arguments: as the started part says."""
+
+    index: int
+    text: str
+
+
+@dataclass
+class PartSignature(Event):
+    """The opaque state of a Reasoning, at most once and behind its text."""
+
+    index: int
+    signature: str
+    minted_by: str
+    id: str | None = None
+
+
+@dataclass
+class PartEnd(Event):
+    index: int
+
+
+@dataclass
+class ResponseEnd(Event):
+    stop: str
+    usage: Usage | None = None
+    stop_sequence: str | None = None
+
+
+@dataclass
+class StreamError(Event):
+    """The stream failed."""
+
+    message: str
+    status: int = 502
+    code: str | None = None
+
+    def as_error(self) -> ProxyError:
+        return UpstreamError(self.message, self.status, self.code)
+
+
+def skeleton(part: Part) -> Part:
+    """The part without what comes as deltas and signature."""
+    if isinstance(part, ToolCall):
+        return replace(part, arguments="")
+    if isinstance(part, Reasoning) and not part.redacted:
+        return replace(part, text="", signature=None)
+    return replace(part, text="") if isinstance(part, Text) else part
+
+
+def text_in(part: Part) -> str:
+    """What of a part comes as deltas."""
+    return part.arguments if isinstance(part, ToolCall) else (
+        part.text if isinstance(part, (Text, Reasoning)) else "")
+
+
+def with_text(part: Part, text: str) -> Part:
+    """A skeleton filled with all its deltas."""
+    if isinstance(part, ToolCall):
+        return replace(part, arguments=part.arguments + text)
+    return replace(part, text=part.text + text) if isinstance(part, (Text, Reasoning)) else part
+
+
+def unfold(response: Response) -> Iterator[Event]:
+    """The events that tell a whole answer: fold(unfold(r)) == r."""
+    yield ResponseStart(response.id, response.model, response.created)
+    for index, part in enumerate(response.parts):
+        yield PartStart(index, skeleton(part))
+        if text_in(part):
+            yield PartDelta(index, text_in(part))
+        if isinstance(part, Reasoning) and part.signature is not None and not part.redacted:
+            yield PartSignature(index, part.signature, part.minted_by or "", part.id)
+        yield PartEnd(index)
+    yield ResponseEnd(response.stop, response.usage, response.stop_sequence)
+
+
+def fold(events: Iterable[Event]) -> Response:
+    """The whole answer that events tell.  Raises UpstreamError for a StreamError or no end."""
+    response = Response("", "")
+    parts: dict[int, Part] = {}
+    texts: dict[int, list[str]] = {}
+    for event in events:
+        if isinstance(event, PartDelta):
+            texts[event.index].append(event.text)
+        elif isinstance(event, PartStart):
+            parts[event.index], texts[event.index] = event.part, []
+        elif isinstance(event, PartSignature):
+            part = parts[event.index]
+            if isinstance(part, Reasoning):
+                parts[event.index] = replace(part, signature=event.signature, id=event.id,
+                                             minted_by=event.minted_by or None)
+        elif isinstance(event, ResponseStart):
+            response.id, response.model, response.created = event.id, event.model, event.created
+        elif isinstance(event, StreamError):
+            raise event.as_error()
+        elif isinstance(event, ResponseEnd):
+            response.stop, response.usage = event.stop, event.usage
+            response.stop_sequence = event.stop_sequence
+            response.parts = [with_text(p, "".join(texts[at])) for at, p in parts.items()]
+            return response
+    raise UpstreamError("the upstream ended the stream before its end")
 
 
 # ==== 6. Framing ==================================================================================
@@ -899,6 +1195,7 @@ class StreamRelay:
         self.usage: Usage | None = None
         self.ended = False
         self.failure: str | None = None
+        self.on_final: Callable[[bytes], Any] = len      # gets the frame with a whole response
         self._cutter = FrameCutter()
 
     def feed(self, data: bytes) -> bytes:
@@ -955,6 +1252,13 @@ class Dialect:
     name = ""
     path = ""                         # of the upstream, as in `supported_endpoints`
     keepalive = b": keepalive\n\n"    # an event that clients of this dialect ignore
+    STOP_REASONS: tuple[tuple[str, str], ...] = ()       # (wire, neutral), first of a word wins
+    TO_NEUTRAL: ClassVar[dict[str, str]]                 # both made of it
+    TO_WIRE: ClassVar[dict[str, str]]
+
+    def __init_subclass__(cls) -> None:
+        pairs = tuple(reversed(cls.STOP_REASONS))
+        cls.TO_NEUTRAL, cls.TO_WIRE = dict(pairs), {neutral: wire for wire, neutral in pairs}
 
     def error_body(self, error: ProxyError, request_id: str) -> Json:
         """OpenAI's shape: {"error":{"message","type","param","code"}}"""
@@ -979,6 +1283,36 @@ class Dialect:
 
     def stream(self, asked: str, body: Json) -> StreamRelay:
         """The pipeline for a streamed answer; `body` is the client's request, before prepare."""
+        raise NotImplementedError
+
+    # -- off the diagonal
+
+    def decode_request(self, body: Json) -> Request:
+        """A client's body in neutral words.  Raises BadRequest; unknown fields are losses."""
+        raise NotImplementedError
+
+    def encode_request(self, request: Request, model: Model) -> Json:
+        """A body for the upstream, to be followed by `prepare`.  Raises BadRequest."""
+        raise NotImplementedError
+
+    def encode_response(self, response: Response, request: Request) -> Json:
+        """A whole answer for a client."""
+        raise NotImplementedError
+
+    def stream_decoder(self) -> StreamDecoder:
+        raise NotImplementedError
+
+    def stream_encoder(self, request: Request) -> StreamEncoder:
+        raise NotImplementedError
+
+    def _read_content(self, content: Any, place: str, request: Request) -> list[Part]:
+        """What a user or a tool gave: a string or an array of parts."""
+        if isinstance(content, str):
+            return [Text(content)] if content else []
+        return [self._read_part(part, place, request) for part in as_list(content)
+                if isinstance(part, dict) and part.get("text") != ""]
+
+    def _read_part(self, part: Json, place: str, request: Request) -> Part:
         raise NotImplementedError
 
 
@@ -1073,6 +1407,548 @@ def refuse_image_url(url: str, param: str) -> None:
     if not is_inline_image(url):
         raise BadRequest("images by URL are not supported by the upstream: send the image itself "
                          "as base64 (data:image/png;base64,...)", param=param)
+
+
+# ---- From one dialect to another: what all three share ----
+
+OPAQUE_TAG = "cpx1."             # marks state that this proxy packed; a dot never is in base64
+OUTPUT_TOOL = "structured_output"
+ERROR_PREFIX = "Error: "         # tells of is_error where the dialect has no field for it
+FALLBACK_MAX_TOKENS = 8192       # Messages demands a limit; for models that list none
+MAX_STOP_SEQUENCES = 4           # of OpenAI's models
+EPHEMERAL = {"type": "ephemeral"}
+#: fields that both of OpenAI's shapes have under the same name
+OPENAI_FIELDS = ("metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+                 "top_logprobs")
+#: fields of one dialect whose absence in another changes nothing
+HARMLESS = frozenset((
+    "stream_options", "store", "service_tier", "include", "client_metadata", "truncation", "type",
+    "format", "id", "status", "phase", "annotations", "logprobs", "role", "thinking", "reasoning",
+    "citations", "caller", "index", "eager_input_streaming", "prediction", "background",
+    "internal_chat_message_metadata_passthrough", "previous_response_id", "prompt_cache_key",
+    "prompt_cache_retention", "safety_identifier"))
+COMMON_FIELDS = {"model", "temperature", "top_p", "stream", "parallel_tool_calls", "tools",
+                 "tool_choice", "user"}
+_DATA_URL = re.compile(r"data:([\w.+/-]+)(?:;[^,;]*)*;base64,(.*)\Z", re.DOTALL | re.IGNORECASE)
+_CALL_ID = re.compile(r"[A-Za-z0-9_-]{1,40}\Z")   # 40: the least that a model was seen to take
+_encode_text = json.JSONEncoder(ensure_ascii=False).encode
+_decode_text = json.JSONDecoder().decode          # json.loads() looks at the bytes first: slower
+
+
+def quote(text: str) -> bytes:
+    """A JSON string, quickly.  'a"b' -> b'"a\\\\"b"'"""
+    try:
+        return _encode_text(text).encode()
+    except UnicodeEncodeError:
+        return dumps(text)
+
+
+def word(value: Any) -> str | None:
+    """A string that says something; clients also send null and ""."""
+    return value if isinstance(value, str) and value else None
+
+
+def positive(value: Any) -> int | None:
+    """A limit in tokens; some clients say null or -1 for none."""
+    return value if as_int(value) > 0 else None
+
+
+def given(**fields: Any) -> Json:
+    """The fields that have a value.  (a=1, b=None) -> {"a": 1}"""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def pack_opaque(dialect: str, state_id: str | None, blob: str) -> str:
+    """Foreign state for a client's own slot: '<tag><base64 of [dialect, id, blob]>'."""
+    kept = state_id if state_id and len(state_id) <= MAX_ID_CHARS else None
+    return OPAQUE_TAG + base64.b64encode(dumps([dialect, kept, blob])).decode()
+
+
+def is_packed(state: Any) -> bool:
+    return isinstance(state, str) and state.startswith(OPAQUE_TAG)
+
+
+def unpack_opaque(text: Any) -> list[tuple[str, str | None, str]]:
+    """[(dialect, id, blob)] of one packed state, or of several that a client has joined; [] for
+    anything that was not packed here."""
+    found = []
+    for piece in text.split(OPAQUE_TAG)[1:] if is_packed(text) else ():
+        try:
+            dialect, state_id, blob = loads(base64.b64decode(piece))
+            found.append((str(dialect), word(state_id), str(blob)))
+        except (TypeError, ValueError):
+            found.append(("", None, ""))
+    return found
+
+
+def reasoning_parts(dialect: str, text: str, state: Any, state_id: Any = None) -> list[Part]:
+    """What a slot of `dialect` holds: its own state, or packed ones of others.
+
+    Anthropic signs the text, so states of several blocks whose texts were joined are worthless.
+    """
+    packed = unpack_opaque(state)
+    if not packed:
+        own = word(state)
+        return [Reasoning(text, own, word(state_id), dialect if own else None)] \
+            if text or own else []
+    parts: list[Part] = []
+    for minted_by, kept, blob in packed:
+        redacted = kept == "redacted"
+        if blob and (minted_by != "messages" or len(packed) == 1 or redacted):
+            parts.append(Reasoning("" if redacted else text, blob, None if redacted else kept,
+                                   minted_by, redacted))
+            text = text if redacted else ""
+    return parts + [Reasoning(text)] if text else parts
+
+
+def client_state(part: Reasoning, dialect: str) -> str | None:
+    """The opaque state as it goes into a client's slot: bare when it is of that dialect."""
+    if part.signature is None or part.minted_by == dialect:
+        return part.signature
+    return pack_opaque(part.minted_by or "", "redacted" if part.redacted else part.id,
+                       part.signature)
+
+
+def usable_parts(turn: Turn, request: Request, dialect: str) -> list[Part]:
+    """The parts of a turn that may go upstream: foreign reasoning never does."""
+    kept: list[Part] = []
+    for part in turn.parts:
+        if not isinstance(part, Reasoning) or (part.signature and part.minted_by == dialect):
+            kept.append(part)
+        elif part.signature:
+            request.lose("reasoning", "minted by another dialect")
+    return kept
+
+
+def arguments_object(text: str) -> Json:
+    """'' -> {}, '{"a":1}' -> {"a": 1}; anything else is kept whole: '[1' -> {"_raw": "[1"}."""
+    try:
+        value = loads(text.encode("utf-8", "surrogatepass")) if text.strip() else {}
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {"_raw": text}
+
+
+def freeform_input(arguments: str) -> str:
+    """What a freeform tool gets: '{"input": "a"}' -> 'a'; other arguments as they are."""
+    found = arguments_object(arguments)
+    text = found.get("input", found.get("_raw"))
+    return text if isinstance(text, str) else arguments
+
+
+def fit_call_id(text: str) -> str:
+    """A call id that every upstream takes; the same for a call and its result."""
+    return text if _CALL_ID.match(text) else stable_id("call_", text)
+
+
+def client_id(prefix: str, text: str) -> str:
+    """The upstream's response id as a short id of the client's dialect."""
+    fits = text.startswith(prefix) and len(text) <= MAX_ID_CHARS
+    return text if fits else stable_id(prefix, text)
+
+
+def image_from_url(url: Any, place: str, detail: Any = None) -> Image:
+    """A data: URL is taken apart; others are kept, the upstream's rules decide."""
+    if not isinstance(url, str) or not url:
+        raise BadRequest("'%s': the image must be a data: URL" % place, param=place)
+    found = _DATA_URL.match(url)
+    return Image(found.group(1), found.group(2), "", word(detail)) if found else Image(
+        url=url, detail=word(detail))
+
+
+def data_url(part: Image | Document) -> str:
+    return part.url or "data:%s;base64,%s" % (part.media_type, part.data)
+
+
+def document_from_file(source: Json, place: str) -> Document:
+    """OpenAI's file part: `file_data` (a data: URL) or `file_url`; ids name what nobody stores."""
+    found = _DATA_URL.match(str(source.get("file_data") or ""))
+    if not found and not source.get("file_url"):
+        raise BadRequest("'%s': a file must come as file_data, a base64 data: URL" % place,
+                         param=place)
+    media, data = found.groups() if found else ("", "")
+    return Document(media, data, str(source.get("file_url") or ""),
+                    title=word(source.get("filename")))
+
+
+def plain_text(part: Part) -> str:
+    """The words of a text, or of a document that is text; '' for everything else."""
+    if isinstance(part, Document) and part.text:
+        return "%s:\n%s" % (part.title, part.text) if part.title else part.text
+    return part.text if isinstance(part, Text) else ""
+
+
+def join_texts(parts: Iterable[Part]) -> str:
+    return "\n\n".join(filter(None, map(plain_text, parts)))
+
+
+def result_text(result: ToolResult, request: Request) -> str:
+    """The text of a tool's result, with the error told in words."""
+    if result.is_error:
+        request.lose("is_error", "told in the text")
+    return (ERROR_PREFIX if result.is_error else "") + "\n".join(
+        filter(None, map(plain_text, result.parts)))
+
+
+def tell_unknown(block: Json, request: Request) -> Text:
+    """A call of a hosted tool or its result, told as text; a block that means more than that is a
+    BadRequest."""
+    kind = str(block.get("type"))
+    if kind == "server_tool_use" or kind.endswith(("_call", "_output", "_tool_result")):
+        request.lose(kind, "told as text")
+        shown = {k: v for k, v in block.items() if k not in ("type", "id", "status")}
+        return Text("[%s] %s" % (kind, dumps(shown).decode("utf-8", "replace")[:MAX_ERROR_TEXT]))
+    raise BadRequest("content of type '%s' cannot be given to this model: it has no counterpart in "
+                     "the model's dialect" % kind[:60],
+                     param="input" if request.dialect == "responses" else "messages")
+
+
+def lose_tool(tool: Json, request: Request) -> None:
+    request.lose("tools", "the hosted tool %s has no counterpart" % str(tool.get("type"))[:60])
+
+
+def note_unknown(request: Request, source: Json, *known: str) -> None:
+    """Record the fields that no other dialect has; nulls mean nothing."""
+    for name in source.keys() - HARMLESS - set(known):
+        if source[name] is not None:
+            request.lose(name[:60], "no counterpart in the model's dialect")
+
+
+def read_common(request: Request, body: Json, *known: str) -> None:
+    """The fields that all dialects spell alike, those of OpenAI's two, and the unknown ones."""
+    for name in ("temperature", "top_p"):
+        value = body.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            setattr(request, name, value)
+    for name in ("stream", "parallel_tool_calls"):
+        if isinstance(body.get(name), bool):
+            setattr(request, name, body[name])
+    shared = () if request.dialect == "messages" else OPENAI_FIELDS
+    request.openai.update({name: body[name] for name in shared if body.get(name) is not None})
+    note_unknown(request, body, *COMMON_FIELDS, *shared, *known)
+
+
+def preflight(request: Request, model: Model) -> None:
+    """Refuse what the model cannot take, leave fields of OpenAI's own to its models.  Raises
+    BadRequest."""
+    if not model.is_openai:
+        for key in request.openai.keys() - HARMLESS:
+            request.lose(key, "the model is not OpenAI's")
+        request.openai = {}
+    taken = as_list(as_object(model.limits.get("vision")).get("supported_media_types"))
+    place = "input" if request.dialect == "responses" else "messages"
+    parts = [part for turn in request.turns for part in turn.parts]
+    for part in parts + [p for r in parts if isinstance(r, ToolResult) for p in r.parts]:
+        if isinstance(part, Image) and model.supports.get("vision") is False:
+            raise BadRequest("model %s takes no images" % model.id, param=place)
+        if isinstance(part, Image) and part.data and taken and part.media_type not in taken:
+            raise BadRequest("model %s takes no images of type %s, only %s" % (
+                model.id, part.media_type, ", ".join(map(str, taken))), param=place)
+        if isinstance(part, Document) and part.url:
+            raise BadRequest("documents by URL are not supported by the upstream: send the "
+                             "document itself as base64", param=place)
+
+
+def fit_effort(request: Request, model: Model) -> str | None:
+    """The wish for reasoning as an effort that the model lists; None: say nothing."""
+    wish = request.effort or (budget_to_effort(request.thinking_budget)
+                              if request.thinking_budget else None)
+    if wish is None or not model.efforts:
+        return None
+    if wish in ("none", "minimal") and wish not in model.efforts:
+        wish = EFFORT_BUDGETS[0][0]
+    return clamp_effort(wish, model.efforts)
+
+
+def fit_budget(wish: int | None, room: int | None, model: Model) -> int | None:
+    """A thinking budget in tokens as the model takes it, `room` for all of the answer; None when
+    it takes none or there is no room."""
+    least, most = (as_int(model.supports.get(k))
+                   for k in ("min_thinking_budget", "max_thinking_budget"))
+    least, room = max(least, 1024), room or most + 1
+    return max(least, min(wish, most, room - 1)) if wish and most and room > least else None
+
+
+def offered_tools(request: Request, native: bool) -> tuple[list[Tool], str | Named | None]:
+    """(tools, tool_choice) that go upstream, with the tool that stands for an output schema which
+    the model cannot keep to by itself (not `native`)."""
+    tools, choice = list(request.tools), request.tool_choice
+    if isinstance(choice, Named) and choice.name not in [tool.name for tool in tools]:
+        request.lose("tool_choice", "the tool is not offered")
+        choice = None
+    schema = request.output_schema
+    if schema is None or native:
+        return tools, choice if tools else None
+    request.output_tool = OUTPUT_TOOL
+    tools.append(Tool(OUTPUT_TOOL, schema.description or "Give the final answer with this tool.",
+                      schema.schema or {"type": "object"}))
+    alone = len(tools) == 1 or choice == "none"
+    return tools, choice if isinstance(choice, Named) else (
+        Named(OUTPUT_TOOL) if alone else "required")
+
+
+def does_schemas(request: Request, model: Model, bare: bool) -> bool:
+    """Can the model keep to the schema by itself?  bare: the dialect has JSON without a schema."""
+    schema = request.output_schema
+    if schema is None or schema.schema is None:
+        return schema is not None and bare
+    return model.supports.get("structured_outputs") is True
+
+
+def wants_cache_marks(request: Request, model: Model) -> bool:
+    """Claude caches only where a mark stands, and OpenAI's clients set none."""
+    return model.is_claude and not any(p.cache for turn in request.turns for p in turn.parts)
+
+
+def openai_choice(choice: Any, request: Request) -> str | Named | None:
+    """tool_choice of either OpenAI shape."""
+    if isinstance(choice, str):
+        return choice if choice in ("auto", "none", "required") else None
+    source = as_object(choice)
+    name = as_object(source.get("function")).get("name") or source.get("name")
+    if source.get("type") == "allowed_tools":
+        request.lose("tool_choice", "allowed_tools became its mode")
+        inner = as_object(source.get("allowed_tools") or source)
+        return "required" if inner.get("mode") == "required" else "auto"
+    if source and not isinstance(name, str):
+        request.lose("tool_choice", "of a hosted tool")
+    return Named(name) if isinstance(name, str) else None
+
+
+def read_schema(source: Json) -> OutputSchema | None:
+    """From `response_format` with its inner object flattened, or from a `format` object."""
+    kind = source.get("type")
+    if kind == "json_schema":
+        return OutputSchema(as_object(source.get("schema")), str(source.get("name") or "output"),
+                            source.get("strict"), source.get("description"))
+    return OutputSchema() if kind == "json_object" else None
+
+
+def write_schema(schema: OutputSchema) -> Json:
+    """The way back: `text.format`."""
+    if schema.schema is None:
+        return {"type": "json_object"}
+    return given(type="json_schema", name=schema.name, schema=schema.schema, strict=schema.strict,
+                 description=schema.description)
+
+
+def openai_counts(answer: Json) -> Usage | None:
+    usage = answer.get("usage")
+    return Usage.from_openai(usage) if isinstance(usage, dict) else None
+
+
+def openai_usage(usage: Usage | None, asked: str, made: str) -> Json:
+    """`usage` in the words of Chat ("prompt", "completion") or Responses ("input", "output")."""
+    usage = usage or Usage()
+    prompt = usage.input + usage.cache_read + usage.cache_write
+    return {asked + "_tokens": prompt, made + "_tokens": usage.output,
+            "total_tokens": prompt + usage.output,
+            asked + "_tokens_details": {"cached_tokens": usage.cache_read,
+                                        "cache_write_tokens": usage.cache_write},
+            made + "_tokens_details": {"reasoning_tokens": usage.reasoning}}
+
+
+def openai_body(request: Request) -> Json:
+    """What both of OpenAI's shapes spell alike."""
+    body = given(temperature=request.temperature, top_p=request.top_p, stream=request.stream,
+                 user=request.user and request.user[:MAX_ID_CHARS],
+                 parallel_tool_calls=request.parallel_tool_calls)
+    return dict(body, **request.openai)
+
+
+def fit_openai_effort(request: Request, model: Model) -> str | None:
+    """The effort for an OpenAI shape; a wish that the model has no words for is recorded."""
+    effort = fit_effort(request, model)
+    if effort is None and (request.effort or request.thinking_budget):
+        request.lose("effort", "the model lists none")
+    return effort
+
+
+class StreamDecoder:
+    """Upstream events in, neutral events out: `read(data of a frame)`, then `close(clean)`.
+
+    `ended` is True behind a ResponseEnd or StreamError.  `close` never is polite on its own: a
+    stream without its terminal event becomes a StreamError.
+    """
+
+    TEXT_KEYS: tuple[bytes, ...] = ()          # JSON keys of the text of a delta
+
+    def __init__(self) -> None:
+        self.ended = False
+        self.usage: Usage | None = None
+        self._started = False
+        self._events: list[Event] = []
+        self._next = 0
+        self._open: dict[int, Part] = {}          # index -> skeleton
+        self._empty: set[int] = set()             # parts without any delta so far
+        self._blanks: dict[int, int] = {}         # index -> run of white space in arguments
+        self._head = self._tail = b""             # around the text of the last text delta
+        self._quick = -1                          # ... and its part
+
+    def read(self, data: bytes) -> list[Event]:
+        """Events of one frame's data.  A frame that equals the last delta but for one JSON string
+        is not parsed: the rest of it means the same as last time."""
+        steady = self._steady(data)
+        if self._head and steady.startswith(self._head) and steady.endswith(self._tail):
+            text = steady[len(self._head):-len(self._tail)]
+            try:
+                plain = text.decode() if b"\\" not in text and b'"' not in text else (
+                    _decode_text('"%s"' % text.decode()))
+                if plain and not plain.isspace():
+                    self._blanks.pop(self._quick, None)
+                    return [PartDelta(self._quick, plain)]
+            except ValueError:
+                pass                              # more than one string: look at the whole
+        self._events = []
+        if not self.ended and data:
+            self._read_slow(data)
+            last = self._events[0] if len(self._events) == 1 else None
+            if isinstance(last, PartDelta):
+                self._learn(last, steady)
+        return self._events
+
+    def read_whole(self, body: Json) -> list[Event]:
+        """The events of an answer that is no stream."""
+        self._events = []
+        self._read_event(body)
+        return self._events + (self.close(True) if not self.ended else [])
+
+    def close(self, clean: bool) -> list[Event]:
+        """The upstream's body has ended; `clean`: without an error of the transport."""
+        self._events = []
+        if not self.ended and clean:
+            self._finish()
+        if not self.ended:
+            self._fail("the upstream ended the stream before its end",
+                       code="upstream_stream_ended")
+        return self._events
+
+    def _steady(self, data: bytes) -> bytes:
+        """The frame without what differs from delta to delta but means nothing."""
+        return data
+
+    def _read_slow(self, data: bytes) -> None:
+        if data.strip() == b"[DONE]":
+            self._done()
+            return
+        try:
+            event = as_object(_decode_text(data.decode()))
+        except (ValueError, RecursionError):
+            self._fail("the upstream sent an event that is not JSON")
+            return
+        self._read_event(event)
+
+    def _learn(self, event: PartDelta, data: bytes) -> None:
+        quoted = quote(event.text)
+        at = data.find(quoted)
+        if data.count(quoted) == 1 and data[:at].endswith(self.TEXT_KEYS):
+            self._head, self._tail = data[:at + 1], data[at + len(quoted) - 1:]
+            self._quick = event.index
+
+    def _read_event(self, event: Json) -> None:
+        raise NotImplementedError
+
+    def _done(self) -> None:
+        """The upstream said [DONE]; for most dialects that means nothing."""
+
+    def _finish(self) -> None:
+        """A regular end of the body: may still give a ResponseEnd."""
+
+    def _start(self, answer: Json) -> None:
+        if not self._started:
+            self._started = True
+            self._events.append(ResponseStart(
+                str(answer.get("id") or ""), str(answer.get("model") or ""),
+                as_int(answer.get("created", answer.get("created_at")))))
+
+    def _begin(self, part: Part) -> int:
+        self._start({})
+        index, self._next = self._next, self._next + 1
+        self._head = b""
+        self._open[index] = part
+        self._empty.add(index)
+        self._events.append(PartStart(index, part))
+        return index
+
+    def _delta(self, index: int, text: Any) -> None:
+        part = self._open.get(index)
+        if not isinstance(text, str) or not text or part is None:
+            return
+        self._empty.discard(index)
+        if isinstance(part, ToolCall):
+            blank = len(text) - len(text.rstrip("\r\n\t "))
+            run = blank + (self._blanks.get(index, 0) if blank == len(text) else 0)
+            self._blanks[index] = run
+            if run > MAX_WHITESPACE_RUN:
+                self._fail("the model sent endless white space as tool arguments")
+                return
+        self._events.append(PartDelta(index, text))
+
+    def _end(self, index: int, signature: str | None = None, minted_by: str = "") -> None:
+        part = self._open.pop(index, None)
+        if part is None or self.ended:
+            return
+        self._head = b""
+        if isinstance(part, ToolCall) and index in self._empty:
+            self._events.append(PartDelta(index, "{}"))
+        if signature and isinstance(part, Reasoning):
+            state_id, packed = None, unpack_opaque(signature)     # a proxy behind this proxy
+            if packed:
+                minted_by, state_id, signature = packed[0]
+            self._events.append(PartSignature(index, signature, minted_by, state_id))
+        self._events.append(PartEnd(index))
+
+    def _stop(self, stop: str, stop_sequence: str | None = None) -> None:
+        self._start({})
+        for index in sorted(self._open):
+            self._end(index)
+        self.ended = True
+        self._events.append(ResponseEnd(stop, self.usage, stop_sequence))
+
+    def _fail(self, message: str, status: int = 502, code: str | None = None) -> None:
+        self.ended, self._head = True, b""
+        self._events.append(StreamError(message, status, code))
+
+
+class StreamEncoder:
+    """Neutral events in, bytes of the client's dialect out: `feed(event)`; `ended` is True behind
+    the terminal event.  A delta is the part's frame, cut where the text belongs."""
+
+    MARK, QUOTED_MARK = "\0", quote("\0")
+
+    def __init__(self, dialect: Any, request: Request) -> None:
+        self.dialect, self.request = dialect, request
+        self.ended = False
+        self.final = b""                                  # the frame that holds the whole answer
+        self._frames: dict[int, list[bytes]] = {}         # index -> what stands around a text
+        self._on: dict[type[Event], Callable[[Any], bytes]] = {
+            ResponseStart: self._start, PartStart: self._begin, PartDelta: self._delta,
+            PartSignature: self._sign, PartEnd: self._end, ResponseEnd: self._stop,
+            StreamError: self._fail}
+
+    def feed(self, event: Event) -> bytes:
+        return b"" if self.ended else self._on[type(event)](event)
+
+    def _start(self, event: ResponseStart) -> bytes:
+        raise NotImplementedError
+
+    def _begin(self, event: PartStart) -> bytes:
+        raise NotImplementedError
+
+    def _delta(self, event: PartDelta) -> bytes:
+        return quote(event.text).join(self._frames[event.index])
+
+    def _sign(self, event: PartSignature) -> bytes:
+        raise NotImplementedError
+
+    def _end(self, event: PartEnd) -> bytes:
+        return b""
+
+    def _stop(self, event: ResponseEnd) -> bytes:
+        raise NotImplementedError
+
+    def _fail(self, event: StreamError) -> bytes:
+        raise NotImplementedError
 
 
 # ---- Chat Completions ----
@@ -1239,6 +2115,9 @@ class ChatCompletions(Dialect):
     """POST /chat/completions, OpenAI's older shape and the one that most models speak."""
 
     name, path = "chat", "/chat/completions"
+    STOP_REASONS = (("stop", "stop"), ("length", "length"), ("tool_calls", "tool_use"),
+                    ("content_filter", "refusal"), ("function_call", "tool_use"),
+                    ("stop", "stop_sequence"), ("stop", "pause"))
 
     def prepare(self, edit: Edit, model: Model) -> None:
         body = edit.body
@@ -1348,6 +2227,369 @@ class ChatCompletions(Dialect):
         wants = as_object(body.get("stream_options")).get("include_usage") is True
         return ChatStream(asked, wants)
 
+    # -- to and from neutral words.  One text, one reasoning and a list of calls in a message: the
+    # -- order among them is lost in bodies, streams keep it.
+
+    def decode_request(self, body: Json) -> Request:
+        if as_int(body.get("n")) > 1 or body.get("functions"):
+            key = "functions" if body.get("functions") else "n"
+            raise BadRequest("'%s' is not supported%s" % (
+                key, ": use 'tools'" if key == "functions" else " above 1"), param=key)
+        request = Request(str(body.get("model") or ""), self.name)
+        read_common(request, body, "messages", "max_tokens", "max_completion_tokens", "n", "stop",
+                    "reasoning_effort", "thinking_budget", "response_format", "verbosity",
+                    "functions", "function_call")
+        request.max_output_tokens = positive(body.get("max_completion_tokens")) or positive(
+            body.get("max_tokens"))
+        stop = body.get("stop")
+        request.stop = list(filter(word, [stop] if isinstance(stop, str) else as_list(stop)))
+        request.effort = word(body.get("reasoning_effort"))
+        request.thinking_budget = positive(body.get("thinking_budget"))
+        request.user = word(body.get("user"))
+        layout, options = (as_object(body.get(k)) for k in ("response_format", "stream_options"))
+        request.wants_usage = options.get("include_usage") is True
+        request.output_schema = read_schema(
+            dict(as_object(layout.get("json_schema")), type=layout.get("type")))
+        request.openai.update(given(verbosity=body.get("verbosity") or None))
+        for tool in check_list(body, "tools") if body.get("tools") else ():
+            self._read_tool(tool, request)
+        request.tool_choice = openai_choice(body.get("tool_choice"), request)
+        for at, message in enumerate(check_list(body, "messages")):
+            self._read_message(request, message, "messages[%d]" % at)
+        return request
+
+    @staticmethod
+    def _read_tool(tool: Json, request: Request) -> None:
+        function = tool.get("function")
+        if not isinstance(function, dict):
+            lose_tool(tool, request)
+            return
+        note_unknown(request, function, "name", "description", "parameters", "strict")
+        request.tools.append(Tool(
+            str(function.get("name")), function.get("description"), function.get("parameters"),
+            function.get("strict"), cache=bool(tool.get("copilot_cache_control"))))
+
+    def _read_message(self, request: Request, message: Json, place: str) -> None:
+        role = str(message.get("role"))
+        note_unknown(request, message, "content", "tool_calls", "tool_call_id", "refusal",
+                     "reasoning_text", "reasoning_content", "reasoning_opaque", "audio",
+                     "copilot_cache_control", "function_call")
+        if role in ("system", "developer"):
+            parts: list[Part] = [Text(text_of(message.get("content")))]
+        elif role == "assistant":
+            parts = self._read_assistant(message)
+        elif role in ("user", "tool"):
+            parts = self._read_content(message.get("content"), place, request)
+            if role == "tool":
+                parts = [ToolResult(str(message.get("tool_call_id") or ""), parts)]
+        else:
+            raise BadRequest("'%s.role' must be system, developer, user, assistant or tool" % place,
+                             param=place)
+        if message.get("copilot_cache_control") and parts:
+            parts[-1].cache = True
+        request.add_turn({"developer": "system", "tool": "user"}.get(role, role), parts)
+
+    def _read_part(self, part: Json, place: str, request: Request) -> Part:
+        kind = part.get("type")
+        if kind == "text":
+            return Text(str(part.get("text") or ""))
+        if kind == "image_url":
+            source = part.get("image_url")
+            source = source if isinstance(source, dict) else {"url": source}
+            return image_from_url(source.get("url"), place, source.get("detail"))
+        if kind == "file":
+            return document_from_file(as_object(part.get("file")), place)
+        return tell_unknown(part, request)
+
+    def _read_assistant(self, message: Json) -> list[Part]:
+        thought = word(message.get("reasoning_text")) or word(
+            message.get("reasoning_content")) or word(message.get("reasoning")) or ""
+        parts = reasoning_parts(self.name, thought, message.get("reasoning_opaque"))
+        content = message.get("content")
+        refusals = [p.get("refusal") for p in as_list(content) if isinstance(p, dict)]
+        said, refusal = text_of(content), message.get("refusal") or next(filter(None, refusals), "")
+        parts += [Text(said)] if said else []
+        parts += [Text(str(refusal), refusal=True)] if refusal else []
+        for call in map(as_object, as_list(message.get("tool_calls"))):
+            function = as_object(call.get("function"))
+            parts.append(ToolCall(str(call.get("id") or ""), str(function.get("name") or ""),
+                                  str(function.get("arguments") or "{}")))
+        return parts
+
+    def encode_request(self, request: Request, model: Model) -> Json:
+        preflight(request, model)
+        native = does_schemas(request, model, True)
+        tools, choice = offered_tools(request, native)
+        body: Json = {"model": model.id, "messages": []}
+        for turn in request.turns:
+            body["messages"] += self._write_turn(turn, request, model)
+        if len(request.stop) > MAX_STOP_SEQUENCES:
+            request.lose("stop", "more than %d" % MAX_STOP_SEQUENCES)
+        budget = fit_budget(request.thinking_budget or dict(EFFORT_BUDGETS).get(
+            request.effort or ""), request.max_output_tokens, model)
+        if budget and not model.efforts:
+            body["thinking_budget"] = budget
+        else:
+            body.update(given(reasoning_effort=fit_openai_effort(request, model)))
+        body.update(openai_body(request), **given(
+            max_tokens=request.max_output_tokens, stop=request.stop[:MAX_STOP_SEQUENCES] or None))
+        if native and request.output_schema:
+            layout: Json = write_schema(request.output_schema)
+            kind = layout.pop("type")
+            body["response_format"] = given(**{"type": kind, kind: layout or None})
+        if tools:
+            body["tools"] = [self._write_tool(tool, model) for tool in tools]
+            body.update(given(tool_choice={"type": "function", "function": {"name": choice.name}}
+                              if isinstance(choice, Named) else choice))
+        if wants_cache_marks(request, model):
+            marked = [m for m in body["messages"] if m["role"] == "system"][-1:]
+            marked += [m for m in body["messages"] if m["role"] in ("user", "tool")][-2:]
+            for message in marked:
+                message["copilot_cache_control"] = EPHEMERAL
+        return body
+
+    @staticmethod
+    def _write_tool(tool: Tool, model: Model) -> Json:
+        function = given(name=tool.name, description=tool.description, parameters=tool.parameters,
+                         strict=tool.strict)
+        mark = {"copilot_cache_control": EPHEMERAL} if tool.cache and model.is_claude else {}
+        return dict({"type": "function", "function": function}, **mark)
+
+    def _write_turn(self, turn: Turn, request: Request, model: Model) -> list[Json]:
+        if turn.role == "system":
+            messages: list[Json] = [{"role": "system", "content": join_texts(turn.parts)}]
+        elif turn.role == "assistant":
+            message = self._write_assistant(usable_parts(turn, request, self.name), request)
+            messages = [message] if len(message) > 2 or message["content"] else []
+        else:
+            messages = self._write_user(turn, request)
+        if messages and model.is_claude and any(part.cache for part in turn.parts):
+            messages[-1]["copilot_cache_control"] = EPHEMERAL
+        return messages
+
+    def _write_user(self, turn: Turn, request: Request) -> list[Json]:
+        """All tool messages first; they take text only, so their images move behind them."""
+        messages: list[Json] = []
+        content: list[Json] = []
+        for result in [p for p in turn.parts if isinstance(p, ToolResult)]:
+            call_id = fit_call_id(result.call_id)
+            moved = [p for p in result.parts if isinstance(p, (Image, Document))
+                     and not plain_text(p)]
+            if moved:
+                content.append({"type": "text", "text": "[files of tool result %s]" % call_id})
+                content += [self._write_part(part) for part in moved]
+            messages.append({"role": "tool", "tool_call_id": call_id, "content": result_text(
+                result, request) or ("[see the files below]" if moved else "")})
+        content += [self._write_part(part) for part in turn.parts
+                    if isinstance(part, (Text, Image, Document))]
+        if len(content) == 1 and content[0]["type"] == "text":
+            messages.append({"role": "user", "content": content[0]["text"]})
+        elif content:
+            messages.append({"role": "user", "content": content})
+        return messages
+
+    @staticmethod
+    def _write_part(part: Part) -> Json:
+        if isinstance(part, Image):
+            return {"type": "image_url",
+                    "image_url": given(url=data_url(part), detail=part.detail)}
+        if isinstance(part, Document) and not part.text:
+            return {"type": "file", "file": {"filename": part.title or "document.pdf",
+                                             "file_data": data_url(part)}}
+        return {"type": "text", "text": plain_text(part)}
+
+    def _write_assistant(self, parts: list[Part], request: Request | None) -> Json:
+        """One message: for the upstream with a request, for a client without."""
+        thoughts = [p for p in parts if isinstance(p, Reasoning)]
+        texts = [p for p in parts if isinstance(p, Text)]
+        message: Json = {"role": "assistant",
+                         "content": "".join(p.text for p in texts if not p.refusal) or None}
+        thought = "".join(p.text for p in thoughts)
+        states = [s for s in (client_state(p, self.name) for p in thoughts) if s]
+        message.update(given(
+            refusal="".join(p.text for p in texts if p.refusal) or None,
+            reasoning_text=thought or None, reasoning_opaque=(
+                "".join(states) if is_packed(states[0]) else states[-1]) if states else None))
+        if request is None and thought:
+            message["reasoning_content"] = thought
+        calls = [p for p in parts if isinstance(p, ToolCall)]
+        if calls:
+            message["tool_calls"] = [{
+                "id": fit_call_id(call.id) if request else call.id, "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments or "{}"}}
+                for call in calls]
+        return message
+
+    def encode_response(self, response: Response, request: Request) -> Json:
+        message = self._write_assistant(response.parts, None)
+        reason = self.finish_reason(response.stop, "tool_calls" in message, "refusal" in message)
+        message.setdefault("refusal", None)
+        return {"id": client_id("chatcmpl-", response.id), "object": "chat.completion",
+                "created": response.created or request.now, "model": request.model,
+                "choices": [{"index": 0, "message": message, "logprobs": None,
+                             "finish_reason": reason}],
+                "usage": openai_usage(response.usage, "prompt", "completion")}
+
+    def finish_reason(self, stop: str, calls: bool, refused: bool) -> str:
+        """A refusal that was put into words ends with `stop`, as OpenAI's own do."""
+        if calls and stop == "stop" or stop == "refusal" and refused:
+            return "tool_calls" if calls else "stop"
+        return self.TO_WIRE.get(stop, "stop")
+
+    def stream_decoder(self) -> StreamDecoder:
+        return ChatDecoder()
+
+    def stream_encoder(self, request: Request) -> StreamEncoder:
+        return ChatEncoder(self, request)
+
+
+class ChatDecoder(StreamDecoder):
+    """Chat chunks: several choices are one answer, calls are numbered by first appearance, a part
+    ends where another kind begins, calls at the end."""
+
+    TEXT_KEYS = (b'"content":', b'"reasoning_text":', b'"arguments":')
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._text = self._thought = -1                      # the open part of that kind
+        self._refusing = self._refused = False               # is the open text a refusal?  was one?
+        self._state = ""                                     # reasoning_opaque so far
+        self._slots: dict[tuple[int, int], int] = {}         # (choice, index) -> our index
+        self._calls: set[tuple[int, int, str]] = set()
+        self._reason = ""
+
+    def _read_event(self, event: Json) -> None:
+        self.usage = openai_counts(event) or self.usage
+        choices = [c for c in as_list(event.get("choices")) if isinstance(c, dict)]
+        if event.get("error") or any(c.get("finish_reason") == "error" for c in choices):
+            message, code, _ = unwrap_error(502, dumps(event), "")
+            self._fail(message if event.get("error") else "the model failed", code=code)
+            return
+        if choices:
+            self._start(event)
+        for choice in choices:
+            self._read_choice(choice)
+            self._reason = word(choice.get("finish_reason")) or self._reason
+
+    def _read_choice(self, choice: Json) -> None:
+        delta = as_object(choice.get("delta") or choice.get("message"))
+        thought = delta.get("reasoning_text") or delta.get("reasoning_content")
+        if thought or delta.get("reasoning_opaque"):
+            self._think(thought, delta.get("reasoning_opaque"))
+        for key in ("content", "refusal"):
+            if delta.get(key):
+                self._say(delta[key], key == "refusal")
+        for place, call in enumerate(as_list(delta.get("tool_calls"))):
+            if isinstance(call, dict) and not self.ended:
+                self._call(as_int(choice.get("index")), call, place)
+
+    def _think(self, text: Any, state: Any) -> None:
+        if self._thought < 0:
+            self._close_text()
+            self._thought = self._begin(Reasoning())
+        self._delta(self._thought, text)
+        self._state = word(state) or self._state             # the last one counts
+
+    def _say(self, text: Any, refusal: bool) -> None:
+        self._close_thought()
+        if self._text >= 0 and self._refusing != refusal:
+            self._close_text()
+        if self._text < 0:
+            self._text, self._refusing = self._begin(Text("", refusal)), refusal
+            self._refused = self._refused or refusal
+        self._delta(self._text, text)
+
+    def _call(self, choice: int, call: Json, place: int) -> None:
+        self._close_thought()
+        self._close_text()
+        index, call_id = as_int(call.get("index", place)), str(call.get("id") or "")
+        function, slot = as_object(call.get("function")), (choice, index)
+        if slot not in self._slots or (call_id and (choice, index, call_id) not in self._calls):
+            self._calls.add((choice, index, call_id))
+            self._slots[slot] = self._begin(ToolCall(
+                call_id or "call_%d" % self._next, str(function.get("name") or ""), ""))
+        self._delta(self._slots[slot], function.get("arguments"))
+
+    def _close_thought(self) -> None:
+        if self._thought >= 0:
+            self._end(self._thought, self._state, "chat")
+        elif self._state:
+            self._end(self._begin(Reasoning()), self._state, "chat")
+        self._thought, self._state = -1, ""
+
+    def _close_text(self) -> None:
+        if self._text >= 0:
+            self._end(self._text)
+            self._text = -1
+
+    def _done(self) -> None:
+        if not self._started and not self._reason:
+            return                                           # _finish makes an error of it
+        self._close_thought()
+        raw = self._reason or "stop"
+        stop = "tool_use" if self._slots and raw == "stop" else CHAT.TO_NEUTRAL.get(raw, "stop")
+        self._stop("refusal" if self._refused and stop == "stop" else stop)
+
+    def _finish(self) -> None:
+        if self._reason:
+            self._done()
+
+
+class ChatEncoder(StreamEncoder):
+    """Chunks with everything that strict clients look for; usage only for who asked."""
+
+    dialect: ChatCompletions
+
+    def __init__(self, dialect: ChatCompletions, request: Request) -> None:
+        super().__init__(dialect, request)
+        self._head: Json = {}
+        self._calls = 0
+        self._refused = False
+
+    def _chunk(self, delta: Json, reason: str | None = None) -> bytes:
+        return b"data: %b\n\n" % dumps(dict(self._head, choices=[
+            {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]))
+
+    def _start(self, event: ResponseStart) -> bytes:
+        self._head = {"id": client_id("chatcmpl-", event.id), "object": "chat.completion.chunk",
+                      "created": event.created or self.request.now, "model": self.request.model}
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def _begin(self, event: PartStart) -> bytes:
+        part, out, mark = event.part, b"", self.MARK
+        delta: Json = {"content": mark}
+        if isinstance(part, Text) and part.refusal:
+            delta, self._refused = {"refusal": mark}, True
+        elif isinstance(part, Reasoning):
+            delta = {"reasoning_content": mark, "reasoning_text": mark}
+            if part.redacted:
+                out = self._chunk({"reasoning_opaque": client_state(part, self.dialect.name)})
+        elif isinstance(part, ToolCall):
+            out = self._chunk({"tool_calls": [{
+                "index": self._calls, "id": part.id, "type": "function",
+                "function": {"name": part.name, "arguments": ""}}]})
+            delta = {"tool_calls": [{"index": self._calls, "function": {"arguments": mark}}]}
+            self._calls += 1
+        self._frames[event.index] = self._chunk(delta).split(self.QUOTED_MARK)
+        return out
+
+    def _sign(self, event: PartSignature) -> bytes:
+        part = Reasoning("", event.signature, event.id, event.minted_by)
+        return self._chunk({"reasoning_opaque": client_state(part, self.dialect.name)})
+
+    def _stop(self, event: ResponseEnd) -> bytes:
+        self.ended = True
+        out = self._chunk({}, self.dialect.finish_reason(
+            event.stop, self._calls > 0, self._refused))
+        if self.request.wants_usage and event.usage is not None:
+            out += b"data: %b\n\n" % dumps(dict(
+                self._head, choices=[], usage=openai_usage(event.usage, "prompt", "completion")))
+        return out + b"data: [DONE]\n\n"
+
+    def _fail(self, event: StreamError) -> bytes:
+        self.ended = True
+        return b"data: %b\n\n" % dumps(self.dialect.error_body(event.as_error(), ""))
+
 
 CHAT = ChatCompletions()
 
@@ -1361,6 +2603,12 @@ _OUTPUT_INDEX = re.compile(rb'"output_index":\s*(\d+)')
 _TERMINAL = ("response.completed", "response.incomplete", "response.failed", "response.cancelled",
              "error")
 _ARGUMENT_EVENTS = ("response.function_call_arguments", "response.custom_tool_call_input")
+
+
+def flat_name(namespace: str, name: str) -> str:
+    """A tool of a namespace as a function of its own: ('fs', 'read') -> 'fs__read'."""
+    flat = "%s__%s" % (namespace, name) if namespace else name
+    return flat if len(flat) <= MAX_ID_CHARS else stable_id(flat[:31] + "_", flat)[:MAX_ID_CHARS]
 
 
 def item_id(item: Json, place: int) -> str:
@@ -1541,6 +2789,10 @@ class Responses(Dialect):
     """POST /responses, OpenAI's newer shape.  Upstream it is stateless: nothing is stored."""
 
     name, path = "responses", "/responses"
+    #: incomplete_details.reason (for whole answers "completed") and the neutral word
+    STOP_REASONS = (("completed", "stop"), ("max_output_tokens", "length"),
+                    ("content_filter", "refusal"), ("completed", "tool_use"),
+                    ("completed", "stop_sequence"), ("completed", "pause"))
 
     def prepare(self, edit: Edit, model: Model) -> None:
         body = edit.body
@@ -1638,6 +2890,483 @@ class Responses(Dialect):
     def stream(self, asked: str, body: Json) -> StreamRelay:
         return ResponsesStream(asked)
 
+    # -- to and from neutral words.  A turn of the assistant is a run of items, each text a message
+    # -- item of its own; system turns at the head are `instructions`.
+
+    def decode_request(self, body: Json) -> Request:
+        self._refuse_state(body)
+        request = Request(str(body.get("model") or ""), self.name)
+        read_common(request, body, "input", "instructions", "max_output_tokens", "reasoning",
+                    "text")
+        request.max_output_tokens = positive(body.get("max_output_tokens"))
+        request.user = word(body.get("user"))
+        reasoning, text = as_object(body.get("reasoning")), as_object(body.get("text"))
+        request.effort = word(reasoning.get("effort"))
+        request.output_schema = read_schema(as_object(text.get("format")))
+        request.openai.update(given(verbosity=text.get("verbosity") or None))
+        for tool in check_list(body, "tools") if body.get("tools") else ():
+            self._read_tool(tool, request)
+        request.tool_choice = openai_choice(body.get("tool_choice"), request)
+        if body.get("instructions"):
+            request.add_turn("system", [Text(str(body["instructions"]))])
+        items = [{"role": "user", "content": body["input"]}] if isinstance(
+            body.get("input"), str) else check_list(body, "input")
+        for at, item in enumerate(items):
+            self._read_item(request, item, "input[%d]" % at)
+        return request
+
+    def _read_tool(self, tool: Json, request: Request, namespace: str = "") -> None:
+        """One entry of `tools`; a namespace holds several, which are flattened.  A freeform tool
+        becomes a function with one text, see `item` for the way back."""
+        kind, name, about = tool.get("type"), str(tool.get("name") or ""), tool.get("description")
+        if kind == "namespace":
+            for inner in as_list(tool.get("tools")):
+                self._read_tool(as_object(inner), request, name)
+        elif kind not in ("function", "custom"):
+            lose_tool(tool, request)
+        else:
+            note_unknown(request, tool, "name", "description", "parameters", "strict")
+            parameters = tool.get("parameters")
+            if kind == "custom":
+                grammar = as_object(tool.get("format")).get("definition")
+                rule = "\n\n`input` must follow this grammar:\n%s" % grammar if grammar else ""
+                about, parameters = "%s%s" % (about or "", rule), {
+                    "type": "object", "properties": {"input": {"type": "string"}},
+                    "required": ["input"]}
+            request.tools.append(Tool(flat_name(namespace, name), about, parameters,
+                                      tool.get("strict"), kind == "custom", namespace,
+                                      name if namespace else ""))
+
+    def _read_item(self, request: Request, item: Json, place: str) -> None:
+        kind = str(item.get("type") or "message")
+        if kind in ("function_call_output", "custom_tool_call_output"):
+            note_unknown(request, item, "call_id", "output")
+            request.add_turn("user", [ToolResult(str(item.get("call_id") or ""), self._read_content(
+                item.get("output"), place, request))])
+        elif kind == "message" and item.get("role") in ("user", "system", "developer"):
+            note_unknown(request, item, "content")
+            if item["role"] == "user":
+                request.add_turn("user", self._read_content(item.get("content"), place, request))
+            else:
+                request.add_turn("system", [Text(text_of(item.get("content")))])
+        elif kind == "item_reference":
+            request.lose(kind, "no such item is known here")
+        elif kind in ("message", "reasoning", "function_call", "custom_tool_call"):
+            parts = self.read_output(item)
+            if parts:
+                request.add_turn("assistant", parts)
+        else:
+            request.add_turn("user" if kind.endswith("_output") else "assistant",
+                             [tell_unknown(item, request)])
+
+    def _read_part(self, part: Json, place: str, request: Request) -> Part:
+        kind = part.get("type")
+        if kind in ("input_text", "output_text", "text"):
+            return Text(str(part.get("text") or ""))
+        if kind == "input_image":
+            return image_from_url(part.get("image_url"), place, part.get("detail"))
+        if kind == "input_file":
+            return document_from_file(part, place)
+        return tell_unknown(part, request)
+
+    def read_output(self, item: Json) -> list[Part]:
+        """The parts of one item that a model made, in an answer or in a history; hosted tools'
+        items have none."""
+        kind = item.get("type") or "message"
+        if kind == "message":
+            content = item.get("content")
+            parts = [{"text": content}] if isinstance(content, str) else as_list(content)
+            return [Text(str(p.get("refusal") or p.get("text") or ""), bool(p.get("refusal")))
+                    for p in parts if isinstance(p, dict) and (p.get("refusal") or p.get("text"))]
+        if kind == "reasoning":
+            text = "\n\n".join(str(p.get("text") or "") for key in ("summary", "content")
+                               for p in as_list(item.get(key)) if isinstance(p, dict))
+            return reasoning_parts(self.name, text, item.get("encrypted_content"), item.get("id"))
+        if kind not in ("function_call", "custom_tool_call"):
+            return []
+        arguments = item.get("arguments")
+        if kind == "custom_tool_call":
+            arguments = dumps({"input": str(item.get("input") or "")}).decode()
+        name = flat_name(str(item.get("namespace") or ""), str(item.get("name") or ""))
+        return [ToolCall(str(item.get("call_id") or ""), name, str(arguments or "{}"))]
+
+    def encode_request(self, request: Request, model: Model) -> Json:
+        preflight(request, model)
+        native = does_schemas(request, model, True)
+        tools, choice = offered_tools(request, native)
+        turns, instructions = list(request.turns), []
+        while turns and turns[0].role == "system":
+            instructions.append(join_texts(turns.pop(0).parts))
+        if request.stop:
+            request.lose("stop", "there are no stop sequences in responses")
+        body: Json = {"model": model.id, "input": [
+            item for turn in turns for item in self._write_turn(turn, request)]}
+        body.update(openai_body(request), **given(
+            instructions="\n\n".join(instructions) or None,
+            max_output_tokens=request.max_output_tokens))
+        text = given(verbosity=body.pop("verbosity", None), format=write_schema(
+            request.output_schema) if native and request.output_schema else None)
+        # other dialects' clients have no word for the summary and want to see the thinking
+        reasoning = given(effort=fit_openai_effort(request, model),
+                          summary="auto" if model.efforts else None)
+        body.update(given(text=text or None, reasoning=reasoning or None))
+        if tools:
+            # `strict` is always said: what its absence means differs from Chat
+            body["tools"] = [dict(given(description=tool.description), type="function",
+                                  name=tool.name, strict=bool(tool.strict), parameters=(
+                                      tool.parameters or {"type": "object", "properties": {}}))
+                             for tool in tools]
+            body.update(given(tool_choice={"type": "function", "name": choice.name}
+                              if isinstance(choice, Named) else choice))
+        return body
+
+    def _write_turn(self, turn: Turn, request: Request) -> list[Json]:
+        """Items of a history; without ids, which are bound to a connection upstream."""
+        if turn.role == "assistant":
+            parts = [replace(p, id=fit_call_id(p.id)) if isinstance(p, ToolCall) else p
+                     for p in usable_parts(turn, request, self.name)]
+            return [self.item(part, None, {}) for part in parts]
+        if turn.role == "system":
+            return [{"type": "message", "role": "developer", "content": [
+                {"type": "input_text", "text": join_texts(turn.parts)}]}]
+        items = [self._write_result(part, request) for part in turn.parts
+                 if isinstance(part, ToolResult)]
+        content = self._write_content(turn.parts)
+        return items + [{"type": "message", "role": "user", "content": content}] \
+            if content else items
+
+    def _write_result(self, result: ToolResult, request: Request) -> Json:
+        output: Any = result_text(result, request)
+        if not all(isinstance(part, Text) for part in result.parts):
+            prefix: list[Part] = [Text(ERROR_PREFIX)] if result.is_error else []
+            output = self._write_content(prefix + result.parts)
+        return {"type": "function_call_output", "call_id": fit_call_id(result.call_id),
+                "output": output}
+
+    @staticmethod
+    def _write_content(parts: list[Part]) -> list[Json]:
+        content: list[Json] = []
+        for part in parts:
+            if isinstance(part, Image):
+                content.append({"type": "input_image", "image_url": data_url(part),
+                                "detail": part.detail or "auto"})
+            elif isinstance(part, Document) and not part.text:
+                content.append({"type": "input_file", "filename": part.title or "document.pdf",
+                                "file_data": data_url(part)})
+            elif isinstance(part, (Text, Document)):
+                content.append({"type": "input_text", "text": plain_text(part)})
+        return content
+
+    def item(self, part: Part, given_id: str | None, tools: dict[str, Tool]) -> Json:
+        """An output item.  given_id: None in a history; tools: those of the request, for calls
+        whose client side is a freeform tool or one of a namespace."""
+        head = {} if given_id is None else {"id": given_id}
+        status = {} if given_id is None else {"status": "completed"}
+        if isinstance(part, Text):
+            block: Json = {"type": "output_text", "text": part.text, "annotations": [],
+                           "logprobs": []}
+            if part.refusal:
+                block = {"type": "refusal", "refusal": part.text}
+            return dict(head, type="message", **status, role="assistant", content=[block])
+        if isinstance(part, Reasoning):
+            summary = [{"type": "summary_text", "text": part.text}] if part.text else []
+            return dict(head, type="reasoning", summary=summary, **given(
+                encrypted_content=client_state(part, self.name)))
+        if not isinstance(part, ToolCall):
+            return {}
+        tool = tools.get(part.name, Tool(part.name))
+        item = dict(head, type="custom_tool_call" if tool.custom else "function_call", **status,
+                    call_id=part.id, name=tool.short_name or part.name, **given(
+                        namespace=tool.namespace or None))
+        if tool.custom:
+            return dict(item, input=freeform_input(part.arguments))
+        return dict(item, arguments=part.arguments or "{}")
+
+    def encode_response(self, response: Response, request: Request) -> Json:
+        """What the stream encoder would say at its end."""
+        encoder = ResponsesEncoder(self, request)
+        for event in unfold(response):
+            encoder.feed(event)
+        return encoder.answer
+
+    def stream_decoder(self) -> StreamDecoder:
+        return ResponsesDecoder()
+
+    def stream_encoder(self, request: Request) -> StreamEncoder:
+        return ResponsesEncoder(self, request)
+
+
+class ResponsesDecoder(StreamDecoder):
+    """Events of /responses.  Items are known by `output_index`: their ids change in every event.
+    Argument deltas with `obfuscation` may be ciphertext, the text of `.done` counts."""
+
+    TEXT_KEYS = (b'"delta":',)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._slots: dict[tuple[int, int], int] = {}     # (output_index, content_index) -> ours
+        self._obscured: set[int] = set()
+        self._said = "stop"                              # as the parts so far tell it
+        self._on: dict[str, Callable[[Json], None]] = {
+            "response.output_text.delta": self._text, "response.refusal.delta": self._text,
+            "response.output_text.done": self._text, "response.refusal.done": self._text,
+            "response.reasoning_summary_text.delta": self._thought,
+            "response.reasoning_text.delta": self._thought,
+            "response.reasoning_summary_part.added": self._gap,
+            "response.function_call_arguments.delta": self._arguments,
+            "response.function_call_arguments.done": self._arguments,
+            "response.custom_tool_call_input.done": self._arguments,
+            "response.output_item.added": self._added, "response.output_item.done": self._finished,
+            "response.content_part.done": self._part_done,
+            "response.created": self._created, "response.in_progress": self._created,
+            "response.completed": self._completed, "response.incomplete": self._completed,
+            "response.failed": self._failed, "response.cancelled": self._failed,
+            "error": self._failed}
+
+    def read_whole(self, body: Json) -> list[Event]:
+        failed = body.get("error") or body.get("status") in ("failed", "cancelled")
+        status = "failed" if failed or "output" not in body else body.get("status")
+        return super().read_whole({"type": "response.%s" % (
+            "incomplete" if status == "incomplete" else "failed" if status == "failed" else
+            "completed"), "response": body})
+
+    def _read_event(self, event: Json) -> None:
+        handler = self._on.get(str(event.get("type")))
+        if handler:
+            handler(event)
+
+    def _steady(self, data: bytes) -> bytes:
+        """An unescaped quote cannot be inside a text, so what is found here are the keys."""
+        at = data.find(b'"item_id":"') + 11
+        if at > 10:
+            data = data[:at] + data[data.find(b'"', at):]
+        at = data.find(b'"sequence_number":') + 18
+        return data[:at] + data[at:].lstrip(b"0123456789") if at > 17 else data
+
+    def _created(self, event: Json) -> None:
+        self._start(as_object(event.get("response")))
+
+    def _slot(self, event: Json, part: Part) -> int:
+        """Our index of the part that an event speaks of; it begins here if it has not yet."""
+        slot = (as_int(event.get("output_index")), as_int(event.get("content_index")))
+        if slot not in self._slots:
+            self._slots[slot] = self._begin(part)
+            if isinstance(part, ToolCall):
+                self._said = "tool_use"
+            elif isinstance(part, Text) and part.refusal and self._said == "stop":
+                self._said = "refusal"
+        return self._slots[slot]
+
+    def _text(self, event: Json) -> None:
+        refusal = "refusal" in str(event["type"])
+        index = self._slot(event, Text("", refusal))
+        if "delta" in event:
+            self._delta(index, event["delta"])
+        elif index in self._empty:
+            self._delta(index, event.get("refusal" if refusal else "text"))
+
+    def _thought(self, event: Json) -> None:
+        index = self._slot(dict(event, content_index=0), Reasoning())
+        self._delta(index, event.get("delta"))
+
+    def _gap(self, event: Json) -> None:
+        slot = (as_int(event.get("output_index")), 0)
+        if as_int(event.get("summary_index")) and slot in self._slots:
+            self._delta(self._slots[slot], "\n\n")
+
+    def _arguments(self, event: Json) -> None:
+        index = self._slots.get((as_int(event.get("output_index")), 0))
+        if index is None or index not in self._open:
+            return
+        if "delta" in event:
+            if "obfuscation" in event or index in self._obscured:
+                self._obscured.add(index)
+            else:
+                self._delta(index, event["delta"])
+        elif index in self._empty:
+            text = dumps({"input": str(event.get("input") or "")}).decode() if "custom" in event[
+                "type"] else event.get("arguments")
+            self._delta(index, text)
+
+    def _added(self, event: Json) -> None:
+        item = as_object(event.get("item"))
+        if item.get("type") == "reasoning":
+            self._slot(event, Reasoning())
+        elif item.get("type") in ("function_call", "custom_tool_call"):
+            self._slot(event, skeleton(RESPONSES.read_output(item)[0]))
+
+    def _part_done(self, event: Json) -> None:
+        slot = (as_int(event.get("output_index")), as_int(event.get("content_index")))
+        if slot in self._slots:
+            self._end(self._slots[slot])
+
+    def _finished(self, event: Json) -> None:
+        """The whole item: what of it was not told by deltas is told now."""
+        item, at = as_object(event.get("item")), as_int(event.get("output_index"))
+        parts = RESPONSES.read_output(item)
+        if not parts and (at, 0) in self._slots:
+            self._end(self._slots[(at, 0)])
+        for place, part in enumerate(parts):
+            state = part if isinstance(part, Reasoning) else Reasoning()
+            index = self._slot({"output_index": at, "content_index": place}, skeleton(part))
+            if index in self._empty and index in self._open:
+                self._delta(index, text_in(part))
+            self._end(index, state.signature, state.minted_by or "")
+
+    def _completed(self, event: Json) -> None:
+        answer = as_object(event.get("response"))
+        self._created(event)
+        self.usage = openai_counts(answer) or self.usage
+        if not self._slots:                              # nothing was streamed: take the whole
+            for at, item in enumerate(as_list(answer.get("output"))):
+                self._finished({"output_index": at, "item": item})
+        raw = "completed"
+        if event["type"] == "response.incomplete":
+            raw = str(as_object(answer.get("incomplete_details")).get("reason") or
+                      "max_output_tokens")
+        stop = RESPONSES.TO_NEUTRAL.get(raw, "stop")
+        self._stop(self._said if stop == "stop" else stop)
+
+    def _failed(self, event: Json) -> None:
+        message, code, _ = unwrap_error(502, dumps(event.get("response") or event), "")
+        self._fail(message, code=code)
+
+
+class ResponsesEncoder(StreamEncoder):
+    """The whole choreography: created, in_progress, for each item added, its deltas and dones,
+    item done, and completed with the full output.  One id for each item, one for the response."""
+
+    dialect: Responses
+
+    def __init__(self, dialect: Responses, request: Request) -> None:
+        super().__init__(dialect, request)
+        self.answer: Json = {}                           # the response object so far
+        self._tools = {tool.name: tool for tool in request.tools}
+        self._sequence = 0
+        self._parts: dict[int, Part] = {}
+        self._texts: dict[int, list[str]] = {}
+        self._places: dict[int, Json] = {}               # index -> item_id and output_index
+        self._output: dict[int, Json] = {}               # output_index -> finished item
+        self._summarised: set[int] = set()               # reasoning whose summary has begun
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        event = dict({"type": kind, "sequence_number": self._sequence}, **fields)
+        self._sequence += 1
+        return Frame(kind, dumps(event)).encode()
+
+    def _start(self, event: ResponseStart) -> bytes:
+        self.answer = {
+            "id": client_id("resp_", event.id), "object": "response",
+            "created_at": event.created or self.request.now, "status": "in_progress",
+            "background": False, "error": None, "incomplete_details": None, "instructions": None,
+            "max_output_tokens": None, "model": self.request.model, "output": [],
+            "parallel_tool_calls": True, "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None}, "store": False, "temperature": None,
+            "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [],
+            "top_p": None, "truncation": "disabled", "usage": None, "user": None, "metadata": {}}
+        return (self._event("response.created", response=self.answer)
+                + self._event("response.in_progress", response=self.answer))
+
+    def _begin(self, event: PartStart) -> bytes:
+        part, index = event.part, event.index
+        item = self.dialect.item(part, "", self._tools)
+        item["id"] = stable_id(_ITEM_PREFIXES[item["type"]], "%s %d" % (self.answer["id"], index))
+        self._parts[index], self._texts[index] = part, []
+        at = len(self._places)
+        place = self._places[index] = {"item_id": item["id"], "output_index": at}
+        block = item.get("content", [{}])[0]
+        if "status" in item:
+            item["status"] = "in_progress"
+        hollow = {"content": [], "arguments": "", "input": "", "summary": []}
+        item.update({k: v for k, v in hollow.items() if k in item})
+        out = self._event("response.output_item.added", output_index=at, item=item)
+        if isinstance(part, Text):
+            place["content_index"] = 0
+            out += self._event("response.content_part.added", part=block, **place)
+            kind = "response.refusal.delta" if part.refusal else "response.output_text.delta"
+            self._set_frame(index, kind, {} if part.refusal else {"logprobs": []})
+        elif isinstance(part, Reasoning):
+            place["summary_index"] = 0
+            self._set_frame(index, "response.reasoning_summary_text.delta", {})
+        elif item["type"] == "function_call":
+            self._set_frame(index, "response.function_call_arguments.delta", {})
+        return out
+
+    def _set_frame(self, index: int, kind: str, more: Json) -> None:
+        """Cut a delta's frame where its number and its text belong."""
+        frame = Frame(kind, dumps(dict({"type": kind, "sequence_number": self.MARK},
+                                       **self._places[index], delta=self.MARK, **more))).encode()
+        self._frames[index] = frame.split(self.QUOTED_MARK)
+
+    def _delta(self, event: PartDelta) -> bytes:
+        index = event.index
+        self._texts[index].append(event.text)
+        frame = self._frames.get(index)
+        if frame is None:
+            return b""                                   # a freeform input: whole at its end
+        out = b""
+        if index not in self._summarised and isinstance(self._parts[index], Reasoning):
+            self._summarised.add(index)
+            out = self._event("response.reasoning_summary_part.added",
+                              part={"type": "summary_text", "text": ""}, **self._places[index])
+        number, self._sequence = self._sequence, self._sequence + 1
+        return b"%b%b%d%b%b%b" % (out, frame[0], number, frame[1], quote(event.text), frame[2])
+
+    def _sign(self, event: PartSignature) -> bytes:
+        part = self._parts[event.index]
+        if isinstance(part, Reasoning):
+            self._parts[event.index] = replace(part, signature=event.signature, id=event.id,
+                                               minted_by=event.minted_by)
+        return b""
+
+    def _end(self, event: PartEnd) -> bytes:
+        index = event.index
+        text, place = "".join(self._texts[index]), self._places[index]
+        part = with_text(self._parts[index], text)
+        item = self.dialect.item(part, place["item_id"], self._tools)
+        out = b""
+        if isinstance(part, Text):
+            name, block = "refusal" if part.refusal else "text", item["content"][0]
+            kind = "response.refusal.done" if part.refusal else "response.output_text.done"
+            more: Json = {name: text} if part.refusal else {name: text, "logprobs": []}
+            out = (self._event(kind, **place, **more)
+                   + self._event("response.content_part.done", part=block, **place))
+        elif index in self._summarised:
+            out = self._event("response.reasoning_summary_text.done", text=text, **place)
+            out += self._event("response.reasoning_summary_part.done",
+                               part=item["summary"][0], **place)
+        elif item["type"] == "custom_tool_call":
+            kind = "response.custom_tool_call_input."
+            out = (self._event(kind + "delta", delta=item["input"], **place)
+                   + self._event(kind + "done", input=item["input"], **place))
+        elif item["type"] == "function_call":
+            out = self._event("response.function_call_arguments.done", name=item["name"],
+                              arguments=item["arguments"], **place)
+        self._output[place["output_index"]] = item
+        return out + self._event("response.output_item.done", item=item,
+                                 output_index=place["output_index"])
+
+    def _stop(self, event: ResponseEnd) -> bytes:
+        self.ended = True
+        output = [self._output[at] for at in sorted(self._output)]
+        raw = self.dialect.TO_WIRE.get(event.stop, "completed")
+        if event.stop == "refusal" and any(isinstance(p, Text) and p.refusal
+                                           for p in self._parts.values()):
+            raw = "completed"                            # said in words, as OpenAI's own do
+        whole = raw == "completed"
+        self.answer.update(output=output, status="completed" if whole else "incomplete",
+                           incomplete_details=None if whole else {"reason": raw},
+                           usage=openai_usage(event.usage, "input", "output"))
+        self.final = self._event("response." + self.answer["status"], response=self.answer)
+        return self.final
+
+    def _fail(self, event: StreamError) -> bytes:
+        out, error = b"" if self.answer else self._start(ResponseStart("", "")), event.as_error()
+        self.ended = True
+        self.answer.update(status="failed", error={"code": error.code or error.types()[0],
+                                                   "message": str(error)})
+        return out + self._event("response.failed", response=self.answer)
+
 
 # ---- Messages ----
 
@@ -1649,6 +3378,7 @@ _REFUSED_FIELDS = ("context_management", "inference_geo", "speed", "container", 
 _REFUSED_TOOL_FIELDS = ("eager_input_streaming", "defer_loading", "input_examples", "strict")
 _RESULT_PARTS = ("text", "image", "document")
 _NONCE_LINE = "x-anthropic-billing-header:"
+ERROR_STATUS = {names[1]: status for status, names in reversed(list(ERROR_TYPES.items()))}
 _COUNTED_FIELDS = ("model", "messages", "system", "tools", "tool_choice")
 
 
@@ -1703,6 +3433,10 @@ class Messages(Dialect):
     request and differs in strictness, so everything that one of them refuses is left out."""
 
     name, path = "messages", "/v1/messages"
+    STOP_REASONS = (("end_turn", "stop"), ("max_tokens", "length"), ("tool_use", "tool_use"),
+                    ("stop_sequence", "stop_sequence"), ("refusal", "refusal"),
+                    ("pause_turn", "pause"), ("model_context_window_exceeded", "length"))
+    CHOICES = (("auto", "auto"), ("any", "required"), ("none", "none"))
     keepalive = b'event: ping\ndata: {"type":"ping"}\n\n'
 
     def error_body(self, error: ProxyError, request_id: str) -> Json:
@@ -1962,6 +3696,358 @@ class Messages(Dialect):
     def stream(self, asked: str, body: Json) -> StreamRelay:
         return MessagesStream(asked)
 
+    # -- to and from neutral words.  System turns at the head become `system`; `prepare` folds later
+    # -- ones into the next user turn.
+
+    def decode_request(self, body: Json) -> Request:
+        if "thread" in body:
+            self.prepare(Edit(body), Model(""))                # refuses it as clients want
+        request = Request(str(body.get("model") or ""), self.name)
+        read_common(request, body, "messages", "system", "max_tokens", "stop_sequences", "thinking",
+                    "output_config", "metadata")
+        request.max_output_tokens = positive(body.get("max_tokens"))
+        request.stop = list(filter(word, as_list(body.get("stop_sequences"))))
+        request.user = word(as_object(body.get("metadata")).get("user_id"))
+        config, thinking = as_object(body.get("output_config")), as_object(body.get("thinking"))
+        request.effort = word(config.get("effort"))
+        request.thinking_budget = positive(thinking.get("budget_tokens"))
+        request.output_schema = read_schema(as_object(config.get("format")))
+        for tool in check_list(body, "tools") if body.get("tools") else ():
+            if tool.get("type") not in (None, "custom"):
+                lose_tool(tool, request)
+                continue
+            note_unknown(request, tool, "name", "description", "input_schema", "strict",
+                         "cache_control")
+            request.tools.append(Tool(
+                str(tool.get("name")), tool.get("description"), tool.get("input_schema"),
+                tool.get("strict"), cache=bool(tool.get("cache_control"))))
+        choice = as_object(body.get("tool_choice"))
+        request.tool_choice = (Named(str(choice.get("name"))) if choice.get("type") == "tool"
+                               else dict(self.CHOICES).get(str(choice.get("type"))))
+        if choice.get("disable_parallel_tool_use"):
+            request.parallel_tool_calls = False
+        system = [part for part in self._read_blocks(body.get("system"), "system", request)
+                  if not plain_text(part).startswith(_NONCE_LINE)]
+        if system:
+            request.add_turn("system", system)
+        for at, message in enumerate(check_list(body, "messages")):
+            place, role = "messages[%d]" % at, message.get("role")
+            if role not in ("user", "assistant", "system"):
+                raise BadRequest("'%s.role' must be user or assistant" % place, param=place)
+            request.add_turn(role, self._read_blocks(message.get("content"), place, request))
+        return request
+
+    def _read_blocks(self, content: Any, place: str, request: Request) -> list[Part]:
+        parts: list[Part] = []
+        for block in _as_blocks(content):
+            if not isinstance(block, dict):
+                raise BadRequest("'%s.content' must hold objects" % place, param=place)
+            if block.get("type") != "text" or block.get("text"):
+                found = self.read_block(block, place, request)
+                if found and block.get("cache_control"):
+                    found[-1].cache = True
+                parts += found
+        return parts
+
+    def read_block(self, block: Json, place: str, request: Request | None) -> list[Part]:
+        """The parts of one block: of a client's request, or of an answer without one, whose
+        unknown blocks have none."""
+        kind, source = block.get("type"), as_object(block.get("source"))
+        if kind == "text":
+            return [Text(str(block.get("text") or ""))]
+        if kind == "thinking":
+            return reasoning_parts(self.name, str(block.get("thinking") or ""),
+                                   block.get("signature"))
+        if kind == "redacted_thinking":
+            return [Reasoning("", word(block.get("data")), None, self.name, True)]
+        if kind == "tool_use":
+            arguments = dumps(as_object(block.get("input"))).decode("utf-8", "surrogatepass")
+            return [ToolCall(str(block.get("id") or ""), str(block.get("name") or ""), arguments)]
+        if request is None:
+            return []
+        if kind == "tool_result":
+            return [ToolResult(str(block.get("tool_use_id") or ""), self._read_blocks(
+                block.get("content"), place, request), block.get("is_error") is True)]
+        if kind not in ("image", "document"):
+            return [tell_unknown(block, request)]
+        if source.get("type") not in ("base64", "url", "text"):
+            raise BadRequest("'%s': %ss must be sent as base64" % (place, kind), param=place)
+        media, data, url = (str(source.get(k) or "") for k in ("media_type", "data", "url"))
+        if kind == "image":
+            return [Image(media, data, url)]
+        data, text = ("", data) if source["type"] == "text" else (data, "")
+        return [Document(media, data, url, text, word(block.get("title")))]
+
+    def encode_request(self, request: Request, model: Model) -> Json:
+        preflight(request, model)
+        schema, native = request.output_schema, does_schemas(request, model, False)
+        tools, choice = offered_tools(request, native)
+        turns, system = list(request.turns), []
+        while turns and turns[0].role == "system":
+            system += self._write_blocks(turns.pop(0).parts, request)
+        cap = model.output_cap(request.stream is True) or FALLBACK_MAX_TOKENS
+        body: Json = {"model": model.id, "messages": self._write_turns(turns, request),
+                      "max_tokens": request.max_output_tokens or cap}
+        if (request.temperature or 0) > 1:
+            request.lose("temperature", "above 1")
+        body.update(given(
+            system=system or None, top_p=request.top_p, stop_sequences=request.stop or None,
+            temperature=None if request.temperature is None else min(request.temperature, 1),
+            stream=request.stream, metadata={"user_id": request.user} if request.user else None))
+        if tools:
+            body["tools"] = [given(
+                name=tool.name, description=tool.description, cache_control=EPHEMERAL
+                if tool.cache else None, input_schema=tool.parameters or {
+                    "type": "object", "properties": {}}) for tool in tools]
+            self._write_choice(body, choice, request.parallel_tool_calls)
+        self._write_thinking(body, request, model, choice)
+        if native and schema:
+            body.setdefault("output_config", {})["format"] = {"type": "json_schema",
+                                                              "schema": schema.schema}
+        if wants_cache_marks(request, model):
+            marked = system[-1:] + [m["content"][-1] for m in [
+                m for m in body["messages"] if m["role"] == "user"][-2:]]
+            for block in marked:
+                block["cache_control"] = EPHEMERAL
+        return body
+
+    def _write_choice(self, body: Json, choice: str | Named | None, parallel: bool | None) -> None:
+        words = {neutral: wire for wire, neutral in self.CHOICES}
+        written: Json = {}
+        if isinstance(choice, Named):
+            written = {"type": "tool", "name": choice.name}
+        elif choice or parallel is False:
+            written = {"type": words[choice or "auto"]}
+        if parallel is False and written["type"] != "none":
+            written["disable_parallel_tool_use"] = True
+        body.update(given(tool_choice=written or None))
+
+    @staticmethod
+    def _write_thinking(body: Json, request: Request, model: Model,
+                        choice: str | Named | None) -> None:
+        """As the wish was; `prepare` makes it adaptive or a budget, as the model takes it."""
+        thinking: Json = {}
+        if request.thinking_budget:
+            thinking = {"type": "enabled", "budget_tokens": request.thinking_budget}
+        elif request.effort not in (None, "none", "minimal"):
+            thinking = {"type": "adaptive"}
+            if model.version >= (4, 7):
+                thinking["display"] = "summarized"             # hidden otherwise
+        if thinking and (isinstance(choice, Named) or choice == "required"):
+            request.lose("thinking", "not while a tool call is demanded")
+        elif thinking:
+            effort = fit_effort(request, model)
+            body.update(given(thinking=thinking,
+                              output_config={"effort": effort} if effort else None))
+
+    def _write_turns(self, turns: list[Turn], request: Request) -> list[Json]:
+        """Turns of one role in a row become one message, tool results first in it."""
+        messages: list[Json] = []
+        for turn in turns:
+            content = self._write_blocks(usable_parts(turn, request, self.name), request)
+            if messages and messages[-1]["role"] == turn.role:
+                messages[-1]["content"] += content
+            elif content:
+                messages.append({"role": turn.role, "content": content})
+        for message in messages:
+            message["content"].sort(key=lambda b: message["role"] == "user"
+                                    and b.get("type") != "tool_result")
+        return messages
+
+    def _write_blocks(self, parts: Iterable[Part], request: Request) -> list[Json]:
+        blocks = []
+        for part in parts:
+            block = self.block(part, request)
+            if block.get("text") != "":
+                if part.cache:
+                    block["cache_control"] = EPHEMERAL
+                blocks.append(block)
+        return blocks
+
+    def block(self, part: Part, request: Request | None = None) -> Json:
+        """One content block: for the upstream with a request, for a client without."""
+        if isinstance(part, ToolCall):
+            return {"type": "tool_use", "id": fit_call_id(part.id) if request else part.id,
+                    "name": part.name, "input": arguments_object(part.arguments)}
+        if isinstance(part, Reasoning):
+            state = client_state(part, self.name)
+            if part.redacted and part.minted_by == self.name:
+                return {"type": "redacted_thinking", "data": state}
+            return {"type": "thinking", "thinking": part.text,
+                    "signature": state or pack_opaque("", None, "")}
+        if isinstance(part, ToolResult) and request:
+            content = self._write_blocks(part.parts, request)
+            return given(type="tool_result", tool_use_id=fit_call_id(part.call_id),
+                         content=content or None, is_error=part.is_error or None)
+        if not isinstance(part, (Image, Document)):
+            return {"type": "text", "text": plain_text(part)}
+        source = {"type": "base64", "media_type": part.media_type, "data": part.data}
+        if part.url:
+            source = {"type": "url", "url": part.url}
+        if isinstance(part, Image):
+            return {"type": "image", "source": source}
+        if part.text:
+            source = {"type": "text", "media_type": "text/plain", "data": part.text}
+        return given(type="document", source=source, title=part.title)
+
+    def encode_response(self, response: Response, request: Request) -> Json:
+        return {"id": client_id("msg_", response.id), "type": "message", "role": "assistant",
+                "model": request.model, "content": [self.block(part) for part in response.parts],
+                "stop_reason": self.TO_WIRE.get(response.stop, "end_turn"),
+                "stop_sequence": response.stop_sequence,
+                "usage": self.usage(response.usage or Usage())}
+
+    @staticmethod
+    def usage(usage: Usage) -> Json:
+        return {"input_tokens": usage.input, "cache_read_input_tokens": usage.cache_read,
+                "cache_creation_input_tokens": usage.cache_write, "output_tokens": usage.output}
+
+    def stream_decoder(self) -> StreamDecoder:
+        return MessagesDecoder()
+
+    def stream_encoder(self, request: Request) -> StreamEncoder:
+        return MessagesEncoder(self, request)
+
+
+class MessagesDecoder(StreamDecoder):
+    """Anthropic's events.  Usage is cumulative: later counts replace earlier ones."""
+
+    TEXT_KEYS = (b'"text":', b'"thinking":', b'"partial_json":')
+    DELTAS: ClassVar = {"text_delta": "text", "thinking_delta": "thinking",
+                        "input_json_delta": "partial_json"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._blocks: dict[int, int] = {}                # their index -> ours
+        self._states: dict[int, str] = {}                # our index -> signature
+        self._ending: Json = {}                          # stop_reason and stop_sequence
+
+    def _read_event(self, event: Json) -> None:
+        kind, delta = event.get("type"), as_object(event.get("delta"))
+        index = self._blocks.get(as_int(event.get("index")), -1)
+        if kind == "content_block_delta" and index in self._open:
+            if delta.get("type") == "signature_delta":
+                self._states[index] = self._states.get(index, "") + str(delta.get("signature"))
+            else:
+                self._delta(index, delta.get(self.DELTAS.get(str(delta.get("type")), "")))
+        elif kind == "content_block_start":
+            self._block(as_int(event.get("index")), as_object(event.get("content_block")))
+        elif kind == "content_block_stop":
+            self._end(index, self._states.get(index), "messages")
+        elif kind in ("message_start", "message"):
+            message = event if kind == "message" else as_object(event.get("message"))
+            self._start(message)
+            self._count(message)
+            for at, block in enumerate(as_list(message.get("content"))):
+                self._block(at, as_object(block))
+                self._end(self._blocks[at], self._states.get(self._blocks[at]), "messages")
+            self._ending = message
+        elif kind == "message_delta":
+            self._count(event)
+            self._ending = delta
+        elif kind == "error":
+            error = as_object(event.get("error"))
+            self._fail(str(error.get("message") or "error"),
+                       ERROR_STATUS.get(str(error.get("type")), 502))
+        if kind in ("message_stop", "message"):
+            raw = str(self._ending.get("stop_reason") or "end_turn")
+            self._stop(MESSAGES.TO_NEUTRAL.get(raw, "stop"),
+                       word(self._ending.get("stop_sequence")))
+
+    def _count(self, source: Json) -> None:
+        self.usage = Usage.from_anthropic(as_object(source.get("usage")), self.usage)
+
+    def _block(self, at: int, block: Json) -> None:
+        kind = block.get("type")
+        found = MESSAGES.read_block(dict(block, signature=None), "content", None)
+        part: Part = Reasoning() if kind == "thinking" else found[0] if found else Part()
+        index = self._blocks[at] = self._begin(skeleton(part)) if type(part) is not Part else -1
+        if block.get("signature"):
+            self._states[index] = str(block["signature"])
+        if kind == "thinking":
+            self._delta(index, block.get("thinking"))
+        elif kind == "text" or block.get("input"):
+            self._delta(index, text_in(part))
+
+
+class MessagesEncoder(StreamEncoder):
+    """One block after another: while one is open the events of others wait.  A thinking block has
+    exactly one signature, behind its text."""
+
+    dialect: Messages
+
+    def __init__(self, dialect: Messages, request: Request) -> None:
+        super().__init__(dialect, request)
+        self._active = -1                                # the part whose block is open
+        self._count = 0                                  # blocks so far
+        self._waiting: dict[int, list[Event]] = {}       # held back, in the order of their starts
+        self._thinking: Reasoning | None = None          # the open block, if it is one
+        self._calls = False
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        return Frame(kind, dumps(dict({"type": kind}, **fields))).encode()
+
+    def _start(self, event: ResponseStart) -> bytes:
+        return self._event("message_start", message={
+            "id": client_id("msg_", event.id), "type": "message", "role": "assistant",
+            "model": self.request.model, "content": [], "stop_reason": None,
+            "stop_sequence": None, "usage": self.dialect.usage(Usage())})
+
+    def feed(self, event: Event) -> bytes:
+        index = getattr(event, "index", self._active)
+        if isinstance(event, PartStart) and self._active >= 0:
+            self._waiting[index] = [event]
+        elif index in self._waiting:
+            self._waiting[index].append(event)
+        else:
+            return super().feed(event)
+        return b""
+
+    def _begin(self, event: PartStart) -> bytes:
+        part, block = event.part, self.dialect.block(event.part)
+        self._active, at = event.index, self._count
+        self._count += 1
+        self._thinking = None
+        kind, key = "text_delta", "text"
+        if block["type"] == "thinking" and isinstance(part, Reasoning):
+            kind, key, self._thinking = "thinking_delta", "thinking", part
+            block["signature"] = ""
+        elif block["type"] == "tool_use":
+            kind, key, self._calls = "input_json_delta", "partial_json", True
+            block["input"] = {}
+        delta = self._event("content_block_delta", index=at, delta={"type": kind, key: self.MARK})
+        self._frames[event.index] = delta.split(self.QUOTED_MARK)
+        return self._event("content_block_start", index=at, content_block=block)
+
+    def _sign(self, event: PartSignature) -> bytes:
+        self._thinking = Reasoning("", event.signature, event.id, event.minted_by)
+        return b""
+
+    def _end(self, event: PartEnd) -> bytes:
+        at, out = self._count - 1, b""
+        if self._thinking is not None:
+            signature = self.dialect.block(self._thinking)["signature"]
+            out = self._event("content_block_delta", index=at, delta={
+                "type": "signature_delta", "signature": signature})
+        out += self._event("content_block_stop", index=at)
+        self._active = -1
+        while self._waiting and self._active < 0:        # the next part, those behind it if whole
+            for event_ in self._waiting.pop(next(iter(self._waiting))):
+                out += super().feed(event_)
+        return out
+
+    def _stop(self, event: ResponseEnd) -> bytes:
+        self.ended = True
+        stop = "tool_use" if event.stop == "stop" and self._calls else event.stop
+        return self._event(
+            "message_delta", usage=self.dialect.usage(event.usage or Usage()), delta={
+                "stop_reason": self.dialect.TO_WIRE.get(stop, "end_turn"),
+                "stop_sequence": event.stop_sequence}) + self._event("message_stop")
+
+    def _fail(self, event: StreamError) -> bytes:
+        self.ended = True
+        return Frame("error", dumps(self.dialect.error_body(event.as_error(), ""))).encode()
+
 
 def _as_blocks(content: Any) -> list[Any]:
     """'a' -> [{"type": "text", "text": "a"}]; a list stays."""
@@ -1979,6 +4065,114 @@ def filter_betas(value: str) -> str:
 RESPONSES = Responses()
 MESSAGES = Messages()
 DIALECTS: dict[str, Dialect] = {d.name: d for d in (CHAT, RESPONSES, MESSAGES)}
+
+
+class Unwrapper:
+    """Turns the forced call of OUTPUT_TOOL back into the text that the client asked for.  Other
+    texts are held: beside such a call they are chatter, without one they are the answer."""
+
+    def __init__(self) -> None:
+        self._held: list[Event] = []
+        self._texts: set[int] = set()
+        self._calls: set[str] = set()
+
+    def feed(self, event: Event) -> list[Event]:
+        """The events that may be told by now."""
+        if isinstance(event, PartStart) and isinstance(event.part, ToolCall):
+            self._calls.add(event.part.name)
+            if event.part.name == OUTPUT_TOOL:
+                return [PartStart(event.index, Text(""))]
+        elif isinstance(event, PartStart) and isinstance(event.part, Text):
+            self._texts.add(event.index)
+        if isinstance(event, (PartStart, PartDelta, PartEnd)) and event.index in self._texts:
+            self._held.append(event)
+            return []
+        if not isinstance(event, ResponseEnd):
+            return [event]
+        if event.stop == "tool_use" and self._calls == {OUTPUT_TOOL}:
+            event = replace(event, stop="stop")
+        return [event] if OUTPUT_TOOL in self._calls else [*self._held, event]
+
+
+class TranslatedStream(StreamRelay):
+    """StreamRelay's interface off the diagonal: upstream bytes of one dialect in, client bytes of
+    another out.  `usage` is known at the end."""
+
+    def __init__(self, client: Dialect, upstream: Dialect, request: Request) -> None:
+        super().__init__(request.model)
+        self._decoder, self._encoder = upstream.stream_decoder(), client.stream_encoder(request)
+        self._unwrapper = Unwrapper() if request.output_tool else None
+
+    def tell(self, events: Iterable[Event]) -> bytes:
+        """Client bytes for neutral events."""
+        out: list[bytes] = []
+        for event in events:
+            if self._unwrapper:
+                out.extend(map(self._encoder.feed, self._unwrapper.feed(event)))
+            else:
+                out.append(self._encoder.feed(event))
+            if isinstance(event, StreamError):
+                self.failure = event.message
+        self.usage, self.ended = self._decoder.usage, self._encoder.ended
+        if self._encoder.final:
+            self.on_final(self._encoder.final)
+        return b"".join(out)
+
+    def _block(self, block: bytes) -> bytes:
+        out: list[Event] = []
+        for raw in block.split(b"\n\n"):
+            at = raw.find(b"\n") + 1               # behind the event's name, if there is one
+            is_usual = raw.startswith(b"data: ", at) and raw.find(b"\n", at) < 0 and (
+                not at or raw.startswith(b"event: "))
+            data = raw[at + 6:] if is_usual else Frame.parse(raw).data
+            if data:
+                out += self._decoder.read(data)
+        return self.tell(out)
+
+    def _finish(self) -> bytes:
+        events = self._decoder.close(True)         # an error among them is made by close()
+        return b"" if any(isinstance(e, StreamError) for e in events) else self.tell(events)
+
+    def _error(self, error: ProxyError) -> bytes:
+        return self.tell([StreamError(str(error), error.status, error.code)])
+
+
+def read_answer(upstream: Dialect, data: bytes, is_stream: bool, request: Request) -> Response:
+    """A whole answer of the upstream, or one that it streamed.  Raises UpstreamError."""
+    decoder = upstream.stream_decoder()
+    if is_stream:
+        splitter = SSEDecoder()
+        events = [event for frame in splitter.feed(data) + splitter.close()
+                  for event in decoder.read(frame.data)] + decoder.close(True)
+    else:
+        events = decoder.read_whole(parse_answer(data))
+    if request.output_tool:
+        unwrapper = Unwrapper()
+        events = [told for event in events for told in unwrapper.feed(event)]
+    return fold(events)
+
+
+def parse_answer(data: bytes) -> Json:
+    """An upstream's whole body.  Raises UpstreamError."""
+    try:
+        value = loads(data)
+    except ValueError:
+        raise UpstreamError("the upstream's answer is not JSON") from None
+    if not isinstance(value, dict):
+        raise UpstreamError("the upstream's answer is no JSON object")
+    return value
+
+
+def translate_request(client: Dialect, upstream: Dialect, body: Json, model: Model
+                      ) -> tuple[Edit, Request]:
+    """(a body that is fit for the upstream, the request in neutral words).
+
+    Raises BadRequest for what would change the meaning.  `body` may be changed.
+    """
+    request = client.decode_request(body)
+    edit = Edit(upstream.encode_request(request, model), request.losses)
+    upstream.prepare(edit, model)
+    return edit, request
 
 
 # ==== 8. Planning =================================================================================

@@ -29,6 +29,7 @@ from fake_upstream import FakeUpstream  # noqa: E402
 
 SCRIPT = os.path.join(ROOT, "copilot_proxy.py")
 DEADLINE_S = 10.0            # for anything that should happen at once
+SLOW = os.environ.get("COPILOT_PROXY_SLOW_TESTS") == "1"      # the long run, as in .ci/run
 JSON_TYPE = {"Content-Type": "application/json"}
 
 # The product's logger has no handler as a library; the tests keep it quiet and look at records.
