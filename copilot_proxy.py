@@ -6235,6 +6235,7 @@ class Relay:
         self.heard_at = self.sent_at = time.monotonic()
         self.paused = False                  # the client is slow: its upstream is not read
         self.ending = False                  # all that is to be sent is in `out`
+        self.parted = False                  # the upstream connection is somebody else's, or closed
         self.interest = 0                    # what the selector watches the client for
 
 
@@ -6343,6 +6344,10 @@ class RelayLoop:
                 self._parked.pop(item, None)
                 self._forget(item)
                 item.close()
+            elif isinstance(item, UpstreamResponse):
+                self._draining.pop(item, None)
+                self._forget(item.wire)
+                item.close()
             elif isinstance(item, Relay) and item in self._relays:
                 if item.ending:
                     self._abandon(item)
@@ -6373,7 +6378,7 @@ class RelayLoop:
                 self._guard(self._expire, client, 0)
         for answer, until in list(self._draining.items()):
             if self._now >= until:
-                self._end_drain(answer)
+                self._guard(self._end_drain, answer, 0)
         for relay in list(self._relays):
             self._guard(self._check_time, relay, 0)
 
@@ -6393,6 +6398,8 @@ class RelayLoop:
         self._unpark(client, late=True)
 
     def _on_parked(self, client: Client, mask: int) -> None:
+        if client not in self._parked:
+            return
         begun = bool(client.ahead)
         if not client.fill():
             self._unpark(client, late=True)
@@ -6471,6 +6478,8 @@ class RelayLoop:
             self._again[relay] = None
 
     def _on_client(self, relay: Relay, mask: int) -> None:
+        if relay not in self._relays:            # ended by an event of the same round
+            return
         if mask & selectors.EVENT_READ and not relay.client.fill():
             self._abandon(relay)
             return
@@ -6525,6 +6534,7 @@ class RelayLoop:
         self._forget(answer.wire)
         relay.out += exchange.frame_end(pipeline.close(error))
         exchange.usage, exchange.failure = pipeline.usage, pipeline.failure or ""
+        relay.parted = True
         if answer.done or pipeline.failure or error is not None:
             answer.finish()
         else:
@@ -6535,6 +6545,8 @@ class RelayLoop:
 
     def _on_drain(self, answer: UpstreamResponse, mask: int) -> None:
         """The last chunk behind the terminal event; then the connection can be used again."""
+        if answer not in self._draining:
+            return
         try:
             data = answer.wire.receive()
             if data is None:
@@ -6546,7 +6558,7 @@ class RelayLoop:
         if answer.done:
             self._end_drain(answer)
 
-    def _end_drain(self, answer: UpstreamResponse) -> None:
+    def _end_drain(self, answer: UpstreamResponse, mask: int = 0) -> None:
         del self._draining[answer]
         self._forget(answer.wire)
         answer.finish()
@@ -6556,32 +6568,40 @@ class RelayLoop:
         client = relay.client
         del self._relays[relay]
         self._forget(client)
-        self._on_end(relay.exchange)
         if relay.exchange.keep_alive:
             self._park(client)
         else:
             client.close()
+        self._guard(self._tell_end, relay.exchange, 0)
 
     def _abandon(self, relay: Relay) -> None:
         """The client has left: nobody pays for an answer without a reader."""
         self._relays.pop(relay, None)
         self._forget(relay.client)
-        if not relay.ending:
+        relay.client.close()
+        if not relay.parted:
             self._forget(relay.answer.wire)
             relay.answer.close()
-        relay.client.close()
         relay.exchange.failure = relay.exchange.failure or "the client left"
-        self._on_end(relay.exchange)
+        self._guard(self._tell_end, relay.exchange, 0)
+
+    def _tell_end(self, exchange: Exchange, mask: int) -> None:
+        self._on_end(exchange)
 
     def _end_streams(self, item: None) -> None:
         for relay in list(self._relays):
-            if not relay.ending:
-                self._end(relay, UpstreamError("the proxy is shutting down", 503))
+            self._guard(self._end_shutting_down, relay, 0)
+
+    def _end_shutting_down(self, relay: Relay, mask: int) -> None:
+        if not relay.ending:
+            self._end(relay, UpstreamError("the proxy is shutting down", 503))
 
     def _stop(self, item: None) -> None:
         self._stopped = True
         for relay in list(self._relays):
-            self._abandon(relay)
+            self._guard(lambda relay, mask: self._abandon(relay), relay, 0)
+        for answer in list(self._draining):
+            self._guard(self._end_drain, answer, 0)
         self._close_parked(None)
 
 

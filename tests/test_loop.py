@@ -25,6 +25,7 @@ from test_relay import DELTAS, ENDINGS, PINGS, OpenStream, RelayCase, numbered, 
 from test_server import PATHS, RawClient, get, post, release, said
 
 GONE_S = 1.0                       # in which a client's leaving must reach the upstream
+SETTLE_S = 3.0                     # for all to be closed; the DRAIN_S of half a second is in it
 SLOW = os.environ.get("COPILOT_PROXY_SLOW_TESTS") == "1"
 FDS = "/proc/self/fd"
 MIB = 1024 * 1024
@@ -118,29 +119,39 @@ class LoopCase(RelayCase):
 
     def setUp(self) -> None:
         super().setUp()
+        self.assertEqual(self.proxy.get("/v1/models").status, 200)   # no token is being fetched
         self.settled()
         self.files = self.open_files()
-        self.addCleanup(self.settled)
+        self.addCleanup(self.settled_or_renewed)
         self.aborted = self.fake.aborted
         self.began_logs = len(self.proxy.logs)
 
     def open_files(self) -> int:
         """Without those that each `fake.release()` leaves behind."""
+        self.proxy.app.upstream.pool.clear()
         if not os.path.isdir(FDS):
             return 0
         return len(os.listdir(FDS)) - len(self.fake._wakers)
 
     def settled(self) -> None:
         server, loop = self.proxy.server, self.proxy.server.loop
-        wait_until(lambda: not server._clients, "no client is left")
-        wait_until(lambda: not loop._relays, "no relay is left")
-        wait_until(lambda: not loop._parked, "nothing is parked")
-        wait_until(lambda: not loop._draining, "nothing is drained")
-        wait_until(lambda: not server._running, "no exchange is left")
         self.assertTrue(loop._thread.is_alive(), "the loop's thread has died")
-        self.proxy.app.upstream.pool.clear()
+        for what, left in (("client", server._clients), ("relay", loop._relays),
+                           ("parked client", loop._parked), ("drain", loop._draining),
+                           ("exchange", server._running)):
+            wait_until(lambda left=left: not left, "no %s is left" % what, SETTLE_S)
         if hasattr(self, "files"):
-            wait_until(lambda: self.open_files() <= self.files, "all files are closed again")
+            wait_until(lambda: self.open_files() <= self.files, "all files are closed again",
+                       SETTLE_S)
+
+    def settled_or_renewed(self) -> None:
+        """A fault shows in its own test only: the next one begins with a new proxy."""
+        try:
+            self.settled()
+        except AssertionError:
+            self.tearDownClass()
+            self.setUpClass()
+            raise
 
     def faults(self) -> list[str]:
         """Error lines of this test in the log."""
@@ -179,7 +190,7 @@ class LoopCase(RelayCase):
         self.assertEqual(said(client.ask(post(CHAT_PATH, chat("b")))), "Echo: b")
         client.__exit__()
 
-    def pour(self, events: int = 10240, proxy: Proxy | None = None) -> tuple[OpenStream, Torrent]:
+    def pour(self, events: int = 5120, proxy: Proxy | None = None) -> tuple[OpenStream, Torrent]:
         """A torrent whose client stopped to read after the first event: paused."""
         torrent = Torrent(events)
         self.fake.script(CHAT, Answer(chunks=torrent))               # type: ignore[arg-type]
@@ -237,11 +248,16 @@ class LeavingTest(LoopCase):
                 if aborts:
                     self.assert_aborted()
                     wait_until(lambda: self.fake.open_streams == 0, "the upstream has stopped")
-                if leave is leave_half:
-                    with contextlib.suppress(ConnectionError):
-                        client.reader.read()                # the server closes its side as well
+                self.read_to_end(client, leave)
                 self.settled_quietly()
                 self.assertEqual(self.fake.aborted, self.aborted + aborts)
+
+    def read_to_end(self, client: RawClient, leave: Any) -> None:
+        """Who left half sees the server close the other half."""
+        if leave is leave_half:
+            with contextlib.suppress(ConnectionError):
+                client.reader.read()
+            client.__exit__()
 
     def settled_quietly(self) -> None:
         self.settled()
@@ -317,9 +333,7 @@ class LeavingTest(LoopCase):
                     release(self.fake)
                     wait_until(lambda: self.fake.open_streams == 0, "the upstream has ended")
                     leave(client)
-                if leave is leave_half:
-                    with contextlib.suppress(ConnectionError):
-                        client.reader.read()
+                self.read_to_end(client, leave)
                 self.settled_quietly()
                 self.assertEqual(len(self.lines("status=200")), lines + 1, "one line a request")
 
@@ -423,7 +437,7 @@ class BackPressureTest(LoopCase):
     @unittest.skipUnless(os.path.isdir(FDS), "reads /proc")
     def test_a_reader_that_stops_stops_its_own_upstream_and_loses_nothing(self) -> None:
         memory = memory_bytes()
-        stream, torrent = self.pour(12800)                                      # 50 MiB
+        stream, torrent = self.pour(10240)                                      # 40 MiB
         relay = self.relay_of(stream)
         stand_still(lambda: torrent.sent, "the upstream can send no more")
         self.assertLess(torrent.sent * 16, torrent.events // 2)
@@ -439,16 +453,16 @@ class BackPressureTest(LoopCase):
     def test_a_reader_that_stops_and_goes_gets_every_byte(self) -> None:
         stream, torrent = self.pour(5120)
         relay = self.relay_of(stream)
-        for number in range(500, 5000, 1500):
-            stream.until(b'"content":"%d ' % number)
+        for _ in range(3):
+            stream.got += stream._answer.read(5 * MIB)
             wait_until(lambda: relay.paused or relay.ending, "it is paused again")
         self.assert_poured(stream, torrent)
         self.assertIn(b"[DONE]", stream.client.ask(post(CHAT_PATH, chat("a", stream=True))).body)
 
     def test_a_pause_is_neither_silence_nor_a_place_for_pings(self) -> None:
-        with second_proxy(self, keepalive_s=0.04, answer_timeout_s=0.25) as proxy:  # type: ignore
+        with second_proxy(self, keepalive_s=0.04, answer_timeout_s=0.15) as proxy:  # type: ignore
             stream, torrent = self.pour(proxy=proxy)
-            pass_time(0.5)
+            pass_time(0.25)
             self.assertTrue(self.relay_of(stream, proxy).paused)
             self.assert_poured(stream, torrent)
             for frame in stream.got.split(b"\n\n")[:-1]:
@@ -533,7 +547,7 @@ class IdleTest(LoopCase):
             self.assertIn(b"[DONE]", stream_.rest())
 
     def test_slow_heads_cost_no_thread_and_get_408(self) -> None:
-        with second_proxy(self, head_timeout_s=0.5) as proxy:         # type: ignore[arg-type]
+        with second_proxy(self, head_timeout_s=0.3) as proxy:         # type: ignore[arg-type]
             threads = set(workers())
             clients = [self.client(proxy) for _ in range(50)]
             for client in clients:
@@ -582,7 +596,7 @@ class SilenceTest(LoopCase):
     settings = dict(keepalive_s=0.05)
 
     def test_pings_do_not_hide_an_upstream_that_is_silent_for_too_long(self) -> None:
-        with second_proxy(self, keepalive_s=0.03, answer_timeout_s=0.2) as proxy:  # type: ignore
+        with second_proxy(self, keepalive_s=0.03, answer_timeout_s=0.12) as proxy:  # type: ignore
             for path, make in REQUESTS:
                 with self.subTest(path):
                     self.aborted = self.fake.aborted
@@ -596,9 +610,9 @@ class SilenceTest(LoopCase):
                     stream.client.__exit__()
 
     def test_a_trickle_is_no_silence(self) -> None:
-        with second_proxy(self, keepalive_s=0.1, answer_timeout_s=0.3) as proxy:   # type: ignore
-            reply = proxy.stream(CHAT_PATH, chat("@@events=12 delay_ms=50@@"))
-            self.assertEqual(stream_text(CHAT_PATH, reply.events), numbered(12))
+        with second_proxy(self, keepalive_s=0.1, answer_timeout_s=0.2) as proxy:   # type: ignore
+            reply = proxy.stream(CHAT_PATH, chat("@@events=8 delay_ms=50@@"))
+            self.assertEqual(stream_text(CHAT_PATH, reply.events), numbered(8))
 
     def test_each_silent_stream_among_many_gets_its_pings(self) -> None:
         streams = [self.open(make("@@events=5 stall=2@@", stream=True), path)
@@ -790,25 +804,22 @@ class FaultTest(LoopCase):
         self.assertLess(len(self.faults()), 10)              # and the loop does not turn for it
 
     def test_a_fault_in_giving_a_connection_back_does_not_end_the_loop(self) -> None:
-        late = Late()
+        late, others = Late(), self.others()
         self.addCleanup(late.gate.set)
         self.fake.script(CHAT, Answer(chunks=late))                  # type: ignore[arg-type]
-        others = self.others()[1:]
         loop = self.proxy.server.loop
-        with mock.patch.object(cp, "DRAIN_S", 0.3):
+
+        def close_and_fail(answer: Any) -> None:
+            answer.close()
+            boom()
+
+        with mock.patch.object(cp, "DRAIN_S", 0.2), \
+                mock.patch.object(cp.UpstreamResponse, "finish", close_and_fail):
             client = self.client()
-            client.ask(post(CHAT_PATH, chat("a", stream=True)))
-            release_all = loop._draining
-            for answer in list(release_all):
-                answer.finish = boom
+            self.assertIn(b"[DONE]", client.ask(post(CHAT_PATH, chat("a", stream=True))).body)
             wait_until(lambda: not loop._draining or not loop._thread.is_alive(), "it is over")
-            for answer in list(release_all):
-                del answer.finish
         late.gate.set()
-        self.fake.release()
-        for stream in others:
-            self.assertIn(ENDINGS[stream.path], stream.rest())
-        self.assert_healthy()
+        self.assert_finish(others)
 
 
 class FinishTest(LoopCase):
@@ -839,10 +850,10 @@ class FinishTest(LoopCase):
             head.until(PINGS[CHAT_PATH])
             paused, _ = self.pour(proxy=proxy)
             began = time.monotonic()
-            thread = self.finish(proxy, 0.4)
+            thread = self.finish(proxy, 0.25)
             for client in idle + [half]:
                 self.assertTrue(client.is_closed())          # at once, not after the grace
-            self.assertLess(time.monotonic() - began, 0.4)
+            self.assertLess(time.monotonic() - began, 0.25)
             for stream in flowing + [ending, head]:
                 with self.subTest(stream.path):
                     body = stream.rest()
@@ -860,6 +871,7 @@ class FinishTest(LoopCase):
 
     def test_without_work_it_is_over_at_once(self) -> None:
         with second_proxy(self) as proxy:                             # type: ignore[arg-type]
+            self.assertEqual(proxy.get("/v1/models").status, 200)
             clients = [self.client(proxy) for _ in range(50)]
             began = time.monotonic()
             proxy.server.finish(5.0)
@@ -915,16 +927,16 @@ class WorkersTest(unittest.TestCase):
 
     def test_a_thread_is_used_again_and_ends_after_being_idle(self) -> None:
         seen: list[threading.Thread] = []
-        pool = self.make(lambda item: seen.append(threading.current_thread()), 0.2)
-        for number in range(1, 21):
+        pool = self.make(lambda item: seen.append(threading.current_thread()), 0.15)
+        for number in range(1, 11):
             pool.run(number)
             wait_until(lambda: len(seen) == number, "the work is done")
             wait_until(lambda: pool._idle == 1, "the thread is idle")
         self.assertEqual(len(set(seen)), 1)
         wait_until(lambda: not seen[0].is_alive(), "the thread has ended")
         self.assertEqual(pool._idle, 0)
-        pool.run(21)
-        wait_until(lambda: len(seen) == 21, "a new one works")
+        pool.run(11)
+        wait_until(lambda: len(seen) == 11, "a new one works")
         wait_until(lambda: not seen[-1].is_alive(), "it has ended as well")
 
     def test_nothing_waits_for_a_thread_that_is_busy(self) -> None:
@@ -944,12 +956,12 @@ class WorkersTest(unittest.TestCase):
     def test_nothing_is_lost_or_done_twice_where_threads_end(self) -> None:
         done: list[int] = []
         pool = self.make(done.append, 0.0005)
-        for number in range(1500):
+        for number in range(400):
             pool.run(number)
             if number % 7 == 0:
                 wait_until(lambda: len(done) == number + 1, "number %d is done" % number)
-        wait_until(lambda: len(done) == 1500, "all is done")
-        self.assertEqual(sorted(done), list(range(1500)))
+        wait_until(lambda: len(done) == 400, "all is done")
+        self.assertEqual(sorted(done), list(range(400)))
 
     def test_requests_in_turn_use_few_threads(self) -> None:
         with cp_fake() as fake, Proxy(fake) as proxy:
@@ -1077,11 +1089,11 @@ class TlsTest(LoopCase):
                 yield proxy, front
 
     def test_records_of_any_size_make_the_same_stream(self) -> None:
-        for record in (1, 100, 16384, 1000000):
+        for record in (5, 100, 1000000):
             with self.secure(record) as (proxy, _):
                 for path, make in REQUESTS:
                     with self.subTest(record=record, path=path):
-                        count = 5 if record == 1 else 300
+                        count = 2 if record == 5 else 60
                         reply = proxy.stream(path, make("@@events=%d size=90@@" % count))
                         self.assertEqual(stream_text(path, reply.events), numbered(count, 90))
                         self.assertIn(ENDINGS[path], reply.body)
@@ -1118,7 +1130,7 @@ class TlsTest(LoopCase):
         with self.secure(16384) as (proxy, front):
             for body in (chat("@@events=5 stall=2@@", stream=True),
                          chat("@@events=100000 delay_ms=1@@", stream=True)):
-                for leave in MANNERS:
+                for leave in MANNERS[:2]:
                     with self.subTest(leave.__name__):
                         self.aborted = self.fake.aborted
                         stream = self.open(body, proxy=proxy)
@@ -1144,6 +1156,7 @@ class TlsTest(LoopCase):
             self.assertLessEqual(front.connections, 3)
             client.__exit__()
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_a_reader_that_stops_loses_nothing(self) -> None:
         with self.secure(1000000) as (proxy, _):
             stream, torrent = self.pour(5120, proxy)
