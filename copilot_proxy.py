@@ -85,7 +85,7 @@ import urllib.request
 import zlib
 from dataclasses import dataclass, field, replace
 from http.server import ThreadingHTTPServer
-from typing import Any, Callable, ClassVar, Dict, Iterable, Iterator, Mapping, Protocol
+from typing import Any, Callable, ClassVar, Container, Dict, Iterable, Iterator, Mapping, Protocol
 
 __version__ = "0.1.0"
 __all__ = ["DIALECTS", "App", "BodyDecoder", "Model", "ProxyError", "SSEDecoder", "Settings",
@@ -169,6 +169,9 @@ MAX_SPELLINGS = 1000                     # of model names that are remembered
 RATE_QUEUE = 100                         # callers that may wait for --rate-limit
 HICCUP_STATUS = (500, 502, 503, 504, 529)
 EMBEDDING_BATCH = 512                    # upstream's max_inputs
+MAX_LOSS_NAMES = 200
+STORE_COUNT, STORE_BYTES = 2000, 64 * 1024 * 1024    # of answers that clients may name later
+STORE_AGE_S = 6 * 3600.0
 ATTACHMENTS_URL = "https://github.com/github-copilot/chat/attachments/"
 
 # ==== 3. Errors ===================================================================================
@@ -648,7 +651,7 @@ class OutputSchema:
 class Request:
     """A request in neutral words.  None means that the client did not say; it is never sent.
 
-    model: as the client wrote it; now: unix seconds.  tool_choice: None, "auto", "none",
+    model: as the client wrote it; now: unix seconds; key: of no other request.  tool_choice: None, "auto", "none",
     "required" or Named.  effort: a word of EFFORT_BUDGETS, "minimal" or "none".  openai: fields
     that both of OpenAI's shapes have.  wants_usage: a chat client asked for the usage chunk.
     output_tool: set when a forced call stands for `output_schema`, see `Unwrapper`.
@@ -657,6 +660,7 @@ class Request:
     model: str
     dialect: str = field(default="", compare=False)
     now: int = field(default=0, compare=False)
+    key: str = field(default="", compare=False)
     turns: list[Turn] = field(default_factory=list)
     tools: list[Tool] = field(default_factory=list)
     tool_choice: str | Named | None = None
@@ -712,6 +716,8 @@ class Event:
 
 @dataclass
 class ResponseStart(Event):
+    """`created`: unix seconds, 0 when unknown."""
+
     id: str
     model: str
     created: int = 0
@@ -745,11 +751,15 @@ class PartSignature(Event):
 
 @dataclass
 class PartEnd(Event):
+    """Nothing more comes for this part."""
+
     index: int
 
 
 @dataclass
 class ResponseEnd(Event):
+    """`stop`: see Response."""
+
     stop: str
     usage: Usage | None = None
     stop_sequence: str | None = None
@@ -1195,7 +1205,7 @@ class StreamRelay:
         self.usage: Usage | None = None
         self.ended = False
         self.failure: str | None = None
-        self.on_final: Callable[[bytes], Any] = len      # gets the frame with a whole response
+        self.on_final: Callable[[str, bytes], None] | None = None   # (id, frame of the whole)
         self._cutter = FrameCutter()
 
     def feed(self, data: bytes) -> bytes:
@@ -1412,6 +1422,7 @@ def refuse_image_url(url: str, param: str) -> None:
 # ---- From one dialect to another: what all three share ----
 
 OPAQUE_TAG = "cpx1."             # marks state that this proxy packed; a dot never is in base64
+FOREIGN_STATE = "minted by another dialect"
 OUTPUT_TOOL = "structured_output"
 ERROR_PREFIX = "Error: "         # tells of is_error where the dialect has no field for it
 FALLBACK_MAX_TOKENS = 8192       # Messages demands a limit; for models that list none
@@ -1516,7 +1527,7 @@ def usable_parts(turn: Turn, request: Request, dialect: str) -> list[Part]:
         if not isinstance(part, Reasoning) or (part.signature and part.minted_by == dialect):
             kept.append(part)
         elif part.signature:
-            request.lose("reasoning", "minted by another dialect")
+            request.lose("reasoning", FOREIGN_STATE)
     return kept
 
 
@@ -1541,10 +1552,10 @@ def fit_call_id(text: str) -> str:
     return text if _CALL_ID.match(text) else stable_id("call_", text)
 
 
-def client_id(prefix: str, text: str) -> str:
-    """The upstream's response id as a short id of the client's dialect."""
-    fits = text.startswith(prefix) and len(text) <= MAX_ID_CHARS
-    return text if fits else stable_id(prefix, text)
+def client_id(prefix: str, text: str, request: Request) -> str:
+    """The upstream's response id if it fits the client's dialect, else a short one of our own."""
+    fits = text.startswith(prefix) and len(prefix) < len(text) <= MAX_ID_CHARS
+    return text if fits else stable_id(prefix, request.key + text)
 
 
 def image_from_url(url: Any, place: str, detail: Any = None) -> Image:
@@ -1919,7 +1930,7 @@ class StreamEncoder:
     def __init__(self, dialect: Any, request: Request) -> None:
         self.dialect, self.request = dialect, request
         self.ended = False
-        self.final = b""                                  # the frame that holds the whole answer
+        self.final: tuple[()] | tuple[str, bytes] = ()    # id and frame of a whole response
         self._frames: dict[int, list[bytes]] = {}         # index -> what stands around a text
         self._on: dict[type[Event], Callable[[Any], bytes]] = {
             ResponseStart: self._start, PartStart: self._begin, PartDelta: self._delta,
@@ -2147,6 +2158,9 @@ class ChatCompletions(Dialect):
             edit.set(message, "role", "system")
         if message.get("role") == "assistant":
             edit.drop(message, "reasoning_content")     # ours, beside the native reasoning_text
+            if is_packed(message.get("reasoning_opaque")):
+                edit.drop(message, "reasoning_opaque", FOREIGN_STATE)
+                edit.drop(message, "reasoning_text")
         content = message.get("content")
         for part in content if isinstance(content, list) else ():
             if isinstance(part, dict) and part.get("type") == "image_url":
@@ -2424,7 +2438,7 @@ class ChatCompletions(Dialect):
         message = self._write_assistant(response.parts, None)
         reason = self.finish_reason(response.stop, "tool_calls" in message, "refusal" in message)
         message.setdefault("refusal", None)
-        return {"id": client_id("chatcmpl-", response.id), "object": "chat.completion",
+        return {"id": client_id("chatcmpl-", response.id, request), "object": "chat.completion",
                 "created": response.created or request.now, "model": request.model,
                 "choices": [{"index": 0, "message": message, "logprobs": None,
                              "finish_reason": reason}],
@@ -2551,7 +2565,7 @@ class ChatEncoder(StreamEncoder):
             {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]))
 
     def _start(self, event: ResponseStart) -> bytes:
-        self._head = {"id": client_id("chatcmpl-", event.id), "object": "chat.completion.chunk",
+        self._head = {"id": client_id("chatcmpl-", event.id, self.request), "object": "chat.completion.chunk",
                       "created": event.created or self.request.now, "model": self.request.model}
         return self._chunk({"role": "assistant", "content": ""})
 
@@ -2732,7 +2746,10 @@ class ResponsesStream(StreamRelay):
                 return b""
             if last == "done" and index in self._held:
                 return self._release(event, stem, index)
-        return self._render(event)
+        out = self._render(event)
+        if self.on_final and kind in ("response.completed", "response.incomplete"):
+            self.on_final(str(self._response.get("id")), out)
+        return out
 
     def _release(self, event: Json, stem: str, index: int) -> bytes:
         held = self._held.pop(index)
@@ -2848,6 +2865,9 @@ class Responses(Dialect):
         if kind == "reasoning" and not item.get("encrypted_content") and not text_of(
                 item.get("summary")).strip():
             edit.changed = True
+            return False
+        if is_packed(item.get("encrypted_content")):
+            edit.lose("reasoning", FOREIGN_STATE)
             return False
         edit.drop(item, "id")
         edit.drop(item, "internal_chat_message_metadata_passthrough")
@@ -3256,7 +3276,7 @@ class ResponsesEncoder(StreamEncoder):
 
     def _start(self, event: ResponseStart) -> bytes:
         self.answer = {
-            "id": client_id("resp_", event.id), "object": "response",
+            "id": client_id("resp_", event.id, self.request), "object": "response",
             "created_at": event.created or self.request.now, "status": "in_progress",
             "background": False, "error": None, "incomplete_details": None, "instructions": None,
             "max_output_tokens": None, "model": self.request.model, "output": [],
@@ -3357,8 +3377,9 @@ class ResponsesEncoder(StreamEncoder):
         self.answer.update(output=output, status="completed" if whole else "incomplete",
                            incomplete_details=None if whole else {"reason": raw},
                            usage=openai_usage(event.usage, "input", "output"))
-        self.final = self._event("response." + self.answer["status"], response=self.answer)
-        return self.final
+        out = self._event("response." + self.answer["status"], response=self.answer)
+        self.final = self.answer["id"], out
+        return out
 
     def _fail(self, event: StreamError) -> bytes:
         out, error = b"" if self.answer else self._start(ResponseStart("", "")), event.as_error()
@@ -3524,6 +3545,9 @@ class Messages(Dialect):
             return bool(str(block.get("text") or "").strip())
         if kind == "thinking":
             signature, text = block.get("signature"), block.get("thinking")
+            if is_packed(signature):
+                edit.lose("reasoning", FOREIGN_STATE)
+                return False
             native = isinstance(signature, str) and signature and "@" not in signature
             return bool(native and text and text != "Thinking...")
         for inner in walk_objects(block) if kind in ("image", "document", "tool_result") else ():
@@ -3891,7 +3915,7 @@ class Messages(Dialect):
         return given(type="document", source=source, title=part.title)
 
     def encode_response(self, response: Response, request: Request) -> Json:
-        return {"id": client_id("msg_", response.id), "type": "message", "role": "assistant",
+        return {"id": client_id("msg_", response.id, request), "type": "message", "role": "assistant",
                 "model": request.model, "content": [self.block(part) for part in response.parts],
                 "stop_reason": self.TO_WIRE.get(response.stop, "end_turn"),
                 "stop_sequence": response.stop_sequence,
@@ -3989,11 +4013,12 @@ class MessagesEncoder(StreamEncoder):
 
     def _start(self, event: ResponseStart) -> bytes:
         return self._event("message_start", message={
-            "id": client_id("msg_", event.id), "type": "message", "role": "assistant",
+            "id": client_id("msg_", event.id, self.request), "type": "message", "role": "assistant",
             "model": self.request.model, "content": [], "stop_reason": None,
             "stop_sequence": None, "usage": self.dialect.usage(Usage())})
 
     def feed(self, event: Event) -> bytes:
+        """Bytes for an event, none while it has to wait."""
         index = getattr(event, "index", self._active)
         if isinstance(event, PartStart) and self._active >= 0:
             self._waiting[index] = [event]
@@ -4114,8 +4139,9 @@ class TranslatedStream(StreamRelay):
             if isinstance(event, StreamError):
                 self.failure = event.message
         self.usage, self.ended = self._decoder.usage, self._encoder.ended
-        if self._encoder.final:
-            self.on_final(self._encoder.final)
+        if self.on_final and self._encoder.final:
+            self.on_final(*self._encoder.final)
+            self._encoder.final = ()
         return b"".join(out)
 
     def _block(self, block: bytes) -> bytes:
@@ -4150,6 +4176,40 @@ def read_answer(upstream: Dialect, data: bytes, is_stream: bool, request: Reques
         unwrapper = Unwrapper()
         events = [told for event in events for told in unwrapper.feed(event)]
     return fold(events)
+
+
+def as_completion(answer: Json, echo: str, at: int = 0) -> Json:
+    """A chat answer or chunk in the shape of the old /completions; `at`: which prompt's it is."""
+    choices = [{"text": echo + (as_object(c.get("message") or c.get("delta")).get("content") or ""),
+                "index": at, "logprobs": None, "finish_reason": c.get("finish_reason")}
+               for c in as_list(answer.get("choices"))]
+    return dict(answer, id="cmpl-" + str(answer.get("id")), object="text_completion",
+                choices=choices)
+
+
+class CompletionStream(StreamRelay):
+    """A chat client's stream in the shape of /completions.  `echo`: to stand before the text."""
+
+    def __init__(self, inner: StreamRelay, echo: str) -> None:
+        super().__init__(inner.asked)
+        self._inner, self._echo = inner, echo
+
+    def feed(self, data: bytes) -> bytes:
+        return self._told(self._inner.feed(data))
+
+    def close(self, error: ProxyError | None = None) -> bytes:
+        return self._told(self._inner.close(error))
+
+    def _told(self, data: bytes) -> bytes:
+        inner, out = self._inner, []
+        self.usage, self.ended, self.failure = inner.usage, inner.ended, inner.failure
+        for raw in split_frames(data):
+            value = loads(Frame.parse(raw).data) if raw.startswith(b"data: {") else {}
+            if "choices" in value:
+                raw = b"data: %b\n\n" % dumps(as_completion(value, self._echo))
+                self._echo = ""
+            out.append(raw)
+        return b"".join(out)
 
 
 def parse_answer(data: bytes) -> Json:
@@ -4250,41 +4310,222 @@ def nearest_ids(asked: str, models: list[Model], count: int = 3) -> list[str]:
     return difflib.get_close_matches(name, ids, count, 0.0)
 
 
-def check_endpoint(model: Model, path: str) -> None:
-    """Raises BadRequest when the model cannot be asked at this upstream path."""
-    if path not in model.endpoints:
+#: whom to ask when a model lacks the client's dialect, the better one first
+_SUBSTITUTES = {"chat": (RESPONSES, MESSAGES), "responses": (CHAT, MESSAGES),
+                "messages": (RESPONSES, CHAT)}
+
+
+def choose_upstream(client: Dialect, model: Model, refused: Container[tuple[str, str]]) -> Dialect:
+    """The dialect to ask a model in: the client's own wherever the model has it.
+
+    refused: (model id, path) that the upstream did not serve though its list says so; such a model
+    is tried in what it does not list, too.  Raises BadRequest when nothing is left.
+    """
+    left = [d for d in (client, *_SUBSTITUTES[client.name]) if (model.id, d.path) not in refused]
+    found = [d for d in left if d.path in model.endpoints]
+    if not found and len(left) < 3:
+        found = [d for d in (RESPONSES, CHAT, MESSAGES) if d in left]
+    return found[0] if found else check_endpoint(model, client)
+
+
+def check_endpoint(model: Model, dialect: Dialect) -> Dialect:
+    """Raises BadRequest when the model cannot be asked in this dialect."""
+    if dialect.path not in model.endpoints:
         spoken = ", ".join(e for e in model.endpoints if e.startswith("/")) or "no endpoint"
         raise BadRequest("model %s is not accessible via %s: it speaks %s"
-                         % (model.id, path, spoken), code="unsupported_api_for_model",
+                         % (model.id, dialect.path, spoken), code="unsupported_api_for_model",
                          param="model")
+    return dialect
 
 
-def estimate_tokens(body: Json) -> int:
-    """How many tokens the prompt of a request has, estimated on the high side.
+class Plan:
+    """How one request goes up, and how its answer comes back.
 
-    System, tools and all texts count; an inline image counts as 1,600 (Anthropic's largest).
-    ASCII text at 3 characters a token, other characters at 1.2 tokens each.
+    edit: the upstream's body and what was lost; pipeline: for a client that wants a stream;
+    answer: the whole answer, once read.  An answer longer than the model gives in one piece is
+    asked for as a stream and folded.  `body` may be changed.  Raises BadRequest.
     """
-    count, images = 0.0, 0
-    todo: list[Any] = [{k: v for k, v in body.items() if k in _COUNTED_FIELDS + ("input",)}]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, dict):
-            if value.get("type") == "base64" or str(value.get("url"))[:5] == "data:":
-                images += 1
-                continue
-            todo.extend(value.values())
-            count += 3 + len(value)
-        elif isinstance(value, list):
-            todo.extend(value)
-        elif isinstance(value, str) and value[:5] == "data:" and ";base64," in value[:100]:
-            images += 1
-        elif isinstance(value, str):
-            wide = len(value) - len(value.encode("ascii", "ignore"))
-            count += (len(value) - wide) / 3 + wide * 1.2
+
+    def __init__(self, client: Dialect, upstream: Dialect, body: Json, model: Model,
+                 now: int, key: str) -> None:
+        self.client, self.upstream = client, upstream
+        self.is_translated = client is not upstream
+        self.request = Request(str(body["model"]), client.name)
+        self.pipeline: StreamRelay | None = None
+        self.answer: Json = {}
+        wants_stream = body.get("stream") is True
+        if self.is_translated:
+            self.edit, self.request = translate_request(client, upstream, body, model)
+            if wants_stream:
+                self.pipeline = TranslatedStream(client, upstream, self.request)
         else:
-            count += 1
-    return int(count) + images * 1600 + (346 if body.get("tools") else 0) + 8
+            if wants_stream:
+                self.pipeline = client.stream(self.request.model, body)
+            self.edit = Edit(body)
+            client.prepare(self.edit, model)
+        self.request.now, self.request.key = now, key
+        body, cap = self.edit.body, model.limit("max_non_streaming_output_tokens")
+        wish = max(as_int(body.get(key)) for key in ("max_tokens", "max_completion_tokens"))
+        if not wants_stream and 0 < cap < wish and upstream is not RESPONSES:
+            self.edit.set(body, "stream", True)
+
+    @property
+    def streams(self) -> bool:
+        """Is the upstream asked for a stream?"""
+        return self.edit.body.get("stream") is True
+
+    def read(self, data: bytes, is_stream: bool) -> tuple[bytes, Usage | None]:
+        """(the client's bytes for a whole answer, its token counts).  Raises UpstreamError."""
+        if not self.is_translated and not is_stream:
+            self.answer = parse_answer(data)
+            changed, usage = self.client.mend(self.answer, self.request.model)
+            return dumps(self.answer) if changed else data, usage
+        response = read_answer(self.upstream, data, is_stream, self.request)
+        if isinstance(self.pipeline, TranslatedStream):
+            return self.pipeline.tell(unfold(response)), response.usage
+        self.answer = self.client.encode_response(response, self.request)
+        return dumps(self.answer), response.usage
+
+
+# ---- Token estimate: text is cut as the o200k tokenizer cuts it, a piece of each kind has the
+# weight it had in measured texts, and the sum leans high.
+
+_WORDY = (r"0-9A-Za-z\u00aa\u00b5\u00ba\u00c0-\u1fff\u2c00-\u2dff\u3040-\ufdff\ufe70-\ufeff"
+          r"\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\uff66-\uffdc")   # \w is slow and has "_"
+_PIECES = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9+/]{59,}"                                     # base64, hex
+    r"|[0-9]{1,3}(?:[-.,:/ \t](?=[0-9])|, (?=[0-9])|[A-Za-z](?![A-Za-z]))?"    # 12, 12. of 12.5, 3f
+    r"|[^\r\n" + _WORDY + r"]?(?:[A-Z]+[a-z\u00df-\u024f]*|[a-z\u00aa-\u024f]+"    # mark and word
+    r"|[\u3400-\u9fff\uf900-\ufaff]+|[\u3040-\u30ff]+|[\uac00-\ud7a3]+|[\u0250-\u1fff]+)"
+    r"| ?[^\s" + _WORDY + r"]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+|.", re.DOTALL)
+_ASCII_PIECES = re.compile(          # the same without the other letters: a quarter less time
+    re.sub(r"\|\[(?:\\u....-?)+\]\+|\\u....-?", "", _PIECES.pattern), re.DOTALL)
+_CHUNK_CHARS, _MAX_WEIGHTS = 64 * 1024, 100_000      # cut at once; pieces remembered at most
+_LEAN = 1.025
+_CLAUDE_FACTOR = 1.25                # its own tokenizer makes more of the same text
+_MARKS_IN_WORDS = "._(-\t[#$"        # often one token together with the word after them
+_MARKS_OF_CODE = "{}[]\":,<>/='();."                 # runs of these are often one token
+# Mark before an ASCII word (none, blank, one of the above, other) and case -> tokens, per letter.
+_WORDS = {
+    "a": (1.09, 0.01), "Aa": (-0.27, 0.17), "A": (0.76, 0.21), "AAa": (1.60, 0.15),
+    " a": (0.39, 0.08), " Aa": (0.27, 0.13), " A": (1.00, 0.04),
+    ".a": (0.21, 0.17), ".Aa": (0.81, 0.17), ".A": (1.25, 0.14),
+    "?a": (1.30, 0.12), "?Aa": (1.27, 0.08), "?A": (1.45, 0.22)}
+# End of code points -> tokens, per character, more for words with a capital or without a blank.
+# Latin with accents, Greek, Cyrillic; Hebrew to Arabic, India, others; marks, kana, Han; Hangul,
+# full width, emoji.
+_SCRIPTS = (
+    (0x250, -1.26, 0.42, 1.45), (0x400, -0.34, 0.37, 1.55), (0x530, -0.06, 0.20, 1.55),
+    (0x800, -0.87, 0.46, 1.18), (0x1100, -0.40, 0.37, 1.18), (0x2000, 0.0, 1.0, 0.0),
+    (0x3040, 0.88, 0.32, 0.0), (0x3100, 0.29, 0.57, 0.0), (0xa000, 0.46, 0.67, 0.0),
+    (0xd7b0, 0.86, 0.33, 0.0), (0x10000, 1.35, 0.24, 0.0), (0x110000, 1.38, 0.90, 0.0))
+
+
+def _weigh(piece: str) -> float:
+    """Tokens of one match, on average: ' return' -> 1, '_HEAD' -> 1.8, '12.' -> 2, ' ==' -> 1"""
+    size, last, mark = len(piece), piece[-1], "" if piece[0].isalpha() else piece[0]
+    if not piece.isascii():
+        point = ord(last if last > "\x7f" else max(piece))
+        if size > 4 and 0x2000 <= point < 0x3000 and len(set(piece)) < 4:
+            return 1 + size / 8                                          # a line of a drawn box
+        if size == 1 and point < 0x10000:
+            return 1.0
+        first, each, more = next(rest for end, *rest in _SCRIPTS if point < end)
+        return max(1.0, first + each * size + more * (mark != " " or piece[1].isupper()))
+    if size > 59 and piece[0].isalnum():
+        return size * (0.66 if piece.strip("0123456789abcdefABCDEF") else 0.57)
+    if mark.isdigit():
+        return 1.0 if last.isdigit() else 3.0 if piece[-2] == "," else 2.0
+    if last.isalpha():
+        word = piece[1:] if mark else piece
+        size = len(word)
+        kind = mark if mark in ("", " ") else "." if mark in _MARKS_IN_WORDS else "?"
+        first, each = _WORDS[kind + "a" if word.islower() else kind + "A" if word.isupper() else
+                             kind + "Aa" if word[1:].islower() else "AAa"]
+        return 1.0 if size == 1 else max(
+            1.0, first + each * min(size, 12) + 0.5 * max(0, size - 12))
+    marks = piece.strip()
+    if len(marks) < 3:
+        return 1.0 + (size - len(marks)) // 64
+    each = {1: 0.02, 2: 0.12}.get(len(set(marks)), 0.5 if marks.strip(_MARKS_OF_CODE) else 0.3)
+    return 1.0 + (len(marks) - 2.5) * each
+
+
+class _Weights(Dict[str, float]):
+    """Pieces met so far -> tokens; a piece is weighed when it is first asked for."""
+
+    def __missing__(self, piece: str) -> float:
+        self[piece] = weight = _weigh(piece)
+        return weight
+
+
+def count_text(text: str) -> int:
+    """About how many o200k tokens `text` has; over a mix 3 % too many rather than one too few.
+
+    Measured: half of the texts within 5 % (English, code, JSON, Chinese, Japanese, numbers), nine
+    of ten within 11 %; Polish, Ukrainian and traditional Chinese come out 10 to 20 % short.
+    """
+    total, weights = 0.0, _Weights()
+    for at in range(0, len(text), _CHUNK_CHARS):
+        if len(weights) > _MAX_WEIGHTS:
+            weights.clear()
+        chunk = text[at:at + _CHUNK_CHARS]
+        pieces = (_ASCII_PIECES if chunk.isascii() else _PIECES).findall(chunk)
+        total += sum(map(weights.__getitem__, pieces))
+    return int(total * _LEAN + 0.999)
+
+
+_PROMPT_FIELDS = ("system", "instructions", "messages", "input", "prompt", "response_format",
+                  "text", "output_config")
+_UNSEEN_FIELDS = ("id", "call_id", "tool_call_id", "tool_use_id", "type", "role", "status",
+                  "detail", "cache_control", "copilot_cache_control", "media_type", "annotations")
+_SEALED_FIELDS = ("signature", "encrypted_content", "reasoning_opaque", "data", "result")
+_JSON_FIELDS = ("input", "arguments", "schema", "action")    # objects that the model reads as JSON
+_LINK_FIELDS = ("url", "image_url", "file_url", "file_id", "file_data")
+_LINK_TYPES = (None, "url", "file", "image_url", "input_image", "input_file", "computer_screenshot")
+_FILE_TOKENS = 1600                  # Anthropic's largest image
+
+
+def _as_json(value: Any) -> str:
+    try:
+        return _encode_text(value)
+    except RecursionError:
+        return ""                                            # no upstream takes it either
+
+
+def estimate_tokens(body: Json, is_claude: bool = False) -> int:
+    """How many tokens the prompt of a request of any dialect has, estimated on the high side.
+
+    System, tools and all texts count, a file as the largest image (a PDF more: 3,000 per 60 KB),
+    sealed reasoning little, ids not.  `is_claude`: as Claude counts, about a quarter more.
+    """
+    tools = as_list(body.get("tools")) + as_list(body.get("functions"))
+    texts = [_as_json(tool) for tool in tools]
+    tokens = 3 + 8 * len(tools) + (346 if is_claude else 16) * bool(tools)
+    todo: list[tuple[str, Any]] = [("", body.get(name)) for name in _PROMPT_FIELDS]
+    while todo:
+        name, value = todo.pop()
+        if name in _UNSEEN_FIELDS:
+            continue
+        kind = value.get("type") if isinstance(value, dict) else None
+        if isinstance(value, list):
+            todo.extend(("", inner) for inner in value)
+        elif isinstance(value, str) and (value[:5] == "data:" or name in _LINK_FIELDS):
+            is_image = value[:11] != "data:applic"
+            tokens += _FILE_TOKENS + (0 if is_image else len(value) * 3 // 80)
+        elif isinstance(value, str) and name in _SEALED_FIELDS:
+            tokens += len(value) // 16
+        elif isinstance(value, str):
+            texts.append(value)
+        elif isinstance(value, dict) and name in _JSON_FIELDS:
+            texts.append(_as_json(value))
+        elif isinstance(value, dict) and kind == "base64":
+            todo.append(("", "data:%s,%s" % (value.get("media_type"), value.get("data"))))
+        elif isinstance(value, dict):
+            tokens += 1 if "text" in value else 4
+            plain = ("data",) if kind == "text" else () if kind in _LINK_TYPES else _LINK_FIELDS
+            todo.extend(("" if field in plain else field, inner) for field, inner in value.items())
+    return int(count_text("\n".join(texts)) * (_CLAUDE_FACTOR if is_claude else 1)) + tokens
 
 
 # ==== 9. Settings =================================================================================
@@ -5523,6 +5764,7 @@ class Copilot:
         self.github_token = github_token
         self.on_token: Callable[[CopilotToken], None] = lambda token: None
         self._version = ""                             # the API version that worked after a 466
+        self.refused: set[tuple[str, str]] = set()     # (model id, path): not served there
         self._futile_refresh_at = -REACTIVE_PAUSE_S    # monotonic
         self.token = Refreshed(self._fetch_token, self._is_due, self._is_dead,
                                settings.token_retry_s)
@@ -5792,6 +6034,134 @@ class Approval:
                              "request_refused")
 
 
+class Stats:
+    """Counts since the start.  `_lock` guards them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requests: dict[str, dict[str, int]] = {}       # route -> status -> count
+        self._losses: dict[str, int] = {}                    # field -> requests that lost it
+
+    def count(self, route: str, status: int) -> None:
+        """One more answer."""
+        with self._lock:
+            by_status = self._requests.setdefault(route, {})
+            by_status[str(status)] = by_status.get(str(status), 0) + 1
+
+    def count_losses(self, names: Iterable[str]) -> None:
+        """At most MAX_LOSS_NAMES different ones: clients make up field names."""
+        with self._lock:
+            for name in names:
+                if name in self._losses or len(self._losses) < MAX_LOSS_NAMES:
+                    self._losses[name] = self._losses.get(name, 0) + 1
+
+    def report(self) -> Json:
+        """A copy for /stats."""
+        with self._lock:
+            return {"requests": {route: dict(counts) for route, counts in self._requests.items()},
+                    "losses": dict(self._losses)}
+
+
+class ResponseStore:
+    """Answers of /responses that their client may name later, with the request each one answers:
+    bounded in number, bytes and age, the oldest go first.  `owner` is whose they are.
+
+    Kept as bytes and parsed when asked for.  `_lock` guards the fields.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        #: (owner, id) -> (monotonic time, request body, frame or body of the answer)
+        self._kept: collections.OrderedDict[tuple[str, str], tuple[float, bytes, bytes]]
+        self._kept = collections.OrderedDict()
+        self._size = 0
+
+    def put(self, owner: str, request: bytes, response_id: str, answer: bytes) -> None:
+        """Keep an answer; cheap."""
+        with self._lock:
+            self._drop((owner, response_id))
+            self._kept[owner, response_id] = (time.monotonic(), request, answer)
+            self._size += len(request) + len(answer)
+            while self._size > STORE_BYTES or len(self._kept) > STORE_COUNT:
+                self._drop(next(iter(self._kept)))
+
+    def _drop(self, key: tuple[str, str]) -> bool:
+        found = self._kept.pop(key, None)
+        self._size -= len(found[1]) + len(found[2]) if found else 0
+        return found is not None
+
+    def _alive(self, owner: str) -> list[tuple[str, bytes, bytes]]:
+        """[(id, request, answer)] of an owner, the newest first."""
+        with self._lock:
+            limit = time.monotonic() - STORE_AGE_S
+            for key in [key for key, found in self._kept.items() if found[0] < limit]:
+                self._drop(key)
+            return [(key[1], found[1], found[2]) for key, found in reversed(self._kept.items())
+                    if key[0] == owner]
+
+    def find(self, owner: str, response_id: str) -> tuple[Json, list[Json]] | None:
+        """(answer, input items) of a kept response, None when it is not there."""
+        for key, request, answer in self._alive(owner):
+            if key == response_id:
+                return self._parse(answer), input_items(loads(request))
+        return None
+
+    def find_item(self, owner: str, item_id: str) -> Json | None:
+        """An output item that some kept answer holds under this id."""
+        quoted = dumps(item_id)
+        for _, _, answer in self._alive(owner):
+            for item in as_list(self._parse(answer).get("output")) if quoted in answer else ():
+                if isinstance(item, dict) and item.get("id") == item_id:
+                    return item
+        return None
+
+    def delete(self, owner: str, response_id: str) -> bool:
+        """False when it is not there."""
+        with self._lock:
+            return self._drop((owner, response_id))
+
+    @staticmethod
+    def _parse(answer: bytes) -> Json:
+        value = as_object(loads(answer if answer[:1] == b"{" else Frame.parse(answer).data))
+        return as_object(value.get("response", value))
+
+    def expand(self, owner: str, body: Json) -> bool:
+        """Put what a request names by id into its `input` -> was there anything?
+
+        Raises BadRequest in OpenAI's words for what is gone: clients then send the whole input.
+        """
+        previous = body.get("previous_response_id")
+        items = input_items(body)
+        references = [item for item in items if item.get("type") == "item_reference"]
+        if not previous and not references:
+            return False
+        for at, item in enumerate(items):
+            if item.get("type") == "item_reference":
+                found = self.find_item(owner, str(item.get("id")))
+                if found is None:
+                    raise BadRequest("Item with id '%s' not found." % printable(
+                        str(item.get("id")), 80), 404, param="input")
+                items[at] = found
+        if previous:
+            before = self.find(owner, str(previous))
+            if before is None:
+                raise BadRequest("Previous response with id '%s' not found." % printable(
+                    str(previous), 80), code="previous_response_not_found",
+                    param="previous_response_id")
+            items = before[1] + as_list(before[0].get("output")) + items
+            del body["previous_response_id"]
+        body["input"] = items
+        return True
+
+
+def input_items(body: Json) -> list[Json]:
+    """The `input` of a request as items.  'a' -> [{"role": "user", "content": "a"}]"""
+    given = body.get("input")
+    if isinstance(given, str):
+        return [{"type": "message", "role": "user", "content": given}]
+    return [item for item in as_list(given) if isinstance(item, dict)]
+
+
 class App:
     """Everything one server needs: settings, login, upstream, policy.  Two can live in a process.
 
@@ -5809,6 +6179,7 @@ class App:
         self.login_file = LoginFile(folder, settings.github_url)
         self.limiter = RateLimiter(settings.rate_limit, settings.wait)
         self.approval = Approval(settings.manual)
+        self.stats, self.store = Stats(), ResponseStore()
         self.stop = threading.Event()
         self.started = time.time()
         self.account: Copilot | None = None
@@ -6187,6 +6558,7 @@ class Exchange:
     def log_line(self) -> None:
         """One line per request; the target's query is left out, it may hold anything."""
         log, usage = self.app.log, self.usage
+        self.app.stats.count(self.route, self.status)
         if not log.isEnabledFor(logging.INFO):
             return
         tokens = "%d+%d" % (usage.input + usage.cache_read + usage.cache_write,
@@ -7034,16 +7406,14 @@ PAGE_HEADERS = {
 # One short function per route, and the table of routes.
 
 
-def plan(exchange: Exchange, dialect: Dialect, body: Json) -> tuple[Copilot, Model, str]:
-    """(account, model, the id asked for) of a request.  Raises AuthError, BadRequest."""
+def resolve(exchange: Exchange, body: Json) -> tuple[Copilot, Model]:
+    """(account, model) of a request.  Raises AuthError, BadRequest."""
     asked = body.get("model")
     if not isinstance(asked, str) or not asked:
         raise BadRequest("'model' is required: the id of a model, see /v1/models", param="model")
     exchange.model = asked
     copilot = exchange.app.copilot()
-    model = with_login(exchange, copilot, lambda: copilot.find_model(asked))
-    check_endpoint(model, dialect.path)
-    return copilot, model, asked
+    return copilot, with_login(exchange, copilot, lambda: copilot.find_model(asked))
 
 
 def with_login(exchange: Exchange, copilot: Copilot, work: Callable[[], Any]) -> Any:
@@ -7058,8 +7428,9 @@ def with_login(exchange: Exchange, copilot: Copilot, work: Callable[[], Any]) ->
         raise
 
 
-def fit_model(data: bytes, body: Json, edit: Edit, model_id: str) -> bytes:
+def fit_model(data: bytes, edit: Edit, model_id: str) -> bytes:
     """The body to send: the client's own bytes where nothing but the model's id changes."""
+    body = edit.body
     asked = body["model"]
     if edit.changed:
         body["model"] = model_id
@@ -7073,16 +7444,15 @@ def fit_model(data: bytes, body: Json, edit: Edit, model_id: str) -> bytes:
     return data[:start] + b'"model":' + dumps(model_id) + data[end:]
 
 
-def upstream_headers(exchange: Exchange, dialect: Dialect, body: Json) -> Headers:
+def upstream_headers(exchange: Exchange, client: Dialect, upstream: Dialect,
+                     body: Json) -> Headers:
     """What of the request itself decides headers: who began it, images, Anthropic's versions."""
     given = exchange.head.headers
     said = given.get("x-initiator", "").lower()
-    headers = {"X-Initiator": said if said in ("user", "agent") else dialect.initiator(body)}
-    if body.get("stream") is True:
-        headers["Accept"] = "text/event-stream"
-    if dialect.has_images(body):
+    headers = {"X-Initiator": said if said in ("user", "agent") else client.initiator(body)}
+    if client.has_images(body):
         headers["Copilot-Vision-Request"] = "true"
-    if dialect is MESSAGES:
+    if upstream is MESSAGES:
         headers["anthropic-version"] = ANTHROPIC_VERSION
         betas = filter_betas(given.get("anthropic-beta", ""))
         if betas:
@@ -7090,7 +7460,7 @@ def upstream_headers(exchange: Exchange, dialect: Dialect, body: Json) -> Header
     return headers
 
 
-def admit(exchange: Exchange, dialect: Dialect, body: Json, model: Model) -> None:
+def admit(exchange: Exchange, body: Json, model: Model) -> None:
     """Rate limit and approval by hand.  Raises RateLimited, BadRequest, ClientGone."""
     app = exchange.app
     app.limiter.admit(exchange.client)
@@ -7102,55 +7472,83 @@ def admit(exchange: Exchange, dialect: Dialect, body: Json, model: Model) -> Non
 
 
 def complete(exchange: Exchange, dialect: Dialect) -> None:
-    """A request of any dialect to a model that speaks it."""
+    """A request of any dialect to any model."""
     exchange.dialect = dialect
     body = exchange.json_object()
-    copilot, model, asked = plan(exchange, dialect, body)
+    copilot, model = resolve(exchange, body)
+    keep: Callable[[str, bytes], None] | None = None
+    if dialect is RESPONSES:
+        if exchange.app.store.expand(copilot.github_token, body):
+            exchange.body = dumps(body)
+        if body.get("store") is not False:
+            keep = functools.partial(exchange.app.store.put, copilot.github_token, exchange.body)
+    found = ask(exchange, dialect, body, exchange.body, copilot, model, keep)
+    if found is None:
+        return
+    plan, answer = found
+    exchange.body = b""                            # several MB that nobody needs any more
+    is_stream = "event-stream" in answer.headers.get("content-type", "")
+    if plan.pipeline is not None and (is_stream or exchange.started):
+        exchange.hand_over(answer, plan.pipeline)
+        return
+    data = answer.read_all(exchange.client, timeout_s=exchange.app.settings.answer_timeout_s)
+    data, exchange.usage = plan.read(data, is_stream)
+    if plan.pipeline is not None and plan.is_translated:
+        exchange.finish(data)
+        return
+    if keep is not None:
+        keep(str(plan.answer.get("id")), data)
+    exchange.reply(data)
+
+
+def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: Copilot,
+        model: Model, keep: Callable[[str, bytes], None] | None = None
+        ) -> tuple[Plan, UpstreamResponse] | None:
+    """Send a request, `data` parsed, in a dialect that the model speaks -> (plan, answer), None
+    when the client was told of an error within its stream.  Where the upstream's list turns out
+    to be wrong another dialect is tried, once."""
     if not isinstance(body.get("stream"), (bool, type(None))):
         raise BadRequest("'stream' must be true or false", param="stream")
-    pipeline = dialect.stream(asked, body) if body.get("stream") else None
-    headers = upstream_headers(exchange, dialect, body)
-    edit = Edit(body)
-    dialect.prepare(edit, model)
-    data = fit_model(exchange.body, body, edit, model.id)
-    exchange.body = b""                            # several MB that nobody needs any more
-    if edit.losses:
-        exchange.headers["x-copilot-proxy-lossy"] = ", ".join(
-            sorted({name for name, _ in edit.losses}))
-        exchange.app.log.debug("%s lost: %s", exchange.id, edit.losses)
-    admit(exchange, dialect, body, model)
-    exchange.route = "passthrough"
-    if pipeline is not None:
-        exchange.expect_stream(dialect.keepalive)
-    call = Call(dialect.path, data, headers, exchange.client, lambda: exchange.started,
-                exchange.id, exchange.app.settings.answer_timeout_s)
-    try:
-        answer = with_login(exchange, copilot, lambda: copilot.send(call))
-    except ProxyError as error:
-        if pipeline is None or not exchange.started:
-            raise
-        exchange.failure = str(error)
-        exchange.finish(pipeline.close(error))
-        return
-    exchange.headers.update(passed_headers(answer.headers))
-    is_stream = "event-stream" in answer.headers.get("content-type", "")
-    if pipeline is not None and (is_stream or exchange.started):
-        exchange.hand_over(answer, pipeline)
-    else:
-        relay_body(exchange, dialect, answer, asked)
+    is_replay = False
+    while True:
+        upstream = choose_upstream(client, model, copilot.refused)
+        headers = upstream_headers(exchange, client, upstream, body)
+        plan = Plan(client, upstream, body, model, int(time.time()), exchange.id)
+        tell_losses(exchange, plan.edit.losses)
+        sent = fit_model(data, plan.edit, model.id) if upstream is client else dumps(plan.edit.body)
+        if plan.streams:
+            headers["Accept"] = "text/event-stream"
+        if not is_replay:
+            admit(exchange, plan.edit.body, model)
+        exchange.route = "translated" if plan.is_translated else "passthrough"
+        if plan.pipeline is not None:
+            plan.pipeline.on_final = keep
+            exchange.expect_stream(client.keepalive)
+        call = Call(upstream.path, sent, headers, exchange.client, lambda: exchange.started,
+                    exchange.id, exchange.app.settings.answer_timeout_s)
+        try:
+            answer = with_login(exchange, copilot, functools.partial(copilot.send, call))
+            exchange.headers.update(passed_headers(answer.headers))
+            return plan, answer
+        except ProxyError as error:
+            if error.code == "unsupported_api_for_model" and not is_replay:
+                copilot.refused.add((model.id, upstream.path))
+                is_replay, body = True, loads(data)
+                continue
+            if plan.pipeline is None or not exchange.started:
+                raise
+            exchange.failure = str(error)
+            exchange.finish(plan.pipeline.close(error))
+            return None
 
 
-def relay_body(exchange: Exchange, dialect: Dialect, answer: UpstreamResponse, asked: str) -> None:
-    """A whole answer: mended where it must be, else the bytes as they came."""
-    data = answer.read_all(exchange.client, timeout_s=exchange.app.settings.answer_timeout_s)
-    try:
-        value = loads(data)
-    except ValueError:
-        raise UpstreamError("the upstream's answer is not JSON") from None
-    if not isinstance(value, dict):
-        raise UpstreamError("the upstream's answer is no JSON object")
-    changed, exchange.usage = dialect.mend(value, asked)
-    exchange.reply(dumps(value) if changed else data)
+def tell_losses(exchange: Exchange, losses: list[tuple[str, str]]) -> None:
+    """What did not go upstream: to the client, the log and /stats."""
+    if losses:
+        names = sorted({name for name, _ in losses})
+        exchange.headers["x-copilot-proxy-lossy"] = ", ".join(names)
+        exchange.app.log.debug("%s lost: %s", exchange.id, losses)
+        exchange.app.stats.count_losses(names)
 
 
 def chat_completions(exchange: Exchange) -> None:
@@ -7179,29 +7577,113 @@ def count_tokens(exchange: Exchange) -> None:
     exchange.dialect = MESSAGES
     body = exchange.json_object()
     check_list(body, "messages")
-    estimate = estimate_tokens(body)
+    counted = 0
+    copilot, model = resolve(exchange, body)
+    estimate = estimate_tokens(body, model.is_claude)
     try:
-        copilot, model, _ = plan(exchange, MESSAGES, body)
+        check_endpoint(model, MESSAGES)
         edit = Edit(body)
         MESSAGES.prepare_count(edit, model)
-        headers = upstream_headers(exchange, MESSAGES, body)
+        headers = upstream_headers(exchange, MESSAGES, MESSAGES, body)
         answer = copilot.send(Call("/v1/messages/count_tokens",
-                                   fit_model(exchange.body, body, edit, model.id), headers,
+                                   fit_model(exchange.body, edit, model.id), headers,
                                    exchange.client, request_id=exchange.id,
                                    timeout_s=GITHUB_TIMEOUT_S))
-        counted = as_object(loads(answer.read_all(exchange.client))).get("input_tokens")
+        counted = as_int(as_object(loads(answer.read_all(exchange.client))).get("input_tokens"))
         exchange.route = "passthrough"
     except (ProxyError, ValueError) as error:
         if isinstance(error, BadRequest) and error.code != "unsupported_api_for_model":
             raise
-        counted = None
-    exchange.reply_json({"input_tokens": counted if as_int(counted) else estimate})
+    exchange.reply_json({"input_tokens": counted or estimate})
+
+
+def count_input(exchange: Exchange) -> None:
+    """POST /responses/input_tokens: an estimate."""
+    exchange.dialect = RESPONSES
+    body = exchange.json_object()
+    copilot, model = resolve(exchange, body)
+    exchange.app.store.expand(copilot.github_token, body)
+    exchange.reply_json({"object": "response.input_tokens",
+                         "input_tokens": estimate_tokens(body, model.is_claude)})
+
+
+def stored_response(exchange: Exchange) -> None:
+    """GET and DELETE /responses/ID, GET /responses/ID/input_items: from the local store."""
+    exchange.dialect = RESPONSES
+    store, owner = exchange.app.store, exchange.app.copilot().github_token
+    response_id, _, tail = exchange.argument.partition("/")
+    if exchange.head.method == "DELETE" and not tail and store.delete(owner, response_id):
+        exchange.reply_json({"id": response_id, "object": "response", "deleted": True})
+        return
+    found = store.find(owner, response_id)
+    if found is None or tail not in ("", "input_items") or exchange.head.method == "DELETE":
+        raise BadRequest("Response with id '%s' not found." % printable(exchange.argument, 80), 404)
+    answer, items = found
+    if not tail:
+        exchange.reply_json(answer)
+        return
+    items = [dict({"id": stable_id("item_", "%s %d" % (response_id, at))}, **item)
+             for at, item in enumerate(items)]
+    if exchange.parameter("order") != "asc":
+        items.reverse()
+    limit, after = exchange.parameter("limit") or "", exchange.parameter("after")
+    places = [at for at, item in enumerate(items) if item["id"] == after]
+    items = items[places[0] + 1 if places else 0:]
+    shown = items[:int(limit) if limit.isdigit() else 20]
+    exchange.reply_json({"object": "list", "data": shown, "has_more": len(shown) < len(items),
+                         "first_id": shown[0]["id"] if shown else None,
+                         "last_id": shown[-1]["id"] if shown else None})
+
+
+def completions(exchange: Exchange) -> None:
+    """POST /completions, the old shape: each prompt is a chat of its own."""
+    body = exchange.json_object()
+    given = body.pop("prompt", None)
+    prompts = [given] if isinstance(given, str) else given
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise BadRequest("'prompt' must be a string or an array of strings", param="prompt")
+    for key in ("suffix", "best_of", "logprobs"):
+        if body.get(key) and body[key] != 1:
+            raise BadRequest("'%s' is not supported: no chat model can do it" % key, param=key)
+        body.pop(key, None)
+    copilot, model = resolve(exchange, body)
+    echo, streams = body.pop("echo", False) is True, body.get("stream") is True
+    relays, whole, choices = streams and len(prompts) == 1, {}, []
+    counts = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    for at, prompt in enumerate(prompts):
+        one = dict(body, messages=[{"role": "user", "content": prompt}], stream=relays)
+        found = ask(exchange, CHAT, one, dumps(one), copilot, model)
+        if found is None:
+            return
+        (plan, answer), text = found, prompt if echo else ""
+        if plan.pipeline is not None:
+            exchange.hand_over(answer, CompletionStream(plan.pipeline, text))
+            return
+        plan.read(answer.read_all(exchange.client), plan.streams)
+        whole = as_completion(plan.answer, text, at)
+        choices += whole["choices"]
+        for key in counts:
+            counts[key] += as_int(as_object(whole.get("usage")).get(key))
+    whole.update(choices=choices, usage=counts)
+    exchange.usage = Usage.from_openai(counts)
+    if streams:
+        exchange.expect_stream(CHAT.keepalive)
+        exchange.finish(b"data: %b\n\ndata: [DONE]\n\n" % dumps(whole))
+    else:
+        exchange.reply_json(whole)
+
+
+def stats(exchange: Exchange) -> None:
+    """Counts since the start: requests by route and status, losses by field."""
+    app = exchange.app
+    exchange.reply_json(dict(app.stats.report(), uptime_s=round(time.time() - app.started, 1)))
 
 
 def embeddings(exchange: Exchange) -> None:
     """Strings only upstream, floats only back: wrapped, split, merged and packed here."""
     body = exchange.json_object()
-    copilot, model, asked = plan(exchange, EMBEDDINGS, body)
+    copilot, model = resolve(exchange, body)
+    check_endpoint(model, EMBEDDINGS)
     given = body.get("input")
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
@@ -7210,7 +7692,7 @@ def embeddings(exchange: Exchange) -> None:
     packing = body.pop("encoding_format", None)
     if packing not in (None, "float", "base64"):
         raise BadRequest("'encoding_format' must be float or base64", param="encoding_format")
-    admit(exchange, CHAT, {"input": texts[0]}, model)
+    admit(exchange, {"input": texts[0]}, model)
     exchange.route = "passthrough"
     batch = model.limit("max_inputs") or EMBEDDING_BATCH
     data: list[Json] = []
@@ -7226,7 +7708,7 @@ def embeddings(exchange: Exchange) -> None:
         if packing == "base64":
             item["embedding"] = floats_to_base64(item["embedding"])
     exchange.usage = Usage.from_openai(counts)
-    exchange.reply_json({"object": "list", "data": data, "model": asked, "usage": counts})
+    exchange.reply_json({"object": "list", "data": data, "model": exchange.model, "usage": counts})
 
 
 def merge_embeddings(data: list[Json], counts: Json, answer: bytes, wanted: int) -> None:
@@ -7359,9 +7841,13 @@ def nothing(exchange: Exchange) -> None:
 ROUTES: Routes = {
     "/chat/completions": {"POST": chat_completions},
     "/responses": {"POST": responses, "GET": refuse_websocket},
+    "/responses/input_tokens": {"POST": count_input},
+    "/responses/*": {"GET": stored_response, "DELETE": stored_response},
+    "/completions": {"POST": completions},
     "/messages": {"POST": messages},
     "/messages/count_tokens": {"POST": count_tokens},
     "/embeddings": {"POST": embeddings},
+    "/stats": {"GET": stats},
     "/models": {"GET": models},
     "/models/*": {"GET": one_model},
     "/usage": {"GET": usage},

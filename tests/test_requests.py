@@ -1078,15 +1078,32 @@ class ModelNames(unittest.TestCase):
             self.assertTrue(all(MODELS[name].is_listed for name in near))
         self.assertEqual(cp.nearest_ids("a", []), [])
 
-    def test_endpoint_that_a_model_lacks_is_named(self) -> None:
-        cp.check_endpoint(GPT, "/chat/completions")
-        for model, path in ((CODEX, "/chat/completions"), (GPT, "/responses"),
-                            (MODELS["text-embedding-3-small"], "/chat/completions")):
+    def test_a_model_is_asked_in_its_clients_dialect_where_it_can(self) -> None:
+        both, none = MODELS["gpt-5-mini"], frozenset()
+        for client, model, path in (
+                (cp.CHAT, GPT, "/chat/completions"), (cp.CHAT, CODEX, "/responses"),
+                (cp.RESPONSES, GPT, "/chat/completions"), (cp.RESPONSES, both, "/responses"),
+                (cp.MESSAGES, both, "/responses"), (cp.MESSAGES, GPT, "/chat/completions"),
+                (cp.MESSAGES, SONNET, "/v1/messages"), (cp.RESPONSES, SONNET, "/chat/completions"),
+                (cp.CHAT, cp.Model("m", endpoints=("/v1/messages",)), "/v1/messages")):
+            with self.subTest(client=client.name, model=model.id):
+                self.assertEqual(cp.choose_upstream(client, model, none).path, path)
+
+    def test_what_the_upstream_refused_is_not_asked_again(self) -> None:
+        refused = {(GPT.id, "/chat/completions")}
+        self.assertIs(cp.choose_upstream(cp.CHAT, GPT, refused), cp.RESPONSES)
+        self.assertIs(cp.choose_upstream(cp.MESSAGES, GPT, refused), cp.RESPONSES)
+        refused.add((GPT.id, "/responses"))
+        self.assertIs(cp.choose_upstream(cp.CHAT, GPT, refused), cp.MESSAGES)
+        self.assertIs(cp.choose_upstream(cp.CHAT, MODELS["gpt-4o"], refused), cp.CHAT)
+
+    def test_a_model_without_any_dialect_is_refused(self) -> None:
+        for client in cp.DIALECTS.values():
             with self.assertRaises(cp.BadRequest) as caught:
-                cp.check_endpoint(model, path)
+                cp.choose_upstream(client, MODELS["text-embedding-3-small"], frozenset())
             self.assertEqual(caught.exception.code, "unsupported_api_for_model")
-            self.assertIn(path, str(caught.exception))
-            self.assertIn(model.endpoints[0], str(caught.exception))
+            self.assertIn(client.path, str(caught.exception))
+            self.assertIn("/embeddings", str(caught.exception))
 
     def test_entries_are_read_as_the_catalogue_means_them(self) -> None:
         self.assertEqual(GPT.endpoints, ("/chat/completions",))
@@ -1105,14 +1122,13 @@ class Estimates(unittest.TestCase):
 
     def test_estimate_is_on_the_high_side_and_grows(self) -> None:
         english = "The quick brown fox jumps over the lazy dog. " * 100     # 10 tokens each
-        chinese = "\u4f60\u597d\u4e16\u754c" * 100                          # about 1 each
+        chinese = "\u4f60\u597d\u4e16\u754c" * 100                          # 250 pieces or so
         for make in (chat, message):
-            self.assertGreaterEqual(cp.estimate_tokens(make(user(english))), 1250)
-            self.assertLess(cp.estimate_tokens(make(user(english))), 2500)
-            self.assertGreaterEqual(cp.estimate_tokens(make(user(chinese))), 400)
+            self.assertTrue(1000 <= cp.estimate_tokens(make(user(english))) < 1200)
+            self.assertGreaterEqual(cp.estimate_tokens(make(user(chinese))), 250)
             one, two = (cp.estimate_tokens(make(*[user("hello")] * n)) for n in (1, 2))
             self.assertGreater(two, one)
-        self.assertGreaterEqual(cp.estimate_tokens(response(input=english)), 1250)
+        self.assertGreaterEqual(cp.estimate_tokens(response(input=english)), 1000)
 
     def test_images_count_by_piece_and_not_by_byte(self) -> None:
         big = "A" * 3000000
@@ -1126,8 +1142,8 @@ class Estimates(unittest.TestCase):
 
     def test_tools_and_system_count(self) -> None:
         bare = cp.estimate_tokens(message())
-        self.assertGreaterEqual(cp.estimate_tokens(message(tools=[{"name": "a"}])), bare + 346)
-        self.assertGreater(cp.estimate_tokens(message(system="x" * 900)), bare + 250)
+        self.assertGreaterEqual(cp.estimate_tokens(message(tools=[{"name": "a"}]), True), bare + 346)
+        self.assertGreater(cp.estimate_tokens(message(system="xy " * 300)), bare + 250)
 
 
 class SettingsRules(unittest.TestCase):

@@ -239,10 +239,11 @@ class OpenAIErrors(SdkCase):
             self.assertEqual(caught.exception.code, "model_not_found")
             self.assertEqual(caught.exception.type, "invalid_request_error")
 
-    def test_wrong_dialect_is_a_clear_400(self) -> None:
+    def test_a_model_that_does_not_chat_is_a_clear_400(self) -> None:
         with self.assertRaises(openai.BadRequestError) as caught:
-            self.openai_client().chat.completions.create(model=CODEX, messages=[user("hi")])
-        self.assertIn("/responses", caught.exception.message)
+            self.openai_client().chat.completions.create(model="text-embedding-3-small",
+                                                           messages=[user("hi")])
+        self.assertIn("/embeddings", caught.exception.message)
         self.assertEqual(caught.exception.param, "model")
 
     def test_nobody_logged_in(self) -> None:
@@ -650,7 +651,7 @@ class AnthropicErrors(SdkCase):
         cases: tuple[dict[str, Any], ...] = (
             {"messages": []}, {"messages": "hi"}, {"messages": [{"role": "user", "content": []}]},
             {"messages": [user([{"type": "unheard_of"}])]}, {"max_tokens": -1},
-            {"model": "gpt-4.1"}, {"extra_body": {"thread": {"type": "create"}}})
+            {"model": "text-embedding-3-small"}, {"extra_body": {"thread": {"type": "create"}}})
         for more in cases:
             for stream in (False, True):
                 with self.subTest(stream=stream, **more):

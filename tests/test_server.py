@@ -755,12 +755,12 @@ class ModelTest(SharedCase):
             self.assertIn(b'"model":"claude-sonnet-4-6"', reply.body.replace(b": ", b":"))
             self.assertNotIn(b"claude-sonnet-4.6", reply.body)
 
-    def test_a_model_without_the_dialect_is_a_clear_400(self) -> None:
+    def test_a_model_that_does_not_chat_is_a_clear_400(self) -> None:
         self.proxy.get("/v1/models")
         sent = self.new_sent()
-        reply = self.proxy.post("/v1/chat/completions", chat("a", model="gpt-5.3-codex"))
+        reply = self.proxy.post("/v1/chat/completions", chat("a", model="text-embedding-3-small"))
         self.assert_openai_error(reply, 400, "unsupported_api_for_model")
-        self.assertIn("/responses", reply.json["error"]["message"])
+        self.assertIn("/embeddings", reply.json["error"]["message"])
         self.assertEqual(sent(), [])
 
 
