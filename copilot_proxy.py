@@ -1256,6 +1256,9 @@ class StreamRelay:
         raise NotImplementedError
 
 
+_IMAGE_TYPES = ("image", "image_url", "input_image")
+
+
 class Dialect:
     """What the three have in common.  Stateless; the state of a stream lives in its StreamRelay."""
 
@@ -1283,9 +1286,13 @@ class Dialect:
         """'user' for a human turn, 'agent' for a follow-up of the tool loop."""
         raise NotImplementedError
 
-    def has_images(self, body: Json) -> bool:
+    @staticmethod
+    def has_images(body: Json) -> bool:
         """Is there an image anywhere, also inside a tool's result?"""
-        raise NotImplementedError
+        parts = [part for item in as_list(body.get("messages")) + as_list(body.get("input"))
+                 for key in ("content", "output") for part in as_list(as_object(item).get(key))]
+        parts += [inner for part in parts for inner in as_list(as_object(part).get("content"))]
+        return any(as_object(part).get("type") in _IMAGE_TYPES for part in parts)
 
     def mend(self, answer: Json, asked: str) -> tuple[bool, Usage | None]:
         """Mend a whole answer in place -> (was it changed, its token counts)."""
@@ -1313,16 +1320,6 @@ class Dialect:
         raise NotImplementedError
 
     def stream_encoder(self, request: Request) -> StreamEncoder:
-        raise NotImplementedError
-
-    def _read_content(self, content: Any, place: str, request: Request) -> list[Part]:
-        """What a user or a tool gave: a string or an array of parts."""
-        if isinstance(content, str):
-            return [Text(content)] if content else []
-        return [self._read_part(part, place, request) for part in as_list(content)
-                if isinstance(part, dict) and part.get("text") != ""]
-
-    def _read_part(self, part: Json, place: str, request: Request) -> Part:
         raise NotImplementedError
 
 
@@ -1571,8 +1568,9 @@ def data_url(part: Image | Document) -> str:
     return part.url or "data:%s;base64,%s" % (part.media_type, part.data)
 
 
-def document_from_file(source: Json, place: str) -> Document:
+def document_from_file(source: Any, place: str) -> Document:
     """OpenAI's file part: `file_data` (a data: URL) or `file_url`; ids name what nobody stores."""
+    source = as_object(source)
     found = _DATA_URL.match(str(source.get("file_data") or ""))
     if not found and not source.get("file_url"):
         raise BadRequest("'%s': a file must come as file_data, a base64 data: URL" % place,
@@ -1591,6 +1589,26 @@ def plain_text(part: Part) -> str:
 
 def join_texts(parts: Iterable[Part]) -> str:
     return "\n\n".join(filter(None, map(plain_text, parts)))
+
+
+def read_content(content: Any, place: str, request: Request) -> list[Part]:
+    """What a user or a tool gave, in either of OpenAI's shapes: a string or an array of parts."""
+    if isinstance(content, str):
+        return [Text(content)] if content else []
+    found: list[Part] = []
+    for part in as_list(content):
+        kind = as_object(part).get("type")
+        if kind in ("text", "input_text", "output_text"):
+            found += [Text(str(part["text"]))] if part.get("text") else []
+        elif kind in ("image_url", "input_image"):
+            image = part.get("image_url")
+            image = image if isinstance(image, dict) else {"url": image, "detail": part.get("detail")}
+            found.append(image_from_url(image.get("url"), place, image.get("detail")))
+        elif kind in ("file", "input_file"):
+            found.append(document_from_file(part.get("file", part), place))
+        elif isinstance(part, dict):
+            found.append(tell_unknown(part, request))
+    return found
 
 
 def result_text(result: ToolResult, request: Request) -> str:
@@ -1926,6 +1944,9 @@ class StreamEncoder:
     the terminal event.  A delta is the part's frame, cut where the text belongs."""
 
     MARK, QUOTED_MARK = "\0", quote("\0")
+    METHODS = ((ResponseStart, "_start"), (PartStart, "_begin"), (PartDelta, "_delta"),
+               (PartSignature, "_sign"), (PartEnd, "_end"), (ResponseEnd, "_stop"),
+               (StreamError, "_fail"))
 
     def __init__(self, dialect: Any, request: Request) -> None:
         self.dialect, self.request = dialect, request
@@ -1933,33 +1954,16 @@ class StreamEncoder:
         self.final: tuple[()] | tuple[str, bytes] = ()    # id and frame of a whole response
         self._frames: dict[int, list[bytes]] = {}         # index -> what stands around a text
         self._on: dict[type[Event], Callable[[Any], bytes]] = {
-            ResponseStart: self._start, PartStart: self._begin, PartDelta: self._delta,
-            PartSignature: self._sign, PartEnd: self._end, ResponseEnd: self._stop,
-            StreamError: self._fail}
+            kind: getattr(self, name) for kind, name in self.METHODS}
 
     def feed(self, event: Event) -> bytes:
         return b"" if self.ended else self._on[type(event)](event)
 
-    def _start(self, event: ResponseStart) -> bytes:
-        raise NotImplementedError
-
-    def _begin(self, event: PartStart) -> bytes:
-        raise NotImplementedError
-
     def _delta(self, event: PartDelta) -> bytes:
         return quote(event.text).join(self._frames[event.index])
 
-    def _sign(self, event: PartSignature) -> bytes:
-        raise NotImplementedError
-
     def _end(self, event: PartEnd) -> bytes:
         return b""
-
-    def _stop(self, event: ResponseEnd) -> bytes:
-        raise NotImplementedError
-
-    def _fail(self, event: StreamError) -> bytes:
-        raise NotImplementedError
 
 
 # ---- Chat Completions ----
@@ -2197,11 +2201,6 @@ class ChatCompletions(Dialect):
                                   first_text(messages, "system", "developer"))
         return "agent" if machine else "user"
 
-    def has_images(self, body: Json) -> bool:
-        return any(as_object(part).get("type") == "image_url"
-                   for message in as_list(body.get("messages"))
-                   for part in as_list(as_object(message).get("content")))
-
     def mend(self, answer: Json, asked: str) -> tuple[bool, Usage | None]:
         choices = [c for c in as_list(answer.get("choices")) if isinstance(c, dict)]
         whole = (len(choices) == 1 and self._is_whole(choices[0]) and answer.get("model") == asked
@@ -2293,7 +2292,7 @@ class ChatCompletions(Dialect):
         elif role == "assistant":
             parts = self._read_assistant(message)
         elif role in ("user", "tool"):
-            parts = self._read_content(message.get("content"), place, request)
+            parts = read_content(message.get("content"), place, request)
             if role == "tool":
                 parts = [ToolResult(str(message.get("tool_call_id") or ""), parts)]
         else:
@@ -2302,18 +2301,6 @@ class ChatCompletions(Dialect):
         if message.get("copilot_cache_control") and parts:
             parts[-1].cache = True
         request.add_turn({"developer": "system", "tool": "user"}.get(role, role), parts)
-
-    def _read_part(self, part: Json, place: str, request: Request) -> Part:
-        kind = part.get("type")
-        if kind == "text":
-            return Text(str(part.get("text") or ""))
-        if kind == "image_url":
-            source = part.get("image_url")
-            source = source if isinstance(source, dict) else {"url": source}
-            return image_from_url(source.get("url"), place, source.get("detail"))
-        if kind == "file":
-            return document_from_file(as_object(part.get("file")), place)
-        return tell_unknown(part, request)
 
     def _read_assistant(self, message: Json) -> list[Part]:
         thought = word(message.get("reasoning_text")) or word(
@@ -2892,12 +2879,6 @@ class Responses(Dialect):
         system = str(body.get("instructions") or first_text(items, "system", "developer"))
         return "agent" if is_machine_turn(text_of(last.get("content")), system) else "user"
 
-    def has_images(self, body: Json) -> bool:
-        return any(as_object(part).get("type") == "input_image"
-                   for item in as_list(body.get("input"))
-                   for key in ("content", "output")
-                   for part in as_list(as_object(item).get(key)))
-
     def mend(self, answer: Json, asked: str) -> tuple[bool, Usage | None]:
         answer["id"], answer["model"] = response_id(answer.get("id")), asked
         for key in [k for k in answer if k.startswith("copilot_")]:
@@ -2961,12 +2942,12 @@ class Responses(Dialect):
         kind = str(item.get("type") or "message")
         if kind in ("function_call_output", "custom_tool_call_output"):
             note_unknown(request, item, "call_id", "output")
-            request.add_turn("user", [ToolResult(str(item.get("call_id") or ""), self._read_content(
+            request.add_turn("user", [ToolResult(str(item.get("call_id") or ""), read_content(
                 item.get("output"), place, request))])
         elif kind == "message" and item.get("role") in ("user", "system", "developer"):
             note_unknown(request, item, "content")
             if item["role"] == "user":
-                request.add_turn("user", self._read_content(item.get("content"), place, request))
+                request.add_turn("user", read_content(item.get("content"), place, request))
             else:
                 request.add_turn("system", [Text(text_of(item.get("content")))])
         elif kind == "item_reference":
@@ -2978,16 +2959,6 @@ class Responses(Dialect):
         else:
             request.add_turn("user" if kind.endswith("_output") else "assistant",
                              [tell_unknown(item, request)])
-
-    def _read_part(self, part: Json, place: str, request: Request) -> Part:
-        kind = part.get("type")
-        if kind in ("input_text", "output_text", "text"):
-            return Text(str(part.get("text") or ""))
-        if kind == "input_image":
-            return image_from_url(part.get("image_url"), place, part.get("detail"))
-        if kind == "input_file":
-            return document_from_file(part, place)
-        return tell_unknown(part, request)
 
     def read_output(self, item: Json) -> list[Part]:
         """The parts of one item that a model made, in an answer or in a history; hosted tools'
@@ -3704,12 +3675,6 @@ class Messages(Dialect):
                 return "agent"
             content = human
         return "agent" if is_machine_turn(text_of(content), text_of(body.get("system"))) else "user"
-
-    def has_images(self, body: Json) -> bool:
-        return any(as_object(part).get("type") == "image"
-                   for message in as_list(body.get("messages"))
-                   for block in as_list(as_object(message).get("content"))
-                   for part in [block] + as_list(as_object(block).get("content")))
 
     def mend(self, answer: Json, asked: str) -> tuple[bool, Usage | None]:
         changed = answer.get("model") != asked
@@ -7904,159 +7869,37 @@ DEMO_MODELS = [
 ]
 
 
-@dataclass
-class DemoAnswer:
-    """What the demo says: words, or a call of the first tool when the prompt speaks of a tool."""
-
-    model: str
-    words: list[str]
-    tool: str | None
-    prompt_tokens: int
-
-    @classmethod
-    def to(cls, body: Json) -> DemoAnswer:
-        """What the demo says to a request of any dialect."""
-        turns = as_list(body.get("messages") or body.get("input"))
-        last = as_object(turns[-1]) if turns else {}
-        said = text_of(last.get("content")) or text_of(body.get("input"))
-        blocks = as_list(last.get("content"))
-        result = last.get("role") == "tool" or last.get("type") == "function_call_output" or any(
-            as_object(b).get("type") == "tool_result" for b in blocks)
-        tool = as_object((as_list(body.get("tools")) or [None])[0])
-        name = tool.get("name") or as_object(tool.get("function")).get("name")
-        text = "%s %s: %s" % (DEMO_TEXT, "The tool answered" if result else "You said",
-                              said or text_of(last.get("output")))
-        return cls(str(body.get("model")), re.findall(r"\S+\s*", text[:2000]),
-                   str(name) if name and not result and "tool" in said.lower() else None,
-                   estimate_tokens(body))
-
-    @property
-    def text(self) -> str:
-        return "".join(self.words)
-
-    def usage(self, given: str, made: str) -> Json:
-        """Token counts under the dialect's names."""
-        output = len(self.words)
-        return {given: self.prompt_tokens, made: output,
-                "total_tokens": self.prompt_tokens + output}
+def demo_response(request: Request, prompt_tokens: int) -> Response:
+    """What the demo says: the prompt, or a call of the first tool when it speaks of a tool."""
+    parts = request.turns[-1].parts if request.turns else []
+    results = [result_text(part, request) for part in parts if isinstance(part, ToolResult)]
+    said = "\n".join(results) or join_texts(parts)
+    text = "%s %s: %s" % (DEMO_TEXT, "The tool answered" if results else "You said", said[:2000])
+    calls = bool(request.tools) and not results and "tool" in said.lower()
+    part: Part = ToolCall("call_" + request.key, request.tools[0].name) if calls else Text(text)
+    return Response("", request.model, [part], "tool_use" if calls else "stop",
+                    Usage(prompt_tokens, output=len(text.split())))
 
 
-def demo_stream(exchange: Exchange, frames: Iterable[Frame]) -> None:
-    """Send frames at a pace that can be seen."""
+def demo_answer(dialect: Dialect, exchange: Exchange) -> None:
+    """A request of any dialect to the demo; streams come at a pace that can be seen."""
+    body = exchange.json_object()
+    request = dialect.decode_request(body)
+    request.now, request.key, request.wants_usage = int(time.time()), exchange.id, True
+    response = demo_response(request, estimate_tokens(body))
+    if not request.stream:
+        exchange.reply_json(dialect.encode_response(response, request))
+        return
+    encoder = dialect.stream_encoder(request)
     exchange.expect_stream(b": demo\n\n")
-    for frame in frames:
-        exchange.write(frame.encode())
-        if b"delta" in frame.data:
-            time.sleep(DEMO_PAUSE_S)
+    for event in unfold(response):
+        words: list[Event] = [event]
+        if isinstance(event, PartDelta):
+            words = [PartDelta(event.index, w) for w in re.findall(r"\S+\s*", event.text)]
+        for word_ in words:
+            exchange.write(encoder.feed(word_))
+            time.sleep(DEMO_PAUSE_S if len(words) > 1 else 0)
     exchange.finish()
-
-
-def demo_chat(exchange: Exchange) -> None:
-    """POST /chat/completions of the demo."""
-    body = exchange.json_object()
-    answer = DemoAnswer.to(body)
-    message: Json = {"role": "assistant", "content": answer.text}
-    if answer.tool:
-        message = {"role": "assistant", "content": None, "tool_calls": [
-            {"id": "call_demo", "type": "function",
-             "function": {"name": answer.tool, "arguments": "{}"}}]}
-    reason = "tool_calls" if answer.tool else "stop"
-    base = {"id": "chatcmpl-demo", "created": int(time.time()), "model": answer.model}
-    counts = answer.usage("prompt_tokens", "completion_tokens")
-    if body.get("stream") is not True:
-        exchange.reply_json(dict(base, object="chat.completion", usage=counts, choices=[
-            {"index": 0, "message": message, "finish_reason": reason}]))
-        return
-
-    def frames() -> Iterator[Frame]:
-        base["object"] = "chat.completion.chunk"
-        deltas = [{"tool_calls": [dict(message["tool_calls"][0], index=0)]}] if answer.tool else [
-            {"content": word} for word in answer.words]
-        for delta in [{"role": "assistant", "content": ""}] + deltas:
-            yield Frame("", dumps(dict(base, choices=[
-                {"index": 0, "delta": delta, "finish_reason": None}])))
-        yield Frame("", dumps(dict(base, choices=[
-            {"index": 0, "delta": {}, "finish_reason": reason}])))
-        yield Frame("", dumps(dict(base, choices=[], usage=counts)))
-        yield Frame("", b"[DONE]")
-
-    demo_stream(exchange, frames())
-
-
-def demo_responses(exchange: Exchange) -> None:
-    """POST /responses of the demo."""
-    body = exchange.json_object()
-    answer = DemoAnswer.to(body)
-    part = {"type": "output_text", "text": answer.text, "annotations": []}
-    item: Json = {"id": "msg_demo", "type": "message", "role": "assistant",
-                  "status": "completed", "content": [part]}
-    if answer.tool:
-        item = {"id": "fc_demo", "type": "function_call", "call_id": "call_demo",
-                "name": answer.tool, "arguments": "{}", "status": "completed"}
-    whole = {"id": "resp_demo", "object": "response", "created_at": int(time.time()),
-             "status": "completed", "model": answer.model, "output": [item], "error": None,
-             "incomplete_details": None, "instructions": None, "metadata": {}, "tools": [],
-             "tool_choice": "auto", "parallel_tool_calls": True, "temperature": 1, "top_p": 1,
-             "usage": answer.usage("input_tokens", "output_tokens")}
-    if body.get("stream") is not True:
-        exchange.reply_json(whole)
-        return
-
-    def events() -> Iterator[tuple[str, Json]]:
-        begun = dict(whole, status="in_progress", output=[], usage=None)
-        place = {"item_id": item["id"], "output_index": 0}
-        yield "created", {"response": begun}
-        yield "in_progress", {"response": begun}
-        hollow = dict(item, status="in_progress")
-        hollow["arguments" if answer.tool else "content"] = "" if answer.tool else []
-        yield "output_item.added", {"output_index": 0, "item": hollow}
-        if answer.tool:
-            yield "function_call_arguments.delta", dict(place, delta="{}")
-            yield "function_call_arguments.done", dict(place, arguments="{}", name=answer.tool)
-        else:
-            place["content_index"] = 0
-            yield "content_part.added", dict(place, part=dict(part, text=""))
-            for word in answer.words:
-                yield "output_text.delta", dict(place, delta=word, logprobs=[])
-            yield "output_text.done", dict(place, text=answer.text, logprobs=[])
-            yield "content_part.done", dict(place, part=part)
-        yield "output_item.done", {"output_index": 0, "item": item}
-        yield "completed", {"response": whole}
-
-    demo_stream(exchange, (
-        Frame("response." + name, dumps(dict(value, type="response." + name, sequence_number=at)))
-        for at, (name, value) in enumerate(events())))
-
-
-def demo_messages(exchange: Exchange) -> None:
-    """POST /v1/messages of the demo."""
-    body = exchange.json_object()
-    answer = DemoAnswer.to(body)
-    block: Json = {"type": "text", "text": answer.text}
-    if answer.tool:
-        block = {"type": "tool_use", "id": "toolu_demo", "name": answer.tool, "input": {}}
-    counts = {"input_tokens": answer.prompt_tokens, "output_tokens": len(answer.words)}
-    reason = "tool_use" if answer.tool else "end_turn"
-    whole = {"id": "msg_demo", "type": "message", "role": "assistant", "model": answer.model,
-             "content": [block], "stop_reason": reason, "stop_sequence": None, "usage": counts}
-    if body.get("stream") is not True:
-        exchange.reply_json(whole)
-        return
-
-    def events() -> Iterator[Json]:
-        begun = dict(whole, content=[], stop_reason=None, usage=dict(counts, output_tokens=1))
-        yield {"type": "message_start", "message": begun}
-        hollow = dict(block) if answer.tool else dict(block, text="")
-        yield {"type": "content_block_start", "index": 0, "content_block": hollow}
-        for word in [] if answer.tool else answer.words:
-            yield {"type": "content_block_delta", "index": 0,
-                   "delta": {"type": "text_delta", "text": word}}
-        yield {"type": "content_block_stop", "index": 0}
-        yield {"type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": None},
-               "usage": counts}
-        yield {"type": "message_stop"}
-
-    demo_stream(exchange, (Frame(event["type"], dumps(event)) for event in events()))
 
 
 def demo_embeddings(exchange: Exchange) -> None:
@@ -8090,9 +7933,9 @@ DEMO_ROUTES: Routes = {
                                               else demo_user)(x)},
     "/user": {"GET": demo_user},
     "/models": {"GET": lambda x: x.reply_json({"object": "list", "data": DEMO_MODELS})},
-    "/chat/completions": {"POST": demo_chat},
-    "/responses": {"POST": demo_responses},
-    "/messages": {"POST": demo_messages},
+    "/chat/completions": {"POST": functools.partial(demo_answer, CHAT)},
+    "/responses": {"POST": functools.partial(demo_answer, RESPONSES)},
+    "/messages": {"POST": functools.partial(demo_answer, MESSAGES)},
     "/messages/count_tokens": {"POST": lambda x: x.reply_json(
         {"input_tokens": estimate_tokens(x.json_object())})},
     "/embeddings": {"POST": demo_embeddings},
