@@ -14,16 +14,16 @@ file, thread, clock or random number, so they can be read and tested by themselv
      2 Constants           every number and header value, with unit and source
      3 Errors              one class per kind of failure, one table of their names on the wire
      4 Helpers             JSON, redaction, unwrapping of upstream errors
-     5 Vocabulary          Usage, Model: what all dialects have in common
+     5 Vocabulary          Usage, Model, Request, Response, events: common to all dialects
      6 Framing             HTTP heads, bodies and server-sent events, bytes in, values out
-     7 Dialects            ChatCompletions, Responses, Messages: rules and stream pipelines
-     8 Planning            which model is meant, may it be asked this way, token estimate
+     7 Dialects            ChatCompletions, Responses, Messages: rules, streams, translation
+     8 Planning            which model is meant, which way to ask it, token estimate
      9 Settings            flag > environment > default
     10 Storage             the folder with the login
     11 Upstream HTTP       one urllib opener with a keep-alive pool
     12 GitHub              device flow, token exchange, usage
     13 Copilot             headers, the short-lived token, the model catalogue, one call
-    14 Policy              rate limit, approval by hand
+    14 Policy              rate limit, approval by hand, counts, kept responses
     15 HTTP server         connections, requests, answers, the relay of a stream
     16 Page                what a browser shows
     17 Endpoints           one short function per route, the table of routes
@@ -33,9 +33,12 @@ file, thread, clock or random number, so they can be read and tested by themselv
 
 The way of a request:
 
-    Server -> Handler -> ROUTES -> chat_completions() -> plan() -> Copilot.send() -> GitHub Copilot
+    Server -> Handler -> ROUTES -> complete() -> ask() -> Plan -> Copilot.send() -> GitHub Copilot
                                                                         |
     client socket <- chunk <- StreamRelay.feed(bytes) -> bytes <- upstream socket
+
+Where client and model speak the same dialect a StreamRelay mends bytes; else it is made of a
+StreamDecoder (upstream bytes to neutral events) and a StreamEncoder (events to client bytes).
 
 Hosts contacted: github.com and api.github.com (login, token exchange, usage), and the Copilot API
 host that GitHub names together with the token (*.githubcopilot.com).  With --github-url and
@@ -169,7 +172,7 @@ MAX_SPELLINGS = 1000                     # of model names that are remembered
 RATE_QUEUE = 100                         # callers that may wait for --rate-limit
 HICCUP_STATUS = (500, 502, 503, 504, 529)
 EMBEDDING_BATCH = 512                    # upstream's max_inputs
-MAX_LOSS_NAMES = 200
+MAX_NAMES = 200
 STORE_COUNT, STORE_BYTES = 2000, 64 * 1024 * 1024    # of answers that clients may name later
 STORE_AGE_S = 6 * 3600.0
 ATTACHMENTS_URL = "https://github.com/github-copilot/chat/attachments/"
@@ -404,9 +407,7 @@ def floats_to_base64(vector: list[float]) -> str:
 class Usage:
     """Token counts of one answer.  The three input counts are disjoint and add up to the prompt.
 
-    OpenAI counts cached tokens inside the prompt, Anthropic beside it: converted once, here.
-    """
-
+    OpenAI counts cached tokens inside the prompt, Anthropic beside it: converted once, here."""
     input: int = 0
     cache_read: int = 0
     cache_write: int = 0
@@ -437,7 +438,6 @@ class Usage:
 @dataclass
 class Model:
     """One entry of the catalogue, read leniently: every field may be missing upstream."""
-
     id: str
     name: str = ""
     vendor: str = ""
@@ -500,8 +500,7 @@ class Model:
 class Edit:
     """A request body that is being made fit for the upstream, and the record of what was done.
 
-    As long as `changed` is False the bytes that the client sent go upstream as they are.
-    """
+    As long as `changed` is False the bytes that the client sent go upstream as they are."""
 
     def __init__(self, body: Json, losses: list[tuple[str, str]] | None = None) -> None:
         self.body = body
@@ -538,14 +537,12 @@ class Edit:
 
 class Part:
     """A piece of a turn or of an answer: one of the classes below."""
-
     cache = False            # True: the prompt cache may end here
 
 
 @dataclass
 class Text(Part):
     """Words.  `refusal`: the model says why it will not answer."""
-
     text: str
     refusal: bool = False
 
@@ -553,7 +550,6 @@ class Text(Part):
 @dataclass
 class Image(Part):
     """Either base64 `data` of a `media_type`, or a `url`.  `detail`: low, high, auto."""
-
     media_type: str = ""
     data: str = ""
     url: str = ""
@@ -563,7 +559,6 @@ class Image(Part):
 @dataclass
 class Document(Part):
     """One of base64 `data`, `url` or plain `text`."""
-
     media_type: str = ""
     data: str = ""
     url: str = ""
@@ -578,7 +573,6 @@ class Reasoning(Part):
     signature: Messages' signature, Responses' encrypted content or Copilot's reasoning_opaque, as
     `minted_by` (a dialect's name) says; it means nothing to any other.  redacted: no text at all.
     """
-
     text: str = ""
     signature: str | None = None
     id: str | None = None
@@ -589,7 +583,6 @@ class Reasoning(Part):
 @dataclass
 class ToolCall(Part):
     """`arguments` stay JSON text, parsed only where a dialect demands an object."""
-
     id: str
     name: str
     arguments: str = "{}"
@@ -598,7 +591,6 @@ class ToolCall(Part):
 @dataclass
 class ToolResult(Part):
     """What a tool gave back; always in a user turn."""
-
     call_id: str
     parts: list[Part]
     is_error: bool = False
@@ -607,7 +599,6 @@ class ToolResult(Part):
 @dataclass
 class Turn:
     """role: system (OpenAI's developer, too), user or assistant."""
-
     role: str
     parts: list[Part]
 
@@ -617,9 +608,7 @@ class Tool:
     """A function that the client runs.  `parameters`: a JSON schema, None when there is none.
 
     custom: freeform for its client, who gives and gets bare text.  namespace, short_name: of a
-    tool that its client knows under two names.
-    """
-
+    tool that its client knows under two names."""
     name: str
     description: str | None = None
     parameters: Json | None = None
@@ -633,14 +622,12 @@ class Tool:
 @dataclass
 class Named:
     """tool_choice: this tool and no other."""
-
     name: str
 
 
 @dataclass
 class OutputSchema:
     """The answer must be JSON: of this schema, or any object when `schema` is None."""
-
     schema: Json | None = None
     name: str = "output"
     strict: bool | None = None
@@ -651,12 +638,10 @@ class OutputSchema:
 class Request:
     """A request in neutral words.  None means that the client did not say; it is never sent.
 
-    model: as the client wrote it; now: unix seconds; key: of no other request.  tool_choice: None, "auto", "none",
-    "required" or Named.  effort: a word of EFFORT_BUDGETS, "minimal" or "none".  openai: fields
-    that both of OpenAI's shapes have.  wants_usage: a chat client asked for the usage chunk.
-    output_tool: set when a forced call stands for `output_schema`, see `Unwrapper`.
-    """
-
+    model: as the client wrote it; now: unix seconds; key: of no other request.  tool_choice: None,
+    "auto", "none", "required" or Named.  effort: a word of EFFORT_BUDGETS, "minimal" or "none".
+    openai: fields that both of OpenAI's shapes have.  wants_usage: a chat client asked for usage.
+    output_tool: set when a forced call stands for `output_schema`, see `Unwrapper`."""
     model: str
     dialect: str = field(default="", compare=False)
     now: int = field(default=0, compare=False)
@@ -698,7 +683,6 @@ class Request:
 class Response:
     """A whole answer.  stop: stop, length, tool_use, stop_sequence, refusal or pause.  created:
     unix seconds, 0 when unknown."""
-
     id: str
     model: str
     parts: list[Part] = field(default_factory=list)
@@ -717,7 +701,6 @@ class Event:
 @dataclass
 class ResponseStart(Event):
     """`created`: unix seconds, 0 when unknown."""
-
     id: str
     model: str
     created: int = 0
@@ -726,7 +709,6 @@ class ResponseStart(Event):
 @dataclass
 class PartStart(Event):
     """`part` is a skeleton: its text or arguments come as deltas."""
-
     index: int
     part: Part
 
@@ -734,7 +716,6 @@ class PartStart(Event):
 @dataclass
 class PartDelta(Event):
     """More of the text, the readable thinking, or the arguments: as the started part says."""
-
     index: int
     text: str
 
@@ -742,7 +723,6 @@ class PartDelta(Event):
 @dataclass
 class PartSignature(Event):
     """The opaque state of a Reasoning, at most once and behind its text."""
-
     index: int
     signature: str
     minted_by: str
@@ -752,14 +732,12 @@ class PartSignature(Event):
 @dataclass
 class PartEnd(Event):
     """Nothing more comes for this part."""
-
     index: int
 
 
 @dataclass
 class ResponseEnd(Event):
     """`stop`: see Response."""
-
     stop: str
     usage: Usage | None = None
     stop_sequence: str | None = None
@@ -768,7 +746,6 @@ class ResponseEnd(Event):
 @dataclass
 class StreamError(Event):
     """The stream failed."""
-
     message: str
     status: int = 502
     code: str | None = None
@@ -777,26 +754,25 @@ class StreamError(Event):
         return UpstreamError(self.message, self.status, self.code)
 
 
-def skeleton(part: Part) -> Part:
-    """The part without what comes as deltas and signature."""
-    if isinstance(part, ToolCall):
-        return replace(part, arguments="")
-    if isinstance(part, Reasoning) and not part.redacted:
-        return replace(part, text="", signature=None)
-    return replace(part, text="") if isinstance(part, Text) else part
+_TEXT_FIELDS = {Text: "text", Reasoning: "text", ToolCall: "arguments"}
 
 
 def text_in(part: Part) -> str:
     """What of a part comes as deltas."""
-    return part.arguments if isinstance(part, ToolCall) else (
-        part.text if isinstance(part, (Text, Reasoning)) else "")
+    return str(getattr(part, _TEXT_FIELDS.get(type(part), ""), ""))
 
 
 def with_text(part: Part, text: str) -> Part:
-    """A skeleton filled with all its deltas."""
-    if isinstance(part, ToolCall):
-        return replace(part, arguments=part.arguments + text)
-    return replace(part, text=part.text + text) if isinstance(part, (Text, Reasoning)) else part
+    """The part with other words, as far as it has any."""
+    name = _TEXT_FIELDS.get(type(part))
+    return replace(part, **{name: text}) if name else part      # type: ignore[type-var]
+
+
+def skeleton(part: Part) -> Part:
+    """The part without what comes as deltas and signature."""
+    if isinstance(part, Reasoning):
+        return part if part.redacted else replace(part, text="", signature=None)
+    return with_text(part, "")
 
 
 def unfold(response: Response) -> Iterator[Event]:
@@ -834,7 +810,8 @@ def fold(events: Iterable[Event]) -> Response:
         elif isinstance(event, ResponseEnd):
             response.stop, response.usage = event.stop, event.usage
             response.stop_sequence = event.stop_sequence
-            response.parts = [with_text(p, "".join(texts[at])) for at, p in parts.items()]
+            response.parts = [with_text(p, text_in(p) + "".join(texts[at]))
+                              for at, p in parts.items()]
             return response
     raise UpstreamError("the upstream ended the stream before its end")
 
@@ -1179,7 +1156,8 @@ class SSEDecoder:
 # One class per API shape.  A dialect knows how a request of its shape is made fit for the upstream
 # (`prepare`), what in it decides the headers (`initiator`, `has_images`), how an answer is mended
 # (`mend`, `stream`), and how an error looks.  On the diagonal - client and model speak the same
-# dialect - nothing is translated: bytes go through and only what must change is touched.
+# dialect - nothing is translated: bytes go through and only what must change is touched.  Off it a
+# request goes through neutral words and an answer through neutral events, see section 5.
 
 
 def is_whole_event(raw: bytes) -> bool:
@@ -1197,8 +1175,7 @@ class StreamRelay:
     `feed(data)` may be called with any cut of the stream and gives the same bytes in all;
     `close(error)` gives the last bytes: nothing after a proper end, else the dialect's error
     event, so that a cut stream never ends politely.  `ended` is True once the terminal event went
-    through; `failure` then holds the upstream's own message if it was an error.
-    """
+    through; `failure` then holds the upstream's own message if it was an error."""
 
     def __init__(self, asked: str) -> None:
         self.asked = asked
@@ -1261,7 +1238,6 @@ _IMAGE_TYPES = ("image", "image_url", "input_image")
 
 class Dialect:
     """What the three have in common.  Stateless; the state of a stream lives in its StreamRelay."""
-
     name = ""
     path = ""                         # of the upstream, as in `supported_endpoints`
     keepalive = b": keepalive\n\n"    # an event that clients of this dialect ignore
@@ -1278,13 +1254,20 @@ class Dialect:
         return {"error": {"message": str(error), "type": error.types()[0],
                           "param": error.param, "code": error.code}}
 
-    def prepare(self, edit: Edit, model: Model) -> None:
-        """Make the body fit for the upstream, in place.  Raises BadRequest."""
-        raise NotImplementedError
-
-    def initiator(self, body: Json) -> str:
-        """'user' for a human turn, 'agent' for a follow-up of the tool loop."""
-        raise NotImplementedError
+    # `prepare` makes a body fit for the upstream in place, raising BadRequest; `initiator` is
+    # "user" for a human turn, "agent" for a follow-up of the tool loop; `mend` mends a whole answer
+    # in place -> (was it changed, its token counts); `stream` is the pipeline for a streamed one,
+    # given the request before prepare.  The others serve clients of models in another dialect:
+    # both ways between a body and neutral words, where unknown fields are losses.
+    prepare: Callable[[Edit, Model], None]
+    initiator: Callable[[Json], str]
+    mend: Callable[[Json, str], tuple[bool, Usage | None]]
+    stream: Callable[[str, Json], StreamRelay]
+    decode_request: Callable[[Json], Request]
+    encode_request: Callable[[Request, Model], Json]
+    encode_response: Callable[[Response, Request], Json]
+    stream_decoder: Callable[[], StreamDecoder]
+    stream_encoder: Callable[[Request], StreamEncoder]
 
     @staticmethod
     def has_images(body: Json) -> bool:
@@ -1293,34 +1276,6 @@ class Dialect:
                  for key in ("content", "output") for part in as_list(as_object(item).get(key))]
         parts += [inner for part in parts for inner in as_list(as_object(part).get("content"))]
         return any(as_object(part).get("type") in _IMAGE_TYPES for part in parts)
-
-    def mend(self, answer: Json, asked: str) -> tuple[bool, Usage | None]:
-        """Mend a whole answer in place -> (was it changed, its token counts)."""
-        raise NotImplementedError
-
-    def stream(self, asked: str, body: Json) -> StreamRelay:
-        """The pipeline for a streamed answer; `body` is the client's request, before prepare."""
-        raise NotImplementedError
-
-    # -- off the diagonal
-
-    def decode_request(self, body: Json) -> Request:
-        """A client's body in neutral words.  Raises BadRequest; unknown fields are losses."""
-        raise NotImplementedError
-
-    def encode_request(self, request: Request, model: Model) -> Json:
-        """A body for the upstream, to be followed by `prepare`.  Raises BadRequest."""
-        raise NotImplementedError
-
-    def encode_response(self, response: Response, request: Request) -> Json:
-        """A whole answer for a client."""
-        raise NotImplementedError
-
-    def stream_decoder(self) -> StreamDecoder:
-        raise NotImplementedError
-
-    def stream_encoder(self, request: Request) -> StreamEncoder:
-        raise NotImplementedError
 
 
 def check_list(body: Json, key: str) -> list[Json]:
@@ -1492,8 +1447,7 @@ def unpack_opaque(text: Any) -> list[tuple[str, str | None, str]]:
 def reasoning_parts(dialect: str, text: str, state: Any, state_id: Any = None) -> list[Part]:
     """What a slot of `dialect` holds: its own state, or packed ones of others.
 
-    Anthropic signs the text, so states of several blocks whose texts were joined are worthless.
-    """
+    Anthropic signs the text, so states of several blocks whose texts were joined are worthless."""
     packed = unpack_opaque(state)
     if not packed:
         own = word(state)
@@ -1602,8 +1556,8 @@ def read_content(content: Any, place: str, request: Request) -> list[Part]:
             found += [Text(str(part["text"]))] if part.get("text") else []
         elif kind in ("image_url", "input_image"):
             image = part.get("image_url")
-            image = image if isinstance(image, dict) else {"url": image, "detail": part.get("detail")}
-            found.append(image_from_url(image.get("url"), place, image.get("detail")))
+            about = image if isinstance(image, dict) else dict(part, url=image)
+            found.append(image_from_url(about.get("url"), place, about.get("detail")))
         elif kind in ("file", "input_file"):
             found.append(document_from_file(part.get("file", part), place))
         elif isinstance(part, dict):
@@ -1643,8 +1597,11 @@ def note_unknown(request: Request, source: Json, *known: str) -> None:
             request.lose(name[:60], "no counterpart in the model's dialect")
 
 
-def read_common(request: Request, body: Json, *known: str) -> None:
-    """The fields that all dialects spell alike, those of OpenAI's two, and the unknown ones."""
+def read_common(dialect: Dialect, body: Json, read_tool: Callable[[Json, Request], None],
+                *known: str) -> Request:
+    """The fields that all dialects spell alike, those of OpenAI's two, the tools; other fields
+    than these and the `known` ones are losses."""
+    request = Request(str(body.get("model") or ""), dialect.name)
     for name in ("temperature", "top_p"):
         value = body.get(name)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -1652,9 +1609,15 @@ def read_common(request: Request, body: Json, *known: str) -> None:
     for name in ("stream", "parallel_tool_calls"):
         if isinstance(body.get(name), bool):
             setattr(request, name, body[name])
-    shared = () if request.dialect == "messages" else OPENAI_FIELDS
+    shared = () if dialect.name == "messages" else OPENAI_FIELDS
     request.openai.update({name: body[name] for name in shared if body.get(name) is not None})
+    if shared:
+        request.user = word(body.get("user"))
+        request.tool_choice = openai_choice(body.get("tool_choice"), request)
+    for tool in check_list(body, "tools") if body.get("tools") else ():
+        read_tool(tool, request)
     note_unknown(request, body, *COMMON_FIELDS, *shared, *known)
+    return request
 
 
 def preflight(request: Request, model: Model) -> None:
@@ -1679,10 +1642,13 @@ def preflight(request: Request, model: Model) -> None:
 
 
 def fit_effort(request: Request, model: Model) -> str | None:
-    """The wish for reasoning as an effort that the model lists; None: say nothing."""
+    """The wish for reasoning as an effort that the model lists; None: say nothing, which is a
+    loss if there was a wish."""
     wish = request.effort or (budget_to_effort(request.thinking_budget)
                               if request.thinking_budget else None)
     if wish is None or not model.efforts:
+        if wish:
+            request.lose("effort", "the model lists none")
         return None
     if wish in ("none", "minimal") and wish not in model.efforts:
         wish = EFFORT_BUDGETS[0][0]
@@ -1698,30 +1664,24 @@ def fit_budget(wish: int | None, room: int | None, model: Model) -> int | None:
     return max(least, min(wish, most, room - 1)) if wish and most and room > least else None
 
 
-def offered_tools(request: Request, native: bool) -> tuple[list[Tool], str | Named | None]:
-    """(tools, tool_choice) that go upstream, with the tool that stands for an output schema which
-    the model cannot keep to by itself (not `native`)."""
-    tools, choice = list(request.tools), request.tool_choice
+def offered_tools(request: Request, model: Model, bare: bool
+                  ) -> tuple[list[Tool], str | Named | None, OutputSchema | None]:
+    """(tools, tool_choice, output schema) that go upstream.  A schema that the model cannot keep
+    to by itself becomes a tool that must be called.  bare: the dialect has JSON without a schema.
+    """
+    tools, choice, schema = list(request.tools), request.tool_choice, request.output_schema
     if isinstance(choice, Named) and choice.name not in [tool.name for tool in tools]:
         request.lose("tool_choice", "the tool is not offered")
         choice = None
-    schema = request.output_schema
-    if schema is None or native:
-        return tools, choice if tools else None
+    if schema is None or (bare if schema.schema is None else
+                          model.supports.get("structured_outputs") is True):
+        return tools, choice if tools else None, schema
     request.output_tool = OUTPUT_TOOL
     tools.append(Tool(OUTPUT_TOOL, schema.description or "Give the final answer with this tool.",
                       schema.schema or {"type": "object"}))
     alone = len(tools) == 1 or choice == "none"
     return tools, choice if isinstance(choice, Named) else (
-        Named(OUTPUT_TOOL) if alone else "required")
-
-
-def does_schemas(request: Request, model: Model, bare: bool) -> bool:
-    """Can the model keep to the schema by itself?  bare: the dialect has JSON without a schema."""
-    schema = request.output_schema
-    if schema is None or schema.schema is None:
-        return schema is not None and bare
-    return model.supports.get("structured_outputs") is True
+        Named(OUTPUT_TOOL) if alone else "required"), None
 
 
 def wants_cache_marks(request: Request, model: Model) -> bool:
@@ -1785,21 +1745,11 @@ def openai_body(request: Request) -> Json:
     return dict(body, **request.openai)
 
 
-def fit_openai_effort(request: Request, model: Model) -> str | None:
-    """The effort for an OpenAI shape; a wish that the model has no words for is recorded."""
-    effort = fit_effort(request, model)
-    if effort is None and (request.effort or request.thinking_budget):
-        request.lose("effort", "the model lists none")
-    return effort
-
-
 class StreamDecoder:
     """Upstream events in, neutral events out: `read(data of a frame)`, then `close(clean)`.
 
     `ended` is True behind a ResponseEnd or StreamError.  `close` never is polite on its own: a
-    stream without its terminal event becomes a StreamError.
-    """
-
+    stream without its terminal event becomes a StreamError."""
     TEXT_KEYS: tuple[bytes, ...] = ()          # JSON keys of the text of a delta
 
     def __init__(self) -> None:
@@ -1942,7 +1892,6 @@ class StreamDecoder:
 class StreamEncoder:
     """Neutral events in, bytes of the client's dialect out: `feed(event)`; `ended` is True behind
     the terminal event.  A delta is the part's frame, cut where the text belongs."""
-
     MARK, QUOTED_MARK = "\0", quote("\0")
     METHODS = ((ResponseStart, "_start"), (PartStart, "_begin"), (PartDelta, "_delta"),
                (PartSignature, "_sign"), (PartEnd, "_end"), (ResponseEnd, "_stop"),
@@ -1977,8 +1926,7 @@ class ChatStream(StreamRelay):
     calls numbered from 0, one finish chunk, usage only for a client that asked for it.
 
     Claude's turns come split over several choices, so the finish reason is held back until the
-    end: a client stops reading tool calls at the first one it sees.
-    """
+    end: a client stops reading tool calls at the first one it sees."""
 
     def __init__(self, asked: str, wants_usage: bool) -> None:
         super().__init__(asked)
@@ -2107,8 +2055,7 @@ def merge_choices(choices: list[Json], key: str,
                   number: Callable[[int, Json, int], None]) -> Json:
     """The deltas (or messages) of one answer's choices as one: texts joined, tool calls in a row.
 
-    `number(choice index, call, its place)` may set a call's index.
-    """
+    `number(choice index, call, its place)` may set a call's index."""
     merged: Json = {}
     for choice in choices:
         part = as_object(choice.get(key) or choice.get("message") or choice.get("delta"))
@@ -2128,7 +2075,6 @@ def merge_choices(choices: list[Json], key: str,
 
 class ChatCompletions(Dialect):
     """POST /chat/completions, OpenAI's older shape and the one that most models speak."""
-
     name, path = "chat", "/chat/completions"
     STOP_REASONS = (("stop", "stop"), ("length", "length"), ("tool_calls", "tool_use"),
                     ("content_filter", "refusal"), ("function_call", "tool_use"),
@@ -2248,25 +2194,21 @@ class ChatCompletions(Dialect):
             key = "functions" if body.get("functions") else "n"
             raise BadRequest("'%s' is not supported%s" % (
                 key, ": use 'tools'" if key == "functions" else " above 1"), param=key)
-        request = Request(str(body.get("model") or ""), self.name)
-        read_common(request, body, "messages", "max_tokens", "max_completion_tokens", "n", "stop",
-                    "reasoning_effort", "thinking_budget", "response_format", "verbosity",
-                    "functions", "function_call")
+        request = read_common(
+            self, body, self._read_tool, "messages", "max_tokens", "max_completion_tokens", "n",
+            "stop", "reasoning_effort", "thinking_budget", "response_format", "verbosity",
+            "functions", "function_call")
         request.max_output_tokens = positive(body.get("max_completion_tokens")) or positive(
             body.get("max_tokens"))
         stop = body.get("stop")
         request.stop = list(filter(word, [stop] if isinstance(stop, str) else as_list(stop)))
         request.effort = word(body.get("reasoning_effort"))
         request.thinking_budget = positive(body.get("thinking_budget"))
-        request.user = word(body.get("user"))
         layout, options = (as_object(body.get(k)) for k in ("response_format", "stream_options"))
         request.wants_usage = options.get("include_usage") is True
         request.output_schema = read_schema(
             dict(as_object(layout.get("json_schema")), type=layout.get("type")))
         request.openai.update(given(verbosity=body.get("verbosity") or None))
-        for tool in check_list(body, "tools") if body.get("tools") else ():
-            self._read_tool(tool, request)
-        request.tool_choice = openai_choice(body.get("tool_choice"), request)
         for at, message in enumerate(check_list(body, "messages")):
             self._read_message(request, message, "messages[%d]" % at)
         return request
@@ -2319,8 +2261,7 @@ class ChatCompletions(Dialect):
 
     def encode_request(self, request: Request, model: Model) -> Json:
         preflight(request, model)
-        native = does_schemas(request, model, True)
-        tools, choice = offered_tools(request, native)
+        tools, choice, schema = offered_tools(request, model, True)
         body: Json = {"model": model.id, "messages": []}
         for turn in request.turns:
             body["messages"] += self._write_turn(turn, request, model)
@@ -2331,11 +2272,11 @@ class ChatCompletions(Dialect):
         if budget and not model.efforts:
             body["thinking_budget"] = budget
         else:
-            body.update(given(reasoning_effort=fit_openai_effort(request, model)))
+            body.update(given(reasoning_effort=fit_effort(request, model)))
         body.update(openai_body(request), **given(
             max_tokens=request.max_output_tokens, stop=request.stop[:MAX_STOP_SEQUENCES] or None))
-        if native and request.output_schema:
-            layout: Json = write_schema(request.output_schema)
+        if schema:
+            layout: Json = write_schema(schema)
             kind = layout.pop("type")
             body["response_format"] = given(**{"type": kind, kind: layout or None})
         if tools:
@@ -2447,7 +2388,6 @@ class ChatCompletions(Dialect):
 class ChatDecoder(StreamDecoder):
     """Chat chunks: several choices are one answer, calls are numbered by first appearance, a part
     ends where another kind begins, calls at the end."""
-
     TEXT_KEYS = (b'"content":', b'"reasoning_text":', b'"arguments":')
 
     def __init__(self) -> None:
@@ -2538,7 +2478,6 @@ class ChatDecoder(StreamDecoder):
 
 class ChatEncoder(StreamEncoder):
     """Chunks with everything that strict clients look for; usage only for who asked."""
-
     dialect: ChatCompletions
 
     def __init__(self, dialect: ChatCompletions, request: Request) -> None:
@@ -2552,8 +2491,10 @@ class ChatEncoder(StreamEncoder):
             {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]))
 
     def _start(self, event: ResponseStart) -> bytes:
-        self._head = {"id": client_id("chatcmpl-", event.id, self.request), "object": "chat.completion.chunk",
-                      "created": event.created or self.request.now, "model": self.request.model}
+        request = self.request
+        self._head = {"id": client_id("chatcmpl-", event.id, request),
+                      "object": "chat.completion.chunk",
+                      "created": event.created or request.now, "model": request.model}
         return self._chunk({"role": "assistant", "content": ""})
 
     def _begin(self, event: PartStart) -> bytes:
@@ -2655,8 +2596,7 @@ class ResponsesStream(StreamRelay):
     and strict clients give up on a mismatch.  The first id per `output_index` is kept.
 
     Argument deltas that come with `obfuscation` may be ciphertext: they are held until the `.done`
-    event, whose text is the truth, and then sent as one delta.
-    """
+    event, whose text is the truth, and then sent as one delta."""
 
     def __init__(self, asked: str) -> None:
         super().__init__(asked)
@@ -2791,7 +2731,6 @@ class ResponsesStream(StreamRelay):
 
 class Responses(Dialect):
     """POST /responses, OpenAI's newer shape.  Upstream it is stateless: nothing is stored."""
-
     name, path = "responses", "/responses"
     #: incomplete_details.reason (for whole answers "completed") and the neutral word
     STOP_REASONS = (("completed", "stop"), ("max_output_tokens", "length"),
@@ -2896,18 +2835,13 @@ class Responses(Dialect):
 
     def decode_request(self, body: Json) -> Request:
         self._refuse_state(body)
-        request = Request(str(body.get("model") or ""), self.name)
-        read_common(request, body, "input", "instructions", "max_output_tokens", "reasoning",
-                    "text")
+        request = read_common(self, body, self._read_tool, "input", "instructions",
+                              "max_output_tokens", "reasoning", "text")
         request.max_output_tokens = positive(body.get("max_output_tokens"))
-        request.user = word(body.get("user"))
         reasoning, text = as_object(body.get("reasoning")), as_object(body.get("text"))
         request.effort = word(reasoning.get("effort"))
         request.output_schema = read_schema(as_object(text.get("format")))
         request.openai.update(given(verbosity=text.get("verbosity") or None))
-        for tool in check_list(body, "tools") if body.get("tools") else ():
-            self._read_tool(tool, request)
-        request.tool_choice = openai_choice(body.get("tool_choice"), request)
         if body.get("instructions"):
             request.add_turn("system", [Text(str(body["instructions"]))])
         items = [{"role": "user", "content": body["input"]}] if isinstance(
@@ -2983,8 +2917,7 @@ class Responses(Dialect):
 
     def encode_request(self, request: Request, model: Model) -> Json:
         preflight(request, model)
-        native = does_schemas(request, model, True)
-        tools, choice = offered_tools(request, native)
+        tools, choice, schema = offered_tools(request, model, True)
         turns, instructions = list(request.turns), []
         while turns and turns[0].role == "system":
             instructions.append(join_texts(turns.pop(0).parts))
@@ -2995,10 +2928,10 @@ class Responses(Dialect):
         body.update(openai_body(request), **given(
             instructions="\n\n".join(instructions) or None,
             max_output_tokens=request.max_output_tokens))
-        text = given(verbosity=body.pop("verbosity", None), format=write_schema(
-            request.output_schema) if native and request.output_schema else None)
+        text = given(verbosity=body.pop("verbosity", None),
+                     format=write_schema(schema) if schema else None)
         # other dialects' clients have no word for the summary and want to see the thinking
-        reasoning = given(effort=fit_openai_effort(request, model),
+        reasoning = given(effort=fit_effort(request, model),
                           summary="auto" if model.efforts else None)
         body.update(given(text=text or None, reasoning=reasoning or None))
         if tools:
@@ -3090,7 +3023,6 @@ class Responses(Dialect):
 class ResponsesDecoder(StreamDecoder):
     """Events of /responses.  Items are known by `output_index`: their ids change in every event.
     Argument deltas with `obfuscation` may be ciphertext, the text of `.done` counts."""
-
     TEXT_KEYS = (b'"delta":',)
 
     def __init__(self) -> None:
@@ -3226,7 +3158,6 @@ class ResponsesDecoder(StreamDecoder):
 class ResponsesEncoder(StreamEncoder):
     """The whole choreography: created, in_progress, for each item added, its deltas and dones,
     item done, and completed with the full output.  One id for each item, one for the response."""
-
     dialect: Responses
 
     def __init__(self, dialect: Responses, request: Request) -> None:
@@ -3423,7 +3354,6 @@ class MessagesStream(StreamRelay):
 class Messages(Dialect):
     """POST /v1/messages, Anthropic's shape.  The backend behind a model changes from request to
     request and differs in strictness, so everything that one of them refuses is left out."""
-
     name, path = "messages", "/v1/messages"
     STOP_REASONS = (("end_turn", "stop"), ("max_tokens", "length"), ("tool_use", "tool_use"),
                     ("stop_sequence", "stop_sequence"), ("refusal", "refusal"),
@@ -3591,8 +3521,7 @@ class Messages(Dialect):
         config = as_object(body.get("output_config"))
         effort = config.get("effort")
         adaptive = model.supports.get("adaptive_thinking") is True
-        least, most = (as_int(model.supports.get(k))
-                       for k in ("min_thinking_budget", "max_thinking_budget"))
+        most = as_int(model.supports.get("max_thinking_budget"))
         only_adaptive = adaptive and (model.version >= (4, 7) or not most)
         if not (adaptive or most):
             edit.drop(body, "thinking", "the model does not think" if thinking else "")
@@ -3604,20 +3533,13 @@ class Messages(Dialect):
             edit.set(body, "output_config", dict(config, effort=effort))
         elif kind in ("enabled", "adaptive") and not (kind == "adaptive" and adaptive):
             wish = thinking.get("budget_tokens") or dict(EFFORT_BUDGETS).get(str(effort), 8192)
-            self._set_budget(edit, as_int(wish), max(least, 1024), most)
+            fitting = fit_budget(as_int(wish), as_int(body.get("max_tokens")), model)
+            if fitting is None:
+                edit.drop(body, "thinking", "max_tokens leaves no room for it")
+            else:
+                edit.set(body, "thinking", given(type="enabled", budget_tokens=fitting,
+                                                 display=thinking.get("display")))
         self._prepare_effort(edit, model)
-
-    @staticmethod
-    def _set_budget(edit: Edit, wish: int, least: int, most: int) -> None:
-        body = edit.body
-        room = as_int(body.get("max_tokens")) or most + 1
-        if room <= least:
-            edit.drop(body, "thinking", "max_tokens leaves no room for it")
-        else:
-            budget = max(least, min(wish, most, room - 1))
-            display = as_object(body.get("thinking")).get("display")
-            edit.set(body, "thinking", dict({"type": "enabled", "budget_tokens": budget},
-                                            **({"display": display} if display else {})))
 
     @staticmethod
     def _prepare_effort(edit: Edit, model: Model) -> None:
@@ -3691,9 +3613,8 @@ class Messages(Dialect):
     def decode_request(self, body: Json) -> Request:
         if "thread" in body:
             self.prepare(Edit(body), Model(""))                # refuses it as clients want
-        request = Request(str(body.get("model") or ""), self.name)
-        read_common(request, body, "messages", "system", "max_tokens", "stop_sequences", "thinking",
-                    "output_config", "metadata")
+        request = read_common(self, body, self._read_tool, "messages", "system", "max_tokens",
+                              "stop_sequences", "thinking", "output_config", "metadata")
         request.max_output_tokens = positive(body.get("max_tokens"))
         request.stop = list(filter(word, as_list(body.get("stop_sequences"))))
         request.user = word(as_object(body.get("metadata")).get("user_id"))
@@ -3701,15 +3622,6 @@ class Messages(Dialect):
         request.effort = word(config.get("effort"))
         request.thinking_budget = positive(thinking.get("budget_tokens"))
         request.output_schema = read_schema(as_object(config.get("format")))
-        for tool in check_list(body, "tools") if body.get("tools") else ():
-            if tool.get("type") not in (None, "custom"):
-                lose_tool(tool, request)
-                continue
-            note_unknown(request, tool, "name", "description", "input_schema", "strict",
-                         "cache_control")
-            request.tools.append(Tool(
-                str(tool.get("name")), tool.get("description"), tool.get("input_schema"),
-                tool.get("strict"), cache=bool(tool.get("cache_control"))))
         choice = as_object(body.get("tool_choice"))
         request.tool_choice = (Named(str(choice.get("name"))) if choice.get("type") == "tool"
                                else dict(self.CHOICES).get(str(choice.get("type"))))
@@ -3725,6 +3637,17 @@ class Messages(Dialect):
                 raise BadRequest("'%s.role' must be user or assistant" % place, param=place)
             request.add_turn(role, self._read_blocks(message.get("content"), place, request))
         return request
+
+    @staticmethod
+    def _read_tool(tool: Json, request: Request) -> None:
+        if tool.get("type") not in (None, "custom"):
+            lose_tool(tool, request)
+            return
+        note_unknown(request, tool, "name", "description", "input_schema", "strict",
+                     "cache_control")
+        request.tools.append(Tool(
+            str(tool.get("name")), tool.get("description"), tool.get("input_schema"),
+            tool.get("strict"), cache=bool(tool.get("cache_control"))))
 
     def _read_blocks(self, content: Any, place: str, request: Request) -> list[Part]:
         parts: list[Part] = []
@@ -3769,8 +3692,7 @@ class Messages(Dialect):
 
     def encode_request(self, request: Request, model: Model) -> Json:
         preflight(request, model)
-        schema, native = request.output_schema, does_schemas(request, model, False)
-        tools, choice = offered_tools(request, native)
+        tools, choice, schema = offered_tools(request, model, False)
         turns, system = list(request.turns), []
         while turns and turns[0].role == "system":
             system += self._write_blocks(turns.pop(0).parts, request)
@@ -3790,7 +3712,7 @@ class Messages(Dialect):
                     "type": "object", "properties": {}}) for tool in tools]
             self._write_choice(body, choice, request.parallel_tool_calls)
         self._write_thinking(body, request, model, choice)
-        if native and schema:
+        if schema:
             body.setdefault("output_config", {})["format"] = {"type": "json_schema",
                                                               "schema": schema.schema}
         if wants_cache_marks(request, model):
@@ -3825,7 +3747,7 @@ class Messages(Dialect):
         if thinking and (isinstance(choice, Named) or choice == "required"):
             request.lose("thinking", "not while a tool call is demanded")
         elif thinking:
-            effort = fit_effort(request, model)
+            effort = fit_effort(request, model) if model.efforts else None
             body.update(given(thinking=thinking,
                               output_config={"effort": effort} if effort else None))
 
@@ -3880,8 +3802,9 @@ class Messages(Dialect):
         return given(type="document", source=source, title=part.title)
 
     def encode_response(self, response: Response, request: Request) -> Json:
-        return {"id": client_id("msg_", response.id, request), "type": "message", "role": "assistant",
-                "model": request.model, "content": [self.block(part) for part in response.parts],
+        return {"id": client_id("msg_", response.id, request), "type": "message",
+                "role": "assistant", "model": request.model,
+                "content": [self.block(part) for part in response.parts],
                 "stop_reason": self.TO_WIRE.get(response.stop, "end_turn"),
                 "stop_sequence": response.stop_sequence,
                 "usage": self.usage(response.usage or Usage())}
@@ -3900,7 +3823,6 @@ class Messages(Dialect):
 
 class MessagesDecoder(StreamDecoder):
     """Anthropic's events.  Usage is cumulative: later counts replace earlier ones."""
-
     TEXT_KEYS = (b'"text":', b'"thinking":', b'"partial_json":')
     DELTAS: ClassVar = {"text_delta": "text", "thinking_delta": "thinking",
                         "input_json_delta": "partial_json"}
@@ -3962,7 +3884,6 @@ class MessagesDecoder(StreamDecoder):
 class MessagesEncoder(StreamEncoder):
     """One block after another: while one is open the events of others wait.  A thinking block has
     exactly one signature, behind its text."""
-
     dialect: Messages
 
     def __init__(self, dialect: Messages, request: Request) -> None:
@@ -4192,8 +4113,7 @@ def translate_request(client: Dialect, upstream: Dialect, body: Json, model: Mod
                       ) -> tuple[Edit, Request]:
     """(a body that is fit for the upstream, the request in neutral words).
 
-    Raises BadRequest for what would change the meaning.  `body` may be changed.
-    """
+    Raises BadRequest for what would change the meaning.  `body` may be changed."""
     request = client.decode_request(body)
     edit = Edit(upstream.encode_request(request, model), request.losses)
     upstream.prepare(edit, model)
@@ -4210,8 +4130,7 @@ _FAMILIES = ("opus", "sonnet", "haiku", "fable")
 def normalise_model(asked: str) -> list[str]:
     """The ids that a client's spelling may stand for, most literal first.
 
-    'anthropic/claude-haiku-4-5-20251001' -> [..., 'claude-haiku-4-5', 'claude-haiku-4.5']
-    """
+    'anthropic/claude-haiku-4-5-20251001' -> [..., 'claude-haiku-4-5', 'claude-haiku-4.5']"""
     names = [asked, asked.strip().lower()]
     plain = re.sub(r"(?:\[1m\])+\Z", "", names[1])
     bare = re.sub(r"\A(?:us\.|eu\.|apac\.)?anthropic\.", "", plain.rsplit("/", 1)[-1])
@@ -4284,23 +4203,23 @@ def choose_upstream(client: Dialect, model: Model, refused: Container[tuple[str,
     """The dialect to ask a model in: the client's own wherever the model has it.
 
     refused: (model id, path) that the upstream did not serve though its list says so; such a model
-    is tried in what it does not list, too.  Raises BadRequest when nothing is left.
-    """
+    is tried in what it does not list, too.  Raises BadRequest when nothing is left."""
     left = [d for d in (client, *_SUBSTITUTES[client.name]) if (model.id, d.path) not in refused]
     found = [d for d in left if d.path in model.endpoints]
     if not found and len(left) < 3:
         found = [d for d in (RESPONSES, CHAT, MESSAGES) if d in left]
-    return found[0] if found else check_endpoint(model, client)
+    if not found:
+        check_endpoint(model, client.path)
+    return (found or [client])[0]
 
 
-def check_endpoint(model: Model, dialect: Dialect) -> Dialect:
-    """Raises BadRequest when the model cannot be asked in this dialect."""
-    if dialect.path not in model.endpoints:
+def check_endpoint(model: Model, path: str) -> None:
+    """Raises BadRequest when the model cannot be asked at this upstream path."""
+    if path not in model.endpoints:
         spoken = ", ".join(e for e in model.endpoints if e.startswith("/")) or "no endpoint"
         raise BadRequest("model %s is not accessible via %s: it speaks %s"
-                         % (model.id, dialect.path, spoken), code="unsupported_api_for_model",
+                         % (model.id, path, spoken), code="unsupported_api_for_model",
                          param="model")
-    return dialect
 
 
 class Plan:
@@ -4308,8 +4227,7 @@ class Plan:
 
     edit: the upstream's body and what was lost; pipeline: for a client that wants a stream;
     answer: the whole answer, once read.  An answer longer than the model gives in one piece is
-    asked for as a stream and folded.  `body` may be changed.  Raises BadRequest.
-    """
+    asked for as a stream and folded.  `body` may be changed.  Raises BadRequest."""
 
     def __init__(self, client: Dialect, upstream: Dialect, body: Json, model: Model,
                  now: int, key: str) -> None:
@@ -4428,8 +4346,7 @@ def count_text(text: str) -> int:
     """About how many o200k tokens `text` has; over a mix 3 % too many rather than one too few.
 
     Measured: half of the texts within 5 % (English, code, JSON, Chinese, Japanese, numbers), nine
-    of ten within 11 %; Polish, Ukrainian and traditional Chinese come out 10 to 20 % short.
-    """
+    of ten within 11 %; Polish, Ukrainian and traditional Chinese come out 10 to 20 % short."""
     total, weights = 0.0, _Weights()
     for at in range(0, len(text), _CHUNK_CHARS):
         if len(weights) > _MAX_WEIGHTS:
@@ -4462,8 +4379,7 @@ def estimate_tokens(body: Json, is_claude: bool = False) -> int:
     """How many tokens the prompt of a request of any dialect has, estimated on the high side.
 
     System, tools and all texts count, a file as the largest image (a PDF more: 3,000 per 60 KB),
-    sealed reasoning little, ids not.  `is_claude`: as Claude counts, about a quarter more.
-    """
+    sealed reasoning little, ids not.  `is_claude`: as Claude counts, about a quarter more."""
     tools = as_list(body.get("tools")) + as_list(body.get("functions"))
     texts = [_as_json(tool) for tool in tools]
     tokens = 3 + 8 * len(tools) + (346 if is_claude else 16) * bool(tools)
@@ -6000,31 +5916,23 @@ class Approval:
 
 
 class Stats:
-    """Counts since the start.  `_lock` guards them."""
+    """Counts since the start, by group and name.  `_lock` guards them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._requests: dict[str, dict[str, int]] = {}       # route -> status -> count
-        self._losses: dict[str, int] = {}                    # field -> requests that lost it
+        self._counts: dict[str, collections.Counter[str]] = collections.defaultdict(
+            collections.Counter)
 
-    def count(self, route: str, status: int) -> None:
-        """One more answer."""
+    def count(self, group: str, *names: str) -> None:
+        """At most MAX_NAMES different ones of a group: clients make up field names."""
         with self._lock:
-            by_status = self._requests.setdefault(route, {})
-            by_status[str(status)] = by_status.get(str(status), 0) + 1
+            counts = self._counts[group]
+            counts.update(n for n in names if n in counts or len(counts) < MAX_NAMES)
 
-    def count_losses(self, names: Iterable[str]) -> None:
-        """At most MAX_LOSS_NAMES different ones: clients make up field names."""
+    def report(self) -> dict[str, dict[str, int]]:
+        """{group: {name: count}}"""
         with self._lock:
-            for name in names:
-                if name in self._losses or len(self._losses) < MAX_LOSS_NAMES:
-                    self._losses[name] = self._losses.get(name, 0) + 1
-
-    def report(self) -> Json:
-        """A copy for /stats."""
-        with self._lock:
-            return {"requests": {route: dict(counts) for route, counts in self._requests.items()},
-                    "losses": dict(self._losses)}
+            return {group: dict(counts) for group, counts in self._counts.items()}
 
 
 class ResponseStore:
@@ -6523,7 +6431,7 @@ class Exchange:
     def log_line(self) -> None:
         """One line per request; the target's query is left out, it may hold anything."""
         log, usage = self.app.log, self.usage
-        self.app.stats.count(self.route, self.status)
+        self.app.stats.count(self.route, str(self.status))
         if not log.isEnabledFor(logging.INFO):
             return
         tokens = "%d+%d" % (usage.input + usage.cache_read + usage.cache_write,
@@ -7436,7 +7344,7 @@ def admit(exchange: Exchange, body: Json, model: Model) -> None:
     app.approval.ask(exchange.client, who, model.id, text)
 
 
-def complete(exchange: Exchange, dialect: Dialect) -> None:
+def complete(dialect: Dialect, exchange: Exchange) -> None:
     """A request of any dialect to any model."""
     exchange.dialect = dialect
     body = exchange.json_object()
@@ -7513,19 +7421,7 @@ def tell_losses(exchange: Exchange, losses: list[tuple[str, str]]) -> None:
         names = sorted({name for name, _ in losses})
         exchange.headers["x-copilot-proxy-lossy"] = ", ".join(names)
         exchange.app.log.debug("%s lost: %s", exchange.id, losses)
-        exchange.app.stats.count_losses(names)
-
-
-def chat_completions(exchange: Exchange) -> None:
-    complete(exchange, CHAT)
-
-
-def responses(exchange: Exchange) -> None:
-    complete(exchange, RESPONSES)
-
-
-def messages(exchange: Exchange) -> None:
-    complete(exchange, MESSAGES)
+        exchange.app.stats.count("losses", *names)
 
 
 def refuse_websocket(exchange: Exchange) -> None:
@@ -7546,7 +7442,7 @@ def count_tokens(exchange: Exchange) -> None:
     copilot, model = resolve(exchange, body)
     estimate = estimate_tokens(body, model.is_claude)
     try:
-        check_endpoint(model, MESSAGES)
+        check_endpoint(model, MESSAGES.path)
         edit = Edit(body)
         MESSAGES.prepare_count(edit, model)
         headers = upstream_headers(exchange, MESSAGES, MESSAGES, body)
@@ -7640,15 +7536,16 @@ def completions(exchange: Exchange) -> None:
 
 def stats(exchange: Exchange) -> None:
     """Counts since the start: requests by route and status, losses by field."""
-    app = exchange.app
-    exchange.reply_json(dict(app.stats.report(), uptime_s=round(time.time() - app.started, 1)))
+    counts = exchange.app.stats.report()
+    exchange.reply_json({"uptime_s": round(time.time() - exchange.app.started, 1),
+                         "losses": counts.pop("losses", {}), "requests": counts})
 
 
 def embeddings(exchange: Exchange) -> None:
     """Strings only upstream, floats only back: wrapped, split, merged and packed here."""
     body = exchange.json_object()
     copilot, model = resolve(exchange, body)
-    check_endpoint(model, EMBEDDINGS)
+    check_endpoint(model, "/embeddings")
     given = body.get("input")
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
@@ -7691,15 +7588,6 @@ def merge_embeddings(data: list[Json], counts: Json, answer: bytes, wanted: int)
     data.extend(sorted(items, key=lambda item: as_int(item.get("index"))))
     for key in counts:
         counts[key] += as_int(as_object(value.get("usage")).get(key))
-
-
-class _EmbeddingsShape(ChatCompletions):
-    """Not a dialect of its own: OpenAI's error shape at another upstream path."""
-
-    name, path = "embeddings", "/embeddings"
-
-
-EMBEDDINGS = _EmbeddingsShape()
 
 
 def model_entry(model: Model) -> Json:
@@ -7804,12 +7692,12 @@ def nothing(exchange: Exchange) -> None:
 
 
 ROUTES: Routes = {
-    "/chat/completions": {"POST": chat_completions},
-    "/responses": {"POST": responses, "GET": refuse_websocket},
+    "/chat/completions": {"POST": functools.partial(complete, CHAT)},
+    "/responses": {"POST": functools.partial(complete, RESPONSES), "GET": refuse_websocket},
     "/responses/input_tokens": {"POST": count_input},
     "/responses/*": {"GET": stored_response, "DELETE": stored_response},
     "/completions": {"POST": completions},
-    "/messages": {"POST": messages},
+    "/messages": {"POST": functools.partial(complete, MESSAGES)},
     "/messages/count_tokens": {"POST": count_tokens},
     "/embeddings": {"POST": embeddings},
     "/stats": {"GET": stats},
