@@ -9,7 +9,7 @@ from typing import Any, Iterable, Iterator
 
 from support import SLOW
 import copilot_proxy as cp
-from copilot_proxy import (DIALECTS, Document, Frame, Image, Model, Named, OutputSchema, Reasoning,
+from copilot_proxy import (DIALECTS, Document, Frame, Image, Model, Named, Reasoning,
                            Request, Response, Text, Tool, ToolCall, ToolResult, Turn, Usage, dumps)
 
 SEEDS = range(2000 if SLOW else 100)
@@ -88,8 +88,9 @@ def some_request(seed: int, dialect: str) -> Request:
     request.user = rng.choice((None, "user-1"))
     if rng.random() < 0.3:
         schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
-        request.output_schema = OutputSchema(schema) if is_messages else OutputSchema(
-            schema, "thing", True, "a thing")
+        request.output_schema = {"type": "json_schema", "schema": schema}
+        if not is_messages:
+            request.output_schema.update(name="thing", strict=True, description="a thing")
     if rng.random() < 0.3 and not is_messages:
         request.openai = {"metadata": {"a": "b"}, "verbosity": "low"}
     return request

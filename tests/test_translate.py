@@ -296,11 +296,10 @@ class StoreTest(TranslateCase):
         one = self.talk(input=[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
         path = "/v1/responses/" + one["id"]
         self.assertEqual(self.proxy.get(path).json, one)
-        items = self.proxy.get(path + "/input_items?limit=1").json
-        self.assertEqual([item["content"] for item in items["data"]], ["b"])
-        self.assertTrue(items["has_more"])
-        after = self.proxy.get(path + "/input_items?after=" + items["last_id"]).json
-        self.assertEqual([item["content"] for item in after["data"]], ["a"])
+        for order, wanted in (("", ["b", "a"]), ("?order=asc", ["a", "b"])):
+            items = self.proxy.get(path + "/input_items" + order).json
+            self.assertEqual([item["content"] for item in items["data"]], wanted)
+            self.assertEqual(items["first_id"], items["data"][0]["id"])
         self.assertEqual(self.proxy.request("DELETE", path).json["deleted"], True)
         for method, tail in (("GET", ""), ("DELETE", ""), ("GET", "/input_items")):
             reply = self.proxy.request(method, path + tail)
