@@ -2589,6 +2589,7 @@ class Pool:
     """
 
     def __init__(self) -> None:
+        self.closed = False
         self._lock = threading.Lock()
         self._idle: dict[Any, list[Any]] = {}
 
@@ -2608,6 +2609,9 @@ class Pool:
         """Keep a connection for the next request."""
         now = wire.idle_since = time.monotonic()
         with self._lock:
+            if self.closed:
+                wire.close()
+                return
             idle = self._idle.setdefault(key, [])
             idle.append(wire)
             old = [w for w in idle if now - w.idle_since >= POOL_IDLE_S] + idle[:-POOL_SIZE]
@@ -3729,6 +3733,7 @@ class App:
         """Stop the threads and close the pool."""
         self.stop.set()
         self._account_stop.set()
+        self.upstream.pool.closed = True             # also for what is still under way
         self.upstream.pool.clear()
 
 
@@ -4696,10 +4701,10 @@ class Server(ThreadingHTTPServer):
             self._running.pop(exchange, None)
         exchange.log_line()
 
-    def start(self) -> None:
-        """Serve in threads of its own; returns at once."""
+    def start(self, poll_s: float = 0.1) -> None:
+        """Serve in threads of its own; returns at once.  A shutdown is noticed within `poll_s`."""
         self.loop.start()
-        threading.Thread(target=self.serve_forever, args=(0.1,), name="listener",
+        threading.Thread(target=self.serve_forever, args=(poll_s,), name="listener",
                          daemon=True).start()
 
     def finish(self, grace_s: float) -> None:

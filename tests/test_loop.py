@@ -22,7 +22,7 @@ from support import (DEADLINE_S, REQUESTS, Proxy, chat, cp, message, response, s
                      wait_until)
 from fake_upstream import CHAT, Answer
 from test_relay import DELTAS, ENDINGS, PINGS, OpenStream, RelayCase, numbered, stream_text
-from test_server import PATHS, RawClient, get, post, release, said
+from test_server import RawClient, get, post, release, said
 
 GONE_S = 1.0                       # in which a client's leaving must reach the upstream
 SETTLE_S = 3.0                     # for all to be closed; the DRAIN_S of half a second is in it
