@@ -3929,7 +3929,8 @@ class Exchange:
     # -- a whole answer
 
     def reply(self, body: bytes, status: int = 200, kind: str = "application/json") -> None:
-        head = self._head(status, kind, [("Content-Length", str(len(body)))])
+        length = [] if status == 204 else [("Content-Length", str(len(body)))]
+        head = self._head(status, kind, length)
         self._send(head if self.head.method == "HEAD" else head + body)
 
     def reply_json(self, value: Any, status: int = 200) -> None:
