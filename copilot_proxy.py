@@ -1187,14 +1187,17 @@ class StreamRelay:
         return out
 
     def _block(self, block: bytes) -> bytes:
+        """Whole frames: those that need no look pass in one piece, found by halving."""
+        if self.ended:
+            return b""
         if self._is_plain(block):
             return block
-        out = []
-        for raw in split_frames(block):
-            if self.ended:
-                break
-            out.append(raw if self._is_plain(raw) else self._mend(raw))
-        return b"".join(out)
+        middle = block.find(b"\n\n", len(block) // 2) + 2
+        if middle >= len(block) or middle < 2:
+            middle = block.rfind(b"\n\n", 0, -2) + 2
+        if middle < 3:
+            return self._mend(block) if block.strip(b"\n") else b""
+        return self._block(block[:middle]) + self._block(block[middle:])
 
     def _is_plain(self, block: bytes) -> bool:
         """Is there nothing in these frames that must be seen or changed?"""
@@ -4821,6 +4824,7 @@ class Pool:
     """
 
     def __init__(self) -> None:
+        self.closed = False
         self._lock = threading.Lock()
         self._idle: dict[Any, list[Any]] = {}
 
@@ -4840,6 +4844,9 @@ class Pool:
         """Keep a connection for the next request."""
         now = wire.idle_since = time.monotonic()
         with self._lock:
+            if self.closed:
+                wire.close()
+                return
             idle = self._idle.setdefault(key, [])
             idle.append(wire)
             old = [w for w in idle if now - w.idle_since >= POOL_IDLE_S] + idle[:-POOL_SIZE]
@@ -6079,6 +6086,7 @@ class App:
         """Stop the threads and close the pool."""
         self.stop.set()
         self._account_stop.set()
+        self.upstream.pool.closed = True             # also for what is still under way
         self.upstream.pool.clear()
 
 
@@ -6274,7 +6282,8 @@ class Exchange:
     # -- a whole answer
 
     def reply(self, body: bytes, status: int = 200, kind: str = "application/json") -> None:
-        head = self._head(status, kind, [("Content-Length", str(len(body)))])
+        length = [] if status == 204 else [("Content-Length", str(len(body)))]
+        head = self._head(status, kind, length)
         self._send(head if self.head.method == "HEAD" else head + body)
 
     def reply_json(self, value: Any, status: int = 200) -> None:
@@ -6952,10 +6961,13 @@ class Handler(socketserver.BaseRequestHandler):
 
 
 def give_back_memory() -> None:
-    """Compiling this file took 12 MB that glibc would keep for ever; elsewhere nothing happens."""
+    """Compiling this file took 12 MB that glibc would keep for ever, and each new thread would
+    open an arena of its own: return the one, forbid the other.  Elsewhere nothing happens."""
     with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
         import ctypes
-        ctypes.CDLL(None).malloc_trim(0)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-8, 1)              # M_ARENA_MAX
+        libc.malloc_trim(0)
 
 
 def file_limit() -> int:
@@ -7044,10 +7056,10 @@ class Server(ThreadingHTTPServer):
             self._running.pop(exchange, None)
         exchange.log_line()
 
-    def start(self) -> None:
-        """Serve in threads of its own; returns at once."""
+    def start(self, poll_s: float = 0.1) -> None:
+        """Serve in threads of its own; returns at once.  A shutdown is noticed within `poll_s`."""
         self.loop.start()
-        threading.Thread(target=self.serve_forever, args=(0.1,), name="listener",
+        threading.Thread(target=self.serve_forever, args=(poll_s,), name="listener",
                          daemon=True).start()
 
     def finish(self, grace_s: float) -> None:
@@ -7819,19 +7831,20 @@ def cmd_start(app: App, flags: argparse.Namespace) -> int:
         check_github_token(settings.github_token)
     raise_file_limit()
     server = open_server(app)
-    interrupts = catch_signals()
+    interrupts: list[int] = catch_signals() if flags.signals is None else flags.signals
     server.start()
     github_token = app.load_login()
     if github_token:
         app.use(github_token)
     say(banner(server))
-    give_back_memory()
     if not github_token:
         app.announce = print_code if sys.stdout.isatty() else app.announce
         app.begin_login()
     if settings.open:
         import webbrowser
         threading.Thread(target=webbrowser.open, args=(server.url + "/",), daemon=True).start()
+    time.sleep(0.1)
+    give_back_memory()
     while not interrupts:
         time.sleep(0.1)
     server.finish(settings.grace)
@@ -8151,13 +8164,17 @@ def set_up_logging(verbose: bool) -> None:
 # ==== 20. Main ====================================================================================
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command -> exit code.  `main(["start", "--port", "0"])`"""
+def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int:
+    """Run one command -> exit code.  `main(["start", "--port", "0"])`
+
+    signals: what `catch_signals` gave when the caller is not in the main thread.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")             # consoles with an old code page
     parser = build_parser()
     flags = parser.parse_args(argv)
+    flags.signals = signals
     if flags.command is None:
         parser.print_help()
         return 2
@@ -8179,5 +8196,29 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def run_script() -> None:
+    """The command line.
+
+    Python keeps the syntax tree of a script, 14 MB here, until its last line has run.  So `start`
+    goes on in a thread of its own and lets the script come to its end; from 3.12 on an ended
+    script can begin no more threads, and the memory stays taken.
+    """
+    if sys.argv[1:2] != ["start"] or sys.version_info >= (3, 12):
+        sys.exit(main())
+    signals = catch_signals()
+
+    def serve() -> None:
+        try:
+            code: Any = main(None, signals)
+        except SystemExit as end:
+            code = end.code
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+    threading.Thread(target=serve, name="start").start()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script()

@@ -87,7 +87,7 @@ class Proxy:
     def __enter__(self) -> Proxy:
         self.app.log.addHandler(self._handler)
         self.app.log.setLevel(logging.DEBUG)
-        self.server.start()
+        self.server.start(0.005)
         token = self.app.load_login()
         if token:
             self.app.use(token)

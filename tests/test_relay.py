@@ -929,8 +929,8 @@ class PolicyTest(SharedCase):
             texts = [record.json["messages"][0]["content"] for record in self.sent()
                      if record.path == CHAT]
             self.assertEqual(texts, ["turn %d" % number for number in range(4)])
-            gaps = [later - earlier for earlier, later in zip(times, times[1:])]
-            self.assertGreater(min(gaps), interval * 0.5)
+            # three pauses in all, of which the first caller may have noted its start late
+            self.assertGreater(times[-1] - times[0], interval * 2)
 
     def test_a_client_that_leaves_while_waiting_sends_nothing_up(self) -> None:
         with second_proxy(self, rate_limit=30.0, wait=True) as proxy:  # type: ignore[arg-type]
