@@ -197,7 +197,6 @@ ERROR_TYPES = {
 
 class ProxyError(Exception):
     """A failure that the caller is told about; `str(error)` says what happened and what to do.
-
     status: HTTP status; code, param: OpenAI's fields, None when unknown; headers: to be added to
     the answer; details: Anthropic's `error.details`, None when there are none."""
     status = 500
@@ -345,7 +344,6 @@ def is_loopback(host: str) -> bool:
 
 def unwrap_error(status: int, body: bytes, phrase: str) -> tuple[str, str | None, str | None]:
     """(message, code, param) out of any error body that the upstream is known to send.
-
     Shapes: {"error":{message,code,param}}, {"error":"text"}, {"message","code"}, plain text, HTML,
     nothing, and JSON inside `message`.  -> ("no quota", "quota_exceeded", None)"""
     text, code, param = body[:MAX_ERROR_BYTES].decode("utf-8", "replace").strip(), None, None
@@ -399,7 +397,6 @@ def floats_to_base64(vector: list[float]) -> str:
 @dataclass
 class Usage:
     """Token counts of one answer.  The three input counts are disjoint and add up to the prompt.
-
     OpenAI counts cached tokens inside the prompt, Anthropic beside it: converted once, here."""
     input: int = 0
     cache_read: int = 0
@@ -413,8 +410,7 @@ class Usage:
         total = as_int(usage.get("prompt_tokens", usage.get("input_tokens")))
         output = as_int(usage.get("completion_tokens", usage.get("output_tokens")))
         given = as_object(usage.get("prompt_tokens_details", usage.get("input_tokens_details")))
-        made = as_object(usage.get("completion_tokens_details",
-                                   usage.get("output_tokens_details")))
+        made = as_object(usage.get("completion_tokens_details", usage.get("output_tokens_details")))
         cached = as_int(given.get("cached_tokens"))
         return cls(max(total - cached, 0), cached, 0, output, as_int(made.get("reasoning_tokens")))
 
@@ -492,7 +488,6 @@ class Model:
 
 class Edit:
     """A request body that is being made fit for the upstream, and the record of what was done.
-
     As long as `changed` is False the bytes that the client sent go upstream as they are."""
 
     def __init__(self, body: Json, losses: list[tuple[str, str]] | None = None) -> None:
@@ -562,7 +557,6 @@ class Document(Part):
 @dataclass
 class Reasoning(Part):
     """Readable thinking and the opaque state that lets a model go on with it.
-
     signature: Messages' signature, Responses' encrypted content or Copilot's reasoning_opaque, as
     `minted_by` (a dialect's name) says; it means nothing to any other.  redacted: no text at all.
     """
@@ -599,7 +593,6 @@ class Turn:
 @dataclass
 class Tool:
     """A function that the client runs.  `parameters`: a JSON schema, None when there is none.
-
     custom: freeform for its client, who gives and gets bare text.  namespace, short_name: of a
     tool that its client knows under two names."""
     name: str
@@ -682,7 +675,6 @@ class Event:
     (PartDelta | PartSignature)* PartEnd, then ResponseEnd; StreamError ends all.  Parts may
     interleave; their indexes rise in the order of their starts."""
 
-
 @dataclass
 class ResponseStart(Event):
     """`created`: unix seconds, 0 when unknown."""
@@ -690,13 +682,11 @@ class ResponseStart(Event):
     model: str
     created: int = 0
 
-
 @dataclass
 class PartStart(Event):
-    """`part` is a skeleton: its text or arguments come as deltas."""
+    """`part`: a skeleton; its text or arguments come as deltas."""
     index: int
     part: Part
-
 
 @dataclass
 class PartDelta(Event):
@@ -704,21 +694,17 @@ class PartDelta(Event):
     index: int
     text: str
 
-
 @dataclass
 class PartSignature(Event):
     """The opaque state of a Reasoning, at most once and behind its text."""
     index: int
     signature: str
     minted_by: str
-    id: str | None = None
-
+    id: str | None
 
 @dataclass
 class PartEnd(Event):
-    """Nothing more comes for this part."""
     index: int
-
 
 @dataclass
 class ResponseEnd(Event):
@@ -727,16 +713,9 @@ class ResponseEnd(Event):
     usage: Usage | None = None
     stop_sequence: str | None = None
 
-
 @dataclass
 class StreamError(Event):
-    """The stream failed."""
-    message: str
-    status: int = 502
-    code: str | None = None
-
-    def as_error(self) -> ProxyError:
-        return UpstreamError(self.message, self.status, self.code)
+    error: UpstreamError
 
 
 _TEXT_FIELDS = {Text: "text", Reasoning: "text", ToolCall: "arguments"}
@@ -791,7 +770,7 @@ def fold(events: Iterable[Event]) -> Response:
         elif isinstance(event, ResponseStart):
             response.id, response.model, response.created = event.id, event.model, event.created
         elif isinstance(event, StreamError):
-            raise event.as_error()
+            raise event.error
         elif isinstance(event, ResponseEnd):
             response.stop, response.usage = event.stop, event.usage
             response.stop_sequence = event.stop_sequence
@@ -863,7 +842,6 @@ def _parse_fields(raw: bytes) -> Headers:
 
 def parse_request_head(raw: bytes) -> RequestHead:
     """A request head without its closing empty line.  Raises BadRequest (400, 414, 431, 505).
-
     b"GET / HTTP/1.1\\r\\nHost: a" -> RequestHead("GET", "/", 1, {"host": "a"})"""
     line, _, rest = raw.partition(b"\r\n")
     words = line.split(b" ")
@@ -915,7 +893,6 @@ _CHUNK_SIZES = {b"%x" % size: size for size in range(1, 2048)}
 
 class BodyDecoder:
     """A message body: of a known length, chunked, or ending with the connection (length None).
-
     `feed(data)` gives the payload bytes found so far; `done` is True at the end, `rest` then holds
     what came behind it.  Raises BadRequest on malformed framing; never blocks, holds back at most
     one chunk line.  b"3\\r\\nabc\\r\\n0\\r\\n\\r\\n" -> b"abc", done"""
@@ -1036,7 +1013,6 @@ def inflate(data: bytes, coding: str) -> bytes:
 
 class FrameCutter:
     """Cuts a byte stream into whole server-sent events without looking into them.
-
     `feed` gives zero or more whole frames, each ending in b"\\n\\n" (other line ends are
     normalised); the incomplete rest is kept, at most MAX_FRAME_BYTES of it."""
 
@@ -1112,7 +1088,6 @@ def split_frames(block: bytes) -> list[bytes]:
 
 class SSEDecoder:
     """`feed(bytes) -> list[Frame]`: the events that are complete by now, without empty ones.
-
     b'data: {"a":1}\\n\\n' -> [Frame('', b'{"a":1}')]"""
 
     def __init__(self) -> None:
@@ -1431,7 +1406,6 @@ def unpack_opaque(text: Any) -> list[tuple[str, str | None, str]]:
 
 def reasoning_parts(dialect: str, text: str, state: Any, state_id: Any = None) -> list[Part]:
     """What a slot of `dialect` holds: its own state, or packed ones of others.
-
     Anthropic signs the text, so states of several blocks whose texts were joined are worthless."""
     packed = unpack_opaque(state)
     if not packed:
@@ -1735,7 +1709,6 @@ def openai_body(request: Request) -> Json:
 
 class StreamDecoder:
     """Upstream events in, neutral events out: `read(data of a frame)`, then `close(clean)`.
-
     `ended` is True behind a ResponseEnd or StreamError.  `close` never is polite on its own: a
     stream without its terminal event becomes a StreamError."""
     TEXT_KEYS: tuple[bytes, ...] = ()          # JSON keys of the text of a delta
@@ -1786,8 +1759,7 @@ class StreamDecoder:
         if not self.ended and clean:
             self._finish()
         if not self.ended:
-            self._fail("the upstream ended the stream before its end",
-                       code="upstream_stream_ended")
+            self._fail("the upstream ended the stream before its end", code="upstream_stream_ended")
         return self._events
 
     def _steady(self, data: bytes) -> bytes:
@@ -1874,7 +1846,7 @@ class StreamDecoder:
 
     def _fail(self, message: str, status: int = 502, code: str | None = None) -> None:
         self.ended, self._head = True, b""
-        self._events.append(StreamError(message, status, code))
+        self._events.append(StreamError(UpstreamError(message, status, code)))
 
 
 class StreamEncoder:
@@ -2039,10 +2011,8 @@ class ChatStream(StreamRelay):
         return b"data: %b\n\n" % dumps(CHAT.error_body(error, ""))
 
 
-def merge_choices(choices: list[Json], key: str,
-                  number: Callable[[int, Json, int], None]) -> Json:
+def merge_choices(choices: list[Json], key: str, number: Callable[[int, Json, int], None]) -> Json:
     """The deltas (or messages) of one answer's choices as one: texts joined, tool calls in a row.
-
     `number(choice index, call, its place)` may set a call's index."""
     merged: Json = {}
     for choice in choices:
@@ -2114,8 +2084,7 @@ class ChatCompletions(Dialect):
         for key in ("max_tokens", "max_completion_tokens"):
             if key in body and (body[key] is None or body[key] == -1):
                 edit.drop(body, key)                    # how some clients say: no limit
-        reasons = model.is_openai and bool(
-            model.efforts or re.match(r"gpt-5|o\d", model.id))
+        reasons = model.is_openai and bool(model.efforts or re.match(r"gpt-5|o\d", model.id))
         old, new = "max_tokens", "max_completion_tokens"
         if not model.is_openai:
             old, new = new, old
@@ -2497,7 +2466,7 @@ class ChatEncoder(StreamEncoder):
 
     def _fail(self, event: StreamError) -> bytes:
         self.ended = True
-        return b"data: %b\n\n" % dumps(self.dialect.error_body(event.as_error(), ""))
+        return b"data: %b\n\n" % dumps(self.dialect.error_body(event.error, ""))
 
 
 CHAT = ChatCompletions()
@@ -3229,7 +3198,7 @@ class ResponsesEncoder(StreamEncoder):
         return out
 
     def _fail(self, event: StreamError) -> bytes:
-        out, error = b"" if self.answer else self._start(ResponseStart("", "")), event.as_error()
+        out, error = b"" if self.answer else self._start(ResponseStart("", "", 0)), event.error
         self.ended = True
         self.answer.update(status="failed", error={"code": error.code or error.types()[0],
                                                    "message": str(error)})
@@ -3889,7 +3858,7 @@ class MessagesEncoder(StreamEncoder):
 
     def _fail(self, event: StreamError) -> bytes:
         self.ended = True
-        return Frame("error", dumps(self.dialect.error_body(event.as_error(), ""))).encode()
+        return Frame("error", dumps(self.dialect.error_body(event.error, ""))).encode()
 
 
 def _as_blocks(content: Any) -> list[Any]:
@@ -3958,7 +3927,7 @@ class TranslatedStream(StreamRelay):
             else:
                 out.append(self._encoder.feed(event))
             if isinstance(event, StreamError):
-                self.failure = event.message
+                self.failure = str(event.error)
         self.usage, self.ended = self._decoder.usage, self._encoder.ended
         if self.on_final and self._encoder.final:
             self.on_final(*self._encoder.final)
@@ -3981,7 +3950,7 @@ class TranslatedStream(StreamRelay):
         return b"" if any(isinstance(e, StreamError) for e in events) else self.tell(events)
 
     def _error(self, error: ProxyError) -> bytes:
-        return self.tell([StreamError(str(error), error.status, error.code)])
+        return self.tell([StreamError(UpstreamError(str(error), error.status, error.code))])
 
 
 def read_answer(upstream: Dialect, data: bytes, is_stream: bool, request: Request) -> Response:
@@ -4047,7 +4016,6 @@ def parse_answer(data: bytes) -> Json:
 def translate_request(client: Dialect, upstream: Dialect, body: Json, model: Model
                       ) -> tuple[Edit, Request]:
     """(a body that is fit for the upstream, the request in neutral words).
-
     Raises BadRequest for what would change the meaning.  `body` may be changed."""
     request = client.decode_request(body)
     edit = Edit(upstream.encode_request(request, model), request.losses)
@@ -4064,7 +4032,6 @@ _FAMILIES = ("opus", "sonnet", "haiku", "fable")
 
 def normalise_model(asked: str) -> list[str]:
     """The ids that a client's spelling may stand for, most literal first.
-
     'anthropic/claude-haiku-4-5-20251001' -> [..., 'claude-haiku-4-5', 'claude-haiku-4.5']"""
     names = [asked, asked.strip().lower()]
     plain = re.sub(r"(?:\[1m\])+\Z", "", names[1])
@@ -4136,7 +4103,6 @@ _SUBSTITUTES = {"chat": (RESPONSES, MESSAGES), "responses": (CHAT, MESSAGES),
 
 def choose_upstream(client: Dialect, model: Model, refused: Container[tuple[str, str]]) -> Dialect:
     """The dialect to ask a model in: the client's own wherever the model has it.
-
     refused: (model id, path) that the upstream did not serve though its list says so; such a model
     is tried in what it does not list, too.  Raises BadRequest when nothing is left."""
     left = [d for d in (client, *_SUBSTITUTES[client.name]) if (model.id, d.path) not in refused]
@@ -4159,7 +4125,6 @@ def check_endpoint(model: Model, path: str) -> None:
 
 class Plan:
     """How one request goes up, and how its answer comes back.
-
     edit: the upstream's body and what was lost; pipeline: for a client that wants a stream;
     answer: the whole answer, once read.  An answer longer than the model gives in one piece is
     asked for as a stream and folded.  `body` may be changed.  Raises BadRequest."""
@@ -4272,7 +4237,6 @@ def _weigh(piece: str) -> float:
 
 def count_text(text: str) -> int:
     """About how many o200k tokens `text` has; over a mix 3 % too many rather than one too few.
-
     Measured: half of the texts within 5 % (English, code, JSON, Chinese, Japanese, numbers), nine
     of ten within 11 %; Polish, Ukrainian and traditional Chinese come out 10 to 20 % short."""
     total = 0.0
@@ -4303,7 +4267,6 @@ def _as_json(value: Any) -> str:
 
 def estimate_tokens(body: Json, is_claude: bool = False) -> int:
     """How many tokens the prompt of a request of any dialect has, estimated on the high side.
-
     System, tools and all texts count, a file as the largest image (a PDF more: 3,000 per 60 KB),
     sealed reasoning little, ids not.  `is_claude`: as Claude counts, about a quarter more."""
     tools = as_list(body.get("tools")) + as_list(body.get("functions"))
@@ -4343,7 +4306,6 @@ def estimate_tokens(body: Json, is_claude: bool = False) -> int:
 @dataclass(frozen=True)
 class Option:
     """One setting: `--name`, `COPILOT_PROXY_NAME`, and what it is for.
-
     kind: text, int, float, switch, list; where: the commands that take it, 'network' means all
     that talk to GitHub; env: further variables, read after COPILOT_PROXY_NAME."""
     name: str
@@ -4590,7 +4552,6 @@ def write_file(path: str, data: bytes) -> None:
 
 class LoginFile:
     """The GitHub token of one host: `github_token` for github.com, else `github_token.<host>`.
-
     Plain text; empty means that nobody is logged in.  Same place and form as other proxies of
     this kind use, so that a login can be shared with them."""
 
@@ -4643,7 +4604,6 @@ class LoginFile:
 
 class Downstream(Protocol):
     """The client on whose behalf an upstream call waits."""
-
     keepalive_s: float
 
     @property
@@ -4732,10 +4692,7 @@ class UpstreamRequest(urllib.request.Request):
 
 class Wire:
     """A connection that can be kept: reads raw bytes and watches the client meanwhile.
-
-    Mixed into http.client's two connection classes, which connect, tunnel and do TLS.
-    """
-
+    Mixed into http.client's two connection classes, which connect, tunnel and do TLS."""
     sock: Any
     idle_since = 0.0
     received = b""                     # bytes that belong to the next head or body
@@ -4764,9 +4721,7 @@ class Wire:
 
     def read(self, client: Downstream | None, deadline: float) -> bytes:
         """The next bytes, b'' at the end.  Raises ClientGone, UpstreamError 504, OSError.
-
-        While nothing comes `client.on_silence` is called every `keepalive_s`.
-        """
+        While nothing comes `client.on_silence` is called every `keepalive_s`."""
         silent_since = time.monotonic()
         while True:
             data = self.receive() if self.has_more else None
@@ -4819,9 +4774,7 @@ def host_and_port(req: UpstreamRequest) -> str:
 
 class Pool:
     """Idle connections by destination; newest first, none older than POOL_IDLE_S.
-
-    Thread-safe; `_lock` guards `_idle` and is held for no I/O.
-    """
+    Thread-safe; `_lock` guards `_idle` and is held for no I/O."""
 
     def __init__(self) -> None:
         self.closed = False
@@ -4867,11 +4820,9 @@ class Pool:
 
 class UpstreamResponse:
     """An answer whose body is still on the wire.
-
     status, reason, headers (lower-case names).  A thread reads the rest with `read_all`; a loop
     feeds what it receives from `wire` to `take`.  At the end `finish` puts the connection back
-    into the pool; `close` gives it up.  Not thread-safe; belongs to the one request.
-    """
+    into the pool; `close` gives it up.  Not thread-safe; belongs to the one request."""
 
     def __init__(self, head: tuple[int, str, Headers], wire: Any, method: str,
                  give_back: Callable[[Any], None]) -> None:
@@ -4896,9 +4847,7 @@ class UpstreamResponse:
 
     def take(self, data: bytes) -> bytes:
         """The payload in these bytes from the wire; b'' from the wire means its end.
-
-        Raises StreamCut when the body ends too early or is malformed.
-        """
+        Raises StreamCut when the body ends too early or is malformed."""
         if not data:
             if self._body.delimited:
                 raise StreamCut("the upstream closed the connection in the middle of its answer",
@@ -4913,9 +4862,7 @@ class UpstreamResponse:
     def read_all(self, client: Downstream | None = None, limit: int = MAX_ANSWER_BYTES,
                  timeout_s: float = ANSWER_TIMEOUT_S) -> bytes:
         """The whole rest of the body, at most `limit` bytes (more is an UpstreamError).
-
-        `timeout_s` is the longest silence.  Raises StreamCut, ClientGone, UpstreamError 504.
-        """
+        `timeout_s` is the longest silence.  Raises StreamCut, ClientGone, UpstreamError 504."""
         parts: list[bytes] = []
         size = 0
         try:
@@ -5024,8 +4971,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         tunnel: str = getattr(req, "_tunnel_host", None) or ""
         proxy_login = fields_.pop("Proxy-authorization", "") if tunnel else ""
         key = (kind, req.host, tunnel, proxy_login)
-        head = render_head("%s %s HTTP/1.1" % (req.get_method(), req.selector),
-                           fields_.items())
+        head = render_head("%s %s HTTP/1.1" % (req.get_method(), req.selector), fields_.items())
         wire = self._pool.take(key)
         if wire is not None:
             try:
@@ -5207,7 +5153,6 @@ class Upstream:
 @dataclass(frozen=True)
 class DeviceCode:
     """GitHub's answer to a login request; times in seconds."""
-
     device_code: str
     user_code: str
     verification_uri: str
@@ -5218,12 +5163,9 @@ class DeviceCode:
 @dataclass(frozen=True)
 class CopilotToken:
     """The short-lived bearer and the API host it is bound to: always replaced together.
-
     Its age is the larger of two elapsed times, because the monotonic clock stands still while a
     laptop sleeps and the wall clock may be set; the server's `expires_at` is never compared with
-    the local clock, which may be wrong by hours.
-    """
-
+    the local clock, which may be wrong by hours."""
     value: str = field(repr=False)
     api_url: str
     refresh_s: float                # from receipt until it is due
@@ -5395,9 +5337,7 @@ class GitHub:
 
 class DeviceLogin:
     """One login by device flow.  `run` blocks until it is granted, refused or stopped.
-
-    `code` is what the user must type, None while there is none; `problem` says why it ended.
-    """
+    `code` is what the user must type, None while there is none; `problem` says why it ended."""
 
     def __init__(self, github: GitHub, margin_s: float, stop: threading.Event,
                  announce: Callable[[DeviceCode], None]) -> None:
@@ -5453,8 +5393,7 @@ class Refreshed:
     `get()` returns at once while the value is fresh.  When it is due one thread fetches, the
     others go on with the old value as long as it is not dead, else they wait for that one fetch.
     After a failed fetch the old value is kept and further tries are spaced by `pauses_s`.
-    `_changed` guards all fields and is held for no I/O.
-    """
+    `_changed` guards all fields and is held for no I/O."""
 
     def __init__(self, fetch: Callable[[], Any], due: Callable[[Any], bool],
                  dead: Callable[[Any], bool], pauses_s: tuple[float, ...]) -> None:
@@ -5543,7 +5482,6 @@ class Catalogue:
 @dataclass
 class Call:
     """One call to the Copilot API."""
-
     path: str
     body: bytes | None = None
     headers: Headers = field(default_factory=dict)     # beside the usual ones
@@ -5615,8 +5553,7 @@ class Copilot:
 
         What a second try may cure is tried once each, at most three calls in all, and only while
         nothing has gone to the client: 401, 421 and the token codes of 403 after a new exchange,
-        466 with another API version, 500/502/503/504/529 after a short pause.
-        """
+        466 with another API version, 500/502/503/504/529 after a short pause."""
         cured: list[str] = []
         token: CopilotToken = self.token.get()
         while True:
@@ -5752,9 +5689,7 @@ class Copilot:
 
     def find_model(self, asked: str) -> Model:
         """The model that `asked` means; an unknown name refreshes the list, once a minute at most.
-
-        Raises BadRequest 404 that names the three nearest ids.
-        """
+        Raises BadRequest 404 that names the three nearest ids."""
         aliases = self._settings.aliases
         catalogue: Catalogue = self.catalogue.get()
         model = catalogue.find(asked, aliases)
@@ -5925,7 +5860,6 @@ class ResponseStore:
 
     def expand(self, owner: str, body: Json) -> bool:
         """Put what a request names by id into its `input` -> was there anything?
-
         Raises BadRequest in OpenAI's words for what is gone: clients then send the whole input."""
         previous = body.get("previous_response_id")
         items = input_items(body)
@@ -5961,7 +5895,6 @@ def input_items(body: Json) -> list[Json]:
 
 class App:
     """Everything one server needs: settings, login, upstream, policy.  Two can live in a process.
-
     `account` is None while nobody is logged in; `_lock` guards it and the running login."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str] | None = None,
@@ -5992,7 +5925,6 @@ class App:
 
     def load_login(self) -> str:
         """The GitHub token to use: the given one, else the stored one, else ''.
-
         Never one that GitHub has refused.  A login file that cannot be read is told in the log."""
         if self.settings.github_token and self.settings.github_token not in self._refused:
             return self.settings.github_token
@@ -6105,10 +6037,8 @@ def show_token(token: CopilotToken) -> None:
 
 class Client:
     """One connection from a client: a socket and what was read ahead of it.
-
     Owned by one party at a time: the loop while it is parked or its answer is streamed, else a
-    worker thread.
-    """
+    worker thread."""
 
     def __init__(self, sock: Any, address: Any, settings: Settings,
                  on_close: Callable[[Client], None]) -> None:
@@ -6236,11 +6166,9 @@ class Client:
 
 class Exchange:
     """One request and its answer.
-
     `reply` and `fail` send a whole answer.  A streamed one is sent by a thread with
     `expect_stream`, `write` and `finish`, or handed to the loop with `hand_over`, which sends what
-    `frame` and `frame_end` give.  Its head goes out together with its first bytes.
-    """
+    `frame` and `frame_end` give.  Its head goes out together with its first bytes."""
 
     def __init__(self, client: Client, head: RequestHead, app: App) -> None:
         self.client, self.head, self.app = client, head, app
@@ -6282,6 +6210,7 @@ class Exchange:
     # -- a whole answer
 
     def reply(self, body: bytes, status: int = 200, kind: str = "application/json") -> None:
+        """Send a whole answer."""
         length = [] if status == 204 else [("Content-Length", str(len(body)))]
         head = self._head(status, kind, length)
         self._send(head if self.head.method == "HEAD" else head + body)
@@ -6425,8 +6354,7 @@ class RelayLoop:
     An upstream whose stream is complete but whose last chunk is not there yet is DRAINED apart
     from its client, then goes back to the pool.  All methods with a leading underscore run in the
     loop's own thread; the others post to it and may be called from any thread.  No exception of
-    one stream touches another.
-    """
+    one stream touches another."""
 
     def __init__(self, settings: Settings, log: logging.Logger,
                  serve: Callable[[Client], None], on_end: Callable[[Exchange], None]) -> None:
@@ -6600,8 +6528,7 @@ class RelayLoop:
     def _begin(self, relay: Relay) -> None:
         self._relays[relay] = None
         self._watch_client(relay)
-        self._selector.register(relay.answer.wire, selectors.EVENT_READ,
-                                (self._on_upstream, relay))
+        self._selector.register(relay.answer.wire, selectors.EVENT_READ, (self._on_upstream, relay))
         self._on_upstream(relay, 0)
 
     def _watch_client(self, relay: Relay) -> None:
@@ -6776,9 +6703,7 @@ class RelayLoop:
 
 class Workers:
     """Threads that serve connections; idle ones are used again, and end after WORKER_IDLE_S.
-
-    `_lock` guards `_idle`: waiting threads that nothing has been put into the queue for.
-    """
+    `_lock` guards `_idle`: waiting threads that nothing has been put into the queue for."""
 
     def __init__(self, work: Callable[[Any], None]) -> None:
         self._work = work
@@ -6812,7 +6737,6 @@ class Workers:
 
 class Handler(socketserver.BaseRequestHandler):
     """Answers the requests of one connection as long as they follow each other at once."""
-
     server: Server
     request: Client
 
@@ -6989,10 +6913,7 @@ def raise_file_limit() -> None:
 
 class Server(ThreadingHTTPServer):
     """Listens, and shares the connections out among the loop and the workers.
-
-    `_lock` guards `_running`, the exchanges that have begun and not ended.
-    """
-
+    `_lock` guards `_running`, the exchanges that have begun and not ended."""
     request_queue_size = BACKLOG
     allow_reuse_address = os.name != "nt"            # on Windows that would let another take over
 
@@ -7244,8 +7165,7 @@ def fit_model(data: bytes, edit: Edit, model_id: str) -> bytes:
     return data[:start] + b'"model":' + dumps(model_id) + data[end:]
 
 
-def upstream_headers(exchange: Exchange, client: Dialect, upstream: Dialect,
-                     body: Json) -> Headers:
+def upstream_headers(exchange: Exchange, client: Dialect, upstream: Dialect, body: Json) -> Headers:
     """What of the request itself decides headers: who began it, images, Anthropic's versions."""
     given = exchange.head.headers
     said = given.get("x-initiator", "").lower()
@@ -7887,8 +7807,7 @@ def cmd_auth(app: App, flags: argparse.Namespace) -> int:
     if settings.show_token and sys.stdout.isatty():
         say("GitHub token: %s\nCopilot token: %s" % (github_token, copilot.value))
     name = app.github.fetch_login(github_token)
-    say("logged in%s; kept in %s" % (" as " + printable(name) if name else "",
-                                     app.login_file.path))
+    say("logged in%s; kept in %s" % (" as " + printable(name) if name else "", app.login_file.path))
     return 0
 
 
@@ -8166,9 +8085,7 @@ def set_up_logging(verbose: bool) -> None:
 
 def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int:
     """Run one command -> exit code.  `main(["start", "--port", "0"])`
-
-    signals: what `catch_signals` gave when the caller is not in the main thread.
-    """
+    signals: what `catch_signals` gave when the caller is not in the main thread."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")             # consoles with an old code page
@@ -8198,11 +8115,9 @@ def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int
 
 def run_script() -> None:
     """The command line.
-
     Python keeps the syntax tree of a script, 14 MB here, until its last line has run.  So `start`
     goes on in a thread of its own and lets the script come to its end; from 3.12 on an ended
-    script can begin no more threads, and the memory stays taken.
-    """
+    script can begin no more threads, and the memory stays taken."""
     if sys.argv[1:2] != ["start"] or sys.version_info >= (3, 12):
         sys.exit(main())
     signals = catch_signals()

@@ -139,7 +139,7 @@ def check_order(events: Iterable[cp.Event]) -> Iterator[cp.Event]:
     open_parts: set[int] = set()
     for event in events:
         if state == "ended":
-            raise ValueError("%r behind the end" % event)
+            raise ValueError("%r behind the end" % (event,))
         if isinstance(event, cp.ResponseStart) != (state == "before") and not isinstance(
                 event, cp.StreamError):
             raise ValueError("%r while %s" % (event, state))
@@ -152,7 +152,7 @@ def check_order(events: Iterable[cp.Event]) -> Iterator[cp.Event]:
             open_parts.add(last)
         elif isinstance(event, (cp.PartDelta, cp.PartSignature, cp.PartEnd)):
             if event.index not in open_parts:
-                raise ValueError("%r for a part that is not open" % event)
+                raise ValueError("%r for a part that is not open" % (event,))
             if isinstance(event, cp.PartEnd):
                 open_parts.remove(event.index)
         elif isinstance(event, (cp.ResponseEnd, cp.StreamError)):
@@ -235,7 +235,7 @@ class Laws(unittest.TestCase):
                 response.parts, response.stop = list(calls), "tool_use"
                 events = list(interleave(rng, calls))
                 whole = [cp.ResponseStart(response.id, "asked", response.created), *events,
-                         cp.ResponseEnd("tool_use", response.usage)]
+                         cp.ResponseEnd("tool_use", response.usage, None)]
                 list(check_order(whole))
                 with self.subTest(dialect=name, seed=seed):
                     back = list(check_order(decode_stream(name, encode_stream(name, whole))))
@@ -251,7 +251,7 @@ class Laws(unittest.TestCase):
             self.assertEqual(cp.unpack_opaque(broken), [("", None, "")])
 
     def test_check_order_finds_faults(self) -> None:
-        start, end = cp.ResponseStart("", ""), cp.ResponseEnd("stop")
+        start, end = cp.ResponseStart("", "", 0), cp.ResponseEnd("stop", None, None)
         part = cp.PartStart(0, Text(""))
         for events in ([end], [start, start], [start, part, end], [start, cp.PartDelta(0, "a")],
                        [start, part, part], [start, end, start], [part],
