@@ -1189,8 +1189,9 @@ class StreamRelay:
     def _error(self, error: ProxyError) -> bytes:
         raise NotImplementedError
 
-
-_IMAGE_TYPES = ("image", "image_url", "input_image")
+    def _fail(self, message: str, code: str | None = None) -> bytes:
+        self.ended, self.failure = True, message
+        return self._error(UpstreamError(message, code=code))
 
 
 class Dialect:
@@ -1235,7 +1236,8 @@ class Dialect:
         parts = [part for item in as_list(body.get("messages")) + as_list(body.get("input"))
                  for key in ("content", "output") for part in as_list(as_object(item).get(key))]
         parts += [inner for part in parts for inner in as_list(as_object(part).get("content"))]
-        return any(as_object(part).get("type") in _IMAGE_TYPES for part in parts)
+        return any(as_object(part).get("type") in ("image", "image_url", "input_image")
+                   for part in parts)
 
 
 def check_list(body: Json, key: str) -> list[Json]:
@@ -1594,24 +1596,16 @@ def read_common(dialect: Dialect, body: Json, read_tool: Callable[[Json, Request
 
 
 def preflight(request: Request, model: Model) -> None:
-    """Refuse what the model cannot take, leave fields of OpenAI's own to its models.  Raises
-    BadRequest."""
+    """Refuse images for a model without eyes, leave fields of OpenAI's own to its models."""
     if not model.is_openai:
         for key in request.openai.keys() - HARMLESS:
             request.lose(key, "the model is not OpenAI's")
         request.openai = {}
-    taken = as_list(as_object(model.limits.get("vision")).get("supported_media_types"))
-    place = "input" if request.dialect == "responses" else "messages"
     parts = [part for turn in request.turns for part in turn.parts]
-    for part in parts + [p for r in parts if isinstance(r, ToolResult) for p in r.parts]:
-        if isinstance(part, Image) and model.supports.get("vision") is False:
-            raise BadRequest("model %s takes no images" % model.id, param=place)
-        if isinstance(part, Image) and part.data and taken and part.media_type not in taken:
-            raise BadRequest("model %s takes no images of type %s, only %s" % (
-                model.id, part.media_type, ", ".join(map(str, taken))), param=place)
-        if isinstance(part, Document) and part.url:
-            raise BadRequest("documents by URL are not supported by the upstream: send the "
-                             "document itself as base64", param=place)
+    parts += [p for r in parts if isinstance(r, ToolResult) for p in r.parts]
+    if model.supports.get("vision") is False and any(isinstance(p, Image) for p in parts):
+        raise BadRequest("model %s takes no images" % model.id,
+                         param="input" if request.dialect == "responses" else "messages")
 
 
 def fit_effort(request: Request, model: Model) -> str | None:
@@ -1708,7 +1702,7 @@ def openai_body(request: Request) -> Json:
 
 
 class StreamDecoder:
-    """Upstream events in, neutral events out: `read(data of a frame)`, then `close(clean)`.
+    """Upstream events in, neutral events out: `read(data of a frame)`, then `close()`.
     `ended` is True behind a ResponseEnd or StreamError.  `close` never is polite on its own: a
     stream without its terminal event becomes a StreamError."""
     TEXT_KEYS: tuple[bytes, ...] = ()          # JSON keys of the text of a delta
@@ -1751,12 +1745,12 @@ class StreamDecoder:
         """The events of an answer that is no stream."""
         self._events = []
         self._read_event(body)
-        return self._events + (self.close(True) if not self.ended else [])
+        return self._events + (self.close() if not self.ended else [])
 
-    def close(self, clean: bool) -> list[Event]:
-        """The upstream's body has ended; `clean`: without an error of the transport."""
+    def close(self) -> list[Event]:
+        """The upstream's body has ended, without an error of the transport."""
         self._events = []
-        if not self.ended and clean:
+        if not self.ended:
             self._finish()
         if not self.ended:
             self._fail("the upstream ended the stream before its end", code="upstream_stream_ended")
@@ -1935,7 +1929,7 @@ class ChatStream(StreamRelay):
         try:
             answer = as_object(loads(frame.data))
         except ValueError:
-            return self._fail("the upstream sent an event that is not JSON", None)
+            return self._fail("the upstream sent an event that is not JSON")
         if isinstance(answer.get("usage"), dict):
             self._raw_usage = answer["usage"]
             self.usage = Usage.from_openai(answer["usage"])
@@ -1955,7 +1949,7 @@ class ChatStream(StreamRelay):
                 self._head.setdefault(key, answer[key])
         delta = merge_choices(choices, "delta", self._number_call)
         if any(run > MAX_WHITESPACE_RUN for run in self._blanks.values()):
-            return self._fail("the model sent endless white space as tool arguments", None)
+            return self._fail("the model sent endless white space as tool arguments")
         for choice in choices:
             self._finish_reason = choice.get("finish_reason") or self._finish_reason
         if not delta and self._started:
@@ -2002,10 +1996,6 @@ class ChatStream(StreamRelay):
             answer["system_fingerprint"] = self._head["system_fingerprint"]
         answer.update(more or {})
         return b"data: %b\n\n" % dumps(answer)
-
-    def _fail(self, message: str, code: str | None) -> bytes:
-        self.ended, self.failure = True, message
-        return self._error(UpstreamError(message, code=code))
 
     def _error(self, error: ProxyError) -> bytes:
         return b"data: %b\n\n" % dumps(CHAT.error_body(error, ""))
@@ -2653,10 +2643,6 @@ class ResponsesStream(StreamRelay):
         event["sequence_number"], self._sequence = number, number + 1
         return Frame(str(event.get("type")), dumps(event)).encode()
 
-    def _fail(self, message: str) -> bytes:
-        self.ended, self.failure = True, message
-        return self._error(UpstreamError(message))
-
     def _error(self, error: ProxyError) -> bytes:
         answer = dict({"id": response_id(None), "created_at": 0, "parallel_tool_calls": True,
                        "tool_choice": "auto", "tools": []}, **self._response)
@@ -3243,8 +3229,7 @@ class MessagesStream(StreamRelay):
         try:
             event = as_object(loads(Frame.parse(raw).data))
         except ValueError:
-            self.ended, self.failure = True, "the upstream sent an event that is not JSON"
-            return self._error(UpstreamError(self.failure))
+            return self._fail("the upstream sent an event that is not JSON")
         kind = event.get("type")
         if kind == "message_start":
             message = as_object(event.get("message"))
@@ -3272,7 +3257,6 @@ class Messages(Dialect):
     STOP_REASONS = (("end_turn", "stop"), ("max_tokens", "length"), ("tool_use", "tool_use"),
                     ("stop_sequence", "stop_sequence"), ("refusal", "refusal"),
                     ("pause_turn", "pause"), ("model_context_window_exceeded", "length"))
-    CHOICES = (("auto", "auto"), ("any", "required"), ("none", "none"))
     keepalive = b'event: ping\ndata: {"type":"ping"}\n\n'
 
     def error_body(self, error: ProxyError, request_id: str) -> Json:
@@ -3538,7 +3522,8 @@ class Messages(Dialect):
         request.output_schema = read_schema(as_object(config.get("format")))
         choice = as_object(body.get("tool_choice"))
         request.tool_choice = (Named(str(choice.get("name"))) if choice.get("type") == "tool"
-                               else dict(self.CHOICES).get(str(choice.get("type"))))
+                               else {"auto": "auto", "any": "required", "none": "none"}.get(
+                                   str(choice.get("type"))))
         if choice.get("disable_parallel_tool_use"):
             request.parallel_tool_calls = False
         system = [part for part in self._read_blocks(body.get("system"), "system", request)
@@ -3631,13 +3616,12 @@ class Messages(Dialect):
         return body
 
     def _write_choice(self, body: Json, choice: str | Named | None, parallel: bool | None) -> None:
-        words = {neutral: wire for wire, neutral in self.CHOICES}
         written: Json = {}
         if isinstance(choice, Named):
             written = {"type": "tool", "name": choice.name}
         elif choice or parallel is False:
-            written = {"type": words[choice or "auto"]}
-        if parallel is False and written["type"] != "none":
+            written = {"type": {"required": "any"}.get(choice or "", choice or "auto")}
+        if parallel is False and choice != "none":
             written["disable_parallel_tool_use"] = True
         body.update(given(tool_choice=written or None))
 
@@ -3946,7 +3930,7 @@ class TranslatedStream(StreamRelay):
         return self.tell(out)
 
     def _finish(self) -> bytes:
-        events = self._decoder.close(True)         # an error among them is made by close()
+        events = self._decoder.close()         # an error among them is made by close()
         return b"" if any(isinstance(e, StreamError) for e in events) else self.tell(events)
 
     def _error(self, error: ProxyError) -> bytes:
@@ -3959,7 +3943,7 @@ def read_answer(upstream: Dialect, data: bytes, is_stream: bool, request: Reques
     if is_stream:
         splitter = SSEDecoder()
         events = [event for frame in splitter.feed(data) + splitter.close()
-                  for event in decoder.read(frame.data)] + decoder.close(True)
+                  for event in decoder.read(frame.data)] + decoder.close()
     else:
         events = decoder.read_whole(parse_answer(data))
     if request.output_tool:
@@ -4151,11 +4135,7 @@ class Plan:
         wish = max(as_int(body.get(key)) for key in ("max_tokens", "max_completion_tokens"))
         if not wants_stream and 0 < cap < wish and upstream is not RESPONSES:
             self.edit.set(body, "stream", True)
-
-    @property
-    def streams(self) -> bool:
-        """Is the upstream asked for a stream?"""
-        return self.edit.body.get("stream") is True
+        self.streams = body.get("stream") is True        # what the upstream is asked for
 
     def read(self, data: bytes, is_stream: bool) -> tuple[bytes, Usage | None]:
         """(the client's bytes for a whole answer, its token counts).  Raises UpstreamError."""
@@ -5829,24 +5809,20 @@ class ResponseStore:
             limit = time.monotonic() - STORE_AGE_S
             for key in [key for key, found in self._kept.items() if found[0] < limit]:
                 self._drop(key)
-            return [(key[1], found[1], found[2]) for key, found in reversed(self._kept.items())
+            return [(key[1], *found[1:]) for key, found in reversed(self._kept.items())
                     if key[0] == owner]
 
     def find(self, owner: str, response_id: str) -> tuple[Json, list[Json]] | None:
         """(answer, input items) of a kept response, None when it is not there."""
-        for key, request, answer in self._alive(owner):
-            if key == response_id:
-                return self._parse(answer), input_items(loads(request))
-        return None
+        return next(((self._parse(answer), input_items(loads(request)))
+                     for key, request, answer in self._alive(owner) if key == response_id), None)
 
     def find_item(self, owner: str, item_id: str) -> Json | None:
         """An output item that some kept answer holds under this id."""
         quoted = dumps(item_id)
-        for _, _, answer in self._alive(owner):
-            for item in as_list(self._parse(answer).get("output")) if quoted in answer else ():
-                if isinstance(item, dict) and item.get("id") == item_id:
-                    return item
-        return None
+        return next((item for _, _, answer in self._alive(owner) if quoted in answer
+                     for item in as_list(self._parse(answer).get("output"))
+                     if as_object(item).get("id") == item_id), None)
 
     def delete(self, owner: str, response_id: str) -> bool:
         """False when it is not there."""

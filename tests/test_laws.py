@@ -130,7 +130,7 @@ def decode_stream(dialect: str, data: bytes) -> list:
     decoder = DIALECTS[dialect].stream_decoder()
     events = [event for raw in data.split(b"\n\n") if raw
               for event in decoder.read(Frame.parse(raw).data)]
-    return events + (decoder.close(True) if not decoder.ended else [])
+    return events + (decoder.close() if not decoder.ended else [])
 
 
 def check_order(events: Iterable[cp.Event]) -> Iterator[cp.Event]:

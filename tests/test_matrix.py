@@ -678,7 +678,7 @@ class Streams(unittest.TestCase):
                           for e in decoder.read(Frame.parse(raw).data)]
                 self.assertEqual(len(list(check_order(events))), len(events))
                 self.assertTrue(decoder.ended)
-                self.assertEqual(decoder.close(True), [])
+                self.assertEqual(decoder.close(), [])
 
     def test_refusal(self) -> None:
         words = {"chat": ("stop", "content_filter"), "responses": ("completed", "content_filter"),
