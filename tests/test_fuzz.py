@@ -9,7 +9,7 @@ from support import SLOW
 import copilot_proxy as cp
 from copilot_proxy import DIALECTS, ProxyError, Request
 from test_laws import MODEL, SEEDS, some_request, some_response
-from test_matrix import CELLS, NAMES, PARALLEL, events_of, run
+from test_matrix import CELLS, PARALLEL, events_of, run
 
 ODD = (None, 1, -1, 1.5, True, "", "x", [], {}, [None], [1], ["x"], [[]], [{}], {"type": "x"},
        {"type": None}, {"type": []}, {"text": 1}, "\ud800", "cpx1.e30=", {"a": {"b": []}})

@@ -5,7 +5,7 @@ import base64
 import random
 import unittest
 from dataclasses import replace
-from typing import Any, Iterable, Iterator
+from typing import Iterable, Iterator
 
 from support import SLOW
 import copilot_proxy as cp

@@ -9,8 +9,7 @@ import json
 import random
 import unittest
 
-from support import ROOT
-import copilot_proxy as cp
+from support import cp
 import fake_upstream as fu
 from copilot_proxy import (DIALECTS, BadRequest, Frame, Model, Request, TranslatedStream,
                            UpstreamError, read_answer, translate_request)

@@ -8,8 +8,7 @@ from typing import Any
 
 from support import Proxy, ProxyCase, chat, message, response, wait_until
 import copilot_proxy as cp
-from fake_upstream import (CHAT, CREATED, MESSAGES, RESPONSES, Answer, FakeUpstream, bad,
-                           default_models)
+from fake_upstream import CHAT, MESSAGES, RESPONSES, Answer, FakeUpstream, default_models
 from test_matrix import NAMES, STOPS, Writer, assert_failed, read_body, whole_of
 
 PATHS = {"chat": "/v1/chat/completions", "responses": "/v1/responses", "messages": "/v1/messages"}
