@@ -143,7 +143,7 @@ MAX_FRAME_BYTES = 32 * 1024 * 1024       # one server-sent event
 MAX_CHUNK_LINE_BYTES = 1024
 MAX_ID_CHARS = 64                        # of item and call ids, OpenAI's own validator
 MAX_WHITESPACE_RUN = 2000                # in streamed tool arguments: a model gone astray
-READ_BYTES = 64 * 1024                   # below malloc's threshold for mapping fresh pages
+READ_BYTES = 64 * 1024                   # more than a TLS record: none is ever left half read
 
 HEAD_TIMEOUT_S = 30.0                    # a request head, from its first byte
 IDLE_CLIENT_S = 75.0                     # between two requests of one connection
@@ -903,7 +903,8 @@ class BodyDecoder:
     def _feed_chunked(self, data: bytes) -> bytes:
         data = self._tail + data if self._tail else data
         out: list[bytes] = []
-        at, end = 0, len(data)
+        at = self._whole_chunks(data, 0, out) if self._state == "size" else 0
+        end = len(data)
         while at < end and not self.done:
             if self._state == "data":
                 taken = data[at:at + self._left]
@@ -913,8 +914,6 @@ class BodyDecoder:
                 if not self._left:
                     self._state = "end"
                 continue
-            if self._state == "size":
-                at = self._whole_chunks(data, at, out)
             line_end = data.find(b"\r\n", at, at + MAX_CHUNK_LINE_BYTES)
             if line_end < 0:
                 if end - at >= MAX_CHUNK_LINE_BYTES or b"\n" in data[at:]:
@@ -922,9 +921,11 @@ class BodyDecoder:
                 break
             self._take_line(data[at:line_end])
             at = line_end + 2
+            if self._state == "size":
+                at = self._whole_chunks(data, at, out)
         self._tail = b"" if self.done else data[at:]
         self.rest = data[at:] if self.done else b""
-        return b"".join(out)
+        return out[0] if len(out) == 1 else b"".join(out)
 
     @staticmethod
     def _whole_chunks(data: bytes, at: int, out: list[bytes]) -> int:
@@ -1002,6 +1003,8 @@ class FrameCutter:
 
     def feed(self, data: bytes) -> bytes:
         """Whole frames as one block, b'' while there is none."""
+        if data[-2:] == b"\n\n" and not self._size and not self._carry and b"\r" not in data:
+            return data                                        # nearly always
         if b"\r" in data or self._carry:
             data = self._carry + data
             self._carry = b"\r" if data.endswith(b"\r") else b""
@@ -1818,6 +1821,8 @@ class ChatStream(StreamRelay):
         self._blanks: dict[int, int] = {}                    # our index -> run of white space
 
     def _block(self, block: bytes) -> bytes:
+        if block.find(b"\n\n") == len(block) - 2:               # one frame
+            return self._from_template(block) or self._mend(block)
         out = []
         for raw in split_frames(block):
             if self.ended:
@@ -4550,6 +4555,7 @@ class Wire:
     sock: Any
     idle_since = 0.0
     received = b""                     # bytes that belong to the next head or body
+    has_more = False                   # TLS may hold bytes that no selector will tell of
 
     def open(self) -> None:
         """Connect (with proxy tunnel and TLS handshake).  Raises OSError."""
@@ -4578,7 +4584,7 @@ class Wire:
         While nothing comes `client.on_silence` is called every `keepalive_s`."""
         silent_since = time.monotonic()
         while True:
-            data = self.receive() if self.has_more else None
+            data = self.receive() if self.received or self.has_more else None
             if data is not None:
                 return data
             now = time.monotonic()
@@ -4590,9 +4596,9 @@ class Wire:
             watched = [self] if client is None or client.is_full else [self, client]
             ready = wait_readable(watched, pause)
             if self in ready:
-                data = self.receive()
-                if data is not None:
-                    return data
+                more = self.receive()
+                if more is not None:
+                    return more
             elif client is not None and ready and client.is_gone():
                 raise ClientGone
             elif client is not None and not ready and pause < left:
@@ -4604,12 +4610,9 @@ class Wire:
         if self.received:
             data, self.received = self.received, b""
             return data
-        return receive_now(self.sock)
-
-    @property
-    def has_more(self) -> bool:
-        """Bytes that were read already, so that no selector will tell of them."""
-        return bool(self.received or hasattr(self.sock, "pending") and self.sock.pending())
+        more = receive_now(self.sock)
+        self.has_more = more is not None and len(more) == READ_BYTES
+        return more
 
 
 class PlainWire(Wire, http.client.HTTPConnection):
@@ -6060,7 +6063,7 @@ class Exchange:
     # -- a whole answer
 
     def reply(self, body: bytes, status: int = 200, kind: str = "application/json") -> None:
-        """Send a whole answer."""
+        """Send a whole answer.  Raises ClientGone."""
         length = [] if status == 204 else [("Content-Length", str(len(body)))]
         head = self._head(status, kind, length)
         self._send(head if self.head.method == "HEAD" else head + body)
@@ -6085,6 +6088,8 @@ class Exchange:
 
     def frame(self, data: bytes) -> bytes:
         """Some bytes of the stream as they go over the wire, with the head before the first."""
+        if self.status and self._chunked:
+            return chunk(data)
         head = b"" if self.status else self._stream_head()
         return head + (chunk(data) if self._chunked else data)
 
@@ -6140,12 +6145,12 @@ class Exchange:
         tokens = "%d+%d" % (usage.input + usage.cache_read + usage.cache_write,
                             usage.output) if usage else "-"
         line = "%s %s %s model=%s route=%s status=%d first=%.0fms total=%.0fms tokens=%s%s" % (
-            self.id[:8], printable(self.head.method, 20), printable(redact(self.path), 80),
-            printable(redact(self.model), 60), self.route, self.status, self._first_byte_ms,
+            self.id[:8], printable(self.head.method, 20), printable(self.path, 80),
+            printable(self.model, 60), self.route, self.status, self._first_byte_ms,
             self._elapsed_ms(), tokens,
-            " error=" + printable(redact(self.failure)) if self.failure else "")
+            " error=" + printable(self.failure) if self.failure else "")
         # as log.info would, but without its search for the caller's line in each request
-        log.handle(log.makeRecord(log.name, logging.INFO, "", 0, line, (), None))
+        log.handle(log.makeRecord(log.name, logging.INFO, "", 0, redact(line), (), None))
 
 
 @functools.lru_cache(maxsize=1)
@@ -6287,19 +6292,23 @@ class RelayLoop:
             work(item, mask)
         except Exception:
             self.log.exception("relay failed")
-            if isinstance(item, Client):
-                self._parked.pop(item, None)
-                self._forget(item)
-                item.close()
-            elif isinstance(item, UpstreamResponse):
-                self._draining.pop(item, None)
-                self._forget(item.wire)
-                item.close()
-            elif isinstance(item, Relay) and item in self._relays:
-                if item.ending:
-                    self._abandon(item)
-                else:
-                    self._guard(self._end_broken, item, 0)
+            self._recover(item)
+
+    def _recover(self, item: Any) -> None:
+        """After an exception of ours: whatever `item` was, it is over; the others go on."""
+        if isinstance(item, Client):
+            self._parked.pop(item, None)
+            self._forget(item)
+            item.close()
+        elif isinstance(item, UpstreamResponse):
+            self._draining.pop(item, None)
+            self._forget(item.wire)
+            item.close()
+        elif isinstance(item, Relay) and item in self._relays:
+            if item.ending:
+                self._abandon(item)
+            else:
+                self._guard(self._end_broken, item, 0)
 
     def _end_broken(self, relay: Relay, mask: int) -> None:
         """After an exception of ours: tell the client if that is still possible."""
@@ -6414,14 +6423,29 @@ class RelayLoop:
                                        % plain_reason(error), code="upstream_stream_ended"))
             return
         if out:
-            relay.out += relay.exchange.frame(out)
+            out = relay.exchange.frame(out)
         if answer.done or pipeline.ended:
+            relay.out += out
             self._end(relay)
-            return
-        if out:
+        elif out and not relay.out:
+            self._send(relay, out)
+        elif out:
+            relay.out += out
             self._flush(relay)
-        if answer.wire is not None and answer.wire.has_more:
+        if not relay.parted and answer.wire.has_more:
             self._again[relay] = None
+
+    def _send(self, relay: Relay, data: bytes) -> None:
+        """To a client that has taken everything so far: nearly always it takes this at once."""
+        try:
+            sent = send_now(relay.client.sock, data)
+        except OSError:
+            self._abandon(relay)
+            return
+        relay.sent_at = self._now
+        if sent < len(data):
+            relay.out += data[sent:]
+            self._flush(relay)
 
     def _on_client(self, relay: Relay, mask: int) -> None:
         if relay not in self._relays:            # ended by an event of the same round
@@ -6526,6 +6550,7 @@ class RelayLoop:
         self._forget(relay.client)
         relay.client.close()
         if not relay.parted:
+            relay.parted = True
             self._forget(relay.answer.wire)
             relay.answer.close()
         relay.exchange.failure = relay.exchange.failure or "the client left"
