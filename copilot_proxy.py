@@ -7001,7 +7001,6 @@ PAGE_HEADERS = {
 # ==== 17. Endpoints ===============================================================================
 # One short function per route, and the table of routes.
 
-
 def resolve(exchange: Exchange, body: Json) -> tuple[Copilot, Model]:
     """(account, model) of a request.  Raises AuthError, BadRequest."""
     asked = body.get("model")
@@ -7010,7 +7009,6 @@ def resolve(exchange: Exchange, body: Json) -> tuple[Copilot, Model]:
     exchange.model = asked
     copilot = exchange.app.copilot()
     return copilot, with_login(exchange, copilot, lambda: copilot.find_model(asked))
-
 
 def with_login(exchange: Exchange, copilot: Copilot, work: Callable[[], Any]) -> Any:
     """Do `work`; when GitHub does not know the login any more a new one is begun."""
@@ -7022,7 +7020,6 @@ def with_login(exchange: Exchange, copilot: Copilot, work: Callable[[], Any]) ->
             raise AuthError("%s (%s)" % (error, exchange.app.login_hint()),
                             code="login_required") from None
         raise
-
 
 def fit_model(data: bytes, edit: Edit, model_id: str) -> bytes:
     """The body to send: the client's own bytes where nothing but the model's id changes."""
@@ -7039,7 +7036,6 @@ def fit_model(data: bytes, edit: Edit, model_id: str) -> bytes:
     start, end = places[0].span()
     return data[:start] + b'"model":' + dumps(model_id) + data[end:]
 
-
 def upstream_headers(exchange: Exchange, client: Dialect, upstream: Dialect, body: Json) -> Headers:
     """What of the request itself decides headers: who began it, images, Anthropic's versions."""
     given = exchange.head.headers
@@ -7054,7 +7050,6 @@ def upstream_headers(exchange: Exchange, client: Dialect, upstream: Dialect, bod
             headers["anthropic-beta"] = betas
     return headers
 
-
 def admit(exchange: Exchange, body: Json, model: Model) -> None:
     """Rate limit and approval by hand.  Raises RateLimited, BadRequest, ClientGone."""
     app = exchange.app
@@ -7064,7 +7059,6 @@ def admit(exchange: Exchange, body: Json, model: Model) -> None:
     text = text_of(last.get("content")) or text_of(body.get("input"))
     who = exchange.head.headers.get("user-agent", "an unnamed client")
     app.approval.ask(exchange.client, who, model.id, text)
-
 
 def complete(dialect: Dialect, exchange: Exchange) -> None:
     """A request of any dialect to any model."""
@@ -7094,7 +7088,6 @@ def complete(dialect: Dialect, exchange: Exchange) -> None:
     if keep is not None:
         keep(str(plan.answer.get("id")), data)
     exchange.reply(data)
-
 
 def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: Copilot,
         model: Model, keep: Callable[[str, bytes], None] | None = None
@@ -7136,7 +7129,6 @@ def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: C
             exchange.finish(plan.pipeline.close(error))
             return None
 
-
 def tell_losses(exchange: Exchange, losses: list[tuple[str, str]]) -> None:
     """What did not go upstream: to the client, the log and /stats."""
     if losses:
@@ -7145,14 +7137,12 @@ def tell_losses(exchange: Exchange, losses: list[tuple[str, str]]) -> None:
         exchange.app.log.debug("%s lost: %s", exchange.id, losses)
         exchange.app.stats.count("losses", *names)
 
-
 def refuse_websocket(exchange: Exchange) -> None:
     """Codex asks for a WebSocket first and falls back to HTTP when told so at once."""
     if "upgrade" in exchange.head.headers:
         exchange.keep_alive = False
         raise BadRequest("WebSockets are not served here: use plain HTTP", 426)
     raise BadRequest("GET is not possible here, only POST", 405, headers={"Allow": "POST"})
-
 
 def count_tokens(exchange: Exchange) -> None:
     """The upstream's own count for models with /v1/messages, else an estimate, always 200: Claude
@@ -7179,7 +7169,6 @@ def count_tokens(exchange: Exchange) -> None:
             raise
     exchange.reply_json({"input_tokens": counted or estimate})
 
-
 def count_input(exchange: Exchange) -> None:
     """POST /responses/input_tokens: an estimate."""
     exchange.dialect = RESPONSES
@@ -7188,7 +7177,6 @@ def count_input(exchange: Exchange) -> None:
     exchange.app.store.expand(copilot.github_token, body)
     exchange.reply_json({"object": "response.input_tokens",
                          "input_tokens": estimate_tokens(body, model.is_claude)})
-
 
 def stored_response(exchange: Exchange) -> None:
     """GET and DELETE /responses/ID, GET /responses/ID/input_items: from the local store."""
@@ -7211,7 +7199,6 @@ def stored_response(exchange: Exchange) -> None:
     exchange.reply_json({"object": "list", "data": shown, "has_more": False,
                          "first_id": shown[0]["id"] if shown else None,
                          "last_id": shown[-1]["id"] if shown else None})
-
 
 def completions(exchange: Exchange) -> None:
     """POST /completions, the old shape: each prompt is a chat of its own."""
@@ -7250,13 +7237,11 @@ def completions(exchange: Exchange) -> None:
     else:
         exchange.reply_json(whole)
 
-
 def stats(exchange: Exchange) -> None:
     """Counts since the start: requests by route and status, losses by field."""
     counts = exchange.app.stats.report()
     exchange.reply_json({"uptime_s": round(time.time() - exchange.app.started, 1),
                          "losses": counts.pop("losses", {}), "requests": counts})
-
 
 def embeddings(exchange: Exchange) -> None:
     """Strings only upstream, floats only back: wrapped, split, merged and packed here."""
@@ -7289,7 +7274,6 @@ def embeddings(exchange: Exchange) -> None:
     exchange.usage = Usage.from_openai(counts)
     exchange.reply_json({"object": "list", "data": data, "model": exchange.model, "usage": counts})
 
-
 def merge_embeddings(data: list[Json], counts: Json, answer: bytes, wanted: int) -> None:
     """Append one batch's vectors in their order, add its counts.  Raises UpstreamError."""
     try:
@@ -7306,7 +7290,6 @@ def merge_embeddings(data: list[Json], counts: Json, answer: bytes, wanted: int)
     for key in counts:
         counts[key] += as_int(as_object(value.get("usage")).get(key))
 
-
 def model_entry(model: Model) -> Json:
     """One model so that the OpenAI and the Anthropic SDKs both parse it."""
     found = re.search(r"(20\d\d)-(\d\d)-(\d\d)", str(model.entry.get("version") or ""))
@@ -7320,7 +7303,6 @@ def model_entry(model: Model) -> Json:
             "max_input_tokens": model.limit("max_prompt_tokens") or None,
             "max_output_tokens": model.limit("max_output_tokens") or None,
             "max_tokens": model.limit("max_output_tokens") or None, "lifecycle": "active"}
-
 
 def models(exchange: Exchange) -> None:
     """The models meant for users; `?all=1` shows hidden and disabled ones, too.  Codex asks with
@@ -7336,7 +7318,6 @@ def models(exchange: Exchange) -> None:
         answer["models"] = []
     exchange.reply_json(answer)
 
-
 def one_model(exchange: Exchange) -> None:
     """One entry of the list; any spelling that finds a model will do."""
     exchange.dialect = MESSAGES if "anthropic-version" in exchange.head.headers else CHAT
@@ -7344,13 +7325,11 @@ def one_model(exchange: Exchange) -> None:
     model = with_login(exchange, copilot, lambda: copilot.find_model(exchange.argument))
     exchange.reply_json(dict(model_entry(model), id=exchange.argument))
 
-
 def usage(exchange: Exchange) -> None:
     """The upstream's usage answer, whole."""
     copilot = exchange.app.copilot()
     exchange.reply_json(with_login(
         exchange, copilot, lambda: exchange.app.github.fetch_usage(copilot.github_token)))
-
 
 def token(exchange: Exchange) -> None:
     """The Copilot token, for this machine's own programs and only with --show-token."""
@@ -7363,11 +7342,9 @@ def token(exchange: Exchange) -> None:
     exchange.headers["Cache-Control"] = "no-store"
     exchange.reply_json({"token": value.value})
 
-
 def health(exchange: Exchange) -> None:
     """200 as soon as the port serves; whether calls will work is in `status`."""
     exchange.reply_json(health_report(exchange.app))
-
 
 def health_report(app: App) -> Json:
     """What /health and the page say: login state, code to enter, token state; no secret."""
@@ -7385,12 +7362,10 @@ def health_report(app: App) -> Json:
                                    verification_uri=login.code.verification_uri)
     return report
 
-
 def page(exchange: Exchange) -> None:
     """The one page: it holds no data and fetches what it shows."""
     exchange.headers.update(PAGE_HEADERS)
     exchange.reply(PAGE.encode(), kind="text/html; charset=utf-8")
-
 
 def begin_login(exchange: Exchange) -> None:
     """POST /auth/device/start: ask GitHub for a code when nobody is logged in."""
@@ -7398,15 +7373,12 @@ def begin_login(exchange: Exchange) -> None:
         exchange.app.begin_login()
     exchange.reply_json(health_report(exchange.app))
 
-
 def accept_quietly(exchange: Exchange) -> None:
     """Telemetry of clients: dropped without noise."""
     exchange.reply_json({})
 
-
 def nothing(exchange: Exchange) -> None:
     exchange.reply(b"", 204, "")
-
 
 ROUTES: Routes = {
     "/chat/completions": {"POST": functools.partial(complete, CHAT)},
