@@ -4636,7 +4636,7 @@ class Pool:
     def __init__(self) -> None:
         self.closed = False
         self._lock = threading.Lock()
-        self._idle: dict[Any, list[Any]] = {}
+        self._idle: dict[Any, collections.deque[Any]] = {}     # oldest first
 
     def take(self, key: Any) -> Any:
         """A connection that is usable as far as one can see, or None."""
@@ -4657,12 +4657,11 @@ class Pool:
             if self.closed:
                 wire.close()
                 return
-            idle = self._idle.setdefault(key, [])
+            idle = self._idle.setdefault(key, collections.deque())
             idle.append(wire)
-            old = [w for w in idle if now - w.idle_since >= POOL_IDLE_S] + idle[:-POOL_SIZE]
-            for gone in old:
-                if gone in idle:
-                    idle.remove(gone)
+            old = []
+            while now - idle[0].idle_since >= POOL_IDLE_S or len(idle) > POOL_SIZE:
+                old.append(idle.popleft())
         for gone in old:
             gone.close()
 
