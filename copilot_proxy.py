@@ -3854,8 +3854,8 @@ def as_completion(answer: Json, echo: str, at: int = 0) -> Json:
     choices = [{"text": echo + (as_object(c.get("message") or c.get("delta")).get("content") or ""),
                 "index": at, "logprobs": None, "finish_reason": c.get("finish_reason")}
                for c in as_list(answer.get("choices"))]
-    return dict(answer, id="cmpl-" + str(answer.get("id")), object="text_completion",
-                choices=choices)
+    return dict(answer, id=str(answer.get("id")).replace("chatcmpl", "cmpl"),
+                object="text_completion", choices=choices)
 
 class CompletionStream(StreamRelay):
     """A chat client's stream in the shape of /completions.  `echo`: to stand before the text."""
