@@ -558,6 +558,8 @@ class Terminal:
         os.close(self._master)
 
 
+@unittest.skipUnless(os.environ.get("COPILOT_PROXY_SLOW_TESTS") == "1",
+                     "COPILOT_PROXY_SLOW_TESTS=1 only: it waits for terminals")
 @unittest.skipUnless(POSIX, "pseudo terminals are POSIX's")
 class TerminalTest(CliCase):
     """What happens where a person sits."""
