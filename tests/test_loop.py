@@ -1041,6 +1041,7 @@ class TlsFront:
         return True
 
 
+@unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
 class TlsTest(LoopCase):
     _folder: Any
     certificate: str
