@@ -110,7 +110,6 @@ COPILOT_HOSTS = (".githubcopilot.com", ".ghe.com")   # a server-given API host m
 CLIENT_ID = "Iv1.b507a08c87ecfe98"                   # the editor's Copilot app: tokens ghu_...
 SCOPE = "read:user"
 DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
-TOKEN_PREFIXES = ("ghu_", "gho_")                    # what a device flow yields
 PAT_PREFIXES = ("ghp_", "github_pat_")               # never accepted by Copilot
 
 API_VERSIONS = ("2026-06-01", "2026-08-01", "2025-05-01")   # first one is sent, rest after a 466
@@ -6081,7 +6080,6 @@ class Exchange:
     def expect_stream(self, keepalive: bytes) -> None:
         """From now on silence is filled with keep-alives, the first of which commits to 200."""
         self.keepalive = keepalive
-        self._chunked = self.head.minor == 1
         self.keep_alive = self.keep_alive and self._chunked
         self.client.ping = lambda: self.write(self.keepalive)
 
