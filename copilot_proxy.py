@@ -193,7 +193,6 @@ ERROR_TYPES = {
     529: ("server_error", "overloaded_error"),
 }
 
-
 class ProxyError(Exception):
     """A failure that the caller is told about; `str(error)` says what happened and what to do.
     status: HTTP status; code, param: OpenAI's fields, None when unknown; headers: to be added to
@@ -214,25 +213,20 @@ class ProxyError(Exception):
             return ERROR_TYPES[self.status]
         return ERROR_TYPES[400] if self.status < 500 else ("server_error", "api_error")
 
-
 class ConfigError(ProxyError):
     """A flag, variable or file that cannot be used; ends a command with exit code 2."""
-
 
 class BadRequest(ProxyError):
     """The client's request cannot be served as it is."""
     status = 400
 
-
 class AuthError(ProxyError):
     """Nobody is logged in, or GitHub refuses the login."""
     status = 401
 
-
 class RateLimited(ProxyError):
     """Too early; `Retry-After` is among the headers."""
     status = 429
-
 
 class UpstreamError(ProxyError):
     """GitHub or Copilot could not be reached, or answered with an error."""
@@ -241,14 +235,11 @@ class UpstreamError(ProxyError):
     unsent = False          # nothing of the request had left this machine
     opaque = False          # a 403 without any reason: perhaps the token
 
-
 class StreamCut(UpstreamError):
     """The upstream's body ended before its end."""
 
-
 class StaleConnection(UpstreamError):
     """A kept-alive connection turned out to be closed before a byte of the answer came."""
-
 
 class ClientGone(Exception):
     """The client has hung up: nobody is left to answer."""
@@ -257,10 +248,8 @@ class ClientGone(Exception):
 # ==== 4. Helpers ==================================================================================
 # Small pure functions that several sections need.
 
-
 def _no_constant(name: str) -> Any:
     raise ValueError("%s is not JSON" % name)
-
 
 def _finite(text: str) -> float:
     value = float(text)
@@ -268,10 +257,8 @@ def _finite(text: str) -> float:
         raise ValueError("%s is too large a number" % text[:20])
     return value
 
-
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _decode = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite).decode
-
 
 def dumps(value: Any) -> bytes:
     """Compact UTF-8 JSON; key order is kept.  A lone surrogate falls back to ASCII escapes."""
@@ -280,7 +267,6 @@ def dumps(value: Any) -> bytes:
     except UnicodeEncodeError:
         return json.dumps(value, separators=(",", ":")).encode()
 
-
 def loads(data: bytes) -> Any:
     """A JSON value.  Raises ValueError for everything malformed, also too deep a nesting."""
     try:
@@ -288,31 +274,25 @@ def loads(data: bytes) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
-
 def as_object(value: Any) -> Json:
     """`value` if it is a JSON object, else an empty one: for reading answers leniently."""
     return value if isinstance(value, dict) else {}
-
 
 def as_list(value: Any) -> list[Any]:
     """`value` if it is a JSON array, else an empty one."""
     return value if isinstance(value, list) else []
 
-
 def as_int(value: Any) -> int:
     """`value` if it is a whole number, else 0 (JSON booleans are no numbers here)."""
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
-
 
 _SECRET = re.compile(
     r"gh[a-z]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|tid=[^\s\"']+"
     r"|(?<=[Bb]earer )[^\s\"',]+|(?<=[Tt]oken )(?=[\w.]*[_\d])[\w.~+/=:;-]{8,}"
     r"|(?<=://)[^/\s\"']+(?=@)")
 
-
 #: one of these is in every secret: a look before the pattern is tried
 _SECRET_SIGNS = ("gh", "github_pat_", "tid=", "earer ", "oken ", "://")
-
 
 def redact(text: str) -> str:
     """`text` without tokens and URL passwords.  'Bearer ghu_abcd' -> 'Bearer [redacted]'."""
@@ -320,11 +300,9 @@ def redact(text: str) -> str:
         return _SECRET.sub("[redacted]", text)
     return text
 
-
 def printable(text: str, limit: int = 200) -> str:
     """`text` on one ASCII line, safe for any console: control and other characters escaped."""
     return ascii(text[:limit])[1:-1]
-
 
 def host_of(url: str) -> str:
     """'https://X.GHE.com:8443/a' -> 'x.ghe.com' ('' when there is none)."""
@@ -333,13 +311,11 @@ def host_of(url: str) -> str:
     except ValueError:
         return ""
 
-
 def is_loopback(host: str) -> bool:
     """Is `host` this machine by name or address?  '127.8.0.1' -> True, '127.evil.com' -> False."""
     host = host.lower().strip("[]")
     return (host in ("localhost", "::1", "::ffff:127.0.0.1") or host.endswith(".localhost")
             or bool(re.fullmatch(r"127\.\d{1,3}\.\d{1,3}\.\d{1,3}", host)))
-
 
 def unwrap_error(status: int, body: bytes, phrase: str) -> tuple[str, str | None, str | None]:
     """(message, code, param) out of any error body that the upstream is known to send.
@@ -368,16 +344,13 @@ def unwrap_error(status: int, body: bytes, phrase: str) -> tuple[str, str | None
     return (redact(text[:MAX_ERROR_TEXT]), code if isinstance(code, str) else None,
             param if isinstance(param, str) else None)
 
-
 def stable_id(prefix: str, text: str) -> str:
     """A short id made from a long one, always the same: 'rs_' + 32 hex digits."""
     return prefix + hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
 
-
 def shorten_id(text: str) -> str:
     """A call id that fits into 64 characters; equal ids stay equal."""
     return text if len(text) <= MAX_ID_CHARS else stable_id("call_", text)
-
 
 def floats_to_base64(vector: list[float]) -> str:
     """Little-endian float32 in base64, as the OpenAI SDKs ask for.  Raises UpstreamError."""
@@ -769,7 +742,6 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00\r\n]*)?\Z")
 _TARGET = re.compile(rb"[\x21-\x7e]+\Z")
 _SINGLE_FIELDS = ("host", "content-length", "transfer-encoding", "content-type")
 
-
 @dataclass
 class RequestHead:
     """`POST /v1/messages?beta=true HTTP/1.1` and the header fields."""
@@ -798,7 +770,6 @@ class RequestHead:
             raise BadRequest("Content-Length is not a number")
         return int(length), False
 
-
 def _parse_fields(raw: bytes) -> Headers:
     if not _FIELDS.match(raw):
         raise BadRequest("malformed header field")
@@ -815,7 +786,6 @@ def _parse_fields(raw: bytes) -> Headers:
             value = headers[name] + ", " + value
         headers[name] = value
     return headers
-
 
 def parse_request_head(raw: bytes) -> RequestHead:
     """A request head without its closing empty line.  Raises BadRequest (400, 414, 431, 505).
@@ -837,7 +807,6 @@ def parse_request_head(raw: bytes) -> RequestHead:
         raise BadRequest("the Host header is missing")
     return head
 
-
 def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
     """(status, phrase, headers).  Lenient: the upstream is trusted not to smuggle, but may fold
     lines or repeat fields.  Raises UpstreamError when it is no HTTP head at all."""
@@ -853,7 +822,6 @@ def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
             headers[name] = headers[name] + ", " + value if name in headers else value
     return int(words[1]), words[2] if len(words) > 2 else "", headers
 
-
 def render_head(start: str, fields_: Iterable[tuple[str, str]]) -> bytes:
     """A head as bytes, with its empty line.  Line ends inside a value become spaces."""
     lines = [start]
@@ -863,10 +831,8 @@ def render_head(start: str, fields_: Iterable[tuple[str, str]]) -> bytes:
         text = "\r\n".join(line.replace("\r", " ").replace("\n", " ") for line in lines)
     return text.encode("latin-1", "replace") + b"\r\n\r\n"
 
-
 #: the usual chunk sizes as they are written: a look-up beats a check and a conversion
 _CHUNK_SIZES = {b"%x" % size: size for size in range(1, 2048)}
-
 
 class BodyDecoder:
     """A message body: of a known length, chunked, or ending with the connection (length None).
@@ -960,14 +926,11 @@ class BodyDecoder:
             self._left = int(found.group(1), 16)
             self._state = "data" if self._left else "trailer"
 
-
 def chunk(data: bytes) -> bytes:
     """b"abc" -> b"3\\r\\nabc\\r\\n"; nothing for b"", which would be the end of the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
-
 LAST_CHUNK = b"0\r\n\r\n"
-
 
 def inflate(data: bytes, coding: str) -> bytes:
     """Undo a Content-Encoding of a request.  Raises BadRequest: 415 unknown, 413 a bomb, 400."""
@@ -987,7 +950,6 @@ def inflate(data: bytes, coding: str) -> bytes:
     if not machine.eof:
         raise BadRequest("the %s body is cut short" % coding)
     return plain
-
 
 class FrameCutter:
     """Cuts a byte stream into whole server-sent events without looking into them.
@@ -1034,7 +996,6 @@ class FrameCutter:
         if self._size > MAX_FRAME_BYTES:
             raise UpstreamError("an event of the stream is larger than %d bytes" % MAX_FRAME_BYTES)
 
-
 @dataclass
 class Frame:
     """One server-sent event.  Raw b'event: a\\ndata: {}\\n\\n' -> Frame('a', b'{}')"""
@@ -1060,11 +1021,9 @@ class Frame:
         head = b"event: %b\n" % self.event.encode() if self.event else b""
         return b"%bdata: %b\n\n" % (head, self.data.replace(b"\n", b"\ndata: "))
 
-
 def split_frames(block: bytes) -> list[bytes]:
     """Whole frames, each still ending in its empty line."""
     return [raw + b"\n\n" for raw in block.split(b"\n\n") if raw.strip(b"\n")]
-
 
 class SSEDecoder:
     """`feed(bytes) -> list[Frame]`: the events that are complete by now, without empty ones.
@@ -4160,7 +4119,6 @@ def estimate_tokens(body: Json, is_claude: bool = False) -> int:
 # Every value has flag > environment > default.  One table makes the command line, the environment
 # names and the help text.  Pure: the environment is handed in.
 
-
 @dataclass(frozen=True)
 class Option:
     """One setting: `--name`, `COPILOT_PROXY_NAME`, and what it is for.
@@ -4181,7 +4139,6 @@ class Option:
     @property
     def variables(self) -> tuple[str, ...]:
         return ("COPILOT_PROXY_" + self.field.upper(),) + self.env
-
 
 OPTIONS = (
     Option("port", DEFAULT_PORT, "port to serve on; 0 takes a free one", "int", "-p",
@@ -4222,7 +4179,6 @@ _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 _GUARDED_HEADERS = ("authorization", "host", "content-length", "transfer-encoding", "connection",
                     "content-type", "cookie", "accept-encoding")
 
-
 def parse_value(option: Option, text: str, source: str) -> Any:
     """A value from the environment or the command line.  Raises ConfigError naming its source."""
     try:
@@ -4240,7 +4196,6 @@ def parse_value(option: Option, text: str, source: str) -> Any:
         return tuple(part.strip() for part in text.split(",") if part.strip())
     return text
 
-
 def parse_pairs(values: Iterable[str], flag: str) -> dict[str, str]:
     """('A=b', 'C=d') -> {'A': 'b', 'C': 'd'}.  Raises ConfigError."""
     pairs = {}
@@ -4251,7 +4206,6 @@ def parse_pairs(values: Iterable[str], flag: str) -> dict[str, str]:
                                                                          printable(value, 60)))
         pairs[name.strip()] = text.strip()
     return pairs
-
 
 def check_url(url: str, flag: str) -> str:
     """The URL without its trailing slash; plain http only on this machine.  Raises ConfigError."""
@@ -4266,7 +4220,6 @@ def check_url(url: str, flag: str) -> str:
     if parts.scheme == "http" and not is_loopback(host):
         raise ConfigError("%s: plain http is accepted for this machine only, use https" % flag)
     return url.rstrip("/")
-
 
 @dataclass
 class Settings:
@@ -4383,13 +4336,11 @@ class Settings:
 # The data folder: mode 0700, files 0600 from their first byte, replaced in one step.  The
 # short-lived Copilot token is never written.
 
-
 def default_data_dir(environ: Mapping[str, str]) -> str:
     """$XDG_DATA_HOME/copilot-proxy, ~/.local/share/copilot-proxy, on Windows %LOCALAPPDATA%."""
     base = environ.get("LOCALAPPDATA") if os.name == "nt" else environ.get("XDG_DATA_HOME")
     base = base or os.path.join(os.path.expanduser("~"), ".local", "share")
     return os.path.join(base, "copilot-proxy")
-
 
 def write_file(path: str, data: bytes) -> None:
     """Replace a file in one step: a crash leaves the old one or the new one.  Raises OSError."""
@@ -4406,7 +4357,6 @@ def write_file(path: str, data: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-
 
 class LoginFile:
     """The GitHub token of one host: `github_token` for github.com, else `github_token.<host>`.
@@ -4459,7 +4409,6 @@ class LoginFile:
 # open one for each call; no redirect is followed.  http.client connects, tunnels and does TLS; the
 # answer's head and body are read by section 6, because a relay must see bytes as they come.
 
-
 class Downstream(Protocol):
     """The client on whose behalf an upstream call waits."""
     keepalive_s: float
@@ -4477,9 +4426,7 @@ class Downstream(Protocol):
     def on_silence(self) -> None:
         """Called after each `keepalive_s` without a byte from the upstream."""
 
-
 _POLL_READ = getattr(select, "POLLIN", 0) | getattr(select, "POLLRDHUP", 0)
-
 
 def wait_readable(sockets: list[Any], timeout_s: float) -> list[Any]:
     """Those of `sockets` (objects with fileno()) that can be read now, or after at most
@@ -4493,7 +4440,6 @@ def wait_readable(sockets: list[Any], timeout_s: float) -> list[Any]:
     numbers = [number for number, _ in ready]
     return [item for item in sockets if item.fileno() in numbers]
 
-
 def wait_ready(sock: Any, timeout_s: float, write: bool = False) -> bool:
     """Can this one be read (or written) now, or after at most `timeout_s`?"""
     if not hasattr(select, "poll"):
@@ -4501,7 +4447,6 @@ def wait_ready(sock: Any, timeout_s: float, write: bool = False) -> bool:
     poller = select.poll()
     poller.register(sock, select.POLLOUT if write else _POLL_READ)
     return bool(poller.poll(max(0, int(timeout_s * 1000 + 0.999))))
-
 
 def receive_now(sock: Any) -> bytes | None:
     """Read from a socket that does not block, TLS or not: None when nothing is there."""
@@ -4514,7 +4459,6 @@ def receive_now(sock: Any) -> bytes | None:
             return None
         raise
 
-
 def send_now(sock: Any, data: Any) -> int:
     """Write what fits to a socket that does not block -> how many bytes.  Raises OSError."""
     try:
@@ -4526,7 +4470,6 @@ def send_now(sock: Any, data: Any) -> int:
             return 0
         raise
 
-
 def send_all(sock: Any, data: bytes, timeout_s: float) -> None:
     """Write all of it; raises socket.timeout when the other side takes nothing for so long."""
     sent = send_now(sock, data)
@@ -4534,7 +4477,6 @@ def send_all(sock: Any, data: bytes, timeout_s: float) -> None:
         if not wait_ready(sock, timeout_s, write=True):
             raise socket.timeout("timed out")
         sent += send_now(sock, memoryview(data)[sent:sent + MAX_OUT_BYTES])
-
 
 class UpstreamRequest(urllib.request.Request):
     """A request with what our handlers need: who waits for it and how long."""
@@ -4546,7 +4488,6 @@ class UpstreamRequest(urllib.request.Request):
         self.headers = dict(headers)
         self.client = client
         self.answer_timeout_s = timeout_s
-
 
 class Wire:
     """A connection that can be kept: reads raw bytes and watches the client meanwhile.
@@ -4613,20 +4554,16 @@ class Wire:
         self.has_more = more is not None and len(more) == READ_BYTES
         return more
 
-
 class PlainWire(Wire, http.client.HTTPConnection):
     pass
 
-
 class SecureWire(Wire, http.client.HTTPSConnection):
     pass
-
 
 def host_and_port(req: UpstreamRequest) -> str:
     """What the Host header says, also when a proxy stands in `req.host`."""
     return urllib.parse.urlsplit(req.full_url).netloc.rpartition("@")[2] if req.has_proxy() \
         or getattr(req, "_tunnel_host", None) else req.host
-
 
 class Pool:
     """Idle connections by destination; newest first, none older than POOL_IDLE_S.
@@ -4671,7 +4608,6 @@ class Pool:
             self._idle.clear()
         for wire in wires:
             wire.close()
-
 
 class UpstreamResponse:
     """An answer whose body is still on the wire.
@@ -4747,12 +4683,10 @@ class UpstreamResponse:
         if wire is not None:
             wire.close()
 
-
 def plain_reason(error: BaseException) -> str:
     """An OSError in a few words, without secrets."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return redact(printable(str(text)))
-
 
 def explain_connect_error(error: Exception, host: str, proxied: bool) -> UpstreamError:
     """Why a host could not be reached, and what to do: as an error for the client."""
@@ -4776,7 +4710,6 @@ def explain_connect_error(error: Exception, host: str, proxied: bool) -> Upstrea
     failure.unsent = True
     return failure
 
-
 class _Proxies(urllib.request.ProxyHandler):
     """urllib's own, except that this machine itself is never asked for through a proxy."""
 
@@ -4785,11 +4718,9 @@ class _Proxies(urllib.request.ProxyHandler):
             return None
         return super().proxy_open(req, proxy, type)
 
-
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         """A redirect is an answer like any other: a token must not follow it."""
-
 
 class _PlainErrors(urllib.request.HTTPErrorProcessor):
     def http_response(self, request: Any, response: Any) -> Any:
@@ -4797,7 +4728,6 @@ class _PlainErrors(urllib.request.HTTPErrorProcessor):
         return response
 
     https_response = http_response
-
 
 class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     """Opens http and https URLs over pooled connections."""
@@ -4890,18 +4820,15 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             if len(data) > MAX_HEAD_BYTES and b"\r\n\r\n" not in data:
                 raise UpstreamError("the head of the upstream's answer is too large")
 
-
 #: where operating systems keep their CA bundle, for a Python that was built elsewhere
 _CA_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt",
                "/etc/ssl/ca-bundle.pem", "/etc/ssl/cert.pem", "/usr/local/etc/openssl/cert.pem")
 _CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
 
-
 def ca_files(settings: Settings, environ: Mapping[str, str]) -> list[str]:
     """CA files of the user's, to be added to those of the system."""
     named = [settings.ca_file] + [environ.get(name, "") for name in _CA_VARIABLES]
     return [name for at, name in enumerate(named) if name and name not in named[:at]]
-
 
 def check_ca_files(names: list[str]) -> None:
     """Tell at once about a file that is no use.  Raises ConfigError."""
@@ -4913,7 +4840,6 @@ def check_ca_files(names: list[str]) -> None:
             raise ConfigError("cannot read the CA file %s: %s" % (name, error.strerror)) from None
         if not usable:
             raise ConfigError("the CA file %s holds no certificate in PEM form" % name)
-
 
 def make_tls_context(settings: Settings, environ: Mapping[str, str]) -> Any:
     """The system's CAs plus the user's.  Raises ConfigError for a file that cannot be read."""
@@ -4935,7 +4861,6 @@ def make_tls_context(settings: Settings, environ: Mapping[str, str]) -> Any:
     if settings.tls_relaxed or settings.ca_file:
         context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
     return context
-
 
 class Upstream:
     """The one opener.  `send` blocks until the head of the answer is there; thread-safe."""
@@ -5004,7 +4929,6 @@ class Upstream:
 # ==== 12. GitHub ==================================================================================
 # Login by device flow, exchange of the GitHub token for a Copilot token, the usage answer.
 
-
 @dataclass(frozen=True)
 class DeviceCode:
     """GitHub's answer to a login request; times in seconds."""
@@ -5013,7 +4937,6 @@ class DeviceCode:
     verification_uri: str
     expires_in: float
     interval: float
-
 
 @dataclass(frozen=True)
 class CopilotToken:
@@ -5032,17 +4955,14 @@ class CopilotToken:
     def age_s(self, now: tuple[float, float]) -> float:
         return max(now[0] - self.obtained[0], now[1] - self.obtained[1])
 
-
 def as_seconds(value: Any, default: float) -> float:
     """A duration out of an answer; whatever is none is the default."""
     usable = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
     return float(value) if usable else default
 
-
 def read_clock() -> tuple[float, float]:
     """(monotonic, wall) in seconds."""
     return time.monotonic(), time.time()
-
 
 def check_github_token(token: str) -> str:
     """The token without white space.  Raises AuthError, before any call, for what never works."""
@@ -5053,7 +4973,6 @@ def check_github_token(token: str) -> str:
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise AuthError("this is no GitHub token: log in with: copilot_proxy.py auth")
     return token
-
 
 class GitHub:
     """The calls to github.com and its REST API.  Blocking, thread-safe, at most 30 s each."""
@@ -5189,7 +5108,6 @@ class GitHub:
             return AuthError("no access to Copilot: %s" % text, 403, code)
         return UpstreamError("%s answered %d: %s" % (host, status, text))
 
-
 class DeviceLogin:
     """One login by device flow.  `run` blocks until it is granted, refused or stopped.
     `code` is what the user must type, None while there is none; `problem` says why it ended."""
@@ -5240,7 +5158,6 @@ class DeviceLogin:
 # ==== 13. Copilot =================================================================================
 # One account: its token, its catalogue, and one call to the API with everything that may be
 # replayed before the first byte has gone to the client.
-
 
 class Refreshed:
     """A value that is fetched again when it is due; one fetch for all threads that wait.
@@ -5316,7 +5233,6 @@ class Refreshed:
             value = old
         return value
 
-
 class Catalogue:
     """The models as fetched at one time (monotonic), and what was found among them before."""
 
@@ -5333,7 +5249,6 @@ class Catalogue:
             self._found[asked] = model
         return model
 
-
 @dataclass
 class Call:
     """One call to the Copilot API."""
@@ -5349,9 +5264,7 @@ class Call:
     def method(self) -> str:
         return "GET" if self.body is None else "POST"
 
-
 _TOKEN_CODES = ("expired_token", "invalid_token", "token_expired")
-
 
 class Copilot:
     """One account's way to the API.  Thread-safe."""
@@ -5558,12 +5471,10 @@ class Copilot:
                 printable(asked, 80), ", ".join(near) or "none"), 404, "model_not_found", "model")
         return model
 
-
 def new_request_id() -> str:
     """A random UUID as text (uuid4 without the import)."""
     text = secrets.token_hex(16)
     return "%s-%s-4%s-a%s-%s" % (text[:8], text[8:12], text[13:16], text[17:20], text[20:])
-
 
 def passed_headers(headers: Headers) -> Headers:
     """The upstream's headers that clients may see."""
@@ -5573,7 +5484,6 @@ def passed_headers(headers: Headers) -> Headers:
 
 # ==== 14. Policy ==================================================================================
 # When a request may go up, and the App that holds everything together.
-
 
 class RateLimiter:
     """At least `interval_s` between two starts.  `_lock` guards `_next` (monotonic)."""
@@ -5605,7 +5515,6 @@ class RateLimiter:
             if ready:                                  # its next request is there already
                 time.sleep(max(0.0, deadline - time.monotonic()))
 
-
 class Approval:
     """`--manual`: a person at the terminal says yes or no, one question at a time."""
 
@@ -5630,7 +5539,6 @@ class Approval:
             raise BadRequest("refused by the person at the terminal (--manual)", 403,
                              "request_refused")
 
-
 class Stats:
     """Counts since the start, by group and name.  `_lock` guards them."""
 
@@ -5649,7 +5557,6 @@ class Stats:
         """{group: {name: count}}"""
         with self._lock:
             return {group: dict(counts) for group, counts in self._counts.items()}
-
 
 class ResponseStore:
     """Answers of /responses that their client may name later, with the request each one answers:
@@ -5735,14 +5642,12 @@ class ResponseStore:
         body["input"] = items
         return True
 
-
 def input_items(body: Json) -> list[Json]:
     """The `input` of a request as items.  'a' -> [{"role": "user", "content": "a"}]"""
     given = body.get("input")
     if isinstance(given, str):
         return [{"type": "message", "role": "user", "content": given}]
     return [item for item in as_list(given) if isinstance(item, dict)]
-
 
 class App:
     """Everything one server needs: settings, login, upstream, policy.  Two can live in a process.
@@ -5872,7 +5777,6 @@ class App:
         self.upstream.pool.closed = True             # also for what is still under way
         self.upstream.pool.clear()
 
-
 def show_token(token: CopilotToken) -> None:
     """--show-token: on a terminal, never in a file or pipe that may be a log."""
     if sys.stderr.isatty():
@@ -5884,7 +5788,6 @@ def show_token(token: CopilotToken) -> None:
 # Threads prepare, one loop relays.  A worker thread reads a request, finds its route and calls the
 # endpoint; a streamed answer and an idle connection belong to the RelayLoop, so that a thousand of
 # them hold no thread.  Every error is rendered here and nowhere else.
-
 
 class Client:
     """One connection from a client: a socket and what was read ahead of it.
@@ -6013,7 +5916,6 @@ class Client:
         self._on_close(self)
         with contextlib.suppress(OSError):
             self.sock.close()
-
 
 class Exchange:
     """One request and its answer.
@@ -6149,22 +6051,18 @@ class Exchange:
         # as log.info would, but without its search for the caller's line in each request
         log.handle(log.makeRecord(log.name, logging.INFO, "", 0, redact(line), (), None))
 
-
 @functools.lru_cache(maxsize=1)
 def http_date(second: int) -> str:
     return email.utils.formatdate(second, usegmt=True)
 
-
 Endpoint = Callable[[Exchange], None]
 Routes = Mapping[str, Mapping[str, Endpoint]]      # path -> method -> endpoint; "/x/*" for a tail
-
 
 def path_of(target: str) -> str:
     """The path and query of a request target, which a proxy's client writes as a whole URL."""
     if target.lower().startswith(("http://", "https://")):
         return "/" + target.partition("://")[2].partition("/")[2]
     return target
-
 
 def normalise_path(path: str) -> str:
     """'//v1/v1/models/' -> '/models': doubled slashes, a final one and any /v1 are left out."""
@@ -6173,7 +6071,6 @@ def normalise_path(path: str) -> str:
     while path == "/v1" or path.startswith("/v1/"):
         path = path[3:]
     return path.rstrip("/") or "/"
-
 
 class Relay:
     """One streamed answer in the loop: whose it is, where it comes from, what is still to send."""
@@ -6187,7 +6084,6 @@ class Relay:
         self.ending = False                  # all that is to be sent is in `out`
         self.parted = False                  # the upstream connection is somebody else's, or closed
         self.interest = 0                    # what the selector watches the client for
-
 
 class RelayLoop:
     """One thread for everything that waits: running streams and idle connections.
@@ -6572,7 +6468,6 @@ class RelayLoop:
             self._guard(self._end_drain, answer, 0)
         self._close_parked(None)
 
-
 class Workers:
     """Threads that serve connections; idle ones are used again, and end after WORKER_IDLE_S.
     `_lock` guards `_idle`: waiting threads that nothing has been put into the queue for."""
@@ -6605,7 +6500,6 @@ class Workers:
                         self._idle -= 1
                         return
                 item = self._queue.get()
-
 
 class Handler(socketserver.BaseRequestHandler):
     """Answers the requests of one connection as long as they follow each other at once."""
@@ -6755,7 +6649,6 @@ class Handler(socketserver.BaseRequestHandler):
             raise BadRequest("send the header Content-Type: application/json (curl: "
                              "-H 'Content-Type: application/json')", 415)
 
-
 def give_back_memory() -> None:
     """Compiling this file took 12 MB that glibc would keep for ever, and each new thread would
     open an arena of its own: return the one, forbid the other.  Elsewhere nothing happens."""
@@ -6765,7 +6658,6 @@ def give_back_memory() -> None:
         libc.mallopt(-8, 1)              # M_ARENA_MAX
         libc.malloc_trim(0)
 
-
 def file_limit() -> int:
     """How many files this process may open; Windows' select ends at 512 sockets."""
     try:
@@ -6774,14 +6666,12 @@ def file_limit() -> int:
     except ImportError:
         return 512
 
-
 def raise_file_limit() -> None:
     """The soft limit to the hard one: a stream takes two files."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
 
 class Server(ThreadingHTTPServer):
     """Listens, and shares the connections out among the loop and the workers.
@@ -6980,11 +6870,9 @@ without <code>/v1</code>. Any API key does.</p>
 </main><script>%s</script></body></html>
 """ % (PAGE_STYLE, PAGE_SCRIPT)
 
-
 def csp_hash(text: str) -> str:
     """How a Content-Security-Policy names an inline script or style."""
     return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
 
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; script-src %s; style-src "
@@ -7409,7 +7297,6 @@ ROUTES: Routes = {
 DEMO_TEXT = "This is the copilot_proxy demo; no model was asked."
 DEMO_PAUSE_S = 0.02                          # between two words, so that streaming can be seen
 
-
 def demo_model(name: str, vendor: str, endpoints: list[str], **supports: Any) -> Json:
     """A catalogue entry in the upstream's own shape."""
     kind = "embeddings" if endpoints == ["/embeddings"] else "chat"
@@ -7426,7 +7313,6 @@ def demo_model(name: str, vendor: str, endpoints: list[str], **supports: Any) ->
         entry["supported_endpoints"] = endpoints
     return entry
 
-
 DEMO_MODELS = [
     demo_model("gpt-4.1", "OpenAI", ["/chat/completions"]),
     demo_model("gemini-3.1-pro-preview", "Google", ["/chat/completions"]),
@@ -7442,7 +7328,6 @@ DEMO_MODELS = [
     demo_model("text-embedding-3-small", "OpenAI", ["/embeddings"], dimensions=True),
 ]
 
-
 def demo_response(request: Request, prompt_tokens: int) -> Response:
     """What the demo says: the prompt, or a call of the first tool when it speaks of a tool."""
     parts = request.turns[-1].parts if request.turns else []
@@ -7453,7 +7338,6 @@ def demo_response(request: Request, prompt_tokens: int) -> Response:
     part: Part = ToolCall("call_" + request.key, request.tools[0].name) if calls else Text(text)
     return Response("", request.model, [part], "tool_use" if calls else "stop",
                     Usage(prompt_tokens, output=len(text.split())))
-
 
 def demo_answer(dialect: Dialect, exchange: Exchange) -> None:
     """A request of any dialect to the demo; streams come at a pace that can be seen."""
@@ -7475,7 +7359,6 @@ def demo_answer(dialect: Dialect, exchange: Exchange) -> None:
             time.sleep(DEMO_PAUSE_S if len(words) > 1 else 0)
     exchange.finish()
 
-
 def demo_embeddings(exchange: Exchange) -> None:
     """Vectors made from a hash: equal texts have equal vectors, no more is promised."""
     body = exchange.json_object()
@@ -7487,11 +7370,9 @@ def demo_embeddings(exchange: Exchange) -> None:
     count = sum(len(str(text)) // 4 + 1 for text in as_list(body.get("input")))
     exchange.reply_json({"data": data, "usage": {"prompt_tokens": count, "total_tokens": count}})
 
-
 def demo_token(exchange: Exchange) -> None:
     exchange.reply_json({"token": "tid=demo", "expires_at": int(time.time()) + 1800,
                          "refresh_in": 1500, "chat_enabled": True})
-
 
 def demo_user(exchange: Exchange) -> None:
     """GET /copilot_internal/user and /user of the demo."""
@@ -7500,7 +7381,6 @@ def demo_user(exchange: Exchange) -> None:
                                  "quota_remaining": 226.3, "unlimited": False},
         "chat": {"entitlement": 0, "remaining": 0, "percent_remaining": 100.0,
                  "unlimited": True}}, "quota_reset_date": "2099-01-01"})
-
 
 DEMO_ROUTES: Routes = {
     "/copilot_internal/*": {"GET": lambda x: (demo_token if x.argument == "v2/token"
@@ -7514,7 +7394,6 @@ DEMO_ROUTES: Routes = {
         {"input_tokens": estimate_tokens(x.json_object())})},
     "/embeddings": {"POST": demo_embeddings},
 }
-
 
 def start_demo(settings: Settings) -> Server:
     """Start the make-believe upstream and point `settings` at it."""
@@ -7532,11 +7411,9 @@ def start_demo(settings: Settings) -> Server:
 # One function per command.  Each gets the App and the parsed flags and returns an exit code:
 # 0 ok, 1 failure, 2 usage, 130 interrupt.
 
-
 def say(text: str = "") -> None:
     """A line for a person, flushed at once: start scripts wait for it."""
     print(text, flush=True)
-
 
 def load_settings(flags: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
     """Flags and environment, with the token from standard input.  Raises ConfigError."""
@@ -7548,7 +7425,6 @@ def load_settings(flags: argparse.Namespace, environ: Mapping[str, str]) -> Sett
             raise ConfigError("--github-token -: standard input holds no token")
     return settings
 
-
 def open_account(app: App) -> Copilot:
     """The login for commands without a server.  Raises AuthError."""
     github_token = app.load_login()
@@ -7557,11 +7433,9 @@ def open_account(app: App) -> Copilot:
     return Copilot(app.settings, app.upstream, app.github, check_github_token(github_token),
                    app.log)
 
-
 def print_code(code: DeviceCode) -> None:
     say("\nTo log in, open   %s\nand enter the code   %s\n(the code is good for %d minutes)\n" % (
         printable(code.verification_uri), printable(code.user_code), code.expires_in // 60))
-
 
 def open_server(app: App) -> Server:
     """Bind the port.  Raises ProxyError that says what is in the way."""
@@ -7579,14 +7453,12 @@ def open_server(app: App) -> Server:
         raise ProxyError("cannot serve on %s port %d: %s" % (settings.host, settings.port, hint)) \
             from None
 
-
 def banner(server: Server) -> str:
     """What `start` prints once it serves."""
     return "\n".join((
         "copilot_proxy %s%s" % (__version__, " DEMO" if server.app.settings.demo else ""),
         "  OpenAI clients     %s/v1" % server.url, "  Anthropic clients  %s" % server.url,
         "  status page        %s/" % server.url, "Ctrl-C ends it."))
-
 
 def cmd_start(app: App, flags: argparse.Namespace) -> int:
     """Serve.  The port opens before anything is asked of GitHub."""
@@ -7614,7 +7486,6 @@ def cmd_start(app: App, flags: argparse.Namespace) -> int:
     server.finish(settings.grace)
     return 130 if interrupts[0] == signal.SIGINT else 0
 
-
 def catch_signals() -> list[int]:
     """A list that Ctrl-C and SIGTERM append to; a second one ends the process at once."""
     seen: list[int] = []
@@ -7629,7 +7500,6 @@ def catch_signals() -> list[int]:
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), note)
     return seen
-
 
 def cmd_auth(app: App, flags: argparse.Namespace) -> int:
     """Log in without a server, or list, import, forget a login."""
@@ -7654,7 +7524,6 @@ def cmd_auth(app: App, flags: argparse.Namespace) -> int:
     say("logged in%s; kept in %s" % (" as " + printable(name) if name else "", app.login_file.path))
     return 0
 
-
 def list_logins(app: App) -> int:
     """auth --list: who is logged in, never the token."""
     stored = app.login_file.load()
@@ -7665,7 +7534,6 @@ def list_logins(app: App) -> int:
     say("%s  %s  %s" % (printable(name), host_of(app.settings.github_url), app.login_file.path))
     return 0
 
-
 def log_out(app: App, name: str) -> int:
     """auth --logout [NAME]: forget the login, if it is NAME's."""
     stored = app.login_file.load()
@@ -7674,7 +7542,6 @@ def log_out(app: App, name: str) -> int:
     removed = app.login_file.delete()
     say("logged out" if removed and stored else "nobody was logged in")
     return 0
-
 
 def import_login(app: App) -> str:
     """A login of another program on this machine.  Asks first on a terminal."""
@@ -7690,7 +7557,6 @@ def import_login(app: App) -> str:
         return found
     raise AuthError("no login to import was found in the environment or in an editor's files: run "
                     "copilot_proxy.py auth")
-
 
 def find_logins(app: App) -> Iterator[tuple[str, str]]:
     """(where, token) of logins in the environment and in the editor plugins' files."""
@@ -7713,7 +7579,6 @@ def find_logins(app: App) -> Iterator[tuple[str, str]]:
                 if key.split(":")[0].lower() == host and isinstance(value, str) and value:
                     yield path, value
 
-
 def quota_lanes(answer: Json) -> list[Json]:
     """Every lane of a usage answer -> [{name, unlimited, total, left, percent_left}]; numbers are
     None where the account reports none.  Knows the newer snapshots and the free plan's form."""
@@ -7732,7 +7597,6 @@ def quota_lanes(answer: Json) -> list[Json]:
             lanes.append({"name": name, "unlimited": False, "total": total, "left": left,
                           "percent_left": percent})
     return lanes
-
 
 def cmd_check_usage(app: App, flags: argparse.Namespace) -> int:
     """Quota as bars, or the upstream's answer as JSON."""
@@ -7753,7 +7617,6 @@ def cmd_check_usage(app: App, flags: argparse.Namespace) -> int:
         say("resets %s" % printable(str(reset)))
     return 0
 
-
 def quota_line(lane: Json) -> str:
     """One lane: 'chat  [####......]  40.0 % used, 180 of 300 left'."""
     name = printable(lane["name"], 24)
@@ -7765,7 +7628,6 @@ def quota_line(lane: Json) -> str:
     filled = max(0, min(20, round((100 - percent) / 5)))
     return "%-22s [%s%s] %5.1f %% used, %s of %s left" % (
         name, "#" * filled, "." * (20 - filled), 100 - percent, left, total)
-
 
 def cmd_models(app: App, flags: argparse.Namespace) -> int:
     """The catalogue as a table, or as JSON with the upstream's own entries."""
@@ -7783,7 +7645,6 @@ def cmd_models(app: App, flags: argparse.Namespace) -> int:
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     return 0
 
-
 def price_of(model: Model) -> str:
     """As the account reports it: USD per million tokens in/out, or the request multiplier."""
     billing = as_object(model.entry.get("billing"))
@@ -7794,7 +7655,6 @@ def price_of(model: Model) -> str:
         return "$%.2f/$%.2f" % (given * 10000 / batch, made * 10000 / batch)
     multiplier = billing.get("multiplier")
     return "%gx" % multiplier if isinstance(multiplier, (int, float)) else "-"
-
 
 def cmd_debug(app: App, flags: argparse.Namespace) -> int:
     """What runs where."""
@@ -7808,7 +7668,6 @@ def cmd_debug(app: App, flags: argparse.Namespace) -> int:
         for at, line in enumerate(value if isinstance(value, list) else [value]):
             say("%-14s %s" % (name.replace("_", " ") if not at else "", printable(str(line), 300)))
     return 0
-
 
 def debug_report(app: App) -> Json:
     """Facts that help to find a fault; no secret is among them."""
@@ -7829,7 +7688,6 @@ def debug_report(app: App) -> Json:
         or ["none"], "ca_files": ca_files(settings, app.environ) or ["the system's"],
         "headers": ["%s: %s" % pair for pair in dict(EDITOR_HEADERS, **settings.headers).items()],
         "api_version": API_VERSIONS[0]}
-
 
 def probe_network(app: App) -> list[str]:
     """Every hop once: GitHub, its REST API, the token, the Copilot API."""
@@ -7852,7 +7710,6 @@ def probe_network(app: App) -> list[str]:
         lines.append("copilot FAILED: %s" % error)
     return lines
 
-
 COMMANDS: Mapping[str, tuple[str, Callable[[App, argparse.Namespace], int]]] = {
     "start": ("serve; logs in first if nobody is logged in", cmd_start),
     "auth": ("log in to GitHub, no server", cmd_auth),
@@ -7860,7 +7717,6 @@ COMMANDS: Mapping[str, tuple[str, Callable[[App, argparse.Namespace], int]]] = {
     "debug": ("what runs where; never a secret", cmd_debug),
     "models": ("the models of this account", cmd_models),
 }
-
 
 def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
     """One row of OPTIONS as an argument, its help with default and environment names."""
@@ -7879,7 +7735,6 @@ def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
     else:
         kind = {"int": int, "float": float}.get(option.kind, str)
         parser.add_argument(*names, type=kind, metavar=option.field.split("_")[-1].upper(), **more)
-
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
@@ -7906,13 +7761,11 @@ def build_parser() -> argparse.ArgumentParser:
     table.add_argument("--all", action="store_true", help="hidden and disabled ones, too")
     return parser
 
-
 class RedactingFormatter(logging.Formatter):
     """The last line of defence: no token leaves through the log, whatever was logged."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
-
 
 def set_up_logging(verbose: bool) -> None:
     """Log to standard error; a library user configures the logger himself."""
@@ -7925,7 +7778,6 @@ def set_up_logging(verbose: bool) -> None:
 
 
 # ==== 20. Main ====================================================================================
-
 
 def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int:
     """Run one command -> exit code.  `main(["start", "--port", "0"])`
@@ -7956,7 +7808,6 @@ def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int
     except KeyboardInterrupt:
         return 130
 
-
 def run_script() -> None:
     """The command line.
     Python keeps the syntax tree of a script, 14 MB here, until its last line has run.  So `start`
@@ -7977,7 +7828,6 @@ def run_script() -> None:
         os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
     threading.Thread(target=serve, name="start").start()
-
 
 if __name__ == "__main__":
     run_script()
