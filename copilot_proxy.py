@@ -168,6 +168,8 @@ REACTIVE_PAUSE_S = 60.0                  # after a refresh that did not cure an 
 CATALOGUE_AGE_S, CATALOGUE_RETRY_S = 600.0, 60.0
 MAX_MODEL_CHARS = 200
 MAX_SPELLINGS = 1000                     # of model names that are remembered
+NEARBY_S = 0.005                         # a wait so short that the baton is kept
+BATON_S = 0.25                           # preparing a request takes longer only when it waits
 RATE_QUEUE = 100                         # callers that may wait for --rate-limit
 HICCUP_STATUS = (500, 502, 503, 504, 529)
 EMBEDDING_BATCH = 512                    # upstream's max_inputs
@@ -4426,6 +4428,12 @@ class Downstream(Protocol):
     def on_silence(self) -> None:
         """Called after each `keepalive_s` without a byte from the upstream."""
 
+    def pause(self) -> None:
+        """Called before a wait: meanwhile other requests may be prepared."""
+
+    def resume(self) -> None:
+        """Called when there is work again."""
+
 _POLL_READ = getattr(select, "POLLIN", 0) | getattr(select, "POLLRDHUP", 0)
 
 def wait_readable(sockets: list[Any], timeout_s: float) -> list[Any]:
@@ -4448,14 +4456,17 @@ def wait_ready(sock: Any, timeout_s: float, write: bool = False) -> bool:
     poller.register(sock, select.POLLOUT if write else _POLL_READ)
     return bool(poller.poll(max(0, int(timeout_s * 1000 + 0.999))))
 
+def is_would_block(error: OSError) -> bool:
+    """Does a socket that does not block only say "not now"?  (By name: ssl is imported late.)"""
+    return isinstance(error, (BlockingIOError, InterruptedError)) or type(error).__name__ in (
+        "SSLWantReadError", "SSLWantWriteError")
+
 def receive_now(sock: Any) -> bytes | None:
     """Read from a socket that does not block, TLS or not: None when nothing is there."""
     try:
         return sock.recv(READ_BYTES)                 # type: ignore[no-any-return]
-    except (BlockingIOError, InterruptedError):
-        return None
     except OSError as error:
-        if type(error).__name__ in ("SSLWantReadError", "SSLWantWriteError"):
+        if is_would_block(error):
             return None
         raise
 
@@ -4463,10 +4474,8 @@ def send_now(sock: Any, data: Any) -> int:
     """Write what fits to a socket that does not block -> how many bytes.  Raises OSError."""
     try:
         return sock.send(data)                       # type: ignore[no-any-return]
-    except (BlockingIOError, InterruptedError):
-        return 0
     except OSError as error:
-        if type(error).__name__ in ("SSLWantReadError", "SSLWantWriteError"):
+        if is_would_block(error):
             return 0
         raise
 
@@ -4497,12 +4506,18 @@ class Wire:
     received = b""                     # bytes that belong to the next head or body
     has_more = False                   # TLS may hold bytes that no selector will tell of
 
-    def open(self) -> None:
+    def open(self, client: Downstream | None) -> None:
         """Connect (with proxy tunnel and TLS handshake).  Raises OSError."""
-        self.connect()                 # type: ignore[attr-defined]
+        if client is not None:
+            client.pause()
+        http.client.HTTPConnection.connect(self)     # type: ignore[arg-type]
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.settimeout(0)        # from here on we wait ourselves, and watch the client
+        self.shake_hands(client)
+
+    def shake_hands(self, client: Downstream | None) -> None:
+        """TLS, where it is spoken.  Raises OSError."""
 
     def fileno(self) -> int:
         return self.sock.fileno()      # type: ignore[no-any-return]
@@ -4533,6 +4548,8 @@ class Wire:
                 raise UpstreamError("the upstream was silent for too long", 504)
             if client is not None:
                 pause = min(left, max(silent_since + client.keepalive_s - now, 0))
+            if client is not None:
+                client.pause()
             watched = [self] if client is None or client.is_full else [self, client]
             ready = wait_readable(watched, pause)
             if self in ready:
@@ -4558,7 +4575,29 @@ class PlainWire(Wire, http.client.HTTPConnection):
     pass
 
 class SecureWire(Wire, http.client.HTTPSConnection):
-    pass
+    """The handshake goes in steps: computing needs the client's baton, waiting does not."""
+    _context: Any
+    _tunnel_host: Any
+
+    def shake_hands(self, client: Downstream | None) -> None:
+        self.sock = self._context.wrap_socket(self.sock, do_handshake_on_connect=False,
+                                              server_hostname=self._tunnel_host or self.host)
+        done = False
+        while not done:
+            if client is not None:
+                client.resume()
+            try:
+                self.sock.do_handshake()
+                done = True
+            except OSError as error:
+                if not is_would_block(error):
+                    raise
+                if wait_ready(self.sock, NEARBY_S):
+                    continue
+                if client is not None:
+                    client.pause()
+                if not wait_ready(self.sock, CONNECT_TIMEOUT_S):
+                    raise socket.timeout("timed out") from None
 
 def host_and_port(req: UpstreamRequest) -> str:
     """What the Host header says, also when a proxy stands in `req.host`."""
@@ -4768,7 +4807,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             wire.set_tunnel(tunnel, headers={"Proxy-Authorization": proxy_login}
                             if proxy_login else {})
         try:
-            wire.open()
+            wire.open(req.client)
         except (OSError, http.client.HTTPException) as error:
             wire.close()
             raise explain_connect_error(error, host_of(req.full_url),
@@ -5508,6 +5547,7 @@ class RateLimiter:
                                   code="rate_limit_exceeded", headers={"retry-after": seconds})
             self._next = now + pause + self._interval_s
         deadline = now + pause
+        client.pause()
         while time.monotonic() < deadline:
             ready = wait_readable([client], min(deadline - time.monotonic(), client.keepalive_s))
             if ready and client.is_gone():
@@ -5528,6 +5568,7 @@ class Approval:
             return
         if not (sys.stdin and sys.stdin.isatty()):
             raise BadRequest("--manual needs a terminal to ask on, and there is none", 403)
+        client.pause()
         with self._lock:
             if client.is_gone():
                 raise ClientGone
@@ -5789,14 +5830,36 @@ def show_token(token: CopilotToken) -> None:
 # endpoint; a streamed answer and an idle connection belong to the RelayLoop, so that a thousand of
 # them hold no thread.  Every error is rendered here and nowhere else.
 
+class Baton:
+    """Requests are prepared one after the other.  Python runs one thread at a time anyway, and
+    the loop, which all streams wait for, then has one rival for it instead of hundreds."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken = 0
+
+    def take(self) -> bool:
+        """Wait for it.  False: who has it is stuck somewhere, go on without."""
+        while True:
+            before = self._taken
+            if self._lock.acquire(timeout=BATON_S):
+                self._taken += 1
+                return True
+            if self._taken == before:
+                return False
+
+    def give(self) -> None:
+        self._lock.release()
+
 class Client:
     """One connection from a client: a socket and what was read ahead of it.
     Owned by one party at a time: the loop while it is parked or its answer is streamed, else a
     worker thread."""
 
-    def __init__(self, sock: Any, address: Any, settings: Settings,
+    def __init__(self, sock: Any, address: Any, settings: Settings, baton: Baton,
                  on_close: Callable[[Client], None]) -> None:
         self.sock, self.settings, self._on_close = sock, settings, on_close
+        self._baton, self._has_baton = baton, False
         self.address = str(address[0]) if isinstance(address, tuple) else ""
         self.keepalive_s = settings.keepalive_s
         self.ahead = b""                          # read, but not used yet
@@ -5821,6 +5884,16 @@ class Client:
     def on_silence(self) -> None:
         self.ping()
 
+    def resume(self) -> None:
+        """Take the baton, to prepare a request."""
+        self._has_baton = self._has_baton or self._baton.take()
+
+    def pause(self) -> None:
+        """Give the baton back, before a wait."""
+        if self._has_baton:
+            self._has_baton = False
+            self._baton.give()
+
     def fill(self) -> bool:
         """Read ahead what is there now.  False: it has hung up."""
         try:
@@ -5841,6 +5914,7 @@ class Client:
 
     def send(self, data: bytes) -> None:
         """Raises ClientGone when it has hung up or takes nothing for SEND_TIMEOUT_S."""
+        self.pause()
         try:
             send_all(self.sock, data, SEND_TIMEOUT_S)
         except OSError:
@@ -5885,6 +5959,7 @@ class Client:
         try:
             data = receive_now(self.sock)
             while data is None:
+                self.pause()
                 if timeout_s <= 0 or not wait_ready(self.sock, timeout_s):
                     raise socket.timeout
                 data = receive_now(self.sock)
@@ -6528,6 +6603,7 @@ class Handler(socketserver.BaseRequestHandler):
         """Answer one request.  False: the connection is closed, or the loop's now."""
         client, app = self.request, self.server.app
         problem: BadRequest | None = None
+        client.resume()
         try:
             head = parse_request_head(client.take_head())
         except BadRequest as error:
@@ -6548,6 +6624,7 @@ class Handler(socketserver.BaseRequestHandler):
             self._refuse(exchange, ProxyError("an error in the proxy itself; its log has the "
                                               "request id %s" % exchange.id))
         client.ping = lambda: None
+        client.pause()
         if exchange.relay is not None:
             self.server.loop.relay(exchange.relay)
             return False
@@ -6684,6 +6761,7 @@ class Server(ThreadingHTTPServer):
         self._lock = threading.Lock()
         self._running: dict[Exchange, None] = {}
         self._workers = Workers(self._work)
+        self._baton = Baton()
         self._clients: set[Client] = set()           # open connections; the listener adds, any
         self._most_clients = max(file_limit() // 2 - SPARE_FILES, 1)     # thread discards
         self.loop = RelayLoop(app.settings, app.log, self._workers.run, self.end)
@@ -6706,7 +6784,8 @@ class Server(ThreadingHTTPServer):
         with contextlib.suppress(OSError):           # macOS: the client has reset it already
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         request.settimeout(0)
-        client = Client(request, client_address, self.app.settings, self._clients.discard)
+        client = Client(request, client_address, self.app.settings, self._baton,
+                        self._clients.discard)
         if len(self._clients) >= self._most_clients:
             refusal = dumps(CHAT.error_body(ProxyError("too many connections", 503), ""))
             head = render_head("HTTP/1.1 503 Service Unavailable", (

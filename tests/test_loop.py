@@ -918,6 +918,40 @@ class FinishTest(LoopCase):
             self.assertTrue(stream.client.is_closed())
 
 
+class BatonTest(LoopCase):
+    """Requests are prepared one after the other, and nobody who waits keeps others from it."""
+
+    def test_one_has_it_and_the_next_gets_it_back(self) -> None:
+        baton = cp.Baton()
+        self.assertTrue(baton.take())
+        taken: list[bool] = []
+        other = threading.Thread(target=lambda: taken.append(baton.take()))
+        with mock.patch.object(cp, "BATON_S", DEADLINE_S):
+            other.start()
+            baton.give()
+            other.join(DEADLINE_S)
+        self.assertEqual([True], taken)
+
+    def test_who_is_stuck_with_it_holds_nobody_up(self) -> None:
+        baton = cp.Baton()
+        baton.take()
+        with mock.patch.object(cp, "BATON_S", 0.01):
+            self.assertFalse(baton.take())
+
+    def test_no_request_that_waits_keeps_the_baton(self) -> None:
+        """For half a body, for the upstream's head, for a reader: others are served meanwhile."""
+        with mock.patch.object(cp, "BATON_S", 10 * DEADLINE_S), \
+                RawClient(self.proxy.port) as half, RawClient(self.proxy.port) as waiting:
+            half.send(b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
+                      b"\r\nContent-Length: 10\r\n\r\n{" % CHAT_PATH.encode())
+            self.fake.script(CHAT, Answer(status=0, hold=True))
+            waiting.send(post(CHAT_PATH, chat("waits")))
+            wait_until(lambda: self.fake.holding == 1, "the request is upstream")
+            self.assertEqual(200, self.proxy.get("/v1/models").status)
+            self.fake.release()
+            self.assertEqual(200, waiting.answer().status)
+
+
 class WorkersTest(unittest.TestCase):
     def make(self, work: Callable[[Any], None], idle_s: float) -> Any:
         patch = mock.patch.object(cp, "WORKER_IDLE_S", idle_s)
