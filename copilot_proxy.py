@@ -5945,6 +5945,7 @@ class Client:
                 raise BadRequest("the body is larger than %d bytes" % MAX_BODY_BYTES, 413)
             if decoder.done:
                 self.ahead = decoder.rest
+                self.resume()
                 return b"".join(parts)
             late = began + self.settings.body_stall_s + size / BODY_BYTES_PER_S
             try:
@@ -6806,6 +6807,7 @@ class Server(ThreadingHTTPServer):
             self.finish_request(client, client.address)          # type: ignore[arg-type]
         except Exception:
             self.app.log.exception("connection failed")
+            client.pause()
             client.close()
 
     def begin(self, exchange: Exchange) -> None:

@@ -96,6 +96,11 @@ def boom(*args: Any, **more: Any) -> Any:
     raise RuntimeError("a fault put in by a test")
 
 
+def fault_with_baton(handler: Any) -> bool:
+    handler.request.resume()
+    raise RuntimeError("a fault put in by a test")
+
+
 @contextlib.contextmanager
 def frozen(proxy: Proxy) -> Iterator[None]:
     """The loop stands still: whatever happens meanwhile is ready for it at one time."""
@@ -937,6 +942,14 @@ class BatonTest(LoopCase):
         baton.take()
         with mock.patch.object(cp, "BATON_S", 0.01):
             self.assertFalse(baton.take())
+
+    def test_a_fault_does_not_keep_it(self) -> None:
+        with mock.patch.object(cp, "BATON_S", 10 * DEADLINE_S):
+            with mock.patch.object(cp.Handler, "_serve_one", fault_with_baton), \
+                    RawClient(self.proxy.port) as client:
+                client.send(get("/health"))
+                self.assertTrue(client.is_closed())
+            self.assertEqual(200, self.proxy.get("/health").status)
 
     def test_no_request_that_waits_keeps_the_baton(self) -> None:
         """For half a body, for the upstream's head, for a reader: others are served meanwhile."""
