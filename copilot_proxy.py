@@ -4436,25 +4436,21 @@ class Downstream(Protocol):
 
 _POLL_READ = getattr(select, "POLLIN", 0) | getattr(select, "POLLRDHUP", 0)
 
-def wait_readable(sockets: list[Any], timeout_s: float) -> list[Any]:
-    """Those of `sockets` (objects with fileno()) that can be read now, or after at most
-    `timeout_s`; [] when the time is over.  poll where there is one: select ends at 1,024 files."""
+def wait_readable(sockets: list[Any], timeout_s: float, write: bool = False) -> list[Any]:
+    """Those of `sockets` (objects with fileno()) that can be read (or written) now, or after at
+    most `timeout_s`; [] when the time is over.  poll where there is one: select ends at 1,024."""
     if not hasattr(select, "poll"):
-        return select.select(sockets, [], [], timeout_s)[0]
+        ready = select.select([] if write else sockets, sockets if write else [], [], timeout_s)
+        return ready[0] + ready[1]
     poller = select.poll()
     for item in sockets:
-        poller.register(item, _POLL_READ)
-    ready = poller.poll(max(0, int(timeout_s * 1000 + 0.999)))
-    numbers = [number for number, _ in ready]
+        poller.register(item, select.POLLOUT if write else _POLL_READ)
+    numbers = [number for number, _ in poller.poll(max(0, int(timeout_s * 1000 + 0.999)))]
     return [item for item in sockets if item.fileno() in numbers]
 
 def wait_ready(sock: Any, timeout_s: float, write: bool = False) -> bool:
     """Can this one be read (or written) now, or after at most `timeout_s`?"""
-    if not hasattr(select, "poll"):
-        return any(select.select([] if write else [sock], [sock] if write else [], [], timeout_s))
-    poller = select.poll()
-    poller.register(sock, select.POLLOUT if write else _POLL_READ)
-    return bool(poller.poll(max(0, int(timeout_s * 1000 + 0.999))))
+    return bool(wait_readable([sock], timeout_s, write))
 
 def is_would_block(error: OSError) -> bool:
     """Does a socket that does not block only say "not now"?  (By name: ssl is imported late.)"""
@@ -6245,7 +6241,7 @@ class RelayLoop:
                 self._guard(key.data[0], key.data[1], mask)
             again, self._again = self._again, {}
             for relay in again:
-                self._guard(self._on_upstream, relay, 0)
+                self._guard(self._on_upstream, relay)
             if self._now - self._swept_at >= self._tick_s:
                 self._swept_at = self._now
                 self._sweep()
@@ -6256,9 +6252,9 @@ class RelayLoop:
         for part in (self._selector, self._wake_up, self._woken):
             part.close()
 
-    def _guard(self, work: Callable[..., None], item: Any, mask: int) -> None:
+    def _guard(self, work: Callable[..., None], item: Any, *more: Any) -> None:
         try:
-            work(item, mask)
+            work(item, *more)
         except Exception:
             self.log.exception("relay failed")
             self._recover(item)
@@ -6276,21 +6272,17 @@ class RelayLoop:
         elif isinstance(item, Relay) and item in self._relays:
             if item.ending:
                 self._abandon(item)
-            else:
-                self._guard(self._end_broken, item, 0)
-
-    def _end_broken(self, relay: Relay, mask: int) -> None:
-        """After an exception of ours: tell the client if that is still possible."""
-        self._end(relay, ProxyError("an error in the proxy itself; its log has the request id %s"
-                                    % relay.exchange.id))
+            else:                                # tell the client, if that is still possible
+                self._guard(self._end, item, ProxyError(
+                    "an error in the proxy itself; its log has the request id %s"
+                    % item.exchange.id))
 
     def _on_wake(self, item: None, mask: int) -> None:
         with contextlib.suppress(BlockingIOError):
             self._woken.recv(4096)
         self._signalled = False
         while self._inbox:
-            work, item = self._inbox.popleft()
-            self._guard(lambda value, mask, work=work: work(value), item, 0)
+            self._guard(*self._inbox.popleft())
 
     def _forget(self, item: Any) -> None:
         with contextlib.suppress(KeyError, ValueError):
@@ -6300,12 +6292,12 @@ class RelayLoop:
         """Everything that depends on time, once a tick."""
         for client, until in list(self._parked.items()):
             if self._now >= until:
-                self._guard(self._expire, client, 0)
+                self._guard(self._unpark, client, True)
         for answer, until in list(self._draining.items()):
             if self._now >= until:
-                self._guard(self._end_drain, answer, 0)
+                self._guard(self._end_drain, answer)
         for relay in list(self._relays):
-            self._guard(self._check_time, relay, 0)
+            self._guard(self._check_time, relay)
 
     # -- parked connections
 
@@ -6318,9 +6310,6 @@ class RelayLoop:
         self._selector.register(client, selectors.EVENT_READ, (self._on_parked, client))
         if client.has_head:
             self._unpark(client)
-
-    def _expire(self, client: Client, mask: int) -> None:
-        self._unpark(client, late=True)
 
     def _on_parked(self, client: Client, mask: int) -> None:
         if client not in self._parked:
@@ -6357,7 +6346,7 @@ class RelayLoop:
         self._relays[relay] = None
         self._watch_client(relay)
         self._selector.register(relay.answer.wire, selectors.EVENT_READ, (self._on_upstream, relay))
-        self._on_upstream(relay, 0)
+        self._on_upstream(relay)
 
     def _watch_client(self, relay: Relay) -> None:
         """Tell the selector what of the client matters now."""
@@ -6373,7 +6362,7 @@ class RelayLoop:
             self._selector.register(relay.client, wanted, (self._on_client, relay))
         relay.interest = wanted
 
-    def _on_upstream(self, relay: Relay, mask: int) -> None:
+    def _on_upstream(self, relay: Relay, mask: int = 0) -> None:
         """Bytes from the upstream: through the pipeline, to the client."""
         if relay.ending or relay.paused or relay not in self._relays:
             return
@@ -6454,7 +6443,7 @@ class RelayLoop:
                                     (self._on_upstream, relay))
             self._again[relay] = None
 
-    def _check_time(self, relay: Relay, mask: int) -> None:
+    def _check_time(self, relay: Relay) -> None:
         if relay.out and self._now - relay.sent_at >= SEND_TIMEOUT_S:
             self._abandon(relay)
         elif not relay.ending and not relay.paused:
@@ -6479,10 +6468,10 @@ class RelayLoop:
         else:
             self._draining[answer] = self._now + DRAIN_S
             self._selector.register(answer.wire, selectors.EVENT_READ, (self._on_drain, answer))
-            self._on_drain(answer, 0)
+            self._on_drain(answer)
         self._flush(relay)
 
-    def _on_drain(self, answer: UpstreamResponse, mask: int) -> None:
+    def _on_drain(self, answer: UpstreamResponse, mask: int = 0) -> None:
         """The last chunk behind the terminal event; then the connection can be used again."""
         if answer not in self._draining:
             return
@@ -6497,7 +6486,7 @@ class RelayLoop:
         if answer.done:
             self._end_drain(answer)
 
-    def _end_drain(self, answer: UpstreamResponse, mask: int = 0) -> None:
+    def _end_drain(self, answer: UpstreamResponse) -> None:
         del self._draining[answer]
         self._forget(answer.wire)
         answer.finish()
@@ -6511,7 +6500,7 @@ class RelayLoop:
             self._park(client)
         else:
             client.close()
-        self._guard(self._tell_end, relay.exchange, 0)
+        self._guard(self._on_end, relay.exchange)
 
     def _abandon(self, relay: Relay) -> None:
         """The client has left: nobody pays for an answer without a reader."""
@@ -6523,25 +6512,18 @@ class RelayLoop:
             self._forget(relay.answer.wire)
             relay.answer.close()
         relay.exchange.failure = relay.exchange.failure or "the client left"
-        self._guard(self._tell_end, relay.exchange, 0)
-
-    def _tell_end(self, exchange: Exchange, mask: int) -> None:
-        self._on_end(exchange)
+        self._guard(self._on_end, relay.exchange)
 
     def _end_streams(self, item: None) -> None:
-        for relay in list(self._relays):
-            self._guard(self._end_shutting_down, relay, 0)
-
-    def _end_shutting_down(self, relay: Relay, mask: int) -> None:
-        if not relay.ending:
-            self._end(relay, UpstreamError("the proxy is shutting down", 503))
+        for relay in [relay for relay in self._relays if not relay.ending]:
+            self._guard(self._end, relay, UpstreamError("the proxy is shutting down", 503))
 
     def _stop(self, item: None) -> None:
         self._stopped = True
         for relay in list(self._relays):
-            self._guard(lambda relay, mask: self._abandon(relay), relay, 0)
+            self._guard(self._abandon, relay)
         for answer in list(self._draining):
-            self._guard(self._end_drain, answer, 0)
+            self._guard(self._end_drain, answer)
         self._close_parked(None)
 
 class Workers:
