@@ -675,6 +675,7 @@ class ResponseEnd(Event):
 class StreamError(Event):
     error: UpstreamError
 
+CUT_SHORT = "the upstream ended the stream before its end"
 _TEXT_FIELDS = {Text: "text", Reasoning: "text", ToolCall: "arguments"}
 
 def text_in(part: Part) -> str:
@@ -729,7 +730,7 @@ def fold(events: Iterable[Event]) -> Response:
             response.parts = [with_text(p, text_in(p) + "".join(texts[at]))
                               for at, p in parts.items()]
             return response
-    raise UpstreamError("the upstream ended the stream before its end")
+    raise UpstreamError(CUT_SHORT)
 
 
 # ==== 6. Framing ==================================================================================
@@ -1054,6 +1055,8 @@ class SSEDecoder:
 # dialect - nothing is translated: bytes go through and only what must change is touched.  Off it a
 # request goes through neutral words and an answer through neutral events, see section 5.
 
+NOT_JSON = "the upstream sent an event that is not JSON"
+
 def is_whole_event(raw: bytes) -> bool:
     """Is the last event of a stream, whose empty line is missing, there to its end?"""
     data = Frame.parse(raw).data.strip()
@@ -1070,8 +1073,8 @@ class StreamRelay:
     event, so that a cut stream never ends politely.  `ended` is True once the terminal event went
     through; `failure` then holds the upstream's own message if it was an error."""
 
-    def __init__(self, asked: str) -> None:
-        self.asked = asked
+    def __init__(self, dialect: Dialect, asked: str, body: Json) -> None:
+        self.dialect, self.asked = dialect, asked
         self.usage: Usage | None = None
         self.ended = False
         self.failure: str | None = None
@@ -1094,8 +1097,7 @@ class StreamRelay:
             out += self._finish() if not self.ended else b""
         if not self.ended:
             self.ended = True
-            error = error or StreamCut("the upstream ended the stream before its end",
-                                       code="upstream_stream_ended")
+            error = error or StreamCut(CUT_SHORT, code="upstream_stream_ended")
             self.failure = str(error)
             out += self._error(error)
         return out
@@ -1119,18 +1121,39 @@ class StreamRelay:
 
     def _mend(self, raw: bytes) -> bytes:
         """One frame, looked into."""
+        frame = Frame.parse(raw)
+        if not frame.data:
+            return raw                                       # a comment
+        if frame.data.strip() == b"[DONE]":
+            return self._done()
+        try:
+            mended = self._mend_delta(frame)
+            event = as_object(loads(frame.data)) if mended is None else {}
+        except ValueError:
+            return self._fail(UpstreamError(NOT_JSON))
+        return self._mend_event(event, raw) if mended is None else mended
+
+    def _mend_delta(self, frame: Frame) -> bytes | None:
+        """A frequent event, mended without a parser; None: look closer."""
+        return None
+
+    def _mend_event(self, event: Json, raw: bytes) -> bytes:
         raise NotImplementedError
+
+    def _done(self) -> bytes:
+        """The upstream said [DONE]; for most dialects that means nothing."""
+        return b""
 
     def _finish(self) -> bytes:
         """At a regular end of the body: may still set `ended`."""
         return b""
 
     def _error(self, error: ProxyError) -> bytes:
-        raise NotImplementedError
+        return self.dialect.error_frame(error)
 
-    def _fail(self, message: str, code: str | None = None) -> bytes:
-        self.ended, self.failure = True, message
-        return self._error(UpstreamError(message, code=code))
+    def _fail(self, error: UpstreamError) -> bytes:
+        self.ended, self.failure = True, str(error)
+        return self._error(error)
 
 class Dialect:
     """What the three have in common.  Stateless; the state of a stream lives in its StreamRelay."""
@@ -1150,23 +1173,32 @@ class Dialect:
         return {"error": {"message": str(error), "type": error.types()[0],
                           "param": error.param, "code": error.code}}
 
+    def error_frame(self, error: ProxyError) -> bytes:
+        """The same as an event that ends a stream."""
+        return b"data: %b\n\n" % dumps(self.error_body(error, ""))
+
     # `prepare` makes a body fit for the upstream in place, raising BadRequest; `initiator` is
     # "user" for a human turn, "agent" for a follow-up of the tool loop; `mend` mends a whole answer
-    # in place -> (was it changed, its token counts); `stream` is the pipeline for a streamed one,
-    # given the request before prepare.  The others serve clients of models in another dialect:
-    # both ways between a body and neutral words, where unknown fields are losses.
+    # in place -> (was it changed, its token counts).  The others serve clients of models in another
+    # dialect: both ways between a body and neutral words, where unknown fields are losses.
     prepare: Callable[[Edit, Model], None]
     initiator: Callable[[Json], str]
     mend: Callable[[Json, str], tuple[bool, Usage | None]]
-    stream: Callable[[str, Json], StreamRelay]
     decode_request: Callable[[Json], Request]
     encode_request: Callable[[Request, Model], Json]
     encode_response: Callable[[Response, Request], Json]
-    stream_decoder: type[StreamDecoder]                  # both set below, behind the classes
-    encoder_class: type[StreamEncoder]
+    STREAM_CLASSES: ClassVar[dict[str, tuple[type[StreamRelay], type[StreamDecoder],
+                                             type[StreamEncoder]]]]      # set behind them
+
+    def stream(self, asked: str, body: Json) -> StreamRelay:
+        """The pipeline of a streamed answer; `body`: the request before `prepare`."""
+        return self.STREAM_CLASSES[self.name][0](self, asked, body)
+
+    def stream_decoder(self) -> StreamDecoder:
+        return self.STREAM_CLASSES[self.name][1](self)
 
     def stream_encoder(self, request: Request) -> StreamEncoder:
-        return self.encoder_class(self, request)
+        return self.STREAM_CLASSES[self.name][2](self, request)
 
     @staticmethod
     def has_images(body: Json) -> bool:
@@ -1591,21 +1623,32 @@ def openai_body(request: Request) -> Json:
                  parallel_tool_calls=request.parallel_tool_calls)
     return dict(body, **request.openai)
 
+ASTRAY = "the model sent endless white space as tool arguments"
+
+def is_astray(blanks: dict[int, int], index: int, text: str) -> bool:
+    """Has call `index` with this piece got nothing but white space for too long?"""
+    blank = len(text) - len(text.rstrip("\r\n\t "))
+    blanks[index] = blank + (blanks.get(index, 0) if blank == len(text) else 0)
+    return blanks[index] > MAX_WHITESPACE_RUN
+
 class StreamDecoder:
     """Upstream events in, neutral events out: `read(data of a frame)`, then `close()`.
     `ended` is True behind a ResponseEnd or StreamError.  `close` never is polite on its own: a
     stream without its terminal event becomes a StreamError."""
     TEXT_KEYS: tuple[bytes, ...] = ()          # JSON keys of the text of a delta
 
-    def __init__(self) -> None:
+    def __init__(self, dialect: Any) -> None:
+        self.dialect = dialect
         self.ended = False
         self.usage: Usage | None = None
         self._started = False
         self._events: list[Event] = []
         self._next = 0
+        self._slots: dict[Any, int] = {}          # the upstream's name of a part -> our index
         self._open: dict[int, Part] = {}          # index -> skeleton
         self._empty: set[int] = set()             # parts without any delta so far
         self._blanks: dict[int, int] = {}         # index -> run of white space in arguments
+        self._said = "stop"                       # why it stopped, as the parts so far tell it
         self._head = self._tail = b""             # around the text of the last text delta
         self._quick = -1                          # ... and its part
 
@@ -1643,7 +1686,7 @@ class StreamDecoder:
         if not self.ended:
             self._finish()
         if not self.ended:
-            self._fail("the upstream ended the stream before its end", code="upstream_stream_ended")
+            self._fail(UpstreamError(CUT_SHORT, code="upstream_stream_ended"))
         return self._events
 
     def _steady(self, data: bytes) -> bytes:
@@ -1657,7 +1700,7 @@ class StreamDecoder:
         try:
             event = as_object(_decode_text(data.decode()))
         except (ValueError, RecursionError):
-            self._fail("the upstream sent an event that is not JSON")
+            self._fail(UpstreamError(NOT_JSON))
             return
         self._read_event(event)
 
@@ -1685,6 +1728,10 @@ class StreamDecoder:
                 as_int(answer.get("created", answer.get("created_at")))))
 
     def _begin(self, part: Part) -> int:
+        if isinstance(part, ToolCall):
+            self._said = "tool_use"
+        elif isinstance(part, Text) and part.refusal and self._said == "stop":
+            self._said = "refusal"
         self._start({})
         index, self._next = self._next, self._next + 1
         self._head = b""
@@ -1693,19 +1740,21 @@ class StreamDecoder:
         self._events.append(PartStart(index, part))
         return index
 
+    def _slot(self, key: Any, part: Part) -> int:
+        """Our index of what the upstream calls `key`; it begins here if it has not yet."""
+        if key not in self._slots:
+            self._slots[key] = self._begin(part)
+        return self._slots[key]
+
     def _delta(self, index: int, text: Any) -> None:
         part = self._open.get(index)
         if not isinstance(text, str) or not text or part is None:
             return
         self._empty.discard(index)
-        if isinstance(part, ToolCall):
-            blank = len(text) - len(text.rstrip("\r\n\t "))
-            run = blank + (self._blanks.get(index, 0) if blank == len(text) else 0)
-            self._blanks[index] = run
-            if run > MAX_WHITESPACE_RUN:
-                self._fail("the model sent endless white space as tool arguments")
-                return
-        self._events.append(PartDelta(index, text))
+        if isinstance(part, ToolCall) and is_astray(self._blanks, index, text):
+            self._fail(UpstreamError(ASTRAY))
+        else:
+            self._events.append(PartDelta(index, text))
 
     def _end(self, index: int, signature: str | None = None, minted_by: str = "") -> None:
         part = self._open.pop(index, None)
@@ -1721,16 +1770,19 @@ class StreamDecoder:
             self._events.append(PartSignature(index, signature, minted_by, state_id))
         self._events.append(PartEnd(index))
 
-    def _stop(self, stop: str, stop_sequence: str | None = None) -> None:
+    def _stop(self, raw: str, stop_sequence: str | None = None) -> None:
+        """`raw`: why, in the dialect's word; a plain stop may be more, as the parts tell it."""
         self._start({})
         for index in sorted(self._open):
             self._end(index)
         self.ended = True
-        self._events.append(ResponseEnd(stop, self.usage, stop_sequence))
+        stop = self.dialect.TO_NEUTRAL.get(raw, "stop")
+        self._events.append(ResponseEnd(self._said if stop == "stop" else stop, self.usage,
+                                        stop_sequence))
 
-    def _fail(self, message: str, status: int = 502, code: str | None = None) -> None:
+    def _fail(self, error: UpstreamError) -> None:
         self.ended, self._head = True, b""
-        self._events.append(StreamError(UpstreamError(message, status, code)))
+        self._events.append(StreamError(error))
 
 class StreamEncoder:
     """Neutral events in, bytes of the client's dialect out: `feed(event)`; `ended` is True behind
@@ -1757,28 +1809,85 @@ class StreamEncoder:
     def _end(self, event: PartEnd) -> bytes:
         return b""
 
+    def _fail(self, event: StreamError) -> bytes:
+        self.ended = True
+        return bytes(self.dialect.error_frame(event.error))
+
 # ---- Chat Completions ----
 
 _JSON_TEXT = re.compile(rb'(?:[^"\\]|\\.)*\Z')      # the inside of one JSON string
 
-class ChatStream(StreamRelay):
-    """Chat chunks made uniform: one choice with index 0, `object`, `id` and `model` filled, tool
-    calls numbered from 0, one finish chunk, usage only for a client that asked for it.
+class ChatChunks:
+    """Chat's chunks made uniform: Claude's turns come split over several choices, so the deltas of
+    all are one, tool calls are numbered from 0 by first appearance, and the finish reason waits
+    for the end: a client stops reading tool calls at the first one it sees."""
 
-    Claude's turns come split over several choices, so the finish reason is held back until the
-    end: a client stops reading tool calls at the first one it sees."""
-
-    def __init__(self, asked: str, wants_usage: bool) -> None:
-        super().__init__(asked)
-        self._wants_usage = wants_usage
-        self._head: Json = {}                 # id, created and what else every chunk repeats
-        self._started = False
-        self._template: tuple[bytes, bytes, bytes, bytes] | None = None   # around the text
-        self._finish_reason: str | None = None
-        self._raw_usage: Json | None = None
+    def __init__(self) -> None:
+        self.reason = ""
+        self.usage: Json | None = None
         self._calls: dict[tuple[int, int, str], int] = {}    # (choice, index, id) -> our index
         self._open: dict[tuple[int, int], int] = {}          # (choice, index) -> our index
-        self._blanks: dict[int, int] = {}                    # our index -> run of white space
+
+    def read(self, answer: Json) -> Json | None:
+        """The delta of a chunk or the message of an answer, None without choices.
+        Raises UpstreamError for an error told in it."""
+        if isinstance(answer.get("usage"), dict):
+            self.usage = answer["usage"]
+        choices = [c for c in as_list(answer.get("choices")) if isinstance(c, dict)]
+        if answer.get("error"):
+            message, code, _ = unwrap_error(502, dumps(answer), "")
+            raise UpstreamError(message, code=code)
+        merged: Json = {}
+        for choice in choices:
+            self.reason = word(choice.get("finish_reason")) or self.reason
+            if choice.get("finish_reason") == "error":
+                raise UpstreamError("the model failed", code=unwrap_error(
+                    502, dumps(answer), "")[1])
+            self._merge(merged, choice)
+        if isinstance(merged.get("reasoning_text"), str):
+            merged.setdefault("reasoning_content", merged["reasoning_text"])
+        return merged if choices else None
+
+    def _merge(self, merged: Json, choice: Json) -> None:
+        """Join texts, put tool calls in a row."""
+        for name, value in as_object(choice.get("delta") or choice.get("message")).items():
+            if name == "tool_calls":
+                for place, call in enumerate(c for c in as_list(value) if isinstance(c, dict)):
+                    self._number(as_int(choice.get("index")), call, place)
+                    merged.setdefault(name, []).append(call)
+            elif isinstance(value, str) and isinstance(merged.get(name), str) and name not in (
+                    "role", "reasoning_opaque"):
+                merged[name] += value
+            elif value is not None:
+                merged[name] = value
+
+    def _number(self, choice: int, call: Json, place: int) -> None:
+        index, call_id = as_int(call.get("index", place)), str(call.get("id") or "")
+        slot = (choice, index)
+        known = self._calls.get((choice, index, call_id))
+        if call_id and known is not None:
+            self._open[slot] = known
+        elif call_id or slot not in self._open:
+            self._open[slot] = self._calls[(choice, index, call_id)] = len(self._calls)
+        call["index"] = self._open[slot]
+
+    def end(self) -> str:
+        """The finish reason, at the end."""
+        reason = self.reason or "stop"
+        return "tool_calls" if self._calls and reason == "stop" else reason
+
+class ChatStream(StreamRelay):
+    """Chunks with one choice of index 0, `object`, `id` and `model` filled, one finish chunk, and
+    usage only for a client that asked for it."""
+
+    def __init__(self, dialect: Dialect, asked: str, body: Json) -> None:
+        super().__init__(dialect, asked, body)
+        self._wants_usage = as_object(body.get("stream_options")).get("include_usage") is True
+        self._head: Json = {}                 # id, created and what else every chunk repeats
+        self._chunks = ChatChunks()
+        self._started = False
+        self._template: tuple[bytes, bytes, bytes, bytes] | None = None   # around the text
+        self._blanks: dict[int, int] = {}     # index of a call -> run of white space
 
     def _block(self, block: bytes) -> bytes:
         if block.find(b"\n\n") == len(block) - 2:               # one frame
@@ -1808,72 +1917,42 @@ class ChatStream(StreamRelay):
             at, to, size = raw.index(needle) + 1, out.index(needle) + 1, len(needle) - 2
             self._template = raw[:at], raw[at + size:], out[:to], out[to + size:]
 
-    def _mend(self, raw: bytes) -> bytes:
-        frame = Frame.parse(raw)
-        if not frame.data:
-            return raw                                       # a comment
-        if frame.data.strip() == b"[DONE]":
-            return self._complete() if self._started or self._finish_reason else b""
+    def _mend_event(self, answer: Json, raw: bytes) -> bytes:
         try:
-            answer = as_object(loads(frame.data))
-        except ValueError:
-            return self._fail("the upstream sent an event that is not JSON")
-        if isinstance(answer.get("usage"), dict):
-            self._raw_usage = answer["usage"]
-            self.usage = Usage.from_openai(answer["usage"])
-        choices = [c for c in as_list(answer.get("choices")) if isinstance(c, dict)]
-        if answer.get("error") or any(c.get("finish_reason") == "error" for c in choices):
-            message, code, _ = unwrap_error(502, frame.data, "")
-            return self._fail(message if answer.get("error") else "the model failed", code)
-        out = self._chunk(answer, choices) if choices else b""
-        delta = as_object(choices[0].get("delta")) if len(choices) == 1 else {}
-        if out and list(delta) == ["content"] and delta["content"] and not self._finish_reason:
-            self._learn(raw, out, delta["content"])
-        return out
-
-    def _chunk(self, answer: Json, choices: list[Json]) -> bytes:
+            delta = self._chunks.read(answer)
+        except UpstreamError as error:
+            return self._fail(error)
+        if self._chunks.usage is not None:
+            self.usage = Usage.from_openai(self._chunks.usage)
+        if delta is None:
+            return b""
         for key in ("id", "created", "system_fingerprint"):
             if answer.get(key):
                 self._head.setdefault(key, answer[key])
-        delta = merge_choices(choices, "delta", self._number_call)
-        if any(run > MAX_WHITESPACE_RUN for run in self._blanks.values()):
-            return self._fail("the model sent endless white space as tool arguments")
-        for choice in choices:
-            self._finish_reason = choice.get("finish_reason") or self._finish_reason
+        for call in delta.get("tool_calls", ()):
+            text = as_object(call.get("function")).get("arguments")
+            if isinstance(text, str) and text and is_astray(self._blanks, call["index"], text):
+                return self._fail(UpstreamError(ASTRAY))
         if not delta and self._started:
             return b""
         if not self._started:
             delta.setdefault("role", "assistant")
         self._started = True
-        return self._render([{"index": 0, "delta": delta, "finish_reason": None}])
-
-    def _number_call(self, choice: int, call: Json, place: int) -> None:
-        """Give a tool call fragment our index: calls are numbered by first appearance."""
-        index, call_id = as_int(call.get("index", place)), str(call.get("id") or "")
-        slot = (choice, index)
-        known = self._calls.get((choice, index, call_id))
-        if call_id and known is not None:
-            self._open[slot] = known
-        elif call_id or slot not in self._open:
-            self._open[slot] = self._calls[(choice, index, call_id)] = len(self._calls)
-        number = call["index"] = self._open[slot]
-        text = as_object(call.get("function")).get("arguments")
-        if isinstance(text, str) and text:
-            blank = len(text) - len(text.rstrip("\r\n\t "))
-            self._blanks[number] = blank + (self._blanks.get(number, 0) if blank == len(text)
-                                            else 0)
+        out = self._render([{"index": 0, "delta": delta, "finish_reason": None}])
+        if list(delta) == ["content"] and delta["content"] and not self._chunks.reason:
+            self._learn(raw, out, delta["content"])
+        return out
 
     def _finish(self) -> bytes:
-        return self._complete() if self._finish_reason else b""
+        return self._done() if self._chunks.reason else b""
 
-    def _complete(self) -> bytes:
+    def _done(self) -> bytes:
+        if not self._started:
+            return b""
         self.ended = True
-        reason = self._finish_reason or "stop"
-        if self._calls and reason == "stop":
-            reason = "tool_calls"
-        out = self._render([{"index": 0, "delta": {}, "finish_reason": reason}])
-        if self._wants_usage and self._raw_usage is not None:
-            out += self._render([], {"usage": self._raw_usage})
+        out = self._render([{"index": 0, "delta": {}, "finish_reason": self._chunks.end()}])
+        if self._wants_usage and self._chunks.usage is not None:
+            out += self._render([], {"usage": self._chunks.usage})
         return out + b"data: [DONE]\n\n"
 
     def _render(self, choices: list[Json], more: Json | None = None) -> bytes:
@@ -1884,28 +1963,6 @@ class ChatStream(StreamRelay):
             answer["system_fingerprint"] = self._head["system_fingerprint"]
         answer.update(more or {})
         return b"data: %b\n\n" % dumps(answer)
-
-    def _error(self, error: ProxyError) -> bytes:
-        return b"data: %b\n\n" % dumps(CHAT.error_body(error, ""))
-
-def merge_choices(choices: list[Json], key: str, number: Callable[[int, Json, int], None]) -> Json:
-    """The deltas (or messages) of one answer's choices as one: texts joined, tool calls in a row.
-    `number(choice index, call, its place)` may set a call's index."""
-    merged: Json = {}
-    for choice in choices:
-        part = as_object(choice.get(key) or choice.get("message") or choice.get("delta"))
-        for name, value in part.items():
-            if name == "tool_calls":
-                for place, call in enumerate(c for c in as_list(value) if isinstance(c, dict)):
-                    number(as_int(choice.get("index")), call, place)
-                    merged.setdefault(name, []).append(call)
-            elif isinstance(value, str) and isinstance(merged.get(name), str) and name != "role":
-                merged[name] += value
-            elif value is not None:
-                merged[name] = value
-    if isinstance(merged.get("reasoning_text"), str):
-        merged.setdefault("reasoning_content", merged["reasoning_text"])
-    return merged
 
 class ChatCompletions(Dialect):
     """POST /chat/completions, OpenAI's older shape and the one that most models speak."""
@@ -1985,13 +2042,17 @@ class ChatCompletions(Dialect):
         whole = (len(choices) == 1 and self._is_whole(choices[0]) and answer.get("model") == asked
                  and all(answer.get(key) for key in ("id", "object", "created")))
         if choices and not whole:
-            answer["choices"] = [self._merge(choices)]
-        answer.setdefault("id", "chatcmpl")
-        answer.setdefault("object", "chat.completion")
-        answer.setdefault("created", 0)
+            chunks = ChatChunks()
+            message = dict({"role": "assistant", "content": None}, **chunks.read(answer) or {})
+            for call in message.get("tool_calls", ()):
+                del call["index"]                                  # for chunks only
+            choices[0].pop("delta", None)
+            answer["choices"] = [dict(choices[0], index=0, message=message,
+                                      finish_reason=chunks.end())]
+        for key, value in (("id", "chatcmpl"), ("object", "chat.completion"), ("created", 0)):
+            answer.setdefault(key, value)
         answer["model"] = asked
-        usage = answer.get("usage")
-        return not whole, Usage.from_openai(usage) if isinstance(usage, dict) else None
+        return not whole, openai_counts(answer)
 
     @staticmethod
     def _is_whole(choice: Json) -> bool:
@@ -2001,23 +2062,6 @@ class ChatCompletions(Dialect):
         return (choice.get("index") == 0 and bool(choice.get("finish_reason"))
                 and "role" in message and "content" in message
                 and "reasoning_text" not in message and bool(message.get("tool_calls")) == called)
-
-    @staticmethod
-    def _merge(choices: list[Json]) -> Json:
-        merged = dict(choices[0], index=0)
-        message = merge_choices(choices, "message", lambda choice, call, place: None)
-        message.setdefault("role", "assistant")
-        message.setdefault("content", None)
-        reasons = [c["finish_reason"] for c in choices if c.get("finish_reason")]
-        merged["message"] = message
-        merged["finish_reason"] = ("tool_calls" if message.get("tool_calls")
-                                   else reasons[-1] if reasons else "stop")
-        merged.pop("delta", None)
-        return merged
-
-    def stream(self, asked: str, body: Json) -> StreamRelay:
-        wants = as_object(body.get("stream_options")).get("include_usage") is True
-        return ChatStream(asked, wants)
 
     # -- to and from neutral words.  One text, one reasoning and a list of calls in a message: the
     # -- order among them is lost in bodies, streams keep it.
@@ -2198,93 +2242,60 @@ class ChatCompletions(Dialect):
         return self.TO_WIRE.get(stop, "stop")
 
 class ChatDecoder(StreamDecoder):
-    """Chat chunks: several choices are one answer, calls are numbered by first appearance, a part
-    ends where another kind begins, calls at the end."""
+    """A part ends where another kind begins, calls at the end."""
     TEXT_KEYS = (b'"content":', b'"reasoning_text":', b'"arguments":')
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._text = self._thought = -1                      # the open part of that kind
-        self._refusing = self._refused = False               # is the open text a refusal?  was one?
+    def __init__(self, dialect: Any) -> None:
+        super().__init__(dialect)
+        self._chunks = ChatChunks()
+        self._key, self._index = "", -1                      # of the open text or thought
         self._state = ""                                     # reasoning_opaque so far
-        self._slots: dict[tuple[int, int], int] = {}         # (choice, index) -> our index
-        self._calls: set[tuple[int, int, str]] = set()
-        self._reason = ""
 
     def _read_event(self, event: Json) -> None:
-        self.usage = openai_counts(event) or self.usage
-        choices = [c for c in as_list(event.get("choices")) if isinstance(c, dict)]
-        if event.get("error") or any(c.get("finish_reason") == "error" for c in choices):
-            message, code, _ = unwrap_error(502, dumps(event), "")
-            self._fail(message if event.get("error") else "the model failed", code=code)
+        try:
+            delta = self._chunks.read(event)
+        except UpstreamError as error:
+            self._fail(error)
             return
-        if choices:
-            self._start(event)
-        for choice in choices:
-            self._read_choice(choice)
-            self._reason = word(choice.get("finish_reason")) or self._reason
-
-    def _read_choice(self, choice: Json) -> None:
-        delta = as_object(choice.get("delta") or choice.get("message"))
+        self.usage = openai_counts(event) or self.usage
+        if delta is None:
+            return
+        self._start(event)
+        state = word(delta.get("reasoning_opaque"))
         thought = delta.get("reasoning_text") or delta.get("reasoning_content")
-        if thought or delta.get("reasoning_opaque"):
-            self._think(thought, delta.get("reasoning_opaque"))
+        if thought or state:
+            self._say("reasoning", Reasoning(), thought)
+            self._state = state or self._state               # the last one counts
         for key in ("content", "refusal"):
             if delta.get(key):
-                self._say(delta[key], key == "refusal")
-        for place, call in enumerate(as_list(delta.get("tool_calls"))):
-            if isinstance(call, dict) and not self.ended:
-                self._call(as_int(choice.get("index")), call, place)
+                self._say(key, Text("", key == "refusal"), delta[key])
+        for call in delta.get("tool_calls", ()):
+            self._close()
+            function = as_object(call.get("function"))
+            index = self._slot(call["index"], ToolCall(
+                str(call.get("id") or "call_%d" % self._next), str(function.get("name") or ""), ""))
+            self._delta(index, function.get("arguments"))
+            if self.ended:
+                return
 
-    def _think(self, text: Any, state: Any) -> None:
-        if self._thought < 0:
-            self._close_text()
-            self._thought = self._begin(Reasoning())
-        self._delta(self._thought, text)
-        self._state = word(state) or self._state             # the last one counts
+    def _say(self, key: str, part: Part, text: Any) -> None:
+        if self._key != key:
+            self._close()
+            self._key, self._index = key, self._begin(part)
+        self._delta(self._index, text)
 
-    def _say(self, text: Any, refusal: bool) -> None:
-        self._close_thought()
-        if self._text >= 0 and self._refusing != refusal:
-            self._close_text()
-        if self._text < 0:
-            self._text, self._refusing = self._begin(Text("", refusal)), refusal
-            self._refused = self._refused or refusal
-        self._delta(self._text, text)
-
-    def _call(self, choice: int, call: Json, place: int) -> None:
-        self._close_thought()
-        self._close_text()
-        index, call_id = as_int(call.get("index", place)), str(call.get("id") or "")
-        function, slot = as_object(call.get("function")), (choice, index)
-        if slot not in self._slots or (call_id and (choice, index, call_id) not in self._calls):
-            self._calls.add((choice, index, call_id))
-            self._slots[slot] = self._begin(ToolCall(
-                call_id or "call_%d" % self._next, str(function.get("name") or ""), ""))
-        self._delta(self._slots[slot], function.get("arguments"))
-
-    def _close_thought(self) -> None:
-        if self._thought >= 0:
-            self._end(self._thought, self._state, "chat")
-        elif self._state:
-            self._end(self._begin(Reasoning()), self._state, "chat")
-        self._thought, self._state = -1, ""
-
-    def _close_text(self) -> None:
-        if self._text >= 0:
-            self._end(self._text)
-            self._text = -1
+    def _close(self) -> None:
+        self._end(self._index, self._state, "chat")
+        self._key, self._index, self._state = "", -1, ""
 
     def _done(self) -> None:
-        if not self._started and not self._reason:
+        if not self._started:
             return                                           # _finish makes an error of it
-        self._close_thought()
-        raw = self._reason or "stop"
-        stop = "tool_use" if self._slots and raw == "stop" else CHAT.TO_NEUTRAL.get(raw, "stop")
-        self._stop("refusal" if self._refused and stop == "stop" else stop)
+        self._close()
+        self._stop(self._chunks.reason)
 
     def _finish(self) -> None:
-        if self._reason:
+        if self._chunks.reason:
             self._done()
 
 class ChatEncoder(StreamEncoder):
@@ -2336,12 +2347,6 @@ class ChatEncoder(StreamEncoder):
             out += b"data: %b\n\n" % dumps(dict(
                 self._head, choices=[], usage=openai_usage(event.usage, "prompt", "completion")))
         return out + b"data: [DONE]\n\n"
-
-    def _fail(self, event: StreamError) -> bytes:
-        self.ended = True
-        return b"data: %b\n\n" % dumps(self.dialect.error_body(event.error, ""))
-
-CHAT = ChatCompletions()
 
 # ---- Responses ----
 
@@ -2400,8 +2405,8 @@ class ResponsesStream(StreamRelay):
     Argument deltas that come with `obfuscation` may be ciphertext: they are held until the `.done`
     event, whose text is the truth, and then sent as one delta."""
 
-    def __init__(self, asked: str) -> None:
-        super().__init__(asked)
+    def __init__(self, dialect: Dialect, asked: str, body: Json) -> None:
+        super().__init__(dialect, asked, body)
         self._response: Json = {}              # id and created_at, once known
         self._ids: dict[int, str] = {}         # output_index -> the id that the client knows
         self._items: dict[int, Json] = {}      # output_index -> the finished item
@@ -2423,23 +2428,8 @@ class ResponsesStream(StreamRelay):
         self._sequence = int(last.group(1)) + 1
         return True
 
-    def _mend(self, raw: bytes) -> bytes:
-        frame = Frame.parse(raw)
-        if not frame.data:
-            return raw
-        if frame.data.strip() == b"[DONE]":
-            return b""                         # never a terminal event in this dialect
-        quick = self._mend_delta(frame)
-        if quick is not None:
-            return quick
-        try:
-            event = as_object(loads(frame.data))
-        except ValueError:
-            return self._fail("the upstream sent an event that is not JSON")
-        return self._mend_event(event)
-
     def _mend_delta(self, frame: Frame) -> bytes | None:
-        """The many small events: only the id is exchanged, in the bytes.  None: look closer."""
+        """The many small events: only the id is exchanged, in the bytes."""
         if not frame.event.endswith(".delta") or b'"obfuscation"' in frame.data:
             return None
         found, index = _ITEM_ID.search(frame.data), _OUTPUT_INDEX.search(frame.data)
@@ -2451,7 +2441,7 @@ class ResponsesStream(StreamRelay):
         data = frame.data[:found.start(1)] + known.encode() + frame.data[found.end(1):]
         return Frame(frame.event, data).encode()
 
-    def _mend_event(self, event: Json) -> bytes:
+    def _mend_event(self, event: Json, raw: bytes) -> bytes:
         kind = str(event.get("type"))
         for key in [k for k in event if k.startswith("copilot_")]:
             del event[key]
@@ -2623,9 +2613,6 @@ class Responses(Dialect):
             if isinstance(item, dict):
                 mend_item(item, item_id(item, at))
         return True, mend_response_usage(answer)
-
-    def stream(self, asked: str, body: Json) -> StreamRelay:
-        return ResponsesStream(asked)
 
     # -- to and from neutral words.  A turn of the assistant is a run of items, each text a message
     # -- item of its own; system turns at the head are `instructions`.
@@ -2799,39 +2786,33 @@ class ResponsesDecoder(StreamDecoder):
     """Events of /responses.  Items are known by `output_index`: their ids change in every event.
     Argument deltas with `obfuscation` may be ciphertext, the text of `.done` counts."""
     TEXT_KEYS = (b'"delta":',)
+    HANDLERS: ClassVar = {"response." + kind: method for method, kinds in (
+        ("_text", "output_text.delta output_text.done refusal.delta refusal.done"),
+        ("_thought", "reasoning_summary_text.delta reasoning_text.delta"),
+        ("_gap", "reasoning_summary_part.added"),
+        ("_arguments", "function_call_arguments.delta function_call_arguments.done"),
+        ("_arguments", "custom_tool_call_input.done"),
+        ("_added", "output_item.added"), ("_part_done", "content_part.done"),
+        ("_finished", "output_item.done"), ("_created", "created in_progress"),
+        ("_completed", "completed incomplete"), ("_failed", "failed cancelled"))
+        for kind in kinds.split()}
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._slots: dict[tuple[int, int], int] = {}     # (output_index, content_index) -> ours
+    def __init__(self, dialect: Any) -> None:
+        super().__init__(dialect)
         self._obscured: set[int] = set()
-        self._said = "stop"                              # as the parts so far tell it
-        self._on: dict[str, Callable[[Json], None]] = {
-            "response.output_text.delta": self._text, "response.refusal.delta": self._text,
-            "response.output_text.done": self._text, "response.refusal.done": self._text,
-            "response.reasoning_summary_text.delta": self._thought,
-            "response.reasoning_text.delta": self._thought,
-            "response.reasoning_summary_part.added": self._gap,
-            "response.function_call_arguments.delta": self._arguments,
-            "response.function_call_arguments.done": self._arguments,
-            "response.custom_tool_call_input.done": self._arguments,
-            "response.output_item.added": self._added, "response.output_item.done": self._finished,
-            "response.content_part.done": self._part_done,
-            "response.created": self._created, "response.in_progress": self._created,
-            "response.completed": self._completed, "response.incomplete": self._completed,
-            "response.failed": self._failed, "response.cancelled": self._failed,
-            "error": self._failed}
 
     def read_whole(self, body: Json) -> list[Event]:
-        failed = body.get("error") or body.get("status") in ("failed", "cancelled")
-        status = "failed" if failed or "output" not in body else body.get("status")
-        return super().read_whole({"type": "response.%s" % (
-            "incomplete" if status == "incomplete" else "failed" if status == "failed" else
-            "completed"), "response": body})
+        status = "incomplete" if body.get("status") == "incomplete" else "completed"
+        if body.get("error") or body.get("status") in ("failed", "cancelled") or (
+                "output" not in body):
+            status = "failed"
+        return super().read_whole({"type": "response." + status, "response": body})
 
     def _read_event(self, event: Json) -> None:
-        handler = self._on.get(str(event.get("type")))
+        kind = str(event.get("type"))
+        handler = "_failed" if kind == "error" else self.HANDLERS.get(kind)
         if handler:
-            handler(event)
+            getattr(self, handler)(event)
 
     def _steady(self, data: bytes) -> bytes:
         """An unescaped quote cannot be inside a text, so what is found here are the keys."""
@@ -2844,42 +2825,32 @@ class ResponsesDecoder(StreamDecoder):
     def _created(self, event: Json) -> None:
         self._start(as_object(event.get("response")))
 
-    def _slot(self, event: Json, part: Part) -> int:
-        """Our index of the part that an event speaks of; it begins here if it has not yet."""
-        slot = (as_int(event.get("output_index")), as_int(event.get("content_index")))
-        if slot not in self._slots:
-            self._slots[slot] = self._begin(part)
-            if isinstance(part, ToolCall):
-                self._said = "tool_use"
-            elif isinstance(part, Text) and part.refusal and self._said == "stop":
-                self._said = "refusal"
-        return self._slots[slot]
+    @staticmethod
+    def _key(event: Json) -> tuple[int, int]:
+        return as_int(event.get("output_index")), as_int(event.get("content_index"))
 
     def _text(self, event: Json) -> None:
         refusal = "refusal" in str(event["type"])
-        index = self._slot(event, Text("", refusal))
+        index = self._slot(self._key(event), Text("", refusal))
         if "delta" in event:
             self._delta(index, event["delta"])
         elif index in self._empty:
             self._delta(index, event.get("refusal" if refusal else "text"))
 
     def _thought(self, event: Json) -> None:
-        index = self._slot(dict(event, content_index=0), Reasoning())
+        index = self._slot((as_int(event.get("output_index")), 0), Reasoning())
         self._delta(index, event.get("delta"))
 
     def _gap(self, event: Json) -> None:
-        slot = (as_int(event.get("output_index")), 0)
-        if as_int(event.get("summary_index")) and slot in self._slots:
-            self._delta(self._slots[slot], "\n\n")
+        if as_int(event.get("summary_index")):
+            self._delta(self._slots.get((as_int(event.get("output_index")), 0), -1), "\n\n")
 
     def _arguments(self, event: Json) -> None:
-        index = self._slots.get((as_int(event.get("output_index")), 0))
-        if index is None or index not in self._open:
-            return
+        index = self._slots.get((as_int(event.get("output_index")), 0), -1)
         if "delta" in event:
-            if "obfuscation" in event or index in self._obscured:
+            if "obfuscation" in event:
                 self._obscured.add(index)
-            else:
+            if index not in self._obscured:
                 self._delta(index, event["delta"])
         elif index in self._empty:
             text = dumps({"input": str(event.get("input") or "")}).decode() if "custom" in event[
@@ -2889,45 +2860,39 @@ class ResponsesDecoder(StreamDecoder):
     def _added(self, event: Json) -> None:
         item = as_object(event.get("item"))
         if item.get("type") == "reasoning":
-            self._slot(event, Reasoning())
+            self._slot(self._key(event), Reasoning())
         elif item.get("type") in ("function_call", "custom_tool_call"):
-            self._slot(event, skeleton(RESPONSES.read_output(item)[0]))
+            self._slot(self._key(event), skeleton(self.dialect.read_output(item)[0]))
 
     def _part_done(self, event: Json) -> None:
-        slot = (as_int(event.get("output_index")), as_int(event.get("content_index")))
-        if slot in self._slots:
-            self._end(self._slots[slot])
+        self._end(self._slots.get(self._key(event), -1))
 
     def _finished(self, event: Json) -> None:
         """The whole item: what of it was not told by deltas is told now."""
         item, at = as_object(event.get("item")), as_int(event.get("output_index"))
-        parts = RESPONSES.read_output(item)
-        if not parts and (at, 0) in self._slots:
-            self._end(self._slots[(at, 0)])
+        parts = self.dialect.read_output(item)
+        if not parts:
+            self._end(self._slots.get((at, 0), -1))
         for place, part in enumerate(parts):
             state = part if isinstance(part, Reasoning) else Reasoning()
-            index = self._slot({"output_index": at, "content_index": place}, skeleton(part))
-            if index in self._empty and index in self._open:
+            index = self._slot((at, place), skeleton(part))
+            if index in self._empty:
                 self._delta(index, text_in(part))
             self._end(index, state.signature, state.minted_by or "")
 
     def _completed(self, event: Json) -> None:
         answer = as_object(event.get("response"))
-        self._created(event)
+        self._start(answer)
         self.usage = openai_counts(answer) or self.usage
         if not self._slots:                              # nothing was streamed: take the whole
             for at, item in enumerate(as_list(answer.get("output"))):
                 self._finished({"output_index": at, "item": item})
-        raw = "completed"
-        if event["type"] == "response.incomplete":
-            raw = str(as_object(answer.get("incomplete_details")).get("reason") or
-                      "max_output_tokens")
-        stop = RESPONSES.TO_NEUTRAL.get(raw, "stop")
-        self._stop(self._said if stop == "stop" else stop)
+        reason = as_object(answer.get("incomplete_details")).get("reason") or "max_output_tokens"
+        self._stop(str(reason) if event["type"] == "response.incomplete" else "completed")
 
     def _failed(self, event: Json) -> None:
         message, code, _ = unwrap_error(502, dumps(event.get("response") or event), "")
-        self._fail(message, code=code)
+        self._fail(UpstreamError(message, code=code))
 
 class ResponsesEncoder(StreamEncoder):
     """The whole choreography: created, in_progress, for each item added, its deltas and dones,
@@ -3093,11 +3058,7 @@ class MessagesStream(StreamRelay):
     def _is_plain(self, block: bytes) -> bool:
         return b'"message_' not in block and b'"error"' not in block
 
-    def _mend(self, raw: bytes) -> bytes:
-        try:
-            event = as_object(loads(Frame.parse(raw).data))
-        except ValueError:
-            return self._fail("the upstream sent an event that is not JSON")
+    def _mend_event(self, event: Json, raw: bytes) -> bytes:
         kind = event.get("type")
         if kind == "message_start":
             message = as_object(event.get("message"))
@@ -3113,9 +3074,6 @@ class MessagesStream(StreamRelay):
             self.ended = True
             self.failure = str(as_object(event.get("error")).get("message") or "error")
         return raw
-
-    def _error(self, error: ProxyError) -> bytes:
-        return Frame("error", dumps(MESSAGES.error_body(error, ""))).encode()
 
 class Messages(Dialect):
     """POST /v1/messages, Anthropic's shape.  The backend behind a model changes from request to
@@ -3134,6 +3092,9 @@ class Messages(Dialect):
         if request_id:
             body["request_id"] = request_id
         return body
+
+    def error_frame(self, error: ProxyError) -> bytes:
+        return Frame("error", dumps(self.error_body(error, ""))).encode()
 
     def prepare(self, edit: Edit, model: Model) -> None:
         body = edit.body
@@ -3369,9 +3330,6 @@ class Messages(Dialect):
         usage = answer.get("usage")
         return changed, Usage.from_anthropic(usage) if isinstance(usage, dict) else None
 
-    def stream(self, asked: str, body: Json) -> StreamRelay:
-        return MessagesStream(asked)
-
     # -- to and from neutral words.  System turns at the head become `system`; `prepare` folds later
     # -- ones into the next user turn.
 
@@ -3579,18 +3537,17 @@ class MessagesDecoder(StreamDecoder):
     DELTAS: ClassVar = {"text_delta": "text", "thinking_delta": "thinking",
                         "input_json_delta": "partial_json"}
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._blocks: dict[int, int] = {}                # their index -> ours
+    def __init__(self, dialect: Any) -> None:
+        super().__init__(dialect)
         self._states: dict[int, str] = {}                # our index -> signature
         self._ending: Json = {}                          # stop_reason and stop_sequence
 
     def _read_event(self, event: Json) -> None:
         kind, delta = event.get("type"), as_object(event.get("delta"))
-        index = self._blocks.get(as_int(event.get("index")), -1)
+        index = self._slots.get(as_int(event.get("index")), -1)
         if kind == "content_block_delta" and index in self._open:
             if delta.get("type") == "signature_delta":
-                self._states[index] = self._states.get(index, "") + str(delta.get("signature"))
+                self._states[index] += str(delta.get("signature"))
             else:
                 self._delta(index, delta.get(self.DELTAS.get(str(delta.get("type")), "")))
         elif kind == "content_block_start":
@@ -3603,34 +3560,29 @@ class MessagesDecoder(StreamDecoder):
             self._count(message)
             for at, block in enumerate(as_list(message.get("content"))):
                 self._block(at, as_object(block))
-                self._end(self._blocks[at], self._states.get(self._blocks[at]), "messages")
+                self._read_event({"type": "content_block_stop", "index": at})
             self._ending = message
         elif kind == "message_delta":
             self._count(event)
             self._ending = delta
         elif kind == "error":
             error = as_object(event.get("error"))
-            self._fail(str(error.get("message") or "error"),
-                       ERROR_STATUS.get(str(error.get("type")), 502))
+            self._fail(UpstreamError(str(error.get("message") or "error"),
+                                     ERROR_STATUS.get(str(error.get("type")), 502)))
         if kind in ("message_stop", "message"):
-            raw = str(self._ending.get("stop_reason") or "end_turn")
-            self._stop(MESSAGES.TO_NEUTRAL.get(raw, "stop"),
+            self._stop(str(self._ending.get("stop_reason")),
                        word(self._ending.get("stop_sequence")))
 
     def _count(self, source: Json) -> None:
         self.usage = Usage.from_anthropic(as_object(source.get("usage")), self.usage)
 
     def _block(self, at: int, block: Json) -> None:
-        kind = block.get("type")
-        found = MESSAGES.read_block(dict(block, signature=None), "content", None)
-        part: Part = Reasoning() if kind == "thinking" else found[0] if found else Part()
-        index = self._blocks[at] = self._begin(skeleton(part)) if type(part) is not Part else -1
-        if block.get("signature"):
-            self._states[index] = str(block["signature"])
-        if kind == "thinking":
-            self._delta(index, block.get("thinking"))
-        elif kind == "text" or block.get("input"):
-            self._delta(index, text_in(part))
+        found = [Reasoning(str(block.get("thinking") or ""))] if block.get("type") == (
+            "thinking") else self.dialect.read_block(block, "content", None)
+        self._slots[at] = index = self._begin(skeleton(found[0])) if found else -1
+        self._states[index] = str(block.get("signature") or "")
+        if found and (block.get("type") != "tool_use" or block.get("input")):
+            self._delta(index, text_in(found[0]))
 
 class MessagesEncoder(StreamEncoder):
     """One block after another: while one is open the events of others wait.  A thinking block has
@@ -3704,10 +3656,6 @@ class MessagesEncoder(StreamEncoder):
                 "stop_reason": self.dialect.TO_WIRE.get(stop, "end_turn"),
                 "stop_sequence": event.stop_sequence}) + self._event("message_stop")
 
-    def _fail(self, event: StreamError) -> bytes:
-        self.ended = True
-        return Frame("error", dumps(self.dialect.error_body(event.error, ""))).encode()
-
 def _as_blocks(content: Any) -> list[Any]:
     """'a' -> [{"type": "text", "text": "a"}]; a list stays."""
     if isinstance(content, str):
@@ -3719,11 +3667,10 @@ def filter_betas(value: str) -> str:
     wanted = [beta.strip() for beta in value.split(",")]
     return ",".join(beta for beta in wanted if beta.startswith(BETA_PREFIXES))
 
-RESPONSES = Responses()
-MESSAGES = Messages()
-ChatCompletions.stream_decoder, ChatCompletions.encoder_class = ChatDecoder, ChatEncoder
-Responses.stream_decoder, Responses.encoder_class = ResponsesDecoder, ResponsesEncoder
-Messages.stream_decoder, Messages.encoder_class = MessagesDecoder, MessagesEncoder
+Dialect.STREAM_CLASSES = {"chat": (ChatStream, ChatDecoder, ChatEncoder),
+                          "responses": (ResponsesStream, ResponsesDecoder, ResponsesEncoder),
+                          "messages": (MessagesStream, MessagesDecoder, MessagesEncoder)}
+CHAT, RESPONSES, MESSAGES = ChatCompletions(), Responses(), Messages()
 DIALECTS: dict[str, Dialect] = {d.name: d for d in (CHAT, RESPONSES, MESSAGES)}
 
 class Unwrapper:
@@ -3757,7 +3704,7 @@ class TranslatedStream(StreamRelay):
     another out.  `usage` is known at the end."""
 
     def __init__(self, client: Dialect, upstream: Dialect, request: Request) -> None:
-        super().__init__(request.model)
+        super().__init__(client, request.model, {})
         self._decoder, self._encoder = upstream.stream_decoder(), client.stream_encoder(request)
         self._unwrapper = Unwrapper() if request.output_tool else None
 
@@ -3821,7 +3768,7 @@ class CompletionStream(StreamRelay):
     """A chat client's stream in the shape of /completions.  `echo`: to stand before the text."""
 
     def __init__(self, inner: StreamRelay, echo: str) -> None:
-        super().__init__(inner.asked)
+        super().__init__(inner.dialect, inner.asked, {})
         self._inner, self._echo = inner, echo
 
     def feed(self, data: bytes) -> bytes:
