@@ -1177,14 +1177,13 @@ class Dialect:
         """The same as an event that ends a stream."""
         return b"data: %b\n\n" % dumps(self.error_body(error, ""))
 
-    # `prepare` makes a body fit for the upstream in place, raising BadRequest; `initiator` is
-    # "user" for a human turn, "agent" for a follow-up of the tool loop; `mend` mends a whole answer
-    # in place -> (was it changed, its token counts).  The others serve clients of models in another
-    # dialect: both ways between a body and neutral words, where unknown fields are losses.
+    # `prepare` makes a body fit for the upstream in place, raising BadRequest; `mend` mends a whole
+    # answer in place -> (was it changed, its token counts).  The others serve clients of models in
+    # another dialect: both ways between a body and neutral words, unknown fields are losses.
     prepare: Callable[[Edit, Model], None]
-    initiator: Callable[[Json], str]
     mend: Callable[[Json, str], tuple[bool, Usage | None]]
     decode_request: Callable[[Json], Request]
+    read_tool: Callable[[Json, Request], None]
     encode_request: Callable[[Request, Model], Json]
     encode_response: Callable[[Response, Request], Json]
     STREAM_CLASSES: ClassVar[dict[str, tuple[type[StreamRelay], type[StreamDecoder],
@@ -1199,6 +1198,21 @@ class Dialect:
 
     def stream_encoder(self, request: Request) -> StreamEncoder:
         return self.STREAM_CLASSES[self.name][2](self, request)
+
+    def initiator(self, body: Json) -> str:
+        """"user" for a human turn, "agent" for a follow-up of the tool loop."""
+        turns = list(map(as_object, as_list(body.get("messages", body.get("input")))))
+        leading = [turn.get("content") for turn in turns[:1] if turn.get("role") in SYSTEM_ROLES]
+        system = [body.get("system"), body.get("instructions"), *leading]
+        said = [turn for turn in turns if turn.get("role") not in SYSTEM_ROLES] or [
+            {"role": "user" if "input" in body else ""}]
+        content = said[-1].get("content")
+        if isinstance(content, list):
+            content = [part for part in content if as_object(part).get("type") != "tool_result"
+                       and not is_reminder(text_of([part]))]
+        is_human = said[-1].get("role") == "user" and content != [] and not is_machine_turn(
+            text_of(content), "\n".join(filter(None, map(text_of, system))))
+        return "user" if is_human else "agent"
 
     @staticmethod
     def has_images(body: Json) -> bool:
@@ -1230,6 +1244,7 @@ def walk_objects(value: Any) -> Iterator[Json]:
         elif isinstance(item, list):
             todo.extend(reversed(item))
 
+SYSTEM_ROLES = ("system", "developer")
 _REMINDER = re.compile(r"\s*(?:<system-reminder>.*?</system-reminder>\s*)+\Z", re.DOTALL)
 _CONTINUATIONS = (
     "This session is being continued from a previous conversation that ran out of context.",
@@ -1260,11 +1275,6 @@ def text_of(content: Any) -> str:
         return content
     return "\n".join(part["text"] for part in as_list(content)
                      if isinstance(part, dict) and isinstance(part.get("text"), str))
-
-def first_text(messages: list[Any], *roles: str) -> str:
-    """The text of the first message if it has one of these roles."""
-    first = as_object(messages[0]) if messages else {}
-    return text_of(first.get("content")) if first.get("role") in roles else ""
 
 def drop_schema_marks(edit: Edit, schema: Any) -> None:
     """`$schema` is refused by some backends and means nothing to a model."""
@@ -1310,8 +1320,6 @@ HARMLESS = frozenset((
     "citations", "caller", "index", "eager_input_streaming", "prediction", "background",
     "internal_chat_message_metadata_passthrough", "previous_response_id", "prompt_cache_key",
     "prompt_cache_retention", "safety_identifier"))
-COMMON_FIELDS = {"model", "temperature", "top_p", "stream", "parallel_tool_calls", "tools",
-                 "tool_choice", "user"}
 _DATA_URL = re.compile(r"data:([\w.+/-]+)(?:;[^,;]*)*;base64,(.*)\Z", re.DOTALL | re.IGNORECASE)
 _CALL_ID = re.compile(r"[A-Za-z0-9_-]{1,40}\Z")   # 40: the least that a model was seen to take
 _encode_text = json.JSONEncoder(ensure_ascii=False).encode
@@ -1328,9 +1336,18 @@ def word(value: Any) -> str | None:
     """A string that says something; clients also send null and ""."""
     return value if isinstance(value, str) and value else None
 
+def words(value: Any) -> list[str]:
+    return list(filter(word, [value] if isinstance(value, str) else as_list(value)))
+
 def positive(value: Any) -> int | None:
     """A limit in tokens; some clients say null or -1 for none."""
     return value if as_int(value) > 0 else None
+
+def number(value: Any) -> float | None:
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+def flag(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
 
 def given(**fields: Any) -> Json:
     """The fields that have a value.  (a=1, b=None) -> {"a": 1}"""
@@ -1505,28 +1522,6 @@ def note_unknown(request: Request, source: Json, *known: str) -> None:
         if source[name] is not None:
             request.lose(name[:60], "no counterpart in the model's dialect")
 
-def read_common(dialect: Dialect, body: Json, read_tool: Callable[[Json, Request], None],
-                *known: str) -> Request:
-    """The fields that all dialects spell alike, those of OpenAI's two, the tools; other fields
-    than these and the `known` ones are losses."""
-    request = Request(str(body.get("model") or ""), dialect.name)
-    for name in ("temperature", "top_p"):
-        value = body.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            setattr(request, name, value)
-    for name in ("stream", "parallel_tool_calls"):
-        if isinstance(body.get(name), bool):
-            setattr(request, name, body[name])
-    shared = () if dialect.name == "messages" else OPENAI_FIELDS
-    request.openai.update({name: body[name] for name in shared if body.get(name) is not None})
-    if shared:
-        request.user = word(body.get("user"))
-        request.tool_choice = openai_choice(body.get("tool_choice"), request)
-    for tool in check_list(body, "tools") if body.get("tools") else ():
-        read_tool(tool, request)
-    note_unknown(request, body, *COMMON_FIELDS, *shared, *known)
-    return request
-
 def preflight(request: Request, model: Model) -> None:
     """Refuse images for a model without eyes, leave fields of OpenAI's own to its models."""
     if not model.is_openai:
@@ -1597,10 +1592,65 @@ def openai_choice(choice: Any, request: Request) -> str | Named | None:
         request.lose("tool_choice", "of a hosted tool")
     return Named(name) if isinstance(name, str) else None
 
-def read_schema(layout: Json) -> Json | None:
-    """`response_format` with its inner object flattened or a `format` object, if it is one of JSON:
+def read_schema(layout: Any) -> Json | None:
+    """A `response_format` or `format` if it is one of JSON, its inner object flattened:
     {type, name, schema, strict, description}."""
+    layout = as_object(layout)
+    if "json_schema" in layout:
+        layout = dict(as_object(layout["json_schema"]), type=layout.get("type"))
     return given(**layout) if layout.get("type") in ("json_schema", "json_object") else None
+
+#: a field of Request, what makes sense of it, and its place in a body of each dialect
+FIELDS = (
+    ("", None, "chat", "responses", "messages"),
+    ("stream", flag, "stream", "stream", "stream"),
+    ("temperature", number, "temperature", "temperature", "temperature"),
+    ("top_p", number, "top_p", "top_p", "top_p"),
+    ("parallel_tool_calls", flag, "parallel_tool_calls", "parallel_tool_calls", ""),
+    ("max_output_tokens", positive, "max_tokens", "max_output_tokens", "max_tokens"),
+    ("stop", words, "stop", "", "stop_sequences"),
+    ("user", word, "user", "user", "metadata.user_id"),
+    ("effort", word, "reasoning_effort", "reasoning.effort", "output_config.effort"),
+    ("thinking_budget", positive, "thinking_budget", "", "thinking.budget_tokens"),
+    ("output_schema", read_schema, "response_format", "text.format", "output_config.format"))
+
+def fields_of(dialect: str) -> list[tuple[str, Callable[[Any], Any], list[str]]]:
+    """[(field, what makes sense of it, path to it)]"""
+    column = FIELDS[0].index(dialect)
+    return [(row[0], row[1], str(row[column]).split(".")) for row in FIELDS[1:] if row[column]]
+
+def read_fields(dialect: Dialect, body: Json, known: str) -> Request:
+    """The fields of FIELDS, those that OpenAI's two share, and the tools.  All others but
+    the `known` ones are losses."""
+    request = Request(str(body.get("model") or ""), dialect.name)
+    fields = fields_of(dialect.name)
+    for name, reader, path in fields:
+        value: Any = body
+        for key in path:
+            value = as_object(value).get(key)
+        setattr(request, name, reader(value))
+    shared = () if dialect.name == "messages" else OPENAI_FIELDS
+    if shared:
+        request.openai.update({name: body[name] for name in shared if body.get(name) is not None})
+        request.tool_choice = openai_choice(body.get("tool_choice"), request)
+    for tool in check_list(body, "tools") if body.get("tools") else ():
+        dialect.read_tool(tool, request)
+    note_unknown(request, body, "model", "tools", "tool_choice", *shared, *known.split(),
+                 *(path[0] for _, _, path in fields))
+    return request
+
+def write_fields(dialect: Dialect, request: Request, model: Model, **fitted: Any) -> Json:
+    """The way back, for fields that were said; `fitted`: those that the model takes otherwise."""
+    body: Json = {"model": model.id}
+    if dialect.name != "messages":
+        fitted["user"] = request.user and request.user[:MAX_ID_CHARS]
+        body.update(request.openai)
+    for name, _, (*outer, last) in fields_of(dialect.name):
+        value = fitted[name] if name in fitted else getattr(request, name)
+        if value is not None and value != []:
+            target = functools.reduce(lambda inner, key: inner.setdefault(key, {}), outer, body)
+            target[last] = value
+    return body
 
 def openai_counts(answer: Json) -> Usage | None:
     usage = answer.get("usage")
@@ -1615,13 +1665,6 @@ def openai_usage(usage: Usage | None, asked: str, made: str) -> Json:
             asked + "_tokens_details": {"cached_tokens": usage.cache_read,
                                         "cache_write_tokens": usage.cache_write},
             made + "_tokens_details": {"reasoning_tokens": usage.reasoning}}
-
-def openai_body(request: Request) -> Json:
-    """What both of OpenAI's shapes spell alike."""
-    body = given(temperature=request.temperature, top_p=request.top_p, stream=request.stream,
-                 user=request.user and request.user[:MAX_ID_CHARS],
-                 parallel_tool_calls=request.parallel_tool_calls)
-    return dict(body, **request.openai)
 
 ASTRAY = "the model sent endless white space as tool arguments"
 
@@ -2028,15 +2071,6 @@ class ChatCompletions(Dialect):
         if not model.is_openai and cap and "max_tokens" not in body:
             edit.set(body, "max_tokens", cap)           # Claude and Gemini stop early without
 
-    def initiator(self, body: Json) -> str:
-        messages = as_list(body.get("messages"))
-        last = as_object(messages[-1]) if messages else {}
-        if last.get("role") != "user":
-            return "agent"
-        machine = is_machine_turn(text_of(last.get("content")),
-                                  first_text(messages, "system", "developer"))
-        return "agent" if machine else "user"
-
     def mend(self, answer: Json, asked: str) -> tuple[bool, Usage | None]:
         choices = [c for c in as_list(answer.get("choices")) if isinstance(c, dict)]
         whole = (len(choices) == 1 and self._is_whole(choices[0]) and answer.get("model") == asked
@@ -2071,27 +2105,17 @@ class ChatCompletions(Dialect):
             key = "functions" if body.get("functions") else "n"
             raise BadRequest("'%s' is not supported%s" % (
                 key, ": use 'tools'" if key == "functions" else " above 1"), param=key)
-        request = read_common(
-            self, body, self._read_tool, "messages", "max_tokens", "max_completion_tokens", "n",
-            "stop", "reasoning_effort", "thinking_budget", "response_format", "verbosity",
-            "functions", "function_call")
-        request.max_output_tokens = positive(body.get("max_completion_tokens")) or positive(
-            body.get("max_tokens"))
-        stop = body.get("stop")
-        request.stop = list(filter(word, [stop] if isinstance(stop, str) else as_list(stop)))
-        request.effort = word(body.get("reasoning_effort"))
-        request.thinking_budget = positive(body.get("thinking_budget"))
-        layout, options = (as_object(body.get(k)) for k in ("response_format", "stream_options"))
+        limit = positive(body.get("max_completion_tokens")) or body.get("max_tokens")
+        request = read_fields(self, dict(body, max_tokens=limit), "messages max_completion_tokens "
+                              "n verbosity functions function_call")
+        options = as_object(body.get("stream_options"))
         request.wants_usage = options.get("include_usage") is True
-        request.output_schema = read_schema(
-            dict(as_object(layout.get("json_schema")), type=layout.get("type")))
         request.openai.update(given(verbosity=body.get("verbosity") or None))
         for at, message in enumerate(check_list(body, "messages")):
             self._read_message(request, message, "messages[%d]" % at)
         return request
 
-    @staticmethod
-    def _read_tool(tool: Json, request: Request) -> None:
+    def read_tool(self, tool: Json, request: Request) -> None:
         function = tool.get("function")
         add_tool(request, tool if function is None else as_object(function), "parameters",
                  tool.get("copilot_cache_control"), isinstance(function, dict))
@@ -2134,24 +2158,19 @@ class ChatCompletions(Dialect):
     def encode_request(self, request: Request, model: Model) -> Json:
         preflight(request, model)
         tools, choice, schema = offered_tools(request, model, True)
-        body: Json = {"model": model.id, "messages": []}
-        for turn in request.turns:
-            body["messages"] += self._write_turn(turn, request, model)
         if len(request.stop) > MAX_STOP_SEQUENCES:
             request.lose("stop", "more than %d" % MAX_STOP_SEQUENCES)
-        budget = fit_budget(request.thinking_budget or dict(EFFORT_BUDGETS).get(
-            request.effort or ""), request.max_output_tokens, model)
-        if budget and not model.efforts:
-            body["thinking_budget"] = budget
-        else:
-            body.update(given(reasoning_effort=fit_effort(request, model)))
-        body.update(openai_body(request), **given(
-            max_tokens=request.max_output_tokens, stop=request.stop[:MAX_STOP_SEQUENCES] or None))
+        budget = None if model.efforts else fit_budget(request.thinking_budget or dict(
+            EFFORT_BUDGETS).get(request.effort or ""), request.max_output_tokens, model)
         if schema:
-            inner = dict({"name": "output"}, **schema)
-            kind = inner.pop("type")
-            body["response_format"] = {"type": kind} if kind == "json_object" else {
-                "type": kind, kind: inner}
+            kind, inner = schema["type"], dict({"name": "output"}, **schema)
+            del inner["type"]
+            schema = {"type": kind} if kind == "json_object" else {"type": kind, kind: inner}
+        body = write_fields(self, request, model, stop=request.stop[:MAX_STOP_SEQUENCES],
+                            thinking_budget=budget, output_schema=schema,
+                            effort=None if budget else fit_effort(request, model))
+        body["messages"] = [message for turn in request.turns
+                            for message in self._write_turn(turn, request, model)]
         if tools:
             body["tools"] = [self._write_tool(tool, model) for tool in tools]
             body.update(given(tool_choice={"type": "function", "function": {"name": choice.name}}
@@ -2595,16 +2614,6 @@ class Responses(Dialect):
                         refuse_image_url(part["image_url"], "input[%d]" % at)
         return True
 
-    def initiator(self, body: Json) -> str:
-        items = body.get("input")
-        if not isinstance(items, list) or not items:
-            return "user"
-        last = as_object(items[-1])
-        if last.get("role") not in ("user", "system", "developer"):
-            return "agent"
-        system = str(body.get("instructions") or first_text(items, "system", "developer"))
-        return "agent" if is_machine_turn(text_of(last.get("content")), system) else "user"
-
     def mend(self, answer: Json, asked: str) -> tuple[bool, Usage | None]:
         answer["id"], answer["model"] = response_id(answer.get("id")), asked
         for key in [k for k in answer if k.startswith("copilot_")]:
@@ -2619,13 +2628,9 @@ class Responses(Dialect):
 
     def decode_request(self, body: Json) -> Request:
         self._refuse_state(body)
-        request = read_common(self, body, self._read_tool, "input", "instructions",
-                              "max_output_tokens", "reasoning", "text")
-        request.max_output_tokens = positive(body.get("max_output_tokens"))
-        reasoning, text = as_object(body.get("reasoning")), as_object(body.get("text"))
-        request.effort = word(reasoning.get("effort"))
-        request.output_schema = read_schema(as_object(text.get("format")))
-        request.openai.update(given(verbosity=text.get("verbosity") or None))
+        request = read_fields(self, body, "input instructions")
+        verbosity = as_object(body.get("text")).get("verbosity")
+        request.openai.update(given(verbosity=verbosity or None))
         if body.get("instructions"):
             request.add_turn("system", [Text(str(body["instructions"]))])
         items = [{"role": "user", "content": body["input"]}] if isinstance(
@@ -2634,13 +2639,13 @@ class Responses(Dialect):
             self._read_item(request, item, "input[%d]" % at)
         return request
 
-    def _read_tool(self, tool: Json, request: Request, namespace: str = "") -> None:
+    def read_tool(self, tool: Json, request: Request, namespace: str = "") -> None:
         """One entry of `tools`; a namespace holds several, which are flattened.  A freeform tool
         becomes a function with one text, see `item` for the way back."""
         kind, name, about = tool.get("type"), str(tool.get("name") or ""), tool.get("description")
         if kind == "namespace":
             for inner in as_list(tool.get("tools")):
-                self._read_tool(as_object(inner), request, name)
+                self.read_tool(as_object(inner), request, name)
         else:
             tool = dict(tool, name=flat_name(namespace, name))
             if kind == "custom":
@@ -2705,17 +2710,15 @@ class Responses(Dialect):
             instructions.append(join_texts(turns.pop(0).parts))
         if request.stop:
             request.lose("stop", "there are no stop sequences in responses")
-        body: Json = {"model": model.id, "input": [
-            item for turn in turns for item in self._write_turn(turn, request)]}
-        body.update(openai_body(request), **given(
-            instructions="\n\n".join(instructions) or None,
-            max_output_tokens=request.max_output_tokens))
-        text = given(verbosity=body.pop("verbosity", None),
-                     format=dict({"name": "output"}, **schema) if schema else None)
-        # other dialects' clients have no word for the summary and want to see the thinking
-        reasoning = given(effort=fit_effort(request, model),
-                          summary="auto" if model.efforts else None)
-        body.update(given(text=text or None, reasoning=reasoning or None))
+        body = write_fields(self, request, model, effort=fit_effort(request, model),
+                            output_schema=schema and dict({"name": "output"}, **schema))
+        body["input"] = [item for turn in turns for item in self._write_turn(turn, request)]
+        body.update(given(instructions="\n\n".join(instructions) or None))
+        if "verbosity" in body:
+            body.setdefault("text", {})["verbosity"] = body.pop("verbosity")
+        if model.efforts:
+            # other dialects' clients have no word for the summary and want to see the thinking
+            body.setdefault("reasoning", {})["summary"] = "auto"
         if tools:
             # `strict` is always said: what its absence means differs from Chat
             body["tools"] = [dict(given(description=tool.description), type="function",
@@ -2897,12 +2900,22 @@ class ResponsesDecoder(StreamDecoder):
 class ResponsesEncoder(StreamEncoder):
     """The whole choreography: created, in_progress, for each item added, its deltas and dones,
     item done, and completed with the full output.  One id for each item, one for the response."""
+    #: type of an item or its block -> the stem of its deltas' events, the field of the whole text
+    #: in `.done`, the stem of the events around
+    KINDS: ClassVar = {
+        "output_text": ("response.output_text", "text", "response.content_part"),
+        "refusal": ("response.refusal", "refusal", "response.content_part"),
+        "reasoning": ("response.reasoning_summary_text", "text", "response.reasoning_summary_part"),
+        "function_call": ("response.function_call_arguments", "arguments", ""),
+        "custom_tool_call": ("response.custom_tool_call_input", "input", "")}
+
     def __init__(self, dialect: Responses, request: Request) -> None:
         super().__init__(dialect, request)
         self.answer: Json = {}                           # the response object so far
         self._tools = {tool.name: tool for tool in request.tools}
         self._sequence = 0
         self._parts: dict[int, Part] = {}
+        self._kinds: dict[int, tuple[str, str, str]] = {}
         self._texts: dict[int, list[str]] = {}
         self._places: dict[int, Json] = {}               # index -> item_id and output_index
         self._output: dict[int, Json] = {}               # output_index -> finished item
@@ -2927,35 +2940,28 @@ class ResponsesEncoder(StreamEncoder):
                 + self._event("response.in_progress", response=self.answer))
 
     def _begin(self, event: PartStart) -> bytes:
-        part, index = event.part, event.index
+        part, index, at = event.part, event.index, len(self._places)
         item = self.dialect.item(part, "", self._tools)
         item["id"] = stable_id(_ITEM_PREFIXES[item["type"]], "%s %d" % (self.answer["id"], index))
         self._parts[index], self._texts[index] = part, []
-        at = len(self._places)
         place = self._places[index] = {"item_id": item["id"], "output_index": at}
-        block = item.get("content", [{}])[0]
-        if "status" in item:
-            item["status"] = "in_progress"
-        hollow = {"content": [], "arguments": "", "input": "", "summary": []}
-        item.update({k: v for k, v in hollow.items() if k in item})
-        out = self._event("response.output_item.added", output_index=at, item=item)
+        (block,) = item.get("content", [item])
+        stem, _, around = self._kinds[index] = self.KINDS[block["type"]]
+        hollow = {"content": [], "arguments": "", "input": "", "summary": [],
+                  "status": "in_progress"}
+        out = self._event("response.output_item.added", output_index=at, item=dict(
+            item, **{k: v for k, v in hollow.items() if k in item}))
         if isinstance(part, Text):
             place["content_index"] = 0
-            out += self._event("response.content_part.added", part=block, **place)
-            kind = "response.refusal.delta" if part.refusal else "response.output_text.delta"
-            self._set_frame(index, kind, {} if part.refusal else {"logprobs": []})
+            out += self._event(around + ".added", part=block, **place)
         elif isinstance(part, Reasoning):
             place["summary_index"] = 0
-            self._set_frame(index, "response.reasoning_summary_text.delta", {})
-        elif item["type"] == "function_call":
-            self._set_frame(index, "response.function_call_arguments.delta", {})
+        if item["type"] != "custom_tool_call":
+            delta = dict({"type": stem + ".delta", "sequence_number": self.MARK}, **place,
+                         delta=self.MARK, **given(logprobs=block.get("logprobs")))
+            self._frames[index] = Frame(stem + ".delta", dumps(delta)).encode().split(
+                self.QUOTED_MARK)
         return out
-
-    def _set_frame(self, index: int, kind: str, more: Json) -> None:
-        """Cut a delta's frame where its number and its text belong."""
-        frame = Frame(kind, dumps(dict({"type": kind, "sequence_number": self.MARK},
-                                       **self._places[index], delta=self.MARK, **more))).encode()
-        self._frames[index] = frame.split(self.QUOTED_MARK)
 
     def _delta(self, event: PartDelta) -> bytes:
         index = event.index
@@ -2980,27 +2986,18 @@ class ResponsesEncoder(StreamEncoder):
 
     def _end(self, event: PartEnd) -> bytes:
         index = event.index
-        text, place = "".join(self._texts[index]), self._places[index]
-        part = with_text(self._parts[index], text)
+        place, (stem, field_, around), out = self._places[index], self._kinds[index], b""
+        part = with_text(self._parts[index], "".join(self._texts[index]))
         item = self.dialect.item(part, place["item_id"], self._tools)
-        out = b""
-        if isinstance(part, Text):
-            name, block = "refusal" if part.refusal else "text", item["content"][0]
-            kind = "response.refusal.done" if part.refusal else "response.output_text.done"
-            more: Json = {name: text} if part.refusal else {name: text, "logprobs": []}
-            out = (self._event(kind, **place, **more)
-                   + self._event("response.content_part.done", part=block, **place))
-        elif index in self._summarised:
-            out = self._event("response.reasoning_summary_text.done", text=text, **place)
-            out += self._event("response.reasoning_summary_part.done",
-                               part=item["summary"][0], **place)
-        elif item["type"] == "custom_tool_call":
-            kind = "response.custom_tool_call_input."
-            out = (self._event(kind + "delta", delta=item["input"], **place)
-                   + self._event(kind + "done", input=item["input"], **place))
-        elif item["type"] == "function_call":
-            out = self._event("response.function_call_arguments.done", name=item["name"],
-                              arguments=item["arguments"], **place)
+        (block,) = item.get("content") or item.get("summary") or [item]
+        if item["type"] == "custom_tool_call":
+            out = self._event(stem + ".delta", delta=item["input"], **place)
+        if field_ in block:
+            name = item["name"] if item["type"] == "function_call" else None
+            out += self._event(stem + ".done", **{field_: block[field_]}, **place,
+                               **given(logprobs=block.get("logprobs"), name=name))
+            if around:
+                out += self._event(around + ".done", part=block, **place)
         self._output[place["output_index"]] = item
         return out + self._event("response.output_item.done", item=item,
                                  output_index=place["output_index"])
@@ -3309,21 +3306,6 @@ class Messages(Dialect):
                 {"role": "user", "content": "Continue your answer exactly where it stopped."}])
             edit.lose("messages", "an answer begun by the client became a request to go on")
 
-    def initiator(self, body: Json) -> str:
-        messages = [m for m in as_list(body.get("messages"))
-                    if isinstance(m, dict) and m.get("role") != "system"]
-        last = messages[-1] if messages else {}
-        if last.get("role") != "user":
-            return "agent"
-        content = last.get("content")
-        if isinstance(content, list):
-            human = [b for b in content if isinstance(b, dict) and b.get("type") != "tool_result"
-                     and not is_reminder(text_of([b]))]
-            if not human:
-                return "agent"
-            content = human
-        return "agent" if is_machine_turn(text_of(content), text_of(body.get("system"))) else "user"
-
     def mend(self, answer: Json, asked: str) -> tuple[bool, Usage | None]:
         changed = answer.get("model") != asked
         answer["model"] = asked
@@ -3336,15 +3318,7 @@ class Messages(Dialect):
     def decode_request(self, body: Json) -> Request:
         if "thread" in body:
             self.prepare(Edit(body), Model(""))                # refuses it as clients want
-        request = read_common(self, body, self._read_tool, "messages", "system", "max_tokens",
-                              "stop_sequences", "thinking", "output_config", "metadata")
-        request.max_output_tokens = positive(body.get("max_tokens"))
-        request.stop = list(filter(word, as_list(body.get("stop_sequences"))))
-        request.user = word(as_object(body.get("metadata")).get("user_id"))
-        config, thinking = as_object(body.get("output_config")), as_object(body.get("thinking"))
-        request.effort = word(config.get("effort"))
-        request.thinking_budget = positive(thinking.get("budget_tokens"))
-        request.output_schema = read_schema(as_object(config.get("format")))
+        request = read_fields(self, body, "messages system")
         choice = as_object(body.get("tool_choice"))
         request.tool_choice = (Named(str(choice.get("name"))) if choice.get("type") == "tool"
                                else {"auto": "auto", "any": "required", "none": "none"}.get(
@@ -3362,8 +3336,7 @@ class Messages(Dialect):
             request.add_turn(role, self._read_blocks(message.get("content"), place, request))
         return request
 
-    @staticmethod
-    def _read_tool(tool: Json, request: Request) -> None:
+    def read_tool(self, tool: Json, request: Request) -> None:
         add_tool(request, tool, "input_schema", tool.get("cache_control"),
                  tool.get("type") in (None, "custom"))
 
@@ -3415,24 +3388,24 @@ class Messages(Dialect):
         while turns and turns[0].role == "system":
             system += self._write_blocks(turns.pop(0).parts, request)
         cap = model.output_cap(request.stream is True) or FALLBACK_MAX_TOKENS
-        body: Json = {"model": model.id, "messages": self._write_turns(turns, request),
-                      "max_tokens": request.max_output_tokens or cap}
-        if (request.temperature or 0) > 1:
+        temperature = request.temperature
+        if temperature is not None and temperature > 1:
             request.lose("temperature", "above 1")
-        body.update(given(
-            system=system or None, top_p=request.top_p, stop_sequences=request.stop or None,
-            temperature=None if request.temperature is None else min(request.temperature, 1),
-            stream=request.stream, metadata={"user_id": request.user} if request.user else None))
+            temperature = 1
+        thinking = self._write_thinking(request, model, choice)
+        body = write_fields(
+            self, request, model, temperature=temperature, thinking_budget=None,
+            max_output_tokens=request.max_output_tokens or cap, output_schema=schema and {
+                "type": "json_schema", "schema": schema.get("schema")},
+            effort=fit_effort(request, model) if thinking and model.efforts else None)
+        body.update(given(system=system or None, thinking=thinking or None),
+                    messages=self._write_turns(turns, request))
         if tools:
             body["tools"] = [given(
                 name=tool.name, description=tool.description, cache_control=EPHEMERAL
                 if tool.cache else None, input_schema=tool.parameters or {
                     "type": "object", "properties": {}}) for tool in tools]
             self._write_choice(body, choice, request.parallel_tool_calls)
-        self._write_thinking(body, request, model, choice)
-        if schema:
-            body.setdefault("output_config", {})["format"] = {
-                "type": "json_schema", "schema": schema.get("schema")}
         if wants_cache_marks(request, model):
             marked = system[-1:] + [m["content"][-1] for m in [
                 m for m in body["messages"] if m["role"] == "user"][-2:]]
@@ -3451,8 +3424,7 @@ class Messages(Dialect):
         body.update(given(tool_choice=written or None))
 
     @staticmethod
-    def _write_thinking(body: Json, request: Request, model: Model,
-                        choice: str | Named | None) -> None:
+    def _write_thinking(request: Request, model: Model, choice: str | Named | None) -> Json:
         """As the wish was; `prepare` makes it adaptive or a budget, as the model takes it."""
         thinking: Json = {}
         if request.thinking_budget:
@@ -3463,10 +3435,8 @@ class Messages(Dialect):
                 thinking["display"] = "summarized"             # hidden otherwise
         if thinking and (isinstance(choice, Named) or choice == "required"):
             request.lose("thinking", "not while a tool call is demanded")
-        elif thinking:
-            effort = fit_effort(request, model) if model.efforts else None
-            body.update(given(thinking=thinking,
-                              output_config={"effort": effort} if effort else None))
+            return {}
+        return thinking
 
     def _write_turns(self, turns: list[Turn], request: Request) -> list[Json]:
         """Turns of one role in a row become one message, tool results first in it."""
@@ -3608,12 +3578,15 @@ class MessagesEncoder(StreamEncoder):
         """Bytes for an event, none while it has to wait."""
         index = getattr(event, "index", self._active)
         if isinstance(event, PartStart) and self._active >= 0:
-            self._waiting[index] = [event]
-        elif index in self._waiting:
+            self._waiting[index] = []
+        if index in self._waiting:
             self._waiting[index].append(event)
-        else:
-            return super().feed(event)
-        return b""
+            return b""
+        out = super().feed(event)
+        while self._waiting and self._active < 0:        # the next part, those behind it if whole
+            for held in self._waiting.pop(next(iter(self._waiting))):
+                out += super().feed(held)
+        return out
 
     def _begin(self, event: PartStart) -> bytes:
         part, block = event.part, self.dialect.block(event.part)
@@ -3641,12 +3614,8 @@ class MessagesEncoder(StreamEncoder):
             signature = self.dialect.block(self._thinking)["signature"]
             out = self._event("content_block_delta", index=at, delta={
                 "type": "signature_delta", "signature": signature})
-        out += self._event("content_block_stop", index=at)
         self._active = -1
-        while self._waiting and self._active < 0:        # the next part, those behind it if whole
-            for event_ in self._waiting.pop(next(iter(self._waiting))):
-                out += super().feed(event_)
-        return out
+        return out + self._event("content_block_stop", index=at)
 
     def _stop(self, event: ResponseEnd) -> bytes:
         self.ended = True
