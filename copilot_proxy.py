@@ -1276,28 +1276,35 @@ def text_of(content: Any) -> str:
     return "\n".join(part["text"] for part in as_list(content)
                      if isinstance(part, dict) and isinstance(part.get("text"), str))
 
-def drop_schema_marks(edit: Edit, schema: Any) -> None:
-    """`$schema` is refused by some backends and means nothing to a model."""
-    if isinstance(schema, dict):
-        edit.drop(schema, "$schema")
-
-def drop_empty_tools(edit: Edit) -> None:
-    """`tools: []` is refused by some models; `tool_choice` without tools by all."""
-    body = edit.body
-    if "tools" in body and not body["tools"]:
-        edit.drop(body, "tools")
-        edit.drop(body, "parallel_tool_calls")
-        if edit.drop(body, "tool_choice") not in (None, "auto", "none", {"type": "auto"},
-                                                  {"type": "none"}):
+def prepare_tools(edit: Edit, is_offered: Callable[[Json], bool], *refused: str) -> None:
+    """Leave out tools that nobody runs upstream, and of the others what some backend refuses and
+    no model needs.  `tools: []` is refused by some, too, and `tool_choice` without tools by all."""
+    body, kept = edit.body, []
+    for tool in check_list(body, "tools") if body.get("tools") else ():
+        if is_offered(tool):
+            kept.append(tool)
+            for key in refused:
+                edit.drop(tool, key)
+            for holder in (tool, as_object(tool.get("function"))):
+                for key in ("parameters", "input_schema"):
+                    edit.drop(as_object(holder.get(key)), "$schema")
+        else:
+            edit.lose("tools", "the tool %s is not offered upstream" % printable(
+                str(tool.get("type")), 60))
+    if kept:
+        edit.replace(body, "tools", kept)
+    elif "tools" in body:
+        for key in ("tools", "parallel_tool_calls"):
+            edit.drop(body, key)
+        choice = edit.drop(body, "tool_choice")
+        if (choice.get("type") if isinstance(choice, dict) else choice) not in (
+                None, "auto", "none"):
             edit.lose("tool_choice", "there are no tools")
 
-def is_inline_image(url: str) -> bool:
-    """The upstream takes data: URLs and its own attachments only."""
-    return url[:5].lower() == "data:" or url.startswith(ATTACHMENTS_URL)
-
 def refuse_image_url(url: str, param: str) -> None:
-    """Raises BadRequest for an image that the upstream would have to fetch."""
-    if not is_inline_image(url):
+    """Raises BadRequest for an image that the upstream would have to fetch: it takes data: URLs
+    and its own attachments only."""
+    if url[:5].lower() != "data:" and not url.startswith(ATTACHMENTS_URL):
         raise BadRequest("images by URL are not supported by the upstream: send the image itself "
                          "as base64 (data:image/png;base64,...)", param=param)
 
@@ -1712,9 +1719,8 @@ class StreamDecoder:
         self._events = []
         if not self.ended and data:
             self._read_slow(data)
-            last = self._events[0] if len(self._events) == 1 else None
-            if isinstance(last, PartDelta):
-                self._learn(last, steady)
+            if len(self._events) == 1 and isinstance(self._events[0], PartDelta):
+                self._learn(self._events[0], steady)
         return self._events
 
     def read_whole(self, body: Json) -> list[Event]:
@@ -1995,16 +2001,12 @@ class ChatStream(StreamRelay):
         self.ended = True
         out = self._render([{"index": 0, "delta": {}, "finish_reason": self._chunks.end()}])
         if self._wants_usage and self._chunks.usage is not None:
-            out += self._render([], {"usage": self._chunks.usage})
+            out += self._render([], usage=self._chunks.usage)
         return out + b"data: [DONE]\n\n"
 
-    def _render(self, choices: list[Json], more: Json | None = None) -> bytes:
-        answer = {"id": self._head.get("id") or "chatcmpl", "object": "chat.completion.chunk",
-                  "created": self._head.get("created") or 0, "model": self.asked,
-                  "choices": choices}
-        if "system_fingerprint" in self._head:
-            answer["system_fingerprint"] = self._head["system_fingerprint"]
-        answer.update(more or {})
+    def _render(self, choices: list[Json], **more: Json) -> bytes:
+        answer = dict({"id": "chatcmpl", "object": "chat.completion.chunk", "created": 0,
+                       "model": self.asked}, **self._head, choices=choices, **more)
         return b"data: %b\n\n" % dumps(answer)
 
 class ChatCompletions(Dialect):
@@ -2029,10 +2031,7 @@ class ChatCompletions(Dialect):
             edit.set(body, "stream_options", options)
         for at, message in enumerate(messages):
             self._prepare_message(edit, model, message, "messages[%d]" % at)
-        for tool in as_list(body.get("tools")):
-            function = as_object(as_object(tool).get("function"))
-            drop_schema_marks(edit, function.get("parameters"))
-        drop_empty_tools(edit)
+        prepare_tools(edit, lambda tool: True)
         self._prepare_max_tokens(edit, model)
 
     @staticmethod
@@ -2376,6 +2375,7 @@ _SEQUENCE = re.compile(rb'"sequence_number":\s*(\d+)')
 _OUTPUT_INDEX = re.compile(rb'"output_index":\s*(\d+)')
 _TERMINAL = ("response.completed", "response.incomplete", "response.failed", "response.cancelled",
              "error")
+_REFUSED_TOOLS = ("image_generation", "code_interpreter")
 _ARGUMENT_EVENTS = ("response.function_call_arguments", "response.custom_tool_call_input")
 
 def flat_name(namespace: str, name: str) -> str:
@@ -2400,6 +2400,10 @@ def mend_item(item: Json, new_id: str) -> None:
     if item.get("type") == "reasoning" and not isinstance(item.get("summary"), list):
         item["summary"] = []            # without it some clients show "thinking" for ever
 
+def drop_copilot_fields(answer: Json) -> None:
+    for key in [k for k in answer if k.startswith("copilot_")]:
+        del answer[key]
+
 def mend_response_usage(answer: Json) -> Usage | None:
     """Fill what strict clients need (Codex: total_tokens) -> the counts, None if there are none."""
     given = isinstance(answer.get("usage"), dict)
@@ -2408,13 +2412,10 @@ def mend_response_usage(answer: Json) -> Usage | None:
     usage: Json = answer["usage"] if given else {"input_tokens": 0, "output_tokens": 0}
     answer["usage"] = usage
     counts = Usage.from_openai(usage)
-    for key, inner in (("input_tokens_details", "cached_tokens"),
-                       ("output_tokens_details", "reasoning_tokens")):
-        if not isinstance(usage.get(key), dict):
-            usage[key] = {inner: 0}
+    for key, usual in openai_usage(counts, "input", "output").items():
+        if not isinstance(usage.get(key), type(usual)):
+            usage[key] = usual
     usage["input_tokens_details"].setdefault("cache_write_tokens", 0)     # openai 3.52 insists
-    if not isinstance(usage.get("total_tokens"), int):
-        usage["total_tokens"] = as_int(usage.get("input_tokens")) + counts.output
     return counts if given else None
 
 class ResponsesStream(StreamRelay):
@@ -2462,8 +2463,7 @@ class ResponsesStream(StreamRelay):
 
     def _mend_event(self, event: Json, raw: bytes) -> bytes:
         kind = str(event.get("type"))
-        for key in [k for k in event if k.startswith("copilot_")]:
-            del event[key]
+        drop_copilot_fields(event)
         obfuscated = event.pop("obfuscation", None) is not None
         index = as_int(event.get("output_index"))
         if isinstance(event.get("item"), dict):
@@ -2471,7 +2471,7 @@ class ResponsesStream(StreamRelay):
         if "item_id" in event:
             event["item_id"] = self._ids.setdefault(index, item_id({"id": event["item_id"]}, index))
         if isinstance(event.get("response"), dict):
-            self._mend_response(kind, event["response"])
+            self.mend_response(event["response"], kind)
         if kind in _TERMINAL:
             self.ended = True
             inner = as_object(event.get("response")).get("error") or event.get("error") or event
@@ -2507,13 +2507,13 @@ class ResponsesStream(StreamRelay):
         elif kind == "response.output_item.done":
             self._items[index] = item
 
-    def _mend_response(self, kind: str, answer: Json) -> None:
+    def mend_response(self, answer: Json, kind: str = "") -> None:
+        """The whole, inside an event of this kind or by itself."""
         if not self._response:
             self._response = {"id": response_id(answer.get("id")),
                               "created_at": answer.get("created_at") or 0}
         answer["id"], answer["model"] = self._response["id"], self.asked
-        for key in [k for k in answer if k.startswith("copilot_")]:
-            del answer[key]
+        drop_copilot_fields(answer)
         output = as_list(answer.get("output"))
         if kind in _TERMINAL and not output and self._items:
             answer["output"] = [self._items[at] for at in sorted(self._items)]
@@ -2556,9 +2556,7 @@ class Responses(Dialect):
             include = as_list(body.get("include"))
             if wanted not in include:
                 edit.set(body, "include", include + [wanted])
-        if isinstance(body.get("tools"), list):
-            self._prepare_tools(edit)
-        drop_empty_tools(edit)
+        prepare_tools(edit, lambda tool: tool.get("type") not in _REFUSED_TOOLS)
         if not isinstance(body.get("input"), str):
             items = check_list(body, "input")
             kept = [item for at, item in enumerate(items) if self._prepare_item(edit, item, at)]
@@ -2575,17 +2573,6 @@ class Responses(Dialect):
                              "nothing, send the whole input" % printable(
                                  str(body["previous_response_id"]), 80),
                              code="previous_response_not_found", param="previous_response_id")
-
-    @staticmethod
-    def _prepare_tools(edit: Edit) -> None:
-        kept = []
-        for tool in check_list(edit.body, "tools"):
-            if tool.get("type") in ("image_generation", "code_interpreter"):
-                edit.lose("tools", "%s is not offered upstream" % tool["type"])
-                continue
-            drop_schema_marks(edit, tool.get("parameters"))
-            kept.append(tool)
-        edit.replace(edit.body, "tools", kept)
 
     @staticmethod
     def _prepare_item(edit: Edit, item: Json, at: int) -> bool:
@@ -2615,13 +2602,9 @@ class Responses(Dialect):
         return True
 
     def mend(self, answer: Json, asked: str) -> tuple[bool, Usage | None]:
-        answer["id"], answer["model"] = response_id(answer.get("id")), asked
-        for key in [k for k in answer if k.startswith("copilot_")]:
-            del answer[key]
-        for at, item in enumerate(as_list(answer.get("output"))):
-            if isinstance(item, dict):
-                mend_item(item, item_id(item, at))
-        return True, mend_response_usage(answer)
+        relay = ResponsesStream(self, asked, {})
+        relay.mend_response(answer)
+        return True, relay.usage
 
     # -- to and from neutral words.  A turn of the assistant is a run of items, each text a message
     # -- item of its own; system turns at the head are `instructions`.
@@ -3102,13 +3085,15 @@ class Messages(Dialect):
             edit.drop(body, key, "refused upstream" if body.get(key) else "")
         messages = check_list(body, "messages")
         self._prepare_system(edit)
-        self._fold_system_turns(edit, messages)
+        if any(m.get("role") == "system" for m in messages):
+            edit.replace(body, "messages", self._fold_system_turns(messages))
         for at, message in enumerate(body["messages"]):
             if isinstance(message.get("content"), list):
-                blocks = [b for b in message["content"] if self._keep_block(edit, b, at)]
-                edit.replace(message, "content", [self._plain_block(edit, b) for b in blocks])
+                blocks = [self._fit_block(edit, b, at) for b in message["content"]]
+                edit.replace(message, "content", [b for b in blocks if b is not None])
         edit.replace(body, "messages", [m for m in body["messages"] if m.get("content") != []])
-        self._prepare_tools(edit)
+        prepare_tools(edit, lambda tool: tool.get("type") in (None, "custom"),
+                      *_REFUSED_TOOL_FIELDS)
         self._prepare_cache_marks(edit)
         self._prepare_max_tokens(edit, model)
         self._prepare_thinking(edit, model)
@@ -3124,13 +3109,9 @@ class Messages(Dialect):
     @staticmethod
     def _prepare_system(edit: Edit) -> None:
         body = edit.body
-        system = body.get("system")
-        if system is None:
-            edit.drop(body, "system")
-            return
-        if isinstance(system, str):
-            edit.set(body, "system", [{"type": "text", "text": system}])
-        blocks = check_list(body, "system")
+        if isinstance(body.get("system"), str):
+            edit.set(body, "system", [{"type": "text", "text": body["system"]}])
+        blocks = [] if body.get("system") is None else check_list(body, "system")
         kept = [b for b in blocks if text_of([b]).strip()
                 and not text_of([b]).startswith(_NONCE_LINE)]    # it defeats the prompt cache
         if kept:
@@ -3139,52 +3120,45 @@ class Messages(Dialect):
             edit.drop(body, "system")
 
     @staticmethod
-    def _fold_system_turns(edit: Edit, messages: list[Json]) -> None:
+    def _fold_system_turns(messages: list[Json]) -> list[Json]:
         """Newer Claude Code writes system turns between the others: they become part of the next
         user turn, behind its tool results, or a user turn of their own."""
-        if not any(m.get("role") == "system" for m in messages):
-            return
         folded: list[Json] = []
         waiting: list[Json] = []
         for message in messages + [{"role": "end"}]:
+            blocks = _as_blocks(message.get("content"))
             if message.get("role") == "system":
-                waiting += _as_blocks(message.get("content"))
+                waiting += blocks
                 continue
             if waiting and message.get("role") == "user":
-                message = dict(message, content=_as_blocks(message.get("content")) + waiting)
-                waiting = []
+                message = dict(message, content=blocks + waiting)
             elif waiting:
                 folded.append({"role": "user", "content": waiting})
-                waiting = []
             folded.append(message)
-        edit.replace(edit.body, "messages", folded[:-1])
+            waiting = []
+        return folded[:-1]
 
     @staticmethod
-    def _keep_block(edit: Edit, block: Any, at: int) -> bool:
+    def _fit_block(edit: Edit, block: Any, at: int) -> Json | None:
+        """The block as every backend takes it, None for one that says nothing."""
         place = "messages[%d].content" % at
         if not isinstance(block, dict):
             raise BadRequest("'%s' must hold objects" % place, param=place)
-        kind = block.get("type")
+        kind = str(block.get("type"))
         if kind == "text":
-            return bool(str(block.get("text") or "").strip())
+            return block if str(block.get("text") or "").strip() else None
         if kind == "thinking":
             signature, text = block.get("signature"), block.get("thinking")
             if is_packed(signature):
                 edit.lose("reasoning", FOREIGN_STATE)
-                return False
             native = isinstance(signature, str) and signature and "@" not in signature
-            return bool(native and text and text != "Thinking...")
+            return block if native and text and text != "Thinking..." and not is_packed(
+                signature) else None
         for inner in walk_objects(block) if kind in ("image", "document", "tool_result") else ():
             if inner.get("type") in ("url", "file") and ("url" in inner or "file_id" in inner):
                 raise BadRequest("images and documents by URL or file id are not supported by the "
                                  "upstream: send them as base64", param=place)
-        return True
-
-    @staticmethod
-    def _plain_block(edit: Edit, block: Json) -> Json:
-        """Blocks of server tools are text for a backend that does not know the tool."""
-        kind = str(block.get("type"))
-        if kind == "server_tool_use" or (kind.endswith("_tool_result") and kind != "tool_result"):
+        if kind == "server_tool_use" or kind.endswith("_tool_result"):
             edit.lose(kind, "told as text")
             return {"type": "text", "text": "[%s] %s" % (kind, dumps(
                 block.get("input", block.get("content"))).decode()[:MAX_ERROR_TEXT])}
@@ -3197,41 +3171,17 @@ class Messages(Dialect):
         return block
 
     @staticmethod
-    def _prepare_tools(edit: Edit) -> None:
-        body = edit.body
-        if not body.get("tools"):
-            drop_empty_tools(edit)
-            return
-        kept = []
-        for tool in check_list(body, "tools"):
-            if tool.get("type") not in (None, "custom"):
-                edit.lose("tools", "the server tool %s is not offered upstream" % printable(
-                    str(tool.get("type")), 60))
-                continue
-            for key in _REFUSED_TOOL_FIELDS:
-                edit.drop(tool, key)
-            drop_schema_marks(edit, tool.get("input_schema"))
-            kept.append(tool)
-        edit.replace(body, "tools", kept)
-        drop_empty_tools(edit)
-
-    @staticmethod
     def _prepare_cache_marks(edit: Edit) -> None:
         """Every mark plain, none on thinking, the last four only: more is refused."""
-        marked = []
-        for key in ("tools", "system", "messages"):
-            blocks = as_list(edit.body.get(key))
-            if key == "messages":
-                blocks = [b for m in blocks for b in as_list(m.get("content"))]
-                blocks = [inner for b in blocks for inner in [b] + as_list(b.get("content"))]
-            marked += [b for b in blocks if isinstance(b, dict) and "cache_control" in b]
-        plain = {"type": "ephemeral"}
+        said = [b for m in edit.body["messages"] for b in as_list(m.get("content"))]
+        said = [inner for b in said for inner in [b] + as_list(b.get("content"))]
+        marked = [b for b in as_list(edit.body.get("tools")) + as_list(edit.body.get("system"))
+                  + said if "cache_control" in as_object(b)]
         for block in marked:
-            if block.get("type") in ("thinking", "redacted_thinking") or not isinstance(
-                    block["cache_control"], dict):
+            edit.set(block, "cache_control", EPHEMERAL if isinstance(
+                block["cache_control"], dict) else None)
+            if block["cache_control"] is None or "thinking" in str(block.get("type")):
                 edit.drop(block, "cache_control")
-            else:
-                edit.set(block, "cache_control", plain)
         for block in [b for b in marked if "cache_control" in b][:-4]:
             edit.drop(block, "cache_control", "more than four marks")
 
