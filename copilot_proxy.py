@@ -1330,14 +1330,6 @@ HARMLESS = frozenset((
 _DATA_URL = re.compile(r"data:([\w.+/-]+)(?:;[^,;]*)*;base64,(.*)\Z", re.DOTALL | re.IGNORECASE)
 _CALL_ID = re.compile(r"[A-Za-z0-9_-]{1,40}\Z")   # 40: the least that a model was seen to take
 _encode_text = json.JSONEncoder(ensure_ascii=False).encode
-_decode_text = json.JSONDecoder().decode          # json.loads() looks at the bytes first: slower
-
-def quote(text: str) -> bytes:
-    """A JSON string, quickly.  'a"b' -> b'"a\\\\"b"'"""
-    try:
-        return _encode_text(text).encode()
-    except UnicodeEncodeError:
-        return dumps(text)
 
 def word(value: Any) -> str | None:
     """A string that says something; clients also send null and ""."""
@@ -1710,7 +1702,7 @@ class StreamDecoder:
             text = steady[len(self._head):-len(self._tail)]
             try:
                 plain = text.decode() if b"\\" not in text and b'"' not in text else (
-                    _decode_text('"%s"' % text.decode()))
+                    _decode('"%s"' % text.decode()))
                 if plain and not plain.isspace():
                     self._blanks.pop(self._quick, None)
                     return [PartDelta(self._quick, plain)]
@@ -1747,14 +1739,14 @@ class StreamDecoder:
             self._done()
             return
         try:
-            event = as_object(_decode_text(data.decode()))
-        except (ValueError, RecursionError):
+            event = as_object(loads(data))
+        except ValueError:
             self._fail(UpstreamError(NOT_JSON))
-            return
-        self._read_event(event)
+        else:
+            self._read_event(event)
 
     def _learn(self, event: PartDelta, data: bytes) -> None:
-        quoted = quote(event.text)
+        quoted = dumps(event.text)
         at = data.find(quoted)
         if data.count(quoted) == 1 and data[:at].endswith(self.TEXT_KEYS):
             self._head, self._tail = data[:at + 1], data[at + len(quoted) - 1:]
@@ -1836,7 +1828,7 @@ class StreamDecoder:
 class StreamEncoder:
     """Neutral events in, bytes of the client's dialect out: `feed(event)`; `ended` is True behind
     the terminal event.  A delta is the part's frame, cut where the text belongs."""
-    MARK, QUOTED_MARK = "\0", quote("\0")
+    MARK, QUOTED_MARK = "\0", dumps("\0")
     METHODS = ((ResponseStart, "_start"), (PartStart, "_begin"), (PartDelta, "_delta"),
                (PartSignature, "_sign"), (PartEnd, "_end"), (ResponseEnd, "_stop"),
                (StreamError, "_fail"))
@@ -1853,7 +1845,7 @@ class StreamEncoder:
         return b"" if self.ended else self._on[type(event)](event)
 
     def _delta(self, event: PartDelta) -> bytes:
-        return quote(event.text).join(self._frames[event.index])
+        return dumps(event.text).join(self._frames[event.index])
 
     def _end(self, event: PartEnd) -> bytes:
         return b""
@@ -2245,7 +2237,7 @@ class ChatCompletions(Dialect):
 
     def encode_response(self, response: Response, request: Request) -> Json:
         message = self._write_assistant(response.parts, None)
-        reason = self.finish_reason(response.stop, "tool_calls" in message, "refusal" in message)
+        reason = self.finish_reason(response.stop, "refusal" in message)
         message.setdefault("refusal", None)
         return {"id": client_id("chatcmpl-", response.id, request), "object": "chat.completion",
                 "created": response.created or request.now, "model": request.model,
@@ -2253,11 +2245,9 @@ class ChatCompletions(Dialect):
                              "finish_reason": reason}],
                 "usage": openai_usage(response.usage, "prompt", "completion")}
 
-    def finish_reason(self, stop: str, calls: bool, refused: bool) -> str:
+    def finish_reason(self, stop: str, refused: bool) -> str:
         """A refusal that was put into words ends with `stop`, as OpenAI's own do."""
-        if calls and stop == "stop" or stop == "refusal" and refused:
-            return "tool_calls" if calls else "stop"
-        return self.TO_WIRE.get(stop, "stop")
+        return "stop" if stop == "refusal" and refused else self.TO_WIRE.get(stop, "stop")
 
 class ChatDecoder(StreamDecoder):
     """A part ends where another kind begins, calls at the end."""
@@ -2359,8 +2349,7 @@ class ChatEncoder(StreamEncoder):
 
     def _stop(self, event: ResponseEnd) -> bytes:
         self.ended = True
-        out = self._chunk({}, self.dialect.finish_reason(
-            event.stop, self._calls > 0, self._refused))
+        out = self._chunk({}, self.dialect.finish_reason(event.stop, self._refused))
         if self.request.wants_usage and event.usage is not None:
             out += b"data: %b\n\n" % dumps(dict(
                 self._head, choices=[], usage=openai_usage(event.usage, "prompt", "completion")))
@@ -2551,11 +2540,9 @@ class Responses(Dialect):
         limit = body.get("max_output_tokens")
         if isinstance(limit, int) and limit < 16:
             edit.set(body, "max_output_tokens", 16)     # OpenAI's own minimum
-        if model.efforts:
-            wanted = "reasoning.encrypted_content"      # needed to go on without a store
-            include = as_list(body.get("include"))
-            if wanted not in include:
-                edit.set(body, "include", include + [wanted])
+        wanted, include = "reasoning.encrypted_content", as_list(body.get("include"))
+        if model.efforts and wanted not in include:     # needed to go on without a store
+            edit.set(body, "include", include + [wanted])
         prepare_tools(edit, lambda tool: tool.get("type") not in _REFUSED_TOOLS)
         if not isinstance(body.get("input"), str):
             items = check_list(body, "input")
@@ -2588,8 +2575,8 @@ class Responses(Dialect):
         if is_packed(item.get("encrypted_content")):
             edit.lose("reasoning", FOREIGN_STATE)
             return False
-        edit.drop(item, "id")
-        edit.drop(item, "internal_chat_message_metadata_passthrough")
+        for key in ("id", "internal_chat_message_metadata_passthrough"):
+            edit.drop(item, key)
         if isinstance(item.get("call_id"), str):
             edit.set(item, "call_id", shorten_id(item["call_id"]))
         for key in ("content", "output"):
@@ -2958,7 +2945,7 @@ class ResponsesEncoder(StreamEncoder):
             out = self._event("response.reasoning_summary_part.added",
                               part={"type": "summary_text", "text": ""}, **self._places[index])
         number, self._sequence = self._sequence, self._sequence + 1
-        return b"%b%b%d%b%b%b" % (out, frame[0], number, frame[1], quote(event.text), frame[2])
+        return b"%b%b%d%b%b%b" % (out, frame[0], number, frame[1], dumps(event.text), frame[2])
 
     def _sign(self, event: PartSignature) -> bytes:
         part = self._parts[event.index]
@@ -3259,8 +3246,8 @@ class Messages(Dialect):
     def mend(self, answer: Json, asked: str) -> tuple[bool, Usage | None]:
         changed = answer.get("model") != asked
         answer["model"] = asked
-        usage = answer.get("usage")
-        return changed, Usage.from_anthropic(usage) if isinstance(usage, dict) else None
+        return changed, Usage.from_anthropic(answer["usage"]) if isinstance(
+            answer.get("usage"), dict) else None
 
     # -- to and from neutral words.  System turns at the head become `system`; `prepare` folds later
     # -- ones into the next user turn.
@@ -3513,7 +3500,6 @@ class MessagesEncoder(StreamEncoder):
         self._count = 0                                  # blocks so far
         self._waiting: dict[int, list[Event]] = {}       # held back, in the order of their starts
         self._thinking: Reasoning | None = None          # the open block, if it is one
-        self._calls = False
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         return Frame(kind, dumps(dict({"type": kind}, **fields))).encode()
@@ -3548,8 +3534,7 @@ class MessagesEncoder(StreamEncoder):
             kind, key, self._thinking = "thinking_delta", "thinking", part
             block["signature"] = ""
         elif block["type"] == "tool_use":
-            kind, key, self._calls = "input_json_delta", "partial_json", True
-            block["input"] = {}
+            kind, key, block["input"] = "input_json_delta", "partial_json", {}
         delta = self._event("content_block_delta", index=at, delta={"type": kind, key: self.MARK})
         self._frames[event.index] = delta.split(self.QUOTED_MARK)
         return self._event("content_block_start", index=at, content_block=block)
@@ -3569,10 +3554,9 @@ class MessagesEncoder(StreamEncoder):
 
     def _stop(self, event: ResponseEnd) -> bytes:
         self.ended = True
-        stop = "tool_use" if event.stop == "stop" and self._calls else event.stop
         return self._event(
             "message_delta", usage=self.dialect.usage(event.usage or Usage()), delta={
-                "stop_reason": self.dialect.TO_WIRE.get(stop, "end_turn"),
+                "stop_reason": self.dialect.TO_WIRE.get(event.stop, "end_turn"),
                 "stop_sequence": event.stop_sequence}) + self._event("message_stop")
 
 def _as_blocks(content: Any) -> list[Any]:
