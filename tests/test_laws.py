@@ -241,6 +241,20 @@ class Laws(unittest.TestCase):
                     back = list(check_order(decode_stream(name, encode_stream(name, whole))))
                     self.assertEqual(cp.fold(back).parts, response.parts)
 
+    def test_two_thousand_calls_that_wait_for_the_first(self) -> None:
+        """However many parts are held back behind an open one, in whatever order they end."""
+        calls = [ToolCall("call_%d" % at, "t", '{"at":%d}' % at) for at in range(2000)]
+        starts = [cp.PartStart(at, replace(call, arguments="")) for at, call in enumerate(calls)]
+        deltas = [cp.PartDelta(at, call.arguments) for at, call in enumerate(calls)]
+        ends = [cp.PartEnd(at) for at in range(len(calls))]
+        for name in DIALECTS:
+            for order in (ends[1:] + ends[:1], ends[::-1]):
+                whole = [cp.ResponseStart("id", "asked"), *starts, *deltas, *order,
+                         cp.ResponseEnd("tool_use")]
+                with self.subTest(dialect=name, first=order[0].index):
+                    back = check_order(decode_stream(name, encode_stream(name, whole)))
+                    self.assertEqual(cp.fold(back).parts, calls)
+
     def test_packing(self) -> None:
         packed = cp.pack_opaque("responses", "rs_1", "blob")
         self.assertTrue(packed.startswith("cpx1."))
