@@ -3518,11 +3518,10 @@ class MessagesEncoder(StreamEncoder):
         if index in self._waiting:
             self._waiting[index].append(event)
             return b""
-        out = super().feed(event)
+        out = [super().feed(event)]
         while self._waiting and self._active < 0:        # the next part, those behind it if whole
-            for held in self._waiting.pop(next(iter(self._waiting))):
-                out += super().feed(held)
-        return out
+            out += map(super().feed, self._waiting.pop(next(iter(self._waiting))))
+        return out[0] if len(out) == 1 else b"".join(out)
 
     def _begin(self, event: PartStart) -> bytes:
         part, block = event.part, self.dialect.block(event.part)
