@@ -1209,7 +1209,7 @@ class Dialect:
         content = said[-1].get("content")
         if isinstance(content, list):
             content = [part for part in content if as_object(part).get("type") != "tool_result"
-                       and not is_reminder(text_of([part]))]
+                       and not _REMINDER.match(text_of([part]))]
         is_human = said[-1].get("role") == "user" and content != [] and not is_machine_turn(
             text_of(content), "\n".join(filter(None, map(text_of, system))))
         return "user" if is_human else "agent"
@@ -1245,6 +1245,7 @@ def walk_objects(value: Any) -> Iterator[Json]:
             todo.extend(reversed(item))
 
 SYSTEM_ROLES = ("system", "developer")
+# Claude Code puts such texts beside tool results; no human wrote them
 _REMINDER = re.compile(r"\s*(?:<system-reminder>.*?</system-reminder>\s*)+\Z", re.DOTALL)
 _CONTINUATIONS = (
     "This session is being continued from a previous conversation that ran out of context.",
@@ -1255,10 +1256,6 @@ _COMPACTING_SYSTEMS = (
     "You are a helpful AI assistant tasked with summarizing conversations",
     "You are an anchored context summarization assistant for coding sessions.",
 )
-
-def is_reminder(text: str) -> bool:
-    """Claude Code puts such texts beside tool results; no human wrote them."""
-    return "<system-reminder>" in text and bool(_REMINDER.match(text))
 
 def is_machine_turn(user_text: str, system_text: str) -> bool:
     """Compaction and automatic continuation: written by the client, not by a human."""
@@ -1882,8 +1879,7 @@ class ChatChunks:
         for choice in choices:
             self.reason = word(choice.get("finish_reason")) or self.reason
             if choice.get("finish_reason") == "error":
-                raise UpstreamError("the model failed", code=unwrap_error(
-                    502, dumps(answer), "")[1])
+                raise UpstreamError("the model failed")
             self._merge(merged, choice)
         if isinstance(merged.get("reasoning_text"), str):
             merged.setdefault("reasoning_content", merged["reasoning_text"])
@@ -2163,7 +2159,11 @@ class ChatCompletions(Dialect):
         body["messages"] = [message for turn in request.turns
                             for message in self._write_turn(turn, request, model)]
         if tools:
-            body["tools"] = [self._write_tool(tool, model) for tool in tools]
+            body["tools"] = [given(
+                type="function", copilot_cache_control=EPHEMERAL if tool.cache and model.is_claude
+                else None, function=given(name=tool.name, description=tool.description,
+                                          parameters=tool.parameters, strict=tool.strict))
+                for tool in tools]
             body.update(given(tool_choice={"type": "function", "function": {"name": choice.name}}
                               if isinstance(choice, Named) else choice))
         if wants_cache_marks(request, model):
@@ -2172,13 +2172,6 @@ class ChatCompletions(Dialect):
             for message in marked:
                 message["copilot_cache_control"] = EPHEMERAL
         return body
-
-    @staticmethod
-    def _write_tool(tool: Tool, model: Model) -> Json:
-        function = given(name=tool.name, description=tool.description, parameters=tool.parameters,
-                         strict=tool.strict)
-        mark = {"copilot_cache_control": EPHEMERAL} if tool.cache and model.is_claude else {}
-        return dict({"type": "function", "function": function}, **mark)
 
     def _write_turn(self, turn: Turn, request: Request, model: Model) -> list[Json]:
         if turn.role == "system":
@@ -2456,7 +2449,13 @@ class ResponsesStream(StreamRelay):
         obfuscated = event.pop("obfuscation", None) is not None
         index = as_int(event.get("output_index"))
         if isinstance(event.get("item"), dict):
-            self._mend_output_item(kind, event["item"], index)
+            known = self._ids.setdefault(index, item_id(event["item"], index))
+            if kind == "response.output_item.added":
+                same = event["item"].get("id") == known
+                self._marker = b'"item_id":' + dumps(known) if same else b""
+            elif kind == "response.output_item.done":
+                self._items[index] = event["item"]
+            mend_item(event["item"], known)
         if "item_id" in event:
             event["item_id"] = self._ids.setdefault(index, item_id({"id": event["item_id"]}, index))
         if isinstance(event.get("response"), dict):
@@ -2485,16 +2484,6 @@ class ResponsesStream(StreamRelay):
                  "item_id": event.get("item_id"), "output_index": index,
                  "delta": text if isinstance(text, str) else held}
         return self._render(delta) + self._render(event)
-
-    def _mend_output_item(self, kind: str, item: Json, index: int) -> None:
-        original = item.get("id")
-        self._ids.setdefault(index, item_id(item, index))
-        mend_item(item, self._ids[index])
-        if kind == "response.output_item.added":
-            same = original == self._ids[index]
-            self._marker = b'"item_id":' + dumps(original) if same else b""
-        elif kind == "response.output_item.done":
-            self._items[index] = item
 
     def mend_response(self, answer: Json, kind: str = "") -> None:
         """The whole, inside an event of this kind or by itself."""
@@ -2759,16 +2748,6 @@ class ResponsesDecoder(StreamDecoder):
     """Events of /responses.  Items are known by `output_index`: their ids change in every event.
     Argument deltas with `obfuscation` may be ciphertext, the text of `.done` counts."""
     TEXT_KEYS = (b'"delta":',)
-    HANDLERS: ClassVar = {"response." + kind: method for method, kinds in (
-        ("_text", "output_text.delta output_text.done refusal.delta refusal.done"),
-        ("_thought", "reasoning_summary_text.delta reasoning_text.delta"),
-        ("_gap", "reasoning_summary_part.added"),
-        ("_arguments", "function_call_arguments.delta function_call_arguments.done"),
-        ("_arguments", "custom_tool_call_input.done"),
-        ("_added", "output_item.added"), ("_part_done", "content_part.done"),
-        ("_finished", "output_item.done"), ("_created", "created in_progress"),
-        ("_completed", "completed incomplete"), ("_failed", "failed cancelled"))
-        for kind in kinds.split()}
 
     def __init__(self, dialect: Any) -> None:
         super().__init__(dialect)
@@ -2782,10 +2761,33 @@ class ResponsesDecoder(StreamDecoder):
         return super().read_whole({"type": "response." + status, "response": body})
 
     def _read_event(self, event: Json) -> None:
-        kind = str(event.get("type"))
-        handler = "_failed" if kind == "error" else self.HANDLERS.get(kind)
-        if handler:
-            getattr(self, handler)(event)
+        kind, at = str(event.get("type")), as_int(event.get("output_index"))
+        key = at, as_int(event.get("content_index"))
+        if kind.startswith(("response.output_text.", "response.refusal.")):
+            self._text(kind, self._slot(key, Text("", "refusal" in kind)), event)
+        elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
+            self._delta(self._slot((at, 0), Reasoning()), event.get("delta"))
+        elif kind == "response.reasoning_summary_part.added" and as_int(event.get("summary_index")):
+            self._delta(self._slots.get((at, 0), -1), "\n\n")
+        elif kind.startswith(_ARGUMENT_EVENTS):
+            self._arguments(kind, self._slots.get((at, 0), -1), event)
+        elif kind == "response.output_item.added":
+            item = as_object(event.get("item"))
+            if item.get("type") == "reasoning":
+                self._slot(key, Reasoning())
+            elif item.get("type") in ("function_call", "custom_tool_call"):
+                self._slot(key, skeleton(self.dialect.read_output(item)[0]))
+        elif kind == "response.content_part.done":
+            self._end(self._slots.get(key, -1))
+        elif kind == "response.output_item.done":
+            self._finished(at, as_object(event.get("item")))
+        elif kind in ("response.created", "response.in_progress"):
+            self._start(as_object(event.get("response")))
+        elif kind in ("response.completed", "response.incomplete"):
+            self._completed(kind, as_object(event.get("response")))
+        elif kind in ("response.failed", "response.cancelled", "error"):
+            message, code, _ = unwrap_error(502, dumps(event.get("response") or event), "")
+            self._fail(UpstreamError(message, code=code))
 
     def _steady(self, data: bytes) -> bytes:
         """An unescaped quote cannot be inside a text, so what is found here are the keys."""
@@ -2795,54 +2797,25 @@ class ResponsesDecoder(StreamDecoder):
         at = data.find(b'"sequence_number":') + 18
         return data[:at] + data[at:].lstrip(b"0123456789") if at > 17 else data
 
-    def _created(self, event: Json) -> None:
-        self._start(as_object(event.get("response")))
-
-    @staticmethod
-    def _key(event: Json) -> tuple[int, int]:
-        return as_int(event.get("output_index")), as_int(event.get("content_index"))
-
-    def _text(self, event: Json) -> None:
-        refusal = "refusal" in str(event["type"])
-        index = self._slot(self._key(event), Text("", refusal))
-        if "delta" in event:
-            self._delta(index, event["delta"])
+    def _text(self, kind: str, index: int, event: Json) -> None:
+        if kind.endswith(".delta"):
+            self._delta(index, event.get("delta"))
         elif index in self._empty:
-            self._delta(index, event.get("refusal" if refusal else "text"))
+            self._delta(index, event.get("refusal" if "refusal" in kind else "text"))
 
-    def _thought(self, event: Json) -> None:
-        index = self._slot((as_int(event.get("output_index")), 0), Reasoning())
-        self._delta(index, event.get("delta"))
-
-    def _gap(self, event: Json) -> None:
-        if as_int(event.get("summary_index")):
-            self._delta(self._slots.get((as_int(event.get("output_index")), 0), -1), "\n\n")
-
-    def _arguments(self, event: Json) -> None:
-        index = self._slots.get((as_int(event.get("output_index")), 0), -1)
-        if "delta" in event:
-            if "obfuscation" in event:
+    def _arguments(self, kind: str, index: int, event: Json) -> None:
+        if kind.endswith(".delta"):
+            if "obfuscation" in event or "custom" in kind:
                 self._obscured.add(index)
             if index not in self._obscured:
-                self._delta(index, event["delta"])
+                self._delta(index, event.get("delta"))
         elif index in self._empty:
-            text = dumps({"input": str(event.get("input") or "")}).decode() if "custom" in event[
-                "type"] else event.get("arguments")
-            self._delta(index, text)
+            text = event.get("arguments")
+            self._delta(index, text if "custom" not in kind else dumps(
+                {"input": str(event.get("input") or "")}).decode())
 
-    def _added(self, event: Json) -> None:
-        item = as_object(event.get("item"))
-        if item.get("type") == "reasoning":
-            self._slot(self._key(event), Reasoning())
-        elif item.get("type") in ("function_call", "custom_tool_call"):
-            self._slot(self._key(event), skeleton(self.dialect.read_output(item)[0]))
-
-    def _part_done(self, event: Json) -> None:
-        self._end(self._slots.get(self._key(event), -1))
-
-    def _finished(self, event: Json) -> None:
+    def _finished(self, at: int, item: Json) -> None:
         """The whole item: what of it was not told by deltas is told now."""
-        item, at = as_object(event.get("item")), as_int(event.get("output_index"))
         parts = self.dialect.read_output(item)
         if not parts:
             self._end(self._slots.get((at, 0), -1))
@@ -2853,19 +2826,14 @@ class ResponsesDecoder(StreamDecoder):
                 self._delta(index, text_in(part))
             self._end(index, state.signature, state.minted_by or "")
 
-    def _completed(self, event: Json) -> None:
-        answer = as_object(event.get("response"))
+    def _completed(self, kind: str, answer: Json) -> None:
         self._start(answer)
         self.usage = openai_counts(answer) or self.usage
         if not self._slots:                              # nothing was streamed: take the whole
             for at, item in enumerate(as_list(answer.get("output"))):
-                self._finished({"output_index": at, "item": item})
+                self._finished(at, as_object(item))
         reason = as_object(answer.get("incomplete_details")).get("reason") or "max_output_tokens"
-        self._stop(str(reason) if event["type"] == "response.incomplete" else "completed")
-
-    def _failed(self, event: Json) -> None:
-        message, code, _ = unwrap_error(502, dumps(event.get("response") or event), "")
-        self._fail(UpstreamError(message, code=code))
+        self._stop(str(reason) if kind == "response.incomplete" else "completed")
 
 class ResponsesEncoder(StreamEncoder):
     """The whole choreography: created, in_progress, for each item added, its deltas and dones,
@@ -3199,19 +3167,13 @@ class Messages(Dialect):
             else:
                 edit.set(body, "thinking", given(type="enabled", budget_tokens=fitting,
                                                  display=thinking.get("display")))
-        self._prepare_effort(edit, model)
-
-    @staticmethod
-    def _prepare_effort(edit: Edit, model: Model) -> None:
-        config = edit.body.get("output_config")
-        if not isinstance(config, dict) or "effort" not in config:
-            return
-        if not model.efforts:
+        config = as_object(body.get("output_config"))
+        if "effort" in config and model.efforts:
+            edit.set(config, "effort", clamp_effort(str(config["effort"]), model.efforts))
+        elif "effort" in config:
             edit.drop(config, "effort", "the model has no efforts")
             if not config:
-                edit.drop(edit.body, "output_config")
-        else:
-            edit.set(config, "effort", clamp_effort(str(config["effort"]), model.efforts))
+                edit.drop(body, "output_config")
 
     @staticmethod
     def _prepare_max_tokens(edit: Edit, model: Model) -> None:
