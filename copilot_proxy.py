@@ -1186,18 +1186,19 @@ class Dialect:
     read_tool: Callable[[Json, Request], None]
     encode_request: Callable[[Request, Model], Json]
     encode_response: Callable[[Response, Request], Json]
-    STREAM_CLASSES: ClassVar[dict[str, tuple[type[StreamRelay], type[StreamDecoder],
-                                             type[StreamEncoder]]]]      # set behind them
+    def __init__(self, relay: type[StreamRelay], decoder: type[StreamDecoder],
+                 encoder: type[StreamEncoder]) -> None:
+        self._relay, self._decoder, self._encoder = relay, decoder, encoder
 
     def stream(self, asked: str, body: Json) -> StreamRelay:
         """The pipeline of a streamed answer; `body`: the request before `prepare`."""
-        return self.STREAM_CLASSES[self.name][0](self, asked, body)
+        return self._relay(self, asked, body)
 
     def stream_decoder(self) -> StreamDecoder:
-        return self.STREAM_CLASSES[self.name][1](self)
+        return self._decoder(self)
 
     def stream_encoder(self, request: Request) -> StreamEncoder:
-        return self.STREAM_CLASSES[self.name][2](self, request)
+        return self._encoder(self, request)
 
     def initiator(self, body: Json) -> str:
         """"user" for a human turn, "agent" for a follow-up of the tool loop."""
@@ -1298,12 +1299,18 @@ def prepare_tools(edit: Edit, is_offered: Callable[[Json], bool], *refused: str)
                 None, "auto", "none"):
             edit.lose("tool_choice", "there are no tools")
 
-def refuse_image_url(url: str, param: str) -> None:
+def refuse_image_urls(content: Any, place: str) -> None:
     """Raises BadRequest for an image that the upstream would have to fetch: it takes data: URLs
     and its own attachments only."""
-    if url[:5].lower() != "data:" and not url.startswith(ATTACHMENTS_URL):
-        raise BadRequest("images by URL are not supported by the upstream: send the image itself "
-                         "as base64 (data:image/png;base64,...)", param=param)
+    for part in map(as_object, as_list(content)):
+        image = part.get("image_url")
+        url = image.get("url") if isinstance(image, dict) else image
+        if part.get("type") == "image_url" and not isinstance(url, str):
+            raise BadRequest("'image_url.url' must be a string", param=place)
+        if part.get("type") in ("image_url", "input_image") and isinstance(url, str) and (
+                url[:5].lower() != "data:" and not url.startswith(ATTACHMENTS_URL)):
+            raise BadRequest("images by URL are not supported by the upstream: send the image "
+                             "itself as base64 (data:image/png;base64,...)", param=place)
 
 # ---- From one dialect to another: what all three share ----
 
@@ -1410,12 +1417,6 @@ def arguments_object(text: str) -> Json:
     except ValueError:
         value = None
     return value if isinstance(value, dict) else {"_raw": text}
-
-def freeform_input(arguments: str) -> str:
-    """What a freeform tool gets: '{"input": "a"}' -> 'a'; other arguments as they are."""
-    found = arguments_object(arguments)
-    text = found.get("input", found.get("_raw"))
-    return text if isinstance(text, str) else arguments
 
 def fit_call_id(text: str) -> str:
     """A call id that every upstream takes; the same for a call and its result."""
@@ -1706,10 +1707,19 @@ class StreamDecoder:
             except ValueError:
                 pass                              # more than one string: look at the whole
         self._events = []
-        if not self.ended and data:
-            self._read_slow(data)
-            if len(self._events) == 1 and isinstance(self._events[0], PartDelta):
-                self._learn(self._events[0], steady)
+        if self.ended or not data:
+            return self._events
+        if data.strip() == b"[DONE]":
+            self._done()
+            return self._events
+        try:
+            event = as_object(loads(data))
+        except ValueError:
+            self._fail(UpstreamError(NOT_JSON))
+            return self._events
+        self._read_event(event)
+        if len(self._events) == 1 and isinstance(self._events[0], PartDelta):
+            self._learn(self._events[0], steady)
         return self._events
 
     def read_whole(self, body: Json) -> list[Event]:
@@ -1730,17 +1740,6 @@ class StreamDecoder:
     def _steady(self, data: bytes) -> bytes:
         """The frame without what differs from delta to delta but means nothing."""
         return data
-
-    def _read_slow(self, data: bytes) -> None:
-        if data.strip() == b"[DONE]":
-            self._done()
-            return
-        try:
-            event = as_object(loads(data))
-        except ValueError:
-            self._fail(UpstreamError(NOT_JSON))
-        else:
-            self._read_event(event)
 
     def _learn(self, event: PartDelta, data: bytes) -> None:
         quoted = dumps(event.text)
@@ -2032,14 +2031,7 @@ class ChatCompletions(Dialect):
             if is_packed(message.get("reasoning_opaque")):
                 edit.drop(message, "reasoning_opaque", FOREIGN_STATE)
                 edit.drop(message, "reasoning_text")
-        content = message.get("content")
-        for part in content if isinstance(content, list) else ():
-            if isinstance(part, dict) and part.get("type") == "image_url":
-                image = part.get("image_url")
-                url = image.get("url") if isinstance(image, dict) else image
-                if not isinstance(url, str):
-                    raise BadRequest("'image_url.url' must be a string", param=place)
-                refuse_image_url(url, place)
+        refuse_image_urls(message.get("content"), place)
 
     @staticmethod
     def _prepare_max_tokens(edit: Edit, model: Model) -> None:
@@ -2569,12 +2561,10 @@ class Responses(Dialect):
         if isinstance(item.get("call_id"), str):
             edit.set(item, "call_id", shorten_id(item["call_id"]))
         for key in ("content", "output"):
-            for part in as_list(item.get(key)):
-                if isinstance(part, dict) and part.get("type") == "input_image":
-                    if part.get("detail") == "original":
-                        edit.set(part, "detail", "high")
-                    if isinstance(part.get("image_url"), str):
-                        refuse_image_url(part["image_url"], "input[%d]" % at)
+            refuse_image_urls(item.get(key), "input[%d]" % at)
+            for part in map(as_object, as_list(item.get(key))):
+                if part.get("type") == "input_image" and part.get("detail") == "original":
+                    edit.set(part, "detail", "high")
         return True
 
     def mend(self, answer: Json, asked: str) -> tuple[bool, Usage | None]:
@@ -2733,8 +2723,10 @@ class Responses(Dialect):
         item = dict(head, type="custom_tool_call" if tool.custom else "function_call", **status,
                     call_id=part.id, name=tool.short_name or part.name, **given(
                         namespace=tool.namespace or None))
-        if tool.custom:
-            return dict(item, input=freeform_input(part.arguments))
+        if tool.custom:                                  # '{"input": "a"}' -> 'a'
+            found = arguments_object(part.arguments)
+            text = found.get("input", found.get("_raw"))
+            return dict(item, input=text if isinstance(text, str) else part.arguments)
         return dict(item, arguments=part.arguments or "{}")
 
     def encode_response(self, response: Response, request: Request) -> Json:
@@ -3304,23 +3296,19 @@ class Messages(Dialect):
                 name=tool.name, description=tool.description, cache_control=EPHEMERAL
                 if tool.cache else None, input_schema=tool.parameters or {
                     "type": "object", "properties": {}}) for tool in tools]
-            self._write_choice(body, choice, request.parallel_tool_calls)
+            written = {"type": {"required": "any"}.get(str(choice), choice or "auto")}
+            if isinstance(choice, Named):
+                written = {"type": "tool", "name": choice.name}
+            if request.parallel_tool_calls is False and choice != "none":
+                body["tool_choice"] = dict(written, disable_parallel_tool_use=True)
+            elif choice:
+                body["tool_choice"] = written
         if wants_cache_marks(request, model):
             marked = system[-1:] + [m["content"][-1] for m in [
                 m for m in body["messages"] if m["role"] == "user"][-2:]]
             for block in marked:
                 block["cache_control"] = EPHEMERAL
         return body
-
-    def _write_choice(self, body: Json, choice: str | Named | None, parallel: bool | None) -> None:
-        written: Json = {}
-        if isinstance(choice, Named):
-            written = {"type": "tool", "name": choice.name}
-        elif choice or parallel is False:
-            written = {"type": {"required": "any"}.get(choice or "", choice or "auto")}
-        if parallel is False and choice != "none":
-            written["disable_parallel_tool_use"] = True
-        body.update(given(tool_choice=written or None))
 
     @staticmethod
     def _write_thinking(request: Request, model: Model, choice: str | Named | None) -> Json:
@@ -3531,10 +3519,9 @@ def filter_betas(value: str) -> str:
     wanted = [beta.strip() for beta in value.split(",")]
     return ",".join(beta for beta in wanted if beta.startswith(BETA_PREFIXES))
 
-Dialect.STREAM_CLASSES = {"chat": (ChatStream, ChatDecoder, ChatEncoder),
-                          "responses": (ResponsesStream, ResponsesDecoder, ResponsesEncoder),
-                          "messages": (MessagesStream, MessagesDecoder, MessagesEncoder)}
-CHAT, RESPONSES, MESSAGES = ChatCompletions(), Responses(), Messages()
+CHAT = ChatCompletions(ChatStream, ChatDecoder, ChatEncoder)
+RESPONSES = Responses(ResponsesStream, ResponsesDecoder, ResponsesEncoder)
+MESSAGES = Messages(MessagesStream, MessagesDecoder, MessagesEncoder)
 DIALECTS: dict[str, Dialect] = {d.name: d for d in (CHAT, RESPONSES, MESSAGES)}
 
 class Unwrapper:
