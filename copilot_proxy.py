@@ -1954,12 +1954,11 @@ class ChatStream(StreamRelay):
             self._template = raw[:at], raw[at + size:], out[:to], out[to + size:]
 
     def _mend_event(self, answer: Json, raw: bytes) -> bytes:
+        self.usage = openai_counts(answer) or self.usage
         try:
             delta = self._chunks.read(answer)
         except UpstreamError as error:
             return self._fail(error)
-        if self._chunks.usage is not None:
-            self.usage = Usage.from_openai(self._chunks.usage)
         if delta is None:
             return b""
         for key in ("id", "created", "system_fingerprint"):
@@ -2245,12 +2244,12 @@ class ChatDecoder(StreamDecoder):
         self._state = ""                                     # reasoning_opaque so far
 
     def _read_event(self, event: Json) -> None:
+        self.usage = openai_counts(event) or self.usage
         try:
             delta = self._chunks.read(event)
         except UpstreamError as error:
             self._fail(error)
             return
-        self.usage = openai_counts(event) or self.usage
         if delta is None:
             return
         self._start(event)
@@ -2350,6 +2349,8 @@ _OUTPUT_INDEX = re.compile(rb'"output_index":\s*(\d+)')
 _TERMINAL = ("response.completed", "response.incomplete", "response.failed", "response.cancelled",
              "error")
 _REFUSED_TOOLS = ("image_generation", "code_interpreter")
+_TEXT_EVENTS = ("response.output_text.delta", "response.output_text.done",
+                "response.refusal.delta", "response.refusal.done")
 _ARGUMENT_EVENTS = ("response.function_call_arguments", "response.custom_tool_call_input")
 
 def flat_name(namespace: str, name: str) -> str:
@@ -2755,7 +2756,7 @@ class ResponsesDecoder(StreamDecoder):
     def _read_event(self, event: Json) -> None:
         kind, at = str(event.get("type")), as_int(event.get("output_index"))
         key = at, as_int(event.get("content_index"))
-        if kind.startswith(("response.output_text.", "response.refusal.")):
+        if kind in _TEXT_EVENTS:
             self._text(kind, self._slot(key, Text("", "refusal" in kind)), event)
         elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
             self._delta(self._slot((at, 0), Reasoning()), event.get("delta"))
