@@ -1668,8 +1668,8 @@ ASTRAY = "the model sent endless white space as tool arguments"
 def is_astray(blanks: dict[int, int], index: int, text: str) -> bool:
     """Has call `index` with this piece got nothing but white space for too long?"""
     blank = len(text) - len(text.rstrip("\r\n\t "))
-    blanks[index] = blank + (blanks.get(index, 0) if blank == len(text) else 0)
-    return blanks[index] > MAX_WHITESPACE_RUN
+    run = blanks[index] = blank + (blanks.get(index, 0) if blank == len(text) else 0)
+    return run > MAX_WHITESPACE_RUN
 
 class StreamDecoder:
     """Upstream events in, neutral events out: `read(data of a frame)`, then `close()`.
@@ -1870,41 +1870,42 @@ class ChatChunks:
         Raises UpstreamError for an error told in it."""
         if isinstance(answer.get("usage"), dict):
             self.usage = answer["usage"]
-        choices = [c for c in as_list(answer.get("choices")) if isinstance(c, dict)]
         if answer.get("error"):
             message, code, _ = unwrap_error(502, dumps(answer), "")
             raise UpstreamError(message, code=code)
-        merged: Json = {}
-        for choice in choices:
-            self.reason = word(choice.get("finish_reason")) or self.reason
-            if choice.get("finish_reason") == "error":
-                raise UpstreamError("the model failed")
-            self._merge(merged, choice)
-        if isinstance(merged.get("reasoning_text"), str):
+        merged: Json | None = None
+        for choice in as_list(answer.get("choices")):
+            if isinstance(choice, dict):
+                merged = self._merge(merged or {}, choice)
+        if merged and isinstance(merged.get("reasoning_text"), str):
             merged.setdefault("reasoning_content", merged["reasoning_text"])
-        return merged if choices else None
+        return merged
 
-    def _merge(self, merged: Json, choice: Json) -> None:
+    def _merge(self, merged: Json, choice: Json) -> Json:
         """Join texts, put tool calls in a row."""
+        reason = choice.get("finish_reason")
+        if reason:
+            if reason == "error":
+                raise UpstreamError("the model failed")
+            self.reason = word(reason) or self.reason
         for name, value in as_object(choice.get("delta") or choice.get("message")).items():
             if name == "tool_calls":
-                for place, call in enumerate(c for c in as_list(value) if isinstance(c, dict)):
-                    self._number(as_int(choice.get("index")), call, place)
-                    merged.setdefault(name, []).append(call)
+                for place, call in enumerate(as_list(value)):
+                    if isinstance(call, dict):
+                        self._number(as_int(choice.get("index")), call, place)
+                        merged.setdefault(name, []).append(call)
             elif isinstance(value, str) and isinstance(merged.get(name), str) and name not in (
                     "role", "reasoning_opaque"):
                 merged[name] += value
             elif value is not None:
                 merged[name] = value
+        return merged
 
     def _number(self, choice: int, call: Json, place: int) -> None:
         index, call_id = as_int(call.get("index", place)), str(call.get("id") or "")
         slot = (choice, index)
-        known = self._calls.get((choice, index, call_id))
-        if call_id and known is not None:
-            self._open[slot] = known
-        elif call_id or slot not in self._open:
-            self._open[slot] = self._calls[(choice, index, call_id)] = len(self._calls)
+        if call_id or slot not in self._open:
+            self._open[slot] = self._calls.setdefault((choice, index, call_id), len(self._calls))
         call["index"] = self._open[slot]
 
     def end(self) -> str:
@@ -2240,7 +2241,8 @@ class ChatDecoder(StreamDecoder):
     def __init__(self, dialect: Any) -> None:
         super().__init__(dialect)
         self._chunks = ChatChunks()
-        self._key, self._index = "", -1                      # of the open text or thought
+        self._key = ""                                       # of the open text or thought
+        self._index = -1                                     # ... and our index of it
         self._state = ""                                     # reasoning_opaque so far
 
     def _read_event(self, event: Json) -> None:
@@ -2263,10 +2265,12 @@ class ChatDecoder(StreamDecoder):
                 self._say(key, Text("", key == "refusal"), delta[key])
         for call in delta.get("tool_calls", ()):
             self._close()
-            function = as_object(call.get("function"))
-            index = self._slot(call["index"], ToolCall(
-                str(call.get("id") or "call_%d" % self._next), str(function.get("name") or ""), ""))
-            self._delta(index, function.get("arguments"))
+            number, function = call["index"], as_object(call.get("function"))
+            if number not in self._slots:
+                self._slots[number] = self._begin(ToolCall(
+                    str(call.get("id") or "call_%d" % self._next), str(function.get("name") or ""),
+                    ""))
+            self._delta(self._slots[number], function.get("arguments"))
             if self.ended:
                 return
 
@@ -2277,8 +2281,9 @@ class ChatDecoder(StreamDecoder):
         self._delta(self._index, text)
 
     def _close(self) -> None:
-        self._end(self._index, self._state, "chat")
-        self._key, self._index, self._state = "", -1, ""
+        if self._key:
+            self._end(self._index, self._state, "chat")
+            self._key, self._state = "", ""
 
     def _done(self) -> None:
         if not self._started:

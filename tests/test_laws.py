@@ -241,6 +241,16 @@ class Laws(unittest.TestCase):
                     back = list(check_order(decode_stream(name, encode_stream(name, whole))))
                     self.assertEqual(cp.fold(back).parts, response.parts)
 
+    def test_calls_under_one_index_are_told_apart_by_their_ids(self) -> None:
+        """Some backends number every call 0 and send the pieces of two in turn."""
+        pieces = [("a", '{"x"'), ("b", '{"y"'), ("a", ":1}"), ("b", ":2}")]
+        data = b"".join(b"data: %b\n\n" % dumps({"choices": [{"index": 0, "delta": {
+            "tool_calls": [{"index": 0, "id": call_id, "function": {
+                "name": "t", "arguments": piece}}]}}]}) for call_id, piece in pieces)
+        events = decode_stream("chat", data + b"data: [DONE]\n\n")
+        self.assertEqual(cp.fold(check_order(events)).parts, [
+            ToolCall("a", "t", '{"x":1}'), ToolCall("b", "t", '{"y":2}')])
+
     def test_two_thousand_calls_that_wait_for_the_first(self) -> None:
         """However many parts are held back behind an open one."""
         calls = [ToolCall("call_%d" % at, "t", '{"at":%d}' % at) for at in range(2000)]
