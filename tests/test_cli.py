@@ -245,7 +245,8 @@ class DemoTest(unittest.TestCase):
         place = cls.folders.enter_context(tempfile.TemporaryDirectory())
         lone = shutil.copy(SCRIPT, place)
         cls.place = place
-        with unittest.mock.patch.object(support, "SCRIPT", lone):
+        with unittest.mock.patch.object(support, "SCRIPT", lone), \
+                unittest.mock.patch.object(support, "SLOW", True):     # from source
             began = time.monotonic()
             cls.command = cls.folders.enter_context(Command(
                 "start", "--demo", "--port", "0", home=cls.home, GH_TOKEN="ghu_not_for_the_demo",

@@ -974,7 +974,7 @@ class WorkersTest(unittest.TestCase):
 
     def test_a_thread_is_used_again_and_ends_after_being_idle(self) -> None:
         seen: list[threading.Thread] = []
-        pool = self.make(lambda item: seen.append(threading.current_thread()), 0.15)
+        pool = self.make(lambda item: seen.append(threading.current_thread()), 0.08)
         for number in range(1, 11):
             pool.run(number)
             wait_until(lambda: len(seen) == number, "the work is done")
