@@ -167,6 +167,8 @@ CODE_WAIT_S = 5.0                        # a refused call waits so long for the 
 REACTIVE_PAUSE_S = 60.0                  # after a refresh that did not cure an opaque 403
 CATALOGUE_AGE_S, CATALOGUE_RETRY_S = 600.0, 60.0
 MAX_MODEL_CHARS = 200
+SESSION_HEADERS = ("session_id", "session-id", "x-session-id", "conversation_id")
+MAX_SESSIONS = 1000                      # whose last model is remembered
 MAX_SPELLINGS = 1000                     # of model names that are remembered
 NEARBY_S = 0.005                         # a wait so short that the baton is kept
 BATON_S = 0.25                           # preparing a request takes longer only when it waits
@@ -1779,6 +1781,7 @@ class ChatStream(StreamRelay):
         self._calls: dict[tuple[int, int, str], int] = {}    # (choice, index, id) -> our index
         self._open: dict[tuple[int, int], int] = {}          # (choice, index) -> our index
         self._blanks: dict[int, int] = {}                    # our index -> run of white space
+        self._names: dict[int, Any] = {}                     # our index -> name of the function
 
     def _block(self, block: bytes) -> bytes:
         if block.find(b"\n\n") == len(block) - 2:               # one frame
@@ -1840,10 +1843,12 @@ class ChatStream(StreamRelay):
             return self._fail("the model sent endless white space as tool arguments")
         for choice in choices:
             self._finish_reason = choice.get("finish_reason") or self._finish_reason
-        if not delta and self._started:
-            return b""
         if not self._started:
             delta.setdefault("role", "assistant")
+        elif not delta or list(delta) == ["role"]:
+            return b""
+        else:
+            delta.pop("role", None)           # SDKs string together what chunks repeat
         self._started = True
         return self._render([{"index": 0, "delta": delta, "finish_reason": None}])
 
@@ -1854,10 +1859,15 @@ class ChatStream(StreamRelay):
         known = self._calls.get((choice, index, call_id))
         if call_id and known is not None:
             self._open[slot] = known
+            del call["id"]                                   # SDKs join what fragments repeat
         elif call_id or slot not in self._open:
             self._open[slot] = self._calls[(choice, index, call_id)] = len(self._calls)
         number = call["index"] = self._open[slot]
-        text = as_object(call.get("function")).get("arguments")
+        function = as_object(call.get("function"))
+        if function.get("name") and function["name"] == self._names.get(number):
+            del function["name"]
+        self._names[number] = self._names.get(number) or function.get("name")
+        text = function.get("arguments")
         if isinstance(text, str) and text:
             blank = len(text) - len(text.rstrip("\r\n\t "))
             self._blanks[number] = blank + (self._blanks.get(number, 0) if blank == len(text)
@@ -4077,6 +4087,36 @@ _JSON_FIELDS = ("input", "arguments", "schema", "action")    # objects that the 
 _LINK_FIELDS = ("url", "image_url", "file_url", "file_id", "file_data")
 _LINK_TYPES = (None, "url", "file", "image_url", "input_image", "input_file", "computer_screenshot")
 _FILE_TOKENS = 1600                  # Anthropic's largest image
+_HEAD_CHARS = 96 * 1024              # of base64: a JPEG has its size behind previews and colours
+
+def image_size(head: bytes) -> tuple[int, ...]:
+    """(width, height) by the first bytes of a PNG, GIF, WebP or JPEG; () or struct.error: none."""
+    if head[:4] in (b"\x89PNG", b"GIF8"):
+        return struct.unpack_from(*((">II", head, 16) if head[0] > 127 else ("<HH", head, 6)))
+    if head[8:12] == b"WEBP":
+        at, bits = {b"X": (24, 24), b"L": (21, 14)}.get(head[15:16], (26, 16))
+        both, mask = int.from_bytes(head[at:at + 6], "little"), (1 << bits) - 1
+        return 1 + (both & mask), 1 + (both >> bits & mask)
+    at, mark = 2, 0xff00 * (head[:2] == b"\xff\xd8")
+    while mark >= 0xff00:                            # a JPEG's segments until its frame's
+        mark, size = struct.unpack_from(">HH", head, at)
+        if 0xffc0 <= mark <= 0xffcf and mark not in (0xffc4, 0xffc8, 0xffcc):
+            return struct.unpack_from(">HH", head, at + 5)[::-1]
+        at += 2 + size
+    return ()
+
+def image_tokens(url: str, is_claude: bool) -> int:
+    """What a picture costs, the most where its pixels are not told.  Claude: 1 for 750 pixels; GPT:
+    170 for each tile of 512 x 512 once it is fit into 2048 x 2048 and its short side into 768."""
+    start = url.find(",", 0, 100) + 1
+    try:
+        wide, high = image_size(base64.b64decode(url[start:start + _HEAD_CHARS]))
+    except (ValueError, struct.error):
+        return _FILE_TOKENS
+    if is_claude:
+        return min(_FILE_TOKENS, wide * high // 750 + 1)
+    scale = min(1, 2048 / max(wide, high, 1), 768 / max(min(wide, high), 1))
+    return 85 + 170 * int((wide * scale + 511) // 512 * ((high * scale + 511) // 512))
 
 def _as_json(value: Any) -> str:
     try:
@@ -4086,7 +4126,7 @@ def _as_json(value: Any) -> str:
 
 def estimate_tokens(body: Json, is_claude: bool = False) -> int:
     """How many tokens the prompt of a request of any dialect has, estimated on the high side.
-    System, tools and all texts count, a file as the largest image (a PDF more: 3,000 per 60 KB),
+    System, tools and all texts count, images by their pixels, a PDF by its size (3,000 per 60 KB),
     sealed reasoning little, ids not.  `is_claude`: as Claude counts, about a quarter more."""
     tools = as_list(body.get("tools")) + as_list(body.get("functions"))
     texts = [_as_json(tool) for tool in tools]
@@ -4101,7 +4141,8 @@ def estimate_tokens(body: Json, is_claude: bool = False) -> int:
             todo.extend(("", inner) for inner in value)
         elif isinstance(value, str) and (value[:5] == "data:" or name in _LINK_FIELDS):
             is_image = value[:11] != "data:applic"
-            tokens += _FILE_TOKENS + (0 if is_image else len(value) * 3 // 80)
+            tokens += (image_tokens(value, is_claude) if is_image
+                       else _FILE_TOKENS + len(value) * 3 // 80)
         elif isinstance(value, str) and name in _SEALED_FIELDS:
             tokens += len(value) // 16
         elif isinstance(value, str):
@@ -5708,6 +5749,8 @@ class App:
         self.announce: Callable[[DeviceCode], None] = self._log_code
         self.login: DeviceLogin | None = None
         self._clock = clock
+        #: session of a client -> the model it asked for last
+        self._sessions: collections.OrderedDict[str, str] = collections.OrderedDict()
         self._refused: list[str] = []                  # logins that GitHub does not know any more
         self._lock = threading.Lock()
         self._account_stop = threading.Event()
@@ -5778,6 +5821,20 @@ class App:
             return self.use(stored)
         self.begin_login()
         raise AuthError(self.login_hint(), code="login_required")
+
+    def model_of(self, headers: Headers, body: Json) -> Any:
+        """The model a request names, or the one that its session named last."""
+        session = str(next((headers[name] for name in SESSION_HEADERS if name in headers),
+                           body.get("prompt_cache_key") or ""))
+        asked = body.get("model")
+        with self._lock:
+            last = self._sessions.pop(session, None)
+            asked = last if asked is None else asked
+            if session and isinstance(asked, str):
+                self._sessions[session] = asked
+            if len(self._sessions) > MAX_SESSIONS:
+                self._sessions.popitem(last=False)
+        return asked
 
     def refused(self, account: Copilot) -> None:
         """GitHub does not know this login any more: take a newer one from the file, else ask."""
@@ -6951,7 +7008,10 @@ PAGE_HEADERS = {
 
 def resolve(exchange: Exchange, body: Json) -> tuple[Copilot, Model]:
     """(account, model) of a request.  Raises AuthError, BadRequest."""
-    asked = body.get("model")
+    asked = exchange.app.model_of(exchange.head.headers, body)
+    if asked and body.get("model") is None:        # Codex's desktop app leaves it out at times
+        body["model"] = asked
+        exchange.body = dumps(body)
     if not isinstance(asked, str) or not asked:
         raise BadRequest("'model' is required: the id of a model, see /v1/models", param="model")
     exchange.model = asked
@@ -7008,17 +7068,29 @@ def admit(exchange: Exchange, body: Json, model: Model) -> None:
     who = exchange.head.headers.get("user-agent", "an unnamed client")
     app.approval.ask(exchange.client, who, model.id, text)
 
+def owner_of(exchange: Exchange, copilot: Copilot) -> str:
+    """Whose kept responses are: the account's and the client's key's, as a hash of both."""
+    given = exchange.head.headers
+    return stable_id("", "%s %s" % (copilot.github_token, given.get(
+        "x-api-key", given.get("api-key", given.get("authorization", "")))))
+
 def complete(dialect: Dialect, exchange: Exchange) -> None:
     """A request of any dialect to any model."""
     exchange.dialect = dialect
     body = exchange.json_object()
     copilot, model = resolve(exchange, body)
+    if dialect is CHAT and "input" in body and "messages" not in body:
+        request = RESPONSES.decode_request(body)         # Cursor asks so, and reads a chat answer
+        tell_losses(exchange, request.losses)
+        body = dict(CHAT.encode_request(request, model), model=body["model"])
+        exchange.body = dumps(body)
     keep: Callable[[str, bytes], None] | None = None
     if dialect is RESPONSES:
-        if exchange.app.store.expand(copilot.github_token, body):
+        owner = owner_of(exchange, copilot)
+        if exchange.app.store.expand(owner, body):
             exchange.body = dumps(body)
         if body.get("store") is not False:
-            keep = functools.partial(exchange.app.store.put, copilot.github_token, exchange.body)
+            keep = functools.partial(exchange.app.store.put, owner, exchange.body)
     found = ask(exchange, dialect, body, exchange.body, copilot, model, keep)
     if found is None:
         return
@@ -7098,10 +7170,11 @@ def count_tokens(exchange: Exchange) -> None:
     exchange.dialect = MESSAGES
     body = exchange.json_object()
     check_list(body, "messages")
-    counted = 0
-    estimate = estimate_tokens(body, "claude" in str(body.get("model")).lower())
+    counted, asked = 0, str(body.get("model"))
+    is_claude = "claude" in exchange.app.settings.aliases.get(asked, asked).lower()
     try:
         copilot, model = resolve(exchange, body)
+        is_claude = model.is_claude                # known now; before, the name had to tell
         check_endpoint(model, MESSAGES.path)
         edit = Edit(body)
         MESSAGES.prepare_count(edit, model)
@@ -7115,21 +7188,21 @@ def count_tokens(exchange: Exchange) -> None:
     except (ProxyError, ValueError) as error:
         if isinstance(error, BadRequest) and error.code != "unsupported_api_for_model":
             raise
-    exchange.reply_json({"input_tokens": counted or estimate})
+    exchange.reply_json({"input_tokens": counted or estimate_tokens(body, is_claude)})
 
 def count_input(exchange: Exchange) -> None:
     """POST /responses/input_tokens: an estimate."""
     exchange.dialect = RESPONSES
     body = exchange.json_object()
     copilot, model = resolve(exchange, body)
-    exchange.app.store.expand(copilot.github_token, body)
+    exchange.app.store.expand(owner_of(exchange, copilot), body)
     exchange.reply_json({"object": "response.input_tokens",
                          "input_tokens": estimate_tokens(body, model.is_claude)})
 
 def stored_response(exchange: Exchange) -> None:
     """GET and DELETE /responses/ID, GET /responses/ID/input_items: from the local store."""
     exchange.dialect = RESPONSES
-    store, owner = exchange.app.store, exchange.app.copilot().github_token
+    store, owner = exchange.app.store, owner_of(exchange, exchange.app.copilot())
     response_id, _, tail = exchange.argument.partition("/")
     if exchange.head.method == "DELETE" and not tail and store.delete(owner, response_id):
         exchange.reply_json({"id": response_id, "object": "response", "deleted": True})
@@ -7143,8 +7216,15 @@ def stored_response(exchange: Exchange) -> None:
         return
     items = [dict({"id": stable_id("item_", "%s %d" % (response_id, at))}, **item)
              for at, item in enumerate(items)]
-    shown = items if exchange.parameter("order") == "asc" else items[::-1]
-    exchange.reply_json({"object": "list", "data": shown, "has_more": False,
+    order, limit = exchange.parameter("order") or "desc", exchange.parameter("limit") or "20"
+    left, after = items if order == "asc" else items[::-1], exchange.parameter("after")
+    ids = [None, *(item["id"] for item in left)]
+    if order not in ("asc", "desc") or not re.fullmatch("[1-9][0-9]?|100", limit) \
+            or after not in ids:
+        raise BadRequest("'order' must be asc or desc, 'limit' 1 to 100, 'after' an item's id")
+    left = left[ids.index(after):]
+    shown = left[:int(limit)]
+    exchange.reply_json({"object": "list", "data": shown, "has_more": len(shown) < len(left),
                          "first_id": shown[0]["id"] if shown else None,
                          "last_id": shown[-1]["id"] if shown else None})
 

@@ -36,6 +36,8 @@ SCHEMA: dict[str, Any] = {"type": "object", "properties": {"city": {"type": "str
 PLAIN_SCHEMA = {key: value for key, value in SCHEMA.items() if key != "additionalProperties"}
 CHAT_TOOL: Any = {"type": "function", "function": {
     "name": "get_weather", "description": "The weather.", "parameters": PLAIN_SCHEMA}}
+STRICT_PLAIN: Any = {"type": "function", "function": {     # Gemini refuses additionalProperties
+    "name": "get_weather", "strict": True, "parameters": PLAIN_SCHEMA}}
 STRICT_TOOL: Any = {"type": "function", "function": {
     "name": "get_weather", "strict": True, "parameters": SCHEMA}}
 FUNCTION: Any = {"type": "function", "name": "get_weather", "strict": False, "parameters": SCHEMA}
@@ -826,6 +828,149 @@ class AsyncClients(SdkCase):
             self.assertEqual(texts, ["Echo: number %d" % n for n in range(CLIENTS_AT_ONCE)])
         self.run_async(work())
         self.assertEqual(self.fake.exchanges, 1)
+
+
+class EveryFamily(SdkCase):
+    """Each SDK's accumulator and types on a model of every family, whatever endpoint it has: text,
+    one and two tool calls, their results, reasoning; streams and bodies."""
+
+    #: (model, does it show reasoning when it is asked with an effort)
+    FAMILIES = (("gpt-4.1", False), (CODEX, True), ("gpt-5-mini", True), (SONNET, True),
+                (HAIKU, True), ("claude-opus-4.7", True), ("claude-only-4.6", True),
+                ("gemini-3.1-pro-preview", True), ("grok-code-fast-1", False))
+    PROMPTS = (("hi", 0), ("use the tool", 1), ("use parallel tool calls", 2))
+    THOUGHT = "The user wants an echo."
+    FUNCTION: Any = dict(FUNCTION, parameters=PLAIN_SCHEMA)
+    TOOL: Any = dict(MESSAGE_TOOL, input_schema=PLAIN_SCHEMA)
+
+    def setUp(self) -> None:
+        super().setUp()
+        sonnet = next(entry for entry in self.fake.models if entry["id"] == SONNET)
+        self.fake.models.append(dict(sonnet, id="claude-only-4.6",
+                                     supported_endpoints=[MESSAGES]))
+
+    def each_case(self, check: Callable[[str, bool, str, int, bool], None]) -> None:
+        for model, reasons in self.FAMILIES:
+            for prompt, count in self.PROMPTS:
+                for streamed in (True, False):
+                    with self.subTest(model=model, prompt=prompt, streamed=streamed):
+                        check(model, reasons, prompt, count, streamed)
+
+    def check(self, model: str, answer_model: str, calls: list[tuple[str, Any]], count: int,
+              thought: str, reasons: bool) -> None:
+        self.assertEqual(answer_model, model)
+        self.assertEqual([arguments for _, arguments in calls], [{"city": "Paris"}] * count)
+        self.assertEqual(len({call_id for call_id, _ in calls}), count)
+        self.assertEqual(thought, self.THOUGHT if reasons else "")
+
+    def test_chat(self) -> None:
+        client = self.openai_client()
+
+        def ask(history: list[Any], model: str, reasons: bool, streamed: bool) -> Any:
+            more: Any = {"reasoning_effort": "high"} if reasons and model != HAIKU else {}
+            if not streamed:
+                return client.chat.completions.create(
+                    model=model, messages=history, tools=[CHAT_TOOL], **more)
+            with client.chat.completions.stream(
+                    model=model, messages=history, tools=[STRICT_PLAIN],
+                    stream_options={"include_usage": True}, **more) as stream:
+                kinds = [event.type for event in stream]
+                self.assertIn("chunk", kinds)
+                return stream.get_final_completion()
+
+        def check(model: str, reasons: bool, prompt: str, count: int, streamed: bool) -> None:
+            history: list[Any] = [user(prompt)]
+            answer = ask(history, model, reasons, streamed)
+            self.assertEqual(len(answer.choices), 1)
+            choice = answer.choices[0]
+            calls = choice.message.tool_calls or []
+            self.check(model, answer.model, [
+                (call.id, json.loads(field(call, "function").arguments)) for call in calls], count,
+                field(choice.message, "reasoning_content") or "", reasons)
+            self.assertEqual(choice.finish_reason, "tool_calls" if count else "stop")
+            self.assertGreater(field(answer.usage, "total_tokens"), 0)
+            history += [choice.message.to_dict()] + [
+                {"role": "tool", "tool_call_id": call.id, "content": "sun"} for call in calls]
+            if count:
+                answer = ask(history, model, reasons, streamed)
+                self.assertIn("tool result: sun", answer.choices[0].message.content or "")
+            else:
+                self.assertEqual(choice.message.content, "Echo: hi")
+
+        self.each_case(check)
+
+    def test_responses(self) -> None:
+        client = self.openai_client()
+
+        def ask(history: list[Any], model: str, reasons: bool, streamed: bool) -> Any:
+            more: Any = {"reasoning": {"effort": "high", "summary": "auto"}} if reasons else {}
+            if not streamed:
+                return client.responses.create(model=model, input=history, tools=[self.FUNCTION],
+                                               **more)
+            with client.responses.stream(model=model, input=history, tools=[self.FUNCTION],
+                                         **more) as stream:
+                self.assertEqual([event.type for event in stream][-1], "response.completed")
+                return stream.get_final_response()
+
+        def check(model: str, reasons: bool, prompt: str, count: int, streamed: bool) -> None:
+            history: list[Any] = [user(prompt)]
+            answer = ask(history, model, reasons, streamed)
+            calls = [item for item in answer.output if item.type == "function_call"]
+            thought = "".join(part.text for item in answer.output if item.type == "reasoning"
+                              for part in item.summary)
+            self.check(model, answer.model, [
+                (call.call_id, json.loads(call.arguments)) for call in calls], count, thought,
+                reasons)
+            self.assertEqual(answer.status, "completed")
+            self.assertGreater(field(answer.usage, "total_tokens"), 0)
+            history += [item.to_dict() for item in answer.output] + [
+                {"type": "function_call_output", "call_id": call.call_id, "output": "sun"}
+                for call in calls]
+            if count:
+                self.assertIn("tool result: sun",
+                              ask(history, model, reasons, streamed).output_text)
+            else:
+                self.assertEqual(answer.output_text, "Echo: hi")
+
+        self.each_case(check)
+
+    def test_messages(self) -> None:
+        client = self.anthropic_client()
+
+        def ask(history: list[Any], model: str, reasons: bool, streamed: bool) -> Any:
+            more: Any = {}
+            if reasons:
+                more = {"thinking": {"type": "enabled", "budget_tokens": 2000}}
+                if model == "claude-opus-4.7":               # hides it otherwise
+                    more = {"thinking": {"type": "adaptive", "display": "summarized"}}
+            if not streamed:
+                return client.messages.create(model=model, max_tokens=4000, messages=history,
+                                              tools=[self.TOOL], **more)
+            with client.messages.stream(model=model, max_tokens=4000, messages=history,
+                                        tools=[self.TOOL], **more) as stream:
+                self.assertIn("message_stop", [event.type for event in stream])
+                return stream.get_final_message()
+
+        def check(model: str, reasons: bool, prompt: str, count: int, streamed: bool) -> None:
+            history: list[Any] = [user(prompt)]
+            answer = ask(history, model, reasons, streamed)
+            calls = [block for block in answer.content if block.type == "tool_use"]
+            thought = "".join(block.thinking for block in answer.content
+                              if block.type == "thinking")
+            self.check(model, answer.model, [(call.id, call.input) for call in calls], count,
+                       thought, reasons)
+            self.assertEqual(answer.stop_reason, "tool_use" if count else "end_turn")
+            self.assertGreater(answer.usage.output_tokens, 0)
+            if not count:
+                self.assertEqual(answer.content[-1].text, "Echo: hi")
+                return
+            history += [{"role": "assistant", "content": [b.to_dict() for b in answer.content]},
+                        user([{"type": "tool_result", "tool_use_id": call.id, "content": "sun"}
+                              for call in calls])]
+            answer = ask(history, model, reasons, streamed)
+            self.assertIn("tool result: sun", answer.content[-1].text)
+
+        self.each_case(check)
 
 
 class RealClients(SdkCase):
