@@ -1503,6 +1503,8 @@ def preflight(request: Request, model: Model) -> None:
         for key in request.openai.keys() - HARMLESS:
             request.lose(key, "the model is not OpenAI's")
         request.openai = {}
+    elif model.id.startswith(("gpt-4", "gpt-3")) and request.openai.pop("verbosity", None):
+        request.lose("verbosity", "models before gpt-5 refuse it")
     parts = [part for turn in request.turns for part in turn.parts]
     parts += [p for r in parts if isinstance(r, ToolResult) for p in r.parts]
     if model.supports.get("vision") is False and any(isinstance(p, Image) for p in parts):
@@ -4094,9 +4096,9 @@ def image_size(head: bytes) -> tuple[int, ...]:
     if head[:4] in (b"\x89PNG", b"GIF8"):
         return struct.unpack_from(*((">II", head, 16) if head[0] > 127 else ("<HH", head, 6)))
     if head[8:12] == b"WEBP":
-        at, bits = {b"X": (24, 24), b"L": (21, 14)}.get(head[15:16], (26, 16))
+        at, bits, less = {b"X": (24, 24, 1), b"L": (21, 14, 1)}.get(head[15:16], (26, 16, 0))
         both, mask = int.from_bytes(head[at:at + 6], "little"), (1 << bits) - 1
-        return 1 + (both & mask), 1 + (both >> bits & mask)
+        return less + (both & mask), less + (both >> bits & mask)
     at, mark = 2, 0xff00 * (head[:2] == b"\xff\xd8")
     while mark >= 0xff00:                            # a JPEG's segments until its frame's
         mark, size = struct.unpack_from(">HH", head, at)
@@ -4116,7 +4118,8 @@ def image_tokens(url: str, is_claude: bool) -> int:
     if is_claude:
         return min(_FILE_TOKENS, wide * high // 750 + 1)
     scale = min(1, 2048 / max(wide, high, 1), 768 / max(min(wide, high), 1))
-    return 85 + 170 * int((wide * scale + 511) // 512 * ((high * scale + 511) // 512))
+    across, down = (-(-round(side * scale, 3) // 512) for side in (wide, high))
+    return 85 + 170 * int(across * down)
 
 def _as_json(value: Any) -> str:
     try:
