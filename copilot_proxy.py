@@ -1845,12 +1845,10 @@ class ChatStream(StreamRelay):
             return self._fail("the model sent endless white space as tool arguments")
         for choice in choices:
             self._finish_reason = choice.get("finish_reason") or self._finish_reason
-        if not self._started:
-            delta.setdefault("role", "assistant")
-        elif not delta or list(delta) == ["role"]:
+        if not delta and self._started:
             return b""
-        else:
-            delta.pop("role", None)           # SDKs string together what chunks repeat
+        if not self._started:
+            delta = dict({"role": "assistant"}, **delta)     # once: SDKs join what chunks repeat
         self._started = True
         return self._render([{"index": 0, "delta": delta, "finish_reason": None}])
 
@@ -1861,7 +1859,7 @@ class ChatStream(StreamRelay):
         known = self._calls.get((choice, index, call_id))
         if call_id and known is not None:
             self._open[slot] = known
-            del call["id"]                                   # SDKs join what fragments repeat
+            del call["id"]
         elif call_id or slot not in self._open:
             self._open[slot] = self._calls[(choice, index, call_id)] = len(self._calls)
         number = call["index"] = self._open[slot]
@@ -1913,7 +1911,7 @@ def merge_choices(choices: list[Json], key: str, number: Callable[[int, Json, in
                     merged.setdefault(name, []).append(call)
             elif isinstance(value, str) and isinstance(merged.get(name), str) and name != "role":
                 merged[name] += value
-            elif value is not None:
+            elif value is not None and (name, key) != ("role", "delta"):
                 merged[name] = value
     if isinstance(merged.get("reasoning_text"), str):
         merged.setdefault("reasoning_content", merged["reasoning_text"])
@@ -5752,8 +5750,7 @@ class App:
         self.announce: Callable[[DeviceCode], None] = self._log_code
         self.login: DeviceLogin | None = None
         self._clock = clock
-        #: session of a client -> the model it asked for last
-        self._sessions: collections.OrderedDict[str, str] = collections.OrderedDict()
+        self._sessions: dict[str, str] = {}            # of clients -> the model asked for last
         self._refused: list[str] = []                  # logins that GitHub does not know any more
         self._lock = threading.Lock()
         self._account_stop = threading.Event()
@@ -5836,7 +5833,7 @@ class App:
             if session and isinstance(asked, str):
                 self._sessions[session] = asked
             if len(self._sessions) > MAX_SESSIONS:
-                self._sessions.popitem(last=False)
+                del self._sessions[next(iter(self._sessions))]
         return asked
 
     def refused(self, account: Copilot) -> None:
@@ -7073,9 +7070,8 @@ def admit(exchange: Exchange, body: Json, model: Model) -> None:
 
 def owner_of(exchange: Exchange, copilot: Copilot) -> str:
     """Whose kept responses are: the account's and the client's key's, as a hash of both."""
-    given = exchange.head.headers
-    return stable_id("", "%s %s" % (copilot.github_token, given.get(
-        "x-api-key", given.get("api-key", given.get("authorization", "")))))
+    keys = [exchange.head.headers.get(name) for name in ("x-api-key", "api-key", "authorization")]
+    return stable_id("", "%s %s" % (copilot.github_token, keys))
 
 def complete(dialect: Dialect, exchange: Exchange) -> None:
     """A request of any dialect to any model."""
@@ -7173,11 +7169,10 @@ def count_tokens(exchange: Exchange) -> None:
     exchange.dialect = MESSAGES
     body = exchange.json_object()
     check_list(body, "messages")
-    counted, asked = 0, str(body.get("model"))
-    is_claude = "claude" in exchange.app.settings.aliases.get(asked, asked).lower()
+    counted, is_claude = 0, True                   # the higher estimate until the model is known
     try:
         copilot, model = resolve(exchange, body)
-        is_claude = model.is_claude                # known now; before, the name had to tell
+        is_claude = model.is_claude
         check_endpoint(model, MESSAGES.path)
         edit = Edit(body)
         MESSAGES.prepare_count(edit, model)
