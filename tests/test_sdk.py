@@ -8,6 +8,7 @@ codes are a closed list there).
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ import unittest
 import unittest.mock
 from typing import Any, AsyncIterator, Awaitable, Callable, Iterable
 
+import fake_upstream
 from fake_upstream import CHAT, EMBEDDINGS, MESSAGES, RESPONSES, Answer, make_vector
 from support import Proxy, ProxyCase
 
@@ -45,6 +47,12 @@ CUSTOM: Any = {"type": "custom", "name": "apply_patch", "description": "Apply a 
 MESSAGE_TOOL: Any = {"name": "get_weather", "description": "The weather.", "input_schema": SCHEMA}
 ENCRYPTED: Any = ["reasoning.encrypted_content"]
 CLIENTS_AT_ONCE = 10
+
+
+class City(pydantic.BaseModel):
+    """What the typed parsers ask for."""
+
+    city: str
 
 
 def user(content: Any) -> Any:
@@ -971,6 +979,78 @@ class EveryFamily(SdkCase):
             self.assertIn("tool result: sun", answer.content[-1].text)
 
         self.each_case(check)
+
+
+class TypedParsers(SdkCase):
+    """A schema asked for by each SDK's typed parser, of models of every family."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.tools = 0
+        tell = fake_upstream.answer
+
+        def tell_city(*given: Any) -> Any:
+            said = tell(*given)
+            if not said.calls:
+                said.pieces = ['{"city"', ': "Par', 'is"}']
+            return said
+
+        patch = unittest.mock.patch.object(fake_upstream, "answer", tell_city)
+        patch.start()
+        self.addCleanup(patch.stop)
+        grok = next(entry for entry in self.fake.models if entry["id"] == "grok-code-fast-1")
+        self.fake.models.append(copy.deepcopy(dict(grok, id="grok-no-schemas")))
+        self.fake.models[-1]["capabilities"]["supports"]["structured_outputs"] = False
+
+    def each_model(self, check: Callable[[str], Any]) -> None:
+        for model in ("gpt-4.1", CODEX, "gpt-5-mini", SONNET, "claude-opus-4.7",
+                      "gemini-3.1-pro-preview", "grok-no-schemas"):
+            with self.subTest(model=model):
+                self.assertEqual(check(model), City(city="Paris"))
+                sent = self.fake.last()
+                self.assertIn(b'"city"', sent.body)
+                if model == "grok-no-schemas" and "response_format" not in sent.json:
+                    self.assertEqual(len(sent.json["tools"]), 1)       # one to be filled in
+                    self.tools += 1
+
+    def test_chat(self) -> None:
+        client = self.openai_client()
+
+        def streamed(model: str) -> Any:
+            with client.chat.completions.stream(model=model, messages=[user("where?")],
+                                                response_format=City) as stream:
+                return stream.get_final_completion().choices[0].message.parsed
+
+        self.each_model(streamed)
+        self.each_model(lambda model: client.chat.completions.parse(
+            model=model, messages=[user("where?")],
+            response_format=City).choices[0].message.parsed)
+
+    def test_responses(self) -> None:
+        client = self.openai_client()
+
+        def streamed(model: str) -> Any:
+            with client.responses.stream(model=model, input="where?", text_format=City) as stream:
+                return stream.get_final_response().output_parsed
+
+        self.each_model(streamed)
+        self.each_model(lambda model: client.responses.parse(
+            model=model, input="where?", text_format=City).output_parsed)
+        self.assertEqual(self.tools, 2)
+
+    def test_messages(self) -> None:
+        client = self.anthropic_client()
+
+        def streamed(model: str) -> Any:
+            with client.messages.stream(model=model, max_tokens=500, messages=[user("where?")],
+                                        output_format=City) as stream:
+                return stream.get_final_message().parsed_output
+
+        self.each_model(streamed)
+        self.each_model(lambda model: client.messages.parse(
+            model=model, max_tokens=500, messages=[user("where?")],
+            output_format=City).parsed_output)
+        self.assertEqual(self.tools, 2)
 
 
 if __name__ == "__main__":
