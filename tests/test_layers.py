@@ -236,10 +236,11 @@ class ImportTest(unittest.TestCase):
         for node in SOURCE.tree.body:
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 self.assertEqual(SOURCE.section_at(node.lineno), 1, node.lineno)
-        late = {alias.name for _, function in functions(SOURCE.tree) for node in ast.walk(function)
-                if isinstance(node, ast.Import) for alias in node.names}
-        late |= {node.module or "" for _, function in functions(SOURCE.tree)
-                 for node in ast.walk(function) if isinstance(node, ast.ImportFrom)}
+        late: set[str] = set()
+        for node in ast.walk(SOURCE.tree):
+            if isinstance(node, (ast.Import, ast.ImportFrom)) and node not in SOURCE.tree.body:
+                late.update([node.module or ""] if isinstance(node, ast.ImportFrom)
+                            else [alias.name for alias in node.names])
         self.assertLessEqual({name.split(".")[0] for name in late}, HEAVY)
 
     def test_promised_names_exist(self) -> None:
