@@ -1862,6 +1862,7 @@ class ChatStream(StreamRelay):
             del call["id"]
         elif call_id or slot not in self._open:
             self._open[slot] = self._calls[(choice, index, call_id)] = len(self._calls)
+            call.setdefault("type", "function")              # openai's Node SDK insists
         number = call["index"] = self._open[slot]
         function = as_object(call.get("function"))
         if function.get("name") and function["name"] == self._names.get(number):
@@ -4087,7 +4088,8 @@ _JSON_FIELDS = ("input", "arguments", "schema", "action")    # objects that the 
 _LINK_FIELDS = ("url", "image_url", "file_url", "file_id", "file_data")
 _LINK_TYPES = (None, "url", "file", "image_url", "input_image", "input_file", "computer_screenshot")
 _FILE_TOKENS = 1600                  # Anthropic's largest image
-_HEAD_CHARS = 96 * 1024              # of base64: a JPEG has its size behind previews and colours
+_HEAD_CHARS = 256 * 1024             # of base64: a JPEG has its size behind previews and colours
+_JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc2]\0[\x0b\x11\x14]\x08(.{4})", re.DOTALL)
 
 def image_size(head: bytes) -> tuple[int, ...]:
     """(width, height) by the first bytes of a PNG, GIF, WebP or JPEG; () or struct.error: none."""
@@ -4097,13 +4099,8 @@ def image_size(head: bytes) -> tuple[int, ...]:
         at, bits, less = {b"X": (24, 24, 1), b"L": (21, 14, 1)}.get(head[15:16], (26, 16, 0))
         both, mask = int.from_bytes(head[at:at + 6], "little"), (1 << bits) - 1
         return less + (both & mask), less + (both >> bits & mask)
-    at, mark = 2, 0xff00 * (head[:2] == b"\xff\xd8")
-    while mark >= 0xff00:                            # a JPEG's segments until its frame's
-        mark, size = struct.unpack_from(">HH", head, at)
-        if 0xffc0 <= mark <= 0xffcf and mark not in (0xffc4, 0xffc8, 0xffcc):
-            return struct.unpack_from(">HH", head, at + 5)[::-1]
-        at += 2 + size
-    return ()
+    sizes = _JPEG_SIZE.findall(head)                 # its own behind that of its preview
+    return struct.unpack(">HH", sizes[-1])[::-1] if sizes else ()
 
 def image_tokens(url: str, is_claude: bool) -> int:
     """What a picture costs, the most where its pixels are not told.  Claude: 1 for 750 pixels; GPT:
@@ -5750,7 +5747,8 @@ class App:
         self.announce: Callable[[DeviceCode], None] = self._log_code
         self.login: DeviceLogin | None = None
         self._clock = clock
-        self._sessions: dict[str, str] = {}            # of clients -> the model asked for last
+        self.sessions: collections.OrderedDict[str, str]    # -> model that was asked for last
+        self.sessions = collections.OrderedDict()
         self._refused: list[str] = []                  # logins that GitHub does not know any more
         self._lock = threading.Lock()
         self._account_stop = threading.Event()
@@ -5821,20 +5819,6 @@ class App:
             return self.use(stored)
         self.begin_login()
         raise AuthError(self.login_hint(), code="login_required")
-
-    def model_of(self, headers: Headers, body: Json) -> Any:
-        """The model a request names, or the one that its session named last."""
-        session = str(next((headers[name] for name in SESSION_HEADERS if name in headers),
-                           body.get("prompt_cache_key") or ""))
-        asked = body.get("model")
-        with self._lock:
-            last = self._sessions.pop(session, None)
-            asked = last if asked is None else asked
-            if session and isinstance(asked, str):
-                self._sessions[session] = asked
-            if len(self._sessions) > MAX_SESSIONS:
-                del self._sessions[next(iter(self._sessions))]
-        return asked
 
     def refused(self, account: Copilot) -> None:
         """GitHub does not know this login any more: take a newer one from the file, else ask."""
@@ -7008,13 +6992,20 @@ PAGE_HEADERS = {
 
 def resolve(exchange: Exchange, body: Json) -> tuple[Copilot, Model]:
     """(account, model) of a request.  Raises AuthError, BadRequest."""
-    asked = exchange.app.model_of(exchange.head.headers, body)
-    if asked and body.get("model") is None:        # Codex's desktop app leaves it out at times
-        body["model"] = asked
+    given, sessions = exchange.head.headers, exchange.app.sessions
+    session = str(next((given[name] for name in SESSION_HEADERS if name in given),
+                       body.get("prompt_cache_key") or ""))
+    asked = body.get("model")
+    if asked is None and session in sessions:      # Codex's desktop app leaves it out at times
+        asked = body["model"] = sessions.get(session)
         exchange.body = dumps(body)
     if not isinstance(asked, str) or not asked:
         raise BadRequest("'model' is required: the id of a model, see /v1/models", param="model")
     exchange.model = asked
+    if session:
+        sessions[session] = asked
+        if len(sessions) > MAX_SESSIONS:
+            sessions.popitem(last=False)
     copilot = exchange.app.copilot()
     return copilot, with_login(exchange, copilot, lambda: copilot.find_model(asked))
 

@@ -239,7 +239,7 @@ class OpenAISdk(ClientCase):
     def test_fragments_repeat_neither_role_nor_id_nor_name(self) -> None:
         def call(arguments: str, name: str | None = "get_weather") -> dict[str, Any]:
             return {"role": "assistant", "tool_calls": [{
-                "index": 1, "id": "a", "type": "function",
+                "index": 1, "id": "a",
                 "function": dict({"arguments": arguments}, **({"name": name} if name else {}))}]}
 
         for first in ("get_weather", "", None):
@@ -254,6 +254,7 @@ class OpenAISdk(ClientCase):
         deltas = [choice["delta"] for event in reply.events for choice in event["choices"]]
         calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
         self.assertEqual("".join(call.get("id", "") for call in calls), "a")
+        self.assertEqual(calls[0]["type"], "function")
         self.assertEqual("".join(call["function"].get("name") or "" for call in calls),
                          "get_weather")
         self.assertEqual("".join(call["function"]["arguments"] for call in calls),
@@ -581,16 +582,15 @@ class Codex(ClientCase):
         self.assertEqual(self.proxy.request("POST", "/v1/responses", nameless,
                                             {"session_id": "s5"}).status, 400)
 
-    def test_sessions_are_forgotten_the_oldest_first(self) -> None:
-        app = self.proxy.app
-        for at in range(cp.MAX_SESSIONS + 2):
-            app.model_of({"session_id": "n%d" % at}, {"model": "gpt-4.1"})
-            app.model_of({"session_id": "n0"}, {})           # in use, so it stays
-        self.assertEqual(len(app._sessions), cp.MAX_SESSIONS)
-        self.assertEqual(app.model_of({"session_id": "n0"}, {}), "gpt-4.1")
-        self.assertIsNone(app.model_of({"session_id": "n1"}, {}))
-        for odd in ([], {"a": 1}, 5, "x" * 100, None):
-            app.model_of({}, {"model": odd, "prompt_cache_key": odd})
+    def test_sessions_are_bounded_and_odd_keys_do_no_harm(self) -> None:
+        sessions = self.proxy.app.sessions
+        sessions.update(("n%d" % at, "gpt-4.1") for at in range(cp.MAX_SESSIONS))
+        for odd in ([], {"a": 1}, 5, "x" * 100, None, ["y"]):
+            reply = self.proxy.post("/v1/responses", response("hi", prompt_cache_key=odd))
+            self.assertNotEqual(reply.status, 500, reply)
+        self.assertEqual(len(sessions), cp.MAX_SESSIONS)
+        self.assertNotIn("n0", sessions)
+        self.assertIn("n9", sessions)
 
     def test_its_list_of_models(self) -> None:
         reply = self.proxy.request("GET", "/v1/models?client_version=0.169.0", None, self.HEADERS)
