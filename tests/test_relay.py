@@ -353,7 +353,7 @@ class ClientGoneTest(RelayCase):
             with self.subTest(path):
                 self.aborted = self.fake.aborted
                 with RawClient(self.proxy.port) as client:
-                    OpenStream(client, path, make("@@events=100000 delay_ms=1@@",
+                    OpenStream(client, path, make("@@events=20000 delay_ms=1@@",
                                                   stream=True)).until(DELTAS[path])
                 self.assert_aborted()
 
