@@ -167,6 +167,8 @@ CODE_WAIT_S = 5.0                        # a refused call waits so long for the 
 REACTIVE_PAUSE_S = 60.0                  # after a refresh that did not cure an opaque 403
 CATALOGUE_AGE_S, CATALOGUE_RETRY_S = 600.0, 60.0
 MAX_MODEL_CHARS = 200
+SESSION_HEADERS = ("session_id", "session-id", "x-session-id", "conversation_id")
+MAX_SESSIONS = 1000                      # whose last model is remembered
 MAX_SPELLINGS = 1000                     # of model names that are remembered
 NEARBY_S = 0.005                         # a wait so short that the baton is kept
 BATON_S = 0.25                           # preparing a request takes longer only when it waits
@@ -1525,6 +1527,8 @@ def preflight(request: Request, model: Model) -> None:
         for key in request.openai.keys() - HARMLESS:
             request.lose(key, "the model is not OpenAI's")
         request.openai = {}
+    elif model.id.startswith(("gpt-4", "gpt-3")) and request.openai.pop("verbosity", None):
+        request.lose("verbosity", "models before gpt-5 refuse it")
     parts = [part for turn in request.turns for part in turn.parts]
     parts += [p for r in parts if isinstance(r, ToolResult) for p in r.parts]
     if model.supports.get("vision") is False and any(isinstance(p, Image) for p in parts):
@@ -1864,6 +1868,7 @@ class ChatChunks:
         self.usage: Json | None = None
         self._calls: dict[tuple[int, int, str], int] = {}    # (choice, index, id) -> our index
         self._open: dict[tuple[int, int], int] = {}          # (choice, index) -> our index
+        self._names: dict[int, Any] = {}                     # our index -> name of the function
 
     def read(self, answer: Json) -> Json | None:
         """The delta of a chunk or the message of an answer, None without choices.
@@ -1903,10 +1908,18 @@ class ChatChunks:
 
     def _number(self, choice: int, call: Json, place: int) -> None:
         index, call_id = as_int(call.get("index", place)), str(call.get("id") or "")
-        slot = (choice, index)
-        if call_id or slot not in self._open:
-            self._open[slot] = self._calls.setdefault((choice, index, call_id), len(self._calls))
-        call["index"] = self._open[slot]
+        slot, key = (choice, index), (choice, index, call_id)
+        if call_id and key in self._calls:
+            self._open[slot] = self._calls[key]
+            del call["id"]
+        elif call_id or slot not in self._open:
+            self._open[slot] = self._calls[key] = len(self._calls)
+            call.setdefault("type", "function")              # openai's Node SDK insists
+        number = call["index"] = self._open[slot]
+        function = as_object(call.get("function"))
+        if function.get("name") and function["name"] == self._names.get(number):
+            del function["name"]
+        self._names[number] = self._names.get(number) or function.get("name")
 
     def end(self) -> str:
         """The finish reason, at the end."""
@@ -1969,10 +1982,11 @@ class ChatStream(StreamRelay):
             text = as_object(call.get("function")).get("arguments")
             if isinstance(text, str) and text and is_astray(self._blanks, call["index"], text):
                 return self._fail(UpstreamError(ASTRAY))
+        delta.pop("role", None)
         if not delta and self._started:
             return b""
         if not self._started:
-            delta.setdefault("role", "assistant")
+            delta = dict({"role": "assistant"}, **delta)     # once: SDKs join what chunks repeat
         self._started = True
         out = self._render([{"index": 0, "delta": delta, "finish_reason": None}])
         if list(delta) == ["content"] and delta["content"] and not self._chunks.reason:
@@ -3881,6 +3895,33 @@ _JSON_FIELDS = ("input", "arguments", "schema", "action")    # objects that the 
 _LINK_FIELDS = ("url", "image_url", "file_url", "file_id", "file_data")
 _LINK_TYPES = (None, "url", "file", "image_url", "input_image", "input_file", "computer_screenshot")
 _FILE_TOKENS = 1600                  # Anthropic's largest image
+_HEAD_CHARS = 256 * 1024             # of base64: a JPEG has its size behind previews and colours
+_JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc2]\0[\x0b\x11\x14]\x08(.{4})", re.DOTALL)
+
+def image_size(head: bytes) -> tuple[int, ...]:
+    """(width, height) by the first bytes of a PNG, GIF, WebP or JPEG; () or struct.error: none."""
+    if head[:4] in (b"\x89PNG", b"GIF8"):
+        return struct.unpack_from(*((">II", head, 16) if head[0] > 127 else ("<HH", head, 6)))
+    if head[8:12] == b"WEBP":
+        at, bits, less = {b"X": (24, 24, 1), b"L": (21, 14, 1)}.get(head[15:16], (26, 16, 0))
+        both, mask = int.from_bytes(head[at:at + 6], "little"), (1 << bits) - 1
+        return less + (both & mask), less + (both >> bits & mask)
+    sizes = _JPEG_SIZE.findall(head)                 # its own behind that of its preview
+    return struct.unpack(">HH", sizes[-1])[::-1] if sizes else ()
+
+def image_tokens(url: str, is_claude: bool) -> int:
+    """What a picture costs, the most where its pixels are not told.  Claude: 1 for 750 pixels; GPT:
+    170 for each tile of 512 x 512 once it is fit into 2048 x 2048 and its short side into 768."""
+    start = url.find(",", 0, 100) + 1
+    try:
+        wide, high = image_size(base64.b64decode(url[start:start + _HEAD_CHARS]))
+    except (ValueError, struct.error):
+        return _FILE_TOKENS
+    if is_claude:
+        return min(_FILE_TOKENS, wide * high // 750 + 1)
+    scale = min(1, 2048 / max(wide, high, 1), 768 / max(min(wide, high), 1))
+    across, down = (-(-round(side * scale, 3) // 512) for side in (wide, high))
+    return 85 + 170 * int(across * down)
 
 def _as_json(value: Any) -> str:
     try:
@@ -3890,7 +3931,7 @@ def _as_json(value: Any) -> str:
 
 def estimate_tokens(body: Json, is_claude: bool = False) -> int:
     """How many tokens the prompt of a request of any dialect has, estimated on the high side.
-    System, tools and all texts count, a file as the largest image (a PDF more: 3,000 per 60 KB),
+    System, tools and all texts count, images by their pixels, a PDF by its size (3,000 per 60 KB),
     sealed reasoning little, ids not.  `is_claude`: as Claude counts, about a quarter more."""
     tools = as_list(body.get("tools")) + as_list(body.get("functions"))
     texts = [_as_json(tool) for tool in tools]
@@ -3905,7 +3946,8 @@ def estimate_tokens(body: Json, is_claude: bool = False) -> int:
             todo.extend(("", inner) for inner in value)
         elif isinstance(value, str) and (value[:5] == "data:" or name in _LINK_FIELDS):
             is_image = value[:11] != "data:applic"
-            tokens += _FILE_TOKENS + (0 if is_image else len(value) * 3 // 80)
+            tokens += (image_tokens(value, is_claude) if is_image
+                       else _FILE_TOKENS + len(value) * 3 // 80)
         elif isinstance(value, str) and name in _SEALED_FIELDS:
             tokens += len(value) // 16
         elif isinstance(value, str):
@@ -5512,6 +5554,8 @@ class App:
         self.announce: Callable[[DeviceCode], None] = self._log_code
         self.login: DeviceLogin | None = None
         self._clock = clock
+        self.sessions: collections.OrderedDict[str, str]    # -> model that was asked for last
+        self.sessions = collections.OrderedDict()
         self._refused: list[str] = []                  # logins that GitHub does not know any more
         self._lock = threading.Lock()
         self._account_stop = threading.Event()
@@ -6755,10 +6799,20 @@ PAGE_HEADERS = {
 
 def resolve(exchange: Exchange, body: Json) -> tuple[Copilot, Model]:
     """(account, model) of a request.  Raises AuthError, BadRequest."""
+    given, sessions = exchange.head.headers, exchange.app.sessions
+    session = str(next((given[name] for name in SESSION_HEADERS if name in given),
+                       body.get("prompt_cache_key") or ""))
     asked = body.get("model")
+    if asked is None and session in sessions:      # Codex's desktop app leaves it out at times
+        asked = body["model"] = sessions.get(session)
+        exchange.body = dumps(body)
     if not isinstance(asked, str) or not asked:
         raise BadRequest("'model' is required: the id of a model, see /v1/models", param="model")
     exchange.model = asked
+    if session:
+        sessions[session] = asked
+        if len(sessions) > MAX_SESSIONS:
+            sessions.popitem(last=False)
     copilot = exchange.app.copilot()
     return copilot, with_login(exchange, copilot, lambda: copilot.find_model(asked))
 
@@ -6812,17 +6866,28 @@ def admit(exchange: Exchange, body: Json, model: Model) -> None:
     who = exchange.head.headers.get("user-agent", "an unnamed client")
     app.approval.ask(exchange.client, who, model.id, text)
 
+def owner_of(exchange: Exchange, copilot: Copilot) -> str:
+    """Whose kept responses are: the account's and the client's key's, as a hash of both."""
+    keys = [exchange.head.headers.get(name) for name in ("x-api-key", "api-key", "authorization")]
+    return stable_id("", "%s %s" % (copilot.github_token, keys))
+
 def complete(dialect: Dialect, exchange: Exchange) -> None:
     """A request of any dialect to any model."""
     exchange.dialect = dialect
     body = exchange.json_object()
     copilot, model = resolve(exchange, body)
+    if dialect is CHAT and "input" in body and "messages" not in body:
+        request = RESPONSES.decode_request(body)         # Cursor asks so, and reads a chat answer
+        tell_losses(exchange, request.losses)
+        body = dict(CHAT.encode_request(request, model), model=body["model"])
+        exchange.body = dumps(body)
     keep: Callable[[str, bytes], None] | None = None
     if dialect is RESPONSES:
-        if exchange.app.store.expand(copilot.github_token, body):
+        owner = owner_of(exchange, copilot)
+        if exchange.app.store.expand(owner, body):
             exchange.body = dumps(body)
         if body.get("store") is not False:
-            keep = functools.partial(exchange.app.store.put, copilot.github_token, exchange.body)
+            keep = functools.partial(exchange.app.store.put, owner, exchange.body)
     found = ask(exchange, dialect, body, exchange.body, copilot, model, keep)
     if found is None:
         return
@@ -6902,10 +6967,10 @@ def count_tokens(exchange: Exchange) -> None:
     exchange.dialect = MESSAGES
     body = exchange.json_object()
     check_list(body, "messages")
-    counted = 0
-    estimate = estimate_tokens(body, "claude" in str(body.get("model")).lower())
+    counted, is_claude = 0, True                   # the higher estimate until the model is known
     try:
         copilot, model = resolve(exchange, body)
+        is_claude = model.is_claude
         check_endpoint(model, MESSAGES.path)
         edit = Edit(body)
         MESSAGES.prepare_count(edit, model)
@@ -6919,21 +6984,21 @@ def count_tokens(exchange: Exchange) -> None:
     except (ProxyError, ValueError) as error:
         if isinstance(error, BadRequest) and error.code != "unsupported_api_for_model":
             raise
-    exchange.reply_json({"input_tokens": counted or estimate})
+    exchange.reply_json({"input_tokens": counted or estimate_tokens(body, is_claude)})
 
 def count_input(exchange: Exchange) -> None:
     """POST /responses/input_tokens: an estimate."""
     exchange.dialect = RESPONSES
     body = exchange.json_object()
     copilot, model = resolve(exchange, body)
-    exchange.app.store.expand(copilot.github_token, body)
+    exchange.app.store.expand(owner_of(exchange, copilot), body)
     exchange.reply_json({"object": "response.input_tokens",
                          "input_tokens": estimate_tokens(body, model.is_claude)})
 
 def stored_response(exchange: Exchange) -> None:
     """GET and DELETE /responses/ID, GET /responses/ID/input_items: from the local store."""
     exchange.dialect = RESPONSES
-    store, owner = exchange.app.store, exchange.app.copilot().github_token
+    store, owner = exchange.app.store, owner_of(exchange, exchange.app.copilot())
     response_id, _, tail = exchange.argument.partition("/")
     if exchange.head.method == "DELETE" and not tail and store.delete(owner, response_id):
         exchange.reply_json({"id": response_id, "object": "response", "deleted": True})
@@ -6947,8 +7012,15 @@ def stored_response(exchange: Exchange) -> None:
         return
     items = [dict({"id": stable_id("item_", "%s %d" % (response_id, at))}, **item)
              for at, item in enumerate(items)]
-    shown = items if exchange.parameter("order") == "asc" else items[::-1]
-    exchange.reply_json({"object": "list", "data": shown, "has_more": False,
+    order, limit = exchange.parameter("order") or "desc", exchange.parameter("limit") or "20"
+    left, after = items if order == "asc" else items[::-1], exchange.parameter("after")
+    ids = [None, *(item["id"] for item in left)]
+    if order not in ("asc", "desc") or not re.fullmatch("[1-9][0-9]?|100", limit) \
+            or after not in ids:
+        raise BadRequest("'order' must be asc or desc, 'limit' 1 to 100, 'after' an item's id")
+    left = left[ids.index(after):]
+    shown = left[:int(limit)]
+    exchange.reply_json({"object": "list", "data": shown, "has_more": len(shown) < len(left),
                          "first_id": shown[0]["id"] if shown else None,
                          "last_id": shown[-1]["id"] if shown else None})
 

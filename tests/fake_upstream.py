@@ -1719,8 +1719,7 @@ class FakeUpstream:
         self._server = Server(("127.0.0.1", port), self)
         self.url = "http://127.0.0.1:%d" % self._server.server_address[1]
         self.api_url = self.url            # endpoints.api of the exchange
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,),
-                                        name="fake-upstream", daemon=True)
+        self._thread = threading.Thread(target=self._accept, name="fake-upstream", daemon=True)
 
     # -- life
 
@@ -1729,12 +1728,17 @@ class FakeUpstream:
         self._thread.start()
         return self
 
+    def _accept(self) -> None:
+        """One connection after the other until close() makes the last one."""
+        while not self.closed:
+            self._server.handle_request()
+
     def close(self) -> None:
         """Stop serving, wake and close every connection, wait for the threads."""
         self.closed = True
         if self._thread.is_alive():
-            self._server.shutdown()
-            self._thread.join()
+            with socket.create_connection(self._server.server_address):
+                self._thread.join()
         self._server.server_close()
         self.release()
         self.hang_up()
@@ -1909,6 +1913,10 @@ class Server(http.server.ThreadingHTTPServer):
         """Bind without looking up the host's name."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = "localhost", self.server_address[1]
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Not the connection by which close() wakes the accepting thread."""
+        return not self.fake.closed
 
     def shutdown_request(self, request: Any) -> None:
         """Close; the connection is no longer live."""

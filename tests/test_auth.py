@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import logging
@@ -705,8 +706,11 @@ class AuthCommandTest(FolderCase):
             return file.read()
 
     def test_auth_prints_url_and_code_and_keeps_the_login(self) -> None:
-        self.fake.device.outcomes.clear()             # one second passes: the real margin
-        code, output = self.run_auth()
+        self.fake.device.outcomes.clear()
+        merge = cp.Settings.merge                      # a second of margin passes in real life
+        with unittest.mock.patch.object(cp.Settings, "merge", lambda *given: dataclasses.replace(
+                merge(*given), poll_margin_s=0.01)):
+            code, output = self.run_auth()
         self.assertEqual(code, 0, output)
         self.assertIn("FAKE-0001", output)
         self.assertIn(self.fake.url + "/login/device", output)

@@ -1,13 +1,15 @@
 """The token estimate against counts measured with o200k (fixture tokens.json), and its rules."""
 from __future__ import annotations
 
+import base64
 import json
 import os
 import statistics
+import struct
 import unittest
-from typing import Any
+from typing import Any, Callable
 
-from support import HERE
+from support import HERE, cp
 from copilot_proxy import count_text, estimate_tokens
 
 MIX = {"english", "code", "json", "chinese", "japanese", "numbers"}
@@ -74,6 +76,31 @@ class CountText(unittest.TestCase):
         self.assertAlmostEqual(count_text(WORDS), count_text(WORDS + "\xe9"), delta=3)
 
 
+def jpeg(wide: int, high: int) -> bytes:
+    """A camera's file: its preview, a JPEG of 160 x 120, stands before its own size."""
+    preview = b"\xff\xd8\xff\xc0\x00\x11\x08" + struct.pack(">HH", 120, 160) + b"\x03" * 5000
+    return (b"\xff\xd8\xff\xe1" + struct.pack(">H", len(preview) + 2) + preview
+            + b"\xff\xdb\x00\x05\x00\x01\x02\xff\xc2\x00\x11\x08" + struct.pack(">HH", high, wide)
+            + b"\x03\x01\x22\x00")
+
+
+def small(value: int, size: int) -> bytes:
+    return value.to_bytes(size, "little")
+
+
+HEADS: dict[str, Callable[[int, int], bytes]] = {
+    "png": lambda wide, high: b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(
+        ">IIBBBBB", wide, high, 8, 6, 0, 0, 0),
+    "gif": lambda wide, high: b"GIF89a" + struct.pack("<HHBBB", wide, high, 0xf7, 0, 0),
+    "jpeg": jpeg,
+    "webp-extended": lambda wide, high: b"RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + small(
+        wide - 1, 3) + small(high - 1, 3),
+    "webp-lossy": lambda wide, high: b"RIFF\0\0\0\0WEBPVP8 \0\0\0\0\x30\1\0\x9d\1\x2a" + small(
+        wide, 2) + small(high, 2),
+    "webp-lossless": lambda wide, high: b"RIFF\0\0\0\0WEBPVP8L\0\0\0\0\x2f" + small(
+        wide - 1 | high - 1 << 14, 4)}
+
+
 class EstimateTokens(unittest.TestCase):
     def test_dialects_agree(self) -> None:
         call, result = '{"path": "a.txt"}', "first line\nsecond line"
@@ -125,6 +152,42 @@ class EstimateTokens(unittest.TestCase):
                              {"type": "image", "source": source}]}):
                 cost = estimate_tokens(chat([part])) - estimate_tokens(chat([]))
                 self.assertAlmostEqual(cost, 1600, delta=20, msg=part["type"])
+
+    def test_images_by_their_pixels(self) -> None:
+        for wide, high, claude, tiles in (
+                (1, 1, 1, 1), (200, 200, 54, 1), (512, 512, 350, 1), (513, 512, 351, 2),
+                (1000, 1000, 1334, 4), (1092, 1092, 1590, 4), (1920, 1080, 1600, 6),
+                (8000, 400, 1600, 4), (4096, 8192, 1600, 6), (16000, 1, 22, 4)):
+            for kind, head in HEADS.items():
+                data = base64.b64encode(head(wide, high) + b"\xff\xc0" * 300_000).decode()
+                url = "data:image/%s;base64,%s" % (kind.split("-")[0], data)
+                with self.subTest(kind=kind, wide=wide, high=high):
+                    self.assertEqual(cp.image_tokens(url, True), claude)
+                    self.assertEqual(cp.image_tokens(url, False), 85 + 170 * tiles)
+
+    def test_small_images_count_little_in_every_dialect(self) -> None:
+        data = base64.b64encode(HEADS["png"](200, 200)).decode()
+        url = "data:image/png;base64," + data
+        source = {"type": "base64", "media_type": "image/png", "data": data}
+        for part in ({"type": "image_url", "image_url": {"url": url}},
+                     {"type": "input_image", "image_url": url},
+                     {"type": "image", "source": source}):
+            for is_claude, wanted in ((True, 54), (False, 255)):
+                cost = (estimate_tokens(chat([part]), is_claude)
+                        - estimate_tokens(chat([]), is_claude))
+                self.assertAlmostEqual(cost, wanted, delta=20, msg=part["type"])
+
+    def test_images_that_do_not_tell_their_size(self) -> None:
+        jpeg = b"\xff\xd8\xff\xe0"
+        for head in (b"", b"\x89PNG", b"GIF89a", b"RIFF\0\0\0\0WEBPVP8", b"BM" + b"\0" * 60, jpeg,
+                     jpeg + b"\0\0" * 50_000, jpeg + b"\xff\xff" * 50_000,
+                     jpeg + b"\0\2" + b"\xff\xe1\0\2" * 50_000):
+            for data in (base64.b64encode(head).decode(), "%%%" + "A" * 400, "A"):
+                for is_claude in (True, False):
+                    found = cp.image_tokens("data:image/png;base64," + data, is_claude)
+                    self.assertTrue(1 <= found <= 1600, (head[:20], found))
+        self.assertEqual(cp.image_tokens("https://example.com/a.png", True), 1600)
+        self.assertEqual(cp.image_tokens("data:", False), 1600)
 
     def test_links_files_and_sealed_state(self) -> None:
         base = estimate_tokens(chat([]))

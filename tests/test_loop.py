@@ -316,7 +316,7 @@ class LeavingTest(LoopCase):
         self.each(lambda: self.open(chat("@@events=5 stall=2@@", stream=True)).client)
 
     def test_while_events_flow(self) -> None:
-        self.each(lambda: self.open(chat("@@events=100000 delay_ms=1@@", stream=True)).client)
+        self.each(lambda: self.open(chat("@@events=20000 delay_ms=1@@", stream=True)).client)
 
     def test_while_the_upstream_is_paused_for_it(self) -> None:
         def begin() -> RawClient:
@@ -701,7 +701,7 @@ class FaultTest(LoopCase):
             with self.subTest(path):
                 self.aborted = self.fake.aborted
                 others = self.others()
-                broken = self.open(make("@@events=100000 delay_ms=1@@", stream=True), path)
+                broken = self.open(make("@@events=20000 delay_ms=1@@", stream=True), path)
                 self.relay_of(broken).pipeline.feed = boom
                 self.assert_error_end(path, broken.rest())
                 self.assertIn(b"error in the proxy itself", broken.got)
@@ -711,7 +711,7 @@ class FaultTest(LoopCase):
 
     def test_a_fault_in_closing_a_pipeline_closes_the_client_and_the_upstream(self) -> None:
         others = self.others()
-        broken = self.open(chat("@@events=100000 delay_ms=1@@", stream=True))
+        broken = self.open(chat("@@events=20000 delay_ms=1@@", stream=True))
         pipeline = self.relay_of(broken).pipeline
         pipeline.close = boom
         pipeline.feed = boom
@@ -730,7 +730,7 @@ class FaultTest(LoopCase):
         self.assert_finish(others)
 
     def test_a_fault_in_framing_an_event_or_a_ping_hurts_its_stream_only(self) -> None:
-        for body in (chat("@@events=100000 delay_ms=1@@", stream=True),
+        for body in (chat("@@events=20000 delay_ms=1@@", stream=True),
                      chat("@@events=5 stall=2@@", stream=True)):
             self.aborted = self.fake.aborted
             broken = self.open(body)
@@ -758,7 +758,7 @@ class FaultTest(LoopCase):
 
     def test_faults_in_every_method_of_a_stream_at_once_do_not_end_the_loop(self) -> None:
         others = self.others()
-        broken = self.open(chat("@@events=100000 delay_ms=1@@", stream=True))
+        broken = self.open(chat("@@events=20000 delay_ms=1@@", stream=True))
         relay = self.relay_of(broken)
         relay.exchange.log_line = relay.exchange.frame = relay.exchange.frame_end = boom
         relay.pipeline.close = relay.pipeline.feed = boom
@@ -844,7 +844,7 @@ class FinishTest(LoopCase):
             half = self.client(proxy)
             half.send(b"GET /health HTTP/1.1\r\n")
             ending = self.open(chat("@@events=4 stall=2@@", stream=True), proxy=proxy)
-            flowing = [self.open(make("@@events=100000 delay_ms=1@@", stream=True), path, proxy)
+            flowing = [self.open(make("@@events=20000 delay_ms=1@@", stream=True), path, proxy)
                        for path, make in REQUESTS]
             self.fake.script(CHAT, Answer(status=0, hold=True))
             whole = self.client(proxy)
@@ -974,7 +974,7 @@ class WorkersTest(unittest.TestCase):
 
     def test_a_thread_is_used_again_and_ends_after_being_idle(self) -> None:
         seen: list[threading.Thread] = []
-        pool = self.make(lambda item: seen.append(threading.current_thread()), 0.15)
+        pool = self.make(lambda item: seen.append(threading.current_thread()), 0.08)
         for number in range(1, 11):
             pool.run(number)
             wait_until(lambda: len(seen) == number, "the work is done")
@@ -1178,7 +1178,7 @@ class TlsTest(LoopCase):
     def test_leaving_ends_the_upstream_call(self) -> None:
         with self.secure(16384) as (proxy, front):
             for body in (chat("@@events=5 stall=2@@", stream=True),
-                         chat("@@events=100000 delay_ms=1@@", stream=True)):
+                         chat("@@events=20000 delay_ms=1@@", stream=True)):
                 for leave in MANNERS[:2]:
                     with self.subTest(leave.__name__):
                         self.aborted = self.fake.aborted

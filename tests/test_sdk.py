@@ -8,6 +8,7 @@ codes are a closed list there).
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ import unittest
 import unittest.mock
 from typing import Any, AsyncIterator, Awaitable, Callable, Iterable
 
+import fake_upstream
 from fake_upstream import CHAT, EMBEDDINGS, MESSAGES, RESPONSES, Answer, make_vector
 from support import Proxy, ProxyCase
 
@@ -36,6 +38,8 @@ SCHEMA: dict[str, Any] = {"type": "object", "properties": {"city": {"type": "str
 PLAIN_SCHEMA = {key: value for key, value in SCHEMA.items() if key != "additionalProperties"}
 CHAT_TOOL: Any = {"type": "function", "function": {
     "name": "get_weather", "description": "The weather.", "parameters": PLAIN_SCHEMA}}
+STRICT_PLAIN: Any = {"type": "function", "function": {     # Gemini refuses additionalProperties
+    "name": "get_weather", "strict": True, "parameters": PLAIN_SCHEMA}}
 STRICT_TOOL: Any = {"type": "function", "function": {
     "name": "get_weather", "strict": True, "parameters": SCHEMA}}
 FUNCTION: Any = {"type": "function", "name": "get_weather", "strict": False, "parameters": SCHEMA}
@@ -43,6 +47,12 @@ CUSTOM: Any = {"type": "custom", "name": "apply_patch", "description": "Apply a 
 MESSAGE_TOOL: Any = {"name": "get_weather", "description": "The weather.", "input_schema": SCHEMA}
 ENCRYPTED: Any = ["reasoning.encrypted_content"]
 CLIENTS_AT_ONCE = 10
+
+
+class City(pydantic.BaseModel):
+    """What the typed parsers ask for."""
+
+    city: str
 
 
 def user(content: Any) -> Any:
@@ -828,200 +838,219 @@ class AsyncClients(SdkCase):
         self.assertEqual(self.fake.exchanges, 1)
 
 
-class RealClients(SdkCase):
-    """Requests in the shapes that Claude Code and Codex put on the wire, by plain HTTP."""
+class EveryFamily(SdkCase):
+    """Each SDK's accumulator and types on a model of every family, whatever endpoint it has: text,
+    one and two tool calls, their results, reasoning; streams and bodies."""
 
-    CLAUDE_HEADERS = {
-        "authorization": "Bearer dummy", "anthropic-version": "2023-06-01", "x-app": "cli",
-        "anthropic-beta": "claude-code-20250219,oauth-2025-04-20,interleaved-thinking-2025-05-14,"
-                          "context-management-2025-06-27,prompt-caching-scope-2026-01-05,"
-                          "effort-2025-11-24,mid-conversation-system-2026-04-07",
-        "user-agent": "claude-cli/2.1.197 (external, cli)", "x-stainless-lang": "js",
-        "x-stainless-retry-count": "0", "accept-encoding": "gzip, deflate, br, zstd",
-        "anthropic-dangerous-direct-browser-access": "true"}
+    #: (model, does it show reasoning when it is asked with an effort)
+    FAMILIES = (("gpt-4.1", False), (CODEX, True), ("gpt-5-mini", True), (SONNET, True),
+                (HAIKU, True), ("claude-opus-4.7", True), ("claude-only-4.6", True),
+                ("gemini-3.1-pro-preview", True), ("grok-code-fast-1", False))
+    PROMPTS = (("hi", 0), ("use the tool", 1), ("use parallel tool calls", 2))
+    THOUGHT = "The user wants an echo."
+    FUNCTION: Any = dict(FUNCTION, parameters=PLAIN_SCHEMA)
+    TOOL: Any = dict(MESSAGE_TOOL, input_schema=PLAIN_SCHEMA)
 
-    def claude_body(self, **more: Any) -> dict[str, Any]:
-        mark = {"type": "ephemeral", "scope": "global", "ttl": "1h"}
-        tools = [{"name": name, "description": "Tool %s. " % name + "x" * 800,
-                  "input_schema": dict(SCHEMA, **{
-                      "$schema": "https://json-schema.org/draft/2020-12/schema"}),
-                  "eager_input_streaming": True} for name in ("Bash", "Edit", "Read")]
-        body: dict[str, Any] = {
-            "model": "claude-opus-4-6[1m]", "max_tokens": 32000, "stream": True,
-            "system": [
-                {"type": "text", "text": "x-anthropic-billing-header: cc_version=2; cch=00abc;"},
-                {"type": "text", "text": "You are a CLI agent.", "cache_control": mark},
-                {"type": "text", "text": "# Environment " + "y" * 4000, "cache_control": mark}],
-            "messages": [
-                user([{"type": "text", "text": "<system-reminder>\ndate\n</system-reminder>"},
-                      {"type": "text", "text": "use a tool please", "cache_control": mark}]),
-                {"role": "system", "content": "Plan mode is on: use a tool."}],
-            "tools": tools + [{"type": "web_search_20250305", "name": "web_search",
-                               "max_uses": 8}],
-            "metadata": {"user_id": json.dumps({"device_id": "d", "session_id": "s"})},
-            "thinking": {"type": "adaptive"}, "output_config": {"effort": "max"},
-            "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}}
-        return dict(body, **more)
+    def setUp(self) -> None:
+        super().setUp()
+        sonnet = next(entry for entry in self.fake.models if entry["id"] == SONNET)
+        self.fake.models.append(dict(sonnet, id="claude-only-4.6",
+                                     supported_endpoints=[MESSAGES]))
 
-    def test_claude_code(self) -> None:
-        path = "/v1/messages?beta=true"
-        reply = self.proxy.request("POST", path, self.claude_body(), self.CLAUDE_HEADERS)
-        self.assertEqual(reply.status, 200, reply)
-        start, end = reply.events[0], reply.events[-1]
-        self.assertEqual(start["message"]["model"], "claude-opus-4-6[1m]")
-        self.assertEqual(end["type"], "message_stop")
-        sent = self.fake.last(MESSAGES)
-        self.assertEqual(sent.json["model"], "claude-opus-4.6")
-        self.assertEqual(sent.json["thinking"], {"type": "adaptive"})
-        self.assertEqual(sent.json["output_config"], {"effort": "high"})
-        self.assertEqual(sent.headers["anthropic-beta"], "interleaved-thinking-2025-05-14")
-        self.assertEqual(sent.headers["x-initiator"], "user")
-        self.assertEqual(len(sent.json["system"]), 2)
-        self.assertNotIn(b"billing-header", sent.body)
-        self.assertIn(b"Plan mode is on", sent.body)
-        self.assertEqual([tool["name"] for tool in sent.json["tools"]], ["Bash", "Edit", "Read"])
-        blocks: dict[int, dict[str, Any]] = {}
-        for event in reply.events:
-            if event["type"] == "content_block_start":
-                blocks[event["index"]] = dict(event["content_block"], text="")
-            elif event["type"] == "content_block_delta":
-                delta = event["delta"]
-                block = blocks[event["index"]]
-                if delta["type"] == "signature_delta":
-                    block["signature"] = delta["signature"]
-                else:
-                    block["text"] += delta.get("text") or delta.get("thinking") or delta.get(
-                        "partial_json") or ""
-        self.assertEqual([blocks[at]["type"] for at in sorted(blocks)],
-                         ["thinking", "text", "tool_use"])
-        self._second_turn(path, blocks)
+    def each_case(self, check: Callable[[str, bool, str, int, bool], None]) -> None:
+        for model, reasons in self.FAMILIES:
+            for prompt, count in self.PROMPTS:
+                for streamed in (True, False):
+                    with self.subTest(model=model, prompt=prompt, streamed=streamed):
+                        check(model, reasons, prompt, count, streamed)
 
-    def _second_turn(self, path: str, blocks: dict[int, dict[str, Any]]) -> None:
-        """The tool's result with a reminder beside it, and a system turn in the middle."""
-        first = self.claude_body()["messages"]
-        use = blocks[2]
-        answer = [{"type": "thinking", "thinking": blocks[0]["text"],
-                   "signature": blocks[0]["signature"]},
-                  {"type": "text", "text": blocks[1]["text"]},
-                  {"type": "tool_use", "id": use["id"], "name": use["name"],
-                   "input": json.loads(use["text"])}]
-        result = {"type": "tool_result", "tool_use_id": use["id"], "is_error": False,
-                  "content": [{"type": "text", "text": "done"}],
-                  "cache_control": {"type": "ephemeral", "scope": "global"}}
-        reminder = {"type": "text", "text": "<system-reminder>todo</system-reminder>"}
-        body = self.claude_body(messages=first + [
-            {"role": "assistant", "content": answer}, user([result, reminder]),
-            {"role": "system", "content": [{"type": "text", "text": "Plan mode is off."}]}])
-        reply = self.proxy.request("POST", path, body, self.CLAUDE_HEADERS)
-        self.assertEqual(reply.status, 200, reply)
-        self.assertEqual(reply.events[-1]["type"], "message_stop")
-        sent = self.fake.last(MESSAGES)
-        self.assertEqual(sent.headers["x-initiator"], "agent", "no human wrote that system turn")
-        self.assertIn(b"Plan mode is off.", sent.body)
-        self.assertIn(blocks[0]["signature"].encode(), sent.body)
-        self.assertLessEqual(sent.body.count(b'"cache_control"'), 4)
+    def check(self, model: str, answer_model: str, calls: list[tuple[str, Any]], count: int,
+              thought: str, reasons: bool) -> None:
+        self.assertEqual(answer_model, model)
+        self.assertEqual([arguments for _, arguments in calls], [{"city": "Paris"}] * count)
+        self.assertEqual(len({call_id for call_id, _ in calls}), count)
+        self.assertEqual(thought, self.THOUGHT if reasons else "")
 
-    def test_claude_code_around_it(self) -> None:
-        self.assertEqual(self.proxy.request("HEAD", "/").status, 200)
-        probe = {"model": "claude-haiku-4-5-20251001", "max_tokens": 1,
-                 "messages": [user("quota")]}
-        reply = self.proxy.request("POST", "/v1/messages?beta=true", probe, self.CLAUDE_HEADERS)
-        self.assertEqual((reply.status, reply.json["model"]), (200, "claude-haiku-4-5-20251001"))
-        counting = self.claude_body()
-        for key in ("max_tokens", "stream"):
-            del counting[key]
-        reply = self.proxy.request("POST", "/v1/messages/count_tokens?beta=true", counting,
-                                   self.CLAUDE_HEADERS)
-        self.assertEqual(reply.status, 200, reply)
-        self.assertGreater(reply.json["input_tokens"], 0)
-        reply = self.proxy.request("POST", "/api/event_logging/batch", {"events": []},
-                                   self.CLAUDE_HEADERS)
-        self.assertEqual(reply.status, 200)
-        reply = self.proxy.request("GET", "/v1/models?limit=1000", None, self.CLAUDE_HEADERS)
-        self.assertEqual(reply.json["has_more"], False)
-        reply = self.proxy.request(
-            "POST", "/v1/messages", self.claude_body(model="claude-opus-4-8"), self.CLAUDE_HEADERS)
-        self.assertEqual(reply.status, 200, reply)
-        self.assertEqual(self.fake.last(MESSAGES).json["model"], "claude-opus-4.7")
+    def test_chat(self) -> None:
+        client = self.openai_client()
 
-    CODEX_HEADERS = {
-        "authorization": "Bearer dummy", "user-agent": "codex_exec/0.169.0 (Debian; x86_64)",
-        "originator": "codex_exec", "session_id": "0199-aa", "conversation_id": "0199-aa",
-        "accept": "text/event-stream", "x-codex-turn-metadata": "{}", "version": "0.169.0",
-        "openai-beta": "responses=experimental"}
+        def ask(history: list[Any], model: str, reasons: bool, streamed: bool) -> Any:
+            more: Any = {"reasoning_effort": "high"} if reasons and model != HAIKU else {}
+            if not streamed:
+                return client.chat.completions.create(
+                    model=model, messages=history, tools=[CHAT_TOOL], **more)
+            with client.chat.completions.stream(
+                    model=model, messages=history, tools=[STRICT_PLAIN],
+                    stream_options={"include_usage": True}, **more) as stream:
+                kinds = [event.type for event in stream]
+                self.assertIn("chunk", kinds)
+                return stream.get_final_completion()
 
-    def codex_body(self, items: list[Any]) -> dict[str, Any]:
-        tools = [
-            {"type": "custom", "name": "apply_patch", "description": "Edit files.",
-             "format": {"type": "grammar", "syntax": "lark", "definition": "start: patch"}},
-            {"type": "function", "name": "exec_command", "description": "Run.", "strict": False,
-             "parameters": SCHEMA},
-            {"type": "namespace", "name": "mcp__files", "description": "Files.", "tools": [
-                {"type": "function", "name": "read", "strict": False, "parameters": SCHEMA}]},
-            {"type": "web_search", "external_web_access": True},
-            {"type": "image_generation", "output_format": "png"}]
-        return {"model": CODEX, "input": items, "tools": tools, "tool_choice": "auto",
-                "parallel_tool_calls": True, "reasoning": {"effort": "medium", "summary": "auto"},
-                "store": False, "stream": True, "include": list(ENCRYPTED),
-                "prompt_cache_key": "0199-aa", "text": {"verbosity": "low"},
-                "client_metadata": {"x-codex-installation-id": "i"}}
+        def check(model: str, reasons: bool, prompt: str, count: int, streamed: bool) -> None:
+            history: list[Any] = [user(prompt)]
+            answer = ask(history, model, reasons, streamed)
+            self.assertEqual(len(answer.choices), 1)
+            choice = answer.choices[0]
+            calls = choice.message.tool_calls or []
+            self.check(model, answer.model, [
+                (call.id, json.loads(field(call, "function").arguments)) for call in calls], count,
+                field(choice.message, "reasoning_content") or "", reasons)
+            self.assertEqual(choice.finish_reason, "tool_calls" if count else "stop")
+            self.assertGreater(field(answer.usage, "total_tokens"), 0)
+            history += [choice.message.to_dict()] + [
+                {"role": "tool", "tool_call_id": call.id, "content": "sun"} for call in calls]
+            if count:
+                answer = ask(history, model, reasons, streamed)
+                self.assertIn("tool result: sun", answer.choices[0].message.content or "")
+            else:
+                self.assertEqual(choice.message.content, "Echo: hi")
 
-    def test_codex(self) -> None:
-        items: list[Any] = [
-            {"type": "message", "role": "developer", "content": [
-                {"type": "input_text", "text": "<permissions>read only</permissions>"}]},
-            {"type": "message", "role": "user", "content": [
-                {"type": "input_text", "text": "<environment_context/>"}]},
-            {"type": "message", "role": "user", "content": [
-                {"type": "input_text", "text": "use the tool"}],
-             "internal_chat_message_metadata_passthrough": {"turn_id": "t"}}]
-        final = self._codex_turn(items, "user")
-        kinds = [item["type"] for item in final["output"]]
-        self.assertEqual(kinds, ["reasoning", "custom_tool_call"])
-        call = final["output"][1]
-        self.assertEqual((call["name"], call["input"]), ("apply_patch", "city: Paris"))
-        items += final["output"]                            # ids included, as Codex sends them
-        items.append({"type": "custom_tool_call_output", "call_id": call["call_id"],
-                      "output": "Success"})
-        final = self._codex_turn(items, "agent")
-        self.assertIn("tool result: Success", final["output"][1]["content"][0]["text"])
-        items += final["output"]
-        items.append({"type": "message", "role": "user", "content": [
-            {"type": "input_text", "text": "thanks"}]})
-        final = self._codex_turn(items, "user")
-        self.assertEqual(final["output"][1]["content"][0]["text"], "Echo: thanks")
-        sent = self.fake.last(RESPONSES).json
-        self.assertEqual(sum("encrypted_content" in item for item in sent["input"]), 2)
+        self.each_case(check)
 
-    def _codex_turn(self, items: list[Any], initiator: str) -> dict[str, Any]:
-        reply = self.proxy.request("POST", "/v1/responses", self.codex_body(items),
-                                   self.CODEX_HEADERS)
-        self.assertEqual(reply.status, 200, reply)
-        self.assertFalse(reply.is_done, "no [DONE] in this dialect")
-        events = reply.events
-        self.assertEqual(events[-1]["type"], "response.completed")
-        final: dict[str, Any] = events[-1]["response"]
-        self.assertIsInstance(final["usage"]["total_tokens"], int)
-        done = [e["item"] for e in events if e["type"] == "response.output_item.done"]
-        self.assertEqual(done, final["output"])
-        for event in events:
-            if "item_id" in event:
-                self.assertEqual(event["item_id"], final["output"][event["output_index"]]["id"])
-        sent = self.fake.last(RESPONSES)
-        self.assertEqual(sent.headers["x-initiator"], initiator)
-        self.assertNotIn("image_generation", [tool["type"] for tool in sent.json["tools"]])
-        self.assertEqual(sent.json["prompt_cache_key"], "0199-aa")
-        self.assertIn("tools", reply.headers.get("x-copilot-proxy-lossy", ""))
-        return final
+    def test_responses(self) -> None:
+        client = self.openai_client()
 
-    def test_codex_around_it(self) -> None:
-        reply = self.proxy.request("GET", "/v1/models?client_version=0.169.0", None,
-                                   self.CODEX_HEADERS)
-        self.assertEqual((reply.status, reply.json["models"]), (200, []))
-        self.assertIn(CODEX, [model["id"] for model in reply.json["data"]])
-        reply = self.proxy.request("GET", "/v1/responses", None, dict(
-            self.CODEX_HEADERS, connection="Upgrade", upgrade="websocket"))
-        self.assertIn(reply.status, (400, 426))
+        def ask(history: list[Any], model: str, reasons: bool, streamed: bool) -> Any:
+            more: Any = {"reasoning": {"effort": "high", "summary": "auto"}} if reasons else {}
+            if not streamed:
+                return client.responses.create(model=model, input=history, tools=[self.FUNCTION],
+                                               **more)
+            with client.responses.stream(model=model, input=history, tools=[self.FUNCTION],
+                                         **more) as stream:
+                self.assertEqual([event.type for event in stream][-1], "response.completed")
+                return stream.get_final_response()
+
+        def check(model: str, reasons: bool, prompt: str, count: int, streamed: bool) -> None:
+            history: list[Any] = [user(prompt)]
+            answer = ask(history, model, reasons, streamed)
+            calls = [item for item in answer.output if item.type == "function_call"]
+            thought = "".join(part.text for item in answer.output if item.type == "reasoning"
+                              for part in item.summary)
+            self.check(model, answer.model, [
+                (call.call_id, json.loads(call.arguments)) for call in calls], count, thought,
+                reasons)
+            self.assertEqual(answer.status, "completed")
+            self.assertGreater(field(answer.usage, "total_tokens"), 0)
+            history += [item.to_dict() for item in answer.output] + [
+                {"type": "function_call_output", "call_id": call.call_id, "output": "sun"}
+                for call in calls]
+            if count:
+                self.assertIn("tool result: sun",
+                              ask(history, model, reasons, streamed).output_text)
+            else:
+                self.assertEqual(answer.output_text, "Echo: hi")
+
+        self.each_case(check)
+
+    def test_messages(self) -> None:
+        client = self.anthropic_client()
+
+        def ask(history: list[Any], model: str, reasons: bool, streamed: bool) -> Any:
+            more: Any = {}
+            if reasons:
+                more = {"thinking": {"type": "enabled", "budget_tokens": 2000}}
+                if model == "claude-opus-4.7":               # hides it otherwise
+                    more = {"thinking": {"type": "adaptive", "display": "summarized"}}
+            if not streamed:
+                return client.messages.create(model=model, max_tokens=4000, messages=history,
+                                              tools=[self.TOOL], **more)
+            with client.messages.stream(model=model, max_tokens=4000, messages=history,
+                                        tools=[self.TOOL], **more) as stream:
+                self.assertIn("message_stop", [event.type for event in stream])
+                return stream.get_final_message()
+
+        def check(model: str, reasons: bool, prompt: str, count: int, streamed: bool) -> None:
+            history: list[Any] = [user(prompt)]
+            answer = ask(history, model, reasons, streamed)
+            calls = [block for block in answer.content if block.type == "tool_use"]
+            thought = "".join(block.thinking for block in answer.content
+                              if block.type == "thinking")
+            self.check(model, answer.model, [(call.id, call.input) for call in calls], count,
+                       thought, reasons)
+            self.assertEqual(answer.stop_reason, "tool_use" if count else "end_turn")
+            self.assertGreater(answer.usage.output_tokens, 0)
+            if not count:
+                self.assertEqual(answer.content[-1].text, "Echo: hi")
+                return
+            history += [{"role": "assistant", "content": [b.to_dict() for b in answer.content]},
+                        user([{"type": "tool_result", "tool_use_id": call.id, "content": "sun"}
+                              for call in calls])]
+            answer = ask(history, model, reasons, streamed)
+            self.assertIn("tool result: sun", answer.content[-1].text)
+
+        self.each_case(check)
+
+
+class TypedParsers(SdkCase):
+    """A schema asked for by each SDK's typed parser, of models of every family."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.tools = 0
+        tell = fake_upstream.answer
+
+        def tell_city(*given: Any) -> Any:
+            said = tell(*given)
+            if not said.calls:
+                said.pieces = ['{"city"', ': "Par', 'is"}']
+            return said
+
+        patch = unittest.mock.patch.object(fake_upstream, "answer", tell_city)
+        patch.start()
+        self.addCleanup(patch.stop)
+        grok = next(entry for entry in self.fake.models if entry["id"] == "grok-code-fast-1")
+        self.fake.models.append(copy.deepcopy(dict(grok, id="grok-no-schemas")))
+        self.fake.models[-1]["capabilities"]["supports"]["structured_outputs"] = False
+
+    def each_model(self, check: Callable[[str], Any]) -> None:
+        for model in ("gpt-4.1", CODEX, "gpt-5-mini", SONNET, "claude-opus-4.7",
+                      "gemini-3.1-pro-preview", "grok-no-schemas"):
+            with self.subTest(model=model):
+                self.assertEqual(check(model), City(city="Paris"))
+                sent = self.fake.last()
+                self.assertIn(b'"city"', sent.body)
+                if model == "grok-no-schemas" and "response_format" not in sent.json:
+                    self.assertEqual(len(sent.json["tools"]), 1)       # one to be filled in
+                    self.tools += 1
+
+    def test_chat(self) -> None:
+        client = self.openai_client()
+
+        def streamed(model: str) -> Any:
+            with client.chat.completions.stream(model=model, messages=[user("where?")],
+                                                response_format=City) as stream:
+                return stream.get_final_completion().choices[0].message.parsed
+
+        self.each_model(streamed)
+        self.each_model(lambda model: client.chat.completions.parse(
+            model=model, messages=[user("where?")],
+            response_format=City).choices[0].message.parsed)
+
+    def test_responses(self) -> None:
+        client = self.openai_client()
+
+        def streamed(model: str) -> Any:
+            with client.responses.stream(model=model, input="where?", text_format=City) as stream:
+                return stream.get_final_response().output_parsed
+
+        self.each_model(streamed)
+        self.each_model(lambda model: client.responses.parse(
+            model=model, input="where?", text_format=City).output_parsed)
+        self.assertEqual(self.tools, 2)
+
+    def test_messages(self) -> None:
+        client = self.anthropic_client()
+
+        def streamed(model: str) -> Any:
+            with client.messages.stream(model=model, max_tokens=500, messages=[user("where?")],
+                                        output_format=City) as stream:
+                return stream.get_final_message().parsed_output
+
+        self.each_model(streamed)
+        self.each_model(lambda model: client.messages.parse(
+            model=model, max_tokens=500, messages=[user("where?")],
+            output_format=City).parsed_output)
+        self.assertEqual(self.tools, 2)
 
 
 if __name__ == "__main__":

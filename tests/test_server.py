@@ -446,10 +446,11 @@ class LimitTest(SharedCase):
         self.assertTrue(client.is_closed())
 
     def test_a_body_that_stops_coming_is_408_in_the_dialect(self) -> None:
-        for path in PATHS:
+        started = [(path, self.client()) for path in PATHS]       # they wait side by side
+        for path, client in started:
+            client.send(post(path, b"{" + b" " * 50)[:-10])
+        for path, client in started:
             with self.subTest(path):
-                client = self.client()
-                client.send(post(path, b"{" + b" " * 50)[:-10])
                 answer = client.answer()
                 self.assertEqual(answer.status, 408)
                 self.assertEqual("type" in answer.json, path == "/v1/messages")
@@ -871,7 +872,7 @@ class UnreachableTest(ProxyCase):
                 self.assertEqual("type" in reply.json, path == "/v1/messages")
 
     def test_an_upstream_that_is_too_slow_is_504_in_the_dialect(self) -> None:
-        with second_proxy(self, answer_timeout_s=0.1) as proxy:
+        with second_proxy(self, answer_timeout_s=0.05) as proxy:
             proxy.get("/v1/models")
             for path, make in REQUESTS:
                 for stream in (False, True):

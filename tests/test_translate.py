@@ -85,23 +85,52 @@ class CellTest(TranslateCase):
                 wait_until(lambda text=line: text in self.proxy.log_text())
 
     def test_the_models_move(self) -> None:
-        """Twelve turns with tools over models of all families and back, in each dialect."""
+        """Twelve turns with two tool calls each, over models of all families and back, in each
+        dialect: every request is taken at its first try, every call goes with its result."""
         moves = ("claude-sonnet-4.6", "gpt-5.3-codex", "gpt-4.1", "gemini-3.1-pro-preview",
                  "claude-only-4.6", "claude-haiku-4.5") * 2
         for client in NAMES:
-            writer = Writer(client, True).tool()
+            writer, results = Writer(client, True).system("Be kind.").tool(), []
+            if client != "chat":                   # whose efforts go to the upstream as they are
+                writer.think()
+            before = self.asked()
             for at, model in enumerate(moves):
                 with self.subTest(client=client, turn=at, model=model):
-                    writer.user("use the tool %d" % at)
+                    writer.body["stream"] = at % 4 != 3
+                    writer.user("use the tool, parallel, %d" % at)
                     answer = self.ask(client, writer.body, model)
-                    writer.replay(answer).results((answer["calls"][0][0], "result%d" % at))
+                    pairs = [(call[0], "<result %d of turn %d>" % (place, at))
+                             for place, call in enumerate(answer["calls"])]
+                    self.assertEqual(len(pairs), 2)
+                    writer.replay(answer).results(*pairs)
                     answer = self.ask(client, writer.body, model)
-                    self.assertIn("result%d" % at, answer["text"])
+                    results += [text for _, text in pairs]
+                    self.assertIn(results[-1], answer["text"])
                     writer.replay(answer)
-                    sent = json.dumps(self.fake.last().json)
-                    self.assertNotIn(cp.OPAQUE_TAG, sent)
-                    for earlier in range(at):
-                        self.assertIn("result%d" % earlier, sent)
+                    self.check_history(self.fake.last().json, results)
+            self.assertEqual(self.asked() - before, 2 * len(moves), "some were sent again")
+
+    def asked(self) -> int:
+        return sum(self.fake.count(path) for path in (CHAT, RESPONSES, MESSAGES))
+
+    def check_history(self, sent: dict[str, Any], results: list[str]) -> None:
+        """Each result is there once and in order, behind a call of the same id."""
+        self.assertNotIn(cp.OPAQUE_TAG, json.dumps(sent))
+        open_calls, found = [], []
+        for item in sent.get("messages") or sent["input"]:
+            blocks = [item] + (item["content"] if isinstance(item.get("content"), list) else [])
+            for block in blocks + (item.get("tool_calls") or []):
+                if "function" in block or block.get("type") in ("tool_use", "function_call"):
+                    open_calls.append(block.get("call_id") or block["id"])
+                call = (block.get("tool_call_id") or block.get("tool_use_id")
+                        or block.get("type") == "function_call_output" and block["call_id"])
+                if call:
+                    open_calls.remove(call)
+                    found.append(json.dumps(block.get("output", block.get("content"))))
+        self.assertEqual(open_calls, [])
+        self.assertEqual(len(found), len(results))
+        for text, wanted in zip(found, results):
+            self.assertIn(wanted, text)
 
     def test_initiator_vision_and_version_headers(self) -> None:
         writer = Writer("messages", False).tool().user("see").calls("c1")
