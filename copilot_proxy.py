@@ -7,7 +7,7 @@ One file, standard library only, Python 3.8 or newer.  Copy it anywhere and run:
     python copilot_proxy.py start --demo   the same with no account and no network
     python copilot_proxy.py check-usage    what is left of the quota
 
-Map of the file.  A section uses only names from sections above it; 2 to 9 are pure: no socket,
+Map of the file.  A section uses only names from sections above it; 2 to 10 are pure: no socket,
 file, thread, clock or random number, so they can be read and tested by themselves.
 
      1 Imports             what of the standard library is used
@@ -18,18 +18,19 @@ file, thread, clock or random number, so they can be read and tested by themselv
      6 Framing             HTTP heads, bodies and server-sent events, bytes in, values out
      7 Dialects            ChatCompletions, Responses, Messages: rules, streams, translation
      8 Planning            which model is meant, which way to ask it, token estimate
-     9 Settings            flag > environment > default
-    10 Storage             the folder with the login
-    11 Upstream HTTP       one urllib opener with a keep-alive pool
-    12 GitHub              device flow, token exchange, usage
-    13 Copilot             headers, the short-lived token, the model catalogue, one call
-    14 Policy              rate limit, approval by hand, counts, kept responses
-    15 HTTP server         connections, requests, answers, the relay of a stream
-    16 Page                what a browser shows
-    17 Endpoints           one short function per route, the table of routes
-    18 Demo                a make-believe GitHub and Copilot inside this process
-    19 Commands            start, auth, check-usage, debug, models
-    20 Main
+     9 Repairs             what the upstream refuses, and how it is asked again
+    10 Settings            flag > environment > default
+    11 Storage             the folder with the login
+    12 Upstream HTTP       one urllib opener with a keep-alive pool
+    13 GitHub              device flow, token exchange, usage
+    14 Copilot             headers, the short-lived token, the model catalogue, one call
+    15 Policy              rate limit, approval by hand, counts, kept responses
+    16 HTTP server         connections, requests, answers, the relay of a stream
+    17 Page                what a browser shows
+    18 Endpoints           one short function per route, the table of routes
+    19 Demo                a make-believe GitHub and Copilot inside this process
+    20 Commands            start, auth, check-usage, debug, models
+    21 Main
 
 The way of a request:
 
@@ -44,7 +45,7 @@ Hosts contacted: github.com and api.github.com (login, token exchange, usage), a
 host that GitHub names together with the token (*.githubcopilot.com).  With --github-url and
 --copilot-url: those instead.  Nothing else, ever: no telemetry, no update check.
 
-Files written: `github_token` (mode 0600) in the data folder, see section 10.  Nothing else.
+Files written: `github_token` (mode 0600) in the data folder, see section 11.  Nothing else.
 
 Secrets held: the GitHub token (in that file and in memory) and the Copilot token made from it (in
 memory only, about 30 minutes).  They go to the hosts they belong to, and never to a log, an error
@@ -126,8 +127,8 @@ ANTHROPIC_VERSION = "2023-06-01"
 BETA_PREFIXES = ("interleaved-thinking-", "advanced-tool-use-")   # others are refused upstream
 PASSED_HEADERS = ("retry-after", "x-github-request-id", "x-copilot-service-request-id",
                   "openai-processing-ms")
-PASSED_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-", "x-quota-snapshot-",
-                   "x-usage-ratelimit-")
+QUOTA_PREFIXES = ("x-quota-snapshot-", "x-usage-ratelimit-")
+PASSED_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-", *QUOTA_PREFIXES)
 
 DEFAULT_PORT = 4399
 BACKLOG = 1024
@@ -174,6 +175,10 @@ NEARBY_S = 0.005                         # a wait so short that the baton is kep
 BATON_S = 0.25                           # preparing a request takes longer only when it waits
 RATE_QUEUE = 100                         # callers that may wait for --rate-limit
 HICCUP_STATUS = (500, 502, 503, 504, 529)
+MAX_CALLS, MAX_REPAIRS = 5, 3            # upstream calls of one request; repairs among them
+MAX_LEARNED, MAX_MARKS = 500, 5000       # remembered: models with repairs, refused state
+LIMIT_S, QUOTA_LIMIT_S = 7 * 86400.0, 32 * 86400.0   # the longest rest that is believed
+LIMIT_PAUSE_S, QUOTA_PAUSE_S = 10.0, 3600.0          # a rest whose length nobody said
 EMBEDDING_BATCH = 512                    # upstream's max_inputs
 MAX_NAMES = 200
 STORE_COUNT, STORE_BYTES = 2000, 64 * 1024 * 1024    # of answers that clients may name later
@@ -200,8 +205,10 @@ ERROR_TYPES = {
 class ProxyError(Exception):
     """A failure that the caller is told about; `str(error)` says what happened and what to do.
     status: HTTP status; code, param: OpenAI's fields, None when unknown; headers: to be added to
-    the answer; details: Anthropic's `error.details`, None when there are none."""
+    the answer; details: Anthropic's `error.details`, None when there are none.
+    overflow: (tokens, limit) of too long a prompt, both 0 when nobody said; else None."""
     status = 500
+    overflow: tuple[int, int] | None = None
 
     def __init__(self, message: str, status: int | None = None, code: str | None = None,
                  param: str | None = None, headers: Headers | None = None,
@@ -232,12 +239,31 @@ class RateLimited(ProxyError):
     """Too early; `Retry-After` is among the headers."""
     status = 429
 
+#: what upstreams say of too long a prompt; two numbers are its tokens and the limit, in any order
+_OVERFLOW = re.compile(
+    r"token count of (\d+) exceeds the limit of (\d+)|prompt is too long(?:: (\d+) tokens > (\d+))?"
+    r"|context limit: (\d+ \+ \d+) > (\d+)|too large for model context window|input is too long"
+    r"|maximum context length is (\d+) tokens(?:.*?(?:resulted in|requested) (\d+))?"
+    r"|exceeds? (?:the|this) (?:model'?s? )?context (?:window|length|limit)", re.DOTALL)
+_OVERFLOW_CODE = "context_length_exceeded"
+
 class UpstreamError(ProxyError):
-    """GitHub or Copilot could not be reached, or answered with an error."""
+    """GitHub or Copilot could not be reached, or answered with an error.  Too long a prompt gets
+    the status and code that clients act on, whatever the upstream's were."""
     status = 502
     answered = False        # the status is the upstream's own
-    unsent = False          # nothing of the request had left this machine
+    unsent = False          # the whole request cannot have been seen by the upstream
     opaque = False          # a 403 without any reason: perhaps the token
+
+    def __init__(self, message: str, status: int | None = None, code: str | None = None,
+                 param: str | None = None, headers: Headers | None = None) -> None:
+        super().__init__(message, status, code, param, headers)
+        found = _OVERFLOW.search(message.lower())
+        if found or code in (_OVERFLOW_CODE, "model_max_prompt_tokens_exceeded"):
+            self.status, self.code = 400, _OVERFLOW_CODE
+            counts = sorted(sum(map(int, text.split(" + "))) for text in (
+                found.groups() if found else ()) if text)
+            self.overflow = (counts[1], counts[0]) if len(counts) == 2 else (0, 0)
 
 class StreamCut(UpstreamError):
     """The upstream's body ended before its end."""
@@ -1220,11 +1246,18 @@ class Dialect:
     @staticmethod
     def has_images(body: Json) -> bool:
         """Is there an image anywhere, also inside a tool's result?"""
-        parts = [part for item in as_list(body.get("messages")) + as_list(body.get("input"))
-                 for key in ("content", "output") for part in as_list(as_object(item).get(key))]
-        parts += [inner for part in parts for inner in as_list(as_object(part).get("content"))]
-        return any(as_object(part).get("type") in ("image", "image_url", "input_image")
-                   for part in parts)
+        return any(part.get("type") in IMAGE_TYPES for part in content_parts(body))
+
+IMAGE_TYPES = ("image", "image_url", "input_image")
+
+def content_parts(body: Json) -> Iterator[Json]:
+    """Every part of a conversation in any dialect, in order, also those of tools' results."""
+    for item in as_list(body.get("messages")) + as_list(body.get("input")):
+        for key in ("content", "output") if isinstance(item, dict) else ():
+            for part in as_list(item.get(key)):
+                if isinstance(part, dict):
+                    yield part
+                    yield from filter(as_object, as_list(part.get("content")))
 
 def check_list(body: Json, key: str) -> list[Json]:
     """`body[key]` as a list of objects.  Raises BadRequest naming the place."""
@@ -2476,7 +2509,11 @@ class ResponsesStream(StreamRelay):
             self.ended = True
             inner = as_object(event.get("response")).get("error") or event.get("error") or event
             if kind in ("error", "response.failed"):
-                self.failure = str(as_object(inner).get("message") or kind)
+                error = UpstreamError(str(as_object(inner).get("message") or kind),
+                                      code=word(as_object(inner).get("code")))
+                self.failure = str(error)
+                if error.overflow:                 # as the event and code that clients act on
+                    return self._error(error)
         stem, _, last = kind.rpartition(".")
         if stem in _ARGUMENT_EVENTS:
             if last == "delta" and (obfuscated or index in self._held):
@@ -2984,6 +3021,7 @@ _REFUSED_FIELDS = ("context_management", "inference_geo", "speed", "container", 
 _REFUSED_TOOL_FIELDS = ("eager_input_streaming", "defer_loading", "input_examples", "strict")
 _RESULT_PARTS = ("text", "image", "document")
 _NONCE_LINE = "x-anthropic-billing-header:"
+SEARCH_TOOLS = "web_search_"             # how the types of Anthropic's hosted search begin
 ERROR_STATUS = {names[1]: status for status, names in reversed(list(ERROR_TYPES.items()))}
 _COUNTED_FIELDS = ("model", "messages", "system", "tools", "tool_choice")
 
@@ -2998,6 +3036,40 @@ def clamp_effort(effort: str, listed: list[str]) -> str:
         return effort
     place = order.index(effort) if effort in order else 1
     return min(listed, key=lambda name: abs((order.index(name) if name in order else -1) - place))
+
+def think_adaptively(edit: Edit) -> bool:
+    """Thinking with a budget as adaptive thinking with an effort -> was there any?"""
+    body, thinking = edit.body, as_object(edit.body.get("thinking"))
+    config = as_object(body.get("output_config"))
+    effort = config.get("effort") or budget_to_effort(as_int(thinking.get("budget_tokens")))
+    if thinking.get("type") == "enabled":
+        edit.set(body, "thinking", given(type="adaptive", display=thinking.get("display")))
+        edit.set(body, "output_config", dict(config, effort=effort))
+    return thinking.get("type") == "enabled"
+
+def think_within_budget(edit: Edit, model: Model) -> bool:
+    """Thinking with a budget that fits the model and max_tokens, else none -> a change?"""
+    body, thinking = edit.body, as_object(edit.body.get("thinking"))
+    effort = str(as_object(body.get("output_config")).get("effort"))
+    wish = thinking.get("budget_tokens") or dict(EFFORT_BUDGETS).get(effort, 8192)
+    fitting = fit_budget(as_int(wish), as_int(body.get("max_tokens")), model)
+    if fitting is None:
+        edit.drop(body, "thinking", "max_tokens leaves no room for it")
+    elif thinking:
+        edit.set(body, "thinking", given(type="enabled", budget_tokens=fitting,
+                                         display=thinking.get("display")))
+    return as_object(body.get("thinking")) != thinking
+
+def end_with_user(edit: Edit, key: str = "messages") -> bool:
+    """An answer begun by the client (prefill) becomes a request to go on -> was there one?"""
+    turns = edit.body.get(key)
+    last = as_object(turns[-1]) if isinstance(turns, list) and turns else {}
+    if last.get("role") != "assistant":
+        return False
+    edit.replace(edit.body, key, as_list(turns) + [
+        {"role": "user", "content": "Continue your answer exactly where it stopped."}])
+    edit.lose(key, "an answer begun by the client became a request to go on")
+    return True
 
 class MessagesStream(StreamRelay):
     """Anthropic's events as they come; only the model's name in `message_start` is exchanged."""
@@ -3018,8 +3090,9 @@ class MessagesStream(StreamRelay):
         elif kind == "message_stop":
             self.ended = True
         elif kind == "error":
-            self.ended = True
-            self.failure = str(as_object(event.get("error")).get("message") or "error")
+            error = UpstreamError(str(as_object(event.get("error")).get("message") or "error"))
+            self.ended, self.failure = True, str(error)
+            return self._error(error) if error.overflow else raw
         return raw
 
 class Messages(Dialect):
@@ -3032,7 +3105,11 @@ class Messages(Dialect):
     keepalive = b'event: ping\ndata: {"type":"ping"}\n\n'
 
     def error_body(self, error: ProxyError, request_id: str) -> Json:
-        inner: Json = {"type": error.types()[1], "message": str(error)}
+        text = str(error)
+        if error.overflow:                              # Claude Code compacts at these words
+            text = "prompt is too long: %d tokens > %d maximum" % error.overflow \
+                if error.overflow[0] else "prompt is too long (%s)" % text
+        inner: Json = {"type": error.types()[1], "message": text}
         if error.details:
             inner["details"] = error.details
         body: Json = {"type": "error", "error": inner}
@@ -3059,13 +3136,14 @@ class Messages(Dialect):
                 blocks = [self._fit_block(edit, b, at) for b in message["content"]]
                 edit.replace(message, "content", [b for b in blocks if b is not None])
         edit.replace(body, "messages", [m for m in body["messages"] if m.get("content") != []])
-        prepare_tools(edit, lambda tool: tool.get("type") in (None, "custom"),
-                      *_REFUSED_TOOL_FIELDS)
+        prepare_tools(edit, lambda tool: str(tool.get("type") or "custom").startswith(
+            ("custom", SEARCH_TOOLS)), *_REFUSED_TOOL_FIELDS)    # no search upstream: that is told
         self._prepare_cache_marks(edit)
         self._prepare_max_tokens(edit, model)
         self._prepare_thinking(edit, model)
         self._prepare_sampling(edit, model)
-        self._end_with_user(edit, model)
+        if model.version >= (4, 6):                     # these refuse prefill
+            end_with_user(edit)
 
     def prepare_count(self, edit: Edit, model: Model) -> None:
         """The same for count_tokens, which takes fewer fields and needs no max_tokens."""
@@ -3158,27 +3236,15 @@ class Messages(Dialect):
         thinking = as_object(body.get("thinking"))
         kind = thinking.get("type")
         edit.drop(thinking, "budget_tokens_max")
-        config = as_object(body.get("output_config"))
-        effort = config.get("effort")
         adaptive = model.supports.get("adaptive_thinking") is True
         most = as_int(model.supports.get("max_thinking_budget"))
         only_adaptive = adaptive and (model.version >= (4, 7) or not most)
         if not (adaptive or most):
             edit.drop(body, "thinking", "the model does not think" if thinking else "")
         elif kind == "enabled" and only_adaptive:
-            budget = as_int(thinking.get("budget_tokens"))
-            edit.set(body, "thinking", dict(
-                {"type": "adaptive"}, **{k: v for k, v in thinking.items() if k == "display"}))
-            effort = effort or budget_to_effort(budget)
-            edit.set(body, "output_config", dict(config, effort=effort))
+            think_adaptively(edit)
         elif kind in ("enabled", "adaptive") and not (kind == "adaptive" and adaptive):
-            wish = thinking.get("budget_tokens") or dict(EFFORT_BUDGETS).get(str(effort), 8192)
-            fitting = fit_budget(as_int(wish), as_int(body.get("max_tokens")), model)
-            if fitting is None:
-                edit.drop(body, "thinking", "max_tokens leaves no room for it")
-            else:
-                edit.set(body, "thinking", given(type="enabled", budget_tokens=fitting,
-                                                 display=thinking.get("display")))
+            think_within_budget(edit, model)
         config = as_object(body.get("output_config"))
         if "effort" in config and model.efforts:
             edit.set(config, "effort", clamp_effort(str(config["effort"]), model.efforts))
@@ -3207,15 +3273,6 @@ class Messages(Dialect):
             edit.drop(body, "top_k", "not with thinking")
         elif "temperature" in body and "top_p" in body and model.version >= (4, 5):
             edit.drop(body, "top_p", "not beside temperature")
-
-    @staticmethod
-    def _end_with_user(edit: Edit, model: Model) -> None:
-        """Models from 4.6 on refuse an answer begun by the client (prefill)."""
-        messages = edit.body["messages"]
-        if messages and messages[-1].get("role") == "assistant" and model.version >= (4, 6):
-            edit.replace(edit.body, "messages", messages + [
-                {"role": "user", "content": "Continue your answer exactly where it stopped."}])
-            edit.lose("messages", "an answer begun by the client became a request to go on")
 
     def mend(self, answer: Json, asked: str) -> tuple[bool, Usage | None]:
         changed = answer.get("model") != asked
@@ -3611,7 +3668,9 @@ class TranslatedStream(StreamRelay):
         return b"" if any(isinstance(e, StreamError) for e in events) else self.tell(events)
 
     def _error(self, error: ProxyError) -> bytes:
-        return self.tell([StreamError(UpstreamError(str(error), error.status, error.code))])
+        told = UpstreamError(str(error), error.status, error.code)
+        told.overflow = error.overflow
+        return self.tell([StreamError(told)])
 
 def read_answer(upstream: Dialect, data: bytes, is_stream: bool, request: Request) -> Response:
     """A whole answer of the upstream, or one that it streamed.  Raises UpstreamError."""
@@ -3772,14 +3831,21 @@ def check_endpoint(model: Model, path: str) -> None:
 
 class Plan:
     """How one request goes up, and how its answer comes back.
-    edit: the upstream's body and what was lost; pipeline: for a client that wants a stream;
-    answer: the whole answer, once read.  An answer longer than the model gives in one piece is
-    asked for as a stream and folded.  `body` may be changed.  Raises BadRequest."""
+    edit: the upstream's body and what was lost; headers: beside the usual ones; pipeline: for a
+    client that wants a stream; answer: the whole answer, once read.  An answer longer than the
+    model gives in one piece is asked for as a stream and folded.  by_hub: translate even where the
+    dialects are the same.  `body` may be changed.  Raises BadRequest."""
 
     def __init__(self, client: Dialect, upstream: Dialect, body: Json, model: Model,
-                 now: int, key: str) -> None:
-        self.client, self.upstream = client, upstream
-        self.is_translated = client is not upstream
+                 now: int, key: str, by_hub: bool = False) -> None:
+        self.client, self.upstream, self.model = client, upstream, model
+        self.headers: Headers = {}
+        self.memory: Any = None                          # see section 9, also for what follows
+        self.key, self.is_stale = (model.id, upstream.path), False
+        self.words: tuple[str, ...] = ()
+        self.lessons: list[Any] = []
+        self.repaired: list[str] = []
+        self.is_translated = client is not upstream or by_hub
         self.request = Request(str(body["model"]), client.name)
         self.pipeline: StreamRelay | None = None
         self.answer: Json = {}
@@ -3799,6 +3865,12 @@ class Plan:
         if not wants_stream and 0 < cap < wish and upstream is not RESPONSES:
             self.edit.set(body, "stream", True)
         self.streams = body.get("stream") is True        # what the upstream is asked for
+
+    @property
+    def turns(self) -> list[Json]:
+        """Messages or items of the upstream's body."""
+        return [turn for key in ("messages", "input") for turn in as_list(self.edit.body.get(key))
+                if isinstance(turn, dict)]
 
     def read(self, data: bytes, is_stream: bool) -> tuple[bytes, Usage | None]:
         """(the client's bytes for a whole answer, its token counts).  Raises UpstreamError."""
@@ -3963,7 +4035,299 @@ def estimate_tokens(body: Json, is_claude: bool = False) -> int:
     return int(count_text("\n".join(texts)) * (_CLAUDE_FACTOR if is_claude else 1)) + tokens
 
 
-# ==== 9. Settings =================================================================================
+# ==== 9. Repairs ==================================================================================
+# What the upstream refuses is learned from its own words: a row of REPAIRS knows a text and how to
+# change the request that it was said of.  What helped is remembered for the model as long as the
+# process lives, so that the next request goes up fit.  Nothing that carries the client's meaning
+# goes: then the upstream's error is the answer.  At the end: how long a limit lasts.
+
+REFUSED = "refused upstream"
+BY_HUB = "as it is: "            # before a path: bodies of that dialect need translation, too
+_MEANT = re.compile(             # fields that carry the meaning
+    "arguments|call_id|content|data|enum|format|function|id|image_url|input|input_schema|items|"
+    "instructions|json_schema|max_tokens|messages|model|name|output|parameters|properties|required|"
+    "response_format|role|schema|source|stream|system|text|tool_call_id|tool_use_id|tools|type|url")
+_ROOTS = ("", "messages.0.", "input.0.", "tools.0.", "tools.0.function.", "messages.0.content.0.",
+          "input.0.content.0.")  # where a field may stand that is named without a path
+_EFFORTS = ("reasoning_effort", "reasoning.effort", "output_config.effort")
+_CALL_IDS = ("messages.0.tool_calls.0.id", "messages.0.tool_call_id", "input.0.call_id",
+             "messages.0.content.0.tool_use.id", "messages.0.content.0.tool_result.tool_use_id")
+_STATE_KINDS = ("thinking", "redacted_thinking", "reasoning", "compaction", "encrypted_content")
+
+def places(value: Any, path: str) -> list[tuple[Json, str]]:
+    """(object, key) of all that a validator's path means: a number stands for every element, the
+    tag of a union for nothing.  'tools.0.custom.strict' -> `strict` of each such tool."""
+    step, _, rest = path.replace("[", ".").replace("]", "").partition(".")
+    if isinstance(value, list) and step.isdigit() and rest:
+        return [place for item in value for place in places(item, rest)]
+    if not isinstance(value, dict) or not rest:
+        return [(value, step)] if isinstance(value, dict) and step in value else []
+    is_tag = value.get("type", step) == step
+    return places(value.get(step), rest) or (places(value, rest) if is_tag else [])
+
+# A patch changes the plan; False: there is nothing that it may change.
+
+def avoid(plan: Plan, what: str) -> bool:
+    """Never again for this model; the request needs another plan."""
+    plan.is_stale |= (plan.model.id, what) not in plan.memory.refused
+    plan.memory.refused.add((plan.model.id, what))
+    return plan.is_stale
+
+def drop_field(plan: Plan, path: str) -> bool:
+    """Remove a field, unless it carries the meaning."""
+    body = plan.edit.body
+    found = next(filter(None, (places(body, root + path) for root in _ROOTS)), [])
+    for holder, key in found:
+        if _MEANT.fullmatch(key) or "format" in as_object(holder[key]) or (
+                key == "tool_choice" and holder[key] not in ("auto", {"type": "auto"})):
+            return False
+        plan.edit.drop(holder, key, REFUSED)
+    if body.get("output_config") == {}:
+        del body["output_config"]
+    return bool(found)
+
+def clamp(plan: Plan, path: str, side: str, limit: str) -> bool:
+    """A number within the upstream's limit, the highest one or by these words the least."""
+    sign = -1 if side in ("greater", ">=") else 1
+    found = [(holder, key) for holder, key in places(plan.edit.body, path)
+             if isinstance(holder[key], (int, float)) and sign * (holder[key] - int(limit)) > 0]
+    for holder, key in found:
+        holder[key] = int(limit)
+        plan.edit.lose(key, "the limit is " + limit)
+    return bool(found)
+
+def rename_limit(plan: Plan, old: str) -> bool:
+    """max_tokens as max_completion_tokens, or the reverse."""
+    body, is_there = plan.edit.body, old in plan.edit.body and plan.upstream is CHAT
+    if is_there:
+        new = "max_tokens" if old == "max_completion_tokens" else "max_completion_tokens"
+        body.setdefault(new, plan.edit.drop(body, old))
+    return is_there
+
+def lower_effort(plan: Plan, words: str) -> bool:
+    """The nearest effort that the message lists, else of those that the catalogue lists."""
+    holder, key = next((p for path in _EFFORTS for p in places(plan.edit.body, path)), ({}, ""))
+    wish = str(holder.get(key))
+    listed = re.findall(r"\b(?:none|minimal|low|medium|high|xhigh|max)\b", words) or [
+        effort for effort in plan.model.efforts if effort != wish]
+    if holder and listed and wish not in listed:
+        holder[key] = clamp_effort("low" if wish in ("none", "minimal") else wish, listed)
+        plan.edit.lose("effort", "%s is refused" % wish[:20])
+        plan.words = (" ".join(listed),)             # of the catalogue, too
+    return bool(holder) and holder[key] != wish
+
+def stop_thinking(plan: Plan) -> bool:
+    """A round of tools that was begun without thinking must be ended without."""
+    kinds = [str(as_object((as_list(turn.get("content")) or [0])[0]).get("type"))
+             for turn in plan.turns[-2:]]
+    fits = kinds[-1:] != ["tool_result"] or "thinking" in kinds[0]
+    return not fits and bool(plan.edit.drop(plan.edit.body, "thinking", "the round began without"))
+
+def fit_call_ids(plan: Plan) -> bool:
+    """Call ids that every upstream takes, the same for a call and its result."""
+    found = [(holder, key) for path in _CALL_IDS for holder, key in places(plan.edit.body, path)
+             if word(holder[key]) and fit_call_id(holder[key]) != holder[key]]
+    for holder, key in found:
+        plan.edit.set(holder, key, fit_call_id(holder[key]))
+    return bool(found)
+
+def drop_state(plan: Plan, known: bool = False) -> bool:
+    """Remove thinking and reasoning that only another model, account or route can read: all that
+    is there, or only what was refused before, since new state is welcome."""
+    def is_bad(item: Any) -> bool:
+        state = "".join(str(as_object(item).get(key) or "") for key in _SEALED_FIELDS)
+        return bool(state) and (item.get("type") in _STATE_KINDS or "reasoning_opaque" in item
+                                ) and plan.memory.is_bad(state, known)
+    body, turns, bad = plan.edit.body, plan.turns, False
+    for turn in [turn for turn in turns if "reasoning_opaque" in turn and is_bad(turn)]:
+        bad = [turn.pop(key, None) for key in ("reasoning_opaque", "reasoning_text")] != []
+    for holder, key in [(body, "input")] + [(t, k) for t in turns for k in ("content", "output")]:
+        items = as_list(holder.get(key))
+        kept = [item for item in items if not is_bad(item)]
+        if len(kept) < len(items):
+            bad, holder[key] = True, kept or "[it cannot be read]"
+    if bad:
+        plan.edit.lose("reasoning", REFUSED)
+    return bad
+
+def drop_images(plan: Plan, limit: str = "", keep: str = "") -> bool:
+    """A note instead of the oldest images until the newest `keep` are left, else until the body
+    has `limit` bytes (half of what was refused); never of those that the user asks about now."""
+    size = len(dumps(plan.edit.body))
+    most, plan.words = int(limit or size // 2), (limit or str(size // 2), keep)
+    asked = plan.turns[-1].get("content") if plan.turns else ()
+    found = [part for part in content_parts(plan.edit.body) if part.get("type") in IMAGE_TYPES]
+    spare = [part for part in found if not any(part is one for one in as_list(asked))]
+    left = len(found)
+    while spare and (left > int(keep) if keep else size > most):
+        part, left = spare.pop(0), left - 1
+        size -= len(dumps(part))
+        note = given(type="input_text" if part["type"] == "input_image" else "text", cache_control=(
+            part.get("cache_control")), text="[an image was left out: the upstream takes no more]")
+        part.clear()
+        part.update(note)
+        plan.edit.lose("images", REFUSED)
+    if left < len(found) and not plan.upstream.has_images(plan.edit.body):
+        plan.headers.pop("Copilot-Vision-Request", None)
+    return left < len(found)
+
+def drop_tool(plan: Plan, name: str) -> bool:
+    """A hosted tool goes unless its call is demanded; freeform ones become functions."""
+    tools = list(map(as_object, as_list(plan.edit.body.get("tools"))))
+    hosted = [tool for tool in tools if name in (tool.get("type"), tool.get("name"))
+              and tool.get("type", "function") != "function" and "input_schema" not in tool]
+    kinds = {tool["type"] for tool in hosted}
+    if plan.upstream is RESPONSES and kinds & {"custom", "namespace"}:
+        return not plan.is_translated and avoid(plan, BY_HUB + plan.upstream.path)
+    if hosted and hosted == tools and plan.client is MESSAGES:
+        return avoid(plan, SEARCH_TOOLS)
+    if not hosted or dumps(name) in dumps(plan.edit.body.get("tool_choice")):
+        return False
+    prepare_tools(plan.edit, lambda tool: tool not in hosted)
+    return True
+
+def drop_betas(plan: Plan, names: str) -> bool:
+    """Take what the upstream does not know out of `anthropic-beta`; all of it if it names none."""
+    sent, named = plan.headers.pop("anthropic-beta", ""), re.findall(r"[\w-]+-\d[\w-]*", names)
+    kept = ",".join(beta for beta in sent.split(",") if named and beta not in named)
+    plan.headers.update({"anthropic-beta": kept} if kept else {})
+    if kept != sent:
+        plan.edit.lose("anthropic-beta", REFUSED)
+    return kept != sent
+
+# pattern: searched in "code=C param=P MESSAGE", its groups are what `patch` gets; source: whose
+# words these are; keeps: is the patch remembered, else it is of this request only.
+Repair = collections.namedtuple("Repair", "name pattern patch source statuses keeps",
+                                defaults=((400,), True))
+_NAME = r"['\"`\\]*([\w.$\[\]-]+)['\"`\\]*"        # a field, a path or a tool, in any quotes
+_UN = r"n(?:supported|known|recognized)(?: request)? "
+REPAIRS = (
+    Repair("endpoint", r"code=unsupported_api_for_model", lambda plan: avoid(
+        plan, plan.upstream.path), "Copilot, where its list is wrong", keeps=False),
+    Repair("reasoning state", r"(?i)encrypted (?:function output )?content|invalid .?signature.? in"
+           r"|input item id does not belong|thinking.{0,40}blocks.{0,60}cannot be modified|without "
+           r"its required following item", drop_state, "OpenAI, Anthropic", (400, 401), False),
+    Repair("thinking", r"Expected .?thinking.? or .?redacted", stop_thinking, "Anthropic"),
+    Repair("thinking", r"thinking\.type\.enabled.{0,3} is not supported", lambda plan:
+           think_adaptively(plan.edit), "Claude from 4.7 on"),
+    Repair("thinking", r"(?i)adaptive.{0,3} (?:thinking )?is not supported|tag 'adaptive'",
+           lambda plan: think_within_budget(plan.edit, plan.model), "Claude before 4.6"),
+    Repair("effort", r"(?s)effort\b.*?(?:upported values|one of|must be)(.*)", lower_effort, "all"),
+    Repair("effort", r"code=invalid_reasoning_effort()", lower_effort, "Copilot"),
+    Repair("effort", r"not support the (effort) parameter", lambda plan, word: drop_field(
+        plan, "output_config." + word), "Anthropic"),
+    Repair("limit", r"\b(max_tokens|max_completion_tokens)\b['\"`]*(?: is not support|: Extra)|"
+           + _UN + r"[^:]*: ['\"`]*(max\w*_tokens)\b", rename_limit, "OpenAI, Anthropic"),
+    Repair("limit", r"\b(max_\w*tokens)(?:: \d+ (>)| is too large: .* (at most)) (\d+)", clamp,
+           "Anthropic, OpenAI"),
+    Repair("limit", _NAME + r": (?:Input.* (less|greater) than or equal to|.*Expected a value "
+           r"([<>]=)) (\d+)", clamp, "Anthropic, OpenAI"),
+    Repair("sampling", r"temperature.? and .?(top_p).? cannot both", lambda plan, name:
+           "temperature" in plan.edit.body and drop_field(plan, name), "Claude from 4.5 on"),
+    Repair("tool", r"[Tt]ool (?:type )?" + _NAME + r" is not (?:supported|available)|nsupported "
+           r"tool(?: type)?:? " + _NAME + r"|tag '([\w-]+)' found using|param=tools\S* .*nvalid "
+           r"value: " + _NAME, drop_tool, "Copilot, OpenAI, Anthropic"),
+    Repair("beta", r"(?i)value\(s\) (.*?) for the .?anthropic-beta|(?:invalid|unknown) beta(.*)",
+           drop_betas, "Anthropic, Bedrock"),
+    Repair("call ids", r"\w*id'?: string too long|tool_\w+id: String should|tool_use\.id: String s",
+           fit_call_ids, "OpenAI: 64 or 40 characters; Anthropic: A-Za-z_-"),
+    Repair("prefill", r"not support assistant message prefill|must end with a user message",
+           lambda plan: end_with_user(plan.edit), "Claude from 4.6 on"),
+    Repair("images", r"many-image requests()|too many .{0,9}images.*?(\d+)", lambda plan, *most:
+           drop_images(plan, "", most[-1] or "20"), "Anthropic, Copilot"),
+    Repair("images", r"(?i)image (?:exceeds|dimensions|size)|could not process image", drop_images,
+           "Anthropic: 5 MB, 8000 pixels"),
+    Repair("images", r"\A", drop_images, "Copilot, of too large a body", (413,)),
+    Repair("field", _NAME + r"(?:: Extra inputs|: range| is not supported| is deprecated| does not "
+           r"support)|" + _UN + r"(?:parameter|argument|field|key)s?(?: supplied)?:? " + _NAME
+           + r"|not allowed \(" + _NAME + " w", drop_field, "all, with each release of a client"),
+    Repair("field", r"param=(\S+) .*(?:not support|nsupported|nvalid value|string too long)",
+           drop_field, "OpenAI, of a value that the field cannot have"),
+)
+
+class Memory:
+    """What one account's upstream has refused, for the life of the process and bounded.
+    refused: (model id, path) of what a model does not serve, see also BY_HUB."""
+
+    def __init__(self) -> None:
+        self.refused: set[tuple[str, str]] = set()
+        self._patches: dict[tuple[str, str], tuple[tuple[Repair, tuple[str, ...]], ...]] = {}
+        self._bad: set[str] = set()                          # marks of refused state
+
+    def is_bad(self, data: str, known: bool) -> bool:
+        """Was this refused before (known), or just now: then it is remembered."""
+        mark = stable_id("", data)
+        if not known and len(self._bad) < MAX_MARKS:
+            self._bad.add(mark)
+        return not known or mark in self._bad
+
+    def prepare(self, plan: Plan) -> None:
+        """Change a plan by what was learned before."""
+        plan.memory = self
+        plan.repaired += ["reasoning state"] if self._bad and drop_state(plan, True) else []
+        plan.repaired += [repair.name for repair, words in self._patches.get(plan.key, ())
+                          if repair.patch(plan, *words)]
+
+    def repair(self, plan: Plan, error: ProxyError) -> bool:
+        """Change a refused plan so that it can be asked again; False: no row knows how."""
+        said = "code=%s param=%s %s" % (error.code or "", error.param or "-", error)
+        for repair in REPAIRS if isinstance(error, UpstreamError) and error.answered else ():
+            fits, before = error.status in repair.statuses, len(plan.repaired)
+            for found in re.finditer(repair.pattern, said) if fits else ():
+                plan.words = tuple(group for group in found.groups() if group is not None)
+                if repair.patch(plan, *plan.words):
+                    plan.repaired.append(repair.name)
+                    plan.lessons += [(repair, plan.words)] if repair.keeps else []
+            if len(plan.repaired) > before:
+                return True
+        return False
+
+    def learn(self, plan: Plan) -> None:
+        """What helped is remembered: the plan was accepted."""
+        known = self._patches.get(plan.key, ())
+        fresh = tuple(lesson for lesson in plan.lessons if lesson not in known)
+        if fresh and len(known) + len(self._patches) < MAX_LEARNED:
+            self._patches[plan.key] = known + fresh
+
+# ---- How long a limit lasts ----
+
+_QUOTA_CODES = ("quota_exceeded", "free_quota_exceeded", "overage_limit_reached",
+                "billing_not_configured", "insufficient_quota")
+ACCOUNT_LIMITS = re.compile("(?:user_global|user_weekly|integration)_rate_limited|agent_mode_limit")
+_SPAN = r"(\d+(?:\.\d+)?) ?(ms|milli|[smhd])[a-z]*"
+_WAIT = re.compile(r"(?:again|after|wait|retry|resets?)\b\D{0,20}((?:%s,?(?: and)? ?)+)" % _SPAN)
+_SECONDS = {"ms": 0.001, "milli": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_MOMENT = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d):(\d\d))?")
+
+def is_quota(error: ProxyError) -> bool:
+    """Is the account's allowance used up?"""
+    return error.status == 402 or (error.code or "").partition(":")[0] in _QUOTA_CODES
+
+def limit_s(error: ProxyError, now: float) -> float:
+    """How long an upstream's limit lasts, from the unix time `now`: by retry-after (seconds or a
+    date), the text ('try again in 2 hours', '2026-12-01T00:00:00Z') or the reset of a quota that
+    the headers call exhausted.  Nonsense is clamped, nothing said is a short while."""
+    given, spans = error.headers.get("retry-after", "").strip(), _WAIT.search(str(error).lower())
+    states = [dict(urllib.parse.parse_qsl(value)) for name, value in error.headers.items()
+              if name.startswith(QUOTA_PREFIXES)]
+    texts = [str(error)] + [state.get("rst", "") for state in states
+                            if re.match(r"-|0*(?:\.0*)?\Z", state.get("rem", "1"))]
+    seconds = QUOTA_PAUSE_S if is_quota(error) else LIMIT_PAUSE_S
+    if re.fullmatch(r"-?\d+(?:\.\d+)?", given):
+        seconds = float(given)
+    elif spans and not given[:1].isalpha():
+        seconds = sum(float(n) * _SECONDS[unit] for n, unit in re.findall(_SPAN, spans.group(1)))
+    else:
+        date = email.utils.parsedate_tz(given) if given[:1].isalpha() else None
+        moments = [(*map(int, found.groups("0")), 0, 1, -1, 0)
+                   for found in filter(None, map(_MOMENT.search, texts))]
+        with contextlib.suppress(ValueError, OverflowError):        # the 99th of a month
+            seconds = max(email.utils.mktime_tz(moment) - now              # type: ignore
+                          for moment in ([date] if date else moments))
+    return min(max(seconds, 1.0), QUOTA_LIMIT_S if is_quota(error) else LIMIT_S)
+
+
+# ==== 10. Settings ================================================================================
 # Every value has flag > environment > default.  One table makes the command line, the environment
 # names and the help text.  Pure: the environment is handed in.
 
@@ -4016,6 +4380,7 @@ OPTIONS = (
     Option("data-dir", "", "folder of the login", where="network", env=("COPILOT_PROXY_HOME",)),
     Option("header", (), "NAME=VALUE sent upstream instead of the built-in value", "list",
            where="network"),
+    Option("fallback", "", "model to ask instead when the quota is used up"),
     Option("model-alias", (), "FROM=TO: serve model TO under the name FROM", "list"),
     Option("allow-host", (), "a further name that clients may use in the Host header", "list"),
     Option("cors-origin", (), "a web page's origin that may call the API", "list"),
@@ -4089,6 +4454,7 @@ class Settings:
     tls_relaxed: bool = False
     data_dir: str = ""
     header: tuple[str, ...] = ()
+    fallback: str = ""
     model_alias: tuple[str, ...] = ()
     allow_host: tuple[str, ...] = ()
     cors_origin: tuple[str, ...] = ()
@@ -4180,7 +4546,7 @@ class Settings:
         return url.rstrip("/") if secure or local or tenant else ""
 
 
-# ==== 10. Storage =================================================================================
+# ==== 11. Storage =================================================================================
 # The data folder: mode 0700, files 0600 from their first byte, replaced in one step.  The
 # short-lived Copilot token is never written.
 
@@ -4251,7 +4617,7 @@ class LoginFile:
             return False
 
 
-# ==== 11. Upstream HTTP ===========================================================================
+# ==== 12. Upstream HTTP ===========================================================================
 # All traffic to GitHub and Copilot goes through one urllib opener: proxies, CAs, time limits and
 # connections in one place.  Its handlers keep connections alive in a pool, where the stock ones
 # open one for each call; no redirect is followed.  http.client connects, tunnels and does TLS; the
@@ -4293,6 +4659,15 @@ def wait_readable(sockets: list[Any], timeout_s: float, write: bool = False) -> 
         poller.register(item, select.POLLOUT if write else _POLL_READ)
     numbers = [number for number, _ in poller.poll(max(0, int(timeout_s * 1000 + 0.999)))]
     return [item for item in sockets if item.fileno() in numbers]
+
+def rest(client: Downstream | None, seconds: float) -> None:
+    """Wait, but not for a client that has hung up: ClientGone."""
+    end = time.monotonic() + seconds
+    if client is not None:
+        client.pause()
+        if wait_readable([client], seconds) and client.is_gone():
+            raise ClientGone
+    time.sleep(max(0.0, end - time.monotonic()))
 
 def wait_ready(sock: Any, timeout_s: float, write: bool = False) -> bool:
     """Can this one be read (or written) now, or after at most `timeout_s`?"""
@@ -4339,6 +4714,7 @@ class UpstreamRequest(urllib.request.Request):
         self.headers = dict(headers)
         self.client = client
         self.answer_timeout_s = timeout_s
+        self.is_fresh = False                    # no pooled connection
 
 class Wire:
     """A connection that can be kept: reads raw bytes and watches the client meanwhile.
@@ -4605,7 +4981,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 class _PlainErrors(urllib.request.HTTPErrorProcessor):
     def http_response(self, request: Any, response: Any) -> Any:
-        """Every status is an answer; what it means is decided by sections 12 and 13."""
+        """Every status is an answer; what it means is decided by sections 13 and 14."""
         return response
 
     https_response = http_response
@@ -4638,7 +5014,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         proxy_login = fields_.pop("Proxy-authorization", "") if tunnel else ""
         key = (kind, req.host, tunnel, proxy_login)
         head = render_head("%s %s HTTP/1.1" % (req.get_method(), req.selector), fields_.items())
-        wire = self._pool.take(key)
+        wire = None if req.is_fresh else self._pool.take(key)
         if wire is not None:
             try:
                 return self._talk(wire, req, head, key)
@@ -4663,7 +5039,9 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         except StaleConnection as error:
             wire.close()
             if fresh:
-                raise UpstreamError(str(error)) from None
+                failure = UpstreamError(str(error))
+                failure.unsent = error.unsent
+                raise failure from None
             raise
         except BaseException:
             wire.close()
@@ -4679,6 +5057,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             wire.write(head, req.data or b"")
         except OSError as error:
             broken = error                           # an early answer may still be readable
+        unsent = broken is not None
         data = b""
         while True:
             end = data.find(b"\r\n\r\n")
@@ -4696,7 +5075,9 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             if not more:
                 reason = plain_reason(broken) if broken else "connection closed"
                 kind = UpstreamError if data else StaleConnection
-                raise kind("the upstream gave no answer (%s)" % reason)
+                failure = kind("the upstream gave no answer (%s)" % reason)
+                failure.unsent = unsent and not data
+                raise failure
             data += more
             if len(data) > MAX_HEAD_BYTES and b"\r\n\r\n" not in data:
                 raise UpstreamError("the head of the upstream's answer is too large")
@@ -4807,7 +5188,7 @@ class Upstream:
         return answer.status, value, answer.headers, body
 
 
-# ==== 12. GitHub ==================================================================================
+# ==== 13. GitHub ==================================================================================
 # Login by device flow, exchange of the GitHub token for a Copilot token, the usage answer.
 
 @dataclass(frozen=True)
@@ -5036,7 +5417,7 @@ class DeviceLogin:
         return None
 
 
-# ==== 13. Copilot =================================================================================
+# ==== 14. Copilot =================================================================================
 # One account: its token, its catalogue, and one call to the API with everything that may be
 # replayed before the first byte has gone to the client.
 
@@ -5046,43 +5427,34 @@ class Refreshed:
     `get()` returns at once while the value is fresh.  When it is due one thread fetches, the
     others go on with the old value as long as it is not dead, else they wait for that one fetch.
     After a failed fetch the old value is kept and further tries are spaced by `pauses_s`.
+    value: what is there, without a fetch, None at the start; error: why the last fetch failed.
     `_changed` guards all fields and is held for no I/O."""
 
     def __init__(self, fetch: Callable[[], Any], due: Callable[[Any], bool],
                  dead: Callable[[Any], bool], pauses_s: tuple[float, ...]) -> None:
         self._fetch, self._is_due, self._is_dead, self._pauses_s = fetch, due, dead, pauses_s
         self._changed = threading.Condition()
-        self._value: Any = None
+        self.value: Any = None
         self._busy = False
         self._attempts = 0                    # fetches that have ended
         self._failures = 0                    # of them, failed in a row
         self._retry_at = 0.0                  # monotonic
-        self._error: ProxyError | None = None
-
-    @property
-    def value(self) -> Any:
-        """What is there, without a fetch; None at the start."""
-        return self._value
-
-    @property
-    def error(self) -> ProxyError | None:
-        """Why the last fetch failed; None when it did not."""
-        return self._error
+        self.error: ProxyError | None = None
 
     def get(self, bad: Any = None) -> Any:
         """The value; never the very object `bad`.  Raises what the fetch raised."""
         with self._changed:
             seen = self._attempts
             while True:
-                value = self._value
+                value = self.value
                 usable = value is not None and value is not bad and not self._is_dead(value)
                 early = time.monotonic() < self._retry_at
                 if usable and (not self._is_due(value) or self._busy or early):
                     return value
-                failed = self._error is not None and (self._attempts != seen
+                failed = self.error is not None and (self._attempts != seen
                                                       or early and not self._busy)
-                if failed and self._error is not None:
-                    raise self._error.with_traceback(None)
+                if failed and self.error is not None:
+                    raise self.error.with_traceback(None)
                 if not self._busy:
                     break
                 self._changed.wait()
@@ -5100,13 +5472,13 @@ class Refreshed:
                 self._busy = False
                 self._attempts += 1
                 if value is not None:
-                    self._value, self._error, self._failures, self._retry_at = value, None, 0, 0.0
+                    self.value, self.error, self._failures, self._retry_at = value, None, 0, 0.0
                 else:
                     pause = self._pauses_s[min(self._failures, len(self._pauses_s) - 1)]
                     self._failures += 1
                     self._retry_at = time.monotonic() + pause
-                    self._error = error or UpstreamError("the fetch was broken off")
-                old = self._value
+                    self.error = error or UpstreamError("the fetch was broken off")
+                old = self.value
                 self._changed.notify_all()
         if value is None and error is not None:
             if old is None or old is bad or self._is_dead(old):
@@ -5132,7 +5504,8 @@ class Catalogue:
 
 @dataclass
 class Call:
-    """One call to the Copilot API."""
+    """One call to the Copilot API, and again after a repair.  model: whose limits hold for it,
+    "" for none; sent, cured: how often it went up, and what was tried in `Copilot.send`."""
     path: str
     body: bytes | None = None
     headers: Headers = field(default_factory=dict)     # beside the usual ones
@@ -5140,6 +5513,9 @@ class Call:
     has_started: Callable[[], bool] = bool             # has a byte gone to the client?
     request_id: str = ""
     timeout_s: float = ANSWER_TIMEOUT_S
+    model: str = ""
+    sent: int = 0
+    cured: list[str] = field(default_factory=list)
 
     @property
     def method(self) -> str:
@@ -5158,7 +5534,8 @@ class Copilot:
         self.github_token = github_token
         self.on_token: Callable[[CopilotToken], None] = lambda token: None
         self._version = ""                             # the API version that worked after a 466
-        self.refused: set[tuple[str, str]] = set()     # (model id, path): not served there
+        self.memory = Memory()
+        self._limits: dict[str, tuple[float, UpstreamError]] = {}  # model or "" -> monotonic end
         self._futile_refresh_at = -REACTIVE_PAUSE_S    # monotonic
         self.token = Refreshed(self._fetch_token, self._is_due, self._is_dead,
                                settings.token_retry_s)
@@ -5200,35 +5577,61 @@ class Copilot:
         """An answer below 300.  Raises UpstreamError with the upstream's own status and words,
         AuthError, ClientGone.
 
-        What a second try may cure is tried once each, at most three calls in all, and only while
-        nothing has gone to the client: 401, 421 and the token codes of 403 after a new exchange,
-        466 with another API version, 500/502/503/504/529 after a short pause."""
-        cured: list[str] = []
+        What a second try may cure is tried once each, two at most, and only while nothing has gone
+        to the client: 401, 421 and the token codes of 403 after a new exchange, 466 with another
+        API version, 500/502/503/504/529 after a short pause on a fresh connection.  While a limit
+        of the model or the account lasts nothing is sent."""
+        self.check_limit(call.model)
         token: CopilotToken = self.token.get()
         while True:
             try:
                 version = self._version or API_VERSIONS[0]
+                call.sent += 1
                 answer = self._send_once(call, token)
                 if answer.status < 300:
                     return answer
                 error = self._read_error(answer, call)
             except UpstreamError as problem:
                 error = problem
-            cure = "" if call.has_started() else self._cure_for(error)
-            if not cure or cure in cured or len(cured) >= 2:
-                if error.opaque and "login" in cured:
+            spent = call.has_started() or call.sent >= MAX_CALLS or len(call.cured) >= 2
+            cure = "" if spent else self._cure_for(error)
+            if not cure or cure in call.cured:
+                if error.opaque and "login" in call.cured:
                     self._futile_refresh_at = time.monotonic()
-                raise error
+                raise self._note_limit(error, call.model)
             self._log.debug("%s upstream %d, trying again after: %s", call.request_id,
                             error.status, cure)
-            cured.append(cure)
-            token = self._apply(cure, token, version, error.status)
+            call.cured.append(cure)
+            token = self._apply(cure, token, version, error.status, call.client)
+
+    def _note_limit(self, error: UpstreamError, model: str) -> UpstreamError:
+        """A limit is kept to from here on; the error then says how long it lasts."""
+        if not (error.answered and model and (error.status == 429 or is_quota(error))):
+            return error
+        (now, unix), said = self._clock(), "%s %s" % (error.code, error)
+        seconds, lane = limit_s(error, unix), "" if ACCOUNT_LIMITS.search(said) else model
+        until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix + seconds))
+        told = UpstreamError("%s (a limit of %s until %s local time: nothing is sent before)" % (
+            error, "model " + lane if lane else "the account", until), error.status, error.code,
+            error.param, dict(error.headers, **{"retry-after": "%d" % -(-seconds // 1)}))
+        self._limits[lane] = now + seconds, told
+        self._log.warning("%s", told)
+        return told
+
+    def check_limit(self, model: str) -> None:
+        """Raises what the upstream said when the limit began, as long as it lasts."""
+        for until, told in filter(None, map(self._limits.get, ("", model) if model else ())):
+            seconds = until - self._clock()[0]
+            if seconds > 0:
+                raise UpstreamError(str(told), told.status, told.code, told.param,
+                                    {"retry-after": "%d" % -(-seconds // 1)})
 
     def _send_once(self, call: Call, token: CopilotToken) -> UpstreamResponse:
         headers = self._headers(call, token)
-        return self._upstream.send(UpstreamRequest(
-            call.method, token.api_url + call.path, headers, call.body, call.client,
-            call.timeout_s))
+        request = UpstreamRequest(call.method, token.api_url + call.path, headers, call.body,
+                                  call.client, call.timeout_s)
+        request.is_fresh = "hiccup" in call.cured
+        return self._upstream.send(request)
 
     def _headers(self, call: Call, token: CopilotToken) -> Headers:
         headers = dict(EDITOR_HEADERS)
@@ -5280,7 +5683,8 @@ class Copilot:
             return "" if error.headers.get("retry-after", "0") not in ("0", "1") else "hiccup"
         return ""
 
-    def _apply(self, cure: str, token: CopilotToken, version: str, status: int) -> CopilotToken:
+    def _apply(self, cure: str, token: CopilotToken, version: str, status: int,
+               client: Downstream | None) -> CopilotToken:
         if cure == "login":
             return self.token.get(bad=token)           # type: ignore[no-any-return]
         if cure == "version":
@@ -5291,7 +5695,7 @@ class Copilot:
                                   "--header X-GitHub-Api-Version=...", version, following)
         else:
             least = 2 if status == 503 else 1                    # a second at least for a 503
-            time.sleep(self._settings.hiccup_pause_s * (least + secrets.randbelow(100) / 100))
+            rest(client, self._settings.hiccup_pause_s * (least + secrets.randbelow(100) / 100))
         return token
 
     # -- the catalogue
@@ -5363,7 +5767,7 @@ def passed_headers(headers: Headers) -> Headers:
             if k in PASSED_HEADERS or k.startswith(PASSED_PREFIXES)}
 
 
-# ==== 14. Policy ==================================================================================
+# ==== 15. Policy ==================================================================================
 # When a request may go up, and the App that holds everything together.
 
 class RateLimiter:
@@ -5669,7 +6073,7 @@ def show_token(token: CopilotToken) -> None:
         sys.stderr.flush()
 
 
-# ==== 15. HTTP server =============================================================================
+# ==== 16. HTTP server =============================================================================
 # Threads prepare, one loop relays.  A worker thread reads a request, finds its route and calls the
 # endpoint; a streamed answer and an idle connection belong to the RelayLoop, so that a thousand of
 # them hold no thread.  Every error is rendered here and nowhere else.
@@ -6678,7 +7082,7 @@ class Server(ThreadingHTTPServer):
         return not self._running
 
 
-# ==== 16. Page ====================================================================================
+# ==== 17. Page ====================================================================================
 # What a browser shows at / and /auth/device: one page, no outside resource.  It holds no data; its
 # script fetches /health, /models and /usage of this server.
 
@@ -6794,7 +7198,7 @@ PAGE_HEADERS = {
 }
 
 
-# ==== 17. Endpoints ===============================================================================
+# ==== 18. Endpoints ===============================================================================
 # One short function per route, and the table of routes.
 
 def resolve(exchange: Exchange, body: Json) -> tuple[Copilot, Model]:
@@ -6829,17 +7233,14 @@ def with_login(exchange: Exchange, copilot: Copilot, work: Callable[[], Any]) ->
 
 def fit_model(data: bytes, edit: Edit, model_id: str) -> bytes:
     """The body to send: the client's own bytes where nothing but the model's id changes."""
-    body = edit.body
-    asked = body["model"]
-    if edit.changed:
-        body["model"] = model_id
-        return dumps(body)
-    if asked == model_id:
+    asked = edit.body["model"]
+    if asked == model_id and not edit.changed:
         return data
-    places = list(re.finditer(rb'"model"\s*:\s*' + re.escape(dumps(asked)), data))
-    if len(places) != 1:
-        return dumps(dict(body, model=model_id))
-    start, end = places[0].span()
+    found = () if edit.changed else list(
+        re.finditer(rb'"model"\s*:\s*' + re.escape(dumps(asked)), data))
+    if len(found) != 1:
+        return dumps(dict(edit.body, model=model_id))
+    start, end = found[0].span()
     return data[:start] + b'"model":' + dumps(model_id) + data[end:]
 
 def upstream_headers(exchange: Exchange, client: Dialect, upstream: Dialect, body: Json) -> Headers:
@@ -6906,53 +7307,131 @@ def complete(dialect: Dialect, exchange: Exchange) -> None:
         keep(str(plan.answer.get("id")), data)
     exchange.reply(data)
 
+def make_plan(exchange: Exchange, client: Dialect, body: Json, copilot: Copilot, model: Model,
+              repaired: list[str]) -> Plan | None:
+    """How to ask a model, with all that was learned of it; None: its client was told that there
+    is no search.  Raises BadRequest."""
+    refused = copilot.memory.refused
+    upstream = choose_upstream(client, model, refused)
+    kinds = [str(as_object(tool).get("type")) for tool in as_list(body.get("tools"))]
+    has_search = upstream is MESSAGES and (model.id, SEARCH_TOOLS) not in refused
+    if client is MESSAGES and kinds and not has_search and all(
+            kind.startswith(SEARCH_TOOLS) for kind in kinds):
+        tell_no_search(exchange, body, model)
+        return None
+    plan = Plan(client, upstream, body, model, int(time.time()), exchange.id,
+                (model.id, BY_HUB + upstream.path) in refused)
+    plan.headers = upstream_headers(exchange, client, upstream, body)
+    if plan.streams:
+        plan.headers["Accept"] = "text/event-stream"
+    plan.repaired = repaired
+    copilot.memory.prepare(plan)
+    return plan
+
 def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: Copilot,
         model: Model, keep: Callable[[str, bytes], None] | None = None
         ) -> tuple[Plan, UpstreamResponse] | None:
     """Send a request, `data` parsed, in a dialect that the model speaks -> (plan, answer), None
-    when the client was told of an error within its stream.  Where the upstream's list turns out
-    to be wrong another dialect is tried, once."""
+    when the client was told otherwise.  What the upstream refuses is repaired, see section 9;
+    when the quota is used up another model may be asked (--fallback)."""
     if not isinstance(body.get("stream"), (bool, type(None))):
         raise BadRequest("'stream' must be true or false", param="stream")
-    is_replay = False
+    call = Call("", b"", {}, exchange.client, lambda: exchange.started, exchange.id,
+                exchange.app.settings.answer_timeout_s)
+    plan: Plan | None = None
+    repaired: list[str] = []
+    repairs, admitted = 0, False
     while True:
-        upstream = choose_upstream(client, model, copilot.refused)
-        headers = upstream_headers(exchange, client, upstream, body)
-        plan = Plan(client, upstream, body, model, int(time.time()), exchange.id)
-        tell_losses(exchange, plan.edit.losses)
-        sent = fit_model(data, plan.edit, model.id) if upstream is client else dumps(plan.edit.body)
-        if plan.streams:
-            headers["Accept"] = "text/event-stream"
-        if not is_replay:
+        plan = plan or make_plan(exchange, client, body, copilot, model, repaired)
+        if plan is None:
+            return None
+        call.path, call.headers, call.model = plan.upstream.path, plan.headers, model.id
+        call.body = dumps(plan.edit.body) if plan.is_translated else fit_model(
+            data, plan.edit, model.id)
+        tell_losses(exchange, plan.edit.losses, repaired)
+        if not admitted:
             admit(exchange, plan.edit.body, model)
-        exchange.route = "translated" if plan.is_translated else "passthrough"
+        admitted, exchange.route = True, "translated" if plan.is_translated else "passthrough"
         if plan.pipeline is not None:
             plan.pipeline.on_final = keep
             exchange.expect_stream(client.keepalive)
-        call = Call(upstream.path, sent, headers, exchange.client, lambda: exchange.started,
-                    exchange.id, exchange.app.settings.answer_timeout_s)
         try:
             answer = with_login(exchange, copilot, functools.partial(copilot.send, call))
+            copilot.memory.learn(plan)
             exchange.headers.update(passed_headers(answer.headers))
             return plan, answer
         except ProxyError as error:
-            if error.code == "unsupported_api_for_model" and not is_replay:
-                copilot.refused.add((model.id, upstream.path))
-                is_replay, body = True, loads(data)
+            may_try = not exchange.started and call.sent < MAX_CALLS
+            other = fall_back(exchange, copilot, model, error) if may_try else None
+            if other is not None:
+                model, body, plan = other, dict(loads(data), model=other.id), None
+                data = dumps(body)
                 continue
-            if plan.pipeline is None or not exchange.started:
+            if may_try and repairs < MAX_REPAIRS and copilot.memory.repair(plan, error):
+                repairs += 1
+                if plan.is_stale:
+                    body, plan = loads(data), None
+                continue
+            if error.overflow == (0, 0):
+                size = estimate_tokens(loads(data), model.is_claude)
+                most = model.limit("max_prompt_tokens") or size - 1
+                error.overflow = max(size, most + 1), most
+            is_told = error.overflow and client is RESPONSES     # Codex reads it in a stream only
+            if plan.pipeline is None or not (exchange.started or is_told):
                 raise
             exchange.failure = str(error)
             exchange.finish(plan.pipeline.close(error))
             return None
 
-def tell_losses(exchange: Exchange, losses: list[tuple[str, str]]) -> None:
-    """What did not go upstream: to the client, the log and /stats."""
-    if losses:
-        names = sorted({name for name, _ in losses})
-        exchange.headers["x-copilot-proxy-lossy"] = ", ".join(names)
-        exchange.app.log.debug("%s lost: %s", exchange.id, losses)
-        exchange.app.stats.count("losses", *names)
+def fall_back(exchange: Exchange, copilot: Copilot, model: Model, error: ProxyError
+              ) -> Model | None:
+    """The model of --fallback where a quota is used up, told in header and log; else None."""
+    name, headers, other = exchange.app.settings.fallback, exchange.headers, model
+    if name and is_quota(error) and "x-copilot-proxy-fallback" not in headers:
+        with contextlib.suppress(ProxyError):
+            other = copilot.find_model(name)
+    if other.id == model.id:
+        return None
+    exchange.app.log.warning("%s the quota for %s is used up: %s answers (--fallback)",
+                             exchange.id, model.id, other.id)
+    headers["x-copilot-proxy-fallback"] = "%s -> %s" % (model.id, other.id)
+    exchange.model = other.id
+    return other
+
+def tell_no_search(exchange: Exchange, body: Json, model: Model) -> None:
+    """Claude Code asks for a search in a request of its own.  Where the upstream has none the
+    answer is a search that failed, instead of words made without one."""
+    query = text_of(as_object((as_list(body.get("messages")) or [0])[-1]).get("content"))
+    use = stable_id("srvtoolu_", exchange.id)
+    blocks: list[Json] = [
+        {"type": "server_tool_use", "id": use, "name": "web_search", "input": {"query": query}},
+        {"type": "web_search_tool_result", "tool_use_id": use, "content": {
+            "type": "web_search_tool_result_error", "error_code": "unavailable"}},
+        {"type": "text", "text": "Web search failed: GitHub Copilot does not serve it for %s."
+         % model.id}]
+    request = Request(str(body["model"]), "messages", key=exchange.id)
+    if body.get("stream") is not True:
+        whole = MESSAGES.encode_response(Response(exchange.id, ""), request)
+        exchange.reply_json(dict(whole, content=blocks))
+        return
+    encoder = MESSAGES.stream_encoder(request)
+    frames = [Frame(kind, dumps(dict({"type": kind, "index": at}, **more))).encode()
+              for at, block in enumerate(blocks) for kind, more in (
+                  ("content_block_start", {"content_block": block}), ("content_block_stop", {}))]
+    exchange.expect_stream(MESSAGES.keepalive)
+    exchange.finish(b"".join([encoder.feed(ResponseStart(exchange.id, "")), *frames,
+                              encoder.feed(ResponseEnd("stop"))]))
+
+def tell_losses(exchange: Exchange, losses: list[tuple[str, str]], repaired: Iterable[str] = ()
+                ) -> None:
+    """What did not go upstream, and what was repaired: to the client, the log and /stats."""
+    for group, names in (("lossy", {name for name, _ in losses}), ("repaired", set(repaired))):
+        header = "x-copilot-proxy-" + group
+        told = set(filter(None, exchange.headers.get(header, "").split(", ")))
+        if names - told:
+            exchange.headers[header] = ", ".join(sorted(names | told))
+            exchange.app.log.debug("%s %s: %s", exchange.id, group, losses or repaired)
+            exchange.app.stats.count(group, *sorted(names - told))
 
 def refuse_websocket(exchange: Exchange) -> None:
     """Codex asks for a WebSocket first and falls back to HTTP when told so at once."""
@@ -6972,6 +7451,7 @@ def count_tokens(exchange: Exchange) -> None:
         copilot, model = resolve(exchange, body)
         is_claude = model.is_claude
         check_endpoint(model, MESSAGES.path)
+        copilot.check_limit(model.id)
         edit = Edit(body)
         MESSAGES.prepare_count(edit, model)
         headers = upstream_headers(exchange, MESSAGES, MESSAGES, body)
@@ -7065,7 +7545,8 @@ def stats(exchange: Exchange) -> None:
     """Counts since the start: requests by route and status, losses by field."""
     counts = exchange.app.stats.report()
     exchange.reply_json({"uptime_s": round(time.time() - exchange.app.started, 1),
-                         "losses": counts.pop("losses", {}), "requests": counts})
+                         "losses": counts.pop("lossy", {}),
+                         "repairs": counts.pop("repaired", {}), "requests": counts})
 
 def embeddings(exchange: Exchange) -> None:
     """Strings only upstream, floats only back: wrapped, split, merged and packed here."""
@@ -7088,7 +7569,7 @@ def embeddings(exchange: Exchange) -> None:
     for at in range(0, len(texts), batch):
         part = dict(body, model=model.id, input=texts[at:at + batch])
         answer = copilot.send(Call("/embeddings", dumps(part), {}, exchange.client,
-                                   request_id=exchange.id))
+                                   request_id=exchange.id, model=model.id))
         exchange.headers.update(passed_headers(answer.headers))
         merge_embeddings(data, counts, answer.read_all(exchange.client), len(part["input"]))
     for at, item in enumerate(data):
@@ -7228,7 +7709,7 @@ ROUTES: Routes = {
 }
 
 
-# ==== 18. Demo ====================================================================================
+# ==== 19. Demo ====================================================================================
 # `start --demo`: a make-believe GitHub and Copilot on a loopback port of this process, so that a
 # client can be tried without account and network.  The proxy's own code runs unchanged; only the
 # upstream's address differs.  Every answer says that it is the demo.
@@ -7346,7 +7827,7 @@ def start_demo(settings: Settings) -> Server:
     return server
 
 
-# ==== 19. Commands ================================================================================
+# ==== 20. Commands ================================================================================
 # One function per command.  Each gets the App and the parsed flags and returns an exit code:
 # 0 ok, 1 failure, 2 usage, 130 interrupt.
 
@@ -7716,7 +8197,7 @@ def set_up_logging(verbose: bool) -> None:
     log.propagate = False
 
 
-# ==== 20. Main ====================================================================================
+# ==== 21. Main ====================================================================================
 
 def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int:
     """Run one command -> exit code.  `main(["start", "--port", "0"])`

@@ -1699,6 +1699,8 @@ class FakeUpstream:
         self.count_tokens_fails = False
         self.gemini_needs_opaque = False   # refuse Gemini tool calls without reasoning_opaque
         self.lenient: Set[str] = set()     # names of checks to skip
+        #: called with each Ask before the checks; may raise Refuse: a backend stricter than usual
+        self.refusals: List[Callable[[Ask], None]] = []
         self.quirks: Set[str] = set(QUIRKS)
         self.key: bytes = share.key if share else b"fake sealing key"
         # -- records
@@ -2079,6 +2081,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _speak(self, dialect: Dialect, ask: Ask) -> None:
         """Check a request to a model and answer it."""
+        for refuse in self.fake.refusals:
+            refuse(ask)
         run_checks(dialect.checks, ask)
         said = answer(ask, read_prompt(dialect, ask.body), dialect.reasons(ask))
         streams = int(bool(ask.body.get("stream")))

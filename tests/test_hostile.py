@@ -690,6 +690,8 @@ class SecretTest(HostileCase):
                     ask("POST", path, make("a"))
                     with self.fake.changed:
                         self.fake._scripts.pop(PATHS[path], None)
+                    if self.proxy.app.account:
+                        self.proxy.app.account._limits.clear()
             ask("POST", path, {"model": "nope"})
             ask("POST", path, b"{" + self.KEYS[0].encode())
         self.fake.revoke_tokens()

@@ -393,7 +393,9 @@ class MessagesRequests(Requests):
 
     def test_server_tools_go_and_their_history_is_told_as_text(self) -> None:
         tool = {"name": "a", "input_schema": SCHEMA}
-        web = {"type": "web_search_20250305", "name": "web_search"}
+        search = {"type": "web_search_20250305", "name": "web_search"}
+        self.unchanged(SONNET, message(tools=[search]))      # a refusal of it is told
+        web = {"type": "web_fetch_20250910", "name": "web_fetch"}
         self.becomes(SONNET, message(tools=[web, tool]),
                      {"tools": [{"name": "a", "input_schema": PLAIN_SCHEMA}]}, ["tools"])
         self.becomes(SONNET, message(tools=[web], tool_choice={"type": "auto"}),
