@@ -7319,11 +7319,10 @@ def make_plan(exchange: Exchange, client: Dialect, body: Json, copilot: Copilot,
             kind.startswith(SEARCH_TOOLS) for kind in kinds):
         tell_no_search(exchange, body, model)
         return None
+    headers = upstream_headers(exchange, client, upstream, body)     # as the client wrote it
     plan = Plan(client, upstream, body, model, int(time.time()), exchange.id,
                 (model.id, BY_HUB + upstream.path) in refused)
-    plan.headers = upstream_headers(exchange, client, upstream, body)
-    if plan.streams:
-        plan.headers["Accept"] = "text/event-stream"
+    plan.headers = dict(headers, Accept="text/event-stream") if plan.streams else headers
     plan.repaired = repaired
     copilot.memory.prepare(plan)
     return plan
