@@ -4137,7 +4137,7 @@ def drop_state(plan: Plan, known: bool = False) -> bool:
     def is_bad(item: Any) -> bool:
         state = "".join(str(as_object(item).get(key) or "") for key in _SEALED_FIELDS)
         return bool(state) and (item.get("type") in _STATE_KINDS or "reasoning_opaque" in item
-                                ) and plan.memory.is_bad(state, known)
+                                ) and plan.memory.is_bad(plan.model.id + state, known)
     body, turns, bad = plan.edit.body, plan.turns, False
     for turn in [turn for turn in turns if "reasoning_opaque" in turn and is_bad(turn)]:
         bad = [turn.pop(key, None) for key in ("reasoning_opaque", "reasoning_text")] != []
