@@ -7,7 +7,7 @@ One file, standard library only, Python 3.8 or newer.  Copy it anywhere and run:
     python copilot_proxy.py start --demo   the same with no account and no network
     python copilot_proxy.py check-usage    what is left of the quota
 
-Map of the file.  A section uses only names from sections above it; 2 to 10 are pure: no socket,
+Map of the file.  A section uses only names from sections above it; 2 to 11 are pure: no socket,
 file, thread, clock or random number, so they can be read and tested by themselves.
 
      1 Imports             what of the standard library is used
@@ -17,20 +17,21 @@ file, thread, clock or random number, so they can be read and tested by themselv
      5 Vocabulary          Usage, Model, Request, Response, events: common to all dialects
      6 Framing             HTTP heads, bodies and server-sent events, bytes in, values out
      7 Dialects            ChatCompletions, Responses, Messages: rules, streams, translation
-     8 Planning            which model is meant, which way to ask it, token estimate
-     9 Repairs             what the upstream refuses, and how it is asked again
-    10 Settings            flag > environment > default
-    11 Storage             the folder with the login
-    12 Upstream HTTP       one urllib opener with a keep-alive pool
-    13 GitHub              device flow, token exchange, usage
-    14 Copilot             headers, the short-lived token, the model catalogue, one call
-    15 Policy              rate limit, approval by hand, counts, kept responses
-    16 HTTP server         connections, requests, answers, the relay of a stream
-    17 Page                what a browser shows
-    18 Endpoints           one short function per route, the table of routes
-    19 Demo                a make-believe GitHub and Copilot inside this process
-    20 Commands            start, auth, check-usage, debug, models
-    21 Main
+     8 Transcript care     histories mended, prompt cache marked, images, compaction
+     9 Planning            which model is meant, which way to ask it, token estimate
+    10 Repairs             what the upstream refuses, and how it is asked again
+    11 Settings            flag > environment > default
+    12 Storage             the folder with the login
+    13 Upstream HTTP       one urllib opener with a keep-alive pool
+    14 GitHub              device flow, token exchange, usage
+    15 Copilot             headers, the short-lived token, the model catalogue, one call
+    16 Policy              rate limit, approval by hand, counts, kept responses
+    17 HTTP server         connections, requests, answers, the relay of a stream
+    18 Page                what a browser shows
+    19 Endpoints           one short function per route, the table of routes
+    20 Demo                a make-believe GitHub and Copilot inside this process
+    21 Commands            start, auth, check-usage, debug, models
+    22 Main
 
 The way of a request:
 
@@ -43,9 +44,10 @@ StreamDecoder (upstream bytes to neutral events) and a StreamEncoder (events to 
 
 Hosts contacted: github.com and api.github.com (login, token exchange, usage), and the Copilot API
 host that GitHub names together with the token (*.githubcopilot.com).  With --github-url and
---copilot-url: those instead.  Nothing else, ever: no telemetry, no update check.
+--copilot-url: those instead.  With --fetch-images the hosts of images that clients name by URL.
+Nothing else, ever: no telemetry, no update check.
 
-Files written: `github_token` (mode 0600) in the data folder, see section 11.  Nothing else.
+Files written: `github_token` (mode 0600) in the data folder, see section 12.  Nothing else.
 
 Secrets held: the GitHub token (in that file and in memory) and the Copilot token made from it (in
 memory only, about 30 minutes).  They go to the hosts they belong to, and never to a log, an error
@@ -183,6 +185,7 @@ EMBEDDING_BATCH = 512                    # upstream's max_inputs
 MAX_NAMES = 200
 STORE_COUNT, STORE_BYTES = 2000, 64 * 1024 * 1024    # of answers that clients may name later
 STORE_AGE_S = 6 * 3600.0
+IMAGE_BYTES, IMAGE_TIMEOUT_S, IMAGE_CACHE = 5 * 1024 * 1024, 15.0, 12    # of fetched images
 ATTACHMENTS_URL = "https://github.com/github-copilot/chat/attachments/"
 
 # ==== 3. Errors ===================================================================================
@@ -378,10 +381,6 @@ def stable_id(prefix: str, text: str) -> str:
     """A short id made from a long one, always the same: 'rs_' + 32 hex digits."""
     return prefix + hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
 
-def shorten_id(text: str) -> str:
-    """A call id that fits into 64 characters; equal ids stay equal."""
-    return text if len(text) <= MAX_ID_CHARS else stable_id("call_", text)
-
 def floats_to_base64(vector: list[float]) -> str:
     """Little-endian float32 in base64, as the OpenAI SDKs ask for.  Raises UpstreamError."""
     try:
@@ -493,6 +492,7 @@ class Edit:
         self.body = body
         self.changed = False
         self.losses = [] if losses is None else losses       # (field, reason)
+        self.names: dict[bytes, bytes] = {}    # a shortened tool's name as JSON -> the client's
 
     def set(self, target: Json, key: str, value: Any) -> None:
         """Set `key` where it is not `value` already; its place among the keys stays."""
@@ -1093,6 +1093,12 @@ def is_whole_event(raw: bytes) -> bool:
     except ValueError:
         return False
 
+def restore_names(data: bytes, names: Mapping[bytes, bytes]) -> bytes:
+    """Whole frames or a whole answer with the names of tools as the client wrote them."""
+    for short, name in names.items():
+        data = data.replace(short, name)       # quoted, so inside no other string
+    return data
+
 class StreamRelay:
     """A pure pipeline for one streamed answer: upstream bytes in, client bytes out.
 
@@ -1107,6 +1113,7 @@ class StreamRelay:
         self.ended = False
         self.failure: str | None = None
         self.on_final: Callable[[str, bytes], None] | None = None   # (id, frame of the whole)
+        self.names: Mapping[bytes, bytes] = {}                      # see Edit
         self._cutter = FrameCutter()
 
     def feed(self, data: bytes) -> bytes:
@@ -1114,14 +1121,14 @@ class StreamRelay:
         if self.ended:
             return b""
         block = self._cutter.feed(data)
-        return self._block(block) if block else b""
+        return self._block(restore_names(block, self.names)) if block else b""
 
     def close(self, error: ProxyError | None = None) -> bytes:
         """The end of the upstream's body; `error` says that it was no regular one."""
         out = b""
         if error is None and not self.ended:
             rest = self._cutter.flush()
-            out = self._block(rest) if rest and is_whole_event(rest) else b""
+            out = self._block(restore_names(rest, self.names)) if is_whole_event(rest) else b""
             out += self._finish() if not self.ended else b""
         if not self.ended:
             self.ended = True
@@ -1334,18 +1341,22 @@ def prepare_tools(edit: Edit, is_offered: Callable[[Json], bool], *refused: str)
                 None, "auto", "none"):
             edit.lose("tool_choice", "there are no tools")
 
+def is_inline_image(url: str) -> bool:
+    """The upstream takes data: URLs and its own attachments only."""
+    return url[:5].lower() == "data:" or url.startswith(ATTACHMENTS_URL)
+
 def refuse_image_urls(content: Any, place: str) -> None:
-    """Raises BadRequest for an image that the upstream would have to fetch: it takes data: URLs
-    and its own attachments only."""
+    """Raises BadRequest for an image that the upstream would have to fetch."""
     for part in map(as_object, as_list(content)):
         image = part.get("image_url")
         url = image.get("url") if isinstance(image, dict) else image
         if part.get("type") == "image_url" and not isinstance(url, str):
             raise BadRequest("'image_url.url' must be a string", param=place)
-        if part.get("type") in ("image_url", "input_image") and isinstance(url, str) and (
-                url[:5].lower() != "data:" and not url.startswith(ATTACHMENTS_URL)):
+        if part.get("type") in ("image_url", "input_image") and isinstance(
+                url, str) and not is_inline_image(url):
             raise BadRequest("images by URL are not supported by the upstream: send the image "
-                             "itself as base64 (data:image/png;base64,...)", param=place)
+                             "itself as base64 (data:image/png;base64,...), or start the proxy "
+                             "with --fetch-images", param=place)
 
 # ---- From one dialect to another: what all three share ----
 
@@ -1607,10 +1618,6 @@ def offered_tools(request: Request, model: Model, bare: bool
     alone = len(tools) == 1 or choice == "none"
     return tools, choice if isinstance(choice, Named) else (
         Named(OUTPUT_TOOL) if alone else "required"), None
-
-def wants_cache_marks(request: Request, model: Model) -> bool:
-    """Claude caches only where a mark stands, and OpenAI's clients set none."""
-    return model.is_claude and not any(p.cache for turn in request.turns for p in turn.parts)
 
 def openai_choice(choice: Any, request: Request) -> str | Named | None:
     """tool_choice of either OpenAI shape."""
@@ -2205,11 +2212,6 @@ class ChatCompletions(Dialect):
                 for tool in tools]
             body.update(given(tool_choice={"type": "function", "function": {"name": choice.name}}
                               if isinstance(choice, Named) else choice))
-        if wants_cache_marks(request, model):
-            marked = [m for m in body["messages"] if m["role"] == "system"][-1:]
-            marked += [m for m in body["messages"] if m["role"] in ("user", "tool")][-2:]
-            for message in marked:
-                message["copilot_cache_control"] = EPHEMERAL
         return body
 
     def _write_turn(self, turn: Turn, request: Request, model: Model) -> list[Json]:
@@ -2407,8 +2409,7 @@ _ARGUMENT_EVENTS = ("response.function_call_arguments", "response.custom_tool_ca
 
 def flat_name(namespace: str, name: str) -> str:
     """A tool of a namespace as a function of its own: ('fs', 'read') -> 'fs__read'."""
-    flat = "%s__%s" % (namespace, name) if namespace else name
-    return flat if len(flat) <= MAX_ID_CHARS else stable_id(flat[:31] + "_", flat)[:MAX_ID_CHARS]
+    return "%s__%s" % (namespace, name) if namespace else name
 
 def item_id(item: Json, place: int) -> str:
     """The id under which a client sees an output item: the upstream's first one if it is short."""
@@ -2615,8 +2616,8 @@ class Responses(Dialect):
             return False
         for key in ("id", "internal_chat_message_metadata_passthrough"):
             edit.drop(item, key)
-        if isinstance(item.get("call_id"), str):
-            edit.set(item, "call_id", shorten_id(item["call_id"]))
+        if isinstance(item.get("call_id"), str) and len(item["call_id"]) > MAX_ID_CHARS:
+            edit.set(item, "call_id", stable_id("call_", item["call_id"]))
         for key in ("content", "output"):
             refuse_image_urls(item.get(key), "input[%d]" % at)
             for part in map(as_object, as_list(item.get(key))):
@@ -2989,6 +2990,13 @@ class ResponsesEncoder(StreamEncoder):
         return out + self._event("response.output_item.done", item=item,
                                  output_index=place["output_index"])
 
+    def whole_item(self, item: Json) -> bytes:
+        """The events of an output item that no part stands for."""
+        at = len(self._output)
+        self._output[at] = item
+        return b"".join(self._event("response.output_item." + kind, output_index=at, item=item)
+                        for kind in ("added", "done"))
+
     def _stop(self, event: ResponseEnd) -> bytes:
         self.ended = True
         output = [self._output[at] for at in sorted(self._output)]
@@ -3020,7 +3028,6 @@ _REFUSED_FIELDS = ("context_management", "inference_geo", "speed", "container", 
                    "betas", "contextTier", "service_tier", "cache_control")
 _REFUSED_TOOL_FIELDS = ("eager_input_streaming", "defer_loading", "input_examples", "strict")
 _RESULT_PARTS = ("text", "image", "document")
-_NONCE_LINE = "x-anthropic-billing-header:"
 SEARCH_TOOLS = "web_search_"             # how the types of Anthropic's hosted search begin
 ERROR_STATUS = {names[1]: status for status, names in reversed(list(ERROR_TYPES.items()))}
 _COUNTED_FIELDS = ("model", "messages", "system", "tools", "tool_choice")
@@ -3145,9 +3152,9 @@ class Messages(Dialect):
         if model.version >= (4, 6):                     # these refuse prefill
             end_with_user(edit)
 
-    def prepare_count(self, edit: Edit, model: Model) -> None:
-        """The same for count_tokens, which takes fewer fields and needs no max_tokens."""
-        self.prepare(edit, model)
+    @staticmethod
+    def prepare_count(edit: Edit) -> None:
+        """What prepare has made, for count_tokens: it takes fewer fields."""
         for key in [k for k in edit.body if k not in _COUNTED_FIELDS]:
             edit.drop(edit.body, key)
 
@@ -3157,8 +3164,7 @@ class Messages(Dialect):
         if isinstance(body.get("system"), str):
             edit.set(body, "system", [{"type": "text", "text": body["system"]}])
         blocks = [] if body.get("system") is None else check_list(body, "system")
-        kept = [b for b in blocks if text_of([b]).strip()
-                and not text_of([b]).startswith(_NONCE_LINE)]    # it defeats the prompt cache
+        kept = [b for b in blocks if text_of([b]).strip()]
         if kept:
             edit.replace(body, "system", kept)
         else:
@@ -3202,7 +3208,8 @@ class Messages(Dialect):
         for inner in walk_objects(block) if kind in ("image", "document", "tool_result") else ():
             if inner.get("type") in ("url", "file") and ("url" in inner or "file_id" in inner):
                 raise BadRequest("images and documents by URL or file id are not supported by the "
-                                 "upstream: send them as base64", param=place)
+                                 "upstream: send them as base64, or start the proxy with "
+                                 "--fetch-images (images only)", param=place)
         if kind == "server_tool_use" or kind.endswith("_tool_result"):
             edit.lose(kind, "told as text")
             return {"type": "text", "text": "[%s] %s" % (kind, dumps(
@@ -3293,8 +3300,7 @@ class Messages(Dialect):
                                    str(choice.get("type"))))
         if choice.get("disable_parallel_tool_use"):
             request.parallel_tool_calls = False
-        system = [part for part in self._read_blocks(body.get("system"), "system", request)
-                  if not plain_text(part).startswith(_NONCE_LINE)]
+        system = self._read_blocks(body.get("system"), "system", request)
         if system:
             request.add_turn("system", system)
         for at, message in enumerate(check_list(body, "messages")):
@@ -3380,11 +3386,6 @@ class Messages(Dialect):
                 body["tool_choice"] = dict(written, disable_parallel_tool_use=True)
             elif choice:
                 body["tool_choice"] = written
-        if wants_cache_marks(request, model):
-            marked = system[-1:] + [m["content"][-1] for m in [
-                m for m in body["messages"] if m["role"] == "user"][-2:]]
-            for block in marked:
-                block["cache_control"] = EPHEMERAL
         return body
 
     @staticmethod
@@ -3403,7 +3404,7 @@ class Messages(Dialect):
         return thinking
 
     def _write_turns(self, turns: list[Turn], request: Request) -> list[Json]:
-        """Turns of one role in a row become one message, tool results first in it."""
+        """Turns of one role in a row become one message."""
         messages: list[Json] = []
         for turn in turns:
             content = self._write_blocks(usable_parts(turn, request, self.name), request)
@@ -3411,9 +3412,6 @@ class Messages(Dialect):
                 messages[-1]["content"] += content
             elif content:
                 messages.append({"role": turn.role, "content": content})
-        for message in messages:
-            message["content"].sort(key=lambda b: message["role"] == "user"
-                                    and b.get("type") != "tool_result")
         return messages
 
     def _write_blocks(self, parts: Iterable[Part], request: Request) -> list[Json]:
@@ -3728,17 +3726,446 @@ def parse_answer(data: bytes) -> Json:
         raise UpstreamError("the upstream's answer is no JSON object")
     return value
 
+
+# ==== 8. Transcript care ==========================================================================
+# What becomes of a request on its way up, beside the rules of its dialect: a history that the
+# upstream would refuse is mended, a conversation's head is kept steady for the prompt cache.  It is
+# done to the body in the upstream's dialect, so that translated requests get the same care.  What
+# needs nothing is looked at once and left alone.
+
+INTERRUPTED = "The tool call was interrupted: there is no result."
+ORPHAN = "[result of a tool call that is not part of this conversation]\n"
+SHED_IMAGE = "[an earlier image, left out because the request became too large]"
+MAX_IMAGES = 20                          # the upstream's own limit
+MAX_SENT_BYTES = 5_000_000               # with images; larger bodies were met with 413
+_NONCE_LINE = "x-anthropic-billing-header:"
+_TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
+#: what only OpenAI's models know
+_OPENAI_ONLY = ("logit_bias", "logprobs", "top_logprobs", "metadata", "prediction", "verbosity",
+                "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+                "web_search_options")
+
+# ---- Each call and its result ----
+
+Step = Any     # (item, ids of the calls in it, id of the call it answers, may it stand between?)
+
+def read_steps(item: Json, dialect: Dialect) -> list[Step]:
+    """The steps of one message or item.  Raises AttributeError, TypeError for an odd shape."""
+    role, content, kind = item.get("role"), item.get("content"), str(item.get("type"))
+    if dialect is RESPONSES:
+        call_id, is_call = item.get("call_id"), kind.endswith("_call")
+        if not isinstance(call_id, str) or not is_call and not kind.endswith("_output"):
+            return [(item, (), None, True)]
+        return [(item, [call_id] if is_call else (), None if is_call else call_id, is_call)]
+    if dialect is CHAT:
+        calls = [str(call.get("id")) for call in item.get("tool_calls") or ()]
+        return [(item, calls, str(item.get("tool_call_id")) if role == "tool" else None, False)]
+    blocks = content if isinstance(content, list) else []
+    if role != "user" or not any(block.get("type") == "tool_result" for block in blocks):
+        calls = [str(b.get("id")) for b in blocks if b.get("type") == "tool_use"]
+        return [(item, calls, None, role == "system")]
+    # each block of a turn with results is a step, and so is its end: they must be in one turn
+    return [({"role": role, "content": [block]}, (), str(block.get("tool_use_id"))
+             if block.get("type") == "tool_result" else None, False) for block in blocks] + [
+        ({}, (), None, False)]
+
+def is_paired(steps: Iterable[Step], once: bool) -> bool:
+    """Has each call one result, directly behind it but for what may stand between, and each result
+    its call?  once: no id may come again."""
+    waiting: set[str] = set()
+    seen: set[str] = set()
+    for _, calls, answers, is_loose in steps:
+        if answers is not None:
+            if answers not in waiting:
+                return False
+            waiting.remove(answers)
+        elif waiting and not is_loose:
+            return False
+        if calls:
+            size = len(waiting) + len(calls)
+            waiting.update(calls)
+            if len(waiting) != size or once and not seen.isdisjoint(calls):
+                return False
+            seen.update(calls)
+    return not waiting
+
+def pair_calls(edit: Edit, dialect: Dialect) -> None:
+    """Put each result directly behind its call: a missing one is told as an error, one without a
+    call as text, one that comes twice is told once."""
+    key = "input" if dialect is RESPONSES else "messages"
+    try:          # nothing is kept of what is read: thousands of pieces would wake the collector
+        if is_paired((step for item in edit.body[key] for step in read_steps(item, dialect)),
+                     dialect is MESSAGES):
+            return
+        steps = [step for item in edit.body[key] for step in read_steps(item, dialect)]
+    except (AttributeError, KeyError, TypeError):
+        return                                           # `prepare` says what is wrong with it
+    items: list[Json] = []
+    for item in _in_order(steps, dialect, edit):
+        if dialect is MESSAGES and items and item.get("role") == "user" == items[-1]["role"]:
+            blocks = _as_blocks(items[-1].get("content")) + _as_blocks(item.get("content"))
+            items[-1] = {"role": "user", "content": blocks}
+        elif item:
+            items.append(item)
+    edit.replace(edit.body, key, items)
+
+def _in_order(steps: list[Step], dialect: Dialect, edit: Edit) -> Iterator[Json]:
+    """A result belongs to the latest open call of its id before it, else to one behind it."""
+    places: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)     # of open calls
+    results: dict[tuple[int, int], Json] = {}
+    told: dict[str, list[Json]] = collections.defaultdict(list)
+
+    def settle(item: Json, call_id: str) -> bool:
+        if places[call_id]:
+            place = min(places[call_id], key=lambda place: (-place[0], place[1]))
+            places[call_id].remove(place)
+            results[place] = item
+            told[call_id].append(item)
+        return item in told[call_id]
+
+    early: list[tuple[Json, str]] = []
+    for at, (item, calls, answers, _) in enumerate(steps):
+        for number, call_id in enumerate(calls):
+            places[call_id].append((at, number))
+        if answers is not None and not settle(item, answers):
+            early.append((item, answers))
+    orphans: set[int] = set()
+    for item, answers in early:
+        if not settle(item, answers):
+            orphans.add(id(item))
+            told[answers].append(item)
+    seen: set[str] = set()
+    for at, (item, calls, answers, _) in enumerate(steps):
+        if id(item) in orphans:
+            edit.lose("tool result", "its call is not there: told as text")
+            yield _as_text(item, dialect)
+        elif answers is None:
+            yield item
+        for number, call_id in enumerate(calls):
+            result = results.get((at, number)) or _no_result(item, call_id, dialect)
+            if call_id in seen and dialect is MESSAGES:
+                blocks = [b for b in item["content"] if b.get("type") == "tool_use"]
+                call_id = stable_id("call_", "%s %d" % (call_id, len(seen)))
+                blocks[number]["id"] = result["content"][0]["tool_use_id"] = call_id
+            seen.add(call_id)
+            yield result
+
+def _no_result(item: Json, call_id: str, dialect: Dialect) -> Json:
+    """Nothing where only the client can know what a result looks like."""
+    if dialect is CHAT:
+        return {"role": "tool", "tool_call_id": call_id, "content": INTERRUPTED}
+    if dialect is MESSAGES:
+        return {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call_id,
+                                             "content": INTERRUPTED, "is_error": True}]}
+    kind = str(item["type"]).replace("local_shell", "function") + "_output"
+    is_known = kind in ("function_call_output", "custom_tool_call_output")
+    return {"type": kind, "call_id": call_id, "output": INTERRUPTED} if is_known else {}
+
+def _as_text(item: Json, dialect: Dialect) -> Json:
+    block = item["content"][0] if dialect is MESSAGES else item
+    told = block.get("output" if dialect is RESPONSES else "content")
+    text = dumps(told).decode("utf-8", "replace")[:MAX_ERROR_TEXT] if told else ""
+    return {"role": "user", "content": ORPHAN + (text_of(told) or text)}
+
+# ---- What strict upstreams refuse: nulls, emptiness, ids, names, schemas ----
+
+def drop_nulls(edit: Edit, target: Json, *keep: str) -> None:
+    """Nulls mean nothing, and strict schemas refuse them."""
+    for key in [k for k, value in target.items() if value is None and k not in keep]:
+        edit.drop(target, key)
+
+def fit_id(edit: Edit, target: Any, name: str) -> None:
+    """A call's id, in the call or in its result, as every upstream takes it."""
+    if isinstance(target, dict) and not _CALL_ID.match(str(target.get(name) or "")):
+        edit.set(target, name, fit_call_id(str(target.get(name))))
+
+def tidy_history(edit: Edit, dialect: Dialect, model: Model) -> None:
+    """What `prepare` has left, in all parts of a conversation, and the names of tools."""
+    body, key = edit.body, "input" if dialect is RESPONSES else "messages"
+    drop_nulls(edit, body)
+    for name in _OPENAI_ONLY if dialect is CHAT and not model.is_openai else ():
+        edit.drop(body, name, "" if name in HARMLESS else "the model is not OpenAI's")
+    calls: list[Json] = []
+    kept: list[Json] = []
+    for item in as_list(body.get(key)):
+        if None in item.values():
+            drop_nulls(edit, item, "content", "output")
+        content = item.get("content") or item.get("output")
+        for part in content if isinstance(content, list) else ():
+            if not isinstance(part, dict):
+                continue
+            if None in part.values():
+                drop_nulls(edit, part)
+            kind = part.get("type")
+            if kind == "tool_use":
+                calls.append(part)
+                fit_id(edit, part, "id")
+                if not isinstance(part.get("input"), dict):
+                    edit.set(part, "input", arguments_object(str(part.get("input") or "")))
+            elif kind == "tool_result":
+                fit_id(edit, part, "tool_use_id")
+            elif kind == "image_url":
+                drop_nulls(edit, as_object(part.get("image_url")))
+        if dialect is CHAT:
+            if not _tidy_message(edit, item, model):
+                continue
+            calls += as_list(item.get("tool_calls"))
+        elif "call_id" in item:
+            calls.append(item)
+        kept.append(item)
+    if kept:
+        edit.replace(body, key, kept)
+    fit_names(edit, calls)
+
+def _tidy_message(edit: Edit, message: Json, model: Model) -> bool:
+    """A message of Chat.  False: there is nothing in it."""
+    role, content = message.get("role"), message.get("content")
+    if not message.get("annotations"):                   # [], as SDKs write an answer down
+        edit.drop(message, "annotations")
+    if message.get("tool_calls") == []:
+        edit.drop(message, "tool_calls")
+    for call in as_list(message.get("tool_calls")):
+        fit_id(edit, call, "id")
+    if role == "tool":
+        fit_id(edit, message, "tool_call_id")
+    if isinstance(content, list):
+        for part in [p for p in content if isinstance(p, dict) and "cache_control" in p]:
+            edit.drop(part, "cache_control")             # Anthropic's word for Copilot's mark
+            if model.is_claude:
+                edit.set(message, "copilot_cache_control", EPHEMERAL)
+        edit.replace(message, "content", [p for p in content if not isinstance(p, dict)
+                                          or p.get("type") != "text" or p.get("text")])
+    if message.get("content") or message.get("tool_calls") or message.get("reasoning_opaque"):
+        return True
+    if role == "tool" or content:
+        edit.set(message, "content", "" if role != "tool" or model.is_openai else "(no output)")
+    return role == "tool" or model.is_openai
+
+def fit_names(edit: Edit, calls: list[Json]) -> None:
+    """Names of tools that the upstream would refuse become short ones everywhere alike, which
+    `restore_names` turns back in the answer."""
+    tools = list(map(as_object, as_list(edit.body.get("tools")) + [edit.body.get("tool_choice")]))
+    tools += [inner for tool in tools for inner in as_list(
+        tool.get("tools") or as_object(tool.get("allowed_tools")).get("tools"))]
+    for tool in map(as_object, tools + calls):
+        tool = as_object(tool.get("function")) or tool
+        name = tool.get("name")
+        if isinstance(name, str) and not _TOOL_NAME.match(name):
+            short = stable_id(re.sub(r"[^A-Za-z0-9_-]", "_", name)[:31] + "_", name)
+            edit.names[dumps(short)] = dumps(name)
+            edit.set(tool, "name", short)
+
+_GEMINI_WORDS = (
+    "type", "description", "title", "nullable", "enum", "items", "properties", "format", "required",
+    "minimum", "maximum", "minItems", "maxItems", "minLength", "maxLength", "pattern")
+_GEMINI_FORMATS = ("date-time", "enum", "int32", "int64", "float", "double", None)
+MAX_SCHEMA_DEPTH, MAX_SCHEMA_PIECES = 40, 20_000         # schemas may name themselves
+
+def gemini_schema(schema: Any, root: Json, left: list[int], depth: int = 0) -> Json:
+    """A tool's schema in the words that Gemini knows, references put in.  root: where they lead;
+    left: [how many pieces may still be looked at]."""
+    node = as_object(schema)
+    while isinstance(node.get("$ref"), str) and left[0] > 0:
+        left[0] -= 1
+        path = node["$ref"].strip("#/").split("/")
+        found = functools.reduce(lambda at, name: as_object(at.get(name)), path, root)
+        node = dict(found, **{k: v for k, v in node.items() if k != "$ref"})
+    left[0] -= 1
+    if depth > MAX_SCHEMA_DEPTH or left[0] <= 0:
+        return {"type": "object", "properties": {}}
+    inner = functools.partial(gemini_schema, root=root, left=left, depth=depth + 1)
+    kinds = node["type"] if isinstance(node.get("type"), list) else [node.get("type")]
+    choices = as_list(node.get("anyOf") or node.get("oneOf"))
+    plain = [inner(choice) for choice in choices if as_object(choice).get("type") != "null"]
+    out = {k: v for k, v in node.items() if k in _GEMINI_WORDS and k != "type"}
+    out.update(given(type=next((k for k in kinds if isinstance(k, str) and k != "null"), None),
+                     nullable=True if "null" in kinds or len(plain) < len(choices) else None))
+    for part in list(map(inner, as_list(node.get("allOf")))) + plain * (len(plain) == 1):
+        properties = dict(as_object(part.get("properties")), **as_object(out.get("properties")))
+        required = as_list(part.get("required")) + as_list(out.get("required"))
+        out = dict(part, **out)
+        if properties:
+            out.update(properties=properties, required=required)
+    if len(plain) > 1 and "properties" not in out:       # else they only vary what is required
+        return dict({k: out[k] for k in ("description", "nullable") if k in out}, anyOf=plain)
+    words = {int: "integer", float: "number", bool: "boolean"}
+    options = as_list(out.pop("enum", None))
+    options = [node["const"]] if "const" in node else options
+    kind = out.setdefault("type", "object" if "properties" in out else "array" if "items" in out
+                          else words.get(type(options[0]), "string") if options else "string")
+    shown = [option for option in options if isinstance(option, str) and option]
+    if shown and kind == "string":                       # only strings can be listed
+        out["enum"] = shown
+    elif options:
+        out["description"] = "%s One of %s." % (out.get("description", ""), dumps(options).decode())
+    if out.get("format") not in _GEMINI_FORMATS:
+        del out["format"]
+    items, properties, required = (out.pop(k, None) for k in ("items", "properties", "required"))
+    if kind == "array":
+        items = items[0] if isinstance(items, list) and items else items
+        out["items"] = inner(items) if as_object(items) else {"type": "string"}
+    elif kind == "object":
+        out["properties"] = {k: inner(v) for k, v in as_object(properties).items()}
+        named = [n for n in as_list(required) if isinstance(n, str) and n in out["properties"]]
+        out.update(given(required=list(dict.fromkeys(named)) or None))
+    return out
+
+# ---- The prompt cache, images ----
+
+def drop_nonce(edit: Edit) -> None:
+    """Claude Code's first system line is another in each request and defeats the prompt cache."""
+    body = edit.body
+    first = (as_list(body.get("messages") or body.get("input")) or [{}])[0]
+    heads = [(body, "system"), (body, "instructions"), (as_object(first), "content")]
+    heads += [(as_object(block), "text") for holder, key in heads
+              for block in as_list(holder.get(key))]
+    for holder, key in heads:
+        text = holder.get(key)
+        if isinstance(text, str) and text.startswith(_NONCE_LINE):
+            edit.set(holder, key, text.partition("\n")[2])
+
+def mark_cache(edit: Edit, dialect: Dialect) -> None:
+    """Claude caches only up to a mark.  Where the client set none: on the tools, the system text
+    and the last two turns of the user."""
+    body, native = edit.body, dialect is MESSAGES
+    name = "cache_control" if native else "copilot_cache_control"
+    messages, tools, system = ([one for one in as_list(body.get(k)) if isinstance(one, dict)]
+                               for k in ("messages", "tools", "system"))
+    marked = [target for target in [*tools, *system, *messages] if name in target]
+    if marked or native and any(name in part for part in content_parts(
+            {"messages": messages[::-1]})):                    # marks stand at the end
+        for target in marked[:-4]:
+            edit.drop(target, name, "more than four marks")
+        return
+    roles = [message.get("role") for message in messages] + [None]
+    if not native:
+        system = messages[:next(at for at, role in enumerate(roles) if role not in (
+            "system", "developer"))]
+    turns = [message for message, role, after in zip(messages, roles, roles[1:])
+             if role == "user" or role == "tool" and after not in ("user", "tool")][-2:]
+    for turn in turns if native else ():
+        edit.set(turn, "content", _as_blocks(turn.get("content")))
+    for target in tools[-1:] + system[-1:] + [
+            block for turn in turns for block in (turn["content"][-1:] if native else [turn])]:
+        edit.set(target, name, EPHEMERAL)
+
+def input_items(body: Json) -> list[Json]:
+    """The `input` of a request as items.  'a' -> [{"role": "user", "content": "a"}]"""
+    text = body.get("input")
+    if isinstance(text, str):
+        return [{"type": "message", "role": "user", "content": text}]
+    return [item for item in as_list(text) if isinstance(item, dict)]
+
+def conversation_key(body: Json, model: Model) -> str:
+    """The same for all requests of a conversation: made of what stays at its head."""
+    heads = [next((text_of(item.get("content")) for item in input_items(body)
+                   if item.get("role") in roles), "")
+             for roles in (("system", "developer"), ("user",))]
+    return stable_id("", dumps([model.id, body.get("instructions"), *heads]).decode())
+
+def linked_images(body: Json) -> list[tuple[Json, str, str]]:
+    """(object that holds the URL, its key, the URL) of images that somebody has to fetch."""
+    found = []
+    for part in content_parts(body):
+        holder = as_object(part.get("source") or part.get("image_url")) or part
+        key = "image_url" if holder is part else "url"
+        url = holder.get(key)
+        if part.get("type") in IMAGE_TYPES and isinstance(url, str) and not is_inline_image(url):
+            found.append((holder, key, url))
+    return found
+
+def shed_images(edit: Edit, size: int, limit: int = MAX_SENT_BYTES) -> bool:
+    """Replace the oldest images by a note until a body of `size` bytes is within the limit; the
+    newest stays.  Was there one?"""
+    images = [part for part in content_parts(edit.body) if part.get("type") in IMAGE_TYPES]
+    surplus = len(images) - MAX_IMAGES
+    for at, part in enumerate(images[:-1]):
+        if at >= surplus and size <= limit:
+            return at > 0
+        size -= len(dumps(part))
+        kept = {k: part[k] for k in ("cache_control",) if k in part}
+        kind = "input_text" if part["type"] == "input_image" else "text"
+        part.clear()
+        part.update(kept, type=kind, text=SHED_IMAGE)
+        edit.lose("images", "the oldest left out: the request was too large")
+    return len(images) > 1
+
+# ---- Compaction ----
+
+COMPACTION_TRIGGER = "compaction_trigger"        # with it as last item Codex asks for a compaction
+COMPACTIONS = ("compaction", "compaction_summary", "context_compaction")
+SUMMARY_PROMPT = (
+    "Somebody will continue this conversation who knows nothing of it but what you write now. Give "
+    "them a summary as plain text: what the user wants, in their words where these matter; what "
+    "was decided and why; what was done and found out, with exact names of files, commands, values "
+    "and errors; what is open and the next step. Do not call tools and add nothing else.")
+SUMMARY_HEAD = "Summary of the conversation so far, whose full text is not there any more:\n\n"
+UNREADABLE_SUMMARY = "[a summary of earlier turns stood here that only another model can read]"
+
+def expand_compactions(edit: Edit, upstream: Dialect) -> None:
+    """Our own compactions become text and replace what models did before; the upstream's stay
+    where they can be read."""
+    items = as_list(edit.body.get("input"))
+    kinds = [str(as_object(item).get("type")) for item in items]
+    if COMPACTION_TRIGGER not in kinds and not any(kind in COMPACTIONS for kind in kinds):
+        return
+    kept: list[Any] = []
+    for item, kind in zip(items, kinds):
+        packed = unpack_opaque(item.get("encrypted_content")) if kind in COMPACTIONS else []
+        if packed:
+            kept = [one for one in kept if as_object(one).get("role") in (
+                "user", "system", "developer")]
+            item = {"role": "user", "content": SUMMARY_HEAD + packed[0][2]}
+        elif kind in COMPACTIONS and upstream is not RESPONSES:
+            edit.lose("compaction", FOREIGN_STATE)
+            item = {"role": "user", "content": UNREADABLE_SUMMARY}
+        if kind != COMPACTION_TRIGGER or item is items[-1]:
+            kept.append(item)
+    edit.replace(edit.body, "input", kept)
+
+def compaction_request(body: Json, native: bool) -> Json:
+    """The request for a compaction item, or for a summary; its items are those of `body`."""
+    items = [item for item in input_items(body) if item.get("type") != COMPACTION_TRIGGER]
+    if native:
+        return dict(body, stream=False, input=[*items, {"type": COMPACTION_TRIGGER}])
+    asked = {k: v for k, v in body.items() if k not in ("text", "max_output_tokens")}
+    if body.get("tools"):
+        asked["tool_choice"] = "none"                    # they stay: the history may name them
+    return dict(asked, stream=False, input=[*items, {"role": "user", "content": SUMMARY_PROMPT}])
+
+def fit_body(edit: Edit, upstream: Dialect, model: Model) -> None:
+    """Make a body in the upstream's dialect fit for it.  Raises BadRequest."""
+    pair_calls(edit, upstream)
+    upstream.prepare(edit, model)
+    tidy_history(edit, upstream, model)
+    body, is_gemini = edit.body, model.id.startswith("gemini") or model.vendor == "Google"
+    if upstream is RESPONSES and not body.get("prompt_cache_key"):
+        edit.set(body, "prompt_cache_key", conversation_key(body, model))
+    elif upstream is not RESPONSES and model.is_claude:
+        if model.version >= (4, 6):
+            end_with_user(edit)
+        mark_cache(edit, upstream)
+    for tool in as_list(body.get("tools")) if is_gemini and upstream is CHAT else ():
+        function = as_object(as_object(tool).get("function"))
+        schema = as_object(function.get("parameters"))
+        if schema:
+            edit.set(function, "parameters", gemini_schema(schema, schema, [MAX_SCHEMA_PIECES]))
+
 def translate_request(client: Dialect, upstream: Dialect, body: Json, model: Model
                       ) -> tuple[Edit, Request]:
     """(a body that is fit for the upstream, the request in neutral words).
     Raises BadRequest for what would change the meaning.  `body` may be changed."""
+    before = Edit(body)
+    drop_nonce(before)
+    expand_compactions(before, upstream)
     request = client.decode_request(body)
+    request.losses[:0] = before.losses
     edit = Edit(upstream.encode_request(request, model), request.losses)
-    upstream.prepare(edit, model)
+    fit_body(edit, upstream, model)
     return edit, request
 
 
-# ==== 8. Planning =================================================================================
+# ==== 9. Planning =================================================================================
 # Which model is meant, may it be asked in this dialect, how long is a prompt.
 
 _MODEL_NOISE = re.compile(r"(?:-latest|@[\w-]+|-v\d+(?::\d+)?|-20\d{6}|-20\d\d-\d\d-\d\d)+\Z")
@@ -3858,7 +4285,11 @@ class Plan:
             if wants_stream:
                 self.pipeline = client.stream(self.request.model, body)
             self.edit = Edit(body)
-            client.prepare(self.edit, model)
+            drop_nonce(self.edit)
+            expand_compactions(self.edit, upstream)
+            fit_body(self.edit, upstream, model)
+        if self.pipeline is not None:
+            self.pipeline.names = self.edit.names
         self.request.now, self.request.key = now, key
         body, cap = self.edit.body, model.limit("max_non_streaming_output_tokens")
         wish = max(as_int(body.get(key)) for key in ("max_tokens", "max_completion_tokens"))
@@ -3874,6 +4305,7 @@ class Plan:
 
     def read(self, data: bytes, is_stream: bool) -> tuple[bytes, Usage | None]:
         """(the client's bytes for a whole answer, its token counts).  Raises UpstreamError."""
+        data = restore_names(data, self.edit.names)
         if not self.is_translated and not is_stream:
             self.answer = parse_answer(data)
             changed, usage = self.client.mend(self.answer, self.request.model)
@@ -4035,7 +4467,7 @@ def estimate_tokens(body: Json, is_claude: bool = False) -> int:
     return int(count_text("\n".join(texts)) * (_CLAUDE_FACTOR if is_claude else 1)) + tokens
 
 
-# ==== 9. Repairs ==================================================================================
+# ==== 10. Repairs =================================================================================
 # What the upstream refuses is learned from its own words: a row of REPAIRS knows a text and how to
 # change the request that it was said of.  What helped is remembered for the model as long as the
 # process lives, so that the next request goes up fit.  Nothing that carries the client's meaning
@@ -4327,7 +4759,7 @@ def limit_s(error: ProxyError, now: float) -> float:
     return min(max(seconds, 1.0), QUOTA_LIMIT_S if is_quota(error) else LIMIT_S)
 
 
-# ==== 10. Settings ================================================================================
+# ==== 11. Settings ================================================================================
 # Every value has flag > environment > default.  One table makes the command line, the environment
 # names and the help text.  Pure: the environment is handed in.
 
@@ -4382,6 +4814,8 @@ OPTIONS = (
            where="network"),
     Option("fallback", "", "model to ask instead when the quota is used up"),
     Option("model-alias", (), "FROM=TO: serve model TO under the name FROM", "list"),
+    Option("fetch-images", False, "fetch images that clients name by URL, from public addresses "
+           "only, and send them inline", "switch"),
     Option("allow-host", (), "a further name that clients may use in the Host header", "list"),
     Option("cors-origin", (), "a web page's origin that may call the API", "list"),
     Option("grace", 10.0, "seconds that running answers get at shutdown", "float"),
@@ -4456,6 +4890,7 @@ class Settings:
     header: tuple[str, ...] = ()
     fallback: str = ""
     model_alias: tuple[str, ...] = ()
+    fetch_images: bool = False
     allow_host: tuple[str, ...] = ()
     cors_origin: tuple[str, ...] = ()
     grace: float = 10.0
@@ -4546,7 +4981,7 @@ class Settings:
         return url.rstrip("/") if secure or local or tenant else ""
 
 
-# ==== 11. Storage =================================================================================
+# ==== 12. Storage =================================================================================
 # The data folder: mode 0700, files 0600 from their first byte, replaced in one step.  The
 # short-lived Copilot token is never written.
 
@@ -4617,7 +5052,7 @@ class LoginFile:
             return False
 
 
-# ==== 12. Upstream HTTP ===========================================================================
+# ==== 13. Upstream HTTP ===========================================================================
 # All traffic to GitHub and Copilot goes through one urllib opener: proxies, CAs, time limits and
 # connections in one place.  Its handlers keep connections alive in a pool, where the stock ones
 # open one for each call; no redirect is followed.  http.client connects, tunnels and does TLS; the
@@ -5187,8 +5622,77 @@ class Upstream:
             value = None
         return answer.status, value, answer.headers, body
 
+def is_public(address: str) -> bool:
+    """May an image be fetched from here?  Nothing of this machine, its networks, or the cloud's."""
+    import ipaddress
+    found: Any = ipaddress.ip_address(address.partition("%")[0])
+    found = getattr(found, "ipv4_mapped", None) or getattr(found, "sixtofour", None) or found
+    return bool(found.is_global and not found.is_multicast and not found.is_reserved
+                and not getattr(found, "is_site_local", False))
 
-# ==== 13. GitHub ==================================================================================
+_IMAGE_STARTS = ((b"\x89PNG", "png"), (b"\xff\xd8\xff", "jpeg"), (b"GIF8", "gif"),
+                 (b"RIFF", "webp"))
+
+class ImageFetcher:
+    """`--fetch-images`: images that clients name by URL.  A name is resolved once, all that it
+    stands for must be public, and the connection goes there: another answer of the name server
+    changes nothing.  No credentials, no proxy, no redirects.  The last ones are kept, since each
+    turn of a conversation names them again."""
+
+    def __init__(self, tls_context: Callable[[], Any]) -> None:
+        self.resolve: Callable[..., Any] = socket.getaddrinfo
+        self.is_allowed: Callable[[str], bool] = is_public
+        self.timeout_s = IMAGE_TIMEOUT_S
+        self._tls_context = tls_context
+        self.fetch = functools.lru_cache(IMAGE_CACHE)(self._fetch)
+
+    def _fetch(self, url: str) -> tuple[str, str]:
+        """(media type, base64).  Raises BadRequest."""
+        try:
+            data = self._connect(urllib.parse.urlsplit(url))
+            kind = next((kind for start, kind in _IMAGE_STARTS if data.startswith(start)), "")
+            if not kind:
+                raise ValueError("it is no PNG, JPEG, GIF or WebP image")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise BadRequest("the image at %s cannot be fetched: %s" % (
+                printable(host_of(url)), plain_reason(error)), param="image_url") from None
+        return "image/" + kind, base64.b64encode(data).decode()
+
+    def _connect(self, url: urllib.parse.SplitResult) -> bytes:
+        host, secure = url.hostname or "", url.scheme == "https"
+        if url.scheme not in ("http", "https") or not host or url.username is not None:
+            raise ValueError("only http and https URLs without a password are")
+        port = url.port or (443 if secure else 80)
+        found = [str(entry[4][0]) for entry in self.resolve(host, port, 0, socket.SOCK_STREAM)]
+        if not found or not all(map(self.is_allowed, found)):
+            raise ValueError("its address is not public")
+        connection: Any = http.client.HTTPConnection(host, port)
+        with contextlib.ExitStack() as stack:
+            sock: Any = socket.create_connection((found[0], port), self.timeout_s)
+            stack.callback(lambda: sock.close())
+            if secure:
+                connection.default_port = 443
+                sock = self._tls_context().wrap_socket(sock, server_hostname=host,
+                                                       do_handshake_on_connect=False)
+            timer = threading.Timer(self.timeout_s, socket.socket.shutdown,
+                                    (sock, socket.SHUT_RDWR))        # also for what only drips
+            stack.callback(timer.cancel)
+            timer.start()
+            connection.sock = sock
+            if secure:
+                sock.do_handshake()
+            connection.request("GET", (url.path or "/") + ("?" + url.query if url.query else ""),
+                               headers={"Accept": "image/*", "User-Agent": "copilot-proxy"})
+            answer = connection.getresponse()
+            data: bytes = answer.read(IMAGE_BYTES + 1)
+        if answer.status != 200:
+            raise ValueError("status %d; redirects are not followed" % answer.status)
+        if len(data) > IMAGE_BYTES or answer.length:
+            raise ValueError("it is cut or larger than %d bytes" % IMAGE_BYTES)
+        return data
+
+
+# ==== 14. GitHub ==================================================================================
 # Login by device flow, exchange of the GitHub token for a Copilot token, the usage answer.
 
 @dataclass(frozen=True)
@@ -5417,7 +5921,7 @@ class DeviceLogin:
         return None
 
 
-# ==== 14. Copilot =================================================================================
+# ==== 15. Copilot =================================================================================
 # One account: its token, its catalogue, and one call to the API with everything that may be
 # replayed before the first byte has gone to the client.
 
@@ -5767,7 +6271,7 @@ def passed_headers(headers: Headers) -> Headers:
             if k in PASSED_HEADERS or k.startswith(PASSED_PREFIXES)}
 
 
-# ==== 15. Policy ==================================================================================
+# ==== 16. Policy ==================================================================================
 # When a request may go up, and the App that holds everything together.
 
 class RateLimiter:
@@ -5929,13 +6433,6 @@ class ResponseStore:
         body["input"] = items
         return True
 
-def input_items(body: Json) -> list[Json]:
-    """The `input` of a request as items.  'a' -> [{"role": "user", "content": "a"}]"""
-    given = body.get("input")
-    if isinstance(given, str):
-        return [{"type": "message", "role": "user", "content": given}]
-    return [item for item in as_list(given) if isinstance(item, dict)]
-
 class App:
     """Everything one server needs: settings, login, upstream, policy.  Two can live in a process.
     `account` is None while nobody is logged in; `_lock` guards it and the running login."""
@@ -5952,6 +6449,7 @@ class App:
         self.limiter = RateLimiter(settings.rate_limit, settings.wait)
         self.approval = Approval(settings.manual)
         self.stats, self.store = Stats(), ResponseStore()
+        self.images = ImageFetcher(self.upstream.tls_context)
         self.stop = threading.Event()
         self.started = time.time()
         self.account: Copilot | None = None
@@ -6073,7 +6571,7 @@ def show_token(token: CopilotToken) -> None:
         sys.stderr.flush()
 
 
-# ==== 16. HTTP server =============================================================================
+# ==== 17. HTTP server =============================================================================
 # Threads prepare, one loop relays.  A worker thread reads a request, finds its route and calls the
 # endpoint; a streamed answer and an idle connection belong to the RelayLoop, so that a thousand of
 # them hold no thread.  Every error is rendered here and nowhere else.
@@ -7082,7 +7580,7 @@ class Server(ThreadingHTTPServer):
         return not self._running
 
 
-# ==== 17. Page ====================================================================================
+# ==== 18. Page ====================================================================================
 # What a browser shows at / and /auth/device: one page, no outside resource.  It holds no data; its
 # script fetches /health, /models and /usage of this server.
 
@@ -7198,7 +7696,7 @@ PAGE_HEADERS = {
 }
 
 
-# ==== 18. Endpoints ===============================================================================
+# ==== 19. Endpoints ===============================================================================
 # One short function per route, and the table of routes.
 
 def resolve(exchange: Exchange, body: Json) -> tuple[Copilot, Model]:
@@ -7272,6 +7770,21 @@ def owner_of(exchange: Exchange, copilot: Copilot) -> str:
     keys = [exchange.head.headers.get(name) for name in ("x-api-key", "api-key", "authorization")]
     return stable_id("", "%s %s" % (copilot.github_token, keys))
 
+def inline_images(exchange: Exchange, body: Json) -> None:
+    """--fetch-images: put images that are named by URL into the body.  Raises BadRequest."""
+    links = linked_images(body)[-MAX_IMAGES:] if exchange.app.settings.fetch_images else []
+    if links:
+        exchange.client.pause()
+        for holder, key, url in links:
+            media, data = exchange.app.images.fetch(url)
+            if holder.get("type") == "url":              # Anthropic's words
+                holder.update(type="base64", media_type=media, data=data)
+                del holder[key]
+            else:
+                holder[key] = "data:%s;base64,%s" % (media, data)
+        exchange.client.resume()
+        exchange.body = dumps(body)
+
 def complete(dialect: Dialect, exchange: Exchange) -> None:
     """A request of any dialect to any model."""
     exchange.dialect = dialect
@@ -7282,6 +7795,7 @@ def complete(dialect: Dialect, exchange: Exchange) -> None:
         tell_losses(exchange, request.losses)
         body = dict(CHAT.encode_request(request, model), model=body["model"])
         exchange.body = dumps(body)
+    inline_images(exchange, body)
     keep: Callable[[str, bytes], None] | None = None
     if dialect is RESPONSES:
         owner = owner_of(exchange, copilot)
@@ -7289,6 +7803,10 @@ def complete(dialect: Dialect, exchange: Exchange) -> None:
             exchange.body = dumps(body)
         if body.get("store") is not False:
             keep = functools.partial(exchange.app.store.put, owner, exchange.body)
+        last = as_object((as_list(body.get("input")) or [None])[-1])
+        if exchange.path == COMPACT_PATH or last.get("type") == COMPACTION_TRIGGER:
+            compact(exchange, body, copilot, model, keep)
+            return
     found = ask(exchange, dialect, body, exchange.body, copilot, model, keep)
     if found is None:
         return
@@ -7347,6 +7865,8 @@ def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: C
         call.path, call.headers, call.model = plan.upstream.path, plan.headers, model.id
         call.body = dumps(plan.edit.body) if plan.is_translated else fit_model(
             data, plan.edit, model.id)
+        if "Copilot-Vision-Request" in plan.headers and shed_images(plan.edit, len(call.body)):
+            call.body = fit_model(data, plan.edit, model.id)
         tell_losses(exchange, plan.edit.losses, repaired)
         if not admitted:
             admit(exchange, plan.edit.body, model)
@@ -7381,6 +7901,66 @@ def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: C
             exchange.failure = str(error)
             exchange.finish(plan.pipeline.close(error))
             return None
+
+COMPACT_PATH = "/responses/compact"
+
+def compact(exchange: Exchange, body: Json, copilot: Copilot, model: Model,
+            keep: Callable[[str, bytes], None] | None) -> None:
+    """POST /responses/compact, or a request that ends with a `compaction_trigger`: one item that
+    stands for the conversation so far."""
+    is_route, now = exchange.path == COMPACT_PATH, int(time.time())
+    exchange.head.headers.setdefault("x-initiator", "agent")       # no human asks for this
+    if body.get("stream") is True and not is_route:
+        exchange.expect_stream(RESPONSES.keepalive)
+    encoder = ResponsesEncoder(RESPONSES, Request(exchange.model, now=now, key=exchange.id))
+    out, answer = encoder.feed(ResponseStart("", "")), encoder.answer
+    try:
+        item, exchange.usage = make_compaction(exchange, body, copilot, model)
+        out += encoder.whole_item(dict(item, id=stable_id("cmp_", exchange.id)))
+        out += encoder.feed(ResponseEnd("stop", exchange.usage))
+    except ProxyError as error:
+        if not exchange.started:
+            raise
+        exchange.failure = str(error)
+        out += encoder.feed(StreamError(UpstreamError(str(error), error.status, error.code)))
+    if is_route:
+        answer = {name: answer[name] for name in ("id", "created_at", "output", "usage")}
+        answer["object"] = "response.compaction"
+    elif keep is not None:
+        keep(str(answer["id"]), dumps(answer))
+    if exchange.keepalive:
+        exchange.finish(out)
+    else:
+        exchange.reply_json(answer)
+
+def make_compaction(exchange: Exchange, body: Json, copilot: Copilot, model: Model
+                    ) -> tuple[Json, Usage | None]:
+    """(a compaction item, token counts): the upstream's own where it makes one, else a summary by
+    the same model, packed.  Raises ProxyError."""
+    refusal = model.id, COMPACTION_TRIGGER
+    can = RESPONSES.path in model.endpoints and refusal not in copilot.memory.refused
+    for native in (True, False) if can else (False,):
+        asked = compaction_request(body, native)
+        try:
+            found = ask(exchange, RESPONSES, asked, dumps(asked), copilot, model)
+        except UpstreamError as error:
+            if native and error.status in (400, 404, 422):
+                continue
+            raise
+        if found is None:
+            break                                        # it was told already
+        plan, answer = found
+        usage = plan.read(answer.read_all(exchange.client), plan.streams)[1]
+        output = [as_object(item) for item in as_list(plan.answer.get("output"))]
+        own = [item for item in output if item.get("type") in COMPACTIONS]
+        if native and len(own) == 1 and own[0].get("encrypted_content"):
+            return dict(own[0], type="compaction"), usage
+        text = "\n\n".join(text_of(item.get("content")) for item in output).strip()
+        if text and not native:
+            copilot.memory.refused.update([refusal] if can else ())
+            return {"type": "compaction",
+                    "encrypted_content": pack_opaque("compaction", None, text)}, usage
+    raise UpstreamError("the model gave no summary of the conversation")
 
 def fall_back(exchange: Exchange, copilot: Copilot, model: Model, error: ProxyError
               ) -> Model | None:
@@ -7451,8 +8031,11 @@ def count_tokens(exchange: Exchange) -> None:
         is_claude = model.is_claude
         check_endpoint(model, MESSAGES.path)
         copilot.check_limit(model.id)
+        inline_images(exchange, body)
         edit = Edit(body)
-        MESSAGES.prepare_count(edit, model)
+        drop_nonce(edit)
+        fit_body(edit, MESSAGES, model)
+        MESSAGES.prepare_count(edit)
         headers = upstream_headers(exchange, MESSAGES, MESSAGES, body)
         answer = copilot.send(Call("/v1/messages/count_tokens",
                                    fit_model(exchange.body, edit, model.id), headers,
@@ -7688,6 +8271,7 @@ ROUTES: Routes = {
     "/chat/completions": {"POST": functools.partial(complete, CHAT)},
     "/responses": {"POST": functools.partial(complete, RESPONSES), "GET": refuse_websocket},
     "/responses/input_tokens": {"POST": count_input},
+    COMPACT_PATH: {"POST": functools.partial(complete, RESPONSES)},
     "/responses/*": {"GET": stored_response, "DELETE": stored_response},
     "/completions": {"POST": completions},
     "/messages": {"POST": functools.partial(complete, MESSAGES)},
@@ -7708,7 +8292,7 @@ ROUTES: Routes = {
 }
 
 
-# ==== 19. Demo ====================================================================================
+# ==== 20. Demo ====================================================================================
 # `start --demo`: a make-believe GitHub and Copilot on a loopback port of this process, so that a
 # client can be tried without account and network.  The proxy's own code runs unchanged; only the
 # upstream's address differs.  Every answer says that it is the demo.
@@ -7826,7 +8410,7 @@ def start_demo(settings: Settings) -> Server:
     return server
 
 
-# ==== 20. Commands ================================================================================
+# ==== 21. Commands ================================================================================
 # One function per command.  Each gets the App and the parsed flags and returns an exit code:
 # 0 ok, 1 failure, 2 usage, 130 interrupt.
 
@@ -8196,7 +8780,7 @@ def set_up_logging(verbose: bool) -> None:
     log.propagate = False
 
 
-# ==== 21. Main ====================================================================================
+# ==== 22. Main ====================================================================================
 
 def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int:
     """Run one command -> exit code.  `main(["start", "--port", "0"])`

@@ -35,6 +35,7 @@ import asyncio
 import contextlib
 import gc
 import http.client
+import importlib.util
 import json
 import os
 import platform
@@ -925,10 +926,64 @@ def row_reuse(stage: Stage) -> List[Figure]:
     return [Figure("upstream connections", "per 100", None, opened / 2)]
 
 
+def conversation(size: int) -> Json:
+    """A session of about so many bytes in Claude Code's shape: calls and results of 1 to 8 KB."""
+    roll, total, number = random.Random(1), 0, 0
+    messages: List[Json] = [{"role": "user", "content": [{"type": "text", "text": "Fix it."}]}]
+    while total < size:
+        number += 1
+        text = "line of code = %d\n" % roll.randrange(10 ** 6) * roll.randrange(50, 400)
+        messages.append({"role": "assistant", "content": [
+            {"type": "text", "text": "I look at the next file."},
+            {"type": "tool_use", "id": "toolu_%d" % number, "name": "Read",
+             "input": {"file_path": "/src/file%d.py" % number}}]})
+        messages.append({"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": "toolu_%d" % number,
+             "content": [{"type": "text", "text": text}]}]})
+        total += len(text) + 400
+    messages[-1]["content"][0]["cache_control"] = {"type": "ephemeral"}
+    return {"model": "claude-sonnet-4.6", "max_tokens": 1000, "stream": True, "messages": messages,
+            "system": [{"type": "text", "text": "You are a coding agent. " * 500}],
+            "tools": [{"name": "Read", "input_schema": {"type": "object", "properties": {}}}]}
+
+
+def care(product: Any, body: Json) -> bool:
+    """What transcript care does to a conversation that needs nothing -> was it left alone?"""
+    edit, model = product.Edit(body), product.Model(body["model"])
+    product.drop_nonce(edit)
+    product.expand_compactions(edit, product.MESSAGES)
+    product.pair_calls(edit, product.MESSAGES)
+    product.tidy_history(edit, product.MESSAGES, model)
+    product.mark_cache(edit, product.MESSAGES)
+    return not edit.changed
+
+
+def row_care(stage: Stage) -> List[Figure]:
+    """CPU time, in this process: the least of twenty."""
+    spec = importlib.util.spec_from_file_location("copilot_proxy", stage.options.proxy)
+    product = importlib.util.module_from_spec(spec)
+    sys.modules["copilot_proxy"] = product               # its dataclasses look there
+    spec.loader.exec_module(product)
+    body = conversation(4000000)
+    data = json.dumps(body).encode()
+
+    def least(work: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(20):
+            began = time.process_time()
+            work()
+            times.append(time.process_time() - began)
+        return min(times) * 1e3
+
+    name = "4 MB conversation, CPU: "
+    return [Figure(name + "parsing it", "ms", None, least(lambda: product.loads(data))),
+            Figure(name + "care", "ms", None, least(lambda: care(product, body)))]
+
+
 ROWS: Dict[str, Callable[[Stage], List[Figure]]] = {
     "latency": row_latency, "throughput": row_throughput, "burst": row_burst, "paced": row_paced,
     "bodies": row_bodies, "reuse": row_reuse, "leave": row_leave, "streams": row_streams,
-    "start": row_start}
+    "start": row_start, "care": row_care}
 
 # ==== Endurance ===================================================================================
 

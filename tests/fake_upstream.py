@@ -51,6 +51,8 @@ MESSAGES, COUNT_TOKENS = "/v1/messages", "/v1/messages/count_tokens"
 GRANT_TYPE = "urn:ietf:params:oauth:grant-type:device_code"
 REST_VERSION = "2025-04-01"  # X-GitHub-Api-Version of /copilot_internal/*
 CREATED = 1790000000         # unix time given in every answer
+OPENAI_FIELDS = ("logit_bias", "logprobs", "top_logprobs", "prediction", "metadata",
+                 "prompt_cache_key", "safety_identifier", "web_search_options")
 REQUIRED_HEADERS = ("copilot-integration-id", "editor-plugin-version", "user-agent",
                     "x-github-api-version", "x-request-id", "openai-intent")
 FORBIDDEN_HEADERS = re.compile(
@@ -694,8 +696,9 @@ def check_chat_roles(ask: Ask) -> None:
 
 
 def check_chat_calls(ask: Ask) -> None:
-    """Tool messages answer an earlier call; ids and names keep their patterns."""
-    known: Set[str] = set()
+    """Tool messages answer the calls directly before them, each once, none is left out; ids and
+    names keep their patterns."""
+    waiting: Set[str] = set()
     longest = 40 if ask.name == "gpt-5-mini" else 64
     for message in ask.body["messages"]:
         for call in message.get("tool_calls") or []:
@@ -704,34 +707,98 @@ def check_chat_calls(ask: Ask) -> None:
             if ask.is_openai and len(call["id"]) > longest:
                 raise bad("Invalid 'tool_calls[0].id': string too long. Expected a string with "
                           "maximum length %d" % longest, "string_above_max_length")
-            known.add(call["id"])
-        if message["role"] == "tool" and message.get("tool_call_id") not in known:
-            raise bad("messages with role 'tool' must be a response to a preceding message with "
-                      "'tool_calls'.", param="messages")
+            check_name(call["function"]["name"])
+        if message["role"] == "tool":
+            if message.get("tool_call_id") not in waiting:
+                raise bad("messages with role 'tool' must be a response to a preceding message "
+                          "with 'tool_calls'.", param="messages")
+            waiting.discard(message["tool_call_id"])
+        elif waiting:
+            break
+        else:
+            waiting = {call["id"] for call in message.get("tool_calls") or []}
+        if message.get("tool_calls") == []:
+            raise bad("[] is too short - 'messages.1.tool_calls'", param="messages")
         if ask.fake.gemini_needs_opaque and ask.vendor == "Google" \
                 and message.get("tool_calls") and not message.get("reasoning_opaque"):
             raise bad("Function call is missing a thought_signature")
+    if waiting:
+        raise bad("An assistant message with 'tool_calls' must be followed by tool messages "
+                  "responding to each 'tool_call_id'. The following tool_call_ids did not have "
+                  "response messages: " + ", ".join(sorted(waiting)), param="messages")
+
+
+def check_name(name: str) -> None:
+    """The pattern of tools' names."""
+    if not re.match(r"[a-zA-Z0-9_-]{1,64}\Z", name):
+        raise bad("Invalid 'tools[0].function.name': string does not match pattern.")
+
+
+def check_chat_nulls(ask: Ask) -> None:
+    """A strict schema: no nulls but for `content`, none of OpenAI's own fields for others."""
+    for message in ask.body["messages"]:
+        inner = [node for node in walk(message.get("content"))]
+        if any(value is None for node in inner for value in node.values()) or any(
+                value is None for name, value in message.items() if name != "content"):
+            raise bad("Invalid type for 'messages[0]': expected an object, but got null instead.")
+    for name in OPENAI_FIELDS if not ask.is_openai else ():
+        if name in ask.body:
+            raise bad("Unknown name \"%s\": Cannot find field." % name, param=name)
+
+
+def check_chat_cache(ask: Ask) -> None:
+    """copilot_cache_control is exactly {"type": "ephemeral"}, at most 4 times; cache_control is
+    another service's word."""
+    marks = [node["copilot_cache_control"] for node in ask.body["messages"]
+             + (ask.body.get("tools") or []) if "copilot_cache_control" in node]
+    if len(marks) > 4 or any(mark != {"type": "ephemeral"} for mark in marks):
+        raise bad("A maximum of 4 blocks with cache_control may be provided. Found %d."
+                  % len(marks))
+    if any("cache_control" in node for node in conversation(ask.body)):
+        raise bad("Unrecognized field: cache_control")
 
 
 def check_chat_tools(ask: Ask) -> None:
-    """No empty list; names by pattern; no $schema for Claude and Gemini, which also refuses
-    additionalProperties."""
+    """No empty list; names by pattern; no $schema for Claude and Gemini, which also refuses many
+    other words, lists of types, numbers in enums, and arrays without items."""
     if ask.body.get("tools") == []:
         raise bad("Invalid 'tools': empty array.", "empty_array", "tools")
-    refused = {"Anthropic": ("$schema",), "Google": ("$schema", "additionalProperties")}
+    refused = {"Anthropic": ("$schema",), "Google": (
+        "$schema", "additionalProperties", "$ref", "$defs", "const", "oneOf", "allOf",
+        "propertyNames", "exclusiveMinimum")}
     for tool in ask.body.get("tools") or []:
         function = tool["function"]
-        if not re.match(r"[a-zA-Z0-9_-]{1,64}$", function["name"]):
-            raise bad("Invalid 'tools[0].function.name': string does not match pattern.")
+        check_name(function["name"])
         for node in walk(function.get("parameters")):
+            if ask.vendor == "Google":
+                check_gemini_node(node)
             for name in refused.get(ask.vendor, ()):
                 if name in node:
                     raise bad("Invalid JSON payload received. Unknown name \"%s\" at 'parameters'"
                               % name)
 
 
+def check_gemini_node(node: Json) -> None:
+    """One piece of a schema; a `properties` object is none and is passed by."""
+    kind = node.get("type")
+    if isinstance(kind, dict) or not isinstance(node.get("enum"), (list, type(None))):
+        return
+    if isinstance(kind, list):
+        raise bad("Invalid value at 'parameters' (type), Proto field is not repeating")
+    if node.get("enum") and (kind != "string" or not all(
+            isinstance(value, str) and value for value in node["enum"])):
+        raise bad("Invalid value at 'parameters' (enum), only allowed for STRING type")
+    if kind == "array" and not node.get("items"):
+        raise bad("parameters.items: missing field.")
+    if kind == "string" and node.get("format", "enum") not in ("enum", "date-time"):
+        raise bad("only 'enum' and 'date-time' are supported for STRING type")
+    if not set(node.get("required") or ()) <= set(node.get("properties") or ()):
+        raise bad("parameters.required[0]: property is not defined")
+
+
 CHAT_CHECKS: Checks = (
-    ("shape", check_chat_shape), ("store", forbid("store")),
+    ("shape", check_chat_shape), ("nulls", check_chat_nulls), ("cache", check_chat_cache),
+    ("store", forbid("store")),
     ("service_tier", forbid("service_tier")), ("images", check_image_urls),
     ("limits", check_chat_limits), ("roles", check_chat_roles), ("calls", check_chat_calls),
     ("tools", check_chat_tools), ("sampling", check_sampling), ("effort", check_effort))
@@ -943,21 +1010,41 @@ def check_items(ask: Ask) -> None:
 
 
 def check_outputs(ask: Ask) -> None:
-    """Each tool output answers a call of the same input."""
-    known: Set[str] = set()
+    """Each tool output answers a call of the same input, and each call is answered."""
+    waiting: Set[str] = set()
     for item in response_input(ask.body):
         kind = str(item.get("type"))
-        if kind.endswith("_call"):
-            known.add(item.get("call_id", ""))
-        elif kind.endswith("_call_output") and item.get("call_id") not in known:
-            raise bad("No tool call found for function call output with call_id %s."
-                      % item.get("call_id"), param="input")
+        if kind in ("function_call", "custom_tool_call"):
+            waiting.add(item["call_id"])
+            check_name(item["name"])
+        elif kind.endswith("_call_output"):
+            if item.get("call_id") not in waiting:
+                raise bad("No tool call found for function call output with call_id %s."
+                          % item.get("call_id"), param="input")
+            waiting.remove(item["call_id"])
+    if waiting:
+        raise bad("No tool output found for function call %s." % sorted(waiting)[0], param="input")
+    for tool in ask.body.get("tools") or []:
+        check_name(tool.get("name", "hosted"))
+
+
+def check_compaction(ask: Ask) -> None:
+    """Only a service with remote compaction knows the trigger, and as the last item."""
+    kinds = [item.get("type") for item in response_input(ask.body)]
+    for at, kind in enumerate(kinds):
+        if kind == "compaction_trigger" and not ask.fake.compacts:
+            raise bad("Invalid value: 'compaction_trigger'. Supported values are: 'message', "
+                      "'reasoning', 'function_call' and 'function_call_output'.", "invalid_value",
+                      "input[%d].type" % at)
+        if kind == "compaction_trigger" and at < len(kinds) - 1:
+            raise bad("The 'compaction_trigger' item must be the final input item.")
 
 
 RESPONSES_CHECKS: Checks = (
     ("store", check_store), ("fields", forbid(*RESPONSES_REFUSED)), ("items", check_items),
-    ("outputs", check_outputs), ("images", check_image_urls), ("tools", check_response_tools),
-    ("limits", check_output_limit), ("sampling", check_sampling), ("effort", check_effort))
+    ("outputs", check_outputs), ("compaction", check_compaction), ("images", check_image_urls),
+    ("tools", check_response_tools), ("limits", check_output_limit),
+    ("sampling", check_sampling), ("effort", check_effort))
 
 
 def responses_prompt(body: Json) -> Prompt:
@@ -974,6 +1061,10 @@ def responses_prompt(body: Json) -> Prompt:
 def response_items(said: Said) -> List[Json]:
     """The output items in order, without ids."""
     items: List[Json] = []
+    last = response_input(said.ask.body)[-1]
+    if last.get("type") == "compaction_trigger":
+        return [{"type": "compaction", "encrypted_content": said.ask.fake.seal(
+            "reasoning", "compacted %d items" % len(said.ask.body["input"]))}]
     if said.reasoning:
         summary = [{"type": "summary_text", "text": said.reasoning}]
         sealed = said.ask.fake.seal("reasoning", "state %d" % said.ask.fake.next_number())
@@ -1295,10 +1386,20 @@ def check_signatures(ask: Ask) -> None:
 
 
 def check_tool_results(ask: Ask) -> None:
-    """A tool_result answers a tool_use of the turn before, and each tool_use is answered."""
+    """A tool_result answers a tool_use of the turn before, and each tool_use is answered, before
+    anything else is said; ids are unique and keep their pattern."""
     open_calls: Set[str] = set()
+    known: List[str] = []
     for at, message in enumerate(ask.body["messages"]):
         blocks = message["content"] if isinstance(message["content"], list) else []
+        kinds = [block["type"] == "tool_result" for block in blocks]
+        if sorted(kinds, reverse=True) != kinds or sum(kinds) > len(open_calls) > 0:
+            raise bad_message("messages.%d: `tool_use` ids were found without `tool_result` blocks "
+                              "immediately after" % (at - 1))
+        known += [block["id"] for block in blocks if block["type"] == "tool_use"]
+        for block in blocks:
+            if block["type"] == "tool_use":
+                check_name(block["name"])
         results = {block["tool_use_id"] for block in blocks if block["type"] == "tool_result"}
         for name in sorted(results - open_calls):
             raise bad_message("messages.%d.content.0: unexpected `tool_use_id` found in "
@@ -1307,6 +1408,14 @@ def check_tool_results(ask: Ask) -> None:
             raise bad_message("messages.%d: `tool_use` ids were found without `tool_result` blocks "
                               "immediately after: %s" % (at - 1, name))
         open_calls = {block["id"] for block in blocks if block["type"] == "tool_use"}
+    if open_calls:
+        raise bad_message("messages: `tool_use` ids were found without `tool_result` blocks "
+                          "immediately after: %s" % ", ".join(open_calls))
+    if len(set(known)) < len(known):
+        raise bad_message("messages: `tool_use` ids must be unique")
+    for name in known:
+        if not re.match(r"[a-zA-Z0-9_-]+\Z", name):
+            raise bad_message("tool_use.id: String should match pattern '^[a-zA-Z0-9_-]+$'")
 
 
 COUNT_CHECKS: Checks = (
@@ -1695,6 +1804,7 @@ class FakeUpstream:
         # -- Copilot side
         self.models: List[Json] = default_models()
         self.refused_versions: Set[str] = set()  # X-GitHub-Api-Version values that get 466
+        self.compacts = False              # /responses makes a compaction item for a trigger
         self.billing_notice = False        # /models refuses all but the developer CLI identity
         self.count_tokens_fails = False
         self.gemini_needs_opaque = False   # refuse Gemini tool calls without reasoning_opaque

@@ -16,13 +16,13 @@ import copilot_proxy as cp
 from fake_upstream import FakeUpstream
 
 BANNER = re.compile(r"# ==== (\d+)\. (.+?) =+\Z")
-PURE = range(2, 11)
+PURE = range(2, 12)
 IMPURE = {"socket", "os", "time", "threading", "select", "random", "secrets", "subprocess", "sys",
           "tempfile", "ssl", "shutil", "signal", "socketserver", "uuid", "pathlib", "sqlite3",
           "asyncio", "multiprocessing", "platform", "logging"}
 IMPURE_CALLS = {"open", "print", "input", "exec", "eval"}
 HEAVY = {"ssl", "difflib", "resource", "webbrowser", "sqlite3", "getpass", "termios", "tty",
-         "ctypes", "mimetypes"}
+         "ctypes", "ipaddress", "mimetypes"}
 #: the standard library of the oldest and newest Python that matter here, for Pythons without
 #: sys.stdlib_module_names
 STDLIB = {"__future__", "argparse", "base64", "binascii", "collections", "contextlib", "ctypes",

@@ -322,6 +322,18 @@ class OpenAIResponses(SdkCase):
             self.assertEqual(answer.usage.total_tokens,
                              answer.usage.input_tokens + answer.usage.output_tokens)
 
+    def test_compact(self) -> None:
+        for model in self.each((CODEX, SONNET, "gemini-3.1-pro-preview")):
+            made = self.client.responses.compact(model=model, input=[user("The word is maple.")])
+            self.assertEqual((made.object, [item.type for item in made.output]),
+                             ("response.compaction", ["compaction"]))
+            answer = self.client.responses.create(model=model, input=[
+                *[item.model_dump() for item in made.output], user("hi")])
+            self.assertEqual(answer.output_text, "Echo: hi")
+            events = list(self.client.responses.create(model=model, stream=True, input=[
+                user("hi"), {"type": "compaction_trigger"}]))
+            self.assertEqual([item.type for item in events[-1].response.output], ["compaction"])
+
     def test_stream(self) -> None:
         events = list(self.client.responses.create(model=CODEX, input="use the tool",
                                                    tools=[FUNCTION], stream=True))
