@@ -3735,7 +3735,7 @@ def parse_answer(data: bytes) -> Json:
 
 INTERRUPTED = "The tool call was interrupted: there is no result."
 ORPHAN = "[result of a tool call that is not part of this conversation]\n"
-SHED_IMAGE = "[an earlier image, left out because the request became too large]"
+SHED_IMAGE = "[an image was left out: the upstream takes no more]"
 MAX_IMAGES = 20                          # the upstream's own limit
 MAX_SENT_BYTES = 5_000_000               # with images; larger bodies were met with 413
 _NONCE_LINE = "x-anthropic-billing-header:"
@@ -4074,21 +4074,23 @@ def linked_images(body: Json) -> list[tuple[Json, str, str]]:
             found.append((holder, key, url))
     return found
 
-def shed_images(edit: Edit, size: int, limit: int = MAX_SENT_BYTES) -> bool:
-    """Replace the oldest images by a note until a body of `size` bytes is within the limit; the
-    newest stays.  Was there one?"""
-    images = [part for part in content_parts(edit.body) if part.get("type") in IMAGE_TYPES]
-    surplus = len(images) - MAX_IMAGES
-    for at, part in enumerate(images[:-1]):
-        if at >= surplus and size <= limit:
-            return at > 0
-        size -= len(dumps(part))
-        kept = {k: part[k] for k in ("cache_control",) if k in part}
-        kind = "input_text" if part["type"] == "input_image" else "text"
+def shed_images(edit: Edit, size: int, limit: int = MAX_SENT_BYTES, most: int = MAX_IMAGES) -> bool:
+    """A note instead of the oldest images until at most `most` are left in a body of `size` bytes,
+    now within the limit; never of those in the last turn.  Was there one?"""
+    turns = as_list(edit.body.get("messages")) or as_list(edit.body.get("input"))
+    images, asked = ([part for part in content_parts(body) if part.get("type") in IMAGE_TYPES]
+                     for body in (edit.body, {"input": turns[-1:]}))
+    left = len(images)
+    for part in images[:len(images) - len(asked)]:
+        if left <= most and size <= limit:
+            break
+        size, left = size - len(dumps(part)), left - 1
+        note = given(type="input_text" if part["type"] == "input_image" else "text",
+                     cache_control=part.get("cache_control"), text=SHED_IMAGE)
         part.clear()
-        part.update(kept, type=kind, text=SHED_IMAGE)
-        edit.lose("images", "the oldest left out: the request was too large")
-    return len(images) > 1
+        part.update(note)
+        edit.lose("images", "the upstream takes no more")
+    return left < len(images)
 
 # ---- Compaction ----
 
@@ -4482,8 +4484,6 @@ _MEANT = re.compile(             # fields that carry the meaning
 _ROOTS = ("", "messages.0.", "input.0.", "tools.0.", "tools.0.function.", "messages.0.content.0.",
           "input.0.content.0.")  # where a field may stand that is named without a path
 _EFFORTS = ("reasoning_effort", "reasoning.effort", "output_config.effort")
-_CALL_IDS = ("messages.0.tool_calls.0.id", "messages.0.tool_call_id", "input.0.call_id",
-             "messages.0.content.0.tool_use.id", "messages.0.content.0.tool_result.tool_use_id")
 _STATE_KINDS = ("thinking", "redacted_thinking", "reasoning", "compaction", "encrypted_content")
 
 def places(value: Any, path: str) -> list[tuple[Json, str]]:
@@ -4555,14 +4555,6 @@ def stop_thinking(plan: Plan) -> bool:
     fits = kinds[-1:] != ["tool_result"] or "thinking" in kinds[0]
     return not fits and bool(plan.edit.drop(plan.edit.body, "thinking", "the round began without"))
 
-def fit_call_ids(plan: Plan) -> bool:
-    """Call ids that every upstream takes, the same for a call and its result."""
-    found = [(holder, key) for path in _CALL_IDS for holder, key in places(plan.edit.body, path)
-             if word(holder[key]) and fit_call_id(holder[key]) != holder[key]]
-    for holder, key in found:
-        plan.edit.set(holder, key, fit_call_id(holder[key]))
-    return bool(found)
-
 def drop_state(plan: Plan, known: bool = False) -> bool:
     """Remove thinking and reasoning that only another model, account or route can read: all that
     is there, or only what was refused before, since new state is welcome."""
@@ -4587,21 +4579,10 @@ def drop_images(plan: Plan, limit: str = "", keep: str = "") -> bool:
     has `limit` bytes (half of what was refused); never of those that the user asks about now."""
     size = len(dumps(plan.edit.body))
     most, plan.words = int(limit or size // 2), (limit or str(size // 2), keep)
-    asked = plan.turns[-1].get("content") if plan.turns else ()
-    found = [part for part in content_parts(plan.edit.body) if part.get("type") in IMAGE_TYPES]
-    spare = [part for part in found if not any(part is one for one in as_list(asked))]
-    left = len(found)
-    while spare and (left > int(keep) if keep else size > most):
-        part, left = spare.pop(0), left - 1
-        size -= len(dumps(part))
-        note = given(type="input_text" if part["type"] == "input_image" else "text", cache_control=(
-            part.get("cache_control")), text="[an image was left out: the upstream takes no more]")
-        part.clear()
-        part.update(note)
-        plan.edit.lose("images", REFUSED)
-    if left < len(found) and not plan.upstream.has_images(plan.edit.body):
+    gone = shed_images(plan.edit, size, *((size, int(keep)) if keep else (most, size)))
+    if gone and not plan.upstream.has_images(plan.edit.body):
         plan.headers.pop("Copilot-Vision-Request", None)
-    return left < len(found)
+    return gone
 
 def drop_tool(plan: Plan, name: str) -> bool:
     """A hosted tool goes unless its call is demanded; freeform ones become functions."""
@@ -4661,8 +4642,6 @@ REPAIRS = (
            r"value: " + _NAME, drop_tool, "Copilot, OpenAI, Anthropic"),
     Repair("beta", r"(?i)value\(s\) (.*?) for the .?anthropic-beta|(?:invalid|unknown) beta(.*)",
            drop_betas, "Anthropic, Bedrock"),
-    Repair("call ids", r"\w*id'?: string too long|tool_\w+id: String should|tool_use\.id: String s",
-           fit_call_ids, "OpenAI: 64 or 40 characters; Anthropic: A-Za-z_-"),
     Repair("prefill", r"not support assistant message prefill|must end with a user message",
            lambda plan: end_with_user(plan.edit), "Claude from 4.6 on"),
     Repair("images", r"many-image requests()|too many .{0,9}images.*?(\d+)", lambda plan, *most:

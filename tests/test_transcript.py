@@ -859,7 +859,8 @@ class ImagesTest(ProxyCase):
         for client, upstream in [(name, name) for name in ONLY] + [("chat", "messages")]:
             # the client's spelling of the model is mended, too
             parts = [self.picture(client, "%dAAA" % n * 450_000) for n in range(4)]
-            items = [{"role": "user", "content": [part]} for part in parts]
+            items = [turn for part in parts for turn in (
+                {"role": "assistant", "content": "ok"}, {"role": "user", "content": [part]})][1:]
             make = {"chat": chat, "messages": message, "responses": response}[client]
             body = make("x", **{"input" if client == "responses" else "messages": items})
             body["model"] = "any/" + ONLY[upstream]
