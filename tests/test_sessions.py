@@ -13,13 +13,11 @@ from typing import Any
 
 from support import SLOW, Proxy, ProxyCase, TestClock
 import copilot_proxy as cp
-from fake_upstream import Answer
+from fake_upstream import Answer, extra
 
 TURNS, SEEDS = (30, range(12)) if SLOW else (12, range(1))
-#: refused_field needs the repair of refused requests: such a client cannot go on by itself
-CAN_REPAIR = hasattr(cp, "REPAIRS")
 FAULTS = ("expired_token", "cut", "early_cut", "limited", "model_switch", "restart", "interrupt",
-          "compact") + (("refused_field",) if CAN_REPAIR else ())
+          "compact", "refused_field")
 STARTS = {
     "/v1/messages": b'event: message_start\ndata: {"type":"message_start","message":{"id":"m",'
                     b'"type":"message","role":"assistant","model":"x","content":[],"usage":{}}}\n\n',
@@ -108,9 +106,11 @@ class SessionCase(ProxyCase):
             "error": {"message": "slow down", "code": "rate_limited"}}))
 
     def do_refused_field(self) -> None:
-        self.fake.script(self.path, Answer(400, {}, {"type": "error", "error": {
-            "type": "invalid_request_error",
-            "message": "metadata.invented: Extra inputs are not permitted"}}))
+        """From now on a field that the client sends is refused wherever it arrives."""
+        def refuse(ask: Any) -> None:
+            if "invented" in (ask.body.get("metadata") or {}):
+                raise extra("metadata.invented")
+        self.fake.refusals = [refuse]
 
     def do_model_switch(self) -> None:
         self.place += 1
