@@ -21,8 +21,8 @@ IMPURE = {"socket", "os", "time", "threading", "select", "random", "secrets", "s
           "tempfile", "ssl", "shutil", "signal", "socketserver", "uuid", "pathlib", "sqlite3",
           "asyncio", "multiprocessing", "platform", "logging"}
 IMPURE_CALLS = {"open", "print", "input", "exec", "eval"}
-HEAVY = {"ssl", "difflib", "resource", "webbrowser", "sqlite3", "getpass", "termios", "tty",
-         "ctypes", "mimetypes"}
+HEAVY = {"ssl", "difflib", "ipaddress", "resource", "webbrowser", "sqlite3", "getpass", "termios",
+         "tty", "ctypes", "mimetypes"}
 #: the standard library of the oldest and newest Python that matter here, for Pythons without
 #: sys.stdlib_module_names
 STDLIB = {"__future__", "argparse", "base64", "binascii", "collections", "contextlib", "ctypes",
