@@ -21,11 +21,11 @@ file, thread, clock or random number, so they can be read and tested by themselv
      9 Planning            which model is meant, which way to ask it, token estimate
     10 Repairs             what the upstream refuses, and how it is asked again
     11 Settings            flag > environment > default
-    12 Storage             the folder with the login
+    12 Storage             the folder with logins and keys
     13 Upstream HTTP       one urllib opener with a keep-alive pool
     14 GitHub              device flow, token exchange, usage
     15 Copilot             headers, the short-lived token, the model catalogue, one call
-    16 Policy              rate limit, approval by hand, counts, kept responses
+    16 Policy              keys and accounts, limits, approval by hand, counts, kept responses
     17 HTTP server         connections, requests, answers, the relay of a stream
     18 Page                what a browser shows
     19 Endpoints           one short function per route, the table of routes
@@ -47,11 +47,12 @@ host that GitHub names together with the token (*.githubcopilot.com).  With --gi
 --copilot-url: those instead.  With --fetch-images the hosts of images that clients name by URL.
 Nothing else, ever: no telemetry, no update check.
 
-Files written: `github_token` (mode 0600) in the data folder, see section 12.  Nothing else.
+Files written: `github_token` and `proxy_accounts.json` (mode 0600) in the data folder, see
+the section Storage.  Nothing else.
 
-Secrets held: the GitHub token (in that file and in memory) and the Copilot token made from it (in
-memory only, about 30 minutes).  They go to the hosts they belong to, and never to a log, an error
-text or another host.
+Secrets held: the GitHub tokens (in those files and in memory), the Copilot tokens made from them
+(in memory only, about 30 minutes) and the keys of clients (as hashes).  Tokens go to the hosts
+they belong to, and none of all this to a log, an error text or another host.
 
 As a library: `from copilot_proxy import App, DIALECTS` has no side effect; the names in
 `__all__` are the promise, everything else may change.
@@ -67,6 +68,7 @@ import email.utils
 import errno
 import functools
 import hashlib
+import hmac
 import http.client
 import json
 import logging
@@ -147,6 +149,7 @@ MAX_ID_CHARS = 64                        # of item and call ids, OpenAI's own va
 MAX_WHITESPACE_RUN = 2000                # in streamed tool arguments: a model gone astray
 READ_BYTES = 64 * 1024                   # more than a TLS record: none is ever left half read
 
+HANDSHAKE_S = 10.0                       # of TLS, from the connection's beginning
 HEAD_TIMEOUT_S = 30.0                    # a request head, from its first byte
 IDLE_CLIENT_S = 75.0                     # between two requests of one connection
 BODY_STALL_S = 30.0                      # a request body without any progress
@@ -176,6 +179,13 @@ MAX_SPELLINGS = 1000                     # of model names that are remembered
 NEARBY_S = 0.005                         # a wait so short that the baton is kept
 BATON_S = 0.25                           # preparing a request takes longer only when it waits
 RATE_QUEUE = 100                         # callers that may wait for --rate-limit
+WAITING_MAX, WAITING_LOOK_S = 256, 0.5   # for --max-concurrency; how often each is looked at
+WRONG_KEYS_PER_MINUTE = 60               # of one address, then 429
+KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")      # and Authorization: Bearer
+KEY_PREFIX, KEY_MIN_CHARS = "sk-copilot-", 8
+STALE_FILE_S = 600.0                     # then a half-written one is swept away
+MAX_ACCOUNTS = 1000                      # in memory; as many keys are kept in the file
+MAX_LOGINS, LOGIN_AGE_S = 32, 1800.0     # begun by browsers
 HICCUP_STATUS = (500, 502, 503, 504, 529)
 MAX_CALLS, MAX_REPAIRS = 5, 3            # upstream calls of one request; repairs among them
 MAX_LEARNED, MAX_MARKS = 500, 5000       # remembered: models with repairs, refused state
@@ -320,12 +330,12 @@ def as_int(value: Any) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 _SECRET = re.compile(
-    r"gh[a-z]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|tid=[^\s\"']+"
+    r"gh[a-z]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|sk-copilot-[\w-]{4,}|tid=[^\s\"']+"
     r"|(?<=[Bb]earer )[^\s\"',]+|(?<=[Tt]oken )(?=[\w.]*[_\d])[\w.~+/=:;-]{8,}"
     r"|(?<=://)[^/\s\"']+(?=@)")
 
 #: one of these is in every secret: a look before the pattern is tried
-_SECRET_SIGNS = ("gh", "github_pat_", "tid=", "earer ", "oken ", "://")
+_SECRET_SIGNS = ("gh", "github_pat_", "sk-copilot-", "tid=", "earer ", "oken ", "://")
 
 def redact(text: str) -> str:
     """`text` without tokens and URL passwords.  'Bearer ghu_abcd' -> 'Bearer [redacted]'."""
@@ -4269,7 +4279,7 @@ class Plan:
                  now: int, key: str, by_hub: bool = False) -> None:
         self.client, self.upstream, self.model = client, upstream, model
         self.headers: Headers = {}
-        self.memory: Any = None                          # see section 9, also for what follows
+        self.memory: Any = None                          # see Repairs, also for what follows
         self.key, self.is_stale = (model.id, upstream.path), False
         self.words: tuple[str, ...] = ()
         self.lessons: list[Any] = []
@@ -4766,7 +4776,8 @@ class Option:
 OPTIONS = (
     Option("port", DEFAULT_PORT, "port to serve on; 0 takes a free one", "int", "-p",
            env=("PORT",)),
-    Option("host", "127.0.0.1", "address to serve on; loopback only", env=("HOST",)),
+    Option("host", "127.0.0.1", "address to serve on; beyond loopback only with --api-key",
+           env=("HOST",)),
     Option("verbose", False, "log every step, not only one line per request", "switch", "-v",
            "network"),
     Option("account-type", "individual", "individual, business or enterprise: the API host to use "
@@ -4795,6 +4806,14 @@ OPTIONS = (
     Option("model-alias", (), "FROM=TO: serve model TO under the name FROM", "list"),
     Option("fetch-images", False, "fetch images that clients name by URL, from public addresses "
            "only, and send them inline", "switch"),
+    Option("api-key", (), "a key that clients must send; auto makes, stores and prints one",
+           "list"),
+    Option("requests-per-minute", 0, "most requests of one key in a minute; 0 is no limit", "int"),
+    Option("max-concurrency", 0, "most requests at a time, the others wait; 0 is no limit", "int"),
+    Option("tls-cert", "", "PEM file with the certificate chain: serve https"),
+    Option("tls-key", "", "PEM file with its key, where --tls-cert does not hold it"),
+    Option("trusted-proxy", (), "address or network whose X-Forwarded-* headers are believed",
+           "list"),
     Option("allow-host", (), "a further name that clients may use in the Host header", "list"),
     Option("cors-origin", (), "a web page's origin that may call the API", "list"),
     Option("grace", 10.0, "seconds that running answers get at shutdown", "float"),
@@ -4819,7 +4838,7 @@ def parse_value(option: Option, text: str, source: str) -> Any:
             raise ConfigError("%s: '%s' is neither yes nor no" % (source, printable(text, 40)))
         return text.strip().lower() in _YES
     if option.kind == "list":
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+        return tuple(part.strip() for part in re.split("[,\n]", text) if part.strip())
     return text
 
 def parse_pairs(values: Iterable[str], flag: str) -> dict[str, str]:
@@ -4832,6 +4851,14 @@ def parse_pairs(values: Iterable[str], flag: str) -> dict[str, str]:
                                                                          printable(value, 60)))
         pairs[name.strip()] = text.strip()
     return pairs
+
+def parse_networks(values: Iterable[str]) -> list[Any]:
+    """('10.0.0.0/8', '::1') -> ipaddress networks.  Raises ConfigError."""
+    import ipaddress
+    try:
+        return [ipaddress.ip_network(value, strict=False) for value in values]
+    except ValueError as error:
+        raise ConfigError("--trusted-proxy: %s" % printable(str(error))) from None
 
 def check_url(url: str, flag: str) -> str:
     """The URL without its trailing slash; plain http only on this machine.  Raises ConfigError."""
@@ -4846,6 +4873,9 @@ def check_url(url: str, flag: str) -> str:
     if parts.scheme == "http" and not is_loopback(host):
         raise ConfigError("%s: plain http is accepted for this machine only, use https" % flag)
     return url.rstrip("/")
+
+#: a key for clients; a GitHub token is none, it would be an account's
+_KEY = re.compile(r"(?!gh[a-z]_|github_pat_)[!-~]{%d,}\Z" % KEY_MIN_CHARS)
 
 @dataclass
 class Settings:
@@ -4870,6 +4900,12 @@ class Settings:
     fallback: str = ""
     model_alias: tuple[str, ...] = ()
     fetch_images: bool = False
+    api_key: tuple[str, ...] = ()
+    requests_per_minute: int = 0
+    max_concurrency: int = 0
+    tls_cert: str = ""
+    tls_key: str = ""
+    trusted_proxy: tuple[str, ...] = ()
     allow_host: tuple[str, ...] = ()
     cors_origin: tuple[str, ...] = ()
     grace: float = 10.0
@@ -4910,20 +4946,29 @@ class Settings:
             raise ConfigError("--port: %d is not a port (0 to 65535)" % self.port)
         if not 0 <= self.rate_limit <= 86400 or not 0 <= self.grace <= 86400:
             raise ConfigError("--rate-limit and --grace take 0 to 86400 seconds")
-        if not is_loopback(self.host):
-            raise ConfigError("--host %s: this version serves loopback only, because it has no "
-                              "keys yet; use --host 127.0.0.1" % printable(self.host, 60))
+        if min(self.requests_per_minute, self.max_concurrency) < 0:
+            raise ConfigError("--requests-per-minute and --max-concurrency cannot be negative")
+        if not all(key == "auto" or _KEY.match(key) for key in self.api_key):
+            raise ConfigError("--api-key: a key has %d characters or more, printable ASCII without "
+                              "spaces, and is no GitHub token" % KEY_MIN_CHARS)
+        if self.tls_key and not self.tls_cert:
+            raise ConfigError("--tls-key needs --tls-cert")
         for name, value in self.headers.items():
             if name.lower() in _GUARDED_HEADERS or not _TOKEN.match(name.encode("utf-8")):
                 raise ConfigError("--header: %s cannot be set" % printable(name, 60))
             if not value.isprintable() or not value.isascii():
                 raise ConfigError("--header %s: the value must be printable ASCII" % name)
         parse_pairs(self.model_alias, "--model-alias")
+        _ = self.trusted_networks
         return self
 
     @functools.cached_property
     def headers(self) -> dict[str, str]:
         return parse_pairs(self.header, "--header")
+
+    @functools.cached_property
+    def trusted_networks(self) -> list[Any]:
+        return parse_networks(self.trusted_proxy) if self.trusted_proxy else []
 
     @functools.cached_property
     def aliases(self) -> dict[str, str]:
@@ -4974,6 +5019,11 @@ def write_file(path: str, data: bytes) -> None:
     """Replace a file in one step: a crash leaves the old one or the new one.  Raises OSError."""
     folder = os.path.dirname(path)
     os.makedirs(folder, mode=0o700, exist_ok=True)
+    for name in os.listdir(folder):                  # left by a crash: it may hold a secret
+        left = os.path.join(folder, name)
+        with contextlib.suppress(OSError):
+            if name.startswith(".new-") and time.time() - os.stat(left).st_mtime > STALE_FILE_S:
+                os.unlink(left)
     handle, temporary = tempfile.mkstemp(prefix=".new-", dir=folder)     # mode 0600
     try:
         with os.fdopen(handle, "wb") as file:
@@ -4985,6 +5035,21 @@ def write_file(path: str, data: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+def save_file(path: str, data: bytes) -> None:
+    """`write_file` with an error for people.  Raises ConfigError."""
+    try:
+        write_file(path, data)
+    except OSError as error:
+        raise ConfigError("cannot write %s: %s; choose another folder with --data-dir"
+                          % (path, error.strerror)) from None
+
+def move_aside(path: str, what: str) -> ConfigError:
+    """Rename a file of ours that cannot be parsed -> the error that names both."""
+    aside = "%s.bad-%d" % (path, time.time_ns())
+    os.replace(path, aside)
+    return ConfigError("%s held no %s; it was moved to %s. Log in again: copilot_proxy.py auth"
+                       % (path, what, aside))
 
 class LoginFile:
     """The GitHub token of one host: `github_token` for github.com, else `github_token.<host>`.
@@ -5008,19 +5073,12 @@ class LoginFile:
         except OSError as error:
             raise ConfigError("cannot read %s: %s" % (self.path, error.strerror)) from None
         if text and not re.fullmatch(r"[A-Za-z0-9_.~-]+", text):
-            aside = "%s.bad-%d" % (self.path, time.time_ns())
-            os.replace(self.path, aside)
-            raise ConfigError("%s held no token; it was moved to %s. Log in again: "
-                              "copilot_proxy.py auth" % (self.path, aside))
+            raise move_aside(self.path, "token")
         return text
 
     def save(self, token: str) -> None:
         """Raises ConfigError."""
-        try:
-            write_file(self.path, token.encode("ascii"))
-        except OSError as error:
-            raise ConfigError("cannot write %s: %s; choose another folder with --data-dir"
-                              % (self.path, error.strerror)) from None
+        save_file(self.path, token.encode("ascii"))
 
     def delete(self) -> bool:
         """True if there was a login."""
@@ -5029,6 +5087,111 @@ class LoginFile:
             return True
         except FileNotFoundError:
             return False
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key that clients may send, as it is stored.  One without a token is the operator's."""
+    hash: str                   # HMAC-SHA256 in hexadecimal; its beginning is the key's id
+    made: int = 0               # unix time; 0: from a flag or the environment, never stored
+    host: str = ""              # of the GitHub account that it stands for
+    login: str = ""
+    token: str = field(default="", repr=False)
+
+    @property
+    def id(self) -> str:
+        return self.hash[:8]
+
+def new_key() -> str:
+    """A key that nobody can guess."""
+    return KEY_PREFIX + secrets.token_urlsafe(32)
+
+class KeyFile:
+    """`proxy_accounts.json`: keys made here, as hashes, and the GitHub tokens of those that
+    browsers logged in for; with the keys from flags.  Hashes are keyed with the file's salt.  What
+    another process writes is noticed.  Thread-safe; `_lock` guards all fields and, unlike others,
+    is held while the file is read and written: changes must not mix."""
+
+    def __init__(self, path: str, host: str, given: Iterable[str]) -> None:
+        self.path, self._host = path, host
+        self._given = [key for key in given if key != "auto"]
+        self._lock = threading.RLock()
+        self._salt = secrets.token_hex(32)
+        self._keys: list[Key] = []          # of the file, those for other hosts, too
+        self._good: list[Key] = []          # those given and those of the file for this host
+        self._stamp: Any = ()               # of the file as it was read; () before
+        self.is_closed = False              # is a key wanted?  As of `all`; never undone
+
+    def all(self) -> list[Key]:
+        """Every key that is good here.  Raises ConfigError for a file that cannot be parsed."""
+        try:
+            known = os.stat(self.path)
+            stamp: Any = (known.st_mtime_ns, known.st_size, known.st_ino)
+        except OSError as error:
+            stamp = None if isinstance(error, FileNotFoundError) else 0
+        if stamp != self._stamp:
+            with self._lock:
+                self._read(stamp)
+        return self._good
+
+    def find(self, text: str) -> Key | None:
+        """The key that this is.  Every hash is compared, in constant time."""
+        keys, found = self.all(), None
+        digest = self._hash(text) if keys else ""
+        for key in keys:
+            if hmac.compare_digest(key.hash, digest):
+                found = key
+        return found
+
+    def add(self, text: str, login: str = "", token: str = "") -> Key:
+        """Store a key, the operator's or that of an account, whose older keys get the new token.
+        Raises ConfigError, BadRequest 409."""
+        with self._lock:
+            self.all()
+            if len(self._keys) >= MAX_ACCOUNTS:
+                raise BadRequest("%d keys are stored: delete one first" % MAX_ACCOUNTS, 409)
+            host = self._host if token else ""
+            made = Key(self._hash(text), int(time.time()), host, login, token)
+            self._write([replace(key, token=token) if login and (key.login, key.host) == (
+                login, host) else key for key in self._keys] + [made])
+            return made
+
+    def delete(self, ids: Container[str]) -> None:
+        """Forget stored keys.  Raises ConfigError."""
+        with self._lock:
+            self.all()
+            self._write([key for key in self._keys if key.id not in ids])
+
+    def _hash(self, text: str) -> str:
+        return hmac.new(self._salt.encode(), text.encode("utf-8", "replace"),
+                        hashlib.sha256).hexdigest()
+
+    def _read(self, stamp: Any) -> None:
+        is_first, self._stamp, self._keys = self._stamp == (), stamp, []
+        if stamp is not None:
+            try:
+                with open(self.path, "rb") as file:
+                    value = as_object(loads(file.read(MAX_BODY_BYTES)))
+                self._keys, self._salt = [Key(**entry) for entry in value["keys"]], value["salt"]
+                texts = [self._salt] + [text for key in self._keys for name, text in
+                                        vars(key).items() if name != "made"]
+                if not all(isinstance(text, str) for text in texts):
+                    raise ValueError
+            except (ValueError, TypeError, KeyError):
+                self._keys, self._salt = [], secrets.token_hex(32)
+                raise move_aside(self.path, "keys") from None
+            except OSError as error:
+                raise ConfigError("cannot read %s: %s" % (self.path, error.strerror)) from None
+        self._good = [Key(self._hash(text)) for text in self._given]
+        self._good += [key for key in self._keys if key.host in ("", self._host)]
+        self.is_closed |= any(not key.token for key in self._good)
+        if self._given and is_first and stamp is None:
+            with contextlib.suppress(ConfigError):       # read-only: ids differ at each start
+                self._write([])
+
+    def _write(self, keys: list[Key]) -> None:
+        save_file(self.path, dumps({"salt": self._salt, "keys": [vars(key) for key in keys]}))
+        self.all()
 
 
 # ==== 13. Upstream HTTP ===========================================================================
@@ -5395,7 +5558,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 class _PlainErrors(urllib.request.HTTPErrorProcessor):
     def http_response(self, request: Any, response: Any) -> Any:
-        """Every status is an answer; what it means is decided by sections 13 and 14."""
+        """Every status is an answer; what it means is decided by GitHub and Copilot."""
         return response
 
     https_response = http_response
@@ -5719,6 +5882,12 @@ def check_github_token(token: str) -> str:
         raise AuthError("this is no GitHub token: log in with: copilot_proxy.py auth")
     return token
 
+def override(headers: Headers, own: Mapping[str, str]) -> Headers:
+    """With the user's own in their place, whatever their case."""
+    lower = {name.lower() for name in own}
+    kept = {k: v for k, v in headers.items() if k.lower() not in lower} if own else headers
+    return dict(kept, **own)
+
 class GitHub:
     """The calls to github.com and its REST API.  Blocking, thread-safe, at most 30 s each."""
 
@@ -5732,10 +5901,8 @@ class GitHub:
             headers["X-GitHub-Api-Version"] = INTERNAL_API_VERSION
             headers["Authorization"] = "token " + token
         own = {k: v for k, v in self._settings.headers.items()
-               if k.lower() in ("editor-version", "editor-plugin-version", "user-agent",
-                                "copilot-integration-id")}
-        return {**{k: v for k, v in headers.items()
-                   if k.lower() not in [name.lower() for name in own]}, **own}
+               if k.lower() in map(str.lower, EDITOR_HEADERS)}
+        return override(headers, own)
 
     def _post(self, path: str, values: Json) -> tuple[int, Json]:
         headers = dict(self._headers(), **{"Content-Type": "application/json"})
@@ -5855,26 +6022,29 @@ class GitHub:
 
 class DeviceLogin:
     """One login by device flow.  `run` blocks until it is granted, refused or stopped.
-    `code` is what the user must type, None while there is none; `problem` says why it ended."""
+    `code` is what the user must type, None while there is none; `problem` says why it ended,
+    `token` that it was granted.  renews: a code that expires is followed by another."""
 
     def __init__(self, github: GitHub, margin_s: float, stop: threading.Event,
-                 announce: Callable[[DeviceCode], None]) -> None:
-        self._github, self._margin_s, self._stop = github, margin_s, stop
-        self._announce = announce
+                 announce: Callable[[DeviceCode], None], renews: bool = True) -> None:
+        self._github, self._margin_s, self.stop = github, margin_s, stop
+        self._announce, self.renews = announce, renews
         self.code: DeviceCode | None = None
-        self.problem = ""
+        self.problem = self.token = ""
         self.ready = threading.Event()            # there is a code, or a problem
 
     def run(self) -> str:
-        """The GitHub token.  Raises AuthError (denied, refused), UpstreamError (no code to be
-        had); returns '' when stopped."""
-        while not self._stop.is_set():
+        """The GitHub token.  Raises AuthError (denied, refused, expired), UpstreamError (no code
+        to be had); returns '' when stopped."""
+        while not self.stop.is_set():
             self.code = self._github.request_code()
             self.ready.set()
             self._announce(self.code)
             token = self._poll(self.code)
             if token is not None:
                 return token
+            if not self.renews:
+                raise AuthError("the code has expired: start the login again")
         return ""
 
     def _poll(self, code: DeviceCode) -> str | None:
@@ -5882,7 +6052,7 @@ class DeviceLogin:
         deadline = time.monotonic() + code.expires_in
         interval = code.interval
         while time.monotonic() < deadline:
-            if self._stop.wait(interval + self._margin_s):     # first sleep, then ask
+            if self.stop.wait(interval + self._margin_s):      # first sleep, then ask
                 return ""
             answer = self._github.poll(code)
             problem = answer.get("error")
@@ -6126,12 +6296,7 @@ class Copilot:
         if call.body is not None:
             headers["Content-Type"] = "application/json"
         headers.update(call.headers)
-        own = self._settings.headers
-        if own:
-            lower = {name.lower() for name in own}
-            headers = {k: v for k, v in headers.items() if k.lower() not in lower}
-            headers.update(own)
-        return headers
+        return override(headers, self._settings.headers)
 
     def _read_error(self, answer: UpstreamResponse, call: Call) -> UpstreamError:
         try:
@@ -6251,7 +6416,14 @@ def passed_headers(headers: Headers) -> Headers:
 
 
 # ==== 16. Policy ==================================================================================
-# When a request may go up, and the App that holds everything together.
+# Who may ask and as which account, when a request may go up, and the App that holds everything
+# together.
+
+def too_early(text: str, pause_s: float, **headers: str) -> RateLimited:
+    """The refusal that tells when to come again."""
+    seconds = str(int(pause_s) + 1)
+    return RateLimited("%s: try again in %s s" % (text, seconds), code="rate_limit_exceeded",
+                       headers=dict(headers, **{"retry-after": seconds}))
 
 class RateLimiter:
     """At least `interval_s` between two starts.  `_lock` guards `_next` (monotonic)."""
@@ -6270,10 +6442,8 @@ class RateLimiter:
             now = time.monotonic()
             pause = max(0.0, self._next - now)
             if pause > (RATE_QUEUE * self._interval_s if self._may_wait else 0):
-                seconds = str(int(pause) + 1)
-                raise RateLimited("one request in %g s is allowed here (--rate-limit): try again "
-                                  "in %s s" % (self._interval_s, seconds),
-                                  code="rate_limit_exceeded", headers={"retry-after": seconds})
+                raise too_early("one request in %g s is allowed here (--rate-limit)"
+                                % self._interval_s, pause)
             self._next = now + pause + self._interval_s
         deadline = now + pause
         client.pause()
@@ -6283,6 +6453,87 @@ class RateLimiter:
                 raise ClientGone
             if ready:                                  # its next request is there already
                 time.sleep(max(0.0, deadline - time.monotonic()))
+
+class MinuteLimiter:
+    """At most `limit` requests of each caller within any 60 s; 0 is no limit.
+    `_lock` guards `_times`: caller -> when it asked, the most recently active caller last."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._times: collections.OrderedDict[str, collections.deque[float]]
+        self._times = collections.OrderedDict()
+
+    def admit(self, who: str, text: str) -> Headers:
+        """Count a request -> headers that tell what is left.  Raises RateLimited with `text`."""
+        if not self._limit:
+            return {}
+        now = time.monotonic()
+        with self._lock:
+            times = self._times[who] = self._times.pop(who, collections.deque())
+            if len(self._times) > MAX_ACCOUNTS:
+                self._times.popitem(last=False)
+            while times and now - times[0] >= 60:
+                times.popleft()
+            left = self._limit - len(times)
+            if left > 0:
+                times.append(now)
+            pause = 60 - (now - times[0])
+        headers = {"x-ratelimit-limit-requests": str(self._limit),
+                   "x-ratelimit-remaining-requests": str(max(left - 1, 0)),
+                   "x-ratelimit-reset-requests": "%ds" % (int(pause) + 1)}
+        if left <= 0:
+            raise too_early(text, pause, **headers)
+        return headers
+
+class Gate:
+    """`--max-concurrency`: at most `most` requests at a time; the others wait, each caller's in a
+    line of its own, and the lines take turns.  `_lock` guards the fields."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._running = most, 0
+        self._lock = threading.Lock()
+        self._lines: collections.OrderedDict[str, collections.deque[threading.Event]]
+        self._lines = collections.OrderedDict()
+
+    def enter(self, who: str, client: Downstream) -> None:
+        """Return when it is this request's turn; `leave` must follow.  Raises RateLimited when too
+        many wait already, ClientGone."""
+        turn = threading.Event()
+        with self._lock:
+            self._lines.setdefault(who, collections.deque()).append(turn)
+            self._pass_on()
+            if not turn.is_set() and sum(map(len, self._lines.values())) > WAITING_MAX:
+                self._lines[who].pop()
+                raise too_early("%d requests run and %d wait (--max-concurrency)"
+                                % (self._running, WAITING_MAX), 1)
+        try:
+            while not turn.is_set():
+                client.pause()
+                if not turn.wait(WAITING_LOOK_S) and client.is_gone():
+                    raise ClientGone
+        except BaseException:
+            with self._lock:
+                if turn.is_set():
+                    self._running -= 1
+                else:
+                    self._lines[who].remove(turn)
+                self._pass_on()
+            raise
+
+    def leave(self) -> None:
+        """The request is over."""
+        with self._lock:
+            self._running -= 1
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        while self._lines and self._running < self._most:
+            who, line = self._lines.popitem(last=False)
+            if line:
+                line.popleft().set()
+                self._running += 1
+                self._lines[who] = line                # behind the others
 
 class Approval:
     """`--manual`: a person at the terminal says yes or no, one question at a time."""
@@ -6412,38 +6663,121 @@ class ResponseStore:
         body["input"] = items
         return True
 
+def show_token(token: CopilotToken) -> None:
+    """--show-token: on a terminal, never in a file or pipe that may be a log."""
+    if sys.stderr.isatty():
+        sys.stderr.write("Copilot token: %s\n" % token.value)
+        sys.stderr.flush()
+
+class Account(Copilot):
+    """One GitHub account; nothing of it is shared.  id: short, always the same for its token;
+    name: the GitHub login where known, else the id."""
+
+    def __init__(self, app: App, github_token: str, name: str = "") -> None:
+        super().__init__(app.settings, app.upstream, app.github, check_github_token(github_token),
+                         app.log, app.clock)
+        self.id = stable_id("", github_token)[:8]
+        self.name = name or self.id
+        self.limiter = RateLimiter(app.settings.rate_limit, app.settings.wait)
+        self.stats = Stats()
+        if app.settings.show_token:
+            self.on_token = show_token
+
+@dataclass(frozen=True)
+class Caller:
+    """Who sends a request.  account: None is the default one; key_id: the beginning of the key's
+    hash, '' without one; is_operator: may see and change what belongs to others."""
+    is_admitted: bool = False
+    is_operator: bool = False
+    key_id: str = ""
+    account: Account | None = None
+
+STRANGER, ANYBODY = Caller(), Caller(True, True)             # where no key is wanted
+_GITHUB_KEY = re.compile(r"gh[ou]_[A-Za-z0-9_]{1,255}")
+
 class App:
     """Everything one server needs: settings, login, upstream, policy.  Two can live in a process.
-    `account` is None while nobody is logged in; `_lock` guards it and the running login."""
+    `account` is the default one, None while nobody is logged in; `_lock` guards it, the running
+    login, the other accounts and the logins that browsers began."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str] | None = None,
                  clock: Callable[[], tuple[float, float]] = read_clock) -> None:
-        self.settings = settings
+        self.settings, self.clock = settings, clock
         self.environ = os.environ if environ is None else environ
         self.log = logging.getLogger("copilot_proxy")
         self.upstream = Upstream(settings, self.environ)
         self.github = GitHub(settings, self.upstream, clock)
         folder = settings.data_dir or default_data_dir(self.environ)
         self.login_file = LoginFile(folder, settings.github_url)
-        self.limiter = RateLimiter(settings.rate_limit, settings.wait)
+        self.keys = KeyFile(os.path.join(folder, "proxy_accounts.json"),
+                            urllib.parse.urlsplit(settings.github_url).netloc.lower(),
+                            settings.api_key)
+        self.gate = Gate(settings.max_concurrency)
+        self.minute = MinuteLimiter(settings.requests_per_minute)
+        self.wrong_keys = MinuteLimiter(WRONG_KEYS_PER_MINUTE)
         self.approval = Approval(settings.manual)
         self.stats, self.store = Stats(), ResponseStore()
         self.images = ImageFetcher(self.upstream.tls_context)
         self.stop = threading.Event()
         self.started = time.time()
-        self.account: Copilot | None = None
+        self.account: Account | None = None
         self.announce: Callable[[DeviceCode], None] = self._log_code
         self.login: DeviceLogin | None = None
-        self._clock = clock
         self.sessions: collections.OrderedDict[str, str]    # -> model that was asked for last
         self.sessions = collections.OrderedDict()
         self._refused: list[str] = []                  # logins that GitHub does not know any more
         self._lock = threading.Lock()
         self._account_stop = threading.Event()
+        #: the others, by the hash of their token, the most recently used last
+        self._accounts: collections.OrderedDict[str, Account] = collections.OrderedDict()
+        #: hash of a browser's state token -> (monotonic time, login)
+        self._logins: dict[str, tuple[float, DeviceLogin]] = {}
 
     def _log_code(self, code: DeviceCode) -> None:
         self.log.warning("login needed: open %s and enter the code %s", code.verification_uri,
                          code.user_code)
+
+    # -- who asks
+
+    def identify(self, headers: Headers, address: str) -> Caller:
+        """Who sends these headers.  Raises AuthError for a missing or wrong key, RateLimited for
+        one address' many wrong ones."""
+        keys, offered = self.keys.all(), [headers[name] for name in KEY_HEADERS if name in headers]
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            offered.append(bearer.strip())
+        found = [key for key in map(self.keys.find, offered) if key] if keys else []
+        if not found and (self.keys.is_closed
+                          or any(text.startswith(KEY_PREFIX) for text in offered)):
+            if any(offered):
+                self.wrong_keys.admit(address, "too many wrong keys came from this address")
+            raise AuthError("%s: send it as Authorization: Bearer KEY or x-api-key: KEY" % (
+                "this key is not known here" if any(offered) else "this server wants an API key"),
+                code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+        issued = next((key for key in found if key.token), None)
+        token = issued.token if issued else next(filter(_GITHUB_KEY.fullmatch, offered), "")
+        if not token:
+            return Caller(True, True, found[0].id) if found else ANYBODY
+        account = self.account_of(token, issued.login if issued else "")
+        return Caller(True, any(not key.token for key in found),
+                      (issued or found[0]).id if found else account.id, account)
+
+    def account_of(self, github_token: str, name: str = "") -> Account:
+        """The account of a token; beyond MAX_ACCOUNTS the least recently used one is forgotten."""
+        key = stable_id("", github_token)
+        with self._lock:
+            account = self._accounts.pop(key, None) or Account(self, github_token, name)
+            self._accounts[key] = account
+            if len(self._accounts) > MAX_ACCOUNTS:
+                self._accounts.popitem(last=False)
+            return account
+
+    def accounts(self) -> list[Account]:
+        """All that are in memory, the default one first."""
+        with self._lock:
+            return [one for one in (self.account, *self._accounts.values()) if one is not None]
+
+    # -- the default account
 
     def load_login(self) -> str:
         """The GitHub token to use: the given one, else the stored one, else ''.
@@ -6457,48 +6791,53 @@ class App:
             return ""
         return "" if stored in self._refused else stored
 
-    def use(self, github_token: str) -> Copilot:
+    def use(self, github_token: str) -> Account:
         """Serve with this login from now on."""
-        copilot = Copilot(self.settings, self.upstream, self.github,
-                          check_github_token(github_token), self.log, self._clock)
-        stop = threading.Event()
+        account, stop = Account(self, github_token), threading.Event()
         with self._lock:
             self._account_stop.set()
-            self.account, self._account_stop, self.login = copilot, stop, None
-        if self.settings.show_token:
-            copilot.on_token = show_token
-        threading.Thread(target=copilot.keep_fresh, args=(stop,), name="copilot-token",
+            if self.login is not None:
+                self.login.stop.set()                  # another way was quicker
+            self.account, self._account_stop, self.login = account, stop, None
+        threading.Thread(target=account.keep_fresh, args=(stop,), name="copilot-token",
                          daemon=True).start()
-        return copilot
+        return account
 
     def begin_login(self) -> None:
-        """Start a device login in its own thread, unless one is running."""
+        """Start the default account's login in its own thread, unless one is running."""
         with self._lock:
             if self.login is not None and not self.login.problem or self.stop.is_set():
                 return
-            login = self.login = DeviceLogin(self.github, self.settings.poll_margin_s, self.stop,
-                                             lambda code: self.announce(code))
-        threading.Thread(target=self._run_login, args=(login,), name="device-login",
+            login = self.login = DeviceLogin(self.github, self.settings.poll_margin_s,
+                                             threading.Event(), lambda code: self.announce(code))
+        self._start(login, self._keep_login)
+
+    def _start(self, login: DeviceLogin, keep: Callable[[str], Any]) -> None:
+        threading.Thread(target=self._run_login, args=(login, keep), name="device-login",
                          daemon=True).start()
 
-    def _run_login(self, login: DeviceLogin) -> None:
+    def _run_login(self, login: DeviceLogin, keep: Callable[[str], Any]) -> None:
         try:
             token = login.run()
             if token:
-                try:
-                    self.login_file.save(token)
-                except ConfigError as error:
-                    self.log.error("the login works, but only until the end: %s", error)
-                self.use(token)
-                self.log.warning("logged in")
+                keep(token)
+                login.token = token
         except ProxyError as error:
             login.code, login.problem = None, str(error)
             self.log.error("%s", error)
         finally:
             login.ready.set()
 
-    def copilot(self) -> Copilot:
-        """The account.  Raises AuthError with the code to enter while nobody is logged in."""
+    def _keep_login(self, token: str) -> None:
+        try:
+            self.login_file.save(token)
+        except ConfigError as error:
+            self.log.error("the login works, but only until the end: %s", error)
+        self.use(token)
+        self.log.warning("logged in")
+
+    def copilot(self) -> Account:
+        """The default account.  Raises AuthError with the code to enter while there is none."""
         account = self.account
         if account is not None:
             return account
@@ -6536,24 +6875,101 @@ class App:
             return "login required; the last try failed: %s" % login.problem
         return "login required: open /auth/device on this server, or run: copilot_proxy.py auth"
 
+    # -- logins that browsers begin: each belongs to the one that knows its state token
+
+    def open_login(self) -> tuple[str, DeviceLogin]:
+        """(state token, login): the default account's own while nobody is logged in, so that all
+        works then; else one of another account.  Raises RateLimited."""
+        now, state, is_default = time.monotonic(), secrets.token_urlsafe(32), self.account is None
+        if is_default:
+            self.begin_login()
+        with self._lock:
+            self._logins = {key: (began, old) for key, (began, old) in self._logins.items()
+                            if not old.problem and now - began < LOGIN_AGE_S}
+            login = self.login if is_default else None
+            if login is not None and len(self._logins) >= MAX_LOGINS:
+                del self._logins[next(iter(self._logins))]      # they all wait for the same one
+            elif len(self._logins) >= MAX_LOGINS:
+                raise too_early("%d logins are under way" % MAX_LOGINS, 60)
+            if login is None:
+                login = DeviceLogin(self.github, self.settings.poll_margin_s, self.stop,
+                                    lambda code: None, renews=False)
+                self._start(login, self.github.fetch_copilot_token)     # a seat is wanted
+            self._logins[stable_id("", state)] = (now, login)
+        login.ready.wait(GITHUB_TIMEOUT_S)
+        return state, login
+
+    def find_login(self, state: str) -> DeviceLogin:
+        """Raises BadRequest 403."""
+        with self._lock:
+            began, login = self._logins.get(stable_id("", state), (0.0, None))
+        if login is None or time.monotonic() - began > LOGIN_AGE_S:
+            raise BadRequest("this login was begun by another browser, or is over: start again",
+                             403, "unknown_login")
+        return login
+
+    def claim_login(self, state: str) -> Json:
+        """The key of a granted login, this once.  Raises BadRequest 403, 409, ConfigError."""
+        login, key, text = self.find_login(state), stable_id("", state), new_key()
+        if not login.token:
+            raise BadRequest("nobody has granted this login yet", 409, "login_pending")
+        with self._lock:
+            entry = self._logins.pop(key, None)
+        if entry is None:
+            raise BadRequest("this login's key has been handed out", 403, "unknown_login")
+        try:
+            made = self.keys.add(text, self.github.fetch_login(login.token), login.token)
+        except ProxyError:
+            with self._lock:
+                self._logins[key] = entry
+            raise
+        return {"login": made.login or None, "key": text, "key_id": made.id}
+
+    def forget(self, keys: list[Key]) -> None:
+        """Delete keys; accounts without one are let go of.  Raises ConfigError."""
+        self.keys.delete([key.id for key in keys])
+        left = {key.token for key in self.keys.all()}
+        with self._lock:
+            for key in keys:
+                if key.token not in left:
+                    self._accounts.pop(stable_id("", key.token), None)
+
     def close(self) -> None:
         """Stop the threads and close the pool."""
         self.stop.set()
         self._account_stop.set()
+        if self.login is not None:
+            self.login.stop.set()
         self.upstream.pool.closed = True             # also for what is still under way
         self.upstream.pool.clear()
-
-def show_token(token: CopilotToken) -> None:
-    """--show-token: on a terminal, never in a file or pipe that may be a log."""
-    if sys.stderr.isatty():
-        sys.stderr.write("Copilot token: %s\n" % token.value)
-        sys.stderr.flush()
 
 
 # ==== 17. HTTP server =============================================================================
 # Threads prepare, one loop relays.  A worker thread reads a request, finds its route and calls the
 # endpoint; a streamed answer and an idle connection belong to the RelayLoop, so that a thousand of
 # them hold no thread.  Every error is rendered here and nowhere else.
+
+PLAIN_HTTP_REFUSAL = render_head("HTTP/1.1 400 Bad Request", (
+    ("Content-Type", "text/plain"), ("Connection", "close"))) + b"this port speaks https only\n"
+
+def bare_address(name: Any) -> str:
+    """('::ffff:10.0.0.1', 80, 0, 0) -> '10.0.0.1'."""
+    return str(name[0]).replace("::ffff:", "") if isinstance(name, tuple) else ""
+
+def make_server_context(settings: Settings) -> Any:
+    """For --tls-cert and --tls-key.  Raises ConfigError."""
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key or None, lambda: "")
+    except OSError as error:
+        raise ConfigError("--tls-cert, --tls-key: cannot use them (%s): PEM files are wanted, the "
+                          "certificate chain and its key without a password"
+                          % plain_reason(error)) from None
+    return context
 
 class Baton:
     """Requests are prepared one after the other.  Python runs one thread at a time anyway, and
@@ -6585,12 +7001,14 @@ class Client:
                  on_close: Callable[[Client], None]) -> None:
         self.sock, self.settings, self._on_close = sock, settings, on_close
         self._baton, self._has_baton = baton, False
-        self.address = str(address[0]) if isinstance(address, tuple) else ""
+        self.address = bare_address(address)
         self.keepalive_s = settings.keepalive_s
         self.ahead = b""                          # read, but not used yet
         self.problem: BadRequest | None = None    # why no request can be read from it
         self.ending = False                       # the server is shutting down
         self.ping: Callable[[], None] = lambda: None      # the running request's keep-alive
+        self.tls: Any = None                      # the context while TLS has not begun
+        self.shaking_until = 0.0                  # monotonic; 0: no handshake is under way
 
     @property
     def is_full(self) -> bool:
@@ -6699,7 +7117,8 @@ class Client:
         """After a refusal: read on for a moment, else the client sees a reset, not the reason."""
         deadline, size = time.monotonic() + LINGER_S, 0
         with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_WR)
+            self._end_tls()
+            socket.socket.shutdown(self.sock, socket.SHUT_WR)    # TLS has one that ends it, too
             while size < 4 * MAX_BODY_BYTES:
                 data = self._receive(deadline - time.monotonic())
                 size += len(data)
@@ -6710,11 +7129,18 @@ class Client:
         """From another thread: a handler that waits for the upstream is woken to say goodbye."""
         self.ending = True
         with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RD)
+            socket.socket.shutdown(self.sock, socket.SHUT_RD)
+
+    def _end_tls(self) -> None:
+        """Tell the other side that nothing was cut off."""
+        if hasattr(self.sock, "unwrap"):
+            with contextlib.suppress(OSError, ValueError):
+                self.sock.unwrap()
 
     def close(self) -> None:
         """Let go of the socket; may be called twice."""
         self._on_close(self)
+        self._end_tls()
         with contextlib.suppress(OSError):
             self.sock.close()
 
@@ -6730,6 +7156,11 @@ class Exchange:
         self.path, _, self.query = path_of(head.target).partition("?")
         self.path = normalise_path(self.path)
         self.argument = ""                   # what a route with a pattern matched
+        self.address = client.address        # of the client itself, behind a trusted proxy, too
+        self.is_same_origin = True           # no page of another origin has sent it
+        self.caller = STRANGER
+        self.account: Account | None = None  # that serves it, once known
+        self.has_slot = False                # of App.gate
         self.dialect: Dialect = MESSAGES if self.path.startswith("/messages") else CHAT
         self.body = b""
         self.headers: Headers = {}           # to be added to the answer
@@ -6745,6 +7176,12 @@ class Exchange:
         self.keepalive = b""
 
     # -- the request
+
+    def copilot(self) -> Account:
+        """The account that serves this request.  Raises AuthError."""
+        if self.account is None:
+            self.account = self.caller.account or self.app.copilot()
+        return self.account
 
     def json_object(self) -> Json:
         """The body.  Raises BadRequest."""
@@ -6774,7 +7211,8 @@ class Exchange:
 
     def fail(self, error: ProxyError) -> None:
         """Render the error in the dialect of the route."""
-        self.failure = str(error)
+        self.failure = redact(str(error))
+        error.args = (self.failure,)
         self.headers.update(error.headers)
         self.reply_json(self.dialect.error_body(error, self.id), error.status)
 
@@ -6821,6 +7259,7 @@ class Exchange:
         if kind:
             fields_.append(("Content-Type", kind))
         fields_ += more
+        fields_.append(("X-Content-Type-Options", "nosniff"))
         fields_ += [(k, v) for k, v in self.headers.items() if k != "x-request-id"]
         if not self.keep_alive:
             fields_.append(("Connection", "close"))
@@ -6840,12 +7279,15 @@ class Exchange:
         """One line per request; the target's query is left out, it may hold anything."""
         log, usage = self.app.log, self.usage
         self.app.stats.count(self.route, str(self.status))
+        if self.account is not None:
+            self.account.stats.count(self.route, str(self.status))
         if not log.isEnabledFor(logging.INFO):
             return
+        path = self.path[:21] if self.path.startswith("/auth/tokens/") else self.path   # a key?
         tokens = "%d+%d" % (usage.input + usage.cache_read + usage.cache_write,
                             usage.output) if usage else "-"
         line = "%s %s %s model=%s route=%s status=%d first=%.0fms total=%.0fms tokens=%s%s" % (
-            self.id[:8], printable(self.head.method, 20), printable(self.path, 80),
+            self.id[:8], printable(self.head.method, 20), printable(path, 80),
             printable(self.model, 60), self.route, self.status, self._first_byte_ms,
             self._elapsed_ms(), tokens,
             " error=" + printable(self.failure) if self.failure else "")
@@ -6872,6 +7314,34 @@ def normalise_path(path: str) -> str:
     while path == "/v1" or path.startswith("/v1/"):
         path = path[3:]
     return path.rstrip("/") or "/"
+
+#: what holds no data and asks for the key itself
+OPEN_PATHS = ("/health", "/", "/dashboard", "/auth/device")
+
+def is_open(exchange: Exchange) -> bool:
+    """Is this served without a key?"""
+    return exchange.head.method == "OPTIONS" or (exchange.path in OPEN_PATHS
+                                                 and exchange.head.method in ("GET", "HEAD"))
+
+def is_within(address: str, networks: list[Any]) -> bool:
+    """Is this an address, and in one of the networks?"""
+    with contextlib.suppress(ConfigError):
+        return any(own.version == network.version and own.subnet_of(network)
+                   for own in parse_networks([address]) for network in networks)
+    return False
+
+def as_seen(head: RequestHead, peer: str, settings: Settings, scheme: str) -> tuple[str, str, str]:
+    """(host, scheme, address of the client) as the client itself sees them: a trusted proxy tells
+    them in X-Forwarded-*, where the last value is the proxy's own."""
+    host, trusted = head.headers.get("host", "localhost"), settings.trusted_networks
+    if not trusted or not is_within(peer, trusted):
+        return host, scheme, peer
+    hosts, schemes, hops = (
+        [value.strip() for value in head.headers.get("x-forwarded-" + name, "").split(",")]
+        for name in ("host", "proto", "for"))
+    hops = [hop for hop in hops if hop][::-1] or [peer]
+    return (hosts[-1] or host, schemes[-1].lower() or scheme,
+            next((hop for hop in hops if not is_within(hop, trusted)), hops[-1]))
 
 class Relay:
     """One streamed answer in the loop: whose it is, where it comes from, what is still to send."""
@@ -7035,7 +7505,7 @@ class RelayLoop:
             client.close()
             return
         wait = self._settings.head_timeout_s if client.ahead else self._settings.idle_client_s
-        self._parked[client] = self._now + wait
+        self._parked[client] = client.shaking_until or self._now + wait
         self._selector.register(client, selectors.EVENT_READ, (self._on_parked, client))
         if client.has_head:
             self._unpark(client)
@@ -7044,7 +7514,9 @@ class RelayLoop:
         if client not in self._parked:
             return
         begun = bool(client.ahead)
-        if not client.fill():
+        if client.shaking_until:                 # that is work for a thread
+            self._unpark(client)
+        elif not client.fill():
             self._unpark(client, late=True)
         elif client.has_head:
             self._unpark(client)
@@ -7295,9 +7767,37 @@ class Handler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         """Until the loop takes the connection over or it is closed."""
+        if self.request.shaking_until and not self._shake_hands():
+            return
         while self._serve_one():
             if not self._has_follow_up():
                 return
+
+    def _shake_hands(self) -> bool:
+        """Go on with the TLS handshake as far as bytes are there -> is it through, and a request
+        behind it?  Else the loop waits, for more of either."""
+        client, problem = self.request, None
+        client.resume()
+        try:
+            if client.tls is not None:            # not before the first byte: it takes memory
+                client.sock = client.tls.wrap_socket(client.sock, server_side=True,
+                                                     do_handshake_on_connect=False)
+                client.tls = None
+            client.sock.do_handshake()
+        except OSError as error:
+            problem = error
+        client.pause()
+        if problem is None:
+            client.shaking_until = 0.0
+            return self._has_follow_up()
+        if is_would_block(problem):
+            self.server.loop.park(client)
+            return False
+        if getattr(problem, "reason", "") == "HTTP_REQUEST":
+            with contextlib.suppress(OSError):
+                socket.socket.send(client.sock, PLAIN_HTTP_REFUSAL)
+        client.close()
+        return False
 
     def _has_follow_up(self) -> bool:
         """Is the next request here already?  Else the loop waits for it."""
@@ -7363,6 +7863,7 @@ class Handler(socketserver.BaseRequestHandler):
         try:
             length, chunked = head.body_form()
             self._check_browser(exchange)
+            self._check_key(exchange)
             endpoint = None if head.method == "OPTIONS" else self._find_route(exchange)
             self._check_body(exchange, length, chunked)
         except ProxyError:
@@ -7384,35 +7885,51 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _check_browser(self, exchange: Exchange) -> None:
         """DNS rebinding and foreign web pages: refused before any work."""
-        head, settings = exchange.head, self.server.app.settings
-        host = head.headers.get("host", "localhost")
+        headers, settings = exchange.head.headers, self.server.app.settings
+        host, scheme, exchange.address = as_seen(exchange.head, exchange.client.address, settings,
+                                                 self.server.scheme)
         name = host_of("//" + host)
-        if not (is_loopback(name) or name in [allowed.lower() for allowed in settings.allow_host]):
+        if not (is_loopback(name) or name in [allowed.lower() for allowed in settings.allow_host]
+                or name in (settings.host, bare_address(exchange.client.sock.getsockname()))):
             raise BadRequest("the host name %s is not served here; allow it with --allow-host"
                              % printable(host, 60), 403, "host_not_allowed")
-        origin = head.headers.get("origin")
+        origin = headers.get("origin")
+        own = origin is not None and origin.lower() == "%s://%s" % (scheme, host.lower())
+        exchange.is_same_origin = own or origin is None and headers.get(
+            "sec-fetch-site", "none") in ("same-origin", "none")
+        if not exchange.is_same_origin and not (
+                origin in settings.cors_origin or origin is None and is_open(exchange)):
+            raise BadRequest("pages of the origin %s may not call this API; allow it with "
+                             "--cors-origin" % printable(origin or "unknown", 80), 403,
+                             "origin_not_allowed")
         if origin is None:
             return
-        if origin not in settings.cors_origin and origin.lower() != "http://" + host.lower():
-            raise BadRequest("pages of the origin %s may not call this API; allow it with "
-                             "--cors-origin" % printable(origin, 80), 403, "origin_not_allowed")
         exchange.headers.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})
-        if head.method == "OPTIONS":
+        if exchange.head.method == "OPTIONS":
             exchange.headers.update({
-                "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
-                "Access-Control-Allow-Headers": head.headers.get(
+                "Access-Control-Allow-Methods": "GET, HEAD, POST, DELETE, OPTIONS",
+                "Access-Control-Allow-Headers": headers.get(
                     "access-control-request-headers", "authorization, content-type"),
                 "Access-Control-Max-Age": "600"})
-            if "access-control-request-private-network" in head.headers:
+            if "access-control-request-private-network" in headers:
                 exchange.headers["Access-Control-Allow-Private-Network"] = "true"
 
+    def _check_key(self, exchange: Exchange) -> None:
+        """Raises AuthError, RateLimited."""
+        try:
+            exchange.caller = self.server.app.identify(exchange.head.headers, exchange.address)
+        except (AuthError, RateLimited):
+            if not is_open(exchange):
+                raise
+
     def _find_route(self, exchange: Exchange) -> Endpoint:
-        """Exact path first, then `/x/*`.  Raises BadRequest 404, 405."""
+        """Exact path first, then `/x/*` and `/x/y/*`.  Raises BadRequest 404, 405."""
         methods = self.server.routes.get(exchange.path)
-        stem, _, tail = exchange.path[1:].partition("/")
-        if methods is None and tail:
-            methods = self.server.routes.get("/%s/*" % stem)
-            exchange.argument = urllib.parse.unquote(tail)
+        parts = exchange.path.split("/")
+        for at in (2, 3):
+            if methods is None and len(parts) > at:
+                methods = self.server.routes.get("/".join(parts[:at]) + "/*")
+                exchange.argument = urllib.parse.unquote("/".join(parts[at:]))
         if methods is None:
             raise BadRequest("there is no route %s %s" % (
                 printable(exchange.head.method, 20), printable(exchange.path, 80)), 404,
@@ -7477,6 +7994,8 @@ class Server(ThreadingHTTPServer):
         self._clients: set[Client] = set()           # open connections; the listener adds, any
         self._most_clients = max(file_limit() // 2 - SPARE_FILES, 1)     # thread discards
         self.loop = RelayLoop(app.settings, app.log, self._workers.run, self.end)
+        self._tls = make_server_context(app.settings) if app.settings.tls_cert else None
+        self.scheme = "https" if self._tls else "http"
         if ":" in host:
             self.address_family = socket.AF_INET6
         super().__init__((host, port), Handler)
@@ -7488,8 +8007,10 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
+        """Of this server, as a client on this machine may write it."""
         host = str(self.server_address[0])
-        return "http://%s:%d" % ("[%s]" % host if ":" in host else host, self.server_port)
+        return "%s://%s:%d" % (self.scheme, "[%s]" % host if ":" in host else host,
+                               self.server_port)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """A new connection: the loop waits for its first request."""
@@ -7503,9 +8024,11 @@ class Server(ThreadingHTTPServer):
             head = render_head("HTTP/1.1 503 Service Unavailable", (
                 ("Content-Type", "application/json"), ("Content-Length", str(len(refusal))),
                 ("Retry-After", "5"), ("Connection", "close")))
-            send_now(request, head + refusal)
+            send_now(request, head + refusal if self._tls is None else b"")
             client.close()
             return
+        if self._tls is not None:
+            client.tls, client.shaking_until = self._tls, time.monotonic() + HANDSHAKE_S
         self._clients.add(client)
         self.loop.park(client)
 
@@ -7529,6 +8052,9 @@ class Server(ThreadingHTTPServer):
         """The exchange is over: one log line."""
         with self._lock:
             self._running.pop(exchange, None)
+        if exchange.has_slot:
+            exchange.has_slot = False
+            self.app.gate.leave()
         exchange.log_line()
 
     def start(self, poll_s: float = 0.1) -> None:
@@ -7666,23 +8192,74 @@ def csp_hash(text: str) -> str:
     """How a Content-Security-Policy names an inline script or style."""
     return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; script-src %s; style-src "
-    "%s; base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (csp_hash(PAGE_SCRIPT),
-                                                                         csp_hash(PAGE_STYLE)),
-    "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Cache-Control": "no-store",
-    "Referrer-Policy": "no-referrer",
+def page_headers(style: str, script: str) -> Headers:
+    """What keeps a page to itself."""
+    return {"Content-Security-Policy": "default-src 'none'; connect-src 'self'; script-src %s; "
+            "style-src %s; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+            % (csp_hash(script), csp_hash(style)),
+            "X-Frame-Options": "DENY", "Cache-Control": "no-store",
+            "Referrer-Policy": "no-referrer"}
+
+PAGE_HEADERS = page_headers(PAGE_STYLE, PAGE_SCRIPT)
+
+#: /auth/device: the state of a login lives in the script's memory, a key in sessionStorage
+LOGIN_SCRIPT = """
+const byId = id => document.getElementById(id);
+const tell = (id, text) => { byId(id).textContent = text; };
+async function ask(method, path, body, more) {
+  const key = sessionStorage.getItem('copilot_proxy_key');
+  const answer = await fetch(path, { method, body: body && JSON.stringify(body), headers: {
+    'Content-Type': 'application/json', ...more,
+    ...(key && { Authorization: 'Bearer ' + key }) } });
+  const value = await answer.json();
+  if (answer.status === 401) byId('door').hidden = false;
+  if (!answer.ok) throw new Error((value.error || {}).message || answer.statusText);
+  return value;
 }
+async function begin() {
+  const login = await ask('POST', '/auth/device/start', {}), link = byId('link');
+  if (/^https?:/.test(login.verification_uri)) link.href = login.verification_uri;
+  tell('link', login.verification_uri); tell('code', login.user_code);
+  let now = { status: 'pending' };
+  for (byId('login').hidden = false; now.status === 'pending';) {
+    await new Promise(done => setTimeout(done, 2000));
+    now = await ask('GET', '/auth/device/poll', null, { 'X-Login-State': login.state });
+  }
+  byId('login').hidden = true;
+  if (now.status !== 'granted') throw new Error(now.problem);
+  const made = await ask('POST', '/auth/device/claim', { state: login.state });
+  tell('said', 'Logged in' + (made.login ? ' as ' + made.login : '')
+    + '. The API key of this account, shown this once: ' + made.key);
+}
+byId('begin').onclick = () => begin().catch(problem => tell('said', problem.message));
+byId('door').onsubmit = event => {
+  event.preventDefault(); sessionStorage.setItem('copilot_proxy_key', byId('key').value);
+  byId('key').value = ''; byId('door').hidden = true; byId('begin').click(); };
+"""
+LOGIN_STYLE = PAGE_STYLE + "#said { overflow-wrap: anywhere; }"
+LOGIN_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>copilot_proxy: login</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>%s</style></head><body><main><h1>Log in with GitHub</h1>
+<form id="door" hidden><label>API key of this server
+<input id="key" type="password" autocomplete="off" required></label> <button>Use</button></form>
+<p><button id="begin">Get a login code</button></p>
+<div id="login" hidden><p>Open <a id="link" target="_blank" rel="noreferrer"></a> and enter this
+code:</p><p id="code" class="code"></p></div><p id="said" aria-live="polite"></p>
+</main><script>%s</script></body></html>
+""" % (LOGIN_STYLE, LOGIN_SCRIPT)
+LOGIN_HEADERS = page_headers(LOGIN_STYLE, LOGIN_SCRIPT)
 
 
 # ==== 19. Endpoints ===============================================================================
 # One short function per route, and the table of routes.
 
-def resolve(exchange: Exchange, body: Json) -> tuple[Copilot, Model]:
+def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
     """(account, model) of a request.  Raises AuthError, BadRequest."""
     given, sessions = exchange.head.headers, exchange.app.sessions
     session = str(next((given[name] for name in SESSION_HEADERS if name in given),
                        body.get("prompt_cache_key") or ""))
+    session = session and "%s %s" % (exchange.caller.key_id, session)    # nobody else's
     asked = body.get("model")
     if asked is None and session in sessions:      # Codex's desktop app leaves it out at times
         asked = body["model"] = sessions.get(session)
@@ -7694,7 +8271,7 @@ def resolve(exchange: Exchange, body: Json) -> tuple[Copilot, Model]:
         sessions[session] = asked
         if len(sessions) > MAX_SESSIONS:
             sessions.popitem(last=False)
-    copilot = exchange.app.copilot()
+    copilot = exchange.copilot()
     return copilot, with_login(exchange, copilot, lambda: copilot.find_model(asked))
 
 def with_login(exchange: Exchange, copilot: Copilot, work: Callable[[], Any]) -> Any:
@@ -7704,7 +8281,8 @@ def with_login(exchange: Exchange, copilot: Copilot, work: Callable[[], Any]) ->
     except AuthError as error:
         if error.status == 401:
             exchange.app.refused(copilot)
-            raise AuthError("%s (%s)" % (error, exchange.app.login_hint()),
+            raise AuthError("%s (%s)" % (error, "log in again at /auth/device" if
+                                         exchange.caller.account else exchange.app.login_hint()),
                             code="login_required") from None
         raise
 
@@ -7735,9 +8313,15 @@ def upstream_headers(exchange: Exchange, client: Dialect, upstream: Dialect, bod
     return headers
 
 def admit(exchange: Exchange, body: Json, model: Model) -> None:
-    """Rate limit and approval by hand.  Raises RateLimited, BadRequest, ClientGone."""
-    app = exchange.app
-    app.limiter.admit(exchange.client)
+    """Limits and approval by hand.  Raises RateLimited, BadRequest, ClientGone."""
+    app, who = exchange.app, exchange.caller.key_id or exchange.address
+    exchange.headers.update(app.minute.admit(
+        who, "%d requests of a key are allowed in a minute here (--requests-per-minute)"
+        % app.settings.requests_per_minute))
+    if app.settings.max_concurrency and not exchange.has_slot:
+        app.gate.enter(who, exchange.client)
+        exchange.has_slot = True
+    exchange.copilot().limiter.admit(exchange.client)
     turns = as_list(body.get("messages") or body.get("input"))
     last = as_object(turns[-1]) if turns else {}
     text = text_of(last.get("content")) or text_of(body.get("input"))
@@ -7746,7 +8330,7 @@ def admit(exchange: Exchange, body: Json, model: Model) -> None:
 
 def owner_of(exchange: Exchange, copilot: Copilot) -> str:
     """Whose kept responses are: the account's and the client's key's, as a hash of both."""
-    keys = [exchange.head.headers.get(name) for name in ("x-api-key", "api-key", "authorization")]
+    keys = [exchange.head.headers.get(name) for name in (*KEY_HEADERS, "authorization")]
     return stable_id("", "%s %s" % (copilot.github_token, keys))
 
 def inline_images(exchange: Exchange, body: Json) -> None:
@@ -7828,7 +8412,7 @@ def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: C
         model: Model, keep: Callable[[str, bytes], None] | None = None
         ) -> tuple[Plan, UpstreamResponse] | None:
     """Send a request, `data` parsed, in a dialect that the model speaks -> (plan, answer), None
-    when the client was told otherwise.  What the upstream refuses is repaired, see section 9;
+    when the client was told otherwise.  What the upstream refuses is repaired, see Repairs;
     when the quota is used up another model may be asked (--fallback)."""
     if not isinstance(body.get("stream"), (bool, type(None))):
         raise BadRequest("'stream' must be true or false", param="stream")
@@ -8039,7 +8623,7 @@ def count_input(exchange: Exchange) -> None:
 def stored_response(exchange: Exchange) -> None:
     """GET and DELETE /responses/ID, GET /responses/ID/input_items: from the local store."""
     exchange.dialect = RESPONSES
-    store, owner = exchange.app.store, owner_of(exchange, exchange.app.copilot())
+    store, owner = exchange.app.store, owner_of(exchange, exchange.copilot())
     response_id, _, tail = exchange.argument.partition("/")
     if exchange.head.method == "DELETE" and not tail and store.delete(owner, response_id):
         exchange.reply_json({"id": response_id, "object": "response", "deleted": True})
@@ -8103,11 +8687,16 @@ def completions(exchange: Exchange) -> None:
         exchange.reply_json(whole)
 
 def stats(exchange: Exchange) -> None:
-    """Counts since the start: requests by route and status, losses by field."""
-    counts = exchange.app.stats.report()
-    exchange.reply_json({"uptime_s": round(time.time() - exchange.app.started, 1),
-                         "losses": counts.pop("lossy", {}),
-                         "repairs": counts.pop("repaired", {}), "requests": counts})
+    """Counts since the start: requests by route and status, losses by field.  The operator sees
+    those of all, others those of their account."""
+    app, caller = exchange.app, exchange.caller
+    counts = (caller.account if caller.account and not caller.is_operator else app).stats.report()
+    answer = {"uptime_s": round(time.time() - app.started, 1),
+              "losses": counts.pop("lossy", {}),
+              "repairs": counts.pop("repaired", {}), "requests": counts}
+    if caller.is_operator:
+        answer["accounts"] = {one.name: one.stats.report() for one in app.accounts()}
+    exchange.reply_json(answer)
 
 def embeddings(exchange: Exchange) -> None:
     """Strings only upstream, floats only back: wrapped, split, merged and packed here."""
@@ -8173,7 +8762,7 @@ def model_entry(model: Model) -> Json:
 def models(exchange: Exchange) -> None:
     """The models meant for users; `?all=1` shows hidden and disabled ones, too.  Codex asks with
     `client_version` and takes an empty `models` as: use your own list."""
-    copilot = exchange.app.copilot()
+    copilot = exchange.copilot()
     found = with_login(exchange, copilot, copilot.models)
     shown = [m for m in found if m.is_listed or exchange.parameter("all") not in (None, "0")]
     data = [model_entry(m) for m in shown if m.kind in ("chat", "embeddings")]
@@ -8187,36 +8776,42 @@ def models(exchange: Exchange) -> None:
 def one_model(exchange: Exchange) -> None:
     """One entry of the list; any spelling that finds a model will do."""
     exchange.dialect = MESSAGES if "anthropic-version" in exchange.head.headers else CHAT
-    copilot = exchange.app.copilot()
+    copilot = exchange.copilot()
     model = with_login(exchange, copilot, lambda: copilot.find_model(exchange.argument))
     exchange.reply_json(dict(model_entry(model), id=exchange.argument))
 
 def usage(exchange: Exchange) -> None:
     """The upstream's usage answer, whole."""
-    copilot = exchange.app.copilot()
-    exchange.reply_json(with_login(
-        exchange, copilot, lambda: exchange.app.github.fetch_usage(copilot.github_token)))
+    copilot = exchange.copilot()
+    answer: Json = with_login(
+        exchange, copilot, lambda: exchange.app.github.fetch_usage(copilot.github_token))
+    copilot.name = str(answer.get("login") or copilot.name)
+    exchange.reply_json(answer)
 
 def token(exchange: Exchange) -> None:
     """The Copilot token, for this machine's own programs and only with --show-token."""
     if (not exchange.app.settings.show_token or "origin" in exchange.head.headers
-            or not is_loopback(exchange.client.address)):
+            or "x-forwarded-for" in exchange.head.headers or not is_loopback(exchange.address)):
         raise BadRequest("there is no route GET /token; it is off without --show-token", 404,
                          "unknown_url")
-    copilot = exchange.app.copilot()
+    copilot = exchange.copilot()
     value: CopilotToken = with_login(exchange, copilot, copilot.token.get)
     exchange.headers["Cache-Control"] = "no-store"
     exchange.reply_json({"token": value.value})
 
 def health(exchange: Exchange) -> None:
     """200 as soon as the port serves; whether calls will work is in `status`."""
-    exchange.reply_json(health_report(exchange.app))
+    exchange.reply_json(health_report(exchange))
 
-def health_report(app: App) -> Json:
-    """What /health and the page say: login state, code to enter, token state; no secret."""
-    account, login = app.account, app.login
+def health_report(exchange: Exchange) -> Json:
+    """Login state, code to enter, token state; no secret, and to strangers only whether it works:
+    who knows the code could log in as somebody else."""
+    app = exchange.app
+    account, login = exchange.caller.account or app.account, app.login
     report: Json = {"status": "ok" if account else "login_required", "version": __version__,
                     "uptime_s": round(time.time() - app.started, 1), "demo": app.settings.demo}
+    if not exchange.caller.is_admitted:
+        return report
     if account is not None:
         problem = account.token.error
         report["token"] = {"ready": account.token.value is not None,
@@ -8233,11 +8828,70 @@ def page(exchange: Exchange) -> None:
     exchange.headers.update(PAGE_HEADERS)
     exchange.reply(PAGE.encode(), kind="text/html; charset=utf-8")
 
+def login_page(exchange: Exchange) -> None:
+    """GET /auth/device: a shell, too."""
+    exchange.headers.update(LOGIN_HEADERS)
+    exchange.reply(LOGIN_PAGE.encode(), kind="text/html; charset=utf-8")
+
+def check_door(exchange: Exchange) -> None:
+    """Logins and keys are for this server's own page and for programs.  Raises BadRequest 403."""
+    exchange.headers["Cache-Control"] = "no-store"
+    if not exchange.is_same_origin:
+        raise BadRequest("pages of other origins cannot log in here or see keys", 403,
+                         "origin_not_allowed")
+
 def begin_login(exchange: Exchange) -> None:
-    """POST /auth/device/start: ask GitHub for a code when nobody is logged in."""
-    if exchange.app.account is None:
-        exchange.app.begin_login()
-    exchange.reply_json(health_report(exchange.app))
+    """POST /auth/device/start: a code, and the state token that makes it this browser's login."""
+    check_door(exchange)
+    if not exchange.caller.is_operator:
+        raise BadRequest("only the operator's key can begin a login", 403)
+    exchange.client.pause()
+    state, login = exchange.app.open_login()
+    if login.code is None:
+        raise UpstreamError(login.problem or "GitHub gave no login code in time")
+    exchange.reply_json(dict(health_report(exchange), state=state, user_code=login.code.user_code,
+                             verification_uri=login.code.verification_uri,
+                             expires_in=login.code.expires_in))
+
+def poll_login(exchange: Exchange) -> None:
+    """GET /auth/device/poll: how it stands; the server's own thread asks GitHub."""
+    check_door(exchange)
+    login = exchange.app.find_login(exchange.head.headers.get("x-login-state", ""))
+    exchange.reply_json({"status": "failed" if login.problem else "granted" if login.token
+                         else "pending", "problem": login.problem or None})
+
+def claim_login(exchange: Exchange) -> None:
+    """POST /auth/device/claim: the account's key, once."""
+    check_door(exchange)
+    exchange.client.pause()
+    exchange.reply_json(exchange.app.claim_login(str(exchange.json_object().get("state"))))
+
+def own_keys(exchange: Exchange) -> list[Key]:
+    """The keys that the caller may see: the operator all, others their account's."""
+    caller = exchange.caller
+    return [key for key in exchange.app.keys.all() if caller.is_operator or caller.account
+            and key.token == caller.account.github_token]
+
+def list_keys(exchange: Exchange) -> None:
+    """GET /auth/tokens: ids and accounts, never keys."""
+    check_door(exchange)
+    exchange.reply_json({"object": "list", "data": [
+        {"key_id": key.id, "kind": "account" if key.token else "operator", "login": key.login,
+         "host": key.host, "created": key.made} for key in own_keys(exchange)]})
+
+def delete_key(exchange: Exchange) -> None:
+    """DELETE /auth/tokens/ID: forget a key, and its account with the last one."""
+    check_door(exchange)
+    whole = exchange.app.keys.find(exchange.argument)
+    found = [key for key in own_keys(exchange)
+             if key.id == exchange.argument or whole is not None and key.hash == whole.hash]
+    if not found:
+        raise BadRequest("there is no such key", 404, "unknown_key")
+    if not found[0].made:
+        raise BadRequest("this key comes from --api-key or the environment: it ends with the next "
+                         "start without it", 409)
+    exchange.app.forget(found)
+    exchange.reply_json({"key_id": found[0].id, "deleted": True})
 
 def accept_quietly(exchange: Exchange) -> None:
     """Telemetry of clients: dropped without noise."""
@@ -8264,8 +8918,12 @@ ROUTES: Routes = {
     "/health": {"GET": health},
     "/": {"GET": page},
     "/dashboard": {"GET": page},
-    "/auth/device": {"GET": page},
+    "/auth/device": {"GET": login_page},
     "/auth/device/start": {"POST": begin_login},
+    "/auth/device/poll": {"GET": poll_login},
+    "/auth/device/claim": {"POST": claim_login},
+    "/auth/tokens": {"GET": list_keys},
+    "/auth/tokens/*": {"DELETE": delete_key},
     "/api/event_logging/batch": {"POST": accept_quietly},
     "/favicon.ico": {"GET": nothing},
 }
@@ -8380,6 +9038,7 @@ DEMO_ROUTES: Routes = {
 def start_demo(settings: Settings) -> Server:
     """Start the make-believe upstream and point `settings` at it."""
     app = App(Settings(), {})
+    app.keys = KeyFile("", "", ())                           # everybody may ask it
     app.log = logging.getLogger("copilot_proxy.demo")        # its requests are not the user's
     app.log.disabled = True
     server = Server(app, DEMO_ROUTES, "127.0.0.1", 0)
@@ -8442,19 +9101,36 @@ def banner(server: Server) -> str:
         "  OpenAI clients     %s/v1" % server.url, "  Anthropic clients  %s" % server.url,
         "  status page        %s/" % server.url, "Ctrl-C ends it."))
 
+def guard_door(app: App) -> str:
+    """Before the port opens: the key of --api-key auto -> what to tell of it, the key itself when
+    it is new.  Raises ConfigError where strangers could come in."""
+    stored, text = [key for key in app.keys.all() if key.made and not key.token], ""
+    if "auto" in app.settings.api_key and stored:
+        text = "\nAPI key: the one made before (id %s); to get a new one: auth --logout %s" % (
+            stored[0].id, stored[0].id)
+    elif "auto" in app.settings.api_key:
+        made = new_key()
+        app.keys.add(made)
+        text = "\nAPI key, shown this once: %s" % made
+    if not is_loopback(app.settings.host) and not app.keys.is_closed:
+        raise ConfigError("--host %s can be reached by others, and no key keeps them out: add "
+                          "--api-key auto (or --api-key KEY)" % printable(app.settings.host, 60))
+    return text
+
 def cmd_start(app: App, flags: argparse.Namespace) -> int:
     """Serve.  The port opens before anything is asked of GitHub."""
     settings = app.settings
     if settings.github_token:
         check_github_token(settings.github_token)
     raise_file_limit()
+    new_key = guard_door(app)
     server = open_server(app)
     interrupts: list[int] = catch_signals() if flags.signals is None else flags.signals
     server.start()
     github_token = app.load_login()
     if github_token:
         app.use(github_token)
-    say(banner(server))
+    say(banner(server) + new_key)
     if not github_token:
         app.announce = print_code if sys.stdout.isatty() else app.announce
         app.begin_login()
@@ -8507,22 +9183,30 @@ def cmd_auth(app: App, flags: argparse.Namespace) -> int:
     return 0
 
 def list_logins(app: App) -> int:
-    """auth --list: who is logged in, never the token."""
-    stored = app.login_file.load()
-    if not stored:
+    """auth --list: who is logged in and which keys there are, never a token or key."""
+    stored, keys = app.login_file.load(), app.keys.all()
+    if stored:
+        name = app.github.fetch_login(stored) or "(the name could not be fetched)"
+        say("%s  %s  %s" % (printable(name), host_of(app.settings.github_url),
+                            app.login_file.path))
+    for key in keys:
+        say("%s  %s  key %s" % (printable(key.login) or ("(an account)" if key.token else
+                                "(operator)"), host_of("//" + key.host) or "-", key.id))
+    if not stored and not keys:
         say("nobody is logged in")
-        return 0
-    name = app.github.fetch_login(stored) or "(the name could not be fetched)"
-    say("%s  %s  %s" % (printable(name), host_of(app.settings.github_url), app.login_file.path))
     return 0
 
 def log_out(app: App, name: str) -> int:
-    """auth --logout [NAME]: forget the login, if it is NAME's."""
-    stored = app.login_file.load()
-    if name and stored and app.github.fetch_login(stored).lower() != name.lower():
+    """auth --logout [NAME]: forget the default login, or what NAME, a login or key id, has."""
+    stored, wanted = app.login_file.load(), name.lower()
+    keys = [key for key in app.keys.all() if key.made and name and wanted in (
+        key.login.lower(), key.id)]
+    app.forget(keys)
+    is_default = not name or bool(stored) and app.github.fetch_login(stored).lower() == wanted
+    if name and stored and not is_default and not keys:
         raise AuthError("%s is not logged in here" % printable(name))
-    removed = app.login_file.delete()
-    say("logged out" if removed and stored else "nobody was logged in")
+    removed = is_default and app.login_file.delete()
+    say("logged out" if removed and stored or keys else "nobody was logged in")
     return 0
 
 def import_login(app: App) -> str:

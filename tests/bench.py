@@ -61,6 +61,7 @@ BURST_EVENTS = 500                    # of one burst stream
 BATCH = 250                           # events of a burst that the upstream writes at once
 PACED_STREAMS, PACED_HZ, PACED_EVENTS = 40, 50, 150
 MANY_HZ, MANY_EVENTS = 20, 100
+IDLE_STREAMS, IDLE_CONNECTIONS = 50, 1000
 LATE_S = 10.0                         # a job may take that much longer than planned
 LEAVE_LIMIT_S = 3.0
 SOAK_CLIENTS = 24
@@ -855,6 +856,28 @@ def row_streams(stage: Stage) -> List[Figure]:
             Figure(name + ": threads", "", None, used["threads"])]
 
 
+def row_idle(stage: Stage) -> List[Figure]:
+    """50 paced streams through the proxy, without and with idle connections beside them; the two
+    columns are then `alone` and `beside`, and the ratios say what the idle ones cost."""
+    raise_file_limit()
+    job = {"dialect": "chat", "orders": {"ev": PACED_EVENTS, "pace": 1 / PACED_HZ}, "seconds": 0.0,
+           "spread": 0.5, "connections": IDLE_STREAMS, "planned": PACED_EVENTS / PACED_HZ + 0.5}
+    stage.run(dict(job, orders={"ev": 10, "pace": 0.01}), "proxy")
+    alone = stage.run(job, "proxy")
+    with contextlib.ExitStack() as stack:
+        for _ in range(IDLE_CONNECTIONS):
+            stack.enter_context(socket.create_connection(("127.0.0.1", stage.proxy.port), 10))
+        beside = stage.run(job, "proxy")
+    name = "%d streams beside %d idle" % (IDLE_STREAMS, IDLE_CONNECTIONS)
+    figures = [Figure("%s: late %s" % (name, share), "ms", alone["late_us"][share] / 1e3,
+                      beside["late_us"][share] / 1e3) for share in ("p50", "p99")]
+    ratio = beside["late_us"]["p50"] / max(alone["late_us"]["p50"], 1)
+    figures.append(Figure(name + ": late, ratio", "", None, ratio))
+    if alone["cpu_s"] and beside["cpu_s"]:
+        figures.append(Figure(name + ": CPU, ratio", "", None, beside["cpu_s"] / alone["cpu_s"]))
+    return figures
+
+
 def row_bodies(stage: Stage) -> List[Figure]:
     figures = []
     for megabytes in (1, 4):
@@ -983,7 +1006,7 @@ def row_care(stage: Stage) -> List[Figure]:
 ROWS: Dict[str, Callable[[Stage], List[Figure]]] = {
     "latency": row_latency, "throughput": row_throughput, "burst": row_burst, "paced": row_paced,
     "bodies": row_bodies, "reuse": row_reuse, "leave": row_leave, "streams": row_streams,
-    "start": row_start, "care": row_care}
+    "idle": row_idle, "start": row_start, "care": row_care}
 
 # ==== Endurance ===================================================================================
 

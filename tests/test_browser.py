@@ -121,7 +121,7 @@ class PageCase(ProxyCase):
 
 class LoggedIn(PageCase):
     def test_models_and_quota(self) -> None:
-        for path in ("/", "/auth/device"):
+        for path in ("/", "/dashboard"):
             with self.subTest(path=path):
                 page = self.open(path)
                 self.wait_until_shown(page)
@@ -193,7 +193,7 @@ class LoggedIn(PageCase):
 class LoggedOut(PageCase):
     def test_button_code_and_ready(self) -> None:
         fake, proxy = self.logged_out()
-        page = self.open("/auth/device", proxy)
+        page = self.open("/", proxy)
         self.wait_for_text(page, "Nobody is logged in")
         self.wait_for_text(page, "login required")
         self.shoot(page, "logged out")
@@ -212,7 +212,7 @@ class LoggedOut(PageCase):
     def test_login_that_runs_already(self) -> None:
         _, proxy = self.logged_out()
         proxy.app.begin_login()
-        for path in ("/", "/auth/device"):
+        for path in ("/", "/dashboard"):
             page = self.open(path, proxy, width=NARROW_PX, height=740)
             page.wait_for("(document.querySelector('.code') || {}).innerText")
             self.check_fits(page)
@@ -245,6 +245,55 @@ class LoggedOut(PageCase):
         page.run("document.querySelector('button').click()")
         page.wait_for("(document.querySelector('.code') || {}).innerText")
         self.check_quiet(page, proxy)
+
+
+class LoginPage(PageCase):
+    """/auth/device: one more account, its key shown once."""
+
+    settings = {"api_key": ("made-up-operator-key",)}
+
+    def test_key_code_and_the_accounts_key(self) -> None:
+        self.fake.device.token, self.fake.device.interval = "ghu_browser", 0.02
+        self.fake.logins["ghu_browser"] = "hubot"
+        self.fake.device.outcomes = collections.deque(["pending"] * MANY)
+        for dark in (False, True):
+            page = self.open("/auth/device", width=NARROW_PX, height=740, dark=dark)
+            page.run("document.querySelector('#begin').click()")
+            page.wait_for("!document.querySelector('#door').hidden")
+            self.check_fits(page)
+            self.shoot(page, "login key dark" if dark else "login key")
+        page.run("document.querySelector('#key').value = 'made-up-operator-key';"
+                 "document.querySelector('#door button').click()")
+        code = page.wait_for("document.querySelector('#code').innerText")
+        self.assertEqual(code, "FAKE-0001")
+        self.assertTrue(page.run("document.querySelector('#link').href").startswith(self.fake.url))
+        self.check_fits(page)
+        self.shoot(page, "login code")
+        self.assertEqual(page.run("localStorage.length"), 0)
+        self.assertEqual(page.run("document.cookie"), "")
+        self.fake.device.outcomes.clear()
+        self.wait_for_text(page, "Logged in as hubot")
+        self.check_fits(page)
+        self.shoot(page, "login done")
+        key = page.run("document.querySelector('#said').innerText").split()[-1]
+        self.assertEqual(self.proxy.get("/usage", Authorization="Bearer " + key).json["login"],
+                         "hubot")
+        here = urlsplit(self.proxy.url).netloc
+        self.assertEqual([url for url in page.urls() if urlsplit(url).netloc != here
+                          or key in url], [])
+
+    def test_a_denied_login_can_be_begun_again(self) -> None:
+        fake, proxy = self.logged_out()
+        fake.device.interval = 0.02
+        fake.device.outcomes = collections.deque(["denied"] + ["pending"] * MANY)
+        page = self.open("/auth/device", proxy)
+        page.run("document.querySelector('#begin').click()")
+        self.wait_for_text(page, "cancelled")
+        page.run("document.querySelector('#begin').click()")
+        page.wait_for("document.querySelector('#code').checkVisibility()")
+        fake.device.outcomes.clear()
+        self.wait_for_text(page, "Logged in as octocat")
+        self.assertEqual(page.complaints(), [])
 
 
 if __name__ == "__main__":

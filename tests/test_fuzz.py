@@ -1,13 +1,18 @@
 """Odd shapes: a client's are a BadRequest or are read somehow, an upstream's end in an error."""
 from __future__ import annotations
 
+import collections
 import copy
+import gzip
 import random
+import time
 import unittest
 
-from support import SLOW
+from support import SLOW, raw_exchange
 import copilot_proxy as cp
 from copilot_proxy import DIALECTS, ProxyError, Request
+from test_loop import memory_bytes
+from test_server import SharedCase, chunked_post, post
 from test_laws import MODEL, SEEDS, some_request, some_response
 from test_matrix import CELLS, PARALLEL, events_of, run
 
@@ -90,6 +95,115 @@ class Fuzz(unittest.TestCase):
                             decoder.read(raw[6:])
                     _, pipe = run(client, upstream, data)
                     self.assertTrue(pipe.ended)
+
+
+ENDS = (b"\r\n", b"\n", b"\r", b"\x00", b"\xff", b":", b" ", b"\t", b"{", b"[", b"]", b"}", b'"',
+        b",", b"\\", b"0", b"-1", b"1e999", b"null", b"\r\n\r\n", b"\n\n", b"data: ", b"chunked",
+        b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"[DONE]", b"\\ud800")
+
+
+def mangle(rng: random.Random, data: bytes) -> bytes:
+    """A few bytes changed, put in, taken out, doubled or cut off."""
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(data) + 1)
+        end = min(len(data), at + rng.choice((0, 0, 1, 1, 2, 8, 64)))
+        way = rng.randrange(6)
+        middle = (bytes((rng.randrange(256),)), b"", data[at:end] * 2, rng.choice(ENDS),
+                  rng.choice(ENDS) * rng.choice((1, 50)), data[end:end + 64])[way]
+        data = data[:at] + middle + data[end:]
+    return data if rng.random() < 0.95 else data[:rng.randrange(len(data) + 1)]
+
+
+def pieces(rng: random.Random, data: bytes) -> list[bytes]:
+    cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.randrange(4)))
+    return [data[a:b] for a, b in zip([0] + cuts, cuts + [len(data)])]
+
+
+class RawFuzz(SharedCase):
+    """Mangled requests against the readers of heads and bodies, the decoder of events and the
+    dialects; every 20th goes through a socket to the server itself.  100,000 in the long run."""
+
+    settings = dict(head_timeout_s=0.2, body_stall_s=0.2, idle_client_s=0.2)
+    COUNT = 100_000 if SLOW else 2_000
+
+    def setUp(self) -> None:
+        rng = random.Random(14)
+        self.requests, self.streams = [], []
+        for name, path in (("chat", "/v1/chat/completions"), ("responses", "/v1/responses"),
+                           ("messages", "/v1/messages")):
+            for seed in SEEDS[:12]:
+                body = cp.dumps(DIALECTS[name].encode_request(some_request(seed, name), MODEL))
+                self.requests.append((name, post(path, body)))
+                self.requests.append((name, chunked_post(path, pieces(rng, body))))
+                self.requests.append((name, post(path, gzip.compress(body),
+                                                 "Content-Encoding: gzip")))
+            events = events_of(PARALLEL[name])
+            self.streams.append((name, b"".join(
+                b"data: %b\n\n" % (e.encode() if isinstance(e, str) else cp.dumps(e))
+                for e in events)))
+
+    def read_request(self, rng: random.Random, name: str, data: bytes) -> None:
+        """As the server does it: head, body in pieces, coding, JSON, dialect, translation."""
+        raw, _, rest = data.partition(b"\r\n\r\n")
+        head = cp.parse_request_head(raw)
+        decoder = cp.BodyDecoder(*head.body_form())
+        body = b"".join(decoder.feed(piece) for piece in pieces(rng, rest))
+        if not decoder.done:
+            return
+        value = cp.loads(cp.inflate(body, head.headers.get("content-encoding", "")))
+        if isinstance(value, dict):
+            cp.translate_request(DIALECTS[name], DIALECTS[rng.choice(sorted(DIALECTS))], value,
+                                 MODEL)
+
+    def read_stream(self, rng: random.Random, name: str, data: bytes) -> int:
+        """-> how many events were understood."""
+        frames, decoder = cp.SSEDecoder(), DIALECTS[name].stream_decoder()
+        return sum(len(list(decoder.read(frame.data) or ())) for piece in pieces(rng, data)
+                   for frame in frames.feed(piece))
+
+    def test_mangled_requests_and_streams(self) -> None:
+        rng, outcomes, flat = random.Random(15), collections.Counter(), 0
+        began, slowest = time.monotonic(), 0.0
+        for number in range(self.COUNT):
+            name, data = rng.choice(self.requests)
+            data = mangle(rng, data)
+            at = time.monotonic()
+            try:
+                self.read_request(rng, name, data)
+                outcomes["taken"] += 1
+            except ProxyError as error:
+                self.assertTrue(400 <= error.status < 500 or error.status in (501, 505), data)
+                outcomes[error.status] += 1
+            except ValueError as error:                 # of `loads`: the server says 400
+                self.assertNotIsInstance(error, UnicodeEncodeError, data)
+                outcomes["no JSON"] += 1
+            except Exception as error:
+                raise AssertionError("request %r" % data) from error
+            kind, stream = rng.choice(self.streams)
+            stream = mangle(rng, stream)
+            try:
+                outcomes["events"] += self.read_stream(rng, kind, stream)
+            except ProxyError:
+                outcomes["stream refused"] += 1
+            except Exception as error:
+                raise AssertionError("stream %r" % stream) from error
+            slowest = max(slowest, time.monotonic() - at)
+            if number % 20 == 0:
+                answer = raw_exchange(self.proxy.port, data, shut=True)
+                if answer:
+                    self.assertRegex(answer, rb"\AHTTP/1\.1 [2345]\d\d ", data)
+                    self.assertNotIn(b" 500 ", answer[:20], data)
+                outcomes["answered" if answer else "closed"] += 1
+            if number == self.COUNT // 4:
+                flat = memory_bytes()
+        self.assertLess(slowest, 2.0)
+        self.assertLess(memory_bytes() - flat, 24_000_000)
+        for outcome in ("taken", 400, "no JSON", "events", "answered"):
+            self.assertGreater(outcomes[outcome], self.COUNT // 500, outcomes)
+        self.assertEqual([r for r in self.proxy.logs if r.exc_info], [])
+        if SLOW:
+            print("\nfuzz: %d in %.0f s, %s" % (self.COUNT, time.monotonic() - began,
+                                               dict(outcomes)))
 
 
 if __name__ == "__main__":

@@ -324,88 +324,11 @@ class HeadTest(HostileCase):
         self.assertIn(int(head[9:12]), statuses, raw[:300])
         self.assertTrue(json.loads(body)["error"]["message"])
 
-    def test_malformed_heads_are_refused_and_what_follows_is_not_run(self) -> None:
-        sent = self.new_sent()
-        heads = (
-            b"GET /health\r\n\r\n", b"GET  /health HTTP/1.1\r\nHost: a\r\n\r\n",
-            b"GET /health HTTP/1.1 \r\nHost: localhost\r\n\r\n", b"\x00\r\n\r\n",
-            b"GET\t/health\tHTTP/1.1\r\nHost: localhost\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n",
-            b"GET /he\x00alth HTTP/1.1\r\nHost: localhost\r\n\r\n",
-            b"GET /he\xffalth HTTP/1.1\r\nHost: localhost\r\n\r\n",
-            b"GET /health http/1.1\r\nHost: localhost\r\n\r\n",
-            b"GE(T /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
-            b"GET /health HTTP/1.1\nHost: localhost\n\n",
-            b"GET /health HTTP/1.1\r\nHost localhost\r\n\r\n",
-            b"GET /health HTTP/1.1\r\nHost : localhost\r\n\r\n",
-            b"GET /health HTTP/1.1\r\nHost: localhost\r\nA: b\x00c\r\n\r\n",
-            b"GET /health HTTP/1.1\r\nHost: localhost\r\nA: b\rc\r\n\r\n",
-            b"GET /health HTTP/1.1\r\nHost: localhost\r\nA: b\nX: c\r\n\r\n",
-            b"GET /health HTTP/1.1\r\nHost: localhost\r\n folded: 1\r\n\r\n",
-            b"GET /health HTTP/1.1\r\n: none\r\nHost: localhost\r\n\r\n",
-            b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
-            b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: +5\r\n\r\n",
-            b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0x5\r\n\r\n",
-            b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5, 5\r\n\r\n",
-            b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5_0\r\n\r\n",
-            b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: \r\n\r\n",
-            b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: \xb2\r\n\r\n",
-            b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1" + b"0" * 40
-            + b"\r\n\r\n",
-            b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n"
-            b"Content-Length: 6\r\n\r\n",
-            b"POST /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n"
-            b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-            b"POST /health HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-            b"POST /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
-            b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
-        behind = post("/v1/chat/completions", chat("smuggled"))
-        for head in heads:
-            with self.subTest(head=head[:90]):
-                self.assert_refused(self.exchange(head + behind))
-        self.assertEqual(sent(), [])
-
-    def test_other_versions_and_codings_are_refused_clearly(self) -> None:
-        for status, data in (
-                (505, b"GET / HTTP/2.0\r\nHost: a\r\n\r\n"), (505, b"GET / HTTP/1.2\r\n\r\n"),
-                (505, b"GET / HTTP/0.9\r\n\r\n"), (400, b"GET / ICY/1.1\r\n\r\n"),
-                (501, get("/health", "Transfer-Encoding: gzip, chunked")),
-                (501, get("/health", "Transfer-Encoding: x")),
-                (501, get("/health", "Transfer-Encoding: chunked, chunked"))):
-            with self.subTest(data=data):
-                self.assert_refused(self.exchange(data), (status,))
-
     def test_an_ambiguous_body_on_messages_is_refused_in_its_dialect(self) -> None:
         data = post("/v1/messages", message("a"), "Transfer-Encoding: chunked")
         raw = self.exchange(data)
         self.assert_refused(raw)
         self.assertEqual(json.loads(raw.partition(b"\r\n\r\n")[2]).get("type"), "error")
-
-    def test_malformed_chunked_bodies_are_400_and_what_follows_is_not_run(self) -> None:
-        sent = self.new_sent()
-        for path in PATHS:
-            head = chunked_post(path, []).partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
-            for body in (b"zz\r\n", b"-5\r\nabcde\r\n", b"5\r\nabcdefgh\r\n0\r\n\r\n",
-                         b"0x5\r\nabcde\r\n", b"5\nabcde\n0\n\n", b"\r\n\r\n",
-                         b"ffffffffffffffffff\r\n", b"5" + b";a" * 2000 + b"\r\nabcde\r\n",
-                         b"5\r\nab\x00de\r\nx", b"+5\r\nabcde\r\n0\r\n\r\n", b" 5\r\nabcde\r\n"):
-                with self.subTest(path=path, body=body[:30]):
-                    raw = self.exchange(head + body + post(path, b"{}"))
-                    self.assert_refused(raw)
-                    self.assertEqual(raw.count(b"HTTP/1.1 "), 1)
-        self.assertEqual(sent(), [])
-
-    def test_endless_trailers_are_refused(self) -> None:
-        flood = b"".join(b"X-%d: %s\r\n" % (n, b"a" * 500) for n in range(400))
-        data = chunked_post("/v1/chat/completions", [b"{}"])
-        data = data[:data.rindex(b"X-Trailer")] + flood
-        self.assert_refused(self.exchange(data), (431,))
-
-    def test_header_floods_are_431(self) -> None:
-        for data in (get("/health", *["X-%d: a" % n for n in range(5000)]),
-                     get("/health", "X: " + "a" * 10_000_000), b"A" * 1_000_000,
-                     b"GET /" + b"a" * 200_000, b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 50_000):
-            with self.subTest(data=data[:40]):
-                self.assert_refused(self.exchange(data), (431, 414))
 
     def test_random_bytes_get_an_answer_or_a_closed_connection(self) -> None:
         chance = random.Random(SEED)
@@ -419,10 +342,6 @@ class HeadTest(HostileCase):
                 if raw:
                     self.assert_refused(raw[:raw.find(b"}}") + 2] if b"}}" in raw else raw,
                                         (400, 404, 405, 408, 431, 505))
-
-    def test_a_tls_hello_gets_an_answer_or_a_closed_connection(self) -> None:
-        hello = bytes.fromhex("16030100c8010000c403036161616161") + b"a" * 190
-        self.assertIn(self.exchange(hello)[:9], (b"", b"HTTP/1.1 "))
 
     def test_a_valid_request_with_random_bytes_changed_is_answered(self) -> None:
         chance = random.Random(SEED)
@@ -662,48 +581,6 @@ class SecretTest(HostileCase):
         formatter = logging.Formatter()
         return "\n".join(formatter.format(record) + repr(record.args)
                          for record in self.proxy.logs)
-
-    def test_no_secret_stands_in_a_log_line_an_error_or_a_page(self) -> None:
-        keys = {"Authorization": "Bearer " + self.KEYS[0], "x-api-key": self.KEYS[1],
-                "Cookie": "session=" + self.KEYS[2]}
-        self.proxy.get("/v1/models")
-        token = next(iter(self.fake.tokens))
-        answers: list[bytes] = []
-
-        def ask(method: str, path: str, body: Any = None) -> None:
-            reply = self.proxy.request(method, path + "?key=" + self.KEYS[3], body, keys)
-            answers.append(repr(reply.headers).encode() + reply.body)
-
-        for method, path in (("GET", "/"), ("GET", "/health"), ("GET", "/usage"), ("GET", "/token"),
-                             ("GET", "/v1/models"), ("GET", "/nowhere"), ("PUT", "/v1/messages"),
-                             ("GET", "/auth/device"), ("GET", "/v1/models/nope")):
-            ask(method, path)
-        for path, make in REQUESTS:
-            for text in ("hello", "@@events=3 cut=1@@", "@@events=3 error=1@@"):
-                for stream in (False, True):
-                    ask("POST", path, make(text, stream=stream))
-            for status in (400, 401, 403, 404, 429, 500):
-                for echo in ("Bearer " + token, "token ghu_fake", token, "token=" + token,
-                             json.dumps({"error": {"message": "got Bearer %s" % token}}),
-                             json.dumps({"message": "header authorization: Bearer " + token})):
-                    self.fake.script(PATHS[path], *[Answer(status=status, body=echo)] * 3)
-                    ask("POST", path, make("a"))
-                    with self.fake.changed:
-                        self.fake._scripts.pop(PATHS[path], None)
-                    if self.proxy.app.account:
-                        self.proxy.app.account._limits.clear()
-            ask("POST", path, {"model": "nope"})
-            ask("POST", path, b"{" + self.KEYS[0].encode())
-        self.fake.revoke_tokens()
-        ask("POST", "/v1/messages", message("a"))
-        log = self.texts()
-        self.assertGreater(log.count("\n"), 100)
-        for secret in list(self.fake.tokens) + ["ghu_fake"] + list(self.KEYS):
-            self.assertNotIn(secret, log)
-            for answer in answers:
-                self.assertNotIn(secret.encode(), answer)
-        for secret in self.fake.tokens:                    # nor a part of one
-            self.assertNotIn(secret.rpartition(":")[2], log)
 
     def test_a_token_echoed_in_a_stream_error_is_not_logged(self) -> None:
         self.proxy.get("/v1/models")

@@ -21,8 +21,8 @@ IMPURE = {"socket", "os", "time", "threading", "select", "random", "secrets", "s
           "tempfile", "ssl", "shutil", "signal", "socketserver", "uuid", "pathlib", "sqlite3",
           "asyncio", "multiprocessing", "platform", "logging"}
 IMPURE_CALLS = {"open", "print", "input", "exec", "eval"}
-HEAVY = {"ssl", "difflib", "resource", "webbrowser", "sqlite3", "getpass", "termios", "tty",
-         "ctypes", "ipaddress", "mimetypes"}
+HEAVY = {"ssl", "difflib", "ipaddress", "resource", "webbrowser", "sqlite3", "getpass", "termios",
+         "tty", "ctypes", "mimetypes"}
 #: the standard library of the oldest and newest Python that matter here, for Pythons without
 #: sys.stdlib_module_names
 STDLIB = {"__future__", "argparse", "base64", "binascii", "collections", "contextlib", "ctypes",
@@ -32,7 +32,7 @@ STDLIB = {"__future__", "argparse", "base64", "binascii", "collections", "contex
           "shlex", "shutil", "signal", "socket", "socketserver", "sqlite3", "ssl", "stat",
           "string", "struct", "subprocess", "sys", "tempfile", "textwrap", "threading", "time",
           "traceback", "types", "typing", "unicodedata", "urllib", "uuid", "webbrowser", "zlib"}
-MAX_LINES, MAX_FUNCTION, MAX_COLUMNS, MAX_NESTING = 8000, 80, 100, 4
+MAX_LINES, MAX_FUNCTION, MAX_COLUMNS, MAX_NESTING = 12000, 80, 100, 4
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 NESTING = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try)
 

@@ -927,7 +927,8 @@ class PolicyTest(SharedCase):
         with second_proxy(self, rate_limit=interval, wait=True) as proxy:  # type: ignore[arg-type]
             proxy.get("/v1/models")
             times: list[float] = []
-            real = proxy.app.limiter.admit
+            limiter = proxy.app.account.limiter
+            real = limiter.admit
             arrived: list[int] = []
 
             def admit(client: Any) -> None:
@@ -935,7 +936,7 @@ class PolicyTest(SharedCase):
                 real(client)
                 times.append(time.monotonic())
 
-            with mock.patch.object(proxy.app.limiter, "admit", admit):
+            with mock.patch.object(limiter, "admit", admit):
                 clients = [self.enter(RawClient(proxy.port)) for _ in range(4)]
                 for number, client in enumerate(clients):
                     client.send(post("/v1/chat/completions", chat("turn %d" % number)))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import copy
 import json
+import os
 import random
 import struct
+import tempfile
 import time
 import unittest
 from typing import Any, Iterator
@@ -1195,13 +1197,19 @@ class SettingsRules(unittest.TestCase):
             with self.subTest(flags=flags):
                 self.refused(word, flags)
 
-    def test_hosts_beyond_loopback_are_refused(self) -> None:
+    def test_hosts_beyond_loopback_are_refused_without_a_key(self) -> None:
         for host in ("127.0.0.1", "localhost", "::1", "[::1]", "127.1.2.3", "LOCALHOST"):
             self.assertEqual(cp.Settings.merge({"host": host}, {}).host, host)
+        folder = tempfile.mkdtemp()
+        self.addCleanup(os.rmdir, folder)
         for host in ("0.0.0.0", "::", "", "192.168.1.5", "127.evil.example", "example.com",
                      "localhost.example.com", "127.0.0.1.example.com", "127.0.0.1\n", "128.0.0.1"):
             with self.subTest(host=host):
-                self.refused("--host", {"host": host})
+                app = cp.App(cp.Settings(host=host, data_dir=folder).check(), {})
+                with self.assertRaises(cp.ConfigError) as caught:
+                    cp.guard_door(app)
+                self.assertIn("--host", str(caught.exception))
+                self.assertIn("--api-key", str(caught.exception))
 
     def test_urls_are_https_or_loopback(self) -> None:
         for flag, field in (("--github-url", "github_url"), ("--copilot-url", "copilot_url")):

@@ -350,10 +350,9 @@ class BodyTest(SharedCase):
                 self.assertNotIn("content-encoding", self.fake.last(CHAT).headers)
 
     def test_bad_content_encodings_are_refused(self) -> None:
-        bomb = gzip.compress(b" " * (33 * MIB))
         whole = gzip.compress(b"{}" * 50)
         for status, coding, data in ((415, "br", b"abc"), (400, "gzip", b"not gzip"),
-                                     (400, "gzip", whole[:-9]), (413, "gzip", bomb)):
+                                     (400, "gzip", whole[:-9])):
             with self.subTest(status=status, coding=coding):
                 reply = self.proxy.request("POST", "/v1/messages", data,
                                            {"Content-Encoding": coding})
