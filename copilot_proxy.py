@@ -25,13 +25,14 @@ file, thread, clock or random number, so they can be read and tested by themselv
     13 Upstream HTTP       one urllib opener with a keep-alive pool
     14 GitHub              device flow, token exchange, usage
     15 Copilot             headers, the short-lived token, the model catalogue, one call
-    16 Policy              keys and accounts, limits, approval by hand, counts, kept responses
-    17 HTTP server         connections, requests, answers, the relay of a stream
-    18 Page                what a browser shows
-    19 Endpoints           one short function per route, the table of routes
-    20 Demo                a make-believe GitHub and Copilot inside this process
-    21 Commands            start, auth, check-usage, debug, models
-    22 Main
+    16 History             the table of requests, lanes of quotas, events for the page
+    17 Policy              keys and accounts, limits, approval by hand, budget, counts
+    18 HTTP server         connections, requests, answers, the relay of a stream
+    19 Page                what a browser shows
+    20 Endpoints           one short function per route, the table of routes
+    21 Demo                a make-believe GitHub and Copilot inside this process
+    22 Commands            start, auth, check-usage, debug, models
+    23 Main
 
 The way of a request:
 
@@ -47,8 +48,10 @@ host that GitHub names together with the token (*.githubcopilot.com).  With --gi
 --copilot-url: those instead.  With --fetch-images the hosts of images that clients name by URL.
 Nothing else, ever: no telemetry, no update check.
 
-Files written: `github_token` and `proxy_accounts.json` (mode 0600) in the data folder, see
-the section Storage.  Nothing else.
+Files written (mode 0600) in the data folder, see the section Storage: `github_token`,
+`proxy_accounts.json`, and what was asked when at what cost, never its words, in
+`history.sqlite3` (--no-history).  Nothing else, but what --log-bodies and debug --bundle are told
+to write.
 
 Secrets held: the GitHub tokens (in those files and in memory), the Copilot tokens made from them
 (in memory only, about 30 minutes) and the keys of clients (as hashes).  Tokens go to the hosts
@@ -62,6 +65,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import calendar
 import collections
 import contextlib
 import email.utils
@@ -173,12 +177,13 @@ CODE_WAIT_S = 5.0                        # a refused call waits so long for the 
 REACTIVE_PAUSE_S = 60.0                  # after a refresh that did not cure an opaque 403
 CATALOGUE_AGE_S, CATALOGUE_RETRY_S = 600.0, 60.0
 MAX_MODEL_CHARS = 200
-SESSION_HEADERS = ("session_id", "session-id", "x-session-id", "conversation_id")
-MAX_SESSIONS = 1000                      # whose last model is remembered
+SESSION_HEADERS = ("session_id", "session-id", "x-session-id", "x-claude-code-session-id",
+                   "x-session-affinity", "conversation_id")
+MAX_SESSIONS = 1000                      # whose last model and spendings are remembered
 MAX_SPELLINGS = 1000                     # of model names that are remembered
 NEARBY_S = 0.005                         # a wait so short that the baton is kept
 BATON_S = 0.25                           # preparing a request takes longer only when it waits
-RATE_QUEUE = 100                         # callers that may wait for --rate-limit
+RATE_QUEUE = 100                         # callers that may wait for --rate-limit or --manual
 WAITING_MAX, WAITING_LOOK_S = 256, 0.5   # for --max-concurrency; how often each is looked at
 WRONG_KEYS_PER_MINUTE = 60               # of one address, then 429
 KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")      # and Authorization: Bearer
@@ -186,17 +191,30 @@ KEY_PREFIX, KEY_MIN_CHARS = "sk-copilot-", 8
 STALE_FILE_S = 600.0                     # then a half-written one is swept away
 MAX_ACCOUNTS = 1000                      # in memory; as many keys are kept in the file
 MAX_LOGINS, LOGIN_AGE_S = 32, 1800.0     # begun by browsers
+APPROVAL_LOOK_S, EVENT_LOOK_S = 0.25, 1.0     # how often a waiting client is looked at
+BUDGET_WAIT_S = 2.0                      # for the history at the start
 HICCUP_STATUS = (500, 502, 503, 504, 529)
 MAX_CALLS, MAX_REPAIRS = 5, 3            # upstream calls of one request; repairs among them
 MAX_LEARNED, MAX_MARKS = 500, 5000       # remembered: models with repairs, refused state
 LIMIT_S, QUOTA_LIMIT_S = 7 * 86400.0, 32 * 86400.0   # the longest rest that is believed
 LIMIT_PAUSE_S, QUOTA_PAUSE_S = 10.0, 3600.0          # a rest whose length nobody said
 EMBEDDING_BATCH = 512                    # upstream's max_inputs
-MAX_NAMES = 200
+MAX_NAMES = 1000
 STORE_COUNT, STORE_BYTES = 2000, 64 * 1024 * 1024    # of answers that clients may name later
 STORE_AGE_S = 6 * 3600.0
 IMAGE_BYTES, IMAGE_TIMEOUT_S, IMAGE_CACHE = 5 * 1024 * 1024, 15.0, 12    # of fetched images
 ATTACHMENTS_URL = "https://github.com/github-copilot/chat/attachments/"
+NANO, MAX_COUNT = 10 ** 9, 2 ** 53       # nano-AIU of a credit (USD 0.01); larger is no count
+#: what is known of an answer's cost: tokens, those of the prompt disjoint, and nano-AIU
+COUNTS = ("input", "cache_read", "cache_write", "output", "reasoning", "nano_aiu")
+QUOTA_PREFIXES = PASSED_PREFIXES[2:]
+HISTORY_ROWS, HISTORY_AGE_S = 200000, 400 * 86400.0
+HISTORY_QUEUE = 5000                     # rows that wait while the file cannot be written
+HISTORY_PAUSE_S, HISTORY_RETRY_S = 0.25, 5.0         # between two writes; after a failed one
+HISTORY_BUSY_S, HISTORY_WAIT_S = 1.0, 2.0            # for other processes' locks; for an answer
+MAX_READERS, READER_QUEUE = 32, 500      # of /history/events
+RECENT, BODIES_KEPT = 50, 3000           # requests in memory; files in the folder of --log-bodies
+BUDGET_WARNING = 0.8                     # of the budget
 
 # ==== 3. Errors ===================================================================================
 # Whose fault it is decides the class; the status decides the name on the wire.  An error is raised
@@ -329,6 +347,18 @@ def as_int(value: Any) -> int:
     """`value` if it is a whole number, else 0 (JSON booleans are no numbers here)."""
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
+def as_count(value: Any) -> int | None:
+    """`value` if it is a whole number that can be a count, else None."""
+    good = type(value) in (int, float) and 0 <= value < MAX_COUNT and value == int(value)
+    return int(value) if good else None
+
+def as_number(value: Any) -> float | None:
+    """A number, also one that is spelt as text: '75.5' -> 75.5"""
+    with contextlib.suppress(TypeError, ValueError):
+        number = float(value if not isinstance(value, bool) else "")
+        return number if abs(number) < MAX_COUNT else None
+    return None
+
 _SECRET = re.compile(
     r"gh[a-z]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|sk-copilot-[\w-]{4,}|tid=[^\s\"']+"
     r"|(?<=[Bb]earer )[^\s\"',]+|(?<=[Tt]oken )(?=[\w.]*[_\d])[\w.~+/=:;-]{8,}"
@@ -384,7 +414,7 @@ def unwrap_error(status: int, body: bytes, phrase: str) -> tuple[str, str | None
             text += " (%s)" % details["url"]
     if not text or text[:1] == "<":
         text = "%d %s" % (status, phrase or http.client.responses.get(status, "error"))
-    return (redact(text[:MAX_ERROR_TEXT]), code if isinstance(code, str) else None,
+    return (redact(text[:MAX_ERROR_TEXT]), code[:200] if isinstance(code, str) else None,
             param if isinstance(param, str) else None)
 
 def stable_id(prefix: str, text: str) -> str:
@@ -488,6 +518,29 @@ class Model:
     def limit(self, name: str) -> int:
         """A limit in tokens, 0 when the upstream gives none."""
         return as_int(self.limits.get(name))
+
+    @functools.cached_property
+    def prices(self) -> tuple[dict[str, float], dict[str, float], int]:
+        """Listed credits per million tokens by kind, {} where the account lists none: usual ones,
+        those of long prompts, and the tokens of a prompt from which on they hold."""
+        told = as_object(as_object(self.entry.get("billing")).get("token_prices"))
+        usual, batch = as_object(told.get("default")), as_int(told.get("batch_size")) or 1
+        listed = [{name: as_number(tier.get(name + "_price", tier.get("cache_price")
+                                            if name == "cache_read" else None)) for name in COUNTS}
+                  for tier in (usual, {**usual, **as_object(told.get("long_context"))})]
+        short, long = ({name: price * 1e6 / batch for name, price in tier.items()
+                        if price is not None and told.get("batch_size")} for tier in listed)
+        return short, long, as_int(usual.get("context_max")) or MAX_COUNT
+
+    def estimate(self, counts: Mapping[str, int]) -> int | None:
+        """What an answer costs by the listed prices, in nano-AIU; None when that is unknown."""
+        prompt = [(name, counts.get(name, 0)) for name in COUNTS[:3]]
+        prices: Any = self.prices[sum(count for _, count in prompt) > self.prices[2]]
+        if "input" not in prices or "output" not in prices or "input" not in counts:
+            return None
+        cost: float = sum(count * prices.get(name, prices["input"]) for name, count in prompt)
+        cost += counts.get("output", 0) * prices["output"]
+        return as_count(round(cost * NANO / 1e6))
 
     def output_cap(self, stream: bool) -> int:
         """The largest max_tokens that the upstream takes for such a call, 0 when unknown."""
@@ -1109,6 +1162,38 @@ def restore_names(data: bytes, names: Mapping[bytes, bytes]) -> bytes:
         data = data.replace(short, name)       # quoted, so inside no other string
     return data
 
+_TOLD = ("usage", "copilot_usage", "copilot_quota_snapshots")
+
+class Meter:
+    """What the upstream tells of the cost of one answer; what it does not tell is absent.
+    counts: by the names of COUNTS; quotas: lane -> snapshot."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self.quotas: Json = {}
+
+    def take(self, answer: Json) -> None:
+        """An answer or event as the upstream sent it; a later one replaces what it tells again.
+        OpenAI's prompt holds the cached tokens, Anthropic's does not."""
+        for holder in (answer, answer.get("response"), answer.get("message")):
+            if not isinstance(holder, dict) or holder.keys().isdisjoint(_TOLD):
+                continue
+            usage = as_object(holder.get("usage"))
+            given, made = (as_object(usage.get(one, usage.get(other))) for one, other in (
+                ("prompt_tokens_details", "input_tokens_details"),
+                ("completion_tokens_details", "output_tokens_details")))
+            read, write = given.get("cached_tokens"), given.get("cache_write_tokens")
+            prompt = as_count(usage.get("prompt_tokens", usage.get("input_tokens")))
+            told = (None if prompt is None else max(prompt - as_int(read) - as_int(write), 0),
+                    usage.get("cache_read_input_tokens") if read is None else read,
+                    usage.get("cache_creation_input_tokens") if write is None else write,
+                    usage.get("completion_tokens", usage.get("output_tokens")),
+                    made.get("reasoning_tokens"),
+                    as_object(holder.get("copilot_usage")).get("total_nano_aiu"))
+            found = zip(COUNTS, map(as_count, told))
+            self.counts.update((name, count) for name, count in found if count is not None)
+            self.quotas.update(as_object(holder.get("copilot_quota_snapshots")))
+
 class StreamRelay:
     """A pure pipeline for one streamed answer: upstream bytes in, client bytes out.
 
@@ -1124,6 +1209,7 @@ class StreamRelay:
         self.failure: str | None = None
         self.on_final: Callable[[str, bytes], None] | None = None   # (id, frame of the whole)
         self.names: Mapping[bytes, bytes] = {}                      # see Edit
+        self.meter = Meter()
         self._cutter = FrameCutter()
 
     def feed(self, data: bytes) -> bytes:
@@ -1176,6 +1262,7 @@ class StreamRelay:
             event = as_object(loads(frame.data)) if mended is None else {}
         except ValueError:
             return self._fail(UpstreamError(NOT_JSON))
+        self.meter.take(event)
         return self._mend_event(event, raw) if mended is None else mended
 
     def _mend_delta(self, frame: Frame) -> bytes | None:
@@ -1735,6 +1822,7 @@ class StreamDecoder:
         self.dialect = dialect
         self.ended = False
         self.usage: Usage | None = None
+        self.meter = Meter()
         self._started = False
         self._events: list[Event] = []
         self._next = 0
@@ -1771,6 +1859,7 @@ class StreamDecoder:
         except ValueError:
             self._fail(UpstreamError(NOT_JSON))
             return self._events
+        self.meter.take(event)
         self._read_event(event)
         if len(self._events) == 1 and isinstance(self._events[0], PartDelta):
             self._learn(self._events[0], steady)
@@ -1779,6 +1868,7 @@ class StreamDecoder:
     def read_whole(self, body: Json) -> list[Event]:
         """The events of an answer that is no stream."""
         self._events = []
+        self.meter.take(body)
         self._read_event(body)
         return self._events + (self.close() if not self.ended else [])
 
@@ -3642,6 +3732,7 @@ class TranslatedStream(StreamRelay):
     def __init__(self, client: Dialect, upstream: Dialect, request: Request) -> None:
         super().__init__(client, request.model, {})
         self._decoder, self._encoder = upstream.stream_decoder(), client.stream_encoder(request)
+        self.meter = self._decoder.meter
         self._unwrapper = Unwrapper() if request.output_tool else None
 
     def tell(self, events: Iterable[Event]) -> bytes:
@@ -3680,9 +3771,11 @@ class TranslatedStream(StreamRelay):
         told.overflow = error.overflow
         return self.tell([StreamError(told)])
 
-def read_answer(upstream: Dialect, data: bytes, is_stream: bool, request: Request) -> Response:
+def read_answer(upstream: Dialect, data: bytes, is_stream: bool, request: Request,
+                meter: Meter | None = None) -> Response:
     """A whole answer of the upstream, or one that it streamed.  Raises UpstreamError."""
     decoder = upstream.stream_decoder()
+    decoder.meter = meter or decoder.meter
     if is_stream:
         splitter = SSEDecoder()
         events = [event for frame in splitter.feed(data) + splitter.close()
@@ -3707,7 +3800,7 @@ class CompletionStream(StreamRelay):
 
     def __init__(self, inner: StreamRelay, echo: str) -> None:
         super().__init__(inner.dialect, inner.asked, {})
-        self._inner, self._echo = inner, echo
+        self._inner, self._echo, self.meter = inner, echo, inner.meter
 
     def feed(self, data: bytes) -> bytes:
         return self._told(self._inner.feed(data))
@@ -4308,6 +4401,7 @@ class Plan:
         if not wants_stream and 0 < cap < wish and upstream is not RESPONSES:
             self.edit.set(body, "stream", True)
         self.streams = body.get("stream") is True        # what the upstream is asked for
+        self.meter = self.pipeline.meter if self.pipeline else Meter()
 
     @property
     def turns(self) -> list[Json]:
@@ -4320,9 +4414,10 @@ class Plan:
         data = restore_names(data, self.edit.names)
         if not self.is_translated and not is_stream:
             self.answer = parse_answer(data)
+            self.meter.take(self.answer)
             changed, usage = self.client.mend(self.answer, self.request.model)
             return dumps(self.answer) if changed else data, usage
-        response = read_answer(self.upstream, data, is_stream, self.request)
+        response = read_answer(self.upstream, data, is_stream, self.request, self.meter)
         if isinstance(self.pipeline, TranslatedStream):
             return self.pipeline.tell(unfold(response)), response.usage
         self.answer = self.client.encode_response(response, self.request)
@@ -4817,6 +4912,10 @@ OPTIONS = (
     Option("allow-host", (), "a further name that clients may use in the Host header", "list"),
     Option("cors-origin", (), "a web page's origin that may call the API", "list"),
     Option("grace", 10.0, "seconds that running answers get at shutdown", "float"),
+    Option("budget", 0.0, "credits that may be spent in a day; 0 is no limit", "float"),
+    Option("no-history", False, "write no history.sqlite3", "switch"),
+    Option("log-json", False, "the log as one JSON object per line", "switch"),
+    Option("log-bodies", "", "folder for every request and answer WITH ITS WORDS"),
     Option("open", False, "open the status page in the browser", "switch"),
     Option("demo", False, "play without account and network", "switch"),
 )
@@ -4909,6 +5008,10 @@ class Settings:
     allow_host: tuple[str, ...] = ()
     cors_origin: tuple[str, ...] = ()
     grace: float = 10.0
+    budget: float = 0.0
+    no_history: bool = False
+    log_json: bool = False
+    log_bodies: str = ""
     open: bool = False
     demo: bool = False
 
@@ -4946,6 +5049,8 @@ class Settings:
             raise ConfigError("--port: %d is not a port (0 to 65535)" % self.port)
         if not 0 <= self.rate_limit <= 86400 or not 0 <= self.grace <= 86400:
             raise ConfigError("--rate-limit and --grace take 0 to 86400 seconds")
+        if not 0 <= self.budget < 1e6:
+            raise ConfigError("--budget takes 0 to 1000000 credits")
         if min(self.requests_per_minute, self.max_concurrency) < 0:
             raise ConfigError("--requests-per-minute and --max-concurrency cannot be negative")
         if not all(key == "auto" or _KEY.match(key) for key in self.api_key):
@@ -6186,6 +6291,7 @@ class Copilot:
         self._log, self._clock = log, clock
         self.github_token = github_token
         self.on_token: Callable[[CopilotToken], None] = lambda token: None
+        self.on_headers: Callable[[Headers], None] = lambda headers: None    # of each answer
         self._version = ""                             # the API version that worked after a 466
         self.memory = Memory()
         self._limits: dict[str, tuple[float, UpstreamError]] = {}  # model or "" -> monotonic end
@@ -6284,7 +6390,9 @@ class Copilot:
         request = UpstreamRequest(call.method, token.api_url + call.path, headers, call.body,
                                   call.client, call.timeout_s)
         request.is_fresh = "hiccup" in call.cured
-        return self._upstream.send(request)
+        answer = self._upstream.send(request)
+        self.on_headers(answer.headers)
+        return answer
 
     def _headers(self, call: Call, token: CopilotToken) -> Headers:
         headers = dict(EDITOR_HEADERS)
@@ -6415,7 +6523,238 @@ def passed_headers(headers: Headers) -> Headers:
             if k in PASSED_HEADERS or k.startswith(PASSED_PREFIXES)}
 
 
-# ==== 16. Policy ==================================================================================
+# ==== 16. History =================================================================================
+# What was asked, what it cost and what is left of the quotas; never what was said.  A row is a
+# request as a flat JSON object; what nobody told is None in it, never 0.
+
+#: columns of the table and fields of a row; repairs and losses are joined by ", "
+COLUMNS = ("id TEXT, at REAL, account TEXT, client TEXT, session TEXT, dialect TEXT, path TEXT, "
+           "route TEXT, asked TEXT, model TEXT, streamed INTEGER, status INTEGER, error TEXT, "
+           "initiator TEXT, %s INTEGER, estimate INTEGER, first_ms REAL, total_ms REAL, "
+           "repairs TEXT, losses TEXT, upstream_id TEXT" % " INTEGER, ".join(COUNTS))
+ROW_FIELDS = tuple(column.split()[0] for column in COLUMNS.split(","))
+SUMS = "COUNT(*) AS requests, SUM(error IS NOT NULL AND error != 'client_left') AS errors, %s, " \
+    "SUM(CASE WHEN nano_aiu IS NULL THEN estimate END) AS estimate" % ", ".join(
+        "SUM(%s) AS %s" % (name, name) for name in COUNTS)
+NO_COUNTS = dict.fromkeys(COUNTS)
+
+def with_credits(value: Json) -> Json:
+    """A row or sums of rows with its nano-AIU as credits, too."""
+    for name, source in (("credits", "nano_aiu"), ("estimated_credits", "estimate")):
+        value[name] = None if value.get(source) is None else value[source] / NANO
+    return value
+
+def shown(row: Json) -> Json:
+    """A row as people get it."""
+    lists = {name: (row[name] or "").split(", ") if row[name] else [] for name in ROW_FIELDS[-3:-1]}
+    return with_credits({"n": None, "state": "done", "message": None, **row, **lists,
+                         "streamed": bool(row["streamed"])})
+
+def session_key(headers: Headers, body: Json) -> str | None:
+    """A short name of the conversation that a request belongs to, made from what the client sends
+    to keep it together; None when it sends nothing of the kind."""
+    found = next((headers[name] for name in SESSION_HEADERS if name in headers), None) \
+        or body.get("prompt_cache_key")
+    if not found and body.get("metadata"):                     # .._session_UUID, or a JSON text
+        user = as_object(body["metadata"]).get("user_id")
+        found = re.split("session_(?:id)?", "%s" % user, maxsplit=1)[1:]
+    return stable_id("", str(found))[:8] if found and isinstance(found, (str, list)) else None
+
+def as_time(value: Any) -> float | None:
+    """Unix seconds of a date or time in UTC: '2026-12-01', '2026-12-01T00:00:00Z', 1796083200."""
+    form = "%Y-%m-%dT%H:%M:%S" if "T" in str(value) else "%Y-%m-%d"
+    with contextlib.suppress(ValueError):
+        return as_number(value) or float(calendar.timegm(time.strptime(str(value)[:19], form)))
+    return None
+
+def quota_lane(name: str, said: Any) -> Json:
+    """One lane for people, out of a snapshot or a header (ent=300&rem=75.5&ov=0.0&rst=2026-12-01,
+    `rem` in percent).  Numbers are None where the account tells none.  More than all may be used:
+    then what is left is negative, or the overage says so."""
+    said = dict(urllib.parse.parse_qsl(said)) if isinstance(said, str) else as_object(said)
+    total, percent, over, left = (as_number(said.get(one, said.get(other))) for one, other in (
+        ("entitlement", "ent"), ("percent_remaining", "rem"), ("overage_count", "ov"),
+        ("quota_remaining", "remaining")))
+    unlimited = said.get("unlimited") in (True, "true") or total == -1
+    if unlimited:
+        total = left = percent = None
+    if total and percent is None and left is not None:
+        percent = 100 * left / total
+    if total and left is None and percent is not None:
+        left = total * percent / 100
+    if total and over and left is not None and left <= 0:
+        left = min(left, -over)
+        percent = min(percent or 0, 100 * left / total)
+    return {"name": name, "unlimited": unlimited, "total": total, "left": left,
+            "used": None if total is None or left is None else total - left,
+            "percent_left": percent, "percent_used": None if percent is None else 100 - percent,
+            "resets_at": as_time(said.get("quota_reset_at", said.get("rst")))}
+
+def quotas_of(answer: Json) -> Json:
+    """Lane -> snapshot of a usage answer; the free plan's counts are put into that form."""
+    reset = next(filter(None, map(answer.get, ("quota_reset_date_utc", "quota_reset_date",
+                                               "limited_user_reset_date"))), None)
+    monthly = as_object(answer.get("monthly_quotas"))
+    found: Json = {name: {"entitlement": monthly.get(name), "remaining": left}
+                   for name, left in as_object(answer.get("limited_user_quotas")).items()}
+    found.update(as_object(answer.get("quota_snapshots")))
+    return {name: {"quota_reset_at": reset, **as_object(said)} for name, said in found.items()}
+
+class Events:
+    """What happens, told to all who read /history/events.  One that is too slow is cut off."""
+
+    def __init__(self) -> None:
+        self.readers: list[queue.Queue[bytes]] = []
+
+    def tell(self, event: str, value: Any) -> None:
+        """To every reader; cheap where there is none."""
+        frame = Frame(event, dumps(value)).encode() if self.readers else b""
+        for reader in list(self.readers):
+            try:
+                reader.put_nowait(frame)
+            except queue.Full:
+                self.close(reader)
+
+    def open(self) -> queue.Queue[bytes]:
+        """A new reader.  Raises ProxyError 503."""
+        if len(self.readers) >= MAX_READERS:
+            raise ProxyError("%d readers are there already" % MAX_READERS, 503)
+        self.readers.append(queue.Queue(READER_QUEUE))
+        return self.readers[-1]
+
+    def close(self, *readers: queue.Queue[bytes]) -> None:
+        """These are told nothing more."""
+        for reader in readers:
+            with contextlib.suppress(ValueError, queue.Full):
+                self.readers.remove(reader)
+                reader.put_nowait(b"")                       # it may wait
+
+class History:
+    """The table of requests in SQLite.  One thread writes and reads it, so that no request waits
+    for the disk: rows go into a queue, and where the file cannot be written they stay there until
+    it can.  A broken file is moved aside.  path: ':memory:' for the demo, '' for none; problem: why
+    nothing is written now; dropped: how many rows were lost."""
+
+    def __init__(self, path: str, log: logging.Logger) -> None:
+        self.path, self._log, self.problem, self.dropped = path, log, "", 0
+        self._rows: collections.deque[Json] = collections.deque()
+        self._jobs: collections.deque[Callable[[Any], None]] = collections.deque()
+        self._hurry, self._closing = threading.Event(), False
+        self._thread: threading.Thread | None = None
+
+    def put(self, row: Json) -> None:
+        """Write it soon.  Never waits."""
+        if self.path and len(self._rows) < HISTORY_QUEUE:
+            self._rows.append(row)
+        else:
+            self.dropped += bool(self.path)
+
+    def ask(self, job: Callable[[Any], None]) -> None:
+        """Have the thread call `job(connection)`, before anything is written; None where there is
+        no database.  The first call starts the thread."""
+        if not self.path:
+            job(None)
+            return
+        self._jobs.append(job)
+        self._hurry.set()
+        if self._thread is None and not self._closing:
+            self._thread = threading.Thread(target=self._run, name="history", daemon=True)
+            self._thread.start()
+
+    def query(self, sql: str, *values: Any) -> list[Json]:
+        """Rows as objects; none when they are not there within HISTORY_WAIT_S."""
+        answer: queue.SimpleQueue[list[Json]] = queue.SimpleQueue()
+
+        def read(link: Any) -> None:
+            found = link.execute(sql, values) if link else None
+            answer.put([dict(zip([column[0] for column in found.description], row))
+                        for row in found] if found else [])
+
+        self.ask(read)
+        with contextlib.suppress(queue.Empty):
+            return answer.get(timeout=HISTORY_WAIT_S)
+        return []
+
+    def close(self) -> None:
+        """Write what waits, end the thread."""
+        self._closing = True
+        self._hurry.set()
+        if self._thread is not None:
+            self._thread.join(2 * HISTORY_BUSY_S)
+
+    def _run(self) -> None:
+        try:
+            import sqlite3
+        except ImportError:
+            self._fail("this Python has no sqlite3")
+            self.path = ""
+            while self._jobs:
+                self._jobs.popleft()(None)
+            return
+        while True:
+            try:
+                self._serve(sqlite3)
+            except (sqlite3.OperationalError, OSError) as error:      # locked, full, unreachable
+                self._fail("%s: %s" % (self.path, error))
+            except sqlite3.Error as error:
+                aside = "%s.bad-%d" % (self.path, time.time_ns())
+                self._fail("%s was broken (%s) and moved to %s" % (self.path, error, aside))
+                for end in ("", "-wal", "-shm"):
+                    with contextlib.suppress(OSError):
+                        os.replace(self.path + end, aside + end)
+            if self._closing:
+                return
+            self._hurry.wait(HISTORY_RETRY_S)
+            self._hurry.clear()
+
+    def _serve(self, sqlite3: Any) -> None:
+        """Until the end, a fault, or the file is gone."""
+        if self.path != ":memory:":
+            os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+        with contextlib.closing(sqlite3.connect(self.path, timeout=HISTORY_BUSY_S)) as link:
+            for sql in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=NORMAL", "CREATE TABLE IF "
+                        "NOT EXISTS requests (n INTEGER PRIMARY KEY, %s)" % COLUMNS):
+                link.execute(sql)
+            known = {column[1] for column in link.execute("PRAGMA table_info(requests)")}
+            if set(ROW_FIELDS) - known:
+                raise sqlite3.DatabaseError("it has the columns of another version")
+            while self.path == ":memory:" or os.path.exists(self.path):
+                closing = self._closing
+                self._work(link)
+                if closing:
+                    return
+                self._hurry.wait(HISTORY_PAUSE_S)
+                self._hurry.clear()
+
+    def _work(self, link: Any) -> None:
+        while self._jobs:
+            self._jobs.popleft()(link)
+        while self._rows:
+            rows = [self._rows[at] for at in range(min(len(self._rows), 1000))]
+            with link:
+                link.executemany("INSERT INTO requests (%s) VALUES (%s?)" % (
+                    ", ".join(ROW_FIELDS), "?, " * (len(ROW_FIELDS) - 1)),
+                    [[printable(value) if isinstance(value, str) and not (
+                        value.isascii() and len(value) < 200) else value
+                      for value in map(row.get, ROW_FIELDS)] for row in rows])
+                if secrets.randbelow(1000) < len(rows):      # now and then
+                    link.execute("DELETE FROM requests WHERE at < ? OR n <= (SELECT MAX(n) FROM "
+                                 "requests) - ?", (time.time() - HISTORY_AGE_S, HISTORY_ROWS))
+            for _ in rows:
+                self._rows.popleft()
+        if self.problem:
+            self.problem = ""
+            self._log.warning("the history is written again")
+
+    def _fail(self, problem: str) -> None:
+        """Into the log when it is news."""
+        if problem != self.problem:
+            self._log.warning("no history is written: %s", problem)
+        self.problem = problem
+
+
+# ==== 17. Policy ==================================================================================
 # Who may ask and as which account, when a request may go up, and the App that holds everything
 # together.
 
@@ -6536,48 +6875,210 @@ class Gate:
                 self._lines[who] = line                # behind the others
 
 class Approval:
-    """`--manual`: a person at the terminal says yes or no, one question at a time."""
+    """`--manual`: a person says yes or no to each request, on the terminal or on the page.
+    waiting: id -> what is asked, the oldest first; `_changed` guards it."""
 
-    def __init__(self, wanted: bool) -> None:
-        self._wanted = wanted
-        self._lock = threading.Lock()                  # guards the terminal
+    def __init__(self, wanted: bool, log: logging.Logger, tell: Callable[[str, Any], None]) -> None:
+        self._wanted, self._log, self._tell = wanted, log, tell
+        self._changed = threading.Condition()
+        self.waiting: dict[str, Json] = {}
+        self._terminal: threading.Thread | None = None
+        self._asked = ""                               # the id whose answer the terminal owes
 
-    def ask(self, client: Downstream, who: str, model: str, text: str) -> None:
-        """Raises BadRequest 403 for a no, and where there is no terminal to ask on."""
+    def ask(self, waiter: Downstream, **about: Any) -> None:
+        """Returns after a yes.  about: client, account, model, text.  Raises BadRequest 403 for a
+        no, RateLimited when too many wait, ClientGone."""
         if not self._wanted:
             return
-        if not (sys.stdin and sys.stdin.isatty()):
-            raise BadRequest("--manual needs a terminal to ask on, and there is none", 403)
-        client.pause()
-        with self._lock:
-            if client.is_gone():
-                raise ClientGone
-            sys.stderr.write("\nallow %s to ask %s: %s ? [y/N] " % (
-                printable(who, 40), printable(model, 60), printable(text, 60)))
-            sys.stderr.flush()
-            answer = sys.stdin.readline()
-        if answer.strip().lower() not in ("y", "yes"):
-            raise BadRequest("refused by the person at the terminal (--manual)", 403,
+        if len(self.waiting) >= RATE_QUEUE:
+            raise RateLimited("too many requests wait for a person's approval (--manual)")
+        question = dict(about, id=secrets.token_hex(4), at=time.time(), state="waiting")
+        waiter.pause()
+        with self._changed:
+            self.waiting[question["id"]] = question
+            self._changed.notify_all()
+            if not (sys.stdin and sys.stdin.isatty()):
+                self._log.warning("%s waits for its approval on the page", question["id"])
+            elif self._terminal is None:
+                self._terminal = threading.Thread(target=self._converse, daemon=True)
+                self._terminal.start()
+        self._tell("approval", question)
+        try:
+            while question["state"] == "waiting":
+                if waiter.is_gone():
+                    raise ClientGone
+                with self._changed:
+                    self._changed.wait_for(lambda: question["state"] != "waiting", APPROVAL_LOOK_S)
+        finally:
+            with contextlib.suppress(BadRequest):
+                self.decide(question["id"], "gone")
+            self._tell("approval", question)
+        if question["state"] != "allowed":
+            raise BadRequest("refused by the person who is asked (--manual)", 403,
                              "request_refused")
+
+    def decide(self, question_id: str, state: str) -> Json:
+        """'allowed', 'refused' or 'gone'.  Raises BadRequest 404 when it does not wait."""
+        with self._changed:
+            question = self.waiting.pop(question_id, None)
+            if question is None:
+                raise BadRequest("this request does not wait for an approval any more", 404,
+                                 "approval_gone")
+            question["state"] = state
+            self._changed.notify_all()
+            if question_id == self._asked:
+                sys.stderr.write("\nthis one is decided already: press Enter\n")
+        return question
+
+    def _converse(self) -> None:
+        """On the terminal, to its end: a question, the line for it, the next.  A yes to one that
+        the page has decided meanwhile allows no other."""
+        line = "y"
+        while line:
+            with self._changed:
+                self._changed.wait_for(lambda: self.waiting)
+                question = next(iter(self.waiting.values()))
+                self._asked = question["id"]
+            sys.stderr.write("\nallow %s to ask %s: %s ? [y/N] " % (
+                printable(question["client"], 40), printable(question["model"], 60),
+                printable(question["text"], 60)))
+            sys.stderr.flush()
+            line, self._asked = sys.stdin.readline(), ""
+            with contextlib.suppress(BadRequest):
+                allowed = line.strip().lower() in ("y", "yes")
+                self.decide(question["id"], "allowed" if allowed else "refused")
+
+class Budget:
+    """`--budget`: credits that may be spent in a day of local time, and in a session whose client
+    says how many.  What an answer cost is known at its end, so those that run may pass the limit.
+    `_lock` guards all fields; `clock` gives unix seconds."""
+
+    def __init__(self, limit: float, clock: Callable[[], float], log: logging.Logger,
+                 tell: Callable[[str, Any], None]) -> None:
+        self._clock, self._log, self._tell = clock, log, tell
+        self._lock = threading.Lock()
+        self.loaded = threading.Event()                # what an earlier process spent is known
+        self._began = self._ends = 0.0                 # of the day
+        self._estimated = False
+        #: session -> credits, and nano-AIU that it spent; '' is the day
+        self._limits = {"": limit} if limit else {}
+        self._spent: collections.OrderedDict[str, int] = collections.OrderedDict()
+
+    def admit(self, session: str | None, wish: str | None) -> None:
+        """wish: the header that limits this session.  Raises RateLimited, BadRequest."""
+        if wish is None and not self._limits:
+            return
+        session, limit = session or "-", as_number(wish)
+        if wish is not None and (limit is None or limit < 0):
+            raise BadRequest("x-copilot-proxy-budget: say how many credits this session may spend")
+        if limit is not None and len(self._limits) < MAX_SESSIONS:
+            self._limits[session] = limit
+        if not self.loaded.wait(BUDGET_WAIT_S):
+            self.loaded.set()                          # a locked file delays nobody else
+        for line in self._lines():
+            if line["state"] != "spent" or line["session"] not in ("", wish and session):
+                continue
+            text = "this session's budget is spent, %.2f of %g credits: begin a new one or " \
+                   "raise x-copilot-proxy-budget"
+            headers = {"x-should-retry": "false"}
+            if not line["session"]:
+                text = "today's budget is spent, %.2f of %g credits (--budget); it starts anew " \
+                       "at " + local_time(self._ends)
+                headers["retry-after"] = "%d" % (self._ends - self._clock() + 1)
+            raise RateLimited(text % (line["used"], line["limit"]), code="budget_exceeded",
+                              headers=headers)
+
+    def _lines(self) -> list[Json]:
+        """What is limited, how much of it is used; a new day begins when it is time."""
+        with self._lock:
+            now = self._clock()
+            if not self._began <= now < self._ends:
+                year, month, day = time.localtime(now)[:3]
+                self._began, self._ends = (time.mktime((year, month, at, 0, 0, 0, 0, 0, -1))
+                                           for at in (day, day + 1))
+                self._spent[""], self._estimated = 0, False
+            used = [(name, limit, self._spent.get(name, 0) / NANO)
+                    for name, limit in self._limits.items()]
+        shares = [spent / limit if limit else 1.0 for _, limit, spent in used]
+        return [{"session": name, "limit": limit, "used": spent, "percent": 100 * share, "state":
+                 "spent" if share >= 1 else "warning" if share >= BUDGET_WARNING else "ok"}
+                for (name, limit, spent), share in zip(used, shares)]
+
+    def spend(self, row: Json) -> None:
+        """A request has ended.  Where the upstream tells no credits the estimate counts."""
+        before = self.report()
+        cost = row["estimate"] if row["nano_aiu"] is None else row["nano_aiu"]
+        if cost:
+            self._estimated |= row["nano_aiu"] is None
+            self._add({row["session"] or row["client"] or "-": cost,
+                       "": cost if row["at"] >= self._began else 0})
+        after = self.report()
+        if before and after:
+            if after["state"] not in (before["state"], "ok", None):
+                self._log.warning("%.0f %% of today's budget of %g credits is spent",
+                                  after["percent"], after["limit"])
+            self._tell("budget", after)
+
+    def _add(self, costs: Mapping[str, int]) -> None:
+        with self._lock:
+            for session, cost in costs.items():
+                self._spent[session] = self._spent.pop(session, 0) + cost
+            while len(self._spent) > MAX_SESSIONS:
+                self._limits.pop(self._spent.popitem(last=False)[0], None)
+
+    def load(self, link: Any) -> None:
+        """What was spent before this process began, from the history."""
+        self._lines()
+        for session, since in (("COALESCE(session, client, '-')", 0), ("''", self._began)):
+            found = link.execute(
+                "SELECT %s, SUM(COALESCE(nano_aiu, estimate, 0)) FROM requests WHERE at >= ? GROUP "
+                "BY 1 ORDER BY MAX(at) DESC LIMIT %d" % (session, MAX_SESSIONS - 1), (since,)
+                ).fetchall() if link else []
+            self._add(dict(reversed(found)))
+        self.loaded.set()
+
+    def report(self) -> Json | None:
+        """For people; None where nothing is limited."""
+        lines = self._lines() if self._limits else []
+        day = lines.pop(0) if lines and not lines[0]["session"] else dict.fromkeys(
+            ("limit", "used", "percent", "state"))
+        return {**day, "estimated": self._estimated, "ends_at": self._ends,
+                "sessions": lines} if self._limits else None
+
+def local_time(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
 
 class Stats:
     """Counts since the start, by group and name.  `_lock` guards them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: dict[str, collections.Counter[str]] = collections.defaultdict(
-            collections.Counter)
+        self._counts: dict[str, dict[Any, int]] = collections.defaultdict(dict)
 
-    def count(self, group: str, *names: str) -> None:
+    def count(self, group: str, amounts: Mapping[Any, int]) -> None:
         """At most MAX_NAMES different ones of a group: clients make up field names."""
         with self._lock:
             counts = self._counts[group]
-            counts.update(n for n in names if n in counts or len(counts) < MAX_NAMES)
+            for name, amount in amounts.items():
+                if name in counts or len(counts) < MAX_NAMES:
+                    counts[name] = counts.get(name, 0) + amount
 
-    def report(self) -> dict[str, dict[str, int]]:
-        """{group: {name: count}}"""
+    def group(self, name: str) -> dict[Any, int]:
+        """{name: count}"""
         with self._lock:
-            return {group: dict(counts) for group, counts in self._counts.items()}
+            return dict(self._counts[name])
+
+def append_body(folder: str, name: str, data: bytes) -> None:
+    """--log-bodies: append to a file; a new one takes the place of the oldest of BODIES_KEPT.
+    Raises OSError."""
+    path = os.path.join(folder, name + ".body")
+    if not os.path.exists(path):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        old = sorted(file for file in os.listdir(folder) if file.endswith(".body"))
+        for file in old[:max(0, len(old) - BODIES_KEPT + 1)]:
+            os.unlink(os.path.join(folder, file))
+    with open(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600), "ab") as body:
+        body.write(redact(data.decode("utf-8", "replace")).encode("utf-8", "replace"))
 
 class ResponseStore:
     """Answers of /responses that their client may name later, with the request each one answers:
@@ -6680,6 +7181,9 @@ class Account(Copilot):
         self.name = name or self.id
         self.limiter = RateLimiter(app.settings.rate_limit, app.settings.wait)
         self.stats = Stats()
+        self.on_headers = lambda headers: app.see_quotas(self.id, "header", {
+            name.partition("-snapshot-")[2] or name.partition("-ratelimit-")[2]: value
+            for name, value in headers.items() if name.startswith(QUOTA_PREFIXES)})
         if app.settings.show_token:
             self.on_token = show_token
 
@@ -6715,8 +7219,18 @@ class App:
         self.gate = Gate(settings.max_concurrency)
         self.minute = MinuteLimiter(settings.requests_per_minute)
         self.wrong_keys = MinuteLimiter(WRONG_KEYS_PER_MINUTE)
-        self.approval = Approval(settings.manual)
-        self.stats, self.store = Stats(), ResponseStore()
+        self.events, self.stats, self.store = Events(), Stats(), ResponseStore()
+        self.approval = Approval(settings.manual, self.log, self.events.tell)
+        self.history = History("" if settings.no_history else ":memory:" if settings.demo else
+                               os.path.join(folder, "history.sqlite3"), self.log)
+        self.budget = Budget(settings.budget, lambda: clock()[1], self.log, self.events.tell)
+        if settings.log_bodies:
+            self.log.warning("--log-bodies: EVERY WORD of requests and answers is written to %s",
+                             settings.log_bodies)
+        self.running: dict[Any, None] = {}             # exchanges that have begun and not ended
+        self.recent: collections.deque[Json] = collections.deque(maxlen=RECENT)
+        #: (account's id, lane) -> what was said of it last: source, snapshot or header, time
+        self.quotas: dict[tuple[str, str], tuple[str, Any, float]] = {}
         self.images = ImageFetcher(self.upstream.tls_context)
         self.stop = threading.Event()
         self.started = time.time()
@@ -6777,6 +7291,39 @@ class App:
         with self._lock:
             return [one for one in (self.account, *self._accounts.values()) if one is not None]
 
+    # -- what happens
+
+    def see_quotas(self, account_id: str, source: str, told: Json) -> None:
+        """Keep what was said last of some lanes; it is looked into when somebody asks."""
+        for name, said in told.items():
+            if (account_id, name) in self.quotas or len(self.quotas) < MAX_NAMES:
+                self.quotas[account_id, name] = source, said, self.clock()[1]
+        if told and self.events.readers:
+            self.events.tell("quota", {"lanes": self.lanes(account_id)})
+
+    def lanes(self, wanted: str = "") -> list[Json]:
+        """Every lane of every account, or of one by its id, as told last."""
+        names = {one.id: one.name for one in self.accounts()}
+        return [dict(quota_lane(name, said), account=names.get(owner, owner), source=source,
+                     seen_at=at) for (owner, name), (source, said, at) in
+                list(self.quotas.items()) if wanted in ("", owner)]
+
+    def record(self, row: Json, message: str, sinks: list[Stats]) -> None:
+        """A request has ended: into the counts, the budget, the history, and to the page."""
+        counts = {name: row[name] for name in COUNTS if row[name] is not None}
+        tokens = {(row["model"], name): number for name, number in counts.items()}
+        if row["nano_aiu"] is None and row["estimate"] is not None:
+            counts["estimate"] = row["estimate"]
+        errors = int(row["error"] not in (None, "client_left"))
+        for stats in sinks:
+            stats.count("tokens", tokens)
+            stats.count("totals", dict(counts, requests=1, errors=errors))
+        self.budget.spend(row)
+        self.history.put(row)
+        row["message"] = message or None               # not among the columns
+        self.recent.appendleft(row)
+        if self.events.readers:
+            self.events.tell("request", shown(row))
     # -- the default account
 
     def load_login(self) -> str:
@@ -6942,9 +7489,10 @@ class App:
             self.login.stop.set()
         self.upstream.pool.closed = True             # also for what is still under way
         self.upstream.pool.clear()
+        self.history.close()
 
 
-# ==== 17. HTTP server =============================================================================
+# ==== 18. HTTP server =============================================================================
 # Threads prepare, one loop relays.  A worker thread reads a request, finds its route and calls the
 # endpoint; a streamed answer and an idle connection belong to the RelayLoop, so that a thousand of
 # them hold no thread.  Every error is rendered here and nowhere else.
@@ -7168,8 +7716,15 @@ class Exchange:
         self.keep_alive = head.keep_alive
         self.relay: Relay | None = None      # what the loop is to do when the endpoint is through
         self.status, self.model, self.route = 0, "-", "local"
-        self.usage: Usage | None = None
-        self.failure = ""                    # of a stream that began well
+        self.failure, self.error = "", ""    # in words, and its kind
+        self.label = LABELS.get(self.path, "") if head.method == "POST" else ""   # '': no history
+        self.initiator = self.upstream_path = ""
+        self.session: str | None = None      # a short name of the conversation
+        self.agent = printable(head.headers.get("user-agent", "").partition(" ")[0], 60) or None
+        self.used: Model | None = None       # the model that is asked
+        self.streamed = False
+        self.meters: list[Meter] = []        # one for each answer of the upstream
+        self.at = app.clock()[1]
         self._began = time.monotonic()
         self._first_byte_ms = 0.0
         self._chunked = head.minor == 1
@@ -7203,7 +7758,11 @@ class Exchange:
     def reply(self, body: bytes, status: int = 200, kind: str = "application/json") -> None:
         """Send a whole answer.  Raises ClientGone."""
         length = [] if status == 204 else [("Content-Length", str(len(body)))]
+        cost = self.counts().get("nano_aiu")
+        if cost is not None:
+            length.append(("x-copilot-proxy-credits", "%d.%09d" % divmod(cost, NANO)))
         head = self._head(status, kind, length)
+        self.log_body("answer", body)
         self._send(head if self.head.method == "HEAD" else head + body)
 
     def reply_json(self, value: Any, status: int = 200) -> None:
@@ -7213,6 +7772,7 @@ class Exchange:
         """Render the error in the dialect of the route."""
         self.failure = redact(str(error))
         error.args = (self.failure,)
+        self.error = error.code or error.types()[0]
         self.headers.update(error.headers)
         self.reply_json(self.dialect.error_body(error, self.id), error.status)
 
@@ -7226,6 +7786,7 @@ class Exchange:
 
     def frame(self, data: bytes) -> bytes:
         """Some bytes of the stream as they go over the wire, with the head before the first."""
+        self.log_body("answer", data)
         if self.status and self._chunked:
             return chunk(data)
         head = b"" if self.status else self._stream_head()
@@ -7275,24 +7836,70 @@ class Exchange:
     def _elapsed_ms(self) -> float:
         return (time.monotonic() - self._began) * 1000
 
+    def counts(self) -> dict[str, int]:
+        """What the upstream told so far of tokens and nano-AIU, all its answers together."""
+        total: collections.Counter[str] = collections.Counter()
+        for meter in self.meters:
+            total.update(meter.counts)
+        return total
+
+    def row(self) -> Json:
+        """This request as a row of the history."""
+        counts, used = self.counts(), self.used
+        return {
+            "id": self.id, "at": self.at, "client": self.agent,
+            "account": self.account.name if self.account else None,
+            "session": self.session, "dialect": self.label, "path": self.upstream_path or None,
+            "route": self.route, "asked": printable(self.model, 100) if self.model != "-" else None,
+            "model": used.id if used else None, "streamed": int(self.streamed),
+            "status": self.status or None, "error": self.error or None,
+            "initiator": self.initiator or None, **NO_COUNTS, **counts,
+            "estimate": used.estimate(counts) if used else None,
+            "first_ms": self._first_byte_ms or None, "total_ms": self._elapsed_ms(),
+            "repairs": self.headers.get("x-copilot-proxy-repaired"),
+            "losses": self.headers.get("x-copilot-proxy-lossy"),
+            "upstream_id": self.headers.get("x-github-request-id")}
+
+    def log_body(self, kind: str, data: bytes) -> None:
+        """For --log-bodies; a fault is told, it fails no request."""
+        folder = self.app.settings.log_bodies
+        if folder and self.label:
+            try:
+                append_body(folder, "%d-%s.%s" % (self.at * 1000, self.id[:8], kind), data)
+            except OSError as error:
+                self.app.log.warning("--log-bodies: %s", plain_reason(error))
+
     def log_line(self) -> None:
-        """One line per request; the target's query is left out, it may hold anything."""
-        log, usage = self.app.log, self.usage
-        self.app.stats.count(self.route, str(self.status))
-        if self.account is not None:
-            self.account.stats.count(self.route, str(self.status))
+        """The end of the request: counts, history, one line in the log.  The target's query is left
+        out, it may hold anything."""
+        app, log, row = self.app, self.app.log, self.row()
+        sinks = [app.stats, self.account.stats] if self.account else [app.stats]
+        for stats in sinks:
+            stats.count("requests", {(self.route, str(self.status)): 1})
+        for meter in self.meters:
+            if meter.quotas and self.account:
+                app.see_quotas(self.account.id, "stream", meter.quotas)
+        if self.label:
+            app.record(row, redact(self.failure), sinks)
         if not log.isEnabledFor(logging.INFO):
             return
         path = self.path[:21] if self.path.startswith("/auth/tokens/") else self.path   # a key?
-        tokens = "%d+%d" % (usage.input + usage.cache_read + usage.cache_write,
-                            usage.output) if usage else "-"
-        line = "%s %s %s model=%s route=%s status=%d first=%.0fms total=%.0fms tokens=%s%s" % (
+        prompt = [row[name] for name in COUNTS[:3] if row[name] is not None]
+        line = "%s %s %s model=%s route=%s status=%d first=%.0fms total=%.0fms tokens=%s%s%s" % (
             self.id[:8], printable(self.head.method, 20), printable(path, 80),
             printable(self.model, 60), self.route, self.status, self._first_byte_ms,
-            self._elapsed_ms(), tokens,
+            self._elapsed_ms(), "%d+%d" % (sum(prompt), row["output"] or 0) if prompt else "-",
+            "" if row["nano_aiu"] is None else " credits=%.4g" % (row["nano_aiu"] / NANO),
             " error=" + printable(self.failure) if self.failure else "")
         # as log.info would, but without its search for the caller's line in each request
-        log.handle(log.makeRecord(log.name, logging.INFO, "", 0, redact(line), (), None))
+        log.handle(log.makeRecord(log.name, logging.INFO, "", 0, redact(line), (), None,
+                                  extra={"row": row}))
+
+#: path -> the name in the history of what is asked there
+LABELS = {"/chat/completions": "chat", "/responses": "responses", "/messages": "messages",
+          "/completions": "completions", "/embeddings": "embeddings",
+          "/messages/count_tokens": "count_tokens", "/responses/input_tokens": "count_tokens",
+          "/responses/compact": "compact"}
 
 @functools.lru_cache(maxsize=1)
 def http_date(second: int) -> str:
@@ -7662,7 +8269,9 @@ class RelayLoop:
         relay.ending = True
         self._forget(answer.wire)
         relay.out += exchange.frame_end(pipeline.close(error))
-        exchange.usage, exchange.failure = pipeline.usage, pipeline.failure or ""
+        exchange.failure = pipeline.failure or ""
+        if exchange.failure:
+            exchange.error = error and error.code or "stream_error"
         relay.parted = True
         if answer.done or pipeline.failure or error is not None:
             answer.finish()
@@ -7713,6 +8322,7 @@ class RelayLoop:
             self._forget(relay.answer.wire)
             relay.answer.close()
         relay.exchange.failure = relay.exchange.failure or "the client left"
+        relay.exchange.error = relay.exchange.error or "client_left"
         self._guard(self._on_end, relay.exchange)
 
     def _end_streams(self, item: None) -> None:
@@ -7827,7 +8437,7 @@ class Handler(socketserver.BaseRequestHandler):
                 raise problem
             self._dispatch(exchange)
         except ClientGone:
-            exchange.status = exchange.status or 499
+            exchange.status, exchange.error = exchange.status or 499, "client_left"
             exchange.keep_alive = False
         except ProxyError as error:
             self._refuse(exchange, error)
@@ -7877,6 +8487,7 @@ class Handler(socketserver.BaseRequestHandler):
             body = self.request.read_body(length, chunked)
             exchange.keep_alive = keep
             exchange.body = inflate(body, head.headers.get("content-encoding", ""))
+            exchange.log_body("request", exchange.body)
         if endpoint is None:
             exchange.headers["Allow"] = "GET, HEAD, POST, OPTIONS"
             exchange.reply(b"", 204, "")
@@ -7988,7 +8599,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, app: App, routes: Routes, host: str, port: int) -> None:
         self.app, self.routes = app, routes
         self._lock = threading.Lock()
-        self._running: dict[Exchange, None] = {}
+        self._running = app.running
         self._workers = Workers(self._work)
         self._baton = Baton()
         self._clients: set[Client] = set()           # open connections; the listener adds, any
@@ -8059,6 +8670,7 @@ class Server(ThreadingHTTPServer):
 
     def start(self, poll_s: float = 0.1) -> None:
         """Serve in threads of its own; returns at once.  A shutdown is noticed within `poll_s`."""
+        self.app.history.ask(self.app.budget.load)
         self.loop.start()
         threading.Thread(target=self.serve_forever, args=(poll_s,), name="listener",
                          daemon=True).start()
@@ -8066,6 +8678,7 @@ class Server(ThreadingHTTPServer):
     def finish(self, grace_s: float) -> None:
         """Accept nothing more, give running answers `grace_s`, then end them with an error."""
         self.app.stop.set()
+        self.app.events.close(*self.app.events.readers)
         self.shutdown()
         self.server_close()
         self.loop.close_parked()
@@ -8085,7 +8698,7 @@ class Server(ThreadingHTTPServer):
         return not self._running
 
 
-# ==== 18. Page ====================================================================================
+# ==== 19. Page ====================================================================================
 # What a browser shows at / and /auth/device: one page, no outside resource.  It holds no data; its
 # script fetches /health, /models and /usage of this server.
 
@@ -8251,17 +8864,15 @@ code:</p><p id="code" class="code"></p></div><p id="said" aria-live="polite"></p
 LOGIN_HEADERS = page_headers(LOGIN_STYLE, LOGIN_SCRIPT)
 
 
-# ==== 19. Endpoints ===============================================================================
+# ==== 20. Endpoints ===============================================================================
 # One short function per route, and the table of routes.
 
 def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
     """(account, model) of a request.  Raises AuthError, BadRequest."""
-    given, sessions = exchange.head.headers, exchange.app.sessions
-    session = str(next((given[name] for name in SESSION_HEADERS if name in given),
-                       body.get("prompt_cache_key") or ""))
-    session = session and "%s %s" % (exchange.caller.key_id, session)    # nobody else's
-    asked = body.get("model")
-    if asked is None and session in sessions:      # Codex's desktop app leaves it out at times
+    sessions, asked = exchange.app.sessions, body.get("model")
+    exchange.session = session_key(exchange.head.headers, body)
+    session = exchange.session and "%s %s" % (exchange.caller.key_id, exchange.session)
+    if asked is None and session:                  # Codex's desktop app leaves it out at times
         asked = body["model"] = sessions.get(session)
         exchange.body = dumps(body)
     if not isinstance(asked, str) or not asked:
@@ -8271,8 +8882,9 @@ def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
         sessions[session] = asked
         if len(sessions) > MAX_SESSIONS:
             sessions.popitem(last=False)
-    copilot = exchange.copilot()
-    return copilot, with_login(exchange, copilot, lambda: copilot.find_model(asked))
+    copilot, exchange.streamed = exchange.copilot(), body.get("stream") is True
+    exchange.used = with_login(exchange, copilot, lambda: copilot.find_model(asked))
+    return copilot, exchange.used
 
 def with_login(exchange: Exchange, copilot: Copilot, work: Callable[[], Any]) -> Any:
     """Do `work`; when GitHub does not know the login any more a new one is begun."""
@@ -8313,8 +8925,10 @@ def upstream_headers(exchange: Exchange, client: Dialect, upstream: Dialect, bod
     return headers
 
 def admit(exchange: Exchange, body: Json, model: Model) -> None:
-    """Limits and approval by hand.  Raises RateLimited, BadRequest, ClientGone."""
-    app, who = exchange.app, exchange.caller.key_id or exchange.address
+    """Budget, limits and approval by hand.  Raises RateLimited, BadRequest, ClientGone."""
+    app, headers, who = exchange.app, exchange.head.headers, \
+        exchange.caller.key_id or exchange.address
+    app.budget.admit(exchange.session or exchange.agent, headers.get("x-copilot-proxy-budget"))
     exchange.headers.update(app.minute.admit(
         who, "%d requests of a key are allowed in a minute here (--requests-per-minute)"
         % app.settings.requests_per_minute))
@@ -8325,8 +8939,10 @@ def admit(exchange: Exchange, body: Json, model: Model) -> None:
     turns = as_list(body.get("messages") or body.get("input"))
     last = as_object(turns[-1]) if turns else {}
     text = text_of(last.get("content")) or text_of(body.get("input"))
-    who = exchange.head.headers.get("user-agent", "an unnamed client")
-    app.approval.ask(exchange.client, who, model.id, text)
+    app.approval.ask(exchange.client, client=headers.get("user-agent", "an unnamed client")[:200],
+                     account=exchange.copilot().name, model=model.id, text=text[:200])
+    if app.events.readers:
+        app.events.tell("request", dict(shown(exchange.row()), state="running"))
 
 def owner_of(exchange: Exchange, copilot: Copilot) -> str:
     """Whose kept responses are: the account's and the client's key's, as a hash of both."""
@@ -8380,7 +8996,7 @@ def complete(dialect: Dialect, exchange: Exchange) -> None:
         exchange.hand_over(answer, plan.pipeline)
         return
     data = answer.read_all(exchange.client, timeout_s=exchange.app.settings.answer_timeout_s)
-    data, exchange.usage = plan.read(data, is_stream)
+    data, _ = plan.read(data, is_stream)
     if plan.pipeline is not None and plan.is_translated:
         exchange.finish(data)
         return
@@ -8431,9 +9047,13 @@ def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: C
         if "Copilot-Vision-Request" in plan.headers and shed_images(plan.edit, len(call.body)):
             call.body = fit_model(data, plan.edit, model.id)
         tell_losses(exchange, plan.edit.losses, repaired)
+        exchange.used, exchange.upstream_path = model, plan.upstream.path
+        exchange.initiator = plan.headers["X-Initiator"]
+        exchange.route = "translated" if plan.is_translated else "passthrough"
         if not admitted:
             admit(exchange, plan.edit.body, model)
-        admitted, exchange.route = True, "translated" if plan.is_translated else "passthrough"
+        admitted = True
+        exchange.log_body("sent", call.body)
         if plan.pipeline is not None:
             plan.pipeline.on_final = keep
             exchange.expect_stream(client.keepalive)
@@ -8441,6 +9061,7 @@ def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: C
             answer = with_login(exchange, copilot, functools.partial(copilot.send, call))
             copilot.memory.learn(plan)
             exchange.headers.update(passed_headers(answer.headers))
+            exchange.meters.append(plan.meter)
             return plan, answer
         except ProxyError as error:
             may_try = not exchange.started and call.sent < MAX_CALLS
@@ -8461,7 +9082,7 @@ def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: C
             is_told = error.overflow and client is RESPONSES     # Codex reads it in a stream only
             if plan.pipeline is None or not (exchange.started or is_told):
                 raise
-            exchange.failure = str(error)
+            exchange.failure, exchange.error = str(error), error.code or error.types()[0]
             exchange.finish(plan.pipeline.close(error))
             return None
 
@@ -8478,13 +9099,13 @@ def compact(exchange: Exchange, body: Json, copilot: Copilot, model: Model,
     encoder = ResponsesEncoder(RESPONSES, Request(exchange.model, now=now, key=exchange.id))
     out, answer = encoder.feed(ResponseStart("", "")), encoder.answer
     try:
-        item, exchange.usage = make_compaction(exchange, body, copilot, model)
+        item, usage = make_compaction(exchange, body, copilot, model)
         out += encoder.whole_item(dict(item, id=stable_id("cmp_", exchange.id)))
-        out += encoder.feed(ResponseEnd("stop", exchange.usage))
+        out += encoder.feed(ResponseEnd("stop", usage))
     except ProxyError as error:
         if not exchange.started:
             raise
-        exchange.failure = str(error)
+        exchange.failure, exchange.error = str(error), error.code or error.types()[0]
         out += encoder.feed(StreamError(UpstreamError(str(error), error.status, error.code)))
     if is_route:
         answer = {name: answer[name] for name in ("id", "created_at", "output", "usage")}
@@ -8573,7 +9194,7 @@ def tell_losses(exchange: Exchange, losses: list[tuple[str, str]], repaired: Ite
         if names - told:
             exchange.headers[header] = ", ".join(sorted(names | told))
             exchange.app.log.debug("%s %s: %s", exchange.id, group, losses or repaired)
-            exchange.app.stats.count(group, *sorted(names - told))
+            exchange.app.stats.count(group, dict.fromkeys(names - told, 1))
 
 def refuse_websocket(exchange: Exchange) -> None:
     """Codex asks for a WebSocket first and falls back to HTTP when told so at once."""
@@ -8679,24 +9300,165 @@ def completions(exchange: Exchange) -> None:
         for key in counts:
             counts[key] += as_int(as_object(whole.get("usage")).get(key))
     whole.update(choices=choices, usage=counts)
-    exchange.usage = Usage.from_openai(counts)
     if streams:
         exchange.expect_stream(CHAT.keepalive)
         exchange.finish(b"data: %b\n\ndata: [DONE]\n\n" % dumps(whole))
     else:
         exchange.reply_json(whole)
 
-def stats(exchange: Exchange) -> None:
-    """Counts since the start: requests by route and status, losses by field.  The operator sees
-    those of all, others those of their account."""
-    app, caller = exchange.app, exchange.caller
-    counts = (caller.account if caller.account and not caller.is_operator else app).stats.report()
-    answer = {"uptime_s": round(time.time() - app.started, 1),
-              "losses": counts.pop("lossy", {}),
-              "repairs": counts.pop("repaired", {}), "requests": counts}
-    if caller.is_operator:
-        answer["accounts"] = {one.name: one.stats.report() for one in app.accounts()}
-    exchange.reply_json(answer)
+def by_route(stats: Stats) -> dict[str, Json]:
+    """{route: {status: count}}"""
+    found: dict[str, Json] = {}
+    for (route, status), count in stats.group("requests").items():
+        found.setdefault(route, {})[status] = count
+    return found
+
+def account_entry(account: Account) -> Json:
+    """How it stands with one account; no secret."""
+    token: CopilotToken | None = account.token.value
+    problem = account.token.error
+    return {"account": account.name, "problem": str(problem) if problem else None,
+            "state": "problem" if problem else "ok" if token else "starting",
+            "token": {"ready": token is not None, "direct": token is not None and token.direct,
+                      "expires_in_s": token and token.lifetime_s - token.age_s(read_clock())},
+            "requests": by_route(account.stats)}
+
+def own_names(exchange: Exchange) -> tuple[str, ...]:
+    """Of the account whose requests the caller may see; () for the operator, who sees all."""
+    own = exchange.caller.account
+    return () if exchange.caller.is_operator else (own.name, own.id) if own else ("",)
+
+def check_operator(exchange: Exchange) -> None:
+    """Raises BadRequest 403: what belongs to all is for the operator."""
+    if not exchange.caller.is_operator:
+        raise BadRequest("this is for the operator's key", 403)
+
+def stats_report(exchange: Exchange) -> Json:
+    """Everything that /stats, /metrics and the page show at a glance; no secret, no words.  The
+    operator sees that of all, others what is their account's."""
+    app, names, account = exchange.app, own_names(exchange), exchange.caller.account
+    group = (account.stats if names and account else app.stats).group
+    running = [dict(shown(one.row()), state="running") for one in list(app.running) if one.label]
+    recent = [shown(row) for row in list(app.recent)]
+    mine = {name: [one for one in found if not names or one["account"] in names]
+            for name, found in (("running", running), ("recent", recent), ("quotas", app.lanes()),
+                                ("accounts", list(map(account_entry, app.accounts()))))}
+    return {"version": __version__, "uptime_s": round(time.time() - app.started, 1),
+            "demo": app.settings.demo, "requests": by_route(account.stats if names and account
+                                                            else app.stats),
+            "losses": group("lossy"), "repairs": group("repaired"), **mine,
+            "totals": with_credits({**NO_COUNTS, "requests": 0, "errors": 0, **group("totals")}),
+            "approvals": [] if names else list(app.approval.waiting.values()),
+            "budget": None if names else app.budget.report(), "history": history_state(app)}
+
+def history_state(app: App) -> Json:
+    """Is there one, and what is wrong with it."""
+    return {"enabled": bool(app.history.path), "problem": app.history.problem or None,
+            "dropped": app.history.dropped}
+
+def metrics(exchange: Exchange) -> None:
+    """The same for Prometheus, in its text format 0.0.4."""
+    check_operator(exchange)
+    app, report = exchange.app, stats_report(exchange)
+    group, told = app.stats.group, app.stats.group("tokens").items()
+    lines = []
+    for name, text, labels, values in (
+            ("uptime_seconds", "since the start", (), {(): report["uptime_s"]}),
+            ("requests_total", "requests", ("route", "status"), group("requests")),
+            ("running", "requests that run now", (), {(): len(report["running"])}),
+            ("tokens_total", "tokens as the upstream told them", ("model", "kind"),
+             {key: count for key, count in told if key[1] != "nano_aiu"}),
+            ("credits_total", "credits as the upstream told them", ("model",),
+             {key[:1]: count / NANO for key, count in told if key[1] == "nano_aiu"}),
+            ("losses_total", "fields that did not go upstream", ("field",),
+             {(name,): count for name, count in group("lossy").items()}),
+            ("repairs_total", "requests that were mended", ("repair",),
+             {(name,): count for name, count in group("repaired").items()}),
+            ("quota_used_percent", "used part of a quota", ("account", "lane"),
+             {(lane["account"], lane["name"]): lane["percent_used"] for lane in report["quotas"]}),
+            ("budget_credits", "today's budget", ("kind",),
+             {(kind,): (report["budget"] or {}).get(kind) for kind in ("limit", "used")}),
+            ("approvals_waiting", "requests that wait for a person", (),
+             {(): len(report["approvals"])}),
+            ("history_dropped_total", "rows that were lost", (), {(): app.history.dropped})):
+        lines.append("# HELP copilot_proxy_%s %s\n# TYPE copilot_proxy_%s %s" % (
+            name, text, name, "counter" if name.endswith("_total") else "gauge"))
+        for key, value in values.items():
+            said = ",".join("%s=%s" % (label, json.dumps(str(part), ensure_ascii=False))
+                            for label, part in zip(labels, key))
+            if value is not None:
+                lines.append("copilot_proxy_%s%s %r" % (name, said and "{%s}" % said, value))
+    exchange.reply(("\n".join(lines) + "\n").encode("utf-8", "replace"),
+                   kind="text/plain; version=0.0.4; charset=utf-8")
+
+def number_of(exchange: Exchange, name: str, usual: int, most: int) -> int:
+    """A whole number of the query string.  Raises BadRequest."""
+    text = exchange.parameter(name) or str(usual)
+    if not re.fullmatch("[0-9]{1,17}", text) or not 1 <= int(text) <= most:
+        raise BadRequest("'%s' must be a number from 1 to %d" % (name, most), param=name)
+    return int(text)
+
+def history(exchange: Exchange) -> None:
+    """GET /history: the newest rows, or those before row `before`."""
+    app, limit = exchange.app, number_of(exchange, "limit", 50, 500)
+    exchange.client.pause()
+    names = own_names(exchange)
+    rows = app.history.query(
+        "SELECT * FROM requests WHERE n < ? AND (? OR account IN (?, ?)) ORDER BY n DESC LIMIT ?",
+        number_of(exchange, "before", MAX_COUNT, MAX_COUNT), not names,
+        *(names or ("", "")), limit) if len(names) != 1 else []
+    found = rows if app.history.path else [row for row in list(app.recent)[:limit]
+                                           if not names or row["account"] in names]
+    exchange.reply_json(dict(history_state(app), rows=[shown(row) for row in found],
+                             next=rows[-1]["n"] if len(rows) == limit else None))
+
+def summary(exchange: Exchange) -> None:
+    """GET /history/summary: sums by local day, by model and by client."""
+    check_operator(exchange)
+    days = number_of(exchange, "days", 30, 366)
+    exchange.client.pause()
+    year, month, day = time.localtime(exchange.app.clock()[1])[:3]
+    since = time.mktime((year, month, day - days + 1, 0, 0, 0, 0, 0, -1))
+
+    def sums(key: str, order: str) -> list[Json]:
+        return [with_credits(row) for row in exchange.app.history.query(
+            "SELECT %s, %s FROM requests WHERE at >= ? GROUP BY 1 ORDER BY %s" % (key, SUMS, order),
+            since)]
+
+    total = (sums("'' AS day", "1") or [with_credits({**NO_COUNTS, "requests": 0, "errors": 0})])[0]
+    exchange.reply_json(dict(
+        history_state(exchange.app), days=days, total=total,
+        by_day=sums("strftime('%Y-%m-%d', at, 'unixepoch', 'localtime') AS day", "1"),
+        by_model=sums("model", "requests DESC"), by_client=sums("client", "requests DESC")))
+
+def events(exchange: Exchange) -> None:
+    """GET /history/events: what happens, as server-sent events; first of all /stats."""
+    check_operator(exchange)
+    app, heard_at = exchange.app, time.monotonic()
+    reader = app.events.open()
+    try:
+        exchange.expect_stream(CHAT.keepalive)
+        exchange.write(Frame("hello", dumps(stats_report(exchange))).encode())
+        while reader in app.events.readers and not exchange.client.is_gone():
+            silent = time.monotonic() - heard_at >= exchange.client.keepalive_s
+            with contextlib.suppress(queue.Empty):
+                exchange.write(exchange.keepalive if silent else reader.get(timeout=EVENT_LOOK_S))
+                heard_at = time.monotonic()
+        exchange.finish()
+    finally:
+        app.events.close(reader)
+
+def approvals(exchange: Exchange) -> None:
+    """GET /approvals: what waits; POST /approvals/ID: a person's answer."""
+    check_operator(exchange)
+    approval = exchange.app.approval
+    if exchange.head.method != "POST":
+        exchange.reply_json({"approvals": list(approval.waiting.values())})
+        return
+    allow = exchange.json_object().get("allow")
+    if not isinstance(allow, bool):
+        raise BadRequest("'allow' must be true or false", param="allow")
+    exchange.reply_json(approval.decide(exchange.argument, "allowed" if allow else "refused"))
 
 def embeddings(exchange: Exchange) -> None:
     """Strings only upstream, floats only back: wrapped, split, merged and packed here."""
@@ -8711,8 +9473,8 @@ def embeddings(exchange: Exchange) -> None:
     packing = body.pop("encoding_format", None)
     if packing not in (None, "float", "base64"):
         raise BadRequest("'encoding_format' must be float or base64", param="encoding_format")
+    exchange.route, exchange.upstream_path = "passthrough", "/embeddings"
     admit(exchange, {"input": texts[0]}, model)
-    exchange.route = "passthrough"
     batch = model.limit("max_inputs") or EMBEDDING_BATCH
     data: list[Json] = []
     counts = {"prompt_tokens": 0, "total_tokens": 0}
@@ -8721,15 +9483,17 @@ def embeddings(exchange: Exchange) -> None:
         answer = copilot.send(Call("/embeddings", dumps(part), {}, exchange.client,
                                    request_id=exchange.id, model=model.id))
         exchange.headers.update(passed_headers(answer.headers))
-        merge_embeddings(data, counts, answer.read_all(exchange.client), len(part["input"]))
+        exchange.meters.append(Meter())
+        merge_embeddings(data, counts, answer.read_all(exchange.client), len(part["input"]),
+                         exchange.meters[-1])
     for at, item in enumerate(data):
         item.update(object="embedding", index=at)
         if packing == "base64":
             item["embedding"] = floats_to_base64(item["embedding"])
-    exchange.usage = Usage.from_openai(counts)
     exchange.reply_json({"object": "list", "data": data, "model": exchange.model, "usage": counts})
 
-def merge_embeddings(data: list[Json], counts: Json, answer: bytes, wanted: int) -> None:
+def merge_embeddings(data: list[Json], counts: Json, answer: bytes, wanted: int,
+                     meter: Meter) -> None:
     """Append one batch's vectors in their order, add its counts.  Raises UpstreamError."""
     try:
         value = as_object(json.loads(answer))          # thousands of floats: checked below
@@ -8742,6 +9506,7 @@ def merge_embeddings(data: list[Json], counts: Json, answer: bytes, wanted: int)
     if len(items) != wanted:
         raise UpstreamError("the upstream gave %d embeddings for %d texts" % (len(items), wanted))
     data.extend(sorted(items, key=lambda item: as_int(item.get("index"))))
+    meter.take(value)
     for key in counts:
         counts[key] += as_int(as_object(value.get("usage")).get(key))
 
@@ -8757,7 +9522,15 @@ def model_entry(model: Model) -> Json:
             "context_window": model.limit("max_context_window_tokens") or None,
             "max_input_tokens": model.limit("max_prompt_tokens") or None,
             "max_output_tokens": model.limit("max_output_tokens") or None,
-            "max_tokens": model.limit("max_output_tokens") or None, "lifecycle": "active"}
+            "max_tokens": model.limit("max_output_tokens") or None, "lifecycle": "active",
+            "price": price_entry(model)}
+
+def price_entry(model: Model) -> Json | None:
+    """USD per million tokens, or the multiplier of a request; None where nothing is listed."""
+    prices = {name: price / 100 for name, price in model.prices[0].items()}
+    multiplier = as_number(as_object(model.entry.get("billing")).get("multiplier"))
+    return dict(dict.fromkeys(("input", "cache_read", "cache_write", "output")), **prices,
+                multiplier=multiplier) if prices or multiplier is not None else None
 
 def models(exchange: Exchange) -> None:
     """The models meant for users; `?all=1` shows hidden and disabled ones, too.  Codex asks with
@@ -8782,10 +9555,11 @@ def one_model(exchange: Exchange) -> None:
 
 def usage(exchange: Exchange) -> None:
     """The upstream's usage answer, whole."""
-    copilot = exchange.copilot()
+    app, copilot = exchange.app, exchange.copilot()
     answer: Json = with_login(
-        exchange, copilot, lambda: exchange.app.github.fetch_usage(copilot.github_token))
+        exchange, copilot, lambda: app.github.fetch_usage(copilot.github_token))
     copilot.name = str(answer.get("login") or copilot.name)
+    app.see_quotas(copilot.id, "usage", quotas_of(answer))
     exchange.reply_json(answer)
 
 def token(exchange: Exchange) -> None:
@@ -8910,7 +9684,13 @@ ROUTES: Routes = {
     "/messages": {"POST": functools.partial(complete, MESSAGES)},
     "/messages/count_tokens": {"POST": count_tokens},
     "/embeddings": {"POST": embeddings},
-    "/stats": {"GET": stats},
+    "/stats": {"GET": lambda x: x.reply_json(stats_report(x))},
+    "/metrics": {"GET": metrics},
+    "/history": {"GET": history},
+    "/history/summary": {"GET": summary},
+    "/history/events": {"GET": events},
+    "/approvals": {"GET": approvals},
+    "/approvals/*": {"POST": approvals},
     "/models": {"GET": models},
     "/models/*": {"GET": one_model},
     "/usage": {"GET": usage},
@@ -8929,7 +9709,7 @@ ROUTES: Routes = {
 }
 
 
-# ==== 20. Demo ====================================================================================
+# ==== 21. Demo ====================================================================================
 # `start --demo`: a make-believe GitHub and Copilot on a loopback port of this process, so that a
 # client can be tried without account and network.  The proxy's own code runs unchanged; only the
 # upstream's address differs.  Every answer says that it is the demo.
@@ -9037,7 +9817,7 @@ DEMO_ROUTES: Routes = {
 
 def start_demo(settings: Settings) -> Server:
     """Start the make-believe upstream and point `settings` at it."""
-    app = App(Settings(), {})
+    app = App(Settings(no_history=True), {})
     app.keys = KeyFile("", "", ())                           # everybody may ask it
     app.log = logging.getLogger("copilot_proxy.demo")        # its requests are not the user's
     app.log.disabled = True
@@ -9048,7 +9828,7 @@ def start_demo(settings: Settings) -> Server:
     return server
 
 
-# ==== 21. Commands ================================================================================
+# ==== 22. Commands ================================================================================
 # One function per command.  Each gets the App and the parsed flags and returns an exit code:
 # 0 ok, 1 failure, 2 usage, 130 interrupt.
 
@@ -9245,25 +10025,6 @@ def find_logins(app: App) -> Iterator[tuple[str, str]]:
                 if key.split(":")[0].lower() == host and isinstance(value, str) and value:
                     yield path, value
 
-def quota_lanes(answer: Json) -> list[Json]:
-    """Every lane of a usage answer -> [{name, unlimited, total, left, percent_left}]; numbers are
-    None where the account reports none.  Knows the newer snapshots and the free plan's form."""
-    lanes = []
-    for name, lane in as_object(answer.get("quota_snapshots")).items():
-        lane = as_object(lane)
-        left = lane.get("quota_remaining", lane.get("remaining"))
-        lanes.append({"name": name, "unlimited": lane.get("unlimited") is True,
-                      "total": lane.get("entitlement"), "left": left,
-                      "percent_left": lane.get("percent_remaining")})
-    for name, left in as_object(answer.get("limited_user_quotas")).items():
-        if name not in as_object(answer.get("quota_snapshots")):
-            total = as_object(answer.get("monthly_quotas")).get(name)
-            known = isinstance(left, (int, float)) and isinstance(total, (int, float)) and total
-            percent = 100.0 * left / total if known else None
-            lanes.append({"name": name, "unlimited": False, "total": total, "left": left,
-                          "percent_left": percent})
-    return lanes
-
 def cmd_check_usage(app: App, flags: argparse.Namespace) -> int:
     """Quota as bars, or the upstream's answer as JSON."""
     answer = app.github.fetch_usage(open_account(app).github_token)
@@ -9272,28 +10033,23 @@ def cmd_check_usage(app: App, flags: argparse.Namespace) -> int:
         return 0
     say("%s, plan %s" % (printable(str(answer.get("login") or "?")),
                          printable(str(answer.get("copilot_plan") or "?"))))
-    lanes = quota_lanes(answer)
-    for lane in lanes:
-        say(quota_line(lane))
-    if not lanes:
-        say("the account reports no quotas")
-    reset = answer.get("quota_reset_date_utc") or answer.get("quota_reset_date") or answer.get(
-        "limited_user_reset_date")
-    if reset:
-        say("resets %s" % printable(str(reset)))
+    for line in [quota_line(quota_lane(name, said)) for name, said in quotas_of(answer).items()
+                 ] or ["the account reports no quotas"]:
+        say(line)
     return 0
 
 def quota_line(lane: Json) -> str:
-    """One lane: 'chat  [####......]  40.0 % used, 180 of 300 left'."""
-    name = printable(lane["name"], 24)
-    if lane["unlimited"]:
-        return "%-22s unlimited" % name
-    percent, left, total = lane["percent_left"], lane["left"], lane["total"]
-    if not isinstance(percent, (int, float)):
-        return "%-22s %s left" % (name, left)
-    filled = max(0, min(20, round((100 - percent) / 5)))
-    return "%-22s [%s%s] %5.1f %% used, %s of %s left" % (
-        name, "#" * filled, "." * (20 - filled), 100 - percent, left, total)
+    """One lane: 'chat  [########............]  40.0 % used, 120 of 300, 180 left, resets ...'."""
+    percent, parts = lane["percent_used"], ["unlimited"] if lane["unlimited"] else []
+    if percent is not None:
+        filled = max(0, min(20, round(percent / 5)))
+        parts.append("[%s%s] %5.1f %% used" % ("#" * filled, "." * (20 - filled), percent))
+    for form, *names in (("%.12g of %.12g", "used", "total"), ("%.12g left", "left")):
+        if lane[names[0]] is not None:
+            parts.append(form % tuple(round(lane[name], 2) for name in names))
+    if lane["resets_at"] and not lane["unlimited"]:
+        parts.append("resets " + local_time(lane["resets_at"]))
+    return "%-22s %s" % (printable(lane["name"], 24), ", ".join(parts) or "reports no numbers")
 
 def cmd_models(app: App, flags: argparse.Namespace) -> int:
     """The catalogue as a table, or as JSON with the upstream's own entries."""
@@ -9313,20 +10069,19 @@ def cmd_models(app: App, flags: argparse.Namespace) -> int:
 
 def price_of(model: Model) -> str:
     """As the account reports it: USD per million tokens in/out, or the request multiplier."""
-    billing = as_object(model.entry.get("billing"))
-    prices = as_object(billing.get("token_prices"))
-    tier, batch = as_object(prices.get("default")), as_int(prices.get("batch_size"))
-    given, made = tier.get("input_price"), tier.get("output_price")
-    if batch and isinstance(given, (int, float)) and isinstance(made, (int, float)):
-        return "$%.2f/$%.2f" % (given * 10000 / batch, made * 10000 / batch)
-    multiplier = billing.get("multiplier")
-    return "%gx" % multiplier if isinstance(multiplier, (int, float)) else "-"
+    price = price_entry(model) or {}
+    if price.get("input") is not None and price.get("output") is not None:
+        return "$%.2f/$%.2f" % (price["input"], price["output"])
+    return "-" if price.get("multiplier") is None else "%gx" % price["multiplier"]
 
 def cmd_debug(app: App, flags: argparse.Namespace) -> int:
     """What runs where."""
     report = debug_report(app)
     if flags.network:
         report["network"] = probe_network(app)
+    if flags.bundle:
+        write_bundle(app, report, flags.bundle)
+        return 0
     if flags.json:
         say(json.dumps(report, indent=2))
         return 0
@@ -9354,6 +10109,24 @@ def debug_report(app: App) -> Json:
         or ["none"], "ca_files": ca_files(settings, app.environ) or ["the system's"],
         "headers": ["%s: %s" % pair for pair in dict(EDITOR_HEADERS, **settings.headers).items()],
         "api_version": API_VERSIONS[0]}
+
+def write_bundle(app: App, report: Json, path: str) -> None:
+    """debug --bundle: all of it in one file for a bug report; no secret, no words of anybody."""
+    given = {option.name: getattr(app.settings, option.field) for option in OPTIONS
+             if getattr(app.settings, option.field) != option.default}
+    for name in given:
+        if re.search("token|key|header", name):
+            given[name] = "[set]"
+    rows = app.history.query("SELECT * FROM requests ORDER BY n DESC LIMIT 500") \
+        if os.path.exists(app.history.path) else []
+    bundle = dict(report, settings=given, headers=sorted(app.settings.headers),
+                  requests=[shown(row) for row in rows])
+    bundle.setdefault("network", probe_network(app))
+    try:
+        write_file(os.path.abspath(path), redact(json.dumps(bundle, indent=1)).encode())
+    except OSError as error:
+        raise ProxyError("cannot write %s: %s" % (path, plain_reason(error))) from None
+    say("wrote %s: read it before you attach it to a report" % path)
 
 def probe_network(app: App) -> list[str]:
     """Every hop once: GitHub, its REST API, the token, the Copilot API."""
@@ -9424,6 +10197,8 @@ def build_parser() -> argparse.ArgumentParser:
     auth.add_argument("--list", action="store_true", help="who is logged in")
     auth.add_argument("--logout", nargs="?", const="", metavar="LOGIN", help="forget the login")
     debug.add_argument("--network", action="store_true", help="probe each hop")
+    debug.add_argument("--bundle", metavar="FILE", help="write a report for a bug: hops, settings, "
+                       "recent requests; no secret, no words")
     table.add_argument("--all", action="store_true", help="hidden and disabled ones, too")
     return parser
 
@@ -9433,17 +10208,28 @@ class RedactingFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
 
-def set_up_logging(verbose: bool) -> None:
+class JsonFormatter(logging.Formatter):
+    """--log-json: one object per line; a request's line has its row of the history."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Redacted before it is JSON: afterwards a quote could go with a secret."""
+        said = dict(vars(record).get("row", {}), level=record.levelname.lower(),
+                    time=record.created, message=super().format(record))
+        return dumps({name: redact(value) if isinstance(value, str) else value
+                      for name, value in said.items()}).decode()
+
+def set_up_logging(verbose: bool, as_json: bool) -> None:
     """Log to standard error; a library user configures the logger himself."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(JsonFormatter() if as_json else RedactingFormatter(
+        "%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
     log = logging.getLogger("copilot_proxy")
     log.handlers[:] = [handler]
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
     log.propagate = False
 
 
-# ==== 22. Main ====================================================================================
+# ==== 23. Main ====================================================================================
 
 def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int:
     """Run one command -> exit code.  `main(["start", "--port", "0"])`
@@ -9459,7 +10245,8 @@ def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int
         return 2
     try:
         settings = load_settings(flags, os.environ)
-        set_up_logging(settings.verbose if flags.command == "start" else bool(flags.verbose))
+        set_up_logging(settings.verbose if flags.command == "start" else bool(flags.verbose),
+                       settings.log_json)
         if flags.command != "start" and not flags.verbose:
             logging.getLogger("copilot_proxy").setLevel(logging.WARNING)
         with contextlib.ExitStack() as stack:

@@ -647,10 +647,17 @@ def answer(ask: Ask, prompt: Prompt, reasons: bool) -> Said:
 
 
 def copilot_usage(said: Said) -> Json:
-    """The billing extra of answers: 1e9 nano-AIU = 1 credit."""
+    """The billing extra of answers: 1e9 nano-AIU = 1 credit; {} with the quirk "no_credits"."""
+    if said.has("no_credits"):
+        return {}
     return {"token_details": [{"token_type": "input", "token_count": said.usage[0],
                                "batch_size": 1000000, "cost_per_batch": 175000000000}],
-            "total_nano_aiu": said.usage[0] * 175000}
+            "total_nano_aiu": nano_aiu(said)}
+
+
+def nano_aiu(said: Said) -> int:
+    """What an answer costs: an odd number, so that a rounded sum is seen."""
+    return said.usage[0] * 175000 + 1
 
 
 # ==== 8. Chat =====================================================================================
@@ -913,11 +920,12 @@ def chat_frames(said: Said) -> Iterator[Frame]:
         last["choices"].append({"index": 1, "delta": {}, "finish_reason": chat_finish(said)})
     wants_usage = (said.ask.body.get("stream_options") or {}).get("include_usage")
     if split and wants_usage:
-        last["usage"] = chat_usage(said)
+        last.update(usage=chat_usage(said), copilot_usage=copilot_usage(said))
     yield sse(last)
     if wants_usage and not split:
         yield sse({"choices": [], "created": CREATED, "id": "chatcmpl-fake",
-                   "model": said.ask.name, "usage": chat_usage(said)})
+                   "model": said.ask.name, "usage": chat_usage(said),
+                   "copilot_usage": copilot_usage(said)})
     yield sse("[DONE]")
 
 
@@ -1822,6 +1830,8 @@ class FakeUpstream:
         self.exchanges = 0                 # successful exchanges
         self.model_fetches = 0             # catalogues given out
         self.crashes: List[str] = []       # tracebacks of bugs in the fake
+        #: (model, prompt tokens, cached of them, output, nano-AIU, login) of each whole answer
+        self.told: List[Tuple[str, int, int, int, int, str]] = []
         # -- machinery
         self.closed = False
         self._number = 0
@@ -2202,6 +2212,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if streams:
                 self._stream(dialect, said)
             else:
+                self._note(said)
                 self._reply(200, dialect.body(said))
         finally:
             self.fake.add(open_streams=-streams)
@@ -2218,7 +2229,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             sent += frame.text
             if frame.text and self._incident(dialect, said, sent):
                 break
+        else:
+            self._note(said)
         self._send(b"0\r\n\r\n")
+
+    def _note(self, said: Said) -> None:
+        """Remember what an answer tells of its cost, and for whose token."""
+        token = self.fake.tokens.get(self.fake.bearer(said.ask.record))
+        self.fake.told.append((said.ask.name, *said.usage, nano_aiu(said),
+                               token.github_token if token else ""))
 
     def _incident(self, dialect: Dialect, said: Said, sent: int) -> bool:
         """What happens after so many text events; True when the stream is to end here."""

@@ -78,7 +78,7 @@ class Proxy:
         self._folder = tempfile.TemporaryDirectory()
         values: dict[str, Any] = dict(
             github_url=fake.url, data_dir=self._folder.name, poll_margin_s=0.01,
-            token_retry_s=(0.05, 0.1), hiccup_pause_s=0.01, grace=0.5, port=0)
+            token_retry_s=(0.05, 0.1), hiccup_pause_s=0.01, grace=0.5, port=0, no_history=True)
         if login:
             values["github_token"] = "ghu_fake"
         values.update(settings)

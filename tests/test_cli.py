@@ -645,9 +645,8 @@ class UsageTest(CliCase):
         self.assertEqual(code, 0, text)
         self.assertIn("octocat, plan individual", text)
         self.assertRegex(text, r"premium_interactions +\[#{4,5}\.+\] +24\.6 % used, "
-                               r"226\.33 of 300 left")
-        self.assertRegex(text, r"chat +unlimited")
-        self.assertIn("2026-12-01", text)
+                               r"73\.67 of 300, 226\.33 left, resets 2026-1")
+        self.assertRegex(text, r"chat +unlimited\n")
         code, text = self.run_here("check-usage", "--json")
         self.assertEqual(code, 0, text)
         self.assertEqual(json.loads(text)["quota_snapshots"]["premium_interactions"]
@@ -657,9 +656,29 @@ class UsageTest(CliCase):
         self.fake.plan = "free"
         code, output = self.run_here("check-usage")
         self.assertEqual(code, 0)
-        self.assertRegex(output, r"chat +\[#+\.+\] +16\.0 % used, 42 of 50 left")
-        self.assertRegex(output, r"completions .* 1875 of 2000 left")
-        self.assertIn("2026-12-05", output)
+        self.assertRegex(output, r"chat +\[#+\.+\] +16\.0 % used, 8 of 50, 42 left, resets")
+        self.assertRegex(output, r"completions .* 125 of 2000, 1875 left")
+        self.assertRegex(output, "resets 2026-12-0[45] ")
+
+    @unittest.skipUnless(POSIX, "Windows takes no time zone from the environment")
+    def test_lanes_with_any_name_and_resets_in_local_time(self) -> None:
+        self.fake.usage_extra = {"quota_snapshots": {
+            "weekly_\u00fcber\x1b[31m": {"entitlement": "300", "percent_remaining": "0",
+                                       "overage_count": 30},
+            "ai_credits": {"entitlement": 1500, "remaining": 1499.5,
+                           "quota_reset_at": "2026-12-24T18:30:00Z"},
+            "odd": {"entitlement": -1}, "empty": {}}}
+        with Command("check-usage", "--github-url", self.fake.url, home=self.home,
+                     GH_TOKEN="ghu_fake", TZ="XYZ-2") as command:
+            self.assertEqual(command.wait(), 0)
+        lines = command.output().splitlines()
+        self.assertTrue(command.output().isascii())
+        self.assertRegex(lines[1], r"\Aweekly_\\xfc\S+ +\[#{20}\] 110\.0 % used, 330 of 300, "
+                                   r"-30 left, resets 2026-12-01 02:00\Z")
+        self.assertRegex(lines[2], r"\Aai_credits +\[\.{20}\]   0\.0 % used, 0\.5 of 1500, "
+                                   r"1499\.5 left, resets 2026-12-24 20:30\Z")
+        self.assertRegex(lines[3], r"\Aodd +unlimited\Z")
+        self.assertRegex(lines[4], r"\Aempty +resets 2026-12-01 02:00\Z")
 
     def test_accounts_without_numbers(self) -> None:
         for extra in ({"quota_snapshots": None}, {"quota_snapshots": {}},
@@ -687,7 +706,7 @@ class UsageTest(CliCase):
             "percent_remaining": -4.2, "unlimited": False, "overage_count": 12}}}
         code, output = self.run_here("check-usage")
         self.assertEqual(code, 0)
-        self.assertRegex(output, r"\[#{20}\] 104\.2 % used, -12\.5 of 300 left")
+        self.assertRegex(output, r"\[#{20}\] 104\.2 % used, 312\.5 of 300, -12\.5 left")
 
     def test_failures_end_with_1_and_say_what_to_do(self) -> None:
         code, output = run_main(self.home, "check-usage", "--github-url", self.fake.url)
@@ -701,6 +720,53 @@ class UsageTest(CliCase):
         code, output = self.run_here("check-usage")
         self.assertEqual((code, output.count("\n")), (1, 1))
         self.assertIn("502", output)
+
+
+class BundleTest(CliCase):
+    """start with a history, then a report for a bug."""
+
+    def test_a_bundle_has_the_requests_and_neither_words_nor_secrets(self) -> None:
+        with Command("start", "--port", "0", "--log-json", "--budget", "5", "--github-url",
+                     self.fake.url, home=self.home, GH_TOKEN="ghu_fake") as server:
+            url = server.wait_for_url()
+            for at in range(3):
+                self.assertEqual(ask(url, "POST", "/v1/chat/completions", chat(
+                    "SECRET WORDS"), **{"User-Agent": "tester/1.0"}).status, 200)
+            server.stop()
+            lines = [json.loads(line) for line in server.output().splitlines() if line[:1] == "{"]
+        self.assertEqual([line["client"] for line in lines if line.get("dialect")],
+                         ["tester/1.0"] * 3)
+        path = os.path.join(self.home, "report.json")
+        code, output = self.run_here("debug", "--bundle", path, "--header", "X-Mine=hidden words",
+                                     "--ca-file", "")
+        self.assertEqual((code, output.count("\n")), (0, 1), output)
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        bundle = json.loads(text)
+        self.assertEqual([row["client"] for row in bundle["requests"]], ["tester/1.0"] * 3)
+        self.assertEqual(bundle["requests"][0]["nano_aiu"], self.fake.told[-1][4])
+        self.assertEqual(bundle["version"], cp.__version__)
+        self.assertEqual((bundle["settings"]["github-token"], bundle["settings"]["header"]),
+                         ("[set]", "[set]"))
+        self.assertEqual(len(bundle["network"]), 4)
+        for word in ("SECRET", "WORDS", "hidden", "ghu_", "tid="):
+            self.assertNotIn(word, text)
+        if POSIX:
+            self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+        code, output = self.run_here("debug", "--bundle", os.path.join(path, "below"))
+        self.assertEqual(code, 1)
+        self.assertIn("cannot write", output)
+
+    def test_without_a_history_none_is_made(self) -> None:
+        path = os.path.join(self.home, "report.json")
+        self.assertEqual(run_main(self.home, "debug", "--bundle", path, "--github-url",
+                                  self.fake.url)[0], 0)
+        with open(path, encoding="utf-8") as file:
+            bundle = json.load(file)
+        self.assertEqual(bundle["requests"], [])
+        self.assertIn("nobody is logged in", str(bundle["network"]))
+        self.assertEqual([name for _, _, names in os.walk(self.home) for name in names],
+                         ["report.json"])
 
 
 class ReportTest(CliCase):

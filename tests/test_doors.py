@@ -487,13 +487,22 @@ class AccountTest(AccountCase):
             for _ in range(3):
                 proxy.post("/v1/chat/completions", chat("a"), **bearer(key))
             proxy.post("/v1/chat/completions", chat("a"), **bearer(KEY))
-            wait_until(lambda: proxy.app.stats.report()["passthrough"]["200"] == 4)
+            wait_until(lambda: proxy.app.stats.group("requests").get(
+                ("passthrough", "200")) == 4)
             own = proxy.get("/stats", **bearer(key)).json
             self.assertEqual(own["requests"]["passthrough"], {"200": 3})
-            self.assertNotIn("accounts", own)
+            self.assertEqual([one["account"] for one in own["accounts"]], ["one"])
+            self.assertEqual(own["totals"]["requests"], 3)
+            self.assertEqual({row["account"] for row in own["recent"]}, {"one"})
+            self.assertEqual(len(proxy.get("/history", **bearer(key)).json["rows"]), 3)
+            self.assertEqual(len(proxy.get("/history", **bearer(KEY)).json["rows"]), 4)
+            for path in ("/metrics", "/history/summary", "/history/events", "/approvals"):
+                self.assertEqual(proxy.get(path, **bearer(key)).status, 403, path)
+                self.assertEqual(proxy.get(path).status, 401, path)
             every = proxy.get("/stats", **bearer(KEY)).json
             self.assertEqual(every["requests"]["passthrough"], {"200": 4})
-            self.assertEqual(every["accounts"]["one"]["passthrough"], {"200": 3})
+            self.assertEqual([one["requests"].get("passthrough") for one in every["accounts"]
+                              if one["account"] == "one"], [{"200": 3}])
             self.assertNotIn("ghu_", json.dumps(every))
 
     def test_the_exchange_knows_account_and_key_for_what_writes_history(self) -> None:

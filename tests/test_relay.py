@@ -958,16 +958,6 @@ class PolicyTest(SharedCase):
             wait_until(lambda: not proxy.server._running, "the client's leaving", GONE_S)
             self.assertEqual(self.asked(), [CHAT])
 
-    def test_manual_without_a_terminal_is_403(self) -> None:
-        self.enter(mock.patch("sys.stdin", io.StringIO("y\n")))
-        with second_proxy(self, manual=True) as proxy:  # type: ignore[arg-type]
-            for path, make in REQUESTS:
-                reply = proxy.post(path, make("a"))
-                self.assertEqual(reply.status, 403, reply.body)
-                self.assertIn("terminal", reply.json["error"]["message"])
-            self.assertEqual(proxy.get("/v1/models").status, 200)
-        self.assertEqual(self.asked(), [])
-
     def test_manual_asks_with_client_model_and_text(self) -> None:
         class Terminal(io.StringIO):
             def isatty(self) -> bool:
