@@ -31,8 +31,9 @@ file, thread, clock or random number, so they can be read and tested by themselv
     19 Page                what a browser shows
     20 Endpoints           one short function per route, the table of routes
     21 Demo                a make-believe GitHub and Copilot inside this process
-    22 Commands            start, auth, check-usage, debug, models
-    23 Main
+    22 Setup               clients, services, what is in the way: tables and their text
+    23 Commands            start, auth, check-usage, debug, models, setup
+    24 Main
 
 The way of a request:
 
@@ -73,6 +74,7 @@ import errno
 import functools
 import hashlib
 import hmac
+import html
 import http.client
 import json
 import logging
@@ -162,6 +164,7 @@ SEND_TIMEOUT_S = 60.0                    # a client that takes nothing
 FOLLOW_UP_S = 0.02                       # a worker stays with a connection that long
 WORKER_IDLE_S = 10.0                     # then an idle worker thread ends
 SPARE_FILES = 32                         # kept free for logins, history, the pool
+FIRST_REQUEST_S = 0.1                    # at shutdown, for a connection that has just come
 DRAIN_S = 0.5                            # for the last chunk behind a terminal event
 MAX_OUT_BYTES = 256 * 1024               # not taken by a slow client: its upstream is paused
 LINGER_S = 2.0                           # reading on after a refusal, so that it can be read
@@ -176,6 +179,7 @@ TOKEN_RETRY_S = (1.0, 5.0, 15.0, 60.0)   # pauses after failed refreshes, the la
 CODE_WAIT_S = 5.0                        # a refused call waits so long for the code to name
 REACTIVE_PAUSE_S = 60.0                  # after a refresh that did not cure an opaque 403
 CATALOGUE_AGE_S, CATALOGUE_RETRY_S = 600.0, 60.0
+HEALTH_WAIT_S = 10.0                     # that `debug --health` gives a starting server
 MAX_MODEL_CHARS = 200
 SESSION_HEADERS = ("session_id", "session-id", "x-session-id", "x-claude-code-session-id",
                    "x-session-affinity", "conversation_id")
@@ -4870,8 +4874,9 @@ class Option:
 
 OPTIONS = (
     Option("port", DEFAULT_PORT, "port to serve on; 0 takes a free one", "int", "-p",
-           env=("PORT",)),
+           "start setup", ("PORT",)),
     Option("host", "127.0.0.1", "address to serve on; beyond loopback only with --api-key",
+           where="start setup",
            env=("HOST",)),
     Option("verbose", False, "log every step, not only one line per request", "switch", "-v",
            "network"),
@@ -4911,7 +4916,10 @@ OPTIONS = (
            "list"),
     Option("allow-host", (), "a further name that clients may use in the Host header", "list"),
     Option("cors-origin", (), "a web page's origin that may call the API", "list"),
-    Option("grace", 10.0, "seconds that running answers get at shutdown", "float"),
+    Option("grace", 10.0, "seconds that running answers get at shutdown", "float",
+           where="start setup"),
+    Option("claude-code", False, "choose models for Claude Code and print its launch command",
+           "switch", "-c"),
     Option("budget", 0.0, "credits that may be spent in a day; 0 is no limit", "float"),
     Option("no-history", False, "write no history.sqlite3", "switch"),
     Option("log-json", False, "the log as one JSON object per line", "switch"),
@@ -5008,6 +5016,7 @@ class Settings:
     allow_host: tuple[str, ...] = ()
     cors_origin: tuple[str, ...] = ()
     grace: float = 10.0
+    claude_code: bool = False
     budget: float = 0.0
     no_history: bool = False
     log_json: bool = False
@@ -5117,7 +5126,8 @@ class Settings:
 def default_data_dir(environ: Mapping[str, str]) -> str:
     """$XDG_DATA_HOME/copilot-proxy, ~/.local/share/copilot-proxy, on Windows %LOCALAPPDATA%."""
     base = environ.get("LOCALAPPDATA") if os.name == "nt" else environ.get("XDG_DATA_HOME")
-    base = base or os.path.join(os.path.expanduser("~"), ".local", "share")
+    home = os.path.expanduser("~")               # stays as it is where there is none
+    base = base or os.path.join("/" if home == "~" else home, ".local", "share")
     return os.path.join(base, "copilot-proxy")
 
 def write_file(path: str, data: bytes) -> None:
@@ -5398,6 +5408,10 @@ class UpstreamRequest(urllib.request.Request):
         self.answer_timeout_s = timeout_s
         self.is_fresh = False                    # no pooled connection
 
+class ProxyRefusal(OSError):
+    """What a company proxy said to CONNECT."""
+    logins = ""                        # that it would take: Basic, NTLM, Negotiate
+
 class Wire:
     """A connection that can be kept: reads raw bytes and watches the client meanwhile.
     Mixed into http.client's two connection classes, which connect, tunnel and do TLS."""
@@ -5418,6 +5432,25 @@ class Wire:
 
     def shake_hands(self, client: Downstream | None) -> None:
         """TLS, where it is spoken.  Raises OSError."""
+
+    def _tunnel(self) -> None:
+        """CONNECT: http.client's own forgets what a refusing proxy says.  Raises ProxyRefusal."""
+        where: Any = self              # http.client keeps these names since Python 2
+        name = "%s:%d" % (where._tunnel_host, where._tunnel_port)
+        self.sock.sendall(render_head("CONNECT %s HTTP/1.1" % name, (
+            ("Host", name), *where._tunnel_headers.items())))
+        data = more = b"-"
+        while more and b"\r\n\r\n" not in data and len(data) < MAX_HEAD_BYTES:
+            more = self.sock.recv(1)   # not a byte of the TLS that follows
+            data += more
+        try:
+            status, reason, headers = parse_response_head(data[1:].partition(b"\r\n\r\n")[0])
+        except ProxyError:
+            raise ProxyRefusal("no HTTP proxy answers there") from None
+        if status != 200:
+            refusal = ProxyRefusal("%d %s" % (status, reason))
+            refusal.logins = headers.get("proxy-authenticate", "")
+            raise refusal
 
     def fileno(self) -> int:
         return self.sock.fileno()      # type: ignore[no-any-return]
@@ -5474,7 +5507,8 @@ class Wire:
 class PlainWire(Wire, http.client.HTTPConnection):
     pass
 
-class SecureWire(Wire, http.client.HTTPSConnection):
+class SecureWire(Wire, getattr(http.client, "HTTPSConnection",                # type: ignore[misc]
+                               http.client.HTTPConnection)):    # in a Python without ssl
     """The handshake goes in steps: computing needs the client's baton, waiting does not."""
     _context: Any
     _tunnel_host: Any
@@ -5627,6 +5661,13 @@ def plain_reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return redact(printable(str(text)))
 
+#: part of OpenSSL's reason -> what it means and helps
+_TLS_REMEDIES = (
+    ("ismatch", "a captive portal or a filter answers: open a web page and sign in there"),
+    ("not yet valid", "set this machine's clock"), ("expired", "set this machine's clock"),
+    ("Missing", "use --tls-relaxed"), ("not marked critical", "use --tls-relaxed"),
+    ("", "use --ca-file FILE with your company's root certificate, if it inspects connections"))
+
 def explain_connect_error(error: Exception, host: str, proxied: bool) -> UpstreamError:
     """Why a host could not be reached, and what to do: as an error for the client."""
     text = str(error)
@@ -5635,19 +5676,29 @@ def explain_connect_error(error: Exception, host: str, proxied: bool) -> Upstrea
         return UpstreamError("cannot find the host %s%s: no DNS or no network; behind a company "
                              "proxy set HTTPS_PROXY" % (host, way))
     if "CERTIFICATE_VERIFY_FAILED" in text:
-        hint = ("--tls-relaxed" if "Missing" in text or "not marked critical" in text
-                else "--ca-file FILE with your company's root certificate")
-        return UpstreamError("the certificate of %s is not trusted (%s): use %s"
+        hint = next(remedy for sign, remedy in _TLS_REMEDIES if sign in text)
+        return UpstreamError("the certificate of %s is not trusted (%s): %s"
                              % (host, plain_reason(error), hint))
-    if "Tunnel connection failed: 407" in text:
-        return UpstreamError("the proxy wants a login for %s: write user:password@ before "
-                             "its host in HTTPS_PROXY" % host)
+    if isinstance(error, ProxyRefusal):
+        hint = "ask for %s to be allowed, or look at HTTPS_PROXY" % host
+        if text[:3] == "407":
+            hint = "write user:password@ before its host in HTTPS_PROXY"
+            if error.logins and "basic" not in error.logins.lower():
+                hint = "it takes only a Windows login (%s): run px or cntlm on this machine and " \
+                       "set HTTPS_PROXY=http://127.0.0.1:3128" % printable(error.logins, 20)
+        return UpstreamError("the proxy refuses %s (%s): %s" % (host, plain_reason(error), hint))
     if isinstance(error, socket.timeout):
-        return UpstreamError("connecting to %s%s took more than %d s" % (host, way,
-                                                                         CONNECT_TIMEOUT_S), 504)
+        return UpstreamError("connecting to %s%s took more than %d s: a firewall? Behind a company "
+                             "proxy set HTTPS_PROXY" % (host, way, CONNECT_TIMEOUT_S), 504)
     failure = UpstreamError("cannot connect to %s%s: %s" % (host, way, plain_reason(error)))
     failure.unsent = True
     return failure
+
+def proxy_login(proxy: str) -> Headers:
+    """The header for user:password@ in a proxy's URL."""
+    login = urllib.parse.unquote(urllib.parse.urlsplit(proxy).netloc.rpartition("@")[0])
+    return {"Proxy-Authorization": "Basic " + base64.b64encode(login.encode()).decode()} \
+        if login else {}
 
 class _Proxies(urllib.request.ProxyHandler):
     """urllib's own, except that this machine itself is never asked for through a proxy."""
@@ -5668,7 +5719,9 @@ class _PlainErrors(urllib.request.HTTPErrorProcessor):
 
     https_response = http_response
 
-class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+_SecureHandler: Any = getattr(urllib.request, "HTTPSHandler", urllib.request.BaseHandler)
+
+class KeepAliveHandler(urllib.request.HTTPHandler, _SecureHandler):          # type: ignore[misc]
     """Opens http and https URLs over pooled connections."""
 
     def __init__(self, pool: Pool, context: Callable[[], Any]) -> None:
@@ -5787,7 +5840,12 @@ def check_ca_files(names: list[str]) -> None:
 
 def make_tls_context(settings: Settings, environ: Mapping[str, str]) -> Any:
     """The system's CAs plus the user's.  Raises ConfigError for a file that cannot be read."""
-    import ssl  # late: 15 ms that a plain start can do without
+    try:
+        import ssl  # late: 15 ms that a plain start can do without
+    except ImportError:
+        raise ConfigError("this Python was built without its ssl module: GitHub cannot be reached "
+                          "(--demo works); use another Python, on Debian: apt install python3") \
+            from None
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     paths = ssl.get_default_verify_paths()
@@ -5805,6 +5863,9 @@ def make_tls_context(settings: Settings, environ: Mapping[str, str]) -> Any:
     if settings.tls_relaxed or settings.ca_file:
         context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
     return context
+
+PAC_REMEDY = "is a PAC script (%s), which is not supported: look into it for a line PROXY " \
+             "host:port and set HTTPS_PROXY=http://host:port"
 
 class Upstream:
     """The one opener.  `send` blocks until the head of the answer is there; thread-safe."""
@@ -5834,6 +5895,8 @@ class Upstream:
                 proxies.setdefault(name, proxies["all"])
         proxies.pop("all", None)
         for name, url in proxies.items():
+            if url.lower().endswith((".pac", ".dat")) or "pac+" in url.lower():
+                raise ConfigError("the proxy for %s " % name + PAC_REMEDY % redact(url))
             try:
                 usable = urllib.parse.urlsplit(url).port is not None or host_of(url) != ""
             except ValueError:
@@ -5842,6 +5905,12 @@ class Upstream:
                 raise ConfigError("the proxy %s for %s is not of the kind http://host:port"
                                   % (redact(url), name))
         return proxies
+
+    def proxy_for(self, url: str) -> str:
+        """The proxy that a URL is reached through, '' when there is none."""
+        host = host_of(url)
+        direct = is_loopback(host) or urllib.request.proxy_bypass(host)
+        return "" if direct else self.proxies.get(url.partition(":")[0], "")
 
     def tls_context(self) -> Any:
         """Made at the first https call: it takes longer than all the rest of the start."""
@@ -5867,6 +5936,11 @@ class Upstream:
             value = loads(body)
         except ValueError:
             value = None
+        if value is None and answer.status < 400 and (body.lstrip()[:1] == b"<"
+                                                      or answer.status >= 300):
+            raise UpstreamError("%s answers with a web page (%d): a captive portal or a filter; "
+                                "open a web page and sign in there, or set HTTPS_PROXY"
+                                % (host_of(request.full_url), answer.status))
         return answer.status, value, answer.headers, body
 
 def is_public(address: str) -> bool:
@@ -7554,6 +7628,7 @@ class Client:
         self.ahead = b""                          # read, but not used yet
         self.problem: BadRequest | None = None    # why no request can be read from it
         self.ending = False                       # the server is shutting down
+        self.used = False                         # it has had a request
         self.ping: Callable[[], None] = lambda: None      # the running request's keep-alive
         self.tls: Any = None                      # the context while TLS has not begun
         self.shaking_until = 0.0                  # monotonic; 0: no handshake is under way
@@ -8412,6 +8487,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _has_follow_up(self) -> bool:
         """Is the next request here already?  Else the loop waits for it."""
         client = self.request
+        client.used = True
         if (not client.has_head and wait_ready(client.sock, FOLLOW_UP_S)
                 and not client.fill() and not client.ahead):
             client.close()
@@ -8680,7 +8756,13 @@ class Server(ThreadingHTTPServer):
         self.app.stop.set()
         self.app.events.close(*self.app.events.readers)
         self.shutdown()
+        end = time.monotonic() + FIRST_REQUEST_S     # others may go on connecting
+        while (self.socket.fileno() >= 0 and wait_ready(self.socket, 0)
+               and time.monotonic() < end):
+            self._handle_request_noblock()           # type: ignore[attr-defined]
         self.server_close()
+        if any(not client.used for client in self._clients.copy()):
+            time.sleep(FIRST_REQUEST_S)              # who has just connected is served
         self.loop.close_parked()
         if not self._wait_idle(grace_s):
             self.loop.end_streams()
@@ -9717,35 +9799,34 @@ ROUTES: Routes = {
 DEMO_TEXT = "This is the copilot_proxy demo; no model was asked."
 DEMO_PAUSE_S = 0.02                          # between two words, so that streaming can be seen
 
-def demo_model(name: str, vendor: str, endpoints: list[str], **supports: Any) -> Json:
+def demo_model(name: str, vendor: str, endpoints: str, efforts: str = "") -> Json:
     """A catalogue entry in the upstream's own shape."""
-    kind = "embeddings" if endpoints == ["/embeddings"] else "chat"
+    kind = "embeddings" if endpoints == "/embeddings" else "chat"
+    supports: Json = {"streaming": True, "tool_calls": True, "dimensions": kind == "embeddings"}
+    if efforts:
+        supports.update(reasoning_effort=efforts.split(), adaptive_thinking=vendor == "Anthropic")
+    if vendor == "Anthropic":
+        supports.update(max_thinking_budget=32000, min_thinking_budget=1024)
     entry: Json = {
         "id": name, "name": name + " (demo)", "object": "model", "vendor": vendor,
         "version": name, "model_picker_enabled": kind == "chat",
         "is_chat_default": name == "gpt-4.1",
-        "capabilities": {"type": kind, "family": name, "tokenizer": "o200k_base",
-                         "limits": {"max_context_window_tokens": 200000,
-                                    "max_prompt_tokens": 168000, "max_output_tokens": 32000,
-                                    "max_inputs": 512},
-                         "supports": dict({"streaming": True, "tool_calls": True}, **supports)}}
-    if endpoints not in (["/chat/completions"], ["/embeddings"]):
-        entry["supported_endpoints"] = endpoints
+        "capabilities": {"type": kind, "family": name, "tokenizer": "o200k_base", "limits": {
+            "max_context_window_tokens": 200000, "max_prompt_tokens": 168000,
+            "max_output_tokens": 32000, "max_inputs": 512}, "supports": supports}}
+    if endpoints not in ("/chat/completions", "/embeddings"):
+        entry["supported_endpoints"] = endpoints.split()
     return entry
 
 DEMO_MODELS = [
-    demo_model("gpt-4.1", "OpenAI", ["/chat/completions"]),
-    demo_model("gemini-3.1-pro-preview", "Google", ["/chat/completions"]),
-    demo_model("gpt-5-mini", "OpenAI", ["/chat/completions", "/responses"],
-               reasoning_effort=["low", "medium", "high"]),
-    demo_model("gpt-5.3-codex", "OpenAI", ["/responses"],
-               reasoning_effort=["low", "medium", "high", "xhigh"]),
-    demo_model("claude-sonnet-4.6", "Anthropic", ["/chat/completions", "/v1/messages"],
-               adaptive_thinking=True, max_thinking_budget=32000, min_thinking_budget=1024,
-               reasoning_effort=["low", "medium", "high"]),
-    demo_model("claude-haiku-4.5", "Anthropic", ["/chat/completions", "/v1/messages"],
-               max_thinking_budget=32000, min_thinking_budget=1024),
-    demo_model("text-embedding-3-small", "OpenAI", ["/embeddings"], dimensions=True),
+    demo_model("gpt-4.1", "OpenAI", "/chat/completions"),
+    demo_model("gemini-3.1-pro-preview", "Google", "/chat/completions"),
+    demo_model("gpt-5-mini", "OpenAI", "/chat/completions /responses", "low medium high"),
+    demo_model("gpt-5.3-codex", "OpenAI", "/responses", "low medium high xhigh"),
+    demo_model("claude-sonnet-4.6", "Anthropic", "/chat/completions /v1/messages",
+               "low medium high"),
+    demo_model("claude-haiku-4.5", "Anthropic", "/chat/completions /v1/messages"),
+    demo_model("text-embedding-3-small", "OpenAI", "/embeddings"),
 ]
 
 def demo_response(request: Request, prompt_tokens: int) -> Response:
@@ -9828,7 +9909,360 @@ def start_demo(settings: Settings) -> Server:
     return server
 
 
-# ==== 22. Commands ================================================================================
+# ==== 22. Setup ===================================================================================
+# What a client, a service manager or a person behind a company proxy needs: tables of text with
+# places for addresses, keys and models, and the few functions that fill, merge and try them.
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a client is set up; all of it text with %(places)s that `fill` knows.
+    main, small: patterns of model ids, best first.  env: variables, those that stay empty are left
+    out.  run: what is typed, `typed` into it.  files: (path, text, text for each model); what
+    stands before // is moved by a $VARIABLE.  suffix: of models with a window of 1M tokens."""
+    about: str
+    dialect: Dialect = CHAT
+    main: tuple[str, ...] = ("claude-sonnet", "gpt-5(?!.*mini)", "gpt-4")
+    small: tuple[str, ...] = ("haiku", "mini", "flash", "gpt-4")
+    env: str = ""
+    run: str = ""
+    typed: str = ""
+    files: tuple[tuple[str, str, str], ...] = ()
+    note: str = ""
+    suffix: str = ""
+
+_LLM = "$LLM_USER_PATH:%s//" % {
+    "win32": "~/AppData/Roaming/io.datasette.llm",
+    "darwin": "~/Library/Application Support/io.datasette.llm",
+}.get(sys.platform, "~/.config/io.datasette.llm")
+_CODEX = "-c model_providers.copilot_proxy."
+
+CLIENTS: Mapping[str, Recipe] = {
+    "claude-code": Recipe(
+        "Claude Code", MESSAGES, ("claude-sonnet", "claude", "gpt-5(?!.*mini)", "gpt-4"),
+        env="ANTHROPIC_BASE_URL=%(url)s ANTHROPIC_AUTH_TOKEN=%(key)s ANTHROPIC_MODEL=%(main)s "
+            "ANTHROPIC_DEFAULT_OPUS_MODEL=%(opus)s ANTHROPIC_DEFAULT_SONNET_MODEL=%(main)s "
+            "ANTHROPIC_DEFAULT_HAIKU_MODEL=%(small)s CLAUDE_AUTOCOMPACT_PCT_OVERRIDE=%(percent)s "
+            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1",
+        run="claude", suffix="[1m]", note="ANTHROPIC_API_KEY must not be set beside it.",
+        files=(("$CLAUDE_CONFIG_DIR:~/.claude//settings.json", '{"env": {%(env)s}}', ""),
+               ("$CLAUDE_CONFIG_DIR:~//.claude.json", '{"hasCompletedOnboarding": true}', ""))),
+    "codex": Recipe(
+        "Codex", RESPONSES, ("codex(?!.*mini)", "gpt-5(?!.*mini)", "gpt"),
+        run="codex -m %(main)s -c model_provider=copilot_proxy -c model_context_window=%(window)s "
+            + _CODEX + "name=copilot_proxy " + _CODEX + "base_url=%(base)s "
+            + _CODEX + "wire_api=responses " + _CODEX + "experimental_bearer_token=%(key)s",
+        files=(("$CODEX_HOME:~/.codex//config.toml", """\
+model = "%(main)s"
+model_provider = "copilot_proxy"
+model_context_window = %(window)s
+
+[model_providers.copilot_proxy]
+name = "copilot_proxy"
+base_url = "%(base)s"
+wire_api = "responses"
+experimental_bearer_token = "%(key)s"
+""", ""),)),
+    "opencode": Recipe("opencode", run="opencode", files=((
+        "$XDG_CONFIG_HOME:~/.config//opencode/opencode.json", """\
+{"$schema": "https://opencode.ai/config.json", "model": "copilot_proxy/%(main)s",
+ "small_model": "copilot_proxy/%(small)s", "provider": {"copilot_proxy": {
+   "npm": "@ai-sdk/openai-compatible", "name": "copilot_proxy",
+   "options": {"baseURL": "%(base)s", "apiKey": "%(key)s"}, "models": {%(models)s}}}}""",
+        '"%(id)s": {"name": "%(name)s", "limit": {"context": %(context)s, "output": %(out)s}}'),)),
+    "aider": Recipe(
+        "aider", env="OPENAI_API_BASE=%(base)s OPENAI_API_KEY=%(key)s",
+        run="aider --model openai/%(main)s --weak-model openai/%(small)s",
+        files=(("~//.aider.conf.yml", ("openai-api-base: %(base)s\nopenai-api-key: %(key)s\n"
+                                       "model: openai/%(main)s\nweak-model: openai/%(small)s\n"),
+                ""), ("~//.aider.model.metadata.json", "{%(models)s}", (
+                    '"openai/%(id)s": {"litellm_provider": "openai", "mode": "chat", '
+                    '"max_input_tokens": %(window)s, "max_output_tokens": %(out)s}')))),
+    "continue": Recipe(
+        "Continue (VS Code, JetBrains)", note="Choose copilot_proxy among its configurations.",
+        files=(("$CONTINUE_GLOBAL_DIR:~/.continue//assistants/copilot_proxy.yaml",
+                ("name: copilot_proxy\nversion: 1.0.0\nschema: v1\nmodels:\n%(models)s"
+                 '  - {name: "%(embed)s", provider: openai, model: "%(embed)s", roles: [embed],\n'
+                 '     apiBase: "%(base)s", apiKey: "%(key)s"}\n'),
+                ('  - {name: "%(name)s", provider: openai, model: "%(id)s", '
+                 'roles: [chat, edit, apply],\n     apiBase: "%(base)s", apiKey: "%(key)s"}\n')),)),
+    "cline": Recipe("Cline, Roo Code, Kilo Code", note=(
+        "Enter on their settings page:\n  API provider    OpenAI Compatible\n  Base URL        "
+        "%(base)s\n  API key         %(key)s\n  Model           %(main)s\n  Context window  "
+        "%(window)s\n  Max output      %(out)s")),
+    "open-webui": Recipe(
+        "Open WebUI", run="open-webui serve",
+        env="OPENAI_API_BASE_URL=%(base)s OPENAI_API_KEY=%(key)s DEFAULT_MODELS=%(main)s "
+            "TASK_MODEL_EXTERNAL=%(small)s RAG_EMBEDDING_ENGINE=openai RAG_OPENAI_API_KEY=%(key)s "
+            "RAG_OPENAI_API_BASE_URL=%(base)s RAG_EMBEDDING_MODEL=%(embed)s",
+        note="They count at its first start, later its admin page.  In a container its address is\n"
+             "http://host.docker.internal:PORT/v1: start the proxy with --host 0.0.0.0 --api-key\n"
+             "and --allow-host host.docker.internal."),
+    "llm": Recipe("llm", run="llm -m copilot-%(main)s Hello", files=(
+        (_LLM + "extra-openai-models.yaml", "%(models)s",
+         ("- model_id: copilot-%(id)s\n  model_name: %(id)s\n  api_base: %(base)s\n"
+          "  api_key_name: copilot_proxy\n  supports_tools: true\n")),
+        (_LLM + "keys.json", '{"copilot_proxy": "%(key)s"}', ""))),
+    "openai-sdk": Recipe(
+        "OpenAI SDKs", env="OPENAI_BASE_URL=%(base)s OPENAI_API_KEY=%(key)s", note=(
+        'OpenAI() in Python and new OpenAI() in Node read these.\n  client.chat.completions.create('
+        'model="%(main)s", ...)\n  client.embeddings.create(model="%(embed)s", ...)')),
+    "anthropic-sdk": Recipe(
+        "Anthropic SDKs", MESSAGES, env="ANTHROPIC_BASE_URL=%(url)s ANTHROPIC_API_KEY=%(key)s",
+        note="Anthropic() in Python and new Anthropic() in Node read these.\n"
+             '  client.messages.create(model="%(main)s", ...)'),
+    "curl": Recipe(
+        "curl", main=("gpt-4", "gpt-5", "claude"),
+        run="curl -sS %(base)s/chat/completions -H %(type)s -H %(bearer)s -d @-",
+        typed='{"model": "%(main)s", "messages": [{"role": "user", "content": "Hello"}]}'),
+}
+
+#: shell -> (sets a variable: name, value, both, and value in any case quoted; what joins commands;
+#: how a word is quoted; what is escaped in it)
+SHELLS: Mapping[str, tuple[str, str, str, tuple[tuple[str, str], ...]]] = {
+    "bash": ("export {2}", " ", "'{}'", (("'", "'\\''"),)),
+    "fish": ("set -gx {0} {1}", " ", "'{}'", (("\\", "\\\\"), ("'", "\\'"))),
+    "powershell": ("$env:{0} = {3}", "; ", "'{}'", (("'", "''"),)),
+    "cmd": ("set {2}", " && ", '"{}"', (('"', '\\"'),)),
+}
+
+def shell_of(environ: Mapping[str, str]) -> str:
+    """The shell that the user types into, as far as it shows; zsh reads what bash reads."""
+    name = os.path.basename(environ.get("SHELL", ""))
+    if os.name == "nt" and not name:
+        return "cmd" if "PROMPT" in environ else "powershell"    # cmd.exe alone sets PROMPT
+    return {"fish": "fish", "pwsh": "powershell"}.get(name, "bash")
+
+def quote_word(shell: str, word: str, always: bool = False) -> str:
+    """A word of a command line, quoted where this shell would read something into it."""
+    if not always and re.fullmatch(r"[\w+=:,./-]+", word, re.ASCII):
+        return word
+    for plain, escaped in SHELLS[shell][3]:
+        word = word.replace(plain, escaped)
+    return SHELLS[shell][2].format(word)
+
+def pick_model(models: list[Model], *patterns: str) -> Model | None:
+    """The newest model of the first pattern that fits any, of equal ones the shortest id."""
+    for pattern in (*patterns, ""):
+        found = [m for m in models if re.search(pattern, m.id)]
+        if found:
+            return max(found, key=lambda m: (m.version, -len(m.id)))
+    return None
+
+def escape_all(texts: Mapping[str, str]) -> dict[str, str]:
+    """For between double quotes in JSON, TOML and YAML alike."""
+    return {name: json.dumps(text)[1:-1] for name, text in texts.items()}
+
+def places_of(model: Model) -> dict[str, str]:
+    """A model's own places; where the catalogue names no limit, a cautious one stands."""
+    out = model.limit("max_output_tokens") or 4096
+    whole = model.limit("max_context_window_tokens") or 64000
+    prompt = model.limit("max_prompt_tokens") or whole - out
+    return {"id": model.id, "name": model.name, "out": str(out), "window": str(prompt),
+            "context": str(min(whole, prompt + out))}
+
+def fill(recipe: Recipe, models: list[Model], url: str, key: str, main: Model,
+         small: Model) -> dict[str, str]:
+    """What stands in the places of a recipe's texts."""
+    def spell(model: Model) -> str:
+        wide = model.limit("max_context_window_tokens") >= 1000000
+        return model.id + (recipe.suffix if wide else "")
+
+    opus = pick_model([m for m in models if "opus" in m.id]) or main
+    embedding = pick_model([m for m in models if m.kind == "embeddings"], "-3-small")
+    prompt = main.limit("max_prompt_tokens")
+    believed = 200000 if spell(main) == main.id else 1000000         # by Claude Code
+    return dict(places_of(main), url=url, base=url + "/v1", key=key, main=spell(main),
+                small=spell(small), opus=spell(opus), embed=embedding.id if embedding else "",
+                type="Content-Type: application/json", bearer="Authorization: Bearer " + key,
+                percent=str(prompt * 95 // believed) if 0 < prompt < believed * 0.95 else "")
+
+def variables_of(recipe: Recipe, values: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Name and value of those that have one."""
+    pairs = [pair.partition("=")[::2] for pair in recipe.env.split()]
+    return [(name, text % values) for name, text in pairs if text % values]
+
+def fill_file(recipe: Recipe, row: tuple[str, str, str], values: Mapping[str, str],
+              models: list[Model], environ: Mapping[str, str]) -> tuple[str, str]:
+    """(path, text) of a settings file."""
+    (place, text, each), safe = row, escape_all(values)
+    variable, _, usual = place.rpartition(":")
+    folder, _, name = usual.partition("//")
+    path = os.path.join(environ.get(variable[1:]) or os.path.expanduser(folder), name)
+    items = [each % {**safe, **escape_all(places_of(m))} for m in models if m.kind == "chat"]
+    safe["models"] = (",\n " if path.endswith(".json") else "").join(items)
+    safe["env"] = ",\n  ".join("%s: %s" % (json.dumps(n), json.dumps(v))
+                               for n, v in variables_of(recipe, values))
+    return path, text % safe
+
+def command_line(recipe: Recipe, values: Mapping[str, str], shell: str,
+                 single: bool = False) -> str:
+    """What is typed: the variables and the client, `single`: in one line."""
+    export, join = SHELLS[shell][:2]
+    run = [" ".join(quote_word(shell, word % values) for word in recipe.run.split())]
+    if recipe.typed:
+        said = recipe.typed % escape_all(values)
+        run = ["echo %s | %s" % (said if shell == "cmd" else quote_word(shell, said),
+                                 run[0].replace("curl", "curl.exe", join == "; "))]
+    if single and join == " ":
+        export = "{2}"
+    lines = [export.format(n, quote_word(shell, v), quote_word(shell, n + "=" + v),
+                           quote_word(shell, v, True)) for n, v in variables_of(recipe, values)]
+    line = (join if single else "\n").join(lines + run).rstrip("\n")
+    return "env " + line if export == "{2}" else line
+
+def merge_json(old: Any, new: Any) -> Any:
+    """`new` over `old`; objects are merged, everything else is replaced."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    return {**old, **{key: merge_json(old.get(key), value) for key, value in new.items()}}
+
+def merge_lines(old: str, new: str) -> str:
+    """`new` over a TOML or flat YAML text: its top keys replace theirs, a [table] or "- item" with
+    the same first line is replaced up to its first empty line, the rest is added."""
+    top, *sections = re.split(r"(?m)^(?=\[|- )", old + "\n" * (old[-1:] not in ("", "\n")))
+    new_top, *new_sections = re.split(r"(?m)^(?=\[|- )", new)
+    for line in reversed(new_top.splitlines(True)):
+        theirs = re.search(r"(?m)^%s\s*[=:].*\n" % re.escape(re.split("[ =:]", line)[0]), top)
+        if theirs:
+            top = top.replace(theirs.group(), line, 1)
+        elif line.strip() or not old:
+            top = line + top
+    for section in new_sections:
+        same = [s for s in sections if s.split("\n")[0] == section.split("\n")[0]]
+        if same:
+            rest = same[0].partition("\n\n")[2]
+            sections[sections.index(same[0])] = section + ("\n" + rest if rest else "")
+        else:
+            sections.append(section)
+    return top + "".join(sections)
+
+def merge_file(path: str, text: str) -> tuple[str, str]:
+    """(what the file holds, what it shall hold).  Raises ConfigError."""
+    old = ""
+    try:
+        with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8-sig") as file:
+            old = file.read()
+        if path.endswith(".json"):
+            merged = merge_json(json.loads(old or "{}"), json.loads(text))
+            return old, json.dumps(merged, indent=2, ensure_ascii=False) + "\n"
+    except (OSError, ValueError) as error:
+        raise ConfigError("cannot merge into %s (%s): put this into it by hand:\n%s"
+                          % (path, plain_reason(error), text)) from None
+    return old, text if path.endswith("copilot_proxy.yaml") else merge_lines(old, text)
+
+def copy_text(text: str) -> str:
+    """To the clipboard -> a sentence about it."""
+    import shutil
+    import subprocess
+    for command in ("pbcopy", "clip", "wl-copy", "xclip -selection clipboard", "xsel -ib"):
+        if shutil.which(command.split()[0]):
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                subprocess.run(command.split(), input=text.encode(), timeout=5, check=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                return "(copied with %s)" % command.split()[0]
+    return "(no clipboard program is here: copy it by hand)"
+
+#: service manager -> (what to do with it, the text)
+SERVICES: Mapping[str, tuple[str, str]] = {
+    "systemd": ("""\
+# Into ~/.config/systemd/user/copilot_proxy.service, then: systemctl --user daemon-reload &&
+# systemctl --user enable --now copilot_proxy   (and loginctl enable-linger to serve all the time).
+# journalctl --user -u copilot_proxy shows its log, at first with the code to enter.""", """\
+[Unit]
+Description=GitHub Copilot as a local OpenAI and Anthropic API
+
+[Service]
+ExecStart=%(command)s
+ExecStartPost=%(health)s
+Restart=on-failure
+RestartSec=5
+TimeoutStopSec=%(stop)d
+UMask=0077
+NoNewPrivileges=yes
+LockPersonality=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+RestrictNamespaces=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+
+[Install]
+WantedBy=default.target"""),
+    "launchd": ("""\
+<!-- Into ~/Library/LaunchAgents/copilot_proxy.plist, then:
+       launchctl bootstrap gui/$(id -u) ~/Library/LaunchAgents/copilot_proxy.plist
+     Its log, at first with the code to enter: ~/Library/Logs/copilot_proxy.log -->""", """\
+<plist version="1.0"><dict><key>Label</key><string>copilot_proxy</string>
+  <key>ProgramArguments</key><array>%(strings)s</array>
+  <key>RunAtLoad</key><true/><key>ExitTimeOut</key><integer>%(stop)d</integer>
+  <key>KeepAlive</key><dict><key>SuccessfulExit</key><false/></dict>
+  <key>StandardErrorPath</key><string>%(home)s/Library/Logs/copilot_proxy.log</string>
+</dict></plist>"""),
+    "schtasks": ("""\
+# Into PowerShell.  It starts at each logon; now: schtasks /Run /TN copilot_proxy
+# Log in first with: copilot_proxy.py auth   It runs without a window.""", """\
+Register-ScheduledTask -Force -TaskName copilot_proxy `
+  -Action (New-ScheduledTaskAction -Execute '%(program)s' -Argument '%(arguments)s') `
+  -Trigger (New-ScheduledTaskTrigger -AtLogOn -User $env:USERNAME) `
+  -Settings (New-ScheduledTaskSettingsSet -ExecutionTimeLimit ([TimeSpan]::Zero) `
+    -AllowStartIfOnBatteries -DontStopIfGoingOnBatteries -RestartCount 99 `
+    -RestartInterval (New-TimeSpan -Minutes 1))"""),
+}
+
+def service_text(name: str, python: str, arguments: list[str], url: str, grace_s: float) -> str:
+    """The unit for this Python, file and user.  arguments: this file, `start`, its flags."""
+    def line(words: list[str]) -> str:
+        return " ".join('"%s"' % word if re.search(r"[\s']", word) else word for word in words)
+
+    windows = os.path.join(os.path.dirname(python), "pythonw.exe")       # it opens no window
+    head, text = SERVICES[name]
+    return head + "\n" + text % {
+        "command": line([python] + arguments).replace("%", "%%"), "stop": grace_s + 10,
+        "health": line([python, arguments[0], "debug", "--health", url]).replace("%", "%%"),
+        "strings": "".join("<string>%s</string>" % html.escape(w) for w in [python] + arguments),
+        "home": os.path.expanduser("~"), "arguments": line(arguments).replace("'", "''"),
+        "program": (windows if os.path.exists(windows) else python).replace("'", "''")}
+
+def probe_host(upstream: Upstream, url: str) -> Iterator[tuple[str, str, bool]]:
+    """(hop, what was found, is it well) for each step to a host; the first bad one is the last."""
+    proxy = upstream.proxy_for(url)
+    far, near = urllib.parse.urlsplit(url), urllib.parse.urlsplit(proxy or url)
+    host, gate = far.hostname or "", near.hostname or ""
+    port, secure = near.port or (443 if near.scheme == "https" else 80), far.scheme == "https"
+    wire: Any = (SecureWire if secure else PlainWire)(gate, port)
+    if proxy and secure:
+        wire.set_tunnel(host, far.port or 443, proxy_login(proxy))
+    hop = "DNS"
+    try:
+        found = socket.getaddrinfo(gate, port, type=socket.SOCK_STREAM)
+        yield hop, "%s is %s" % (gate, found[0][4][0]), True
+        hop = "TCP"
+        wire.sock = socket.create_connection((gate, port), CONNECT_TIMEOUT_S)
+        yield hop, "%s port %d is open" % (gate, port), True
+        if proxy and secure:
+            hop = "proxy"
+            wire._tunnel()
+            yield hop, "%s lets %s through" % (gate, host), True
+        if secure:
+            hop = "TLS"
+            wire.sock = upstream.tls_context().wrap_socket(wire.sock, server_hostname=host)
+            issuer = dict(pair for name in wire.sock.getpeercert()["issuer"] for pair in name)
+            yield hop, "%s, certificate by %s" % (wire.sock.version(), printable(
+                " / ".join(issuer.get(n, "") for n in ("organizationName", "commonName")))), True
+        hop = "HTTP"
+        answer = upstream.send(UpstreamRequest("GET", url, {"User-Agent": "debug"},
+                                               timeout_s=GITHUB_TIMEOUT_S))
+        answer.close()
+        yield hop, "%d %s" % (answer.status, printable(answer.reason)), True
+    except (ProxyError, OSError) as error:
+        yield hop, str(error if isinstance(error, ProxyError)
+                       else explain_connect_error(error, host, bool(proxy))), False
+    finally:
+        wire.close()
+
+
+# ==== 23. Commands ================================================================================
 # One function per command.  Each gets the App and the parsed flags and returns an exit code:
 # 0 ok, 1 failure, 2 usage, 130 interrupt.
 
@@ -9868,7 +10302,8 @@ def open_server(app: App) -> Server:
             hint = "another program (this one, too?) uses it; choose one with --port, 0 takes a " \
                    "free one"
         elif error.errno == errno.EACCES or getattr(error, "winerror", 0) == 10013:
-            hint = "the system reserves it; choose another with --port"
+            hint = "the system reserves it; choose another with --port (Windows: netsh interface " \
+                   "ipv4 show excludedportrange protocol=tcp)"
         else:
             hint = plain_reason(error)
         raise ProxyError("cannot serve on %s port %d: %s" % (settings.host, settings.port, hint)) \
@@ -9879,7 +10314,9 @@ def banner(server: Server) -> str:
     return "\n".join((
         "copilot_proxy %s%s" % (__version__, " DEMO" if server.app.settings.demo else ""),
         "  OpenAI clients     %s/v1" % server.url, "  Anthropic clients  %s" % server.url,
-        "  status page        %s/" % server.url, "Ctrl-C ends it."))
+        "  status page        %s/" % server.url,
+        "  set up a client    copilot_proxy.py setup claude-code (or codex, aider, ...)",
+        "Ctrl-C ends it."))
 
 def guard_door(app: App) -> str:
     """Before the port opens: the key of --api-key auto -> what to tell of it, the key itself when
@@ -9917,6 +10354,8 @@ def cmd_start(app: App, flags: argparse.Namespace) -> int:
     if settings.open:
         import webbrowser
         threading.Thread(target=webbrowser.open, args=(server.url + "/",), daemon=True).start()
+    if settings.claude_code:
+        threading.Thread(target=offer_claude_code, args=(app, server.url), daemon=True).start()
     time.sleep(0.1)
     give_back_memory()
     while not interrupts:
@@ -9995,10 +10434,8 @@ def import_login(app: App) -> str:
         if found.startswith(PAT_PREFIXES):
             say("%s holds a personal access token, which Copilot does not accept" % source)
             continue
-        if sys.stdin.isatty():
-            say("use the login found in %s ? [y/N]" % source)
-            if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-                continue
+        if not confirm("use the login found in %s ?" % source):
+            continue
         say("using the login found in %s" % source)
         return found
     raise AuthError("no login to import was found in the environment or in an editor's files: run "
@@ -10012,18 +10449,15 @@ def find_logins(app: App) -> Iterator[tuple[str, str]]:
     host = host_of(app.settings.github_url)
     bases = [app.environ.get("LOCALAPPDATA"), app.environ.get("XDG_CONFIG_HOME"),
              os.path.join(os.path.expanduser("~"), ".config")]
-    for base in [b for b in bases if b]:
-        for name in ("apps.json", "hosts.json"):
-            path = os.path.join(base, "github-copilot", name)
-            try:
-                with open(path, "rb") as file:
-                    entries = as_object(loads(file.read(MAX_ERROR_BYTES)))
-            except (OSError, ValueError):
-                continue
-            for key, entry in entries.items():
-                value = as_object(entry).get("oauth_token")
-                if key.split(":")[0].lower() == host and isinstance(value, str) and value:
-                    yield path, value
+    for path in [os.path.join(base, "github-copilot", name) for base in bases if base
+                 for name in ("apps.json", "hosts.json")]:
+        entries: Json = {}
+        with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
+            entries = as_object(loads(file.read(MAX_ERROR_BYTES)))
+        for key, entry in entries.items():
+            value = as_object(entry).get("oauth_token")
+            if key.split(":")[0].lower() == host and isinstance(value, str) and value:
+                yield path, value
 
 def cmd_check_usage(app: App, flags: argparse.Namespace) -> int:
     """Quota as bars, or the upstream's answer as JSON."""
@@ -10075,20 +10509,39 @@ def price_of(model: Model) -> str:
     return "-" if price.get("multiplier") is None else "%gx" % price["multiplier"]
 
 def cmd_debug(app: App, flags: argparse.Namespace) -> int:
-    """What runs where."""
+    """What runs where; --network: is everything in reach; --health: does a server serve."""
+    if flags.health:
+        return check_health(app, flags.health)
     report = debug_report(app)
+    well = True
     if flags.network:
-        report["network"] = probe_network(app)
+        report["network"], well = probe_network(app)
     if flags.bundle:
         write_bundle(app, report, flags.bundle)
         return 0
     if flags.json:
         say(json.dumps(report, indent=2))
-        return 0
-    for name, value in report.items():
+    for name, value in report.items() if not flags.json else ():
         for at, line in enumerate(value if isinstance(value, list) else [value]):
-            say("%-14s %s" % (name.replace("_", " ") if not at else "", printable(str(line), 300)))
-    return 0
+            say("%-14s %s" % (name.replace("_", " ") if not at else "", printable(str(line), 500)))
+    return 0 if well else 1
+
+def check_health(app: App, url: str) -> int:
+    """0 as soon as the server at `url` answers, 1 if it does not within HEALTH_WAIT_S."""
+    url = re.sub("(/health)?/?$", "", url) + "/health"
+    deadline = time.monotonic() + HEALTH_WAIT_S
+    while True:
+        try:
+            status, answer, _, _ = app.upstream.fetch_json(UpstreamRequest(
+                "GET", url, {}, timeout_s=HEALTH_WAIT_S))
+            if status == 200:
+                say("%s: %s" % (url, printable(str(as_object(answer).get("status")))))
+                return 0
+            raise UpstreamError("%s answered %d" % (url, status))
+        except ProxyError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
 
 def debug_report(app: App) -> Json:
     """Facts that help to find a fault; no secret is among them."""
@@ -10121,33 +10574,178 @@ def write_bundle(app: App, report: Json, path: str) -> None:
         if os.path.exists(app.history.path) else []
     bundle = dict(report, settings=given, headers=sorted(app.settings.headers),
                   requests=[shown(row) for row in rows])
-    bundle.setdefault("network", probe_network(app))
+    bundle.setdefault("network", probe_network(app)[0])
     try:
         write_file(os.path.abspath(path), redact(json.dumps(bundle, indent=1)).encode())
     except OSError as error:
         raise ProxyError("cannot write %s: %s" % (path, plain_reason(error))) from None
     say("wrote %s: read it before you attach it to a report" % path)
 
-def probe_network(app: App) -> list[str]:
-    """Every hop once: GitHub, its REST API, the token, the Copilot API."""
-    lines = []
-    for url in (app.settings.github_url + "/", app.settings.rest_url + "/"):
-        try:
-            answer = app.upstream.send(UpstreamRequest("HEAD", url, {"User-Agent": "debug"},
-                                                       timeout_s=GITHUB_TIMEOUT_S))
-            answer.close()
-            lines.append("%s answered %d" % (url, answer.status))
-        except ProxyError as error:
-            lines.append("%s FAILED: %s" % (url, error))
+def probe_network(app: App) -> tuple[list[str], bool]:
+    """(a line for each hop to each host, is everything well)."""
+    settings, lines, well = app.settings, [], True
+    with contextlib.suppress(ImportError, OSError):
+        import winreg
+        with winreg.OpenKey(winreg.HKEY_CURRENT_USER, (       # type: ignore[attr-defined]
+                r"Software\Microsoft\Windows\CurrentVersion\Internet Settings")) as key:
+            lines.append("Windows' own proxy setting " + PAC_REMEDY % redact(printable(
+                winreg.QueryValueEx(key, "AutoConfigURL")[0])))       # type: ignore[attr-defined]
+    copilot_url = settings.copilot_url or settings.usual_copilot_url
     try:
         copilot = open_account(app)
         value: CopilotToken = copilot.token.get()
-        lines.append("token for %s, good for %d s%s" % (
-            value.api_url, value.lifetime_s, " (direct mode)" if value.direct else ""))
-        lines.append("%s/models lists %d models" % (value.api_url, len(copilot.models())))
+        copilot_url = value.api_url
+        end = "token for %s, good for %d s%s; it lists %d models" % (
+            value.api_url, value.lifetime_s, " (direct mode)" if value.direct else "",
+            len(copilot.models()))
     except ProxyError as error:
-        lines.append("copilot FAILED: %s" % error)
-    return lines
+        well, end = False, "copilot FAILED: %s" % error
+    for url in dict.fromkeys((settings.github_url, settings.rest_url, copilot_url)):
+        lines.append(url + "/")
+        for hop, text, good in probe_host(app.upstream, url + "/"):
+            lines.append("  %-5s %s%s" % (hop, "" if good else "FAILED: ", text))
+            well = well and good
+    return lines + [end], well
+
+def offered_models(app: App, url: str, key: str) -> list[Model]:
+    """What the running server lists; without one, what the login's account has."""
+    try:
+        status, answer, _, body = app.upstream.fetch_json(UpstreamRequest(
+            "GET", url + "/v1/models", {"Authorization": "Bearer " + key},
+            timeout_s=GITHUB_TIMEOUT_S))
+    except UpstreamError as error:
+        if app.load_login():
+            return [m for m in open_account(app).models() if m.is_listed]
+        raise AuthError("%s: start the server first (if it has another port: setup --port), or "
+                        "log in with auth" % error) from None
+    if status != 200:
+        raise AuthError("%s: %s" % (url, unwrap_error(status, body, "")[0]), status)
+    return [Model(str(e.get("id")), str(e.get("display_name")), kind=str(e.get("kind")), limits={
+        **e, "max_context_window_tokens": e.get("context_window"),
+        "max_prompt_tokens": e.get("max_input_tokens")})
+            for e in map(as_object, as_list(as_object(answer).get("data")))]
+
+def client_key(settings: Settings) -> str:
+    """A key that this server takes, as far as the settings tell."""
+    return next((key for key in settings.api_key if key != "auto"), "dummy")
+
+def model_for(models: list[Model], asked: str, patterns: tuple[str, ...]) -> Model:
+    """The chat model that was asked for, else the best for this client.  Raises ConfigError."""
+    chat = [m for m in models if m.kind == "chat"]
+    model = resolve_model(asked, chat, {}) if asked else pick_model(chat, *patterns)
+    if model is None:
+        raise ConfigError("there is no chat model '%s'; the account has: %s" % (
+            printable(asked), ", ".join(m.id for m in chat) or "none"))
+    return model
+
+def cmd_setup(app: App, flags: argparse.Namespace) -> int:
+    """What to paste for a client, or a service manager's unit."""
+    settings, shell = app.settings, flags.shell or shell_of(app.environ)
+    if flags.client not in [*CLIENTS, *SERVICES]:
+        raise ConfigError("setup: choose one of %s; openai-sdk says what others need"
+                          % ", ".join([*CLIENTS, *SERVICES]))
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    url = re.sub("(/v1)?/?$", "", flags.url or "http%s://%s:%d" % (
+        "s" * bool(settings.tls_cert), "[%s]" % host if ":" in host else host,
+        settings.port or DEFAULT_PORT))
+    if flags.client in SERVICES:
+        given = ["--%s=%s" % (o.name, getattr(settings, o.field)) for o in OPTIONS if o.name in (
+            "port", "host", "data-dir", "grace") and getattr(settings, o.field) != o.default]
+        say(service_text(flags.client, sys.executable, [os.path.abspath(__file__), "start", *given],
+                         url, settings.grace))
+        return 0
+    recipe, key = CLIENTS[flags.client], flags.key or client_key(settings)
+    models = offered_models(app, url, key)
+    main = model_for(models, flags.model, recipe.main)
+    small = model_for(models, flags.small_model, recipe.small)
+    values = fill(recipe, models, url, key, main, small)
+    files = [fill_file(recipe, row, values, models, app.environ) for row in recipe.files]
+    if flags.write:
+        write_settings(recipe, files)
+    if flags.check:
+        say(try_client(app, recipe, values, main))
+    if flags.write or flags.check:
+        return 0
+    line = command_line(recipe, values, shell)
+    direct = recipe.env or values["url"] in line                # usable without a settings file
+    if direct:
+        say("%s, for this terminal (%s):\n\n%s\n" % (
+            recipe.about, shell.replace("bash", "bash, zsh"), line))
+    for path, content in files:
+        say("%s for good, in %s ('setup %s --write' puts it there):\n\n%s\n" % (
+            recipe.about, path, flags.client, content.rstrip()))
+    if line and not direct:
+        say("then:\n\n%s\n" % line)
+    say(recipe.note % values)
+    if flags.copy:
+        say(copy_text(line if direct or not files else files[0][1]))
+    return 0
+
+def write_settings(recipe: Recipe, files: list[tuple[str, str]]) -> None:
+    """Show each difference, ask on a terminal, keep a backup, write."""
+    import difflib
+    if not files:
+        raise ConfigError("%s: there is no settings file to write" % recipe.about)
+    for path, text in files:
+        path = os.path.realpath(path)
+        old, new = merge_file(path, text)
+        say("".join(difflib.unified_diff(old.splitlines(True), new.splitlines(True), path, path))
+            or "%s is as it should be" % path)
+        if old == new or not confirm("write %s ?" % path):
+            continue
+        try:
+            if old:
+                backup = "%s.%d.bak" % (path, time.time())
+                write_file(backup, old.encode())
+                say("the old one is kept as " + backup)
+            write_file(path, new.encode())
+        except OSError as error:
+            raise ConfigError("cannot write %s: %s" % (path, error.strerror)) from None
+        say("wrote " + path)
+
+def confirm(question: str) -> bool:
+    """Ask on a terminal; without one the answer is yes."""
+    if not sys.stdin.isatty():
+        return True
+    say(question + " [y/N]")
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+def try_client(app: App, recipe: Recipe, values: dict[str, str], model: Model) -> str:
+    """One streamed request in the client's dialect through the running server."""
+    dialect, began = recipe.dialect, time.monotonic()
+    url = values["url"] + "/v1" + dialect.path.replace("/v1", "")
+    request = Request(values["main"], turns=[Turn("user", [Text("Say hello in one word.")])],
+                      max_output_tokens=200, stream=True)
+    answer = app.upstream.send(UpstreamRequest("POST", url, {
+        "Content-Type": "application/json", "Authorization": "Bearer " + values["key"]},
+        dumps(dict(dialect.encode_request(request, model), model=values["main"]))))
+    data = answer.read_all()
+    if answer.status != 200:
+        raise UpstreamError("%s answered %d: %s" % (
+            url, answer.status, unwrap_error(answer.status, data, "")[0]))
+    return "ok: %s answered through %s in %.1f s: %s" % (
+        values["main"], url, time.monotonic() - began,
+        printable(join_texts(read_answer(dialect, data, True, request).parts)))
+
+def offer_claude_code(app: App, url: str) -> None:
+    """start --claude-code: ask for the models, then print and copy the launch command."""
+    while app.account is None and not app.stop.wait(0.2):
+        pass                                         # the login is still under way
+    recipe, chosen = CLIENTS["claude-code"], []
+    try:
+        models = [m for m in app.copilot().models() if m.is_listed and m.kind == "chat"]
+        say("\n".join("%3d  %s" % (at, m.id) for at, m in enumerate(models, 1)))
+        for what, patterns in (("main", recipe.main), ("small, fast", recipe.small)):
+            say("%s model [%s]: " % (what, model_for(models, "", patterns).id))
+            typed = sys.stdin.readline().strip() if sys.stdin.isatty() else ""
+            if typed.isdigit() and 0 < int(typed) <= len(models):
+                typed = models[int(typed) - 1].id
+            chosen.append(model_for(models, typed, patterns))
+        values = fill(recipe, models, url, client_key(app.settings), *chosen)
+        line = command_line(recipe, values, shell_of(app.environ), True)
+        say("\nTo start Claude Code, paste:\n\n%s\n\n%s" % (line, copy_text(line)))
+    except ProxyError as error:
+        say("error: %s" % error)
 
 COMMANDS: Mapping[str, tuple[str, Callable[[App, argparse.Namespace], int]]] = {
     "start": ("serve; logs in first if nobody is logged in", cmd_start),
@@ -10155,6 +10753,7 @@ COMMANDS: Mapping[str, tuple[str, Callable[[App, argparse.Namespace], int]]] = {
     "check-usage": ("quota and resets", cmd_check_usage),
     "debug": ("what runs where; never a secret", cmd_debug),
     "models": ("the models of this account", cmd_models),
+    "setup": ("what to paste into a client, or a service manager's unit", cmd_setup),
 }
 
 def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
@@ -10196,10 +10795,23 @@ def build_parser() -> argparse.ArgumentParser:
                       help="reuse a login of the environment or of an editor's files")
     auth.add_argument("--list", action="store_true", help="who is logged in")
     auth.add_argument("--logout", nargs="?", const="", metavar="LOGIN", help="forget the login")
-    debug.add_argument("--network", action="store_true", help="probe each hop")
+    debug.add_argument("--network", action="store_true", help="probe each hop, name the remedy")
+    debug.add_argument("--health", metavar="URL", help="exit code 0 if the server there is ready")
     debug.add_argument("--bundle", metavar="FILE", help="write a report for a bug: hops, settings, "
                        "recent requests; no secret, no words")
     table.add_argument("--all", action="store_true", help="hidden and disabled ones, too")
+    setup = commands.choices["setup"]
+    setup.add_argument("client", nargs="?", metavar="CLIENT", default="",
+                       help=", ".join([*CLIENTS, *SERVICES]))
+    setup.add_argument("--shell", choices=sorted(SHELLS), help="instead of the one that is seen")
+    for name, text in (("url", "base URL, where the client sees the server under another"),
+                       ("key", "key of the server"), ("model", "main model"),
+                       ("small-model", "model for small tasks")):
+        setup.add_argument("--" + name, help=text, default="")
+    for name, text in (("write", "merge into the client's files, show what changes, keep a backup"),
+                       ("check", "send one real request through the running server"),
+                       ("copy", "to the clipboard, too")):
+        setup.add_argument("--" + name, action="store_true", help=text)
     return parser
 
 class RedactingFormatter(logging.Formatter):
@@ -10229,11 +10841,14 @@ def set_up_logging(verbose: bool, as_json: bool) -> None:
     log.propagate = False
 
 
-# ==== 23. Main ====================================================================================
+# ==== 24. Main ====================================================================================
 
 def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int:
     """Run one command -> exit code.  `main(["start", "--port", "0"])`
     signals: what `catch_signals` gave when the caller is not in the main thread."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:                       # pythonw has none
+            setattr(sys, name, open(os.devnull, "r+"))       # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")             # consoles with an old code page

@@ -30,7 +30,7 @@ from fake_upstream import CHAT, EXCHANGE, MODELS, USAGE, USER, Answer, FakeUpstr
 from test_auth import run_main
 
 POSIX = os.name == "posix"
-COMMANDS = ("start", "auth", "check-usage", "debug", "models")
+COMMANDS = ("start", "auth", "check-usage", "debug", "models", "setup")
 SECRET = re.compile(r"gh[a-z]_\w{4,}|tid=\w+|s3cret")
 
 
@@ -815,7 +815,7 @@ class ReportTest(CliCase):
         self.assertIsNone(SECRET.search(output))
         self.fake.exchange_mode = "no_subscription"
         code, output = self.run_here("debug", "--network")
-        self.assertEqual(code, 0)
+        self.assertEqual(code, 1)
         self.assertIn("No access to GitHub Copilot found", output)
 
     def test_debug_tells_direct_mode(self) -> None:

@@ -22,7 +22,7 @@ IMPURE = {"socket", "os", "time", "threading", "select", "random", "secrets", "s
           "asyncio", "multiprocessing", "platform", "logging"}
 IMPURE_CALLS = {"open", "print", "input", "exec", "eval"}
 HEAVY = {"ssl", "difflib", "ipaddress", "resource", "webbrowser", "sqlite3", "getpass", "termios",
-         "tty", "ctypes", "mimetypes"}
+         "tty", "ctypes", "mimetypes", "subprocess", "shutil", "winreg"}
 #: the standard library of the oldest and newest Python that matter here, for Pythons without
 #: sys.stdlib_module_names
 STDLIB = {"__future__", "argparse", "base64", "binascii", "collections", "contextlib", "ctypes",
@@ -31,7 +31,8 @@ STDLIB = {"__future__", "argparse", "base64", "binascii", "collections", "contex
           "math", "os", "platform", "queue", "re", "resource", "secrets", "select", "selectors",
           "shlex", "shutil", "signal", "socket", "socketserver", "sqlite3", "ssl", "stat",
           "string", "struct", "subprocess", "sys", "tempfile", "textwrap", "threading", "time",
-          "traceback", "types", "typing", "unicodedata", "urllib", "uuid", "webbrowser", "zlib"}
+          "traceback", "types", "typing", "unicodedata", "urllib", "uuid", "webbrowser",
+          "winreg", "zlib"}
 MAX_LINES, MAX_FUNCTION, MAX_COLUMNS, MAX_NESTING = 12000, 80, 100, 4
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 NESTING = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try)
