@@ -748,7 +748,7 @@ class BundleTest(CliCase):
         self.assertEqual(bundle["version"], cp.__version__)
         self.assertEqual((bundle["settings"]["github-token"], bundle["settings"]["header"]),
                          ("[set]", "[set]"))
-        self.assertEqual(len(bundle["network"]), 4)
+        self.assertGreaterEqual(len(bundle["network"]), 4)
         for word in ("SECRET", "WORDS", "hidden", "ghu_", "tid="):
             self.assertNotIn(word, text)
         if POSIX:
