@@ -25,7 +25,8 @@ HEAVY = {"ssl", "difflib", "ipaddress", "resource", "webbrowser", "sqlite3", "ge
          "tty", "ctypes", "mimetypes", "subprocess", "shutil", "winreg"}
 #: the standard library of the oldest and newest Python that matter here, for Pythons without
 #: sys.stdlib_module_names
-STDLIB = {"__future__", "argparse", "base64", "binascii", "collections", "contextlib", "ctypes",
+STDLIB = {"__future__", "argparse", "base64", "binascii", "calendar", "collections", "contextlib",
+          "ctypes",
           "dataclasses", "difflib", "email", "errno", "functools", "getpass", "gzip", "hashlib",
           "hmac", "html", "http", "importlib", "io", "ipaddress", "itertools", "json", "logging",
           "math", "os", "platform", "queue", "re", "resource", "secrets", "select", "selectors",
