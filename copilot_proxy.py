@@ -4882,7 +4882,7 @@ OPTIONS = (
            "network"),
     Option("account-type", "individual", "individual, business or enterprise: the API host to use "
            "when GitHub names none", short="-a", where="network"),
-    Option("manual", False, "ask on the terminal before each request goes up", "switch"),
+    Option("manual", False, "ask on terminal and page before each request goes up", "switch"),
     Option("rate-limit", 0.0, "least seconds between two requests to the upstream", "float", "-r"),
     Option("wait", False, "with --rate-limit: let requests wait instead of answering 429",
            "switch", "-w"),
@@ -7885,7 +7885,10 @@ class Exchange:
 
     def _stream_head(self) -> bytes:
         coding = [("Transfer-Encoding", "chunked")] if self._chunked else []
-        return self._head(200, "text/event-stream", coding + [("Cache-Control", "no-cache")])
+        head = self._head(200, "text/event-stream", coding + [("Cache-Control", "no-cache")])
+        if self.label and self.app.events.readers:             # the page shows its first byte
+            self.app.events.tell("request", dict(shown(self.row()), state="running"))
+        return head
 
     def _head(self, status: int, kind: str, more: list[tuple[str, str]]) -> bytes:
         self.status, self.started, self._first_byte_ms = status, True, self._elapsed_ms()
@@ -8781,106 +8784,389 @@ class Server(ThreadingHTTPServer):
 
 
 # ==== 19. Page ====================================================================================
-# What a browser shows at / and /auth/device: one page, no outside resource.  It holds no data; its
-# script fetches /health, /models and /usage of this server.
+# What a browser shows at / and /dashboard: one page, no outside resource, works air-gapped.  It
+# holds no data; its script asks this server, with the key as header where one is set.  All text is
+# set as text, never as markup; what is not known is shown as unknown.
 
 PAGE_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --good: #2a7d46; --bad: #b3402e; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.3rem; } h2 { font-size: 1.05rem; margin-top: 2rem; }
-@media (prefers-color-scheme: dark) { :root { --good: #5fbf80; --bad: #f0907e; } }
-table { border-collapse: collapse; width: 100%; } .wide { overflow-x: auto; }
-th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); }
-code { background: #8882; padding: .1rem .3rem; border-radius: .2rem; }
-.code { font-size: 2rem; letter-spacing: .15em; } .bad { color: var(--bad); }
-.good { color: var(--good); } progress { width: 100%; }
+:root { color-scheme: light dark; --back: light-dark(#f5f6f8, #0e1217);
+  --card: light-dark(#fff, #161b22); --ink: light-dark(#1b2330, #e4e9f0);
+  --dim: light-dark(#586474, #9ba7b6); --line: light-dark(#dfe3e9, #2a323d);
+  --accent: light-dark(#3f51b5, #a5b4ff); --soft: light-dark(#e8ebf4, #242c3a);
+  --good: light-dark(#1a7342, #63cb8f); --warn: light-dark(#8f5700, #e3b058);
+  --bad: light-dark(#b3261e, #f4948b); --s0: light-dark(#4a5fd0, #7f92f5); }
+[data-theme=light] { color-scheme: light; } [data-theme=dark] { color-scheme: dark; }
+[hidden], p:empty, #lock:not([hidden]) ~ * { display: none !important; }
+body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums; overflow-wrap: break-word; } * { box-sizing: border-box; }
+header, main { max-width: 74rem; margin: auto; padding: 0 1rem; } main:focus { outline: none; }
+h1 { font-size: 1.15rem; margin: 0; } h2 { font-size: 1rem; margin: 0; flex: 1 0 auto; }
+h3, .sub, .key, .pill, caption, dt, th { font-size: .82rem; } p, dd { margin: .2rem 0; }
+.line, nav, header { display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center; }
+header { padding-top: 1rem; } main h1 { margin: 1rem 0; } nav { flex: 1; } pre { overflow: auto; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem;
+  margin: 1rem 0; padding: 1rem 1.2rem; } .card > :first-child { margin-bottom: .7rem; }
+.loud, button:hover { border-color: var(--accent); } .stale section { filter: grayscale(1); }
+.pill { font-weight: 600; } .pill::before { content: "● "; } a, .run { color: var(--accent); }
+.good { color: var(--good); } .warn { color: var(--warn); } .bad { color: var(--bad); }
+.dim, caption, dt, th, .sub { color: var(--dim); } .code { font-size: 2rem; letter-spacing: .1em; }
+button, input, select { font: inherit; font-size: .88rem; color: inherit; background: var(--card);
+  border: 1px solid var(--line); border-radius: .45rem; padding: .3rem .75rem; max-width: 100%; }
+button { cursor: pointer; } .main { background: var(--accent); color: var(--card); }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+.skip:not(:focus) { position: absolute; left: -99rem; } dd.big { font: 600 1.3rem system-ui; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr));
+  gap: .8rem 2.5rem; } .tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0; }
+.tiles .card { flex: 1 1 8rem; margin: 0; padding: .8rem 1rem; } .ends > :first-child { flex: 1; }
+ul { list-style: none; margin: 0; padding: 0; font-size: .9rem; } details { margin: .7rem 0; }
+svg { display: block; width: 100%; } text { fill: var(--dim); font-size: 11px; }
+.bar { height: .5rem; border-radius: .25rem; background: var(--soft); margin: .25rem 0 .5rem; }
+.key svg { display: inline-block; width: .7rem; margin-right: .3rem; }
+.s0 { fill: var(--s0); } .s1 { fill: #2ea294; } .s2 { fill: #d08c1d; } .s3 { fill: #8d98b4; }
+.over { fill: var(--bad); } .clear { opacity: 0; } line { stroke: var(--line); }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; } th { white-space: nowrap; }
+caption, th, td { text-align: left; padding: .45rem .9rem .45rem 0; vertical-align: top; }
+tbody tr { border-top: 1px solid var(--line); } code, pre { font: .85em monospace; }
+@media (prefers-reduced-motion: no-preference) { .run::before { animation: beat 1.4s infinite; } }
+@keyframes beat { 50% { opacity: .2; } } @media (min-width: 62rem) { td:first-child {
+  min-width: 17rem; } td:nth-child(n+4) { white-space: nowrap; } }
+@media (max-width: 62rem) { nav { order: 1; flex-basis: 100%; } .cards thead { display: none; }
+  .cards :is(table, tbody, td, caption) { display: block; padding: 0 0 .2rem; }
+  .cards tr { display: grid; grid-template-columns: repeat(6, 1fr); gap: .3rem .8rem; }
+  .cards td { grid-column: span 2; min-width: 0; } .cards td:nth-child(-n+3) { grid-column:
+    span 3; } .cards tr { padding: .6rem 0; } .cards td:first-child { grid-column: 1 / -1; }
+  .cards td + td::before { content: attr(data-label); font-size: .75rem; display: block;
+    color: var(--dim); } }
 """
-PAGE_SCRIPT = """
-const byId = id => document.getElementById(id);
-const make = (tag, text) => {
-  const e = document.createElement(tag); e.textContent = text; return e; };
-async function get(path) {
-  const answer = await fetch(path);
-  const value = await answer.json();
-  if (!answer.ok) throw new Error((value.error || {}).message || answer.statusText);
-  return value;
-}
-function showLogin(health) {
-  const login = health.login || {}, box = byId('login');
-  box.replaceChildren();
-  if (health.status === 'ok') return;
-  box.append(make('h2', 'Login'));
-  if (login.user_code) {
-    const link = make('a', login.verification_uri);
-    if (/^https?:/.test(login.verification_uri)) link.href = login.verification_uri;
-    link.target = '_blank'; link.rel = 'noreferrer';
-    const line = make('p', 'Open '); line.append(link, ' and enter this code:');
-    box.append(line, make('p', login.user_code));
-    box.lastChild.className = 'code';
-  } else {
-    box.append(make('p', login.problem || 'Nobody is logged in.'));
-    const button = make('button', 'Get a login code');
-    button.onclick = () => fetch('/auth/device/start', { method: 'POST' }).then(refresh);
-    box.append(button);
-  }
-}
-function showModels(list) {
-  byId('models').replaceChildren(...list.data.map(model => {
-    const row = make('tr', '');
-    row.append(make('td', model.id), make('td', model.supported_endpoints.join(' ')),
-               make('td', model.context_window || ''), make('td', model.max_output_tokens || ''),
-               make('td', model.state));
-    return row;
-  }));
-}
-function showUsage(usage) {
-  const lanes = Object.entries(usage.quota_snapshots || {});
-  byId('usage').replaceChildren(...lanes.map(([name, lane]) => {
-    const line = make('p', name + ': ' + (lane.unlimited ? 'unlimited'
-      : lane.remaining + ' of ' + lane.entitlement + ' left'));
-    if (!lane.unlimited) {
-      const bar = make('progress', ''); bar.max = 100; bar.value = lane.percent_remaining;
-      bar.setAttribute('aria-label', name + ' remaining'); line.append(bar);
-    }
-    return line;
-  }));
-}
-let loaded = false;
-async function refresh() {
-  const state = byId('state');
-  try {
-    const health = await get('/health');
-    const ready = health.status === 'ok';
-    state.textContent = (ready ? 'ready' : 'login required') + (health.demo ? ' (demo)' : '');
-    state.className = ready ? 'good' : 'bad';
-    showLogin(health);
-    if (ready && !loaded) {
-      loaded = true;
-      get('/models').then(showModels, problem => { byId('problem').textContent = problem.message;
-                                                   loaded = false; });
-      get('/usage').then(showUsage, () => {});
-    }
-  } catch (problem) {
-    state.textContent = 'the server is gone'; state.className = 'bad';
-  }
-}
-byId('base').textContent = location.origin;
-refresh();
-setInterval(refresh, 3000);
+PAGE_SCRIPT = r"""
+'use strict'; const $ = id => document.getElementById(id);
+const show = (id, ...children) => $(id).replaceChildren(...children);   // a string becomes text
+const pause = ms => new Promise(done => setTimeout(done, ms));
+function el(name, ...children) {                            // el('p.sub.dim', 'text', node)
+  const [tag, ...classes] = name.split('.'), e = document.createElement(tag);
+  e.className = classes.join(' '); e.append(...children); return e; }
+const SVG = document.querySelector('svg').namespaceURI;
+function svg(tag, attributes, ...children) {
+  const e = document.createElementNS(SVG, tag);
+  for (const name in attributes) e.setAttribute(name, attributes[name]);
+  e.append(...children); return e; }
+const due = new Set();                                      // many calls in that time are one
+const soon = (work, ms) => due.has(work) || due.add(work) && setTimeout(() => {
+  due.delete(work); work(); }, ms);
+// -- figures in words: null is unknown, never 0
+const known = v => typeof v === 'number' && isFinite(v);
+const join = (list, glue) => list.filter(Boolean).join(glue);
+const total = list => list.some(known) ? list.filter(known).reduce((a, b) => a + b, 0) : null;
+const writer = options => { const number = new Intl.NumberFormat('en', options);
+                            return v => known(v) ? number.format(v) : 'unknown'; };
+const count = writer({ notation: 'compact', maximumFractionDigits: 1 });
+const cents = writer({ maximumFractionDigits: 2 }), few = writer({ maximumSignificantDigits: 2 });
+const fine = v => v < .1 && v > 0 ? few(v) : cents(v);
+const percent = v => known(v) ? fine(Math.round(v * 10) / 10) + ' %' : 'unknown';
+const UNITS = [[864e5, ' days'], [36e5, ' h'], [6e4, ' min']];
+function span(ms) {
+  const [size, unit] = UNITS.find(([size]) => ms >= 2 * size) || [1e3, ' s'];
+  return !known(ms) ? 'unknown' : ms < 1e3 ? Math.round(ms) + ' ms'
+    : (ms / size).toFixed(size > 1e3 ? 0 : 1) + unit; }
+const clock = (s, style) => new Date(s * 1000).toLocaleString([], style);
+const time = s => clock(s, { timeStyle: 'medium' });
+const when = s => clock(s, { dateStyle: 'medium', timeStyle: 'short' })
+  + (s * 1000 > Date.now() ? ', in ' + span(s * 1000 - Date.now()) : '');
+const cost = c => join([known(c.credits) && fine(c.credits), known(c.estimated_credits)
+  && '~' + fine(c.estimated_credits)], ' + ') || 'unknown';
+const prompt = c => total([c.input, c.cache_read, c.cache_write]);
+const hits = c => percent(known(c.cache_read) ? 100 * c.cache_read / prompt(c) : null);
+const inOut = c => total([prompt(c), c.output]) === null ? 'unknown'
+  : count(prompt(c)) + ' in, ' + count(c.output) + ' out';
+const human = name => (name.charAt(0).toUpperCase() + name.slice(1)).replace(/_/g, ' ');
+// -- the server: a key goes as header, which is why events are read with fetch
+const KEY = 'copilot_proxy_key', stored = sessionStorage;
+let locked = null, stream = null, live = false, ready = null, goneAt = 0;
+async function call(path, options) {
+  const headers = { 'Content-Type': 'application/json' }, key = stored.getItem(KEY);
+  if (key) headers.Authorization = 'Bearer ' + key;
+  const answer = await fetch(path, { headers, cache: 'no-store', ...options });
+  if (answer.ok) return answer;
+  const { message, code } = (await answer.json().catch(() => ({}))).error || {};
+  if (answer.status === 401 && code !== 'login_required') lock();
+  throw new Error(message || 'the server says ' + answer.status); }
+const get = (path, options = { signal: AbortSignal.timeout(2e4) }) => call(path, options).then(
+  answer => answer.json());
+const post = (path, body) => get(path, { method: 'POST', body: JSON.stringify(body) });
+function lock() {
+  locked = locked || new Promise(unlock => { $('lock').onsubmit = event => {
+    event.preventDefault(); stored.setItem(KEY, $('key').value.trim());
+    $('lock').reset(); $('lock').hidden = true; locked = null; unlock(); }; });
+  if ($('lock').hidden) { $('lock').hidden = false; $('key').focus(); }
+  show('lock-note', stored.getItem(KEY) ? 'This key is not the right one.' : ''); }
+async function readEvents() {
+  stream = new AbortController();
+  const answer = await call('/history/events', { signal: stream.signal });
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = '', part; !(part = await reader.read()).done;) {
+    const texts = (rest + part.value).split('\n\n'); rest = texts.pop(); texts.forEach(take); } }
+function take(event) {
+  const [, name, data] = /^event: (.*)\ndata: (.*)$/m.exec(event) || [];
+  if (name in ON) queueMicrotask(() => ON[name](JSON.parse(data))); }
+// -- health and login
+const check = () => get('/health').then(showHealth, showGone);
+function showState(text, isGood, since) {
+  show('state', text); $('state').className = 'pill ' + (isGood ? 'good' : 'bad');
+  $('gone').hidden = !since; $('main').classList.toggle('stale', !!since); goneAt = since; }
+function showGone() {
+  ready = null; if (stream) stream.abort();
+  showState('the server is gone', false, goneAt || Date.now() / 1000);
+  show('gone', 'No answer since ' + time(goneAt) + '. Below stands what the server said before; '
+    + 'this page connects again by itself.'); }
+function showHealth(health) {
+  const problem = (health.token || {}).problem, was = ready; ready = health.status === 'ok';
+  showState((!ready ? 'login required' : problem ? 'no Copilot token' : 'ready')
+    + (health.demo ? ' (demo)' : ''), ready && !problem, 0);
+  show('version', 'copilot_proxy ' + health.version + ', up for ' + span(health.uptime_s * 1000));
+  showLogin(health.login || health); if (was !== ready) soon(loadAll, 50); }
+function showLogin({ user_code, verification_uri = '', problem }) {
+  const box = $('login'), mark = [ready, user_code, problem].join();
+  const link = el('a', verification_uri); box.hidden = ready;
+  if (box.dataset.mark === mark) return;                    // else it would be read out again
+  box.dataset.mark = mark; link.target = '_blank'; link.rel = 'noreferrer';
+  if (/^https?:/.test(verification_uri)) link.href = verification_uri;
+  const button = el('button.main', 'Get a login code');
+  button.onclick = () => post('/auth/device/start', {}).then(showHealth, error => button.after(
+    el('p.bad', error.message)));
+  box.replaceChildren(el('h2', 'Log in to GitHub'), ...user_code
+    ? [el('p', 'Open ', link, ' and enter this code:'), el('p.code', user_code)]
+    : [el('p', problem || 'Nobody is logged in.'), button]); }
+const KINDS = { ok: 'good', enabled: 'good', done: 'good', problem: 'bad' };
+const pill = (text, kind) => el('span.pill.' + (kind || KINDS[text] || 'warn'), text);
+const account = ({ account, state, problem, token }) => el('p.line', el('b', account), pill(state),
+  problem || '', el('span.dim', token.direct ? 'GitHub token used directly' : !token.ready
+    ? 'no Copilot token' : 'Copilot token valid for ' + span(token.expires_in_s * 1000)));
+// -- approvals
+const asks = new Map();
+function showAsks() {
+  const had = $('asks').contains(document.activeElement);
+  $('asks').hidden = !asks.size; showTiles();
+  document.title = (asks.size ? '(' + asks.size + ') ' : '') + 'copilot_proxy';
+  show('ask-list', ...[...asks.values()].map(one => el('li', el('p', el('b', one.client),
+    ' wants to ask ', el('b', one.model), ', ' + time(one.at)), el('p', el('q', one.text)),
+    el('p.line', decider(one, 'Allow', 'main'), decider(one, 'Deny', 'plain')))));
+  if (had) $(asks.size ? 'asks-head' : 'main').focus(); }
+function decider({ id, client, model }, text, kind) {
+  const button = el('button.' + kind, text), done = () => { asks.delete(id); showAsks(); };
+  button.setAttribute('aria-label', text + ' ' + client + ' to ask ' + model);
+  button.onclick = () => post('/approvals/' + id, { allow: kind === 'main' }).then(
+    done, error => button.after(error.message));
+  return button; }
+// -- quota, budget, tiles
+const bar = parts => svg('svg', { class: 'bar', 'aria-hidden': true }, ...parts.map(([x, size,
+  color]) => svg('rect', { x: x + '%', width: size + '%', height: '100%', class: color })));
+const gauge = (name, value, parts, ...notes) => el('li', el('div.line.ends', el('b', name),
+  el('span.dim', value)), bar(parts), ...notes.map(note => el('p.sub', note)));
+function meter(name, used, ...notes) {                      // in percent; above 100 stands out
+  const scale = Math.max(100, used) / 100, most = Math.max(0, Math.min(100, used)) / scale;
+  return !known(used) ? gauge(name, 'unknown', [], ...notes) : gauge(name, percent(used) + ' used',
+    [[0, most, used < 80 ? 's0' : 's2'], [most, used > 100 ? 100 - most : 0, 'over']], ...notes); }
+let lanes = [], budget = null, sums = null, several = false;
+function laneMeter({ account, name, unlimited, used, total, left, percent_used, resets_at }) {
+  const title = join([human(name), several && (account || 'unknown account')], ', ');
+  const figures = join([known(used) && known(total) && fine(used) + ' of ' + fine(total),
+    known(left) && (left < 0 ? fine(-left) + ' over' : fine(left) + ' left')], ', ');
+  return unlimited ? gauge(title, 'unlimited', []) : meter(title, percent_used, figures,
+    resets_at ? 'resets ' + when(resets_at) : 'reset time unknown'); }
+const BUDGET = { ok: 'starts anew ', warning: 'nearly spent; starts anew ',
+                 spent: 'spent: requests are refused until ' };
+function showQuota() {
+  lanes.sort((a, b) => a.unlimited - b.unlimited || a.name.localeCompare(b.name));
+  const list = lanes.map(laneMeter), of = b => fine(b.used) + ' of ' + fine(b.limit) + ' credits';
+  if (budget) list.unshift(meter('Budget', budget.percent, (budget.estimated ? '~' : '')
+    + of(budget), BUDGET[budget.state] + when(budget.ends_at)), ...(budget.sessions || []).map(
+    one => meter('Budget of session ' + one.session, one.percent, of(one))));
+  show('quota', ...list.length ? list : [el('li.dim', 'No quota is known yet.')]); }
+function showStats({ totals, accounts, quotas }) {
+  sums = totals; lanes = quotas; several = accounts.length > 1; showTiles(); showQuota();
+  show('accounts', ...accounts.map(account)); }
+function showTiles() {
+  const kept = summary.enabled, of = kept ? ' today' : ' since start';
+  const c = kept ? lastDays(1)[0] : !sums ? {} : sums.requests ? sums : NOTHING;
+  show('tiles', ...[['Running now', String([...rows.values()].filter(isOpen).length),
+    asks.size ? asks.size + ' to decide' : 'requests'],
+    ['Requests' + of, count(c.requests), count(c.errors) + ' failed'],
+    ['Credits' + of, cost(c), known(c.estimated_credits) ? '~ is an estimate' : 'by GitHub'],
+    ['Tokens' + of, count(total([prompt(c), c.output])), inOut(c)],
+    ['Cache hits' + of, c.requests === 0 ? '–' : hits(c), 'of the prompt tokens']].map(
+    ([dt, big, sub]) => el('div.card', el('dt', dt), el('dd.big', big), el('dd.sub', sub)))); }
+// -- charts: a metric is a list of [name, color, figure]
+let summary = { enabled: false, days: 7, by_day: [], by_model: [], by_client: [] };
+const METRICS = {
+  credits: [['reported', 's0', c => c.credits], ['estimated', 's3', c => c.estimated_credits]],
+  tokens: [['prompt', 's0', c => total([c.input, c.cache_write])],
+           ['prompt from cache', 's3', c => c.cache_read], ['output', 's1', c => c.output]],
+  requests: [['answered', 's0', c => c.requests - c.errors], ['failed', 'over', c => c.errors]] };
+const metric = () => METRICS[$('metric').value], height = c => total(metric().map(m => m[2](c)));
+const words = c => $('metric').value === 'credits' ? cost(c) : count(height(c));
+function stack(c, scale) {                                  // [[from, size, color]...]
+  const sizes = metric().map(part => (part[2](c) || 0) * scale);
+  return metric().map((part, at) => [total(sizes.slice(0, at)) || 0, sizes[at], part[1]]); }
+const NOTHING = { requests: 0, errors: 0, input: 0, cache_read: 0, output: 0, credits: 0 };
+function lastDays(number) {                                 // those without requests, too
+  const date = ms => new Date(ms).toISOString().slice(0, 10);
+  const found = new Map(summary.by_day.map(c => [c.day, c]));
+  const here = date(Date.now() - new Date().getTimezoneOffset() * 6e4);
+  const last = Date.parse([here, ...found.keys()].sort().pop());
+  return Array.from({ length: number }, (_, at) => date(last - (number - 1 - at) * 864e5)).map(
+    day => found.get(day) || { day, ...NOTHING }); }
+function axisStep(most) {                                   // a round figure, 4 of which suffice
+  const unit = 10 ** Math.floor(Math.log10(most / 3 || 1));
+  return [1, 2, 5, 10].find(n => n * unit * 4 >= most) * unit; }
+function showDays() {
+  const days = lastDays(summary.days), width = Math.max(260, $('days').clientWidth);
+  const most = Math.max(0, ...days.map(height)), step = axisStep(most);
+  const steps = Math.ceil(most / step) || 1, slot = (width - 42) / days.length;
+  const text = (x, y, words, anchor) => svg('text', { x, y, 'text-anchor': anchor }, words);
+  const chart = svg('svg', { viewBox: '0 0 ' + width + ' 172', height: 172, role: 'img',
+    'aria-label': $('metric').value + ' by day: ' + (join(days.map(
+      c => c.requests && c.day + ' ' + words(c)), ', ') || 'none') });
+  for (let n = 0, y = 150; n <= steps; n++, y -= 140 / steps) chart.append(
+    svg('line', { x1: 42, x2: width, y1: y, y2: y }),
+    text(34, y + 4, step < 1 ? fine(n * step) : count(n * step), 'end'));
+  days.forEach((c, at) => {
+    const x = 42 + (at + .15) * slot, middle = Math.min(x + .35 * slot, width - 20);
+    chart.append(svg('g', {}, svg('title', {}, c.day + ': ' + words(c)),
+      ...[[0, 140, 'clear'], ...stack(c, 140 / step / steps)].map(([from, size, color]) =>
+        svg('rect', { x, y: 150 - from - size, width: .7 * slot, height: size, class: color })),
+      height(c) === null ? text(middle, 146, '?', 'middle') : ''));
+    if ((days.length - 1 - at) % Math.ceil(70 / slot) === 0) chart.append(text(middle, 167, clock(
+      Date.parse(c.day + 'T12:00') / 1000, { month: 'short', day: 'numeric' }), 'middle')); });
+  show('days', chart); }
+function showRank(field) {
+  const best = summary['by_' + field].slice().sort((a, b) => height(b) - height(a)).slice(0, 8);
+  const scale = 100 / (height(best[0] || {}) || 1);
+  show('by-' + field, ...best.map(c => gauge(c[field] || 'unknown', words(c), stack(c, scale)))); }
+function showUsage() {
+  $('charts').hidden = !summary.enabled; showDays(); showRank('model'); showRank('client');
+  show('legend', ...metric().map(([name, color]) => el('span', svg('svg', { viewBox: '0 0 9 9' },
+    svg('rect', { width: 9, height: 9, rx: 2, class: color })), name))); }
+// -- tables: with roles, since on a phone each row is a card
+const role = (name, e) => { e.setAttribute('role', name); return e; };
+const line = (...tds) => role('row', el('tr', ...tds.map(td => role('cell', el('td', td)))));
+const two = (big, ...small) => el('div', big, el('div.sub', join(small, ' · ')));
+function fill(id, heads, lines) {
+  const table = role('table', $(id)), body = table.tBodies[0] || table.createTBody();
+  if (!table.tHead) table.createTHead().append(el('tr', ...heads.map(text => el('th', text))));
+  for (const row of lines) heads.forEach((text, at) => { row.cells[at].dataset.label = text; });
+  body.replaceChildren(...lines); }
+const rows = new Map(), made = new WeakMap(), isOpen = row => row.state === 'running';
+let shown = 15;
+function outcome(row) {
+  if (isOpen(row)) return pill(row.first_ms ? 'streaming' : 'waiting', 'run');
+  if (!row.error && row.status < 400) return pill('done');
+  const left = row.status === 499, what = left ? 'the client left' : human(row.error || 'failed');
+  return two(pill(what, left ? 'dim' : 'bad'), row.message || 'status ' + row.status); }
+function requestLine(row) {
+  const asked = row.asked || row.model || 'unknown', open = isOpen(row);
+  const age = open ? Date.now() - row.at * 1000 : row.total_ms;
+  const used = row.model && row.model !== asked ? ' → ' + row.model : '';
+  const yet = text => open ? text.replace(/unknown/g, '…') : text;
+  return line(two(el('div', el('b', asked), used), row.client || 'unknown client',
+      several && row.account, time(row.at)), outcome(row),
+    two(row.route, row.dialect, row.streamed && 'streamed', ...row.repairs || [],
+      ...(row.losses || []).map(field => 'without ' + field)),
+    two(yet(span(row.first_ms)), span(age) + ' in all'), two(yet(inOut(row)), row.cache_read
+      && hits(row) + ' from cache'), yet(cost(row))); }
+const lineOf = row => !isOpen(row) && made.get(row) || made.set(row, requestLine(row)).get(row);
+function showRequests() {
+  const rank = row => isOpen(row) * 1e12 + row.at;
+  const list = [...rows.values()].sort((a, b) => rank(b) - rank(a));
+  list.slice(300).forEach(row => rows.delete(row.id));
+  fill('requests', ['Model', 'State', 'Route', 'First byte', 'Tokens', 'Credits'],
+       list.slice(0, shown).map(lineOf));
+  $('more').hidden = list.length <= shown; showTiles();
+  if (list.some(isOpen)) soon(showRequests, 1000); }
+const PRICES = [['input', 'in'], ['cache_read', 'cached'], ['output', 'out']];
+const price = p => !p ? 'unknown' : join(PRICES.map(([field, name]) => known(p[field])
+  && '$' + cents(p[field]) + ' ' + name), ', ') || cents(p.multiplier).replace(/\d$/, '$&×');
+const showModels = list => fill('catalogue', ['Model', 'State', 'Endpoints', 'Context', 'Output',
+  'Price'], list.data.map(m => line(two(el('b', m.id), m.display_name), pill(m.state),
+    m.supported_endpoints.join(' ') || 'unknown', count(m.context_window),
+    count(m.max_output_tokens), price(m.price))));
+// -- loading: a problem is told where the data would stand
+const load = (id, path, done) => get(path).then(value => { done(value); show(id,
+  value.enabled === false ? 'The history is off: figures since the start.' : value.problem || '');
+  }, problem => show(id, problem.message));
+const loadModels = () => load('problem', '/models' + ($('all').checked ? '?all=1' : ''),
+                              showModels);
+const loadQuota = () => load('quota-problem', '/usage',
+                             value => show('raw', JSON.stringify(value, null, 2)));
+const loadUsage = () => load('history-problem', '/history/summary?days=' + $('range').value,
+                             value => { summary = value; showUsage(); loadStats(); });
+const loadStats = () => get('/stats').then(showStats, () => {});
+function loadAll() {
+  loadUsage(); load('history-problem', '/history?limit=200', page => {
+    page.rows.forEach(row => rows.has(row.id) || rows.set(row.id, row)); showRequests(); });
+  if (ready) { loadModels(); loadQuota(); } }
+const ON = {
+  hello(value) {
+    budget = value.budget; live = true; asks.clear(); showStats(value);
+    [...rows.values()].filter(isOpen).forEach(row => rows.delete(row.id));
+    for (const row of [...value.running, ...value.recent]) rows.set(row.id, row);
+    value.approvals.forEach(one => asks.set(one.id, one));
+    showAsks(); showRequests(); soon(loadAll, 50); },
+  request(row) {
+    rows.set(row.id, row); soon(showRequests, 100); if (!isOpen(row)) soon(loadUsage, 3000); },
+  approval(one) { asks[one.state === 'waiting' ? 'set' : 'delete'](one.id, one); showAsks(); },
+  quota() { soon(loadStats, 1000); },                       // accounts get their names late
+  budget(value) { budget = value; showQuota(); } };
+async function follow() {
+  for (;; await pause(2000)) {
+    await locked; await readEvents().catch(error => error.name === 'Error'
+      && show('history-problem', 'No live updates: ' + error.message));
+    live = false; check(); } }
+async function watch() {
+  for (;; await pause(live && ready ? 20e3 : 2000)) { await check(); if (live) loadStats(); } }
+// -- controls
+const NEXT = { auto: 'light', light: 'dark', dark: 'auto' }, kept = localStorage;
+function setTheme(theme) {
+  kept.setItem('theme', theme); document.documentElement.dataset.theme = theme;
+  show('theme', '◐ ' + theme); $('theme').setAttribute('aria-label', 'Theme: ' + theme);
+  $('theme').onclick = () => setTheme(NEXT[theme]); }
+$('metric').onchange = showUsage; $('range').onchange = loadUsage; $('all').onchange = loadModels;
+$('again').onclick = loadQuota; $('more').onclick = () => { shown += 50; showRequests(); };
+window.onresize = () => soon(showUsage, 200); show('base', location.origin + '/v1');
+setTheme(kept.getItem('theme') || 'auto'); showTiles(); showQuota(); follow(); watch();
 """
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>copilot_proxy</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>%s</style></head><body><main>
-<h1>copilot_proxy: <span id="state" role="status">loading</span></h1>
-<p>OpenAI clients: base URL <code><span id="base"></span>/v1</code>. Anthropic clients: the same
-without <code>/v1</code>. Any API key does.</p>
-<div id="login" aria-live="polite"></div>
-<h2>Quota</h2><div id="usage"></div>
-<h2>Models</h2><p id="problem" class="bad"></p><div class="wide"><table><thead><tr><th>id</th>
-<th>endpoints</th><th>context</th><th>output</th><th>state</th></tr></thead>
-<tbody id="models"></tbody></table></div>
-</main><script>%s</script></body></html>
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>copilot_proxy</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>%s</style></head>
+<body><a class="skip" href="#main">Skip to content</a><header><h1>copilot_proxy</h1>
+<span id="state" class="pill" role="status">loading</span><nav aria-label="Sections">
+<a href="#usage">Usage</a> <a href="#activity">Requests</a> <a href="#models">Models</a>
+<a href="#account">Account</a></nav><button id="theme"></button></header>
+<main id="main" tabindex="-1"><p id="gone" class="card bad" role="alert" hidden></p>
+<form id="lock" class="card loud" hidden><h2>This server asks for a key</h2><p class="line">
+<label for="key">API key</label><input id="key" type="password" autocomplete="off" required>
+<button class="main">Show</button><span id="lock-note" class="bad" role="alert"></span></p>
+<p class="sub">It stays in this tab and is forgotten when the tab is closed.</p></form>
+<section id="login" class="card loud" aria-live="polite" hidden></section>
+<section id="asks" class="card loud" aria-live="polite" hidden><h2 id="asks-head" tabindex="-1">
+Waiting for your decision</h2><ul id="ask-list"></ul></section><dl id="tiles" class="tiles"></dl>
+<section class="card" aria-label="Quota"><div class="line"><h2>Quota</h2><button id="again">Refresh
+</button></div><p id="quota-problem" class="bad"></p><ul id="quota" class="grid"></ul></section>
+<section id="usage" class="card" aria-label="Usage"><div class="line"><h2>Usage</h2><label>Show
+<select id="metric"><option>credits<option>tokens<option>requests</select></label><label>of
+<select id="range"><option value="7">7 days<option value="30" selected>30 days<option value="90">90
+days</select></label></div><p id="history-problem" class="warn"></p><div id="charts">
+<p id="legend" class="line key"></p><div id="days"><svg/></div><div class="grid"><div>
+<h3>By model</h3><ul id="by-model"></ul></div><div><h3>By client</h3><ul id="by-client"></ul></div>
+</div></div></section><section id="activity" class="card cards" aria-label="Requests"><h2>Requests
+</h2><table id="requests"><caption>Running and recent ones, the newest first</caption></table>
+<button id="more">Show more</button></section><section id="models" class="card cards"
+aria-label="Models"><div class="line"><h2>Models</h2><label><input id="all" type="checkbox"> hidden
+ones, too</label></div><p id="problem" class="bad"></p><table id="catalogue"><caption>Prices are
+USD for a million tokens, or a multiple of one premium request</caption></table></section>
+<section id="account" class="card" aria-label="Account"><h2>Account</h2><div id="accounts"></div>
+<p><a href="/auth/device">Add or manage accounts</a></p><p>OpenAI clients: base URL
+<code id="base"></code>; Anthropic clients: without <code>/v1</code>.</p><details><summary>What
+GitHub says about the usage</summary><pre id="raw" tabindex="0"></pre></details>
+<p id="version" class="sub"></p></section></main><script>%s</script></body></html>
 """ % (PAGE_STYLE, PAGE_SCRIPT)
 
 def csp_hash(text: str) -> str:

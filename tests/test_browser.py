@@ -1,4 +1,4 @@
-"""The page at / and /auth/device in a real browser, headless.
+"""The dashboard and the login page in a real browser, headless.
 
 Skips itself where there is none, and without COPILOT_PROXY_BROWSER_TESTS=1: it takes a while.
 
@@ -9,16 +9,18 @@ from __future__ import annotations
 import collections
 import os
 import sys
+import threading
 import unittest
 from typing import Any
+from unittest import mock
 from urllib.parse import urlsplit
 
 if sys.platform == "win32":
     raise unittest.SkipTest("the debugging pipe is used as on POSIX only")
 
 from browser import Browser, Page, find_chromium
-from fake_upstream import MODELS, Answer, FakeUpstream
-from support import Proxy, ProxyCase
+from fake_upstream import CHAT, MODELS, USAGE, Answer, FakeUpstream
+from support import REQUESTS, Proxy, ProxyCase, Reply, chat, cp, message, response
 
 NARROW_PX = 360
 MANY = 100000               # polls that answer "pending" until the test says otherwise
@@ -57,6 +59,25 @@ CONTRAST = r"""
 """
 
 
+#: [tag, text] of what can be operated or is a landmark and has no name for a screen reader
+NAMELESS = """
+[...document.querySelectorAll('button, input, select, a, section, nav, [role=region]')].filter(e =>
+  e.checkVisibility() && !(e.getAttribute('aria-label') || (e.labels || []).length
+    || !e.matches('section, nav, div') && e.innerText.trim())).map(e => [e.tagName, e.innerText])
+"""
+#: the width in percent of each part of the first bar of the list entry that begins with a name
+BAR = """
+(name => [...[...document.querySelectorAll('li')].find(e => e.innerText.startsWith(name))
+  .querySelectorAll('rect')].map(e => parseFloat(e.getAttribute('width'))))(%r)
+"""
+#: the cells of the first row of the requests that holds a text
+ROW = """
+[...([...document.querySelectorAll('#requests tbody tr')].find(e => e.innerText.includes(%r))
+  || { cells: [] }).cells].map(e => e.innerText.replace(/\\s+/g, ' '))
+"""
+BACKGROUND = "getComputedStyle(document.body).backgroundColor"
+
+
 class PageCase(ProxyCase):
     browser: Browser
 
@@ -75,10 +96,23 @@ class PageCase(ProxyCase):
         cls.browser.__exit__()
         super().tearDownClass()
 
+    def setUp(self) -> None:
+        super().setUp()
+        self.pages: list[Page] = []
+
     def open(self, path: str = "/", proxy: Proxy | None = None, **more: Any) -> Page:
         page = self.browser.open((proxy or self.proxy).url + path, **more)
-        self.addCleanup(page.close)
+        self.pages.append(page)
         return page
+
+    def close(self, page: Page) -> None:
+        self.pages.remove(page)
+        page.close()
+
+    def tearDown(self) -> None:
+        for page in list(self.pages):
+            self.close(page)
+        super().tearDown()
 
     def shoot(self, page: Page, name: str) -> None:
         folder = os.environ.get("PAGE_SHOTS")
@@ -91,7 +125,7 @@ class PageCase(ProxyCase):
     def wait_until_shown(self, page: Page) -> None:
         """Models and quota are on the page."""
         self.wait_for_text(page, "gpt-5.3-codex")
-        self.wait_for_text(page, "premium_interactions")
+        self.wait_for_text(page, "unlimited")
 
     def logged_out(self) -> tuple[FakeUpstream, Proxy]:
         """A proxy that nobody is logged in at; each poll is "pending" until `outcomes.clear()`."""
@@ -131,7 +165,7 @@ class LoggedIn(PageCase):
                              self.proxy.url + "/v1", "unlimited"):
                     self.assertIn(part, text)
                 self.assertNotIn("gpt-3.5-turbo", text)
-                self.assertNotIn("Login", text)
+                self.assertNotIn("Log in", text)
                 self.check_quiet(page)
                 self.shoot(page, "ready")
 
@@ -140,8 +174,13 @@ class LoggedIn(PageCase):
         self.wait_until_shown(page)
         self.assertEqual(page.run("document.documentElement.lang"), "en")
         self.assertTrue(page.run("document.title"))
-        self.assertEqual(page.run("document.querySelectorAll('main h1').length"), 1)
+        self.assertEqual(page.run("document.querySelectorAll('header h1').length"), 1)
         self.assertEqual(page.run("document.querySelector('[role=status]').innerText"), "ready")
+        self.assertEqual(page.run(NAMELESS), [])
+        self.assertEqual(page.run("[...document.querySelectorAll('table')].filter("
+                                  "e => !e.caption.textContent.trim()).length"), 0)
+        self.assertEqual(page.run("[...document.querySelectorAll('[id]')].map(e => e.id).filter("
+                                  "(id, at, all) => all.indexOf(id) != at)"), [])
 
     def test_narrow(self) -> None:
         page = self.open(width=NARROW_PX, height=740)
@@ -171,14 +210,22 @@ class LoggedIn(PageCase):
                 self.check_contrast(page)
                 self.shoot(page, "problem dark" if dark else "problem light")
 
-    def test_server_gone(self) -> None:
+    def test_server_gone_and_there_again(self) -> None:
         page = self.open()
         self.wait_until_shown(page)
         self.check_quiet(page)
+        port = self.proxy.port
         self.proxy.server.finish(0.2)
         self.wait_for_text(page, "the server is gone")
+        self.wait_for_text(page, "No answer since")
+        self.assertIn("gpt-5.3-codex", page.text())
         self.check_contrast(page)
         self.shoot(page, "gone")
+        again = self.enter(Proxy(self.fake, port=port))
+        self.wait_for_text(page, "ready")
+        self.assertNotIn("No answer since", page.text())
+        again.post("/v1/chat/completions", chat("back"), **{"User-Agent": "returned/1.0"})
+        self.wait_for_text(page, "returned/1.0")          # events are read again, too
         self.assertEqual([c for c in page.complaints() if "Failed to load" not in c], [])
 
     def test_text_of_the_upstream_is_no_markup(self) -> None:
@@ -197,7 +244,7 @@ class LoggedOut(PageCase):
         self.wait_for_text(page, "Nobody is logged in")
         self.wait_for_text(page, "login required")
         self.shoot(page, "logged out")
-        page.run("document.querySelector('button').click()")
+        page.run("document.querySelector('#login button').click()")
         code = page.wait_for("(document.querySelector('.code') || {}).innerText")
         self.assertEqual(proxy.get("/health").json["login"]["user_code"], code)
         self.assertTrue(page.run("document.querySelector('#login a').href").startswith(fake.url))
@@ -239,10 +286,9 @@ class LoggedOut(PageCase):
         fake.device.outcomes = collections.deque(["denied"] + ["pending"] * MANY)
         page = self.open("/", proxy)
         self.wait_for_text(page, "Nobody is logged in")
-        page.run("document.querySelector('button').click()")
-        page.wait_for("document.querySelector('#login button') && "
-                      "!document.body.innerText.includes('Nobody is logged in')")
-        page.run("document.querySelector('button').click()")
+        page.run("document.querySelector('#login button').click()")
+        self.wait_for_text(page, "cancelled on GitHub")
+        page.run("document.querySelector('#login button').click()")
         page.wait_for("(document.querySelector('.code') || {}).innerText")
         self.check_quiet(page, proxy)
 
@@ -294,6 +340,354 @@ class LoginPage(PageCase):
         fake.device.outcomes.clear()
         self.wait_for_text(page, "Logged in as octocat")
         self.assertEqual(page.complaints(), [])
+
+
+def lane(total: float, left: float, **more: Any) -> dict[str, Any]:
+    """A quota as GitHub tells it."""
+    return dict(dict(entitlement=total, remaining=int(left), quota_remaining=left, unlimited=False,
+                     percent_remaining=100 * left / total if total else 100), **more)
+
+
+USAGE_ANSWER = {
+    "login": "octocat", "copilot_plan": "individual",
+    "quota_reset_date_utc": "2099-12-01T00:00:00.000Z", "quota_snapshots": {
+        "chat": lane(0, 0, unlimited=True), "premium_interactions": lane(300, 72),
+        "agent_minutes": lane(100, -25), "mystery": {"unlimited": False}}}
+
+
+class Busy(PageCase):
+    """A proxy with traffic: what the page shows is what the proxy tells."""
+    settings = dict(no_history=False, budget=1000.0)
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.fake.script(USAGE, *[Answer(body=USAGE_ANSWER)] * 50)
+        self.proxy.get("/v1/models")              # its quota header first, then that answer
+
+    def play(self) -> None:
+        """Requests of each kind, one that fails, one that costs nobody knows what."""
+        for client, path, body in (
+                ("curl/8.5", "/v1/chat/completions", chat("one " * 500)),
+                ("claude-cli/2.1.0", "/v1/messages", message("two " * 900)),
+                ("codex_cli_rs/0.91", "/v1/responses", response("three " * 700)),
+                ("codex_cli_rs/0.91", "/v1/responses", response("four", "claude-sonnet-4.6")),
+                ("aider/0.86", "/v1/chat/completions", chat("five", "no-such-model-at-all"))):
+            for stream in (False, True):
+                self.proxy.post(path, dict(body, stream=stream), **{"User-Agent": client})
+        self.fake.quirks |= {"no_credits"}
+        self.proxy.post("/v1/chat/completions", chat("six"), **{"User-Agent": "nobody/0"})
+        self.fake.quirks -= {"no_credits"}
+
+    def stream(self, text: str, **headers: str) -> threading.Thread:
+        """A stream in the background; its text may hold markers."""
+        thread = threading.Thread(target=lambda: self.proxy.stream(
+            "/v1/messages", message(text), **headers))
+        thread.start()
+        self.addCleanup(thread.join, 10)
+        return thread
+
+    def open_busy(self, **more: Any) -> Page:
+        page = self.open(**more)
+        self.wait_until_shown(page)
+        page.wait_for("document.querySelectorAll('#requests tbody tr').length > 5 && "
+                      "!!document.querySelector('#days svg') && "
+                      "document.querySelectorAll('#quota li').length > 4")
+        return page
+
+    def test_quota_bars(self) -> None:
+        page = self.open()
+        self.wait_for_text(page, "76 % used")
+        self.assertEqual(page.text().count("Premium interactions"), 1)
+        self.assertEqual([round(width, 3) for width in page.run(BAR % "Premium interactions")],
+                         [76.0, 0.0])
+        self.assertEqual([round(width, 3) for width in page.run(BAR % "Agent minutes")],
+                         [80.0, 20.0])                    # 125 %: the part above 100 stands out
+        self.assertEqual(page.run(BAR % "Chat"), [])
+        text = page.text()
+        for part in ("76 % used", "228 of 300, 72 left", "125 % used", "125 of 100, 25 over",
+                     "resets ", "2099", "Mystery\nunknown", "Chat\nunlimited", "Budget"):
+            self.assertIn(part, text)
+        self.check_quiet(page)
+
+    def test_usage_is_what_the_proxy_tells(self) -> None:
+        self.play()
+        page = self.open_busy()
+        told = self.proxy.get("/history/summary?days=30").json
+        for metric, figure in (
+                ("tokens", lambda c: sum(c[f] or 0 for f in (
+                    "input", "cache_read", "cache_write", "output"))),
+                ("requests", lambda c: c["requests"]),
+                ("credits", lambda c: (c["credits"] or 0) + (c["estimated_credits"] or 0))):
+            page.run("$('metric').value = %r; $('metric').onchange()" % metric)
+            for field in ("model", "client"):
+                figures = {str(c[field] or "unknown"): figure(c) for c in told["by_" + field]}
+                most = max(figures.values())
+                shown = page.run("Object.fromEntries([...document.querySelectorAll('#by-%s li')]"
+                                 ".map(e => [e.querySelector('b').innerText, [...e.querySelectorAll"
+                                 "('rect')].reduce((sum, r) => sum + parseFloat(r.getAttribute("
+                                 "'width')), 0)]))" % field)
+                self.assertEqual(set(shown), set(figures))
+                for name, width in shown.items():
+                    self.assertAlmostEqual(width, 100 * figures[name] / most, 3, (metric, name))
+            highest = page.run("Math.max(...[...document.querySelectorAll('#days g')].map(g => [..."
+                               "g.querySelectorAll('rect:not(.clear)')].reduce((sum, r) => sum + "
+                               "parseFloat(r.getAttribute('height')), 0)))")
+            steps = page.run("document.querySelectorAll('#days line').length") - 1
+            labels = page.run("[...document.querySelectorAll('#days text')].map(e => e.innerHTML)")
+            step = page.run("axisStep(Math.max(...lastDays(summary.days).map(height)))")
+            self.assertAlmostEqual(highest, 140 * figure(told["total"]) / (step * steps), 3)
+            self.assertGreaterEqual(step * steps, figure(told["total"]))
+            self.assertLess(step * (steps - 1), figure(told["total"]))
+            self.assertEqual(labels[0], "0")
+            self.assertRegex(page.run("document.querySelector('#days svg').getAttribute("
+                                      "'aria-label')"), r"^%s by day: \d{4}-.* [\d.]+" % metric)
+        text = page.text()
+        self.assertIn("%d\n" % told["total"]["requests"], text[text.index("Requests today"):])
+        self.assertEqual(page.run("document.querySelectorAll('#days g').length"), 30)
+        self.check_quiet(page)
+
+    def test_rows_say_what_happened(self) -> None:
+        self.play()
+        page = self.open_busy()
+        row = page.run(ROW % "nobody/0")
+        self.assertIn("gpt-4.1", row[0])
+        self.assertEqual((row[1], row[2]), ("done", "passthrough chat"))
+        self.assertRegex(row[3], r"[\d.]+ m?s .*in all")
+        self.assertRegex(row[4], r"\d+ in, \d+ out")
+        self.assertEqual(row[5], "unknown")               # not 0
+        row = page.run(ROW % "aider/0.86")
+        self.assertIn("no-such-model-at-all", row[0])
+        self.assertRegex(row[1], r"^[A-Z][\w ]+ .*no-such-model-at-all")
+        self.assertEqual((row[4], row[5]), ("unknown", "unknown"))
+        self.assertTrue(page.run(
+            "[...document.querySelectorAll('#requests tr')].some(e => "
+            "e.innerText.includes('translated') && e.innerText.includes('streamed'))"))
+        self.check_quiet(page)
+
+    def test_a_running_stream_appears_and_ends(self) -> None:
+        page = self.open()
+        self.wait_until_shown(page)
+        thread = self.stream("@@stall=2@@ hello " * 3, **{"User-Agent": "slow/1.0"})
+        self.wait_for_text(page, "streaming")
+        row = page.run(ROW % "slow/1.0")
+        self.assertEqual((row[1], row[5]), ("streaming", "…"))
+        self.assertRegex(row[3], r"^\d+ m?s ")             # the first byte's time stands already
+        self.assertRegex(page.text(), r"Running now\s+1\b")
+        page.wait_for("parseFloat((%s)[3].split(' s in')[0].split(' ').pop()) >= 1" % (
+            ROW % "slow/1.0"))                            # its time goes on
+        self.shoot(page, "running")
+        self.fake.release()
+        thread.join(10)
+        page.wait_for("(%s)[1] == 'done'" % (ROW % "slow/1.0"))
+        row = page.run(ROW % "slow/1.0")
+        told = next(row for row in self.proxy.get("/stats").json["recent"]
+                    if row["client"] == "slow/1.0")
+        prompt = told["input"] + (told["cache_read"] or 0) + (told["cache_write"] or 0)
+        self.assertTrue(row[4].startswith("%d in, %d out" % (prompt, told["output"])), row)
+        self.assertIn("%.2g" % told["credits"], row[5])
+        self.wait_for_text(page, "Running now\n0")
+        self.check_quiet(page)
+
+    def test_under_load_it_follows(self) -> None:
+        page = self.open()
+        self.wait_until_shown(page)
+
+        def load(number: int) -> None:
+            for at in range(25):
+                path, make = REQUESTS[(number + at) % 3]
+                self.proxy.post(path, make("hello", stream=bool(at % 2)),
+                                **{"User-Agent": "load-%d/1" % number})
+        threads = [threading.Thread(target=load, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        self.wait_for_text(page, "Requests today\n200\n0 failed")
+        self.wait_for_text(page, "Running now\n0")
+        self.assertEqual(page.run("document.querySelectorAll('#requests tbody tr').length"), 15)
+        page.run("$('more').click()")
+        page.wait_for("document.querySelectorAll('#requests tbody tr').length == 65")
+        told = self.proxy.get("/history/summary?days=1").json["total"]
+        prompt = told["input"] + told["cache_read"] + told["cache_write"]
+        self.assertIn("%s in, %s out" % tuple(page.run("[count(%d), count(%d)]" % (
+            prompt, told["output"]))), page.text())
+        self.assertIn(page.run("cost({credits: %r})" % told["credits"]), page.text())
+        self.check_quiet(page)
+
+    def test_themes_and_widths(self) -> None:
+        self.play()
+        self.stream("@@stall=1@@ hello there, you", **{"User-Agent": "slow/1.0"})
+        for dark in (False, True):
+            for width in (NARROW_PX, 1280):
+                with self.subTest(dark=dark, width=width):
+                    page = self.open_busy(dark=dark, width=width, height=900)
+                    self.wait_for_text(page, "streaming")
+                    self.check_contrast(page)
+                    if width == NARROW_PX:
+                        self.check_fits(page)
+                    self.shoot(page, "busy %s %d" % ("dark" if dark else "light", width))
+                    self.check_quiet(page)
+                    self.close(page)              # each holds one of six connections to a host
+        for width in (600, 760, 900, 1000):
+            page = self.open_busy(width=width)
+            self.assertLessEqual(page.run("document.scrollingElement.scrollWidth"), width)
+            self.close(page)
+        self.fake.release()
+
+    def test_theme_by_hand_is_kept(self) -> None:
+        page = self.open()
+        seen = [page.run(BACKGROUND)]
+        for _ in range(3):
+            page.run("$('theme').click()")
+            seen += page.run("[$('theme').getAttribute('aria-label'), %s]" % BACKGROUND)
+        light, dark = seen[0], seen[4]
+        self.assertNotEqual(light, dark)
+        self.assertEqual(seen[1:], ["Theme: light", light, "Theme: dark", dark,
+                                    "Theme: auto", light])
+        page.run("$('theme').click(); $('theme').click()")
+        page = self.open()
+        self.assertEqual(page.run(BACKGROUND), dark)
+        page.run("$('theme').click()")
+
+    def test_text_of_clients_is_no_markup(self) -> None:
+        evil = "<img src=x onerror=alert(1)>"
+        page = self.open()
+        self.wait_until_shown(page)
+        self.proxy.post("/v1/chat/completions", chat("a", evil), **{"User-Agent": evil})
+        self.wait_for_text(page, evil)
+        self.assertEqual(page.run("document.images.length"), 0)
+        self.check_quiet(page)
+
+    def test_without_history(self) -> None:
+        proxy = self.enter(Proxy(self.fake, no_history=True))
+        proxy.post("/v1/chat/completions", chat("a"), **{"User-Agent": "one/1"})
+        page = self.open(proxy=proxy)
+        self.wait_for_text(page, "The history is off")
+        self.wait_for_text(page, "Requests since start\n1\n")
+        self.assertIn("one/1", page.text())
+        self.assertTrue(page.run("$('charts').hidden"))
+        proxy.post("/v1/chat/completions", chat("b"))
+        self.wait_for_text(page, "Requests since start\n2\n")
+        self.check_quiet(page, proxy)
+
+    def test_without_live_updates_it_says_so(self) -> None:
+        with mock.patch.object(cp, "MAX_READERS", 0):
+            page = self.open()
+            self.wait_for_text(page, "No live updates: ")
+        page.wait_for("!document.body.innerText.includes('No live updates')")
+        self.assertEqual([c for c in page.complaints() if "503" not in c], [])
+
+    def test_budget_warns_and_says_when_it_is_spent(self) -> None:
+        proxy = self.enter(Proxy(self.fake, no_history=False, budget=0.25))
+        page = self.open(proxy=proxy)
+        self.wait_for_text(page, "0 of 0.25 credits")
+        text = "much " * 950
+        self.assertEqual(proxy.post("/v1/chat/completions", chat(text)).status, 200)
+        self.wait_for_text(page, "nearly spent; starts anew")
+        proxy.post("/v1/chat/completions", chat(text))
+        self.wait_for_text(page, "spent: requests are refused until")
+        self.assertEqual(proxy.post("/v1/chat/completions", chat(text)).status, 429)
+        page.wait_for("(%s)[0] != 's0'" % BAR.replace("parseFloat(e.getAttribute('width'))",
+                                                       "e.getAttribute('class')") % "Budget")
+        self.wait_for_text(page, "today's budget is spent")
+        self.check_quiet(page, proxy)
+
+
+class Manual(PageCase):
+    settings = dict(manual=True)
+
+    def setUp(self) -> None:
+        patch = mock.patch("sys.stdin", None)
+        patch.start()
+        self.addCleanup(patch.stop)
+        super().setUp()
+
+    def ask(self, text: str) -> tuple[threading.Thread, list[Reply]]:
+        replies: list[Reply] = []
+        thread = threading.Thread(target=lambda: replies.append(self.proxy.post(
+            "/v1/chat/completions", chat(text), **{"User-Agent": "asker/1.0"})))
+        thread.start()
+        self.addCleanup(thread.join, 10)
+        return thread, replies
+
+    def test_allow_and_deny_by_mouse_and_keyboard(self) -> None:
+        page = self.open()
+        self.wait_until_shown(page)
+        for at, (word, press, status) in enumerate((
+                ("Allow", False, 200), ("Deny", False, 403), ("Allow", True, 200))):
+            with self.subTest(word=word, keyboard=press):
+                before = self.fake.count(CHAT)
+                thread, replies = self.ask("may I <b>%d</b>?" % at)
+                self.wait_for_text(page, "may I <b>%d</b>?" % at)
+                self.assertIn("asker/1.0 wants to ask gpt-4.1", page.text())
+                self.assertEqual(page.run("document.title"), "(1) copilot_proxy")
+                self.assertEqual(self.fake.count(CHAT), before)
+                self.check_contrast(page)
+                self.shoot(page, "approval")
+                selector = "[aria-label=\"%s asker/1.0 to ask gpt-4.1\"]" % word
+                if press:
+                    page.run("document.querySelector('%s').focus()" % selector)
+                    for kind in ("keyDown", "keyUp"):
+                        page.send("Input.dispatchKeyEvent", type=kind, key="Enter", text="\r",
+                                  windowsVirtualKeyCode=13)
+                else:
+                    page.run("document.querySelector('%s').click()" % selector)
+                thread.join(10)
+                self.assertEqual(replies[0].status, status)
+                self.assertEqual(self.fake.count(CHAT), before + (status == 200))
+                page.wait_for("$('asks').hidden && document.title == 'copilot_proxy'")
+        self.check_quiet(page)
+
+    def test_two_wait_and_one_is_decided_elsewhere(self) -> None:
+        page = self.open(width=NARROW_PX, height=740)
+        self.wait_until_shown(page)
+        asked = [self.ask("number %d" % at) for at in range(2)]
+        page.wait_for("document.title == '(2) copilot_proxy'")
+        self.check_fits(page)
+        found = self.proxy.get("/approvals").json["approvals"]
+        self.proxy.post("/approvals/" + found[0]["id"], {"allow": False})
+        page.wait_for("document.title == '(1) copilot_proxy'")
+        self.assertIn(found[1]["text"], page.text())
+        self.assertNotIn(found[0]["text"], page.text())
+        page.run("document.querySelector('#asks button').click()")
+        for thread, _ in asked:
+            thread.join(10)
+        self.assertEqual(sorted(replies[0].status for _, replies in asked), [200, 403])
+        self.check_quiet(page)
+
+
+class Locked(PageCase):
+    """Where a key is needed the page asks for it, sends it as header, and keeps it in the tab."""
+    KEY = "made-up-operator-key"
+    settings = dict(api_key=(KEY,))
+
+    def enter_key(self, page: Page, key: str) -> None:
+        page.wait_for("!$('lock').hidden && document.activeElement === $('key')")
+        page.send("Input.insertText", text=key)
+        page.run("$('lock').querySelector('button').click()")
+
+    def test_the_key_is_asked_for_and_kept_in_the_tab(self) -> None:
+        page = self.open()
+        self.wait_for_text(page, "This server asks for a key")
+        self.assertNotIn("gpt-5.3-codex", page.text())
+        self.check_contrast(page)
+        self.shoot(page, "key")
+        self.enter_key(page, "wrong")
+        self.wait_for_text(page, "This key is not the right one")
+        self.enter_key(page, self.KEY)
+        self.wait_until_shown(page)
+        self.proxy.post("/v1/chat/completions", chat("a"), **{
+            "User-Agent": "one/1", "Authorization": "Bearer " + self.KEY})
+        self.wait_for_text(page, "one/1")                 # by events, with the key
+        self.assertTrue(page.run("$('lock').hidden"))
+        page.send("Page.reload")
+        page.wait_for("document.readyState == 'complete' && performance.now() < 30000")
+        self.wait_until_shown(page)
+        self.assertTrue(page.run("$('lock').hidden"))
+        self.assertNotIn(self.KEY, page.run("document.documentElement.outerHTML"))
+        self.assertEqual(page.run("Object.values(localStorage).join() + document.cookie"), "auto")
+        self.assertEqual([url for url in page.urls() if self.KEY in url], [])
+        self.assertEqual([c for c in page.complaints() if "401" not in c], [])
 
 
 if __name__ == "__main__":

@@ -582,7 +582,7 @@ class Reader:
 class EventTest(HistoryCase):
     settings = dict(no_history=False, keepalive_s=0.1, budget=1000.0)
 
-    def test_a_request_is_told_when_it_goes_up_and_at_its_end(self) -> None:
+    def test_a_request_is_told_when_it_goes_up_at_its_first_byte_and_its_end(self) -> None:
         self.enter(mock.patch.object(cp, "EVENT_LOOK_S", 0.02))
         with Reader(self.proxy) as reader:
             self.assertEqual(reader.of("hello")[0]["version"], cp.__version__)
@@ -600,7 +600,11 @@ class EventTest(HistoryCase):
             wait_until(lambda: self.fake.holding)
             self.fake.release()
             thread.join(10)
-            done = wait_until(lambda: reader.of("request")[1:])[0]
+            begun, done = wait_until(lambda: (lambda rows: len(rows) == 3 and rows)(
+                reader.of("request")))[1:]
+            self.assertEqual((begun["id"], begun["state"], begun["status"], begun["nano_aiu"]),
+                             (running["id"], "running", 200, None))
+            self.assertEqual(begun["first_ms"], done["first_ms"])
             self.assertEqual((done["id"], done["state"], done["status"], done["nano_aiu"]),
                              (running["id"], "done", 200, self.fake.told[-1][4]))
             self.assertEqual(self.stats()["running"], [])
