@@ -34,7 +34,7 @@ STDLIB = {"__future__", "argparse", "base64", "binascii", "calendar", "collectio
           "string", "struct", "subprocess", "sys", "tempfile", "textwrap", "threading", "time",
           "traceback", "types", "typing", "unicodedata", "urllib", "uuid", "webbrowser",
           "winreg", "zlib"}
-MAX_LINES, MAX_FUNCTION, MAX_COLUMNS, MAX_NESTING = 12000, 80, 100, 4
+MAX_LINES, MAX_FUNCTION, MAX_COLUMNS, MAX_NESTING = 11200, 80, 100, 4
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 NESTING = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try)
 
