@@ -364,17 +364,19 @@ def as_number(value: Any) -> float | None:
     return None
 
 _SECRET = re.compile(
-    r"gh[a-z]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|sk-copilot-[\w-]{4,}|tid=[^\s\"']+"
+    r"gh[oprstu]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|sk-copilot-[\w-]{4,}|tid=[^\s\"']+"
     r"|(?<=[Bb]earer )[^\s\"',]+|(?<=[Tt]oken )(?=[\w.]*[_\d])[\w.~+/=:;-]{8,}"
     r"|(?<=://)[^/\s\"']+(?=@)")
 
 #: one of these is in every secret: a look before the pattern is tried
-_SECRET_SIGNS = ("gh", "github_pat_", "sk-copilot-", "tid=", "earer ", "oken ", "://")
+_SECRET_SIGNS = ("ghu_", "gho_", "ghp_", "ghr_", "ghs_", "ght_", "github_pat_", "sk-copilot-",
+                 "tid=", "earer ", "oken ", "://")
 
 def redact(text: str) -> str:
     """`text` without tokens and URL passwords.  'Bearer ghu_abcd' -> 'Bearer [redacted]'."""
-    if any(sign in text for sign in _SECRET_SIGNS):
-        return _SECRET.sub("[redacted]", text)
+    for sign in _SECRET_SIGNS:
+        if sign in text:
+            return _SECRET.sub("[redacted]", text)
     return text
 
 def printable(text: str, limit: int = 200) -> str:
@@ -7129,13 +7131,14 @@ class Stats:
         self._lock = threading.Lock()
         self._counts: dict[str, dict[Any, int]] = collections.defaultdict(dict)
 
-    def count(self, group: str, amounts: Mapping[Any, int]) -> None:
+    def count(self, groups: Mapping[str, Mapping[Any, int]]) -> None:
         """At most MAX_NAMES different ones of a group: clients make up field names."""
         with self._lock:
-            counts = self._counts[group]
-            for name, amount in amounts.items():
-                if name in counts or len(counts) < MAX_NAMES:
-                    counts[name] = counts.get(name, 0) + amount
+            for group, amounts in groups.items():
+                counts = self._counts[group]
+                for name, amount in amounts.items():
+                    if name in counts or len(counts) < MAX_NAMES:
+                        counts[name] = counts.get(name, 0) + amount
 
     def group(self, name: str) -> dict[Any, int]:
         """{name: count}"""
@@ -7390,8 +7393,7 @@ class App:
             counts["estimate"] = row["estimate"]
         errors = int(row["error"] not in (None, "client_left"))
         for stats in sinks:
-            stats.count("tokens", tokens)
-            stats.count("totals", dict(counts, requests=1, errors=errors))
+            stats.count({"tokens": tokens, "totals": dict(counts, requests=1, errors=errors)})
         self.budget.spend(row)
         self.history.put(row)
         row["message"] = message or None               # not among the columns
@@ -7953,7 +7955,7 @@ class Exchange:
         app, log, row = self.app, self.app.log, self.row()
         sinks = [app.stats, self.account.stats] if self.account else [app.stats]
         for stats in sinks:
-            stats.count("requests", {(self.route, str(self.status)): 1})
+            stats.count({"requests": {(self.route, str(self.status)): 1}})
         for meter in self.meters:
             if meter.quotas and self.account:
                 app.see_quotas(self.account.id, "stream", meter.quotas)
@@ -9562,7 +9564,7 @@ def tell_losses(exchange: Exchange, losses: list[tuple[str, str]], repaired: Ite
         if names - told:
             exchange.headers[header] = ", ".join(sorted(names | told))
             exchange.app.log.debug("%s %s: %s", exchange.id, group, losses or repaired)
-            exchange.app.stats.count(group, dict.fromkeys(names - told, 1))
+            exchange.app.stats.count({group: dict.fromkeys(names - told, 1)})
 
 def refuse_websocket(exchange: Exchange) -> None:
     """Codex asks for a WebSocket first and falls back to HTTP when told so at once."""
