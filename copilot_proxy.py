@@ -1210,7 +1210,6 @@ class StreamRelay:
 
     def __init__(self, dialect: Dialect, asked: str, body: Json) -> None:
         self.dialect, self.asked = dialect, asked
-        self.usage: Usage | None = None
         self.ended = False
         self.failure: str | None = None
         self.on_final: Callable[[str, bytes], None] | None = None   # (id, frame of the whole)
@@ -1316,10 +1315,10 @@ class Dialect:
         return b"data: %b\n\n" % dumps(self.error_body(error, ""))
 
     # `prepare` makes a body fit for the upstream in place, raising BadRequest; `mend` mends a whole
-    # answer in place -> (was it changed, its token counts).  The others serve clients of models in
-    # another dialect: both ways between a body and neutral words, unknown fields are losses.
+    # answer in place -> was it changed?  The others serve clients of models in another dialect:
+    # both ways between a body and neutral words, unknown fields are losses.
     prepare: Callable[[Edit, Model], None]
-    mend: Callable[[Json, str], tuple[bool, Usage | None]]
+    mend: Callable[[Json, str], bool]
     decode_request: Callable[[Json], Request]
     read_tool: Callable[[Json, Request], None]
     encode_request: Callable[[Request, Model], Json]
@@ -2114,7 +2113,6 @@ class ChatStream(StreamRelay):
             self._template = raw[:at], raw[at + size:], out[:to], out[to + size:]
 
     def _mend_event(self, answer: Json, raw: bytes) -> bytes:
-        self.usage = openai_counts(answer) or self.usage
         try:
             delta = self._chunks.read(answer)
         except UpstreamError as error:
@@ -2210,7 +2208,7 @@ class ChatCompletions(Dialect):
         if not model.is_openai and cap and "max_tokens" not in body:
             edit.set(body, "max_tokens", cap)           # Claude and Gemini stop early without
 
-    def mend(self, answer: Json, asked: str) -> tuple[bool, Usage | None]:
+    def mend(self, answer: Json, asked: str) -> bool:
         choices = [c for c in as_list(answer.get("choices")) if isinstance(c, dict)]
         whole = (len(choices) == 1 and self._is_whole(choices[0]) and answer.get("model") == asked
                  and all(answer.get(key) for key in ("id", "object", "created")))
@@ -2225,7 +2223,7 @@ class ChatCompletions(Dialect):
         for key, value in (("id", "chatcmpl"), ("object", "chat.completion"), ("created", 0)):
             answer.setdefault(key, value)
         answer["model"] = asked
-        return not whole, openai_counts(answer)
+        return not whole
 
     @staticmethod
     def _is_whole(choice: Json) -> bool:
@@ -2538,19 +2536,17 @@ def drop_copilot_fields(answer: Json) -> None:
     for key in [k for k in answer if k.startswith("copilot_")]:
         del answer[key]
 
-def mend_response_usage(answer: Json) -> Usage | None:
-    """Fill what strict clients need (Codex: total_tokens) -> the counts, None if there are none."""
-    given = isinstance(answer.get("usage"), dict)
-    if not given and answer.get("status") not in ("completed", "incomplete"):
-        return None
-    usage: Json = answer["usage"] if given else {"input_tokens": 0, "output_tokens": 0}
-    answer["usage"] = usage
-    counts = Usage.from_openai(usage)
-    for key, usual in openai_usage(counts, "input", "output").items():
+def mend_response_usage(answer: Json) -> None:
+    """Fill what strict clients need (Codex: total_tokens)."""
+    if not isinstance(answer.get("usage"), dict):
+        if answer.get("status") not in ("completed", "incomplete"):
+            return
+        answer["usage"] = {"input_tokens": 0, "output_tokens": 0}
+    usage = answer["usage"]
+    for key, usual in openai_usage(Usage.from_openai(usage), "input", "output").items():
         if not isinstance(usage.get(key), type(usual)):
             usage[key] = usual
     usage["input_tokens_details"].setdefault("cache_write_tokens", 0)     # openai 3.52 insists
-    return counts if given else None
 
 class ResponsesStream(StreamRelay):
     """Response events with ids that stay: the upstream gives one item another id in every event,
@@ -2654,7 +2650,7 @@ class ResponsesStream(StreamRelay):
         for at, item in enumerate(output):
             if isinstance(item, dict):
                 mend_item(item, self._ids.get(at) or item_id(item, at))
-        self.usage = mend_response_usage(answer) or self.usage
+        mend_response_usage(answer)
 
     def _render(self, event: Json) -> bytes:
         given = event.get("sequence_number")
@@ -2731,10 +2727,9 @@ class Responses(Dialect):
                     edit.set(part, "detail", "high")
         return True
 
-    def mend(self, answer: Json, asked: str) -> tuple[bool, Usage | None]:
-        relay = ResponsesStream(self, asked, {})
-        relay.mend_response(answer)
-        return True, relay.usage
+    def mend(self, answer: Json, asked: str) -> bool:
+        ResponsesStream(self, asked, {}).mend_response(answer)
+        return True
 
     # -- to and from neutral words.  A turn of the assistant is a run of items, each text a message
     # -- item of its own; system turns at the head are `instructions`.
@@ -3194,13 +3189,10 @@ class MessagesStream(StreamRelay):
         kind = event.get("type")
         if kind == "message_start":
             message = as_object(event.get("message"))
-            self.usage = Usage.from_anthropic(as_object(message.get("usage")), self.usage)
             if message.get("model") != self.asked:
                 message["model"] = self.asked
                 return Frame("message_start", dumps(event)).encode()
-        if kind == "message_delta":
-            self.usage = Usage.from_anthropic(as_object(event.get("usage")), self.usage)
-        elif kind == "message_stop":
+        if kind == "message_stop":
             self.ended = True
         elif kind == "error":
             error = UpstreamError(str(as_object(event.get("error")).get("message") or "error"))
@@ -3387,11 +3379,10 @@ class Messages(Dialect):
         elif "temperature" in body and "top_p" in body and model.version >= (4, 5):
             edit.drop(body, "top_p", "not beside temperature")
 
-    def mend(self, answer: Json, asked: str) -> tuple[bool, Usage | None]:
+    def mend(self, answer: Json, asked: str) -> bool:
         changed = answer.get("model") != asked
         answer["model"] = asked
-        return changed, Usage.from_anthropic(answer["usage"]) if isinstance(
-            answer.get("usage"), dict) else None
+        return changed
 
     # -- to and from neutral words.  System turns at the head become `system`; `prepare` folds later
     # -- ones into the next user turn.
@@ -3733,7 +3724,7 @@ class Unwrapper:
 
 class TranslatedStream(StreamRelay):
     """StreamRelay's interface off the diagonal: upstream bytes of one dialect in, client bytes of
-    another out.  `usage` is known at the end."""
+    another out."""
 
     def __init__(self, client: Dialect, upstream: Dialect, request: Request) -> None:
         super().__init__(client, request.model, {})
@@ -3751,7 +3742,7 @@ class TranslatedStream(StreamRelay):
                 out.append(self._encoder.feed(event))
             if isinstance(event, StreamError):
                 self.failure = str(event.error)
-        self.usage, self.ended = self._decoder.usage, self._encoder.ended
+        self.ended = self._encoder.ended
         if self.on_final and self._encoder.final:
             self.on_final(*self._encoder.final)
             self._encoder.final = ()
@@ -3816,7 +3807,7 @@ class CompletionStream(StreamRelay):
 
     def _told(self, data: bytes) -> bytes:
         inner, out = self._inner, []
-        self.usage, self.ended, self.failure = inner.usage, inner.ended, inner.failure
+        self.ended, self.failure = inner.ended, inner.failure
         for raw in split_frames(data):
             value = loads(Frame.parse(raw).data) if raw.startswith(b"data: {") else {}
             if "choices" in value:
@@ -4415,19 +4406,19 @@ class Plan:
         return [turn for key in ("messages", "input") for turn in as_list(self.edit.body.get(key))
                 if isinstance(turn, dict)]
 
-    def read(self, data: bytes, is_stream: bool) -> tuple[bytes, Usage | None]:
-        """(the client's bytes for a whole answer, its token counts).  Raises UpstreamError."""
+    def read(self, data: bytes, is_stream: bool) -> bytes:
+        """The client's bytes for a whole answer.  Raises UpstreamError."""
         data = restore_names(data, self.edit.names)
         if not self.is_translated and not is_stream:
             self.answer = parse_answer(data)
             self.meter.take(self.answer)
-            changed, usage = self.client.mend(self.answer, self.request.model)
-            return dumps(self.answer) if changed else data, usage
+            changed = self.client.mend(self.answer, self.request.model)
+            return dumps(self.answer) if changed else data
         response = read_answer(self.upstream, data, is_stream, self.request, self.meter)
         if isinstance(self.pipeline, TranslatedStream):
-            return self.pipeline.tell(unfold(response)), response.usage
+            return self.pipeline.tell(unfold(response))
         self.answer = self.client.encode_response(response, self.request)
-        return dumps(self.answer), response.usage
+        return dumps(self.answer)
 
 # ---- Token estimate: text is cut as the o200k tokenizer cuts it, a piece of each kind has the
 # weight it had in measured texts, and the sum leans high.
@@ -9366,7 +9357,7 @@ def complete(dialect: Dialect, exchange: Exchange) -> None:
         exchange.hand_over(answer, plan.pipeline)
         return
     data = answer.read_all(exchange.client, timeout_s=exchange.app.settings.answer_timeout_s)
-    data, _ = plan.read(data, is_stream)
+    data = plan.read(data, is_stream)
     if plan.pipeline is not None and plan.is_translated:
         exchange.finish(data)
         return
@@ -9504,7 +9495,8 @@ def make_compaction(exchange: Exchange, body: Json, copilot: Copilot, model: Mod
         if found is None:
             break                                        # it was told already
         plan, answer = found
-        usage = plan.read(answer.read_all(exchange.client), plan.streams)[1]
+        plan.read(answer.read_all(exchange.client), plan.streams)
+        usage = Usage(*(plan.meter.counts.get(name, 0) for name in COUNTS[:5]))
         output = [as_object(item) for item in as_list(plan.answer.get("output"))]
         own = [item for item in output if item.get("type") in COMPACTIONS]
         if native and len(own) == 1 and own[0].get("encrypted_content"):
