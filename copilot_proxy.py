@@ -4621,10 +4621,12 @@ def drop_field(plan: Plan, path: str) -> bool:
     return bool(found)
 
 def clamp(plan: Plan, path: str, side: str, limit: str) -> bool:
-    """A number within the upstream's limit, the highest one or by these words the least."""
+    """A number within the upstream's limit, the highest one or by these words the least.  One
+    below zero is no wish at all: its sender is told."""
     sign = -1 if side in ("greater", ">=") else 1
     found = [(holder, key) for holder, key in places(plan.edit.body, path)
-             if isinstance(holder[key], (int, float)) and sign * (holder[key] - int(limit)) > 0]
+             if isinstance(holder[key], (int, float)) and holder[key] >= 0
+             and sign * (holder[key] - int(limit)) > 0]
     for holder, key in found:
         holder[key] = int(limit)
         plan.edit.lose(key, "the limit is " + limit)
