@@ -6268,8 +6268,9 @@ class Refreshed:
         self._retry_at = 0.0                  # monotonic
         self.error: ProxyError | None = None
 
-    def get(self, bad: Any = None) -> Any:
-        """The value; never the very object `bad`.  Raises what the fetch raised."""
+    def get(self, bad: Any = None, client: Downstream | None = None) -> Any:
+        """The value; never the very object `bad`.  Raises what the fetch raised.  While `client`
+        waits for a fetch other requests go on."""
         with self._changed:
             seen = self._attempts
             while True:
@@ -6282,6 +6283,8 @@ class Refreshed:
                                                       or early and not self._busy)
                 if failed and self.error is not None:
                     raise self.error.with_traceback(None)
+                if client is not None:
+                    client.pause()
                 if not self._busy:
                     break
                 self._changed.wait()
@@ -6410,7 +6413,7 @@ class Copilot:
         API version, 500/502/503/504/529 after a short pause on a fresh connection.  While a limit
         of the model or the account lasts nothing is sent."""
         self.check_limit(call.model)
-        token: CopilotToken = self.token.get()
+        token: CopilotToken = self.token.get(client=call.client)
         while True:
             try:
                 version = self._version or API_VERSIONS[0]
@@ -6511,7 +6514,7 @@ class Copilot:
     def _apply(self, cure: str, token: CopilotToken, version: str, status: int,
                client: Downstream | None) -> CopilotToken:
         if cure == "login":
-            return self.token.get(bad=token)           # type: ignore[no-any-return]
+            return self.token.get(token, client)       # type: ignore[no-any-return]
         if cure == "version":
             following = API_VERSIONS[(API_VERSIONS.index(version) + 1) % len(API_VERSIONS)]
             if (self._version or API_VERSIONS[0]) == version:    # else another call has moved on
@@ -6565,15 +6568,15 @@ class Copilot:
         catalogue: Catalogue = self.catalogue.get()
         return catalogue.models
 
-    def find_model(self, asked: str) -> Model:
+    def find_model(self, asked: str, client: Downstream | None = None) -> Model:
         """The model that `asked` means; an unknown name refreshes the list, once a minute at most.
         Raises BadRequest 404 that names the three nearest ids."""
         aliases = self._settings.aliases
-        catalogue: Catalogue = self.catalogue.get()
+        catalogue: Catalogue = self.catalogue.get(client=client)
         model = catalogue.find(asked, aliases)
         if model is None and time.monotonic() - catalogue.fetched_at >= CATALOGUE_RETRY_S:
             with contextlib.suppress(UpstreamError):
-                catalogue = self.catalogue.get(bad=catalogue)
+                catalogue = self.catalogue.get(catalogue, client)
             model = catalogue.find(asked, aliases)
         if model is None:
             near = nearest_ids(asked, catalogue.models)
@@ -9246,7 +9249,8 @@ def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
         if len(sessions) > MAX_SESSIONS:
             sessions.popitem(last=False)
     copilot, exchange.streamed = exchange.copilot(), body.get("stream") is True
-    exchange.used = with_login(exchange, copilot, lambda: copilot.find_model(asked))
+    exchange.used = with_login(exchange, copilot,
+                               lambda: copilot.find_model(asked, exchange.client))
     return copilot, exchange.used
 
 def with_login(exchange: Exchange, copilot: Copilot, work: Callable[[], Any]) -> Any:
@@ -9407,7 +9411,8 @@ def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: C
         call.path, call.headers, call.model = plan.upstream.path, plan.headers, model.id
         call.body = dumps(plan.edit.body) if plan.is_translated else fit_model(
             data, plan.edit, model.id)
-        if "Copilot-Vision-Request" in plan.headers and shed_images(plan.edit, len(call.body)):
+        if (len(call.body) > MAX_SENT_BYTES and "Copilot-Vision-Request" in plan.headers
+                and shed_images(plan.edit, len(call.body))):
             call.body = fit_model(data, plan.edit, model.id)
         tell_losses(exchange, plan.edit.losses, repaired)
         exchange.used, exchange.upstream_path = model, plan.upstream.path
@@ -9920,6 +9925,7 @@ def one_model(exchange: Exchange) -> None:
 def usage(exchange: Exchange) -> None:
     """The upstream's usage answer, whole."""
     app, copilot = exchange.app, exchange.copilot()
+    exchange.client.pause()
     answer: Json = with_login(
         exchange, copilot, lambda: app.github.fetch_usage(copilot.github_token))
     copilot.name = str(answer.get("login") or copilot.name)

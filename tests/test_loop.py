@@ -20,7 +20,7 @@ from unittest import mock
 
 from support import (DEADLINE_S, REQUESTS, Proxy, chat, cp, message, response, second_proxy,
                      wait_until)
-from fake_upstream import CHAT, Answer
+from fake_upstream import CHAT, EXCHANGE, Answer
 from test_relay import DELTAS, ENDINGS, PINGS, OpenStream, RelayCase, numbered, stream_text
 from test_server import RawClient, get, post, release, said
 
@@ -942,6 +942,16 @@ class BatonTest(LoopCase):
         baton.take()
         with mock.patch.object(cp, "BATON_S", 0.01):
             self.assertFalse(baton.take())
+
+    def test_a_token_that_is_being_fetched_keeps_nobody_waiting(self) -> None:
+        with mock.patch.object(cp, "BATON_S", 10 * DEADLINE_S), RawClient(self.proxy.port) as first:
+            self.fake.script(EXCHANGE, Answer(0, hold=True))
+            self.proxy.app.account.token.value = None
+            first.send(post(CHAT_PATH, chat("waits")))
+            wait_until(lambda: self.fake.holding == 1, "the token is being fetched")
+            self.assertEqual(200, self.proxy.get("/stats").status)
+            self.fake.release()
+            self.assertEqual(200, first.answer().status)
 
     def test_a_fault_does_not_keep_it(self) -> None:
         with mock.patch.object(cp, "BATON_S", 10 * DEADLINE_S):
