@@ -89,6 +89,9 @@ class Proxy:
         self._handler = _ListHandler(self.logs)
 
     def __enter__(self) -> Proxy:
+        for handler in list(self.app.log.handlers):      # of a command that ran in this process
+            if not isinstance(handler, _ListHandler):
+                self.app.log.removeHandler(handler)
         self.app.log.addHandler(self._handler)
         self.app.log.setLevel(logging.DEBUG)
         self.server.start(0.005)

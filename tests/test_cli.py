@@ -23,7 +23,7 @@ import unittest.mock
 from typing import Any, Iterator
 
 import support
-from support import (SCRIPT, Command, Reply, chat, clean_environment, message, response,
+from support import (SCRIPT, SLOW, Command, Reply, chat, clean_environment, message, response,
                      run_command, send, wait_until)
 import copilot_proxy as cp
 from fake_upstream import CHAT, EXCHANGE, MODELS, USAGE, USER, Answer, FakeUpstream, Token
@@ -385,6 +385,7 @@ class EndTest(CliCase):
         self.assertEqual(waiting.stop(signal.SIGINT), 130, waiting.output())
         self.assertNotIn("Traceback", waiting.output())
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_a_running_answer_gets_its_time_and_a_second_signal_ends_at_once(self) -> None:
         command = self.start("--grace", "3000")
         url = command.wait_for_url()
@@ -400,6 +401,7 @@ class EndTest(CliCase):
         command.process.send_signal(signal.SIGINT)
         self.assertEqual(command.wait(5), 130)
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_a_running_answer_is_finished_before_the_end(self) -> None:
         command = self.start("--grace", "3000")
         url = command.wait_for_url()
@@ -1062,12 +1064,14 @@ class SecureProxyTest(unittest.TestCase):
         self.assertIn("api.octo.ghe.com", output)
         self.assertEqual(self.fake.requests, [])
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_variables_of_other_tools_name_the_file_as_well(self) -> None:
         for name in ("SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS"):
             with self.subTest(name=name):
                 code, output = self.run_models("--tls-relaxed", **{name: self.ca})
                 self.assertEqual(code, 0, output)
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_the_users_file_is_added_to_the_systems(self) -> None:
         def count(settings: cp.Settings, **env: str) -> int:
             with tempfile.TemporaryDirectory() as home, unittest.mock.patch.dict(
@@ -1103,6 +1107,7 @@ class SecureProxyTest(unittest.TestCase):
         self.addCleanup(via.__exit__)
         return via
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_a_tenants_direct_mode_keeps_the_token_in_the_tenant(self) -> None:
         self.fake.direct = True
         code, output = self.run_models("--ca-file", self.ca)
@@ -1110,6 +1115,7 @@ class SecureProxyTest(unittest.TestCase):
         self.assertLessEqual({target for _, target in self.via.seen},
                              {"api.octo.ghe.com:443", "copilot-api.octo.ghe.com:443"})
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_a_tenant_that_names_no_host_gets_its_own(self) -> None:
         token = "tid=7;st=dotcom:0f"
         self.fake.tokens[token] = Token(self.fake.url, "ghu_fake", self.fake.now() + 1800, 9)

@@ -836,6 +836,7 @@ class FinishTest(LoopCase):
         self.addCleanup(thread.join, 5)
         return thread
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_everything_at_once(self) -> None:
         with second_proxy(self, keepalive_s=0.1) as proxy:            # type: ignore[arg-type]
             idle = [self.client(proxy) for _ in range(20)]

@@ -159,6 +159,7 @@ class CompanyTest(unittest.TestCase):
         self.assertNotIn("pa%20ss", output)
         self.assertNotIn("ghu_fake", output)
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_a_proxy_that_wants_a_login_says_how_to_give_it(self) -> None:
         via = self.proxy(login="user:pa ss", certificate=self.good)
         walk = self.told("write user:password@ before its host in HTTPS_PROXY",
@@ -167,6 +168,7 @@ class CompanyTest(unittest.TestCase):
         self.assertIn("TCP   127.0.0.1 port", walk)
         self.assertNotIn("wrong", walk)
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_ntlm_and_negotiate_name_a_helper(self) -> None:
         words = ("only a Windows login", "run px or cntlm on this machine and set "
                  "HTTPS_PROXY=http://127.0.0.1:3128")
@@ -178,18 +180,21 @@ class CompanyTest(unittest.TestCase):
             refused.logins = logins
             self.assertIn(said, str(cp.explain_connect_error(refused, TENANT, True)))
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_a_proxy_that_forbids_the_host_or_is_none(self) -> None:
         via = self.proxy(garbage=refusal(status="403 Forbidden by policy"))
         self.told("403 Forbidden by policy", "ask for", HTTPS_PROXY=via.url())
         via = self.proxy(garbage=b"SSH-2.0-OpenSSH_9.6\r\n\r\n")
         self.told("no HTTP proxy answers there", "look at HTTPS_PROXY", HTTPS_PROXY=via.url())
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_an_unknown_ca_asks_for_its_file(self) -> None:
         via = self.proxy(certificate=self.good)
         walk = self.told("--ca-file FILE with your company's root certificate",
                          HTTPS_PROXY=via.url())
         self.assertIn("TLS   FAILED: ", walk)
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_a_ca_without_key_identifiers_asks_for_the_relaxed_check(self) -> None:
         via = self.proxy(certificate=self.bare)
         env = {"HTTPS_PROXY": via.url(), "SSL_CERT_FILE": self.ca}
@@ -201,10 +206,12 @@ class CompanyTest(unittest.TestCase):
         self.assertEqual(code, 0, output)            # the user's own file is trusted as it is
 
     @unittest.skipIf(sys.version_info < (3, 13), "Python checks so strictly from 3.13 on")
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_python_itself_is_strict(self) -> None:
         via = self.proxy(certificate=self.bare)
         self.told("use --tls-relaxed", light=False, HTTPS_PROXY=via.url(), SSL_CERT_FILE=self.ca)
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_a_captive_portal_is_named_by_its_certificate_or_its_page(self) -> None:
         via = self.proxy(certificate=self.other)
         self.told("a captive portal or a filter answers", "sign in there",
@@ -216,6 +223,7 @@ class CompanyTest(unittest.TestCase):
             self.told("answers with a web page", "captive portal", args=("--ca-file", self.ca),
                       HTTPS_PROXY=via.url())
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_an_error_page_of_github_is_not_taken_for_a_portal(self) -> None:
         portal = WebPage("503 Service Unavailable")
         self.addCleanup(portal.close)
@@ -226,12 +234,14 @@ class CompanyTest(unittest.TestCase):
         self.assertIn("503", output)
         self.assertNotIn("portal", output)
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_unreachable_dns(self) -> None:
         with unittest.mock.patch.object(socket, "getaddrinfo", side_effect=socket.gaierror(
                 -3, "Temporary failure in name resolution")):
             walk = self.told("no DNS or no network; behind a company proxy set HTTPS_PROXY")
         self.assertIn("DNS   FAILED: cannot find the host octo.ghe.com", walk)
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_a_port_that_nothing_serves_and_a_silent_firewall(self) -> None:
         self.told("cannot connect to api.octo.ghe.com through the proxy",
                   HTTPS_PROXY="http://127.0.0.1:1")
@@ -241,6 +251,7 @@ class CompanyTest(unittest.TestCase):
                              HTTPS_PROXY="http://127.0.0.1:1")
         self.assertIn("TCP   FAILED: ", walk)
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_a_pac_script_is_named_as_not_supported(self) -> None:
         for value in ("http://wpad.example.test/proxy.pac", "http://x.test/wpad.dat",
                       "pac+http://x.test/p"):
@@ -249,6 +260,7 @@ class CompanyTest(unittest.TestCase):
             self.assertIn("is a PAC script", output)
             self.assertIn("set HTTPS_PROXY=http://host:port", output)
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_windows_own_pac_setting_is_told(self) -> None:
         registry = types.SimpleNamespace(
             HKEY_CURRENT_USER=1, OpenKey=lambda *key: contextlib.nullcontext(key),
@@ -279,6 +291,7 @@ class PlatformTest(unittest.TestCase):
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30)
             return done.returncode, done.stdout.decode("utf-8", "replace")
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_without_ssl_it_says_so_and_plain_http_works(self) -> None:
         code, output = self.run_python("models", "-g", "ghu_fake", without=("ssl", "_ssl"))
         self.assertEqual(code, 2, output)

@@ -447,6 +447,7 @@ class CousinTest(Posting):
         self.assertIn(words, reply.json["error"]["message"])
         self.assertLessEqual(calls, 1 if "accessible" not in words else cp.MAX_CALLS)
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_the_same_words_about_nothing_are_told(self) -> None:
         for case in CASES:
             if case.refusal is None:
@@ -775,6 +776,7 @@ class HiccupTest(Posting):
         first, second = [r.connection for r in self.fake.requests if r.path == CHAT][-2:]
         self.assertGreater(second, first)
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_a_request_that_was_cut_while_it_was_sent_is_sent_again(self) -> None:
         self.fake.script(CHAT, Answer(drop="before", reset=True))
         reply = self.proxy.post("/v1/chat/completions", chat("@@events=1@@" + "x" * (12 << 20)))

@@ -855,6 +855,7 @@ class ImagesTest(ProxyCase):
                 "messages": {"type": "image", "source": {
                     "type": "base64", "media_type": "image/png", "data": data}}}[dialect]
 
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
     def test_the_oldest_images_give_way_when_the_body_grows_too_large(self) -> None:
         for client, upstream in [(name, name) for name in ONLY] + [("chat", "messages")]:
             # the client's spelling of the model is mended, too
