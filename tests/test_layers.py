@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import gc
 import os
 import re
 import subprocess
@@ -157,6 +158,7 @@ def length(node: Any) -> int:
 
 
 SOURCE = Source()
+gc.freeze()                 # the collector need not walk that tree during all other tests
 FUNCTIONS_HERE = list(functions(SOURCE.tree))
 #: statement of the module -> the global names it reads
 READS = {statement: list(names_read(statement)) for statement in SOURCE.tree.body}
