@@ -148,6 +148,7 @@ MAX_HEADER_FIELDS = 128
 MAX_BODY_BYTES = 32 * 1024 * 1024        # as the upstream's own services use
 MAX_ERROR_BYTES = 64 * 1024
 MAX_ERROR_TEXT = 2000                    # characters of an upstream message that are passed on
+MAX_SAID = 700                           # of it are looked through for what can be repaired
 MAX_ANSWER_BYTES = 256 * 1024 * 1024     # a whole body that must be looked at
 MAX_FRAME_BYTES = 32 * 1024 * 1024       # one server-sent event
 MAX_CHUNK_LINE_BYTES = 1024
@@ -4786,6 +4787,7 @@ class Memory:
     def repair(self, plan: Plan, error: ProxyError) -> bool:
         """Change a refused plan so that it can be asked again; False: no row knows how."""
         said = "code=%s param=%s %s" % (error.code or "", error.param or "-", error)
+        said = said[:MAX_SAID]                               # patterns may look far ahead
         for repair in REPAIRS if isinstance(error, UpstreamError) and error.answered else ():
             fits, before = error.status in repair.statuses, len(plan.repaired)
             for found in re.finditer(repair.pattern, said) if fits else ():
@@ -5238,7 +5240,7 @@ class KeyFile:
             known = os.stat(self.path)
             stamp: Any = (known.st_mtime_ns, known.st_size, known.st_ino)
         except OSError as error:
-            stamp = None if isinstance(error, FileNotFoundError) else 0
+            stamp = None if error.errno in (errno.ENOENT, errno.ENOTDIR) else 0
         if stamp != self._stamp:
             with self._lock:
                 self._read(stamp)

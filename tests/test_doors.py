@@ -146,6 +146,12 @@ class KeyFileTest(FolderCase):
     def file(self, *given: str, host: str = "github.com") -> Any:
         return cp.KeyFile(self.path("data", "proxy_accounts.json"), host, given)
 
+    def test_a_folder_below_a_plain_file_is_no_500_in_each_request(self) -> None:
+        with open(self.path("data"), "w") as file:
+            file.write("in the way")
+        keys = cp.KeyFile(os.path.join(self.path("data"), "below", "k.json"), "github.com", ())
+        self.assertEqual(keys.all(), [])
+
     def test_it_is_private_and_holds_no_key(self) -> None:
         keys = self.file("auto")
         made = keys.add("made-up-key-1")

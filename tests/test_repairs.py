@@ -9,7 +9,8 @@ import re
 import threading
 import time
 import unittest
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, List, NamedTuple, Optional
+from unittest import mock
 
 from support import SLOW, Proxy, ProxyCase, Reply, TestClock, chat, message, response
 import copilot_proxy as cp
@@ -462,6 +463,17 @@ class CousinTest(Posting):
                         reply = self.proxy.post(PATHS[client], make("hi", stream=stream))
                         self.check(client, reply, error, case.refusal.status,
                                    self.calls(self.fake) - before)
+
+    def test_a_long_refusal_is_not_looked_through_to_its_end(self) -> None:
+        """10 kB of quotes took 8 s."""
+        seen: List[int] = []
+        with mock.patch.object(cp.re, "finditer", lambda pattern, text, *more: seen.append(
+                len(text)) or iter(())):
+            error = cp.UpstreamError("x" * 2000, 400)
+            error.answered = True
+            plan = mock.Mock(repaired=[], lessons=[])
+            self.assertFalse(cp.Memory().repair(plan, error))
+        self.assertTrue(seen and max(seen) <= cp.MAX_SAID)
 
     def refuse_all(self, refusal: Refuse) -> None:
         def refuse(ask: Ask) -> None:
