@@ -3903,7 +3903,7 @@ def pair_calls(edit: Edit, dialect: Dialect) -> None:
         return                                           # `prepare` says what is wrong with it
     items: list[Json] = []
     for item in _in_order(steps, dialect, edit):
-        if dialect is MESSAGES and items and item.get("role") == "user" == items[-1]["role"]:
+        if dialect is MESSAGES and items and item.get("role") == "user" == items[-1].get("role"):
             blocks = _as_blocks(items[-1].get("content")) + _as_blocks(item.get("content"))
             items[-1] = {"role": "user", "content": blocks}
         elif item:

@@ -164,6 +164,12 @@ def strings(value: Any) -> Iterator[str]:
 class PairingTest(unittest.TestCase):
     """Seeded histories, shuffled and mutated."""
 
+    def test_a_turn_without_a_role_between_calls_is_no_key_error(self) -> None:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [
+            {"type": "tool_use", "id": "t1", "name": "f", "input": {}}]},
+            {"type": []}, {"role": "user", "content": [{"type": "text", "text": "b"}]}]
+        cp.pair_calls(cp.Edit({"model": "m", "messages": turns}), cp.MESSAGES)
+
     def test_healthy_histories_stay_as_they_are(self) -> None:
         for dialect in UPSTREAMS:
             for seed in SEEDS:
