@@ -6565,9 +6565,9 @@ class Copilot:
         self._log.debug("catalogue: %d models", len(models))
         return Catalogue(time.monotonic(), list(models.values()))
 
-    def models(self) -> list[Model]:
+    def models(self, client: Downstream | None = None) -> list[Model]:
         """The catalogue, at most 10 minutes old if it can be had, else the last one."""
-        catalogue: Catalogue = self.catalogue.get()
+        catalogue: Catalogue = self.catalogue.get(client=client)
         return catalogue.models
 
     def find_model(self, asked: str, client: Downstream | None = None) -> Model:
@@ -7045,8 +7045,9 @@ class Budget:
         session, limit = session or "-", as_number(wish)
         if wish is not None and (limit is None or limit < 0):
             raise BadRequest("x-copilot-proxy-budget: say how many credits this session may spend")
-        if limit is not None and len(self._limits) < MAX_SESSIONS:
-            self._limits[session] = limit
+        with self._lock:
+            if limit is not None and (session in self._limits or len(self._limits) < MAX_SESSIONS):
+                self._limits[session] = limit
         if not self.loaded.wait(BUDGET_WAIT_S):
             self.loaded.set()                          # a locked file delays nobody else
         for line in self._lines():
@@ -7783,7 +7784,7 @@ class Exchange:
         self.is_same_origin = True           # no page of another origin has sent it
         self.caller = STRANGER
         self.account: Account | None = None  # that serves it, once known
-        self.has_slot = False                # of App.gate
+        self.is_admitted = self.has_slot = False     # by all limits; of App.gate
         self.dialect: Dialect = MESSAGES if self.path.startswith("/messages") else CHAT
         self.body = b""
         self.headers: Headers = {}           # to be added to the answer
@@ -8536,8 +8537,9 @@ class Handler(socketserver.BaseRequestHandler):
         return False
 
     def _refuse(self, exchange: Exchange, error: ProxyError) -> None:
-        if exchange.started:
-            exchange.keep_alive = False              # too late to say so
+        if exchange.started:                         # too late to say so, but not to note it
+            exchange.failure, exchange.error = str(error), error.code or error.types()[0]
+            exchange.keep_alive = False
             return
         try:
             exchange.fail(error)
@@ -9294,7 +9296,8 @@ def upstream_headers(exchange: Exchange, client: Dialect, upstream: Dialect, bod
     return headers
 
 def admit(exchange: Exchange, body: Json, model: Model) -> None:
-    """Budget, limits and approval by hand.  Raises RateLimited, BadRequest, ClientGone."""
+    """Budget, limits and approval by hand, once for a request however many calls it takes.
+    Raises RateLimited, BadRequest, ClientGone."""
     app, headers, who = exchange.app, exchange.head.headers, \
         exchange.caller.key_id or exchange.address
     app.budget.admit(exchange.session or exchange.agent, headers.get("x-copilot-proxy-budget"))
@@ -9310,6 +9313,7 @@ def admit(exchange: Exchange, body: Json, model: Model) -> None:
     text = text_of(last.get("content")) or text_of(body.get("input"))
     app.approval.ask(exchange.client, client=headers.get("user-agent", "an unnamed client")[:200],
                      account=exchange.copilot().name, model=model.id, text=text[:200])
+    exchange.is_admitted = True
     if app.events.readers:
         app.events.tell("request", dict(shown(exchange.row()), state="running"))
 
@@ -9364,6 +9368,8 @@ def complete(dialect: Dialect, exchange: Exchange) -> None:
     if plan.pipeline is not None and (is_stream or exchange.started):
         exchange.hand_over(answer, plan.pipeline)
         return
+    if not plan.is_translated:                     # a whole answer: no keep-alive before it
+        exchange.client.ping = lambda: None
     data = answer.read_all(exchange.client, timeout_s=exchange.app.settings.answer_timeout_s)
     data = plan.read(data, is_stream)
     if plan.pipeline is not None and plan.is_translated:
@@ -9405,7 +9411,7 @@ def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: C
                 exchange.app.settings.answer_timeout_s)
     plan: Plan | None = None
     repaired: list[str] = []
-    repairs, admitted = 0, False
+    repairs = 0
     while True:
         plan = plan or make_plan(exchange, client, body, copilot, model, repaired)
         if plan is None:
@@ -9420,9 +9426,8 @@ def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: C
         exchange.used, exchange.upstream_path = model, plan.upstream.path
         exchange.initiator = plan.headers["X-Initiator"]
         exchange.route = "translated" if plan.is_translated else "passthrough"
-        if not admitted:
+        if not exchange.is_admitted:
             admit(exchange, plan.edit.body, model)
-        admitted = True
         exchange.log_body("sent", call.body)
         if plan.pipeline is not None:
             plan.pipeline.on_final = keep
@@ -9497,7 +9502,7 @@ def make_compaction(exchange: Exchange, body: Json, copilot: Copilot, model: Mod
         asked = compaction_request(body, native)
         try:
             found = ask(exchange, RESPONSES, asked, dumps(asked), copilot, model)
-        except UpstreamError as error:
+        except (UpstreamError, BadRequest) as error:     # the latter of a --fallback without it
             if native and error.status in (400, 404, 422):
                 continue
             raise
@@ -9512,7 +9517,8 @@ def make_compaction(exchange: Exchange, body: Json, copilot: Copilot, model: Mod
             return dict(own[0], type="compaction"), usage
         text = "\n\n".join(text_of(item.get("content")) for item in output).strip()
         if text and not native:
-            copilot.memory.refused.update([refusal] if can else ())
+            if can and exchange.used is model:
+                copilot.memory.refused.add(refusal)
             return {"type": "compaction",
                     "encrypted_content": pack_opaque("compaction", None, text)}, usage
     raise UpstreamError("the model gave no summary of the conversation")
@@ -9521,7 +9527,7 @@ def fall_back(exchange: Exchange, copilot: Copilot, model: Model, error: ProxyEr
               ) -> Model | None:
     """The model of --fallback where a quota is used up, told in header and log; else None."""
     name, headers, other = exchange.app.settings.fallback, exchange.headers, model
-    if name and is_quota(error) and "x-copilot-proxy-fallback" not in headers:
+    if name and is_quota(error):
         with contextlib.suppress(ProxyError):
             other = copilot.find_model(name)
     if other.id == model.id:
@@ -9907,7 +9913,7 @@ def models(exchange: Exchange) -> None:
     """The models meant for users; `?all=1` shows hidden and disabled ones, too.  Codex asks with
     `client_version` and takes an empty `models` as: use your own list."""
     copilot = exchange.copilot()
-    found = with_login(exchange, copilot, copilot.models)
+    found = with_login(exchange, copilot, lambda: copilot.models(exchange.client))
     shown = [m for m in found if m.is_listed or exchange.parameter("all") not in (None, "0")]
     data = [model_entry(m) for m in shown if m.kind in ("chat", "embeddings")]
     answer: Json = {"object": "list", "data": data, "has_more": False,
@@ -9921,7 +9927,8 @@ def one_model(exchange: Exchange) -> None:
     """One entry of the list; any spelling that finds a model will do."""
     exchange.dialect = MESSAGES if "anthropic-version" in exchange.head.headers else CHAT
     copilot = exchange.copilot()
-    model = with_login(exchange, copilot, lambda: copilot.find_model(exchange.argument))
+    model = with_login(exchange, copilot,
+                       lambda: copilot.find_model(exchange.argument, exchange.client))
     exchange.reply_json(dict(model_entry(model), id=exchange.argument))
 
 def usage(exchange: Exchange) -> None:
