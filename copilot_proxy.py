@@ -4056,60 +4056,137 @@ def fit_names(edit: Edit, calls: list[Json]) -> None:
             edit.names[dumps(short)] = dumps(name)
             edit.set(tool, "name", short)
 
+# ---- Schemas of tools for Gemini ----
+
 _GEMINI_WORDS = (
     "type", "description", "title", "nullable", "enum", "items", "properties", "format", "required",
     "minimum", "maximum", "minItems", "maxItems", "minLength", "maxLength", "pattern")
-_GEMINI_FORMATS = ("date-time", "enum", "int32", "int64", "float", "double", None)
-MAX_SCHEMA_DEPTH, MAX_SCHEMA_PIECES = 40, 20_000         # schemas may name themselves
+_GEMINI_FORMATS = ("date-time", "enum", "int32", "int64", "float", "double")
+_JSON_TYPES = {int: "integer", float: "number", bool: "boolean"}
+MAX_SCHEMA_DEPTH, MAX_SCHEMA_PIECES = 40, 20_000         # schemas may refer to themselves
 
-def gemini_schema(schema: Any, root: Json, left: list[int], depth: int = 0) -> Json:
-    """A tool's schema in the words that Gemini knows, references put in.  root: where they lead;
-    left: [how many pieces may still be looked at]."""
-    node = as_object(schema)
-    while isinstance(node.get("$ref"), str) and left[0] > 0:
-        left[0] -= 1
-        path = node["$ref"].strip("#/").split("/")
-        found = functools.reduce(lambda at, name: as_object(at.get(name)), path, root)
-        node = dict(found, **{k: v for k, v in node.items() if k != "$ref"})
-    left[0] -= 1
-    if depth > MAX_SCHEMA_DEPTH or left[0] <= 0:
-        return {"type": "object", "properties": {}}
-    inner = functools.partial(gemini_schema, root=root, left=left, depth=depth + 1)
-    kinds = node["type"] if isinstance(node.get("type"), list) else [node.get("type")]
-    choices = as_list(node.get("anyOf") or node.get("oneOf"))
-    plain = [inner(choice) for choice in choices if as_object(choice).get("type") != "null"]
-    out = {k: v for k, v in node.items() if k in _GEMINI_WORDS and k != "type"}
-    out.update(given(type=next((k for k in kinds if isinstance(k, str) and k != "null"), None),
-                     nullable=True if "null" in kinds or len(plain) < len(choices) else None))
-    for part in list(map(inner, as_list(node.get("allOf")))) + plain * (len(plain) == 1):
+class GeminiSchema:
+    """Rewrites one tool's JSON schema in the words that Gemini knows.
+
+    Gemini takes a subset of OpenAPI: no `$ref`, `allOf`, `oneOf`, `const` or lists of types, and
+    `enum` for strings only.  What it has no word for is expressed with the words it has, or goes
+    into the description.  Schemas may be recursive, so depth and number of nodes are bounded; what
+    lies beyond becomes an empty object."""
+
+    def __init__(self, root: Json) -> None:
+        self._root = root                     # where references point to
+        self._nodes_left = MAX_SCHEMA_PIECES
+
+    def convert(self, schema: Any, depth: int = 0) -> Json:
+        """{"$ref": "#/$defs/a"} -> {"type": "string", ...}; `schema` itself stays as it is."""
+        node = self._resolve(as_object(schema))
+        self._nodes_left -= 1
+        if depth > MAX_SCHEMA_DEPTH or self._nodes_left <= 0:
+            return {"type": "object", "properties": {}}
+
+        listed = node.get("anyOf") or node.get("oneOf")
+        choices = [self.convert(choice, depth + 1) for choice in as_list(listed)
+                   if as_object(choice).get("type") != "null"]
+        merged = [self.convert(part, depth + 1) for part in as_list(node.get("allOf"))]
+        out = self._plain_words(node, is_nullable=len(choices) < len(as_list(listed)))
+        for part in merged + (choices if len(choices) == 1 else []):
+            out = self._merge(out, part)
+
+        # beside properties, the choices only vary what is required
+        if len(choices) > 1 and "properties" not in out:
+            about = {key: out[key] for key in ("description", "nullable") if key in out}
+            return dict(about, anyOf=choices)
+
+        self._list_values(node, out)
+        if out.get("format") not in _GEMINI_FORMATS:
+            out.pop("format", None)
+        self._fill(out, depth)
+        return out
+
+    def _resolve(self, node: Json) -> Json:
+        """The node with its reference replaced by what it points to; its own words win."""
+        while isinstance(node.get("$ref"), str) and self._nodes_left > 0:
+            self._nodes_left -= 1
+            target = self._root
+            for name in node["$ref"].strip("#/").split("/"):
+                target = as_object(target.get(name))
+            own = {key: value for key, value in node.items() if key != "$ref"}
+            node = dict(target, **own)
+        return node
+
+    @staticmethod
+    def _plain_words(node: Json, is_nullable: bool) -> Json:
+        """The words that Gemini knows; of a list of types the first that is not null."""
+        out = {key: value for key, value in node.items() if key in _GEMINI_WORDS and key != "type"}
+        kinds = as_list(node.get("type")) or [node.get("type")]
+        named = [kind for kind in kinds if isinstance(kind, str) and kind != "null"]
+        if named:
+            out["type"] = named[0]
+        if is_nullable or "null" in kinds:
+            out["nullable"] = True
+        return out
+
+    @staticmethod
+    def _merge(out: Json, part: Json) -> Json:
+        """Both schemas at once; where they differ `out` wins."""
         properties = dict(as_object(part.get("properties")), **as_object(out.get("properties")))
         required = as_list(part.get("required")) + as_list(out.get("required"))
-        out = dict(part, **out)
+        merged = dict(part, **out)
         if properties:
-            out.update(properties=properties, required=required)
-    if len(plain) > 1 and "properties" not in out:       # else they only vary what is required
-        return dict({k: out[k] for k in ("description", "nullable") if k in out}, anyOf=plain)
-    words = {int: "integer", float: "number", bool: "boolean"}
-    options = as_list(out.pop("enum", None))
-    options = [node["const"]] if "const" in node else options
-    kind = out.setdefault("type", "object" if "properties" in out else "array" if "items" in out
-                          else words.get(type(options[0]), "string") if options else "string")
-    shown = [option for option in options if isinstance(option, str) and option]
-    if shown and kind == "string":                       # only strings can be listed
-        out["enum"] = shown
-    elif options:
-        out["description"] = "%s One of %s." % (out.get("description", ""), dumps(options).decode())
-    if out.get("format") not in _GEMINI_FORMATS:
-        del out["format"]
-    items, properties, required = (out.pop(k, None) for k in ("items", "properties", "required"))
-    if kind == "array":
-        items = items[0] if isinstance(items, list) and items else items
-        out["items"] = inner(items) if as_object(items) else {"type": "string"}
-    elif kind == "object":
-        out["properties"] = {k: inner(v) for k, v in as_object(properties).items()}
-        named = [n for n in as_list(required) if isinstance(n, str) and n in out["properties"]]
-        out.update(given(required=list(dict.fromkeys(named)) or None))
-    return out
+            merged.update(properties=properties, required=required)
+        return merged
+
+    @staticmethod
+    def _list_values(node: Json, out: Json) -> None:
+        """Only strings can be listed; other values are named in the description."""
+        options = as_list(out.pop("enum", None))
+        if "const" in node:
+            options = [node["const"]]
+        if "type" not in out:
+            out["type"] = GeminiSchema._guess_type(out, options)
+        if not options:
+            return
+
+        words = [option for option in options if isinstance(option, str) and option]
+        if words and out["type"] == "string":
+            out["enum"] = words
+        else:
+            about = out.get("description") or ""
+            out["description"] = f"{about} One of {dumps(options).decode()}.".lstrip()
+
+    @staticmethod
+    def _guess_type(out: Json, options: list[Any]) -> str:
+        """The type that a schema without one must mean."""
+        if "properties" in out:
+            return "object"
+        if "items" in out:
+            return "array"
+        if options:
+            return _JSON_TYPES.get(type(options[0]), "string")
+        return "string"
+
+    def _fill(self, out: Json, depth: int) -> None:
+        """Convert what an array or object holds; Gemini insists on `items` and `properties`."""
+        items = out.pop("items", None)
+        properties = out.pop("properties", None)
+        required = out.pop("required", None)
+
+        if out["type"] == "array":
+            if isinstance(items, list) and items:       # a tuple: one schema must do for all
+                items = items[0]
+            is_given = bool(as_object(items))
+            out["items"] = self.convert(items, depth + 1) if is_given else {"type": "string"}
+        elif out["type"] == "object":
+            inner = {name: self.convert(value, depth + 1)
+                     for name, value in as_object(properties).items()}
+            out["properties"] = inner
+            named = [name for name in as_list(required) if isinstance(name, str) and name in inner]
+            if named:
+                out["required"] = list(dict.fromkeys(named))
+
+def gemini_schema(schema: Json) -> Json:
+    """A tool's schema in the words that Gemini knows, references put in."""
+    return GeminiSchema(schema).convert(schema)
 
 # ---- The prompt cache, images ----
 
@@ -4252,7 +4329,7 @@ def fit_body(edit: Edit, upstream: Dialect, model: Model) -> None:
         function = as_object(as_object(tool).get("function"))
         schema = as_object(function.get("parameters"))
         if schema:
-            edit.set(function, "parameters", gemini_schema(schema, schema, [MAX_SCHEMA_PIECES]))
+            edit.set(function, "parameters", gemini_schema(schema))
 
 def translate_request(client: Dialect, upstream: Dialect, body: Json, model: Model
                       ) -> tuple[Edit, Request]:
