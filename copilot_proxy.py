@@ -99,7 +99,19 @@ import urllib.request
 import zlib
 from dataclasses import dataclass, field, replace
 from http.server import ThreadingHTTPServer
-from typing import Any, Callable, ClassVar, Container, Dict, Iterable, Iterator, Mapping, Protocol
+from typing import (
+    Any,
+    Callable,
+    ClassVar,
+    Container,
+    Dict,
+    Iterable,
+    Iterator,
+    Mapping,
+    NamedTuple,
+    Protocol,
+    Sequence,
+)
 
 __version__ = "0.1.0"
 __all__ = ["DIALECTS", "App", "BodyDecoder", "Model", "ProxyError", "SSEDecoder", "Settings",
@@ -506,6 +518,10 @@ class Model:
         return self.vendor == "Anthropic" or self.id.startswith("claude")
 
     @property
+    def is_gemini(self) -> bool:
+        return self.vendor == "Google" or self.id.startswith("gemini")
+
+    @property
     def is_listed(self) -> bool:
         """Shown by default: embeddings, and chat models that are meant for users and allowed."""
         return self.kind == "embeddings" or (self.kind == "chat" and self.picker
@@ -680,6 +696,7 @@ class Request:
     output_tool: set when a forced call stands for `output_schema`, see `Unwrapper`."""
     model: str
     dialect: str = field(default="", compare=False)
+    turns_key: str = field(default="messages", compare=False)    # in the client's body
     now: int = field(default=0, compare=False)
     key: str = field(default="", compare=False)
     turns: list[Turn] = field(default_factory=list)
@@ -1293,10 +1310,31 @@ class StreamRelay:
         self.ended, self.failure = True, str(error)
         return self._error(error)
 
+#: fields that both of OpenAI's shapes have under the same name
+OPENAI_FIELDS = ("metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+                 "top_logprobs")
+
+INTERRUPTED = "The tool call was interrupted: there is no result."
+ORPHAN = "[result of a tool call that is not part of this conversation]\n"
+
+class ToolStep(NamedTuple):
+    """One piece of a conversation, as far as tool calls and their results are concerned.
+    calls: ids of the calls in it; answers: id of the call whose result it is; may_stand_between:
+    such a piece may come between a call and its result."""
+    item: Json
+    calls: Sequence[str] = ()
+    answers: str | None = None
+    may_stand_between: bool = False
+
 class Dialect:
-    """What the three have in common.  Stateless; the state of a stream lives in its StreamRelay."""
+    """What all dialects have in common.  Stateless: a stream's state lives in its StreamRelay."""
     name = ""
     path = ""                         # of the upstream, as in `supported_endpoints`
+    turns_key = "messages"            # where a request's body holds the conversation
+    unique_call_ids = False           # True: the id of a tool call may not come twice
+    cache_mark = ""                   # the field that marks where the prompt cache may end
+    schema_key = "parameters"         # of a tool: where its schema is
+    shared_fields: tuple[str, ...] = OPENAI_FIELDS       # top-level, the same in OpenAI's dialects
     keepalive = b": keepalive\n\n"    # an event that clients of this dialect ignore
     STOP_REASONS: tuple[tuple[str, str], ...] = ()       # (wire, neutral), first of a word wins
     TO_NEUTRAL: ClassVar[dict[str, str]]                 # both made of it
@@ -1324,6 +1362,7 @@ class Dialect:
     read_tool: Callable[[Json, Request], None]
     encode_request: Callable[[Request, Model], Json]
     encode_response: Callable[[Response, Request], Json]
+
     def __init__(self, relay: type[StreamRelay], decoder: type[StreamDecoder],
                  encoder: type[StreamEncoder]) -> None:
         self._relay, self._decoder, self._encoder = relay, decoder, encoder
@@ -1358,6 +1397,49 @@ class Dialect:
         """Is there an image anywhere, also inside a tool's result?"""
         return any(part.get("type") in IMAGE_TYPES for part in content_parts(body))
 
+    # What section 8 has to know of a conversation in this dialect.
+
+    def tool_steps(self, item: Json) -> list[ToolStep]:
+        """The steps of one message or item.  Raises AttributeError or TypeError for an odd one."""
+        raise NotImplementedError
+
+    def missing_result(self, item: Json, call_id: str) -> Json:
+        """An error as the result of a call in `item` that has none; {} where only the client can
+        know what such a result looks like."""
+        raise NotImplementedError
+
+    def result_content(self, item: Json) -> Any:
+        """What a result holds: a string or a list of parts."""
+        return item.get("content")
+
+    def join_user_turns(self, items: Iterable[Json]) -> list[Json]:
+        """The conversation without empty items, joined where the dialect wants one user turn."""
+        return [item for item in items if item]
+
+    def drop_foreign_fields(self, edit: Edit, model: Model) -> None:
+        """Drop top-level fields that this model's vendor refuses."""
+
+    def tidy_item(self, edit: Edit, item: Json, model: Model) -> bool:
+        """Make one item fit for strict upstreams.  False: nothing is left in it."""
+        return True
+
+    def calls_in(self, item: Json) -> list[Json]:
+        """The objects in an item that hold the name of a called tool, beside blocks."""
+        return []
+
+    def fit_cache(self, edit: Edit, model: Model) -> None:
+        """Help the prompt cache: set marks, or a key, where the client has set none."""
+
+    def tool_schemas(self, body: Json) -> list[tuple[Json, str]]:
+        """(object, key) of each schema of a tool's arguments that is there and not empty."""
+        holders = self.function_tools(body)
+        return [(holder, self.schema_key) for holder in holders
+                if as_object(holder.get(self.schema_key))]
+
+    def function_tools(self, body: Json) -> list[Json]:
+        """The objects in `tools` that hold a function's name and schema."""
+        return dicts_in(body, "tools")
+
 IMAGE_TYPES = ("image", "image_url", "input_image")
 
 def content_parts(body: Json) -> Iterator[Json]:
@@ -1390,6 +1472,10 @@ def walk_objects(value: Any) -> Iterator[Json]:
         elif isinstance(item, list):
             todo.extend(reversed(item))
 
+#: what only OpenAI's models know
+_OPENAI_ONLY = ("logit_bias", "logprobs", "top_logprobs", "metadata", "prediction", "verbosity",
+                "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+                "web_search_options")
 SYSTEM_ROLES = ("system", "developer")
 # Claude Code puts such texts beside tool results; no human wrote them
 _REMINDER = re.compile(r"\s*(?:<system-reminder>.*?</system-reminder>\s*)+\Z", re.DOTALL)
@@ -1470,9 +1556,6 @@ ERROR_PREFIX = "Error: "         # tells of is_error where the dialect has no fi
 FALLBACK_MAX_TOKENS = 8192       # Messages demands a limit; for models that list none
 MAX_STOP_SEQUENCES = 4           # of OpenAI's models
 EPHEMERAL = {"type": "ephemeral"}
-#: fields that both of OpenAI's shapes have under the same name
-OPENAI_FIELDS = ("metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
-                 "top_logprobs")
 #: fields of one dialect whose absence in another changes nothing
 HARMLESS = frozenset((
     "stream_options", "store", "service_tier", "include", "client_metadata", "truncation", "type",
@@ -1571,6 +1654,52 @@ def fit_call_id(text: str) -> str:
     """A call id that every upstream takes; the same for a call and its result."""
     return text if _CALL_ID.match(text) else stable_id("call_", text)
 
+def drop_nulls(edit: Edit, target: Json, *keep: str) -> None:
+    """Nulls mean nothing, and strict schemas refuse them."""
+    for key in [k for k, value in target.items() if value is None and k not in keep]:
+        edit.drop(target, key)
+
+def fit_id(edit: Edit, target: Any, name: str) -> None:
+    """A call's id, in the call or in its result, as every upstream takes it."""
+    if isinstance(target, dict) and not _CALL_ID.match(str(target.get(name) or "")):
+        edit.set(target, name, fit_call_id(str(target.get(name))))
+
+def dicts_in(body: Json, key: str) -> list[Json]:
+    """The objects in the list `body[key]`; [] where there is no list."""
+    return [item for item in as_list(body.get(key)) if isinstance(item, dict)]
+
+def last_user_turns(messages: list[Json]) -> list[Json]:
+    """The last two turns of the user; a run of results of tools counts once, as its last."""
+    turns: list[Json] = []
+    after: Any = None
+    for message in reversed(messages):
+        role = message.get("role")
+        if role == "user" or (role == "tool" and after not in ("user", "tool")):
+            turns.append(message)
+        if len(turns) == 2:
+            break
+        after = role
+    return turns[::-1]
+
+def drop_surplus_marks(edit: Edit, marked: list[Json], mark: str) -> None:
+    """The upstream takes four cache marks; the last ones save most."""
+    for target in marked[:-4]:
+        edit.drop(target, mark, "more than four marks")
+
+def input_items(body: Json) -> list[Json]:
+    """The `input` of a request as items.  'a' -> [{"role": "user", "content": "a"}]"""
+    text = body.get("input")
+    if isinstance(text, str):
+        return [{"type": "message", "role": "user", "content": text}]
+    return [item for item in as_list(text) if isinstance(item, dict)]
+
+def conversation_key(body: Json, model: Model) -> str:
+    """The same for all requests of a conversation: made of what stays at its head."""
+    heads = [next((text_of(item.get("content")) for item in input_items(body)
+                   if item.get("role") in roles), "")
+             for roles in (("system", "developer"), ("user",))]
+    return stable_id("", dumps([model.id, body.get("instructions"), *heads]).decode())
+
 def client_id(prefix: str, text: str, request: Request) -> str:
     """The upstream's response id if it fits the client's dialect, else a short one of our own."""
     fits = text.startswith(prefix) and len(prefix) < len(text) <= MAX_ID_CHARS
@@ -1650,8 +1779,7 @@ def tell_unknown(block: Json, request: Request) -> Text:
         shown = {k: v for k, v in block.items() if k not in ("type", "id", "status")}
         return Text("[%s] %s" % (kind, dumps(shown).decode("utf-8", "replace")[:MAX_ERROR_TEXT]))
     raise BadRequest("content of type '%s' cannot be given to this model: it has no counterpart in "
-                     "the model's dialect" % kind[:60],
-                     param="input" if request.dialect == "responses" else "messages")
+                     "the model's dialect" % kind[:60], param=request.turns_key)
 
 def add_tool(request: Request, tool: Json, schema_key: str, mark: Any, offered: bool) -> None:
     """A function that the client offers; others run elsewhere and are left out."""
@@ -1679,8 +1807,7 @@ def preflight(request: Request, model: Model) -> None:
     parts = [part for turn in request.turns for part in turn.parts]
     parts += [p for r in parts if isinstance(r, ToolResult) for p in r.parts]
     if model.supports.get("vision") is False and any(isinstance(p, Image) for p in parts):
-        raise BadRequest("model %s takes no images" % model.id,
-                         param="input" if request.dialect == "responses" else "messages")
+        raise BadRequest("model %s takes no images" % model.id, param=request.turns_key)
 
 def fit_effort(request: Request, model: Model) -> str | None:
     """The wish for reasoning as an effort that the model lists; None: say nothing, which is a
@@ -1766,14 +1893,14 @@ def fields_of(dialect: str) -> list[tuple[str, Callable[[Any], Any], list[str]]]
 def read_fields(dialect: Dialect, body: Json, known: str) -> Request:
     """The fields of FIELDS, those that OpenAI's two share, and the tools.  All others but
     the `known` ones are losses."""
-    request = Request(str(body.get("model") or ""), dialect.name)
+    request = Request(str(body.get("model") or ""), dialect.name, dialect.turns_key)
     fields = fields_of(dialect.name)
     for name, reader, path in fields:
         value: Any = body
         for key in path:
             value = as_object(value).get(key)
         setattr(request, name, reader(value))
-    shared = () if dialect.name == "messages" else OPENAI_FIELDS
+    shared = dialect.shared_fields
     if shared:
         request.openai.update({name: body[name] for name in shared if body.get(name) is not None})
         request.tool_choice = openai_choice(body.get("tool_choice"), request)
@@ -1786,7 +1913,7 @@ def read_fields(dialect: Dialect, body: Json, known: str) -> Request:
 def write_fields(dialect: Dialect, request: Request, model: Model, **fitted: Any) -> Json:
     """The way back, for fields that were said; `fitted`: those that the model takes otherwise."""
     body: Json = {"model": model.id}
-    if dialect.name != "messages":
+    if dialect.shared_fields:
         fitted["user"] = request.user and request.user[:MAX_ID_CHARS]
         body.update(request.openai)
     for name, _, (*outer, last) in fields_of(dialect.name):
@@ -2158,6 +2285,7 @@ class ChatStream(StreamRelay):
 class ChatCompletions(Dialect):
     """POST /chat/completions, OpenAI's older shape and the one that most models speak."""
     name, path = "chat", "/chat/completions"
+    cache_mark = "copilot_cache_control"
     STOP_REASONS = (("stop", "stop"), ("length", "length"), ("tool_calls", "tool_use"),
                     ("content_filter", "refusal"), ("function_call", "tool_use"),
                     ("stop", "stop_sequence"), ("stop", "pause"))
@@ -2208,6 +2336,77 @@ class ChatCompletions(Dialect):
         cap = model.output_cap(body.get("stream") is True)
         if not model.is_openai and cap and "max_tokens" not in body:
             edit.set(body, "max_tokens", cap)           # Claude and Gemini stop early without
+
+    def tool_steps(self, item: Json) -> list[ToolStep]:
+        calls = [str(call.get("id")) for call in item.get("tool_calls") or ()]
+        is_result = item.get("role") == "tool"
+        return [ToolStep(item, calls, str(item.get("tool_call_id")) if is_result else None)]
+
+    def missing_result(self, item: Json, call_id: str) -> Json:
+        return {"role": "tool", "tool_call_id": call_id, "content": INTERRUPTED}
+
+    def drop_foreign_fields(self, edit: Edit, model: Model) -> None:
+        if model.is_openai:
+            return
+        for name in _OPENAI_ONLY:
+            edit.drop(edit.body, name, "" if name in HARMLESS else "the model is not OpenAI's")
+
+    def tidy_item(self, edit: Edit, item: Json, model: Model) -> bool:
+        if not item.get("annotations"):                  # [], as SDKs write an answer down
+            edit.drop(item, "annotations")
+        if item.get("tool_calls") == []:
+            edit.drop(item, "tool_calls")
+        for call in as_list(item.get("tool_calls")):
+            fit_id(edit, call, "id")
+        if item.get("role") == "tool":
+            fit_id(edit, item, "tool_call_id")
+        had_content = bool(item.get("content"))
+        if isinstance(item.get("content"), list):
+            self._tidy_parts(edit, item, model)
+
+        if item.get("content") or item.get("tool_calls") or item.get("reasoning_opaque"):
+            return True
+        is_result = item.get("role") == "tool"
+        if is_result and not model.is_openai:
+            edit.set(item, "content", "(no output)")     # Claude and Gemini refuse empty results
+        elif is_result or had_content:
+            edit.set(item, "content", "")
+        return is_result or model.is_openai
+
+    def _tidy_parts(self, edit: Edit, message: Json, model: Model) -> None:
+        """Drop empty texts, turn Anthropic's cache marks on parts into Copilot's on the message."""
+        parts = message["content"]
+        for part in parts:
+            if isinstance(part, dict) and "cache_control" in part:
+                edit.drop(part, "cache_control")
+                if model.is_claude:
+                    edit.set(message, self.cache_mark, EPHEMERAL)
+
+        def is_empty(part: Any) -> bool:
+            return isinstance(part, dict) and part.get("type") == "text" and not part.get("text")
+
+        edit.replace(message, "content", [part for part in parts if not is_empty(part)])
+
+    def calls_in(self, item: Json) -> list[Json]:
+        return as_list(item.get("tool_calls"))
+
+    def function_tools(self, body: Json) -> list[Json]:
+        return [as_object(tool.get("function")) for tool in dicts_in(body, "tools")]
+
+    def fit_cache(self, edit: Edit, model: Model) -> None:
+        if not model.is_claude:
+            return
+        messages = dicts_in(edit.body, "messages")
+        tools = dicts_in(edit.body, "tools")
+        marked = [target for target in [*tools, *messages] if self.cache_mark in target]
+        if marked:
+            drop_surplus_marks(edit, marked, self.cache_mark)
+            return
+
+        is_system = [message.get("role") in SYSTEM_ROLES for message in messages]
+        head = messages[:(is_system + [False]).index(False)]
+        for target in [*tools[-1:], *head[-1:], *last_user_turns(messages)]:
+            edit.set(target, self.cache_mark, EPHEMERAL)
 
     def mend(self, answer: Json, asked: str) -> bool:
         choices = [c for c in as_list(answer.get("choices")) if isinstance(c, dict)]
@@ -2669,6 +2868,7 @@ class ResponsesStream(StreamRelay):
 class Responses(Dialect):
     """POST /responses, OpenAI's newer shape.  Upstream it is stateless: nothing is stored."""
     name, path = "responses", "/responses"
+    turns_key = "input"
     #: incomplete_details.reason (for whole answers "completed") and the neutral word
     STOP_REASONS = (("completed", "stop"), ("max_output_tokens", "length"),
                     ("content_filter", "refusal"), ("completed", "tool_use"),
@@ -2727,6 +2927,31 @@ class Responses(Dialect):
                 if part.get("type") == "input_image" and part.get("detail") == "original":
                     edit.set(part, "detail", "high")
         return True
+
+    def tool_steps(self, item: Json) -> list[ToolStep]:
+        call_id = item.get("call_id")
+        kind = str(item.get("type"))
+        if isinstance(call_id, str) and kind.endswith("_call"):
+            return [ToolStep(item, [call_id], None, True)]
+        if isinstance(call_id, str) and kind.endswith("_output"):
+            return [ToolStep(item, (), call_id)]
+        return [ToolStep(item, (), None, True)]
+
+    def missing_result(self, item: Json, call_id: str) -> Json:
+        kind = str(item["type"]).replace("local_shell", "function") + "_output"
+        if kind in ("function_call_output", "custom_tool_call_output"):
+            return {"type": kind, "call_id": call_id, "output": INTERRUPTED}
+        return {}
+
+    def result_content(self, item: Json) -> Any:
+        return item.get("output")
+
+    def calls_in(self, item: Json) -> list[Json]:
+        return [item] if "call_id" in item else []
+
+    def fit_cache(self, edit: Edit, model: Model) -> None:
+        if not edit.body.get("prompt_cache_key"):
+            edit.set(edit.body, "prompt_cache_key", conversation_key(edit.body, model))
 
     def mend(self, answer: Json, asked: str) -> bool:
         ResponsesStream(self, asked, {}).mend_response(answer)
@@ -3205,6 +3430,10 @@ class Messages(Dialect):
     """POST /v1/messages, Anthropic's shape.  The backend behind a model changes from request to
     request and differs in strictness, so everything that one of them refuses is left out."""
     name, path = "messages", "/v1/messages"
+    unique_call_ids = True
+    cache_mark = "cache_control"
+    schema_key = "input_schema"
+    shared_fields = ()
     STOP_REASONS = (("end_turn", "stop"), ("max_tokens", "length"), ("tool_use", "tool_use"),
                     ("stop_sequence", "stop_sequence"), ("refusal", "refusal"),
                     ("pause_turn", "pause"), ("model_context_window_exceeded", "length"))
@@ -3379,6 +3608,62 @@ class Messages(Dialect):
             edit.drop(body, "top_k", "not with thinking")
         elif "temperature" in body and "top_p" in body and model.version >= (4, 5):
             edit.drop(body, "top_p", "not beside temperature")
+
+    def tool_steps(self, item: Json) -> list[ToolStep]:
+        role, content = item.get("role"), item.get("content")
+        blocks = content if isinstance(content, list) else []
+        has_results = any(block.get("type") == "tool_result" for block in blocks)
+        if role != "user" or not has_results:
+            calls = [str(block.get("id")) for block in blocks if block.get("type") == "tool_use"]
+            return [ToolStep(item, calls, None, role == "system")]
+
+        # Each block of a turn with results is a step, and so is the end of the turn: all results
+        # of one round must be in one turn.
+        steps = [ToolStep({"role": role, "content": [block]}, (), self._answered_call(block))
+                 for block in blocks]
+        return steps + [ToolStep({})]
+
+    @staticmethod
+    def _answered_call(block: Json) -> str | None:
+        """The id of the call whose result a block is."""
+        return str(block.get("tool_use_id")) if block.get("type") == "tool_result" else None
+
+    def missing_result(self, item: Json, call_id: str) -> Json:
+        result = {"type": "tool_result", "tool_use_id": call_id, "content": INTERRUPTED,
+                  "is_error": True}
+        return {"role": "user", "content": [result]}
+
+    def result_content(self, item: Json) -> Any:
+        return item["content"][0].get("content")
+
+    def join_user_turns(self, items: Iterable[Json]) -> list[Json]:
+        joined: list[Json] = []
+        for item in items:
+            if joined and item.get("role") == "user" and joined[-1].get("role") == "user":
+                blocks = _as_blocks(joined[-1].get("content")) + _as_blocks(item.get("content"))
+                joined[-1] = {"role": "user", "content": blocks}
+            elif item:
+                joined.append(item)
+        return joined
+
+    def fit_cache(self, edit: Edit, model: Model) -> None:
+        if not model.is_claude:
+            return
+        messages = dicts_in(edit.body, "messages")
+        tools = dicts_in(edit.body, "tools")
+        system = dicts_in(edit.body, "system")
+        marked = [target for target in [*tools, *system, *messages] if self.cache_mark in target]
+        latest_first = {"messages": messages[::-1]}      # clients mark the end
+        if marked or any(self.cache_mark in part for part in content_parts(latest_first)):
+            drop_surplus_marks(edit, marked, self.cache_mark)
+            return
+
+        turns = last_user_turns(messages)
+        for turn in turns:
+            edit.set(turn, "content", _as_blocks(turn.get("content")))
+        ends = [block for turn in turns for block in turn["content"][-1:]]
+        for target in [*tools[-1:], *system[-1:], *ends]:
+            edit.set(target, self.cache_mark, EPHEMERAL)
 
     def mend(self, answer: Json, asked: str) -> bool:
         changed = answer.get("model") != asked
@@ -3834,43 +4119,14 @@ def parse_answer(data: bytes) -> Json:
 # done to the body in the upstream's dialect, so that translated requests get the same care.  What
 # needs nothing is looked at once and left alone.
 
-INTERRUPTED = "The tool call was interrupted: there is no result."
-ORPHAN = "[result of a tool call that is not part of this conversation]\n"
 SHED_IMAGE = "[an image was left out: the upstream takes no more]"
 MAX_IMAGES = 20                          # the upstream's own limit
 MAX_SENT_BYTES = 5_000_000               # with images; larger bodies were met with 413
 _NONCE_LINE = "x-anthropic-billing-header:"
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
-#: what only OpenAI's models know
-_OPENAI_ONLY = ("logit_bias", "logprobs", "top_logprobs", "metadata", "prediction", "verbosity",
-                "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
-                "web_search_options")
-
 # ---- Each call and its result ----
 
-Step = Any     # (item, ids of the calls in it, id of the call it answers, may it stand between?)
-
-def read_steps(item: Json, dialect: Dialect) -> list[Step]:
-    """The steps of one message or item.  Raises AttributeError, TypeError for an odd shape."""
-    role, content, kind = item.get("role"), item.get("content"), str(item.get("type"))
-    if dialect is RESPONSES:
-        call_id, is_call = item.get("call_id"), kind.endswith("_call")
-        if not isinstance(call_id, str) or not is_call and not kind.endswith("_output"):
-            return [(item, (), None, True)]
-        return [(item, [call_id] if is_call else (), None if is_call else call_id, is_call)]
-    if dialect is CHAT:
-        calls = [str(call.get("id")) for call in item.get("tool_calls") or ()]
-        return [(item, calls, str(item.get("tool_call_id")) if role == "tool" else None, False)]
-    blocks = content if isinstance(content, list) else []
-    if role != "user" or not any(block.get("type") == "tool_result" for block in blocks):
-        calls = [str(b.get("id")) for b in blocks if b.get("type") == "tool_use"]
-        return [(item, calls, None, role == "system")]
-    # each block of a turn with results is a step, and so is its end: they must be in one turn
-    return [({"role": role, "content": [block]}, (), str(block.get("tool_use_id"))
-             if block.get("type") == "tool_result" else None, False) for block in blocks] + [
-        ({}, (), None, False)]
-
-def is_paired(steps: Iterable[Step], once: bool) -> bool:
+def is_paired(steps: Iterable[ToolStep], once: bool) -> bool:
     """Has each call one result, directly behind it but for what may stand between, and each result
     its call?  once: no id may come again."""
     waiting: set[str] = set()
@@ -3893,24 +4149,17 @@ def is_paired(steps: Iterable[Step], once: bool) -> bool:
 def pair_calls(edit: Edit, dialect: Dialect) -> None:
     """Put each result directly behind its call: a missing one is told as an error, one without a
     call as text, one that comes twice is told once."""
-    key = "input" if dialect is RESPONSES else "messages"
+    key = dialect.turns_key
     try:          # nothing is kept of what is read: thousands of pieces would wake the collector
-        if is_paired((step for item in edit.body[key] for step in read_steps(item, dialect)),
-                     dialect is MESSAGES):
+        if is_paired((step for item in edit.body[key] for step in dialect.tool_steps(item)),
+                     dialect.unique_call_ids):
             return
-        steps = [step for item in edit.body[key] for step in read_steps(item, dialect)]
+        steps = [step for item in edit.body[key] for step in dialect.tool_steps(item)]
     except (AttributeError, KeyError, TypeError):
         return                                           # `prepare` says what is wrong with it
-    items: list[Json] = []
-    for item in _in_order(steps, dialect, edit):
-        if dialect is MESSAGES and items and item.get("role") == "user" == items[-1].get("role"):
-            blocks = _as_blocks(items[-1].get("content")) + _as_blocks(item.get("content"))
-            items[-1] = {"role": "user", "content": blocks}
-        elif item:
-            items.append(item)
-    edit.replace(edit.body, key, items)
+    edit.replace(edit.body, key, dialect.join_user_turns(_in_order(steps, dialect, edit)))
 
-def _in_order(steps: list[Step], dialect: Dialect, edit: Edit) -> Iterator[Json]:
+def _in_order(steps: list[ToolStep], dialect: Dialect, edit: Edit) -> Iterator[Json]:
     """A result belongs to the latest open call of its id before it, else to one behind it."""
     places: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)     # of open calls
     results: dict[tuple[int, int], Json] = {}
@@ -3939,108 +4188,69 @@ def _in_order(steps: list[Step], dialect: Dialect, edit: Edit) -> Iterator[Json]
     for at, (item, calls, answers, _) in enumerate(steps):
         if id(item) in orphans:
             edit.lose("tool result", "its call is not there: told as text")
-            yield _as_text(item, dialect)
+            yield orphan_as_text(item, dialect)
         elif answers is None:
             yield item
         for number, call_id in enumerate(calls):
-            result = results.get((at, number)) or _no_result(item, call_id, dialect)
-            if call_id in seen and dialect is MESSAGES:
+            result = results.get((at, number)) or dialect.missing_result(item, call_id)
+            if call_id in seen and dialect.unique_call_ids:
                 blocks = [b for b in item["content"] if b.get("type") == "tool_use"]
                 call_id = stable_id("call_", "%s %d" % (call_id, len(seen)))
                 blocks[number]["id"] = result["content"][0]["tool_use_id"] = call_id
             seen.add(call_id)
             yield result
 
-def _no_result(item: Json, call_id: str, dialect: Dialect) -> Json:
-    """Nothing where only the client can know what a result looks like."""
-    if dialect is CHAT:
-        return {"role": "tool", "tool_call_id": call_id, "content": INTERRUPTED}
-    if dialect is MESSAGES:
-        return {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call_id,
-                                             "content": INTERRUPTED, "is_error": True}]}
-    kind = str(item["type"]).replace("local_shell", "function") + "_output"
-    is_known = kind in ("function_call_output", "custom_tool_call_output")
-    return {"type": kind, "call_id": call_id, "output": INTERRUPTED} if is_known else {}
-
-def _as_text(item: Json, dialect: Dialect) -> Json:
-    block = item["content"][0] if dialect is MESSAGES else item
-    told = block.get("output" if dialect is RESPONSES else "content")
-    text = dumps(told).decode("utf-8", "replace")[:MAX_ERROR_TEXT] if told else ""
-    return {"role": "user", "content": ORPHAN + (text_of(told) or text)}
+def orphan_as_text(item: Json, dialect: Dialect) -> Json:
+    """A user turn with the text of a result whose call is not there."""
+    content = dialect.result_content(item)
+    text = text_of(content)
+    if content and not text:
+        text = dumps(content).decode("utf-8", "replace")[:MAX_ERROR_TEXT]
+    return {"role": "user", "content": ORPHAN + text}
 
 # ---- What strict upstreams refuse: nulls, emptiness, ids, names, schemas ----
 
-def drop_nulls(edit: Edit, target: Json, *keep: str) -> None:
-    """Nulls mean nothing, and strict schemas refuse them."""
-    for key in [k for k, value in target.items() if value is None and k not in keep]:
-        edit.drop(target, key)
-
-def fit_id(edit: Edit, target: Any, name: str) -> None:
-    """A call's id, in the call or in its result, as every upstream takes it."""
-    if isinstance(target, dict) and not _CALL_ID.match(str(target.get(name) or "")):
-        edit.set(target, name, fit_call_id(str(target.get(name))))
-
 def tidy_history(edit: Edit, dialect: Dialect, model: Model) -> None:
-    """What `prepare` has left, in all parts of a conversation, and the names of tools."""
-    body, key = edit.body, "input" if dialect is RESPONSES else "messages"
+    """Make all parts of a conversation, and the names of tools, fit for strict upstreams."""
+    body, key = edit.body, dialect.turns_key
     drop_nulls(edit, body)
-    for name in _OPENAI_ONLY if dialect is CHAT and not model.is_openai else ():
-        edit.drop(body, name, "" if name in HARMLESS else "the model is not OpenAI's")
+    dialect.drop_foreign_fields(edit, model)
+
     calls: list[Json] = []
     kept: list[Json] = []
     for item in as_list(body.get(key)):
         if None in item.values():
             drop_nulls(edit, item, "content", "output")
         content = item.get("content") or item.get("output")
-        for part in content if isinstance(content, list) else ():
-            if not isinstance(part, dict):
-                continue
-            if None in part.values():
-                drop_nulls(edit, part)
-            kind = part.get("type")
-            if kind == "tool_use":
-                calls.append(part)
-                fit_id(edit, part, "id")
-                if not isinstance(part.get("input"), dict):
-                    edit.set(part, "input", arguments_object(str(part.get("input") or "")))
-            elif kind == "tool_result":
-                fit_id(edit, part, "tool_use_id")
-            elif kind == "image_url":
-                drop_nulls(edit, as_object(part.get("image_url")))
-        if dialect is CHAT:
-            if not _tidy_message(edit, item, model):
-                continue
-            calls += as_list(item.get("tool_calls"))
-        elif "call_id" in item:
-            calls.append(item)
-        kept.append(item)
+        if isinstance(content, list):
+            calls += tidy_parts(edit, content)
+        if dialect.tidy_item(edit, item, model):
+            calls += dialect.calls_in(item)
+            kept.append(item)
+
     if kept:
         edit.replace(body, key, kept)
     fit_names(edit, calls)
 
-def _tidy_message(edit: Edit, message: Json, model: Model) -> bool:
-    """A message of Chat.  False: there is nothing in it."""
-    role, content = message.get("role"), message.get("content")
-    if not message.get("annotations"):                   # [], as SDKs write an answer down
-        edit.drop(message, "annotations")
-    if message.get("tool_calls") == []:
-        edit.drop(message, "tool_calls")
-    for call in as_list(message.get("tool_calls")):
-        fit_id(edit, call, "id")
-    if role == "tool":
-        fit_id(edit, message, "tool_call_id")
-    if isinstance(content, list):
-        for part in [p for p in content if isinstance(p, dict) and "cache_control" in p]:
-            edit.drop(part, "cache_control")             # Anthropic's word for Copilot's mark
-            if model.is_claude:
-                edit.set(message, "copilot_cache_control", EPHEMERAL)
-        edit.replace(message, "content", [p for p in content if not isinstance(p, dict)
-                                          or p.get("type") != "text" or p.get("text")])
-    if message.get("content") or message.get("tool_calls") or message.get("reasoning_opaque"):
-        return True
-    if role == "tool" or content:
-        edit.set(message, "content", "" if role != "tool" or model.is_openai else "(no output)")
-    return role == "tool" or model.is_openai
+def tidy_parts(edit: Edit, parts: list[Any]) -> list[Json]:
+    """Make the parts of one item fit for strict upstreams; returns the tool calls among them."""
+    calls: list[Json] = []
+    for part in parts:
+        if not isinstance(part, dict):
+            continue
+        if None in part.values():
+            drop_nulls(edit, part)
+        kind = part.get("type")
+        if kind == "tool_use":
+            calls.append(part)
+            fit_id(edit, part, "id")
+            if not isinstance(part.get("input"), dict):
+                edit.set(part, "input", arguments_object(str(part.get("input") or "")))
+        elif kind == "tool_result":
+            fit_id(edit, part, "tool_use_id")
+        elif kind == "image_url":
+            drop_nulls(edit, as_object(part.get("image_url")))
+    return calls
 
 def fit_names(edit: Edit, calls: list[Json]) -> None:
     """Names of tools that the upstream would refuse become short ones everywhere alike, which
@@ -4094,7 +4304,7 @@ class GeminiSchema:
 
         # beside properties, the choices only vary what is required
         if len(choices) > 1 and "properties" not in out:
-            about = {key: out[key] for key in ("description", "nullable") if key in out}
+            about: Json = {key: out[key] for key in ("description", "nullable") if key in out}
             return dict(about, anyOf=choices)
 
         self._list_values(node, out)
@@ -4202,45 +4412,6 @@ def drop_nonce(edit: Edit) -> None:
         if isinstance(text, str) and text.startswith(_NONCE_LINE):
             edit.set(holder, key, text.partition("\n")[2])
 
-def mark_cache(edit: Edit, dialect: Dialect) -> None:
-    """Claude caches only up to a mark.  Where the client set none: on the tools, the system text
-    and the last two turns of the user."""
-    body, native = edit.body, dialect is MESSAGES
-    name = "cache_control" if native else "copilot_cache_control"
-    messages, tools, system = ([one for one in as_list(body.get(k)) if isinstance(one, dict)]
-                               for k in ("messages", "tools", "system"))
-    marked = [target for target in [*tools, *system, *messages] if name in target]
-    if marked or native and any(name in part for part in content_parts(
-            {"messages": messages[::-1]})):                    # marks stand at the end
-        for target in marked[:-4]:
-            edit.drop(target, name, "more than four marks")
-        return
-    roles = [message.get("role") for message in messages] + [None]
-    if not native:
-        system = messages[:next(at for at, role in enumerate(roles) if role not in (
-            "system", "developer"))]
-    turns = [message for message, role, after in zip(messages, roles, roles[1:])
-             if role == "user" or role == "tool" and after not in ("user", "tool")][-2:]
-    for turn in turns if native else ():
-        edit.set(turn, "content", _as_blocks(turn.get("content")))
-    for target in tools[-1:] + system[-1:] + [
-            block for turn in turns for block in (turn["content"][-1:] if native else [turn])]:
-        edit.set(target, name, EPHEMERAL)
-
-def input_items(body: Json) -> list[Json]:
-    """The `input` of a request as items.  'a' -> [{"role": "user", "content": "a"}]"""
-    text = body.get("input")
-    if isinstance(text, str):
-        return [{"type": "message", "role": "user", "content": text}]
-    return [item for item in as_list(text) if isinstance(item, dict)]
-
-def conversation_key(body: Json, model: Model) -> str:
-    """The same for all requests of a conversation: made of what stays at its head."""
-    heads = [next((text_of(item.get("content")) for item in input_items(body)
-                   if item.get("role") in roles), "")
-             for roles in (("system", "developer"), ("user",))]
-    return stable_id("", dumps([model.id, body.get("instructions"), *heads]).decode())
-
 def linked_images(body: Json) -> list[tuple[Json, str, str]]:
     """(object that holds the URL, its key, the URL) of images that somebody has to fetch."""
     found = []
@@ -4318,18 +4489,12 @@ def fit_body(edit: Edit, upstream: Dialect, model: Model) -> None:
     pair_calls(edit, upstream)
     upstream.prepare(edit, model)
     tidy_history(edit, upstream, model)
-    body, is_gemini = edit.body, model.id.startswith("gemini") or model.vendor == "Google"
-    if upstream is RESPONSES and not body.get("prompt_cache_key"):
-        edit.set(body, "prompt_cache_key", conversation_key(body, model))
-    elif upstream is not RESPONSES and model.is_claude:
-        if model.version >= (4, 6):
-            end_with_user(edit)
-        mark_cache(edit, upstream)
-    for tool in as_list(body.get("tools")) if is_gemini and upstream is CHAT else ():
-        function = as_object(as_object(tool).get("function"))
-        schema = as_object(function.get("parameters"))
-        if schema:
-            edit.set(function, "parameters", gemini_schema(schema))
+    if model.is_claude and model.version >= (4, 6):
+        end_with_user(edit)
+    upstream.fit_cache(edit, model)
+    if model.is_gemini:
+        for holder, key in upstream.tool_schemas(edit.body):
+            edit.set(holder, key, gemini_schema(holder[key]))
 
 def translate_request(client: Dialect, upstream: Dialect, body: Json, model: Model
                       ) -> tuple[Edit, Request]:

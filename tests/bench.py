@@ -977,7 +977,7 @@ def care(product: Any, body: Json) -> bool:
     product.expand_compactions(edit, product.MESSAGES)
     product.pair_calls(edit, product.MESSAGES)
     product.tidy_history(edit, product.MESSAGES, model)
-    product.mark_cache(edit, product.MESSAGES)
+    product.MESSAGES.fit_cache(edit, model)
     return not edit.changed
 
 

@@ -449,7 +449,7 @@ class StrictTest(unittest.TestCase):
               "required": ["a", "gone"]},
              {"type": "object", "properties": {
                  "a": {"type": "string", "nullable": True, "enum": ["x"]},
-                 "n": {"type": "integer", "format": "int32", "description": " One of [1,2]."},
+                 "n": {"type": "integer", "format": "int32", "description": "One of [1,2]."},
                  "l": {"type": "array", "items": leaf}, "t": {"type": "array", "items": leaf},
                  "e": {"type": "string", "enum": ["p", "q"]},
                  "m": {"type": "object", "properties": {}}}, "required": ["a"]}),
@@ -468,7 +468,7 @@ class StrictTest(unittest.TestCase):
                        "required": ["y"]}}}),
             ({"type": "object", "properties": {"a": leaf}, "anyOf": [{"required": ["a"]}, {
                 "required": ["b"]}], "enum": ["x"], "const": {}},
-             {"type": "object", "properties": {"a": leaf}, "description": " One of [{}]."})]
+             {"type": "object", "properties": {"a": leaf}, "description": "One of [{}]."})]
         for given, want in schemas:
             tool = {"type": "function", "function": {"name": "f", "parameters": given}}
             edit = fitted("chat", chat("x", model, tools=[tool], max_tokens=9), model)
