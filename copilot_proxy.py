@@ -1335,6 +1335,9 @@ class Dialect:
     cache_mark = ""                   # the field that marks where the prompt cache may end
     schema_key = "parameters"         # of a tool: where its schema is
     shared_fields: tuple[str, ...] = OPENAI_FIELDS       # top-level, the same in OpenAI's dialects
+    substitutes: tuple[str, ...] = ()  # dialects to ask in when a model lacks this one, best first
+    reads_compactions = False         # True: the upstream's own compaction items may go up
+    has_whole_answer_limit = True     # True: longer answers must be streamed, see Model.output_cap
     keepalive = b": keepalive\n\n"    # an event that clients of this dialect ignore
     STOP_REASONS: tuple[tuple[str, str], ...] = ()       # (wire, neutral), first of a word wins
     TO_NEUTRAL: ClassVar[dict[str, str]]                 # both made of it
@@ -2286,6 +2289,7 @@ class ChatCompletions(Dialect):
     """POST /chat/completions, OpenAI's older shape and the one that most models speak."""
     name, path = "chat", "/chat/completions"
     cache_mark = "copilot_cache_control"
+    substitutes = ("responses", "messages")
     STOP_REASONS = (("stop", "stop"), ("length", "length"), ("tool_calls", "tool_use"),
                     ("content_filter", "refusal"), ("function_call", "tool_use"),
                     ("stop", "stop_sequence"), ("stop", "pause"))
@@ -2869,6 +2873,9 @@ class Responses(Dialect):
     """POST /responses, OpenAI's newer shape.  Upstream it is stateless: nothing is stored."""
     name, path = "responses", "/responses"
     turns_key = "input"
+    substitutes = ("chat", "messages")
+    reads_compactions = True
+    has_whole_answer_limit = False
     #: incomplete_details.reason (for whole answers "completed") and the neutral word
     STOP_REASONS = (("completed", "stop"), ("max_output_tokens", "length"),
                     ("content_filter", "refusal"), ("completed", "tool_use"),
@@ -3434,6 +3441,7 @@ class Messages(Dialect):
     cache_mark = "cache_control"
     schema_key = "input_schema"
     shared_fields = ()
+    substitutes = ("responses", "chat")
     STOP_REASONS = (("end_turn", "stop"), ("max_tokens", "length"), ("tool_use", "tool_use"),
                     ("stop_sequence", "stop_sequence"), ("refusal", "refusal"),
                     ("pause_turn", "pause"), ("model_context_window_exceeded", "length"))
@@ -4467,7 +4475,7 @@ def expand_compactions(edit: Edit, upstream: Dialect) -> None:
             kept = [one for one in kept if as_object(one).get("role") in (
                 "user", "system", "developer")]
             item = {"role": "user", "content": SUMMARY_HEAD + packed[0][2]}
-        elif kind in COMPACTIONS and upstream is not RESPONSES:
+        elif kind in COMPACTIONS and not upstream.reads_compactions:
             edit.lose("compaction", FOREIGN_STATE)
             item = {"role": "user", "content": UNREADABLE_SUMMARY}
         if kind != COMPACTION_TRIGGER or item is items[-1]:
@@ -4577,15 +4585,12 @@ def nearest_ids(asked: str, models: list[Model], count: int = 3) -> list[str]:
     name = normalise_model(asked[:MAX_MODEL_CHARS])[-1] if asked else ""
     return difflib.get_close_matches(name, ids, count, 0.0)
 
-#: whom to ask when a model lacks the client's dialect, the better one first
-_SUBSTITUTES = {"chat": (RESPONSES, MESSAGES), "responses": (CHAT, MESSAGES),
-                "messages": (RESPONSES, CHAT)}
-
 def choose_upstream(client: Dialect, model: Model, refused: Container[tuple[str, str]]) -> Dialect:
     """The dialect to ask a model in: the client's own wherever the model has it.
     refused: (model id, path) that the upstream did not serve though its list says so; such a model
     is tried in what it does not list, too.  Raises BadRequest when nothing is left."""
-    left = [d for d in (client, *_SUBSTITUTES[client.name]) if (model.id, d.path) not in refused]
+    substitutes = [DIALECTS[name] for name in client.substitutes]
+    left = [d for d in (client, *substitutes) if (model.id, d.path) not in refused]
     found = [d for d in left if d.path in model.endpoints]
     if not found and len(left) < 3:
         found = [d for d in (RESPONSES, CHAT, MESSAGES) if d in left]
@@ -4638,7 +4643,7 @@ class Plan:
         self.request.now, self.request.key = now, key
         body, cap = self.edit.body, model.limit("max_non_streaming_output_tokens")
         wish = max(as_int(body.get(key)) for key in ("max_tokens", "max_completion_tokens"))
-        if not wants_stream and 0 < cap < wish and upstream is not RESPONSES:
+        if not wants_stream and 0 < cap < wish and upstream.has_whole_answer_limit:
             self.edit.set(body, "stream", True)
         self.streams = body.get("stream") is True        # what the upstream is asked for
         self.meter = self.pipeline.meter if self.pipeline else Meter()
