@@ -151,6 +151,9 @@ PASSED_HEADERS = ("retry-after", "x-github-request-id", "x-copilot-service-reque
                   "openai-processing-ms")
 QUOTA_PREFIXES = ("x-quota-snapshot-", "x-usage-ratelimit-")
 PASSED_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-", *QUOTA_PREFIXES)
+EXPOSED_HEADERS = (              # that pages of --cors-origin may read, beside those of the answer
+    "x-request-id", "request-id", "retry-after", "x-copilot-proxy-credits",
+    "x-copilot-proxy-fallback", "x-copilot-proxy-lossy", "x-copilot-proxy-repaired")
 
 DEFAULT_PORT = 4399
 BACKLOG = 1024
@@ -194,6 +197,7 @@ REACTIVE_PAUSE_S = 60.0                  # after a refresh that did not cure an 
 CATALOGUE_AGE_S, CATALOGUE_RETRY_S = 600.0, 60.0
 HEALTH_WAIT_S = 10.0                     # that `debug --health` gives a starting server
 MAX_MODEL_CHARS = 200
+MAX_HOST_CHARS = 300                     # of a Host header: a DNS name ends at 253
 SESSION_HEADERS = ("session_id", "session-id", "x-session-id", "x-claude-code-session-id",
                    "x-session-affinity", "conversation_id")
 MAX_SESSIONS = 1000                      # whose last model and spendings are remembered
@@ -407,7 +411,63 @@ def is_loopback(host: str) -> bool:
     """Is `host` this machine by name or address?  '127.8.0.1' -> True, '127.evil.com' -> False."""
     host = host.lower().strip("[]")
     return (host in ("localhost", "::1", "::ffff:127.0.0.1") or host.endswith(".localhost")
-            or bool(re.fullmatch(r"127\.\d{1,3}\.\d{1,3}\.\d{1,3}", host)))
+            or bool(re.fullmatch(r"127\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}", host)))
+
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z_.-]+)(?::([0-9]{0,5}))?\Z")
+_NO_HOST = ("", 0)
+
+@functools.lru_cache(maxsize=256)
+def split_host(text: str) -> tuple[str, int]:
+    """Name and port of a Host header: the name in lower case and without its final dot, an IPv6
+    address in its shortest form, the port 0 where none is written; ('', 0) for whatever could be
+    read in two ways.  '[0:0::1]:80' -> ('::1', 80), 'evil:80@localhost' -> ('', 0)"""
+    match = _HOST.match(text)
+    if not match or len(text) > MAX_HOST_CHARS:
+        return _NO_HOST
+
+    name, port = match.group(1).lower(), int(match.group(2) or 0)
+    if port > 65535 or match.group(2) and not port:
+        return _NO_HOST
+
+    if name[0] == "[":
+        name = short_ipv6(name[1:-1])
+    elif name[-1] == ".":
+        name = name[:-1]
+    return (name, port) if name and ".." not in name and name[0] != "." else _NO_HOST
+
+def short_ipv6(text: str) -> str:
+    """'0:0::1' -> '::1', '::ffff:127.0.0.1' -> '127.0.0.1', '' for what is no IPv6 address."""
+    if text == "::1":
+        return text
+    import ipaddress
+    try:
+        address = ipaddress.IPv6Address(text)
+    except ValueError:
+        return ""
+    return str(address.ipv4_mapped or address)
+
+_ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)/?\Z")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+def origin_of(text: str) -> str:
+    """An origin as browsers write it, '' for what is none.  Schemes of programs may have any host,
+    or * for all of them.  'HTTPS://A.example:443/' -> 'https://a.example'"""
+    match = _ORIGIN.match(text)
+    if not match:
+        return ""
+
+    scheme, rest = match.group(1).lower(), match.group(2)
+    if scheme not in _DEFAULT_PORTS and rest in ("", "*"):
+        return "%s://%s" % (scheme, rest)
+
+    name, port = split_host(rest)
+    if not name:
+        return ""
+    if ":" in name:
+        name = "[%s]" % name
+    if port in (0, _DEFAULT_PORTS.get(scheme)):
+        return "%s://%s" % (scheme, name)
+    return "%s://%s:%d" % (scheme, name, port)
 
 def unwrap_error(status: int, body: bytes, phrase: str) -> tuple[str, str | None, str | None]:
     """(message, code, param) out of any error body that the upstream is known to send.
@@ -5159,7 +5219,8 @@ OPTIONS = (
     Option("trusted-proxy", (), "address or network whose X-Forwarded-* headers are believed",
            "list"),
     Option("allow-host", (), "a further name that clients may use in the Host header", "list"),
-    Option("cors-origin", (), "a web page's origin that may call the API", "list"),
+    Option("cors-origin", (), "a web page's origin that may call the API (https://app.example), or "
+           "a scheme of a program (vscode-webview://*)", "list"),
     Option("grace", 10.0, "seconds that running answers get at shutdown", "float",
            where="start setup"),
     Option("claude-code", False, "choose models for Claude Code and print its launch command",
@@ -5211,18 +5272,68 @@ def parse_networks(values: Iterable[str]) -> list[Any]:
     except ValueError as error:
         raise ConfigError("--trusted-proxy: %s" % printable(str(error))) from None
 
+def check_origin(value: str) -> str:
+    """A value of --cors-origin as browsers write it.  Raises ConfigError with the reason."""
+    origin, shown_ = origin_of(value), printable(value, 80)
+    scheme, _, rest = value.partition("://")
+    is_site = scheme.lower() in ("http", "https")
+    if origin:
+        return origin
+
+    if value == "*":
+        reason = "every web page could then use this account: name each origin that may"
+    elif value.lower() == "null":
+        reason = "local files and sandboxed frames of every site share it: serve the page over " \
+                 "http and name that origin"
+    elif is_site and "*" in rest:
+        reason = "patterns are for schemes of programs (vscode-webview://*): name each site"
+    elif is_site and "/" in rest:
+        reason = "an origin has no path: write %s" % (
+            origin_of("%s://%s" % (scheme, rest.partition("/")[0])) or "https://HOST")
+    elif not rest and origin_of("http://" + value):
+        reason = "its scheme is missing: write http://%s or https://%s" % (shown_, shown_)
+    else:
+        reason = "this is no origin, which is written scheme://host or scheme://host:port"
+    raise ConfigError("--cors-origin %s: %s" % (shown_, reason))
+
+def is_allowed_origin(origin: str, allowed: Container[str]) -> bool:
+    """Is this Origin header one of them, or of a scheme that is allowed as a whole?"""
+    known = origin_of(origin)
+    return bool(known) and (known in allowed or known.partition("://")[0] + "://*" in allowed)
+
+def check_host_name(value: str) -> str:
+    """A value of --allow-host as `split_host` gives it.  Raises ConfigError."""
+    name, port = split_host("[%s]" % value if value.count(":") > 1 and value[0] != "[" else value)
+    if not name or port:
+        raise ConfigError("--allow-host %s: give the name alone, without scheme, port or *"
+                          % printable(value, 80))
+    return name
+
+_SERVER_URL = re.compile(r"(https?)://([^/]*)(?:/[!-~]*)?\Z", re.IGNORECASE)
+
+def parse_url(url: str, flag: str) -> tuple[str, str]:
+    """Scheme and host of a server's base URL.  Raises ConfigError."""
+    match = _SERVER_URL.match(url)
+    host = split_host(match.group(2))[0] if match else ""
+    if not match or not host or set(url) & set("?#\\"):
+        raise ConfigError("%s: '%s' is not the URL of a server" % (flag, redact(printable(url))))
+    return match.group(1).lower(), host
+
 def check_url(url: str, flag: str) -> str:
     """The URL without its trailing slash; plain http only on this machine.  Raises ConfigError."""
-    host = host_of(url)
-    parts = urllib.parse.urlsplit(url if host else "")
-    try:
-        wrong = not host or parts.port == 0 or bool(parts.query or parts.username)
-    except ValueError:
-        wrong = True
-    if wrong or parts.scheme not in ("http", "https"):
-        raise ConfigError("%s: '%s' is not the URL of a server" % (flag, redact(printable(url))))
-    if parts.scheme == "http" and not is_loopback(host):
+    scheme, host = parse_url(url, flag)
+    if scheme == "http" and not is_loopback(host):
         raise ConfigError("%s: plain http is accepted for this machine only, use https" % flag)
+    return url.rstrip("/")
+
+def check_own_url(url: str, flag: str) -> str:
+    """Where a proxy like this one serves: a URL, a host with or without port, or a port of this
+    machine.  '4399' -> 'http://127.0.0.1:4399'.  Raises ConfigError."""
+    if re.fullmatch("[0-9]{1,5}", url):
+        url = "127.0.0.1:" + url
+    if "://" not in url and split_host(url)[0] and (":" in url or is_loopback(url)):
+        url = "http://" + url
+    parse_url(url, flag)
     return url.rstrip("/")
 
 #: a key for clients; a GitHub token is none, it would be an account's
@@ -5317,6 +5428,8 @@ class Settings:
             if not value.isprintable() or not value.isascii():
                 raise ConfigError("--header %s: the value must be printable ASCII" % name)
         parse_pairs(self.model_alias, "--model-alias")
+        self.cors_origin = tuple(map(check_origin, self.cors_origin))
+        self.allow_host = tuple(map(check_host_name, self.allow_host))
         _ = self.trusted_networks
         return self
 
@@ -5354,13 +5467,19 @@ class Settings:
         """A server-given API base if a bearer may be sent there, else ''."""
         if not isinstance(url, str) or not url:
             return ""
-        host, own = host_of(url), host_of(self.github_url)
-        if not re.fullmatch(r"[a-z0-9.:-]+", host):
-            return ""
-        secure = url.startswith("https://") and host.endswith(COPILOT_HOSTS)
-        local = is_loopback(host) and is_loopback(own)
-        tenant = url.startswith("https://") and own != "github.com" and host.endswith("." + own)
-        return url.rstrip("/") if secure or local or tenant else ""
+        match = re.match(r"(https?)://([^/]*)/?\Z", url)
+        host = split_host(match.group(2))[0] if match else ""
+        if not match or not host:
+            return ""                    # a login, a path, a backslash: never of the service
+
+        own = host_of(self.github_url)
+        if is_loopback(host):
+            return url.rstrip("/") if is_loopback(own) else ""
+
+        is_tenant = own != "github.com" and host.endswith("." + own)
+        if match.group(1) == "https" and (host.endswith(COPILOT_HOSTS) or is_tenant):
+            return url.rstrip("/")
+        return ""
 
 
 # ==== 12. Storage =================================================================================
@@ -8024,7 +8143,7 @@ class Exchange:
     def __init__(self, client: Client, head: RequestHead, app: App) -> None:
         self.client, self.head, self.app = client, head, app
         self.id = new_request_id()
-        self.path, _, self.query = path_of(head.target).partition("?")
+        self.path, _, self.query = split_target(head.target)[1].partition("?")
         self.path = normalise_path(self.path)
         self.argument = ""                   # what a route with a pattern matched
         self.address = client.address        # of the client itself, behind a trusted proxy, too
@@ -8148,6 +8267,8 @@ class Exchange:
         fields_ += more
         fields_.append(("X-Content-Type-Options", "nosniff"))
         fields_ += [(k, v) for k, v in self.headers.items() if k != "x-request-id"]
+        if "Access-Control-Allow-Origin" in self.headers:
+            fields_.append(("Access-Control-Expose-Headers", exposed_headers(fields_)))
         if not self.keep_alive:
             fields_.append(("Connection", "close"))
         elif self.head.minor == 0:
@@ -8221,6 +8342,12 @@ class Exchange:
         log.handle(log.makeRecord(log.name, logging.INFO, "", 0, redact(line), (), None,
                                   extra={"row": row}))
 
+def exposed_headers(fields_: list[tuple[str, str]]) -> str:
+    """What a page of another origin may read of this answer: all but the rules about it."""
+    names = [name.lower() for name, _ in fields_]
+    own = [name for name in names if not name.startswith("access-control-")]
+    return ", ".join(dict.fromkeys((*EXPOSED_HEADERS, *own)))
+
 #: path -> the name in the history of what is asked there
 LABELS = {"/chat/completions": "chat", "/responses": "responses", "/messages": "messages",
           "/completions": "completions", "/embeddings": "embeddings",
@@ -8234,11 +8361,17 @@ def http_date(second: int) -> str:
 Endpoint = Callable[[Exchange], None]
 Routes = Mapping[str, Mapping[str, Endpoint]]      # path -> method -> endpoint; "/x/*" for a tail
 
-def path_of(target: str) -> str:
-    """The path and query of a request target, which a proxy's client writes as a whole URL."""
-    if target.lower().startswith(("http://", "https://")):
-        return "/" + target.partition("://")[2].partition("/")[2]
-    return target
+def split_target(target: str) -> tuple[str | None, str]:
+    """(host and port, path and query) of a request target.  The first is None for the usual form;
+    a client that believes in a proxy writes a whole URL."""
+    if not target.lower().startswith(("http://", "https://")):
+        return None, target
+    rest = target.partition("://")[2]
+    host = re.split("[/?#]", rest, maxsplit=1)[0]
+    path = rest[len(host):]
+    if path[:1] != "/":
+        path = "/" + path
+    return host, path
 
 def normalise_path(path: str) -> str:
     """'//v1/v1/models/' -> '/models': doubled slashes, a final one and any /v1 are left out."""
@@ -8275,6 +8408,27 @@ def as_seen(head: RequestHead, peer: str, settings: Settings, scheme: str) -> tu
     hops = [hop for hop in hops if hop][::-1] or [peer]
     return (hosts[-1] or host, schemes[-1].lower() or scheme,
             next((hop for hop in hops if not is_within(hop, trusted)), hops[-1]))
+
+def check_host(text: str, settings: Settings, own_address: str) -> None:
+    """DNS rebinding: only names of this server are served.  Raises BadRequest 403."""
+    name = split_host(text)[0]
+    if not name:
+        raise BadRequest("the host %s is malformed" % printable(text, 60), 403, "host_not_allowed")
+    if not (is_loopback(name) or name in settings.allow_host
+            or name in (settings.host.lower(), own_address)):
+        raise BadRequest("the host name %s is not served here; allow it with --allow-host"
+                         % printable(name, 60), 403, "host_not_allowed")
+
+def foreign_origin(origin: str | None) -> BadRequest:
+    """The refusal of a foreign page; it names --cors-origin where that flag would help."""
+    if origin is None:
+        text = "pages of other sites may not fetch this"
+    elif origin_of(origin):
+        text = "pages of the origin %s may not call this API; allow it with --cors-origin %s" % (
+            printable(origin, 80), printable(origin_of(origin), 80))
+    else:
+        text = "pages whose origin is %s may not call this API" % printable(origin or "''", 80)
+    return BadRequest(text, 403, "origin_not_allowed")
 
 class Relay:
     """One streamed answer in the loop: whose it is, where it comes from, what is still to send."""
@@ -8827,22 +8981,22 @@ class Handler(socketserver.BaseRequestHandler):
         headers, settings = exchange.head.headers, self.server.app.settings
         host, scheme, exchange.address = as_seen(exchange.head, exchange.client.address, settings,
                                                  self.server.scheme)
-        name = host_of("//" + host)
-        if not (is_loopback(name) or name in [allowed.lower() for allowed in settings.allow_host]
-                or name in (settings.host, bare_address(exchange.client.sock.getsockname()))):
-            raise BadRequest("the host name %s is not served here; allow it with --allow-host"
-                             % printable(host, 60), 403, "host_not_allowed")
+        named = split_target(exchange.head.target)[0]
+        for text in (host,) if named is None else (named, host):
+            check_host(text, settings, bare_address(exchange.client.sock.getsockname()))
+
         origin = headers.get("origin")
-        own = origin is not None and origin.lower() == "%s://%s" % (scheme, host.lower())
-        exchange.is_same_origin = own or origin is None and headers.get(
-            "sec-fetch-site", "none") in ("same-origin", "none")
-        if not exchange.is_same_origin and not (
-                origin in settings.cors_origin or origin is None and is_open(exchange)):
-            raise BadRequest("pages of the origin %s may not call this API; allow it with "
-                             "--cors-origin" % printable(origin or "unknown", 80), 403,
-                             "origin_not_allowed")
         if origin is None:
+            site = headers.get("sec-fetch-site", "none")
+            exchange.is_same_origin = site in ("same-origin", "none")
+            if not exchange.is_same_origin and not is_open(exchange):
+                raise foreign_origin(origin)
             return
+
+        own = origin_of("%s://%s" % (scheme, host))
+        exchange.is_same_origin = bool(own) and origin_of(origin) == own
+        if not exchange.is_same_origin and not is_allowed_origin(origin, settings.cors_origin):
+            raise foreign_origin(origin)
         exchange.headers.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})
         if exchange.head.method == "OPTIONS":
             exchange.headers.update({
@@ -11054,7 +11208,7 @@ def price_of(model: Model) -> str:
 
 def cmd_debug(app: App, flags: argparse.Namespace) -> int:
     """What runs where; --network: is everything in reach; --health: does a server serve."""
-    if flags.health:
+    if flags.health is not None:
         return check_health(app, flags.health)
     report = debug_report(app)
     well = True
@@ -11072,7 +11226,7 @@ def cmd_debug(app: App, flags: argparse.Namespace) -> int:
 
 def check_health(app: App, url: str) -> int:
     """0 as soon as the server at `url` answers, 1 if it does not within HEALTH_WAIT_S."""
-    url = re.sub("(/health)?/?$", "", url) + "/health"
+    url = re.sub("(/health)?/?$", "", check_own_url(url, "--health")) + "/health"
     deadline = time.monotonic() + HEALTH_WAIT_S
     while True:
         try:
@@ -11189,9 +11343,11 @@ def cmd_setup(app: App, flags: argparse.Namespace) -> int:
         raise ConfigError("setup: choose one of %s; openai-sdk says what others need"
                           % ", ".join([*CLIENTS, *SERVICES]))
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-    url = re.sub("(/v1)?/?$", "", flags.url or "http%s://%s:%d" % (
-        "s" * bool(settings.tls_cert), "[%s]" % host if ":" in host else host,
-        settings.port or DEFAULT_PORT))
+    url = "http%s://%s:%d" % ("s" * bool(settings.tls_cert),
+                              "[%s]" % host if ":" in host else host,
+                              settings.port or DEFAULT_PORT)
+    if flags.url:
+        url = re.sub("(/v1)?/?$", "", check_own_url(flags.url, "--url"))
     if flags.client in SERVICES:
         given = ["--%s=%s" % (o.name, getattr(settings, o.field)) for o in OPTIONS if o.name in (
             "port", "host", "data-dir", "grace") and getattr(settings, o.field) != o.default]

@@ -220,7 +220,8 @@ class SettingsTest(unittest.TestCase):
         samples = {"int": "7", "float": "7", "switch": "yes", "either": "no", "list": "A=b,C=d"}
         special = {"host": "127.0.0.2", "account_type": "business",
                    "github_url": "https://octo.ghe.com", "copilot_url": "https://relay.example",
-                   "api_key": "made-up-key", "trusted_proxy": "10.0.0.0/8"}
+                   "api_key": "made-up-key", "trusted_proxy": "10.0.0.0/8",
+                   "allow_host": "proxy.lan", "cors_origin": "https://app.example"}
         for option in cp.OPTIONS:
             text = special.get(option.field, samples.get(option.kind, "some"))
             with self.subTest(option=option.name):
