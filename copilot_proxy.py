@@ -227,7 +227,8 @@ IMAGE_BYTES, IMAGE_TIMEOUT_S, IMAGE_CACHE = 5 * 1024 * 1024, 15.0, 12    # of fe
 ATTACHMENTS_URL = "https://github.com/github-copilot/chat/attachments/"
 NANO, MAX_COUNT = 10 ** 9, 2 ** 53       # nano-AIU of a credit (USD 0.01); larger is no count
 #: what is known of an answer's cost: tokens, those of the prompt disjoint, and nano-AIU
-COUNTS = ("input", "cache_read", "cache_write", "output", "reasoning", "nano_aiu")
+USAGE_FIELDS = ("input", "cache_read", "cache_write", "output", "reasoning")
+COUNTS = (*USAGE_FIELDS, "nano_aiu")
 QUOTA_PREFIXES = PASSED_PREFIXES[2:]
 HISTORY_ROWS, HISTORY_AGE_S = 200000, 400 * 86400.0
 HISTORY_QUEUE = 5000                     # rows that wait while the file cannot be written
@@ -515,8 +516,7 @@ def floats_to_base64(vector: list[float]) -> str:
 
 @dataclass
 class Usage:
-    """Token counts of one answer.  The three input counts are disjoint and add up to the prompt.
-    OpenAI counts cached tokens inside the prompt, Anthropic beside it: converted once, here."""
+    """Token counts of one answer.  The three input counts are disjoint and add up to the prompt."""
     input: int = 0
     cache_read: int = 0
     cache_write: int = 0
@@ -524,23 +524,34 @@ class Usage:
     reasoning: int = 0
 
     @classmethod
-    def from_openai(cls, usage: Json) -> Usage:
-        """From Chat's prompt_/completion_ words or from Responses' input_/output_ words."""
-        total = as_int(usage.get("prompt_tokens", usage.get("input_tokens")))
-        output = as_int(usage.get("completion_tokens", usage.get("output_tokens")))
-        given = as_object(usage.get("prompt_tokens_details", usage.get("input_tokens_details")))
-        made = as_object(usage.get("completion_tokens_details", usage.get("output_tokens_details")))
-        cached = as_int(given.get("cached_tokens"))
-        return cls(max(total - cached, 0), cached, 0, output, as_int(made.get("reasoning_tokens")))
+    def of(cls, counts: Mapping[str, int]) -> Usage:
+        """From counts by the names of `read_usage`; those that are absent are 0."""
+        return cls(*(counts.get(name, 0) for name in USAGE_FIELDS))
 
-    @classmethod
-    def from_anthropic(cls, usage: Json, before: Usage | None = None) -> Usage:
-        """From Messages' counts; those that are absent are taken from an earlier event."""
-        old = before or cls()
-        return cls(as_int(usage.get("input_tokens", old.input)),
-                   as_int(usage.get("cache_read_input_tokens", old.cache_read)),
-                   as_int(usage.get("cache_creation_input_tokens", old.cache_write)),
-                   as_int(usage.get("output_tokens", old.output)), old.reasoning)
+def read_usage(usage: Json) -> dict[str, int]:
+    """Read a `usage` object of any dialect; the only place where that is done.
+
+    {"prompt_tokens": 100, "prompt_tokens_details": {"cached_tokens": 30}} ->
+    {"input": 70, "cache_read": 30}: what was not reported is absent.  OpenAI counts cached tokens
+    inside the prompt, Anthropic beside it."""
+    prompt_details = as_object(usage.get("prompt_tokens_details",
+                                         usage.get("input_tokens_details")))
+    answer_details = as_object(usage.get("completion_tokens_details",
+                                         usage.get("output_tokens_details")))
+    cached = as_count(prompt_details.get("cached_tokens"))
+    written = as_count(prompt_details.get("cache_write_tokens"))
+    prompt = as_count(usage.get("prompt_tokens", usage.get("input_tokens")))
+    if prompt is not None:
+        prompt = max(prompt - (cached or 0) - (written or 0), 0)
+    if cached is None:
+        cached = as_count(usage.get("cache_read_input_tokens"))
+    if written is None:
+        written = as_count(usage.get("cache_creation_input_tokens"))
+
+    counts = {"input": prompt, "cache_read": cached, "cache_write": written,
+              "output": as_count(usage.get("completion_tokens", usage.get("output_tokens"))),
+              "reasoning": as_count(answer_details.get("reasoning_tokens"))}
+    return {name: count for name, count in counts.items() if count is not None}
 
 @dataclass
 class Model:
@@ -669,13 +680,14 @@ class Edit:
 
 class Part:
     """A piece of a turn or of an answer: one of the classes below."""
-    cache = False            # True: the prompt cache may end here
+    cache: bool = False      # True: the prompt cache may end here; a field of those that can say it
 
 @dataclass
 class Text(Part):
     """Words.  `refusal`: the model says why it will not answer."""
     text: str
     refusal: bool = False
+    cache: bool = False
 
 @dataclass
 class Image(Part):
@@ -684,6 +696,7 @@ class Image(Part):
     data: str = ""
     url: str = ""
     detail: str | None = None
+    cache: bool = False
 
 @dataclass
 class Document(Part):
@@ -693,6 +706,7 @@ class Document(Part):
     url: str = ""
     text: str = ""
     title: str | None = None
+    cache: bool = False
 
 @dataclass
 class Reasoning(Part):
@@ -712,6 +726,7 @@ class ToolCall(Part):
     id: str
     name: str
     arguments: str = "{}"
+    cache: bool = False
 
 @dataclass
 class ToolResult(Part):
@@ -719,6 +734,7 @@ class ToolResult(Part):
     call_id: str
     parts: list[Part]
     is_error: bool = False
+    cache: bool = False
 
 @dataclass
 class Turn:
@@ -1246,36 +1262,31 @@ def restore_names(data: bytes, names: Mapping[bytes, bytes]) -> bytes:
         data = data.replace(short, name)       # quoted, so inside no other string
     return data
 
-_TOLD = ("usage", "copilot_usage", "copilot_quota_snapshots")
+_REPORT_FIELDS = ("usage", "copilot_usage", "copilot_quota_snapshots")
 
 class Meter:
-    """What the upstream tells of the cost of one answer; what it does not tell is absent.
+    """Usage and quotas that the upstream reported for one answer; what it did not is absent.
     counts: by the names of COUNTS; quotas: lane -> snapshot."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
         self.quotas: Json = {}
 
+    @property
+    def usage(self) -> Usage | None:
+        """None while nothing was reported."""
+        return Usage.of(self.counts) if self.counts else None
+
     def take(self, answer: Json) -> None:
-        """An answer or event as the upstream sent it; a later one replaces what it tells again.
-        OpenAI's prompt holds the cached tokens, Anthropic's does not."""
+        """Record what an answer or event reports; later values replace earlier ones, but an empty
+        report wipes nothing."""
         for holder in (answer, answer.get("response"), answer.get("message")):
-            if not isinstance(holder, dict) or holder.keys().isdisjoint(_TOLD):
+            if not isinstance(holder, dict) or holder.keys().isdisjoint(_REPORT_FIELDS):
                 continue
-            usage = as_object(holder.get("usage"))
-            given, made = (as_object(usage.get(one, usage.get(other))) for one, other in (
-                ("prompt_tokens_details", "input_tokens_details"),
-                ("completion_tokens_details", "output_tokens_details")))
-            read, write = given.get("cached_tokens"), given.get("cache_write_tokens")
-            prompt = as_count(usage.get("prompt_tokens", usage.get("input_tokens")))
-            told = (None if prompt is None else max(prompt - as_int(read) - as_int(write), 0),
-                    usage.get("cache_read_input_tokens") if read is None else read,
-                    usage.get("cache_creation_input_tokens") if write is None else write,
-                    usage.get("completion_tokens", usage.get("output_tokens")),
-                    made.get("reasoning_tokens"),
-                    as_object(holder.get("copilot_usage")).get("total_nano_aiu"))
-            found = zip(COUNTS, map(as_count, told))
-            self.counts.update((name, count) for name, count in found if count is not None)
+            self.counts.update(read_usage(as_object(holder.get("usage"))))
+            cost = as_count(as_object(holder.get("copilot_usage")).get("total_nano_aiu"))
+            if cost is not None:
+                self.counts["nano_aiu"] = cost
             self.quotas.update(as_object(holder.get("copilot_quota_snapshots")))
 
 class StreamRelay:
@@ -1986,10 +1997,6 @@ def write_fields(dialect: Dialect, request: Request, model: Model, **fitted: Any
             target[last] = value
     return body
 
-def openai_counts(answer: Json) -> Usage | None:
-    usage = answer.get("usage")
-    return Usage.from_openai(usage) if isinstance(usage, dict) else None
-
 def openai_usage(usage: Usage | None, asked: str, made: str) -> Json:
     """`usage` in the words of Chat ("prompt", "completion") or Responses ("input", "output")."""
     usage = usage or Usage()
@@ -2017,7 +2024,6 @@ class StreamDecoder:
     def __init__(self, dialect: Any) -> None:
         self.dialect = dialect
         self.ended = False
-        self.usage: Usage | None = None
         self.meter = Meter()
         self._started = False
         self._events: list[Event] = []
@@ -2154,7 +2160,7 @@ class StreamDecoder:
             self._end(index)
         self.ended = True
         stop = self.dialect.TO_NEUTRAL.get(raw, "stop")
-        self._events.append(ResponseEnd(self._said if stop == "stop" else stop, self.usage,
+        self._events.append(ResponseEnd(self._said if stop == "stop" else stop, self.meter.usage,
                                         stop_sequence))
 
     def _fail(self, error: UpstreamError) -> None:
@@ -2663,7 +2669,6 @@ class ChatDecoder(StreamDecoder):
         self._state = ""                                     # reasoning_opaque so far
 
     def _read_event(self, event: Json) -> None:
-        self.usage = openai_counts(event) or self.usage
         try:
             delta = self._chunks.read(event)
         except UpstreamError as error:
@@ -2807,7 +2812,8 @@ def mend_response_usage(answer: Json) -> None:
             return
         answer["usage"] = {"input_tokens": 0, "output_tokens": 0}
     usage = answer["usage"]
-    for key, usual in openai_usage(Usage.from_openai(usage), "input", "output").items():
+    reported = Usage.of(read_usage(usage))
+    for key, usual in openai_usage(reported, "input", "output").items():
         if not isinstance(usage.get(key), type(usual)):
             usage[key] = usual
     usage["input_tokens_details"].setdefault("cache_write_tokens", 0)     # openai 3.52 insists
@@ -3272,7 +3278,6 @@ class ResponsesDecoder(StreamDecoder):
 
     def _completed(self, kind: str, answer: Json) -> None:
         self._start(answer)
-        self.usage = openai_counts(answer) or self.usage
         if not self._slots:                              # nothing was streamed: take the whole
             for at, item in enumerate(as_list(answer.get("output"))):
                 self._finished(at, as_object(item))
@@ -3940,13 +3945,11 @@ class MessagesDecoder(StreamDecoder):
         elif kind in ("message_start", "message"):
             message = event if kind == "message" else as_object(event.get("message"))
             self._start(message)
-            self._count(message)
             for at, block in enumerate(as_list(message.get("content"))):
                 self._block(at, as_object(block))
                 self._read_event({"type": "content_block_stop", "index": at})
             self._ending = message
         elif kind == "message_delta":
-            self._count(event)
             self._ending = delta
         elif kind == "error":
             error = as_object(event.get("error"))
@@ -3955,9 +3958,6 @@ class MessagesDecoder(StreamDecoder):
         if kind in ("message_stop", "message"):
             self._stop(str(self._ending.get("stop_reason")),
                        word(self._ending.get("stop_sequence")))
-
-    def _count(self, source: Json) -> None:
-        self.usage = Usage.from_anthropic(as_object(source.get("usage")), self.usage)
 
     def _block(self, at: int, block: Json) -> None:
         found = [Reasoning(str(block.get("thinking") or ""))] if block.get("type") == (
@@ -9911,7 +9911,7 @@ def make_compaction(exchange: Exchange, body: Json, copilot: Copilot, model: Mod
             break                                        # it was told already
         plan, answer = found
         plan.read(answer.read_all(exchange.client), plan.streams)
-        usage = Usage(*(plan.meter.counts.get(name, 0) for name in COUNTS[:5]))
+        usage = Usage.of(plan.meter.counts)
         output = [as_object(item) for item in as_list(plan.answer.get("output"))]
         own = [item for item in output if item.get("type") in COMPACTIONS]
         if native and len(own) == 1 and own[0].get("encrypted_content"):

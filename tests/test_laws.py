@@ -172,6 +172,30 @@ class Laws(unittest.TestCase):
                     self.assertEqual(comparable(dialect.decode_request(body)), comparable(request))
                     self.assertEqual(request.losses, [])
 
+    def test_cache_marks_come_back_from_where_they_can_be_written(self) -> None:
+        """Messages marks any block, Chat on Claude the end of a message."""
+        claude = replace(MODEL, id="claude-x-4.5", vendor="Anthropic")
+        for name in ("messages", "chat"):
+            for seed in SEEDS:
+                rng = random.Random(seed)
+                request = some_request(seed, name)
+                request.output_schema, request.openai, request.effort = None, {}, None
+                marked = 0
+                for turn in request.turns:
+                    part = turn.parts[-1 if name == "chat" else rng.randrange(len(turn.parts))]
+                    if rng.random() < 0.5 and not isinstance(part, Reasoning):
+                        part.cache = True
+                        marked += 1
+                for tool in request.tools:
+                    tool.cache = rng.random() < 0.5
+                body = DIALECTS[name].encode_request(request, claude)
+                with self.subTest(dialect=name, seed=seed):
+                    back = DIALECTS[name].decode_request(body)
+                    self.assertEqual(sum(part.cache for turn in back.turns for part in turn.parts),
+                                     marked)
+                    self.assertEqual(merged(back.turns), merged(request.turns))
+                    self.assertEqual(back.tools, request.tools)
+
     def test_request_survives_a_visit(self) -> None:
         """A -> B -> A: the conversation itself comes back, but for reasoning minted elsewhere."""
         for home in DIALECTS:

@@ -874,15 +874,44 @@ class WholeAnswers(unittest.TestCase):
                 dialect.mend(copy.deepcopy(answer), "m")
 
     def test_usage_counts_add_up_in_both_families(self) -> None:
-        self.assertEqual(cp.Usage.from_openai({
-            "input_tokens": 10, "input_tokens_details": {"cached_tokens": 4}, "output_tokens": 7,
-            "output_tokens_details": {"reasoning_tokens": 3}}), cp.Usage(6, 4, 0, 7, 3))
-        self.assertEqual(cp.Usage.from_openai({"prompt_tokens": 1, "prompt_tokens_details": {
-            "cached_tokens": 4}}), cp.Usage(0, 4, 0, 0))
+        for usage, counts in (
+                ({"input_tokens": 10, "input_tokens_details": {"cached_tokens": 4},
+                  "output_tokens": 7, "output_tokens_details": {"reasoning_tokens": 3}},
+                 cp.Usage(6, 4, 0, 7, 3)),
+                ({"prompt_tokens": 1, "prompt_tokens_details": {"cached_tokens": 4}},
+                 cp.Usage(0, 4, 0, 0)),
+                ({"prompt_tokens": 100, "prompt_tokens_details": {
+                    "cached_tokens": 30, "cache_write_tokens": 50}}, cp.Usage(20, 30, 50)),
+                ({"input_tokens": 5, "cache_read_input_tokens": 30,
+                  "cache_creation_input_tokens": 50, "output_tokens": 1},
+                 cp.Usage(5, 30, 50, 1))):
+            self.assertEqual(cp.Usage.of(cp.read_usage(usage)), counts)
         for odd in ({}, {"prompt_tokens": None}, {"prompt_tokens": "x", "completion_tokens": True}):
-            self.assertEqual(cp.Usage.from_openai(odd), cp.Usage())
-        start = cp.Usage.from_anthropic({"input_tokens": 5, "output_tokens": 1})
-        self.assertEqual(cp.Usage.from_anthropic({"output_tokens": 9}, start), cp.Usage(5, 0, 0, 9))
+            self.assertEqual(cp.read_usage(odd), {})
+
+    def test_later_reports_replace_earlier_ones_and_empty_ones_wipe_nothing(self) -> None:
+        meter = cp.Meter()
+        self.assertIsNone(meter.usage)
+        meter.take({"message": {"usage": {"input_tokens": 5, "output_tokens": 1}}})
+        meter.take({"usage": {"output_tokens": 9}})
+        for empty in ({}, None):
+            meter.take({"usage": empty})
+        self.assertEqual(meter.usage, cp.Usage(5, 0, 0, 9))
+
+    def test_clients_and_history_see_the_same_cache_writes(self) -> None:
+        """The two readers of usage disagreed about tokens written to the cache."""
+        usage = {"prompt_tokens": 100, "completion_tokens": 7, "prompt_tokens_details": {
+            "cached_tokens": 30, "cache_write_tokens": 50}}
+        answer = {"id": "1", "model": "m", "usage": usage, "choices": [{
+            "index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "a"}}]}
+        meter = cp.Meter()
+        request = cp.Request("m", "messages")
+        response = cp.read_answer(cp.CHAT, cp.dumps(answer), False, request, meter)
+        shown = cp.MESSAGES.encode_response(response, request)["usage"]
+        self.assertEqual((shown["input_tokens"], shown["cache_read_input_tokens"],
+                          shown["cache_creation_input_tokens"]), (20, 30, 50))
+        self.assertEqual(meter.counts, {
+            "input": 20, "cache_read": 30, "cache_write": 50, "output": 7})
 
 
 # Made-up tokens, put together here so that no scanner takes them for real ones.
