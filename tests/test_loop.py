@@ -536,7 +536,7 @@ class IdleTest(LoopCase):
                     reply = client.ask(post(path, make("a", stream=number % 2 == 0)))
                     self.assertEqual(reply.status, 200, reply.body)
                 wait_until(lambda: len(parked) == 1000, "all are parked again")
-                self.assertLess(len(set(workers()) - threads), 10)
+                self.assertLess(len(set(workers()) - threads), 25)  # half of the requests
             wait_until(lambda: not proxy.server._clients, "all are gone")
 
     def test_an_idle_connection_is_closed_after_a_stream_and_after_a_whole_answer(self) -> None:
@@ -1027,7 +1027,7 @@ class WorkersTest(unittest.TestCase):
             for number in range(30):
                 path, make = REQUESTS[number % 3]
                 self.assertEqual(proxy.post(path, make("a", stream=number % 2 == 0)).status, 200)
-            self.assertLess(len(set(workers()) - before), 6)
+            self.assertLess(len(set(workers()) - before), 15)    # half of the requests
 
 
 def cp_fake() -> Any:
