@@ -13,6 +13,7 @@ import logging
 import os
 import py_compile
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -51,6 +52,48 @@ def wait_until(condition: Callable[[], Any], what: str = "", timeout_s: float = 
         if time.monotonic() > deadline:
             raise AssertionError("did not happen in time: %s" % (what or condition))
         time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def interrupts_on() -> Iterator[None]:
+    """Processes started inside obey Ctrl-C, even where the tests themselves ignore it.
+
+    A shell starts background jobs of a script, and `nohup` its command, with SIGINT ignored;
+    children inherit that.  A handler, unlike "ignore", is not inherited.
+    """
+    ignored = (threading.current_thread() is threading.main_thread()
+               and signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
+    if ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def patient(test: Callable[[Any], None]) -> Callable[[Any], None]:
+    """For a test whose subject is time: run it at its own speed, then 4 and 16 times slower.
+
+    The test multiplies its times by `self.slower`.  On a quiet machine the first run decides; on a
+    busy one a law that holds shows at a slower speed, while a broken one shows at none.
+    """
+    @functools.wraps(test)
+    def run(self: Any) -> None:
+        for self.slower in (1, 4, 16):
+            try:
+                return test(self)
+            except AssertionError:
+                if self.slower == 16:
+                    raise
+    return run
+
+
+def need_files(count: int) -> None:
+    """Raise the limit of open files, or skip the test where the system allows fewer."""
+    cp.raise_file_limit()
+    if cp.file_limit() < count:
+        raise unittest.SkipTest("this system allows %d open files only" % cp.file_limit())
 
 
 class TestClock:
@@ -236,11 +279,12 @@ class Command:
 
     def __init__(self, *args: str, home: str, stdin: bytes | None = None, **env: str) -> None:
         self._lines: list[str] = []
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", SCRIPT if SLOW else compiled(SCRIPT), *args],
-            env=clean_environment(home, **env), cwd=home,
-            stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        with interrupts_on():
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-S", SCRIPT if SLOW else compiled(SCRIPT), *args],
+                env=clean_environment(home, **env), cwd=home,
+                stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if stdin is not None and self.process.stdin is not None:
             self.process.stdin.write(stdin)
             self.process.stdin.close()

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import signal
 import stat
 import sys
 import tempfile
@@ -42,6 +43,7 @@ def run_main(home: str, *args: str, **env: str) -> tuple[int, str]:
     """A command in this process -> (exit code, everything printed); cheaper than a subprocess."""
     log = logging.getLogger("copilot_proxy")
     kept = log.handlers[:], log.level, log.propagate
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     printed, made, make = io.StringIO(), [], cp.Upstream
 
     def noted(*given: Any) -> cp.Upstream:
@@ -58,6 +60,9 @@ def run_main(home: str, *args: str, **env: str) -> tuple[int, str]:
         for upstream in made:                         # a process would simply end
             upstream.pool.clear()
         log.handlers[:], log.level, log.propagate = kept
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 class NoWait(threading.Event):

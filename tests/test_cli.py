@@ -23,8 +23,8 @@ import unittest.mock
 from typing import Any, Iterator
 
 import support
-from support import (SCRIPT, SLOW, Command, Reply, chat, clean_environment, message, response,
-                     run_command, send, wait_until)
+from support import (SCRIPT, SLOW, Command, Reply, chat, clean_environment, interrupts_on, message,
+                     response, run_command, send, wait_until)
 import copilot_proxy as cp
 from fake_upstream import CHAT, EXCHANGE, MODELS, USAGE, USER, Answer, FakeUpstream, Token
 from test_auth import run_main
@@ -362,15 +362,13 @@ class DemoTest(unittest.TestCase):
 class EndTest(CliCase):
     """Signals and the port."""
 
-    def test_ctrl_c_ends_an_idle_server_within_a_second(self) -> None:
-        command = self.start()
+    def test_ctrl_c_ends_an_idle_server_at_once_whatever_the_grace(self) -> None:
+        command = self.start("--grace", "3000")
         url = command.wait_for_url()
         self.assertEqual(ask(url, "GET", "/health").status, 200)
         idle = socket.create_connection(("127.0.0.1", int(url.split(":")[-1])))
         self.addCleanup(idle.close)
-        began = time.monotonic()
         self.assertEqual(command.stop(signal.SIGINT), 130, command.output())
-        self.assertLess(time.monotonic() - began, 1.5)       # a second and a busy machine
         self.assertNotIn("Traceback", command.output())
 
     def test_sigterm_ends_with_0_and_ctrl_c_in_a_login_with_130(self) -> None:
@@ -432,16 +430,16 @@ class EndTest(CliCase):
 
     def test_health_never_asks_for_a_login_that_is_there_once_the_urls_are_printed(self) -> None:
         seen: list[Reply] = []
+        interrupts: list[int] = []
 
         def say(text: str = "") -> None:
             found = re.search(r"Anthropic clients +(\S+)", text)
             if found:
                 seen.append(ask(found.group(1), "GET", "/health"))
-                raise KeyboardInterrupt
+                interrupts.append(signal.SIGINT)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.addCleanup(signal.signal, number, signal.getsignal(number))
-        with unittest.mock.patch.object(cp, "say", say):
+        with unittest.mock.patch.object(cp, "say", say), \
+                unittest.mock.patch.object(cp, "catch_signals", lambda: interrupts):
             self.assertEqual(self.run_here("start", "--port", "0")[0], 130)
         self.assertEqual((seen[0].status, seen[0].json["status"]), (200, "ok"))
 
@@ -516,9 +514,10 @@ class Terminal:
     def __init__(self, *args: str, home: str, **env: str) -> None:
         import pty
         self._master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", SCRIPT, *args], env=clean_environment(home, **env),
-            cwd=home, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+        with interrupts_on():
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-S", SCRIPT, *args], env=clean_environment(home, **env),
+                cwd=home, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
         os.close(slave)
         self._parts: list[bytes] = []
         self._reader = threading.Thread(target=self._read, daemon=True)

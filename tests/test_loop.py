@@ -18,8 +18,8 @@ import unittest
 from typing import Any, Callable, Iterator
 from unittest import mock
 
-from support import (DEADLINE_S, REQUESTS, Proxy, chat, cp, message, response, second_proxy,
-                     wait_until)
+from support import (DEADLINE_S, REQUESTS, Proxy, chat, cp, message, need_files, patient, response,
+                     second_proxy, wait_until)
 from fake_upstream import CHAT, EXCHANGE, Answer
 from test_relay import DELTAS, ENDINGS, PINGS, OpenStream, RelayCase, numbered, stream_text
 from test_server import RawClient, get, post, release, said
@@ -496,8 +496,9 @@ class BackPressureTest(LoopCase):
         stand_still(lambda: torrent.sent, "the upstream can send no more")
         selector = self.proxy.server.loop._selector
         with mock.patch.object(selector, "select", wraps=selector.select) as select:
+            began = time.monotonic()
             pass_time(0.15)
-            self.assertLess(select.call_count, 12)
+            self.assertLess(select.call_count, 80 * (time.monotonic() - began))
         release(self.fake)
 
     @unittest.skipUnless(SLOW and os.path.isdir(FDS), "COPILOT_PROXY_SLOW_TESTS=1 on Linux only")
@@ -521,9 +522,7 @@ class BackPressureTest(LoopCase):
 
 class IdleTest(LoopCase):
     def test_a_thousand_idle_connections_hold_no_threads_and_all_work(self) -> None:
-        cp.raise_file_limit()
-        if cp.file_limit() < 2600:
-            self.skipTest("this system allows %d open files only" % cp.file_limit())
+        need_files(2600)
         threads = set(workers())
         with second_proxy(self) as proxy:                             # type: ignore[arg-type]
             with contextlib.ExitStack() as stack:
@@ -600,8 +599,10 @@ class IdleTest(LoopCase):
 class SilenceTest(LoopCase):
     settings = dict(keepalive_s=0.05)
 
+    @patient
     def test_pings_do_not_hide_an_upstream_that_is_silent_for_too_long(self) -> None:
-        with second_proxy(self, keepalive_s=0.03, answer_timeout_s=0.12) as proxy:  # type: ignore
+        with second_proxy(self, keepalive_s=0.03,                     # type: ignore[arg-type]
+                          answer_timeout_s=0.12 * self.slower) as proxy:
             for path, make in REQUESTS:
                 with self.subTest(path):
                     self.aborted = self.fake.aborted
@@ -614,9 +615,11 @@ class SilenceTest(LoopCase):
                                      "Echo: b")
                     stream.client.__exit__()
 
+    @patient
     def test_a_trickle_is_no_silence(self) -> None:
-        with second_proxy(self, keepalive_s=0.1, answer_timeout_s=0.2) as proxy:   # type: ignore
-            reply = proxy.stream(CHAT_PATH, chat("@@events=7 delay_ms=40@@"))
+        with second_proxy(self, keepalive_s=0.1,                      # type: ignore[arg-type]
+                          answer_timeout_s=0.2 * self.slower) as proxy:
+            reply = proxy.stream(CHAT_PATH, chat("@@events=7 delay_ms=%d@@" % (40 * self.slower)))
             self.assertEqual(stream_text(CHAT_PATH, reply.events), numbered(7))
 
     def test_each_silent_stream_among_many_gets_its_pings(self) -> None:
@@ -856,19 +859,18 @@ class FinishTest(LoopCase):
             head.until(PINGS[CHAT_PATH])
             paused, _ = self.pour(proxy=proxy)
             began = time.monotonic()
-            thread = self.finish(proxy, 0.25)
+            thread = self.finish(proxy, 2.0)
             for client in idle + [half]:
                 self.assertTrue(client.is_closed())          # at once, not after the grace
-            self.assertLess(time.monotonic() - began, 0.25)
+            self.assertLess(time.monotonic() - began, 2.0)
             for stream in flowing + [ending, head]:
                 with self.subTest(stream.path):
                     body = stream.rest()
                     self.assertNotIn(ENDINGS[stream.path], body)
                     self.assertIn(b"shutting down", body)
             self.assertEqual(whole.answer().status, 503)
-            thread.join(3)
+            thread.join(DEADLINE_S)
             self.assertFalse(thread.is_alive())
-            self.assertLess(time.monotonic() - began, 2.5)
             with contextlib.suppress(Exception):             # its upstream has more than it took
                 self.assertNotIn(b"[DONE]", paused.rest())
             self.assertFalse(proxy.server.loop._thread.is_alive())
@@ -880,8 +882,8 @@ class FinishTest(LoopCase):
             self.assertEqual(proxy.get("/v1/models").status, 200)
             clients = [self.client(proxy) for _ in range(50)]
             began = time.monotonic()
-            proxy.server.finish(5.0)
-            self.assertLess(time.monotonic() - began, 1.0)
+            proxy.server.finish(60.0)
+            self.assertLess(time.monotonic() - began, DEADLINE_S)
             for client in clients:
                 self.assertTrue(client.is_closed())
 
@@ -915,12 +917,12 @@ class FinishTest(LoopCase):
             stream = self.open(response("@@events=4 stall=2@@", stream=True), "/v1/responses",
                                proxy)
             began = time.monotonic()
-            thread = self.finish(proxy, 8.0)
+            thread = self.finish(proxy, 60.0)
             wait_until(proxy.app.stop.is_set, "the shutdown has begun")
             release(self.fake)
             self.assertIn(ENDINGS["/v1/responses"], stream.rest())
-            thread.join(5)
-            self.assertLess(time.monotonic() - began, 3.0)
+            thread.join(DEADLINE_S)
+            self.assertLess(time.monotonic() - began, 2 * DEADLINE_S)
             self.assertTrue(stream.client.is_closed())
 
 

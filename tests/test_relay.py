@@ -15,8 +15,8 @@ import unittest
 from typing import Any
 from unittest import mock
 
-from support import (REQUESTS, SLOW, ProxyCase, chat, cp, message, response, second_proxy,
-                     wait_until)
+from support import (DEADLINE_S, REQUESTS, SLOW, ProxyCase, chat, cp, message, response,
+                     second_proxy, wait_until)
 from fake_upstream import CHAT, COUNT_TOKENS, EMBEDDINGS, RESPONSES, Answer, FakeUpstream
 from test_server import PATHS, RawClient, SharedCase, post, release, said
 
@@ -1051,8 +1051,8 @@ class ShutdownTest(ProxyCase):
         idle = self.enter(RawClient(self.proxy.port))
         self.assertEqual(idle.ask(post("/v1/chat/completions", chat("a"))).status, 200)
         began = time.monotonic()
-        self.proxy.server.finish(5.0)
-        self.assertLess(time.monotonic() - began, 1.0)
+        self.proxy.server.finish(60.0)
+        self.assertLess(time.monotonic() - began, DEADLINE_S)
         with self.assertRaises(OSError):
             RawClient(self.proxy.port)
 

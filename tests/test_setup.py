@@ -7,6 +7,7 @@ import json
 import os
 import plistlib
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -16,7 +17,7 @@ import unittest
 import unittest.mock
 from typing import Any
 
-from support import SCRIPT, Proxy, wait_until
+from support import SCRIPT, Proxy, clean_environment, wait_until
 import copilot_proxy as cp
 from fake_upstream import CHAT, MESSAGES, RESPONSES, Answer, FakeUpstream, make_model
 from test_auth import run_main
@@ -141,7 +142,8 @@ class PrintTest(SetupCase):
     def test_the_curl_line_can_be_pasted(self) -> None:
         output = self.setup("curl", "--shell", "bash")
         line = next(ln for ln in output.splitlines() if "curl" in ln and "|" in ln)
-        done = subprocess.run(["bash", "-c", line], stdout=subprocess.PIPE, check=True)
+        done = subprocess.run(["bash", "-c", line], stdout=subprocess.PIPE, check=True,
+                              env=clean_environment(self.home))
         self.assertEqual(json.loads(done.stdout)["object"], "chat.completion")
 
     def test_other_shells_have_their_own_words(self) -> None:
@@ -163,8 +165,8 @@ class PrintTest(SetupCase):
     def test_copy_hands_it_to_the_first_clipboard_program_that_works(self) -> None:
         tools = self.path("tools")
         os.mkdir(tools)
-        for name, text in (("wl-copy", "exit 1"), ("xclip", "cat >%s" % self.path("copied"))):
-            with open(os.path.join(tools, name), "w", encoding="ascii") as file:
+        for name, text in (("wl-copy", "exit 1"), ("xclip", "cat >" + shlex.quote(self.path("copied")))):
+            with open(os.path.join(tools, name), "w", encoding="utf-8") as file:
                 file.write("#!/bin/sh\n%s\n" % text)
             os.chmod(os.path.join(tools, name), stat.S_IRWXU)
         path = tools + os.pathsep + "/bin:/usr/bin"
@@ -330,7 +332,9 @@ class ClaudeCodeTest(SetupCase):
         done = cp.threading.Thread(target=lambda: cp.main(flags, stopped), daemon=True)
         with unittest.mock.patch.object(cp, "say", said.append), \
                 unittest.mock.patch.object(cp.sys, "stdin", io.StringIO()), \
-                unittest.mock.patch.dict(os.environ, {"HOME": self.home, "PATH": ""}):
+                unittest.mock.patch.object(cp.sys, "stderr", io.StringIO()), \
+                unittest.mock.patch.dict(os.environ, clean_environment(self.home, PATH=""),
+                                         clear=True):
             log = cp.logging.getLogger("copilot_proxy")
             kept = log.handlers[:], log.level
             done.start()
