@@ -397,6 +397,19 @@ def redact(text: str) -> str:
             return _SECRET.sub("[redacted]", text)
     return text
 
+#: Python counts these as printable, but they show nothing: fillers, variation selectors
+_INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164"
+                        "\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+
+def visible(text: str, keep: str = "") -> str:
+    """`text` with all escaped that a terminal would obey or not show: control characters, C1,
+    bidi overrides, zero width.  keep: those of them that stay.  'a\\x1b[2J' -> 'a\\\\x1b[2J'"""
+    if text.isprintable() and not _INVISIBLE.search(text):
+        return text
+    return "".join([
+        char if char in keep or char.isprintable() and not _INVISIBLE.match(char)
+        else char.encode("unicode_escape").decode() for char in text])
+
 def printable(text: str, limit: int = 200) -> str:
     """`text` on one ASCII line, safe for any console: control and other characters escaped."""
     return ascii(text[:limit])[1:-1]
@@ -1001,29 +1014,48 @@ def parse_request_head(raw: bytes) -> RequestHead:
         raise BadRequest("the Host header is missing")
     return head
 
+_STATUS_LINE = re.compile(r"HTTP/1\.[0-9] ([0-9]{3})(?: (.*))?\r?\Z", re.DOTALL)
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f]+")
+_RESPONSE_STATUS = range(100, 600)
+
 def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
     """(status, phrase, headers).  Lenient: the upstream is trusted not to smuggle, but may fold
-    lines or repeat fields.  Raises UpstreamError when it is no HTTP head at all."""
+    lines, repeat fields or send what is no field, which is left out.  Control characters become
+    spaces, because the values go on to clients.  Raises UpstreamError when it is no HTTP head."""
     lines = raw.decode("latin-1").split("\n")
-    words = lines[0].rstrip("\r").split(" ", 2)
-    if not re.match(r"HTTP/1\.\d [0-9]{3}(?: |\r?\Z)", lines[0]):
+    match = _STATUS_LINE.match(lines[0])
+    if not match:
         raise UpstreamError("the upstream's answer is not HTTP/1.x")
+    status = int(match.group(1))
+    if status not in _RESPONSE_STATUS:
+        raise UpstreamError("the upstream answered with the status %d, which HTTP does not have"
+                            % status)
+
     headers: Headers = {}
+    name = ""
     for line in lines[1:]:
-        name, colon, value = line.partition(":")
-        if colon and name:
-            name, value = name.lower(), value.strip()
-            headers[name] = headers[name] + ", " + value if name in headers else value
-    return int(words[1]), words[2] if len(words) > 2 else "", headers
+        before, colon, value = line.partition(":")
+        if line[:1] in (" ", "\t"):
+            before, value = "", line               # goes on with the line above
+        elif not colon or not _TOKEN.match(before.encode("latin-1")):
+            name = ""
+            continue
+        value = _CONTROLS.sub(" ", value).strip()
+        if not before:
+            headers.update({name: headers[name] + " " + value} if name else {})
+            continue
+        name = before.lower()
+        headers[name] = headers[name] + ", " + value if name in headers else value
+    return status, _CONTROLS.sub(" ", match.group(2) or "").strip(), headers
 
 def render_head(start: str, fields_: Iterable[tuple[str, str]]) -> bytes:
-    """A head as bytes, with its empty line.  Line ends inside a value become spaces."""
+    """A head as bytes, with its empty line.  Whatever is not printable ASCII is escaped: nothing
+    can split the head, or reach the terminal of who looks at it."""
     lines = [start]
     lines += [name + ": " + value for name, value in fields_]
-    text = "\r\n".join(lines)
-    if text.count("\r") + text.count("\n") != 2 * len(lines) - 2:
-        text = "\r\n".join(line.replace("\r", " ").replace("\n", " ") for line in lines)
-    return text.encode("latin-1", "replace") + b"\r\n\r\n"
+    if not ("".join(lines).isprintable() and "".join(lines).isascii()):
+        lines = [visible(line).encode("ascii", "backslashreplace").decode() for line in lines]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n"
 
 #: the usual chunk sizes as they are written: a look-up beats a check and a conversion
 _CHUNK_SIZES = {b"%x" % size: size for size in range(1, 2048)}
@@ -6150,6 +6182,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, _SecureHandler):          # t
     @staticmethod
     def _read_head(wire: Any, req: UpstreamRequest, head: bytes) -> tuple[int, str, Headers]:
         deadline = time.monotonic() + req.answer_timeout_s
+        interim_bytes = 0                            # of the 1xx answers before
         broken: OSError | None = None
         try:
             wire.write(head, req.data or b"")
@@ -6165,6 +6198,9 @@ class KeepAliveHandler(urllib.request.HTTPHandler, _SecureHandler):          # t
                 if status >= 200:
                     wire.received = data
                     return status, reason, headers
+                interim_bytes += end
+                if status == 101 or interim_bytes > MAX_HEAD_BYTES:
+                    raise UpstreamError("the upstream's answer is not the one to a plain request")
                 continue
             try:
                 more = wire.read(req.client, deadline)
@@ -7609,7 +7645,7 @@ class ResponseStore:
 def show_token(token: CopilotToken) -> None:
     """--show-token: on a terminal, never in a file or pipe that may be a log."""
     if sys.stderr.isatty():
-        sys.stderr.write("Copilot token: %s\n" % token.value)
+        sys.stderr.write("Copilot token: %s\n" % visible(token.value))
         sys.stderr.flush()
 
 class Account(Copilot):
@@ -10134,6 +10170,10 @@ def history_state(app: App) -> Json:
     return {"enabled": bool(app.history.path), "problem": app.history.problem or None,
             "dropped": app.history.dropped}
 
+def label_value(value: Any) -> str:
+    """A name as Prometheus wants it between the quotes; names come from upstreams and clients."""
+    return visible(str(value)).replace("\\", "\\\\").replace('"', '\\"')
+
 def metrics(exchange: Exchange) -> None:
     """The same for Prometheus, in its text format 0.0.4."""
     check_operator(exchange)
@@ -10162,7 +10202,7 @@ def metrics(exchange: Exchange) -> None:
         lines.append("# HELP copilot_proxy_%s %s\n# TYPE copilot_proxy_%s %s" % (
             name, text, name, "counter" if name.endswith("_total") else "gauge"))
         for key, value in values.items():
-            said = ",".join("%s=%s" % (label, json.dumps(str(part), ensure_ascii=False))
+            said = ",".join('%s="%s"' % (label, label_value(part))
                             for label, part in zip(labels, key))
             if value is not None:
                 lines.append("copilot_proxy_%s%s %r" % (name, said and "{%s}" % said, value))
@@ -10965,8 +11005,9 @@ def probe_host(upstream: Upstream, url: str) -> Iterator[tuple[str, str, bool]]:
 # 0 ok, 1 failure, 2 usage, 130 interrupt.
 
 def say(text: str = "") -> None:
-    """A line for a person, flushed at once: start scripts wait for it."""
-    print(text, flush=True)
+    """Lines for a person, flushed at once: start scripts wait for them.  What comes from outside
+    is escaped here; where it must not begin a line either, `printable` is used before."""
+    print(visible(text, keep="\n\t"), flush=True)
 
 def load_settings(flags: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
     """Flags and environment, with the token from standard input.  Raises ConfigError."""
@@ -11194,8 +11235,9 @@ def cmd_models(app: App, flags: argparse.Namespace) -> int:
     rows += [(m.id, " ".join(e for e in m.endpoints if e.startswith("/")),
               str(m.limit("max_context_window_tokens") or "?"),
               str(m.limit("max_output_tokens") or "?"), price_of(m), m.state) for m in shown]
-    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
-    for row in rows:
+    table = [list(map(visible, row)) for row in rows]
+    widths = [max(len(row[at]) for row in table) for at in range(len(rows[0]))]
+    for row in table:
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     return 0
 
@@ -11434,7 +11476,7 @@ def offer_claude_code(app: App, url: str) -> None:
     recipe, chosen = CLIENTS["claude-code"], []
     try:
         models = [m for m in app.copilot().models() if m.is_listed and m.kind == "chat"]
-        say("\n".join("%3d  %s" % (at, m.id) for at, m in enumerate(models, 1)))
+        say("\n".join("%3d  %s" % (at, visible(m.id)) for at, m in enumerate(models, 1)))
         for what, patterns in (("main", recipe.main), ("small, fast", recipe.small)):
             say("%s model [%s]: " % (what, model_for(models, "", patterns).id))
             typed = sys.stdin.readline().strip() if sys.stdin.isatty() else ""
@@ -11515,20 +11557,27 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 class RedactingFormatter(logging.Formatter):
-    """The last line of defence: no token leaves through the log, whatever was logged."""
+    """The last line of defence: whatever was logged, no token leaves through the log, no character
+    that a terminal obeys, and no line that pretends to be another record."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """One line, the words of clients and upstreams in it escaped."""
+        return visible(redact(super().formatMessage(record)))
 
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+        """With the lines of a traceback below, if there is one, indented."""
+        text = visible(redact(super().format(record)), keep="\n")
+        return text.replace("\n", "\n  ")
 
-class JsonFormatter(logging.Formatter):
+class JsonFormatter(RedactingFormatter):
     """--log-json: one object per line; a request's line has its row of the history."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Redacted before it is JSON: afterwards a quote could go with a secret."""
-        said = dict(vars(record).get("row", {}), level=record.levelname.lower(),
-                    time=record.created, message=super().format(record))
-        return dumps({name: redact(value) if isinstance(value, str) else value
-                      for name, value in said.items()}).decode()
+        values = dict(vars(record).get("row", {}), level=record.levelname.lower(),
+                      time=record.created, message=super().format(record))
+        return dumps({name: visible(redact(value), keep="\n") if isinstance(value, str) else value
+                      for name, value in values.items()}).decode()
 
 def set_up_logging(verbose: bool, as_json: bool) -> None:
     """Log to standard error; a library user configures the logger himself."""
@@ -11571,7 +11620,7 @@ def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int
             stack.callback(app.close)
             return COMMANDS[flags.command][1](app, flags)
     except ProxyError as error:
-        print("error: %s" % redact(str(error)), file=sys.stderr)
+        print("error: %s" % visible(redact(str(error))), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 130
