@@ -1466,6 +1466,8 @@ class Dialect:
     mend: Callable[[Json, str], bool]
     decode_request: Callable[[Json], Request]
     read_tool: Callable[[Json, Request], None]
+    read_turn: Callable[[Request, Json, str], None]      # one item of the conversation; its place
+    write_turns: Callable[[list[Turn], Request, Model], list[Json]]
     encode_request: Callable[[Request, Model], Json]
     encode_response: Callable[[Response, Request], Json]
 
@@ -2551,7 +2553,7 @@ class ChatCompletions(Dialect):
         request.wants_usage = options.get("include_usage") is True
         request.openai.update(given(verbosity=body.get("verbosity") or None))
         for at, message in enumerate(check_list(body, "messages")):
-            self._read_message(request, message, "messages[%d]" % at)
+            self.read_turn(request, message, "messages[%d]" % at)
         return request
 
     def read_tool(self, tool: Json, request: Request) -> None:
@@ -2559,8 +2561,8 @@ class ChatCompletions(Dialect):
         add_tool(request, tool if function is None else as_object(function), "parameters",
                  tool.get("copilot_cache_control"), isinstance(function, dict))
 
-    def _read_message(self, request: Request, message: Json, place: str) -> None:
-        role = str(message.get("role"))
+    def read_turn(self, request: Request, item: Json, place: str) -> None:
+        message, role = item, str(item.get("role"))
         note_unknown(request, message, "content", "tool_calls", "tool_call_id", "refusal",
                      "reasoning_text", "reasoning_content", "reasoning_opaque", "audio",
                      "copilot_cache_control", "function_call")
@@ -2608,8 +2610,7 @@ class ChatCompletions(Dialect):
         body = write_fields(self, request, model, stop=request.stop[:MAX_STOP_SEQUENCES],
                             thinking_budget=budget, output_schema=schema,
                             effort=None if budget else fit_effort(request, model))
-        body["messages"] = [message for turn in request.turns
-                            for message in self._write_turn(turn, request, model)]
+        body["messages"] = self.write_turns(request.turns, request, model)
         if tools:
             body["tools"] = [given(
                 type="function", copilot_cache_control=EPHEMERAL if tool.cache and model.is_claude
@@ -2619,6 +2620,9 @@ class ChatCompletions(Dialect):
             body.update(given(tool_choice={"type": "function", "function": {"name": choice.name}}
                               if isinstance(choice, Named) else choice))
         return body
+
+    def write_turns(self, turns: list[Turn], request: Request, model: Model) -> list[Json]:
+        return [message for turn in turns for message in self._write_turn(turn, request, model)]
 
     def _write_turn(self, turn: Turn, request: Request, model: Model) -> list[Json]:
         if turn.role == "system":
@@ -3075,7 +3079,7 @@ class Responses(Dialect):
         items = [{"role": "user", "content": body["input"]}] if isinstance(
             body.get("input"), str) else check_list(body, "input")
         for at, item in enumerate(items):
-            self._read_item(request, item, "input[%d]" % at)
+            self.read_turn(request, item, "input[%d]" % at)
         return request
 
     def read_tool(self, tool: Json, request: Request, namespace: str = "") -> None:
@@ -3098,7 +3102,7 @@ class Responses(Dialect):
                 request.tools[-1] = replace(request.tools[-1], custom=kind == "custom",
                                             namespace=namespace, short_name=name)
 
-    def _read_item(self, request: Request, item: Json, place: str) -> None:
+    def read_turn(self, request: Request, item: Json, place: str) -> None:
         kind = str(item.get("type") or "message")
         if kind in ("function_call_output", "custom_tool_call_output"):
             note_unknown(request, item, "call_id", "output")
@@ -3151,7 +3155,7 @@ class Responses(Dialect):
             request.lose("stop", "there are no stop sequences in responses")
         body = write_fields(self, request, model, effort=fit_effort(request, model),
                             output_schema=schema and dict({"name": "output"}, **schema))
-        body["input"] = [item for turn in turns for item in self._write_turn(turn, request)]
+        body["input"] = self.write_turns(turns, request, model)
         body.update(given(instructions="\n\n".join(instructions) or None))
         if "verbosity" in body:
             body.setdefault("text", {})["verbosity"] = body.pop("verbosity")
@@ -3167,6 +3171,9 @@ class Responses(Dialect):
             body.update(given(tool_choice={"type": "function", "name": choice.name}
                               if isinstance(choice, Named) else choice))
         return body
+
+    def write_turns(self, turns: list[Turn], request: Request, model: Model) -> list[Json]:
+        return [item for turn in turns for item in self._write_turn(turn, request)]
 
     def _write_turn(self, turn: Turn, request: Request) -> list[Json]:
         """Items of a history; without ids, which are bound to a connection upstream."""
@@ -3792,11 +3799,14 @@ class Messages(Dialect):
         if system:
             request.add_turn("system", system)
         for at, message in enumerate(check_list(body, "messages")):
-            place, role = "messages[%d]" % at, message.get("role")
-            if role not in ("user", "assistant", "system"):
-                raise BadRequest("'%s.role' must be user or assistant" % place, param=place)
-            request.add_turn(role, self._read_blocks(message.get("content"), place, request))
+            self.read_turn(request, message, "messages[%d]" % at)
         return request
+
+    def read_turn(self, request: Request, item: Json, place: str) -> None:
+        role = item.get("role")
+        if role not in ("user", "assistant", "system"):
+            raise BadRequest("'%s.role' must be user or assistant" % place, param=place)
+        request.add_turn(role, self._read_blocks(item.get("content"), place, request))
 
     def read_tool(self, tool: Json, request: Request) -> None:
         add_tool(request, tool, "input_schema", tool.get("cache_control"),
@@ -3861,7 +3871,7 @@ class Messages(Dialect):
                 "type": "json_schema", "schema": schema.get("schema")},
             effort=fit_effort(request, model) if thinking and model.efforts else None)
         body.update(given(system=system or None, thinking=thinking or None),
-                    messages=self._write_turns(turns, request))
+                    messages=self.write_turns(turns, request, model))
         if tools:
             body["tools"] = [given(
                 name=tool.name, description=tool.description, cache_control=EPHEMERAL
@@ -3891,7 +3901,7 @@ class Messages(Dialect):
             return {}
         return thinking
 
-    def _write_turns(self, turns: list[Turn], request: Request) -> list[Json]:
+    def write_turns(self, turns: list[Turn], request: Request, model: Model) -> list[Json]:
         """Turns of one role in a row become one message."""
         messages: list[Json] = []
         for turn in turns:
