@@ -1836,29 +1836,105 @@ def plain_text(part: Part) -> str:
 def join_texts(parts: Iterable[Part]) -> str:
     return "\n\n".join(filter(None, map(plain_text, parts)))
 
+# ---- One lenient reader of content ----
+# A client writes its parts in the shape that it thinks the model's vendor wants, so each dialect
+# reads the parts of all three.
+
 def read_content(content: Any, place: str, request: Request) -> list[Part]:
-    """What a user or a tool gave, in either of OpenAI's shapes: a string or an array of parts."""
-    if isinstance(content, str):
-        return [Text(content)] if content else []
-    found: list[Part] = []
-    for part in as_list(content):
-        kind = as_object(part).get("type")
-        if kind in ("text", "input_text", "output_text"):
-            found += [Text(str(part["text"]))] if part.get("text") else []
-        elif kind in ("image_url", "input_image"):
-            image = part.get("image_url")
-            about = image if isinstance(image, dict) else dict(part, url=image)
-            url, detail = about.get("url"), word(about.get("detail"))
-            if not isinstance(url, str) or not url:
-                raise BadRequest("'%s': the image must be a data: URL" % place, param=place)
-            split = _DATA_URL.match(url)
-            found.append(Image(split.group(1), split.group(2), "", detail) if split else
-                         Image(url=url, detail=detail))
-        elif kind in ("file", "input_file"):
-            found.append(document_from_file(part.get("file", part), place))
-        elif isinstance(part, dict):
-            found.append(tell_unknown(part, request))
+    """The parts of a content field in any dialect: a string, a part, or an array of both."""
+    parts: list[Part] = []
+    for piece in content if isinstance(content, list) else [content]:
+        if isinstance(piece, str):
+            parts += [Text(piece)] if piece else []
+        elif isinstance(piece, dict):
+            parts += read_part(piece, place, request)
+    return parts
+
+def read_part(part: Json, place: str, request: Request) -> list[Part]:
+    """One part in any dialect; one of an unknown kind becomes text.  Raises BadRequest."""
+    reader = _PART_READERS.get(str(part.get("type")), _read_unknown)
+    found = reader(part, place, request)
+    if found and (part.get("cache_control") or part.get("copilot_cache_control")):
+        found[-1].cache = True
     return found
+
+def _read_text(part: Json, place: str, request: Request) -> list[Part]:
+    return [Text(str(part["text"]))] if part.get("text") else []
+
+def _read_refusal(part: Json, place: str, request: Request) -> list[Part]:
+    return [Text(str(part["refusal"]), refusal=True)] if part.get("refusal") else []
+
+def _read_image_url(part: Json, place: str, request: Request) -> list[Part]:
+    """OpenAI's image: `image_url` is an object in Chat, a string in Responses."""
+    image = part.get("image_url")
+    about = image if isinstance(image, dict) else dict(part, url=image)
+    url, detail = about.get("url"), word(about.get("detail"))
+    if not isinstance(url, str) or not url:
+        raise BadRequest("'%s': the image must be a data: URL" % place, param=place)
+    split = _DATA_URL.match(url)
+    if split:
+        return [Image(split.group(1), split.group(2), "", detail)]
+    return [Image(url=url, detail=detail)]
+
+def _read_file(part: Json, place: str, request: Request) -> list[Part]:
+    return [document_from_file(part.get("file", part), place)]
+
+def _read_source(part: Json, place: str, request: Request) -> list[Part]:
+    """Anthropic's image or document: base64, a URL, plain text, or parts of its own."""
+    kind, source = part.get("type"), as_object(part.get("source"))
+    if source.get("type") == "content":
+        title = word(part.get("title"))
+        heading: list[Part] = [Text(title + ":")] if title else []
+        return heading + read_content(source.get("content"), place, request)
+    if source.get("type") not in ("base64", "url", "text"):
+        raise BadRequest("'%s': %ss must be sent as base64" % (place, kind), param=place)
+
+    media, data, url = (str(source.get(key) or "") for key in ("media_type", "data", "url"))
+    if kind == "image":
+        return [Image(media, data, url)]
+    title = word(part.get("title"))
+    if source["type"] == "text":
+        return [Document(media, "", url, data, title)]
+    return [Document(media, data, url, "", title)]
+
+def _read_tool_use(part: Json, place: str, request: Request) -> list[Part]:
+    arguments = dumps(as_object(part.get("input"))).decode("utf-8", "surrogatepass")
+    return [ToolCall(str(part.get("id") or ""), str(part.get("name") or ""), arguments)]
+
+def _read_tool_result(part: Json, place: str, request: Request) -> list[Part]:
+    content = read_content(part.get("content"), place, request)
+    return [ToolResult(str(part.get("tool_use_id") or ""), content, part.get("is_error") is True)]
+
+def _read_thinking(part: Json, place: str, request: Request) -> list[Part]:
+    thought = str(part.get("thinking") or "")
+    return reasoning_parts("messages", thought, part.get("signature"))
+
+def _read_redacted_thinking(part: Json, place: str, request: Request) -> list[Part]:
+    return [Reasoning("", word(part.get("data")), None, "messages", True)]
+
+def _read_unknown(part: Json, place: str, request: Request) -> list[Part]:
+    kind = str(part.get("type"))
+    if kind in _MEDIA_KINDS:
+        raise BadRequest("content of type '%s' cannot be given to this model" % kind,
+                         param=request.turns_key)
+    return [block_as_text(part, request)]
+
+_MEDIA_KINDS = ("input_audio", "audio", "input_video", "video", "video_url")    # no text is in them
+_PART_READERS: dict[str, Callable[[Json, str, Request], list[Part]]] = {
+    "text": _read_text, "input_text": _read_text, "output_text": _read_text,
+    "refusal": _read_refusal,
+    "image_url": _read_image_url, "input_image": _read_image_url, "image": _read_source,
+    "file": _read_file, "input_file": _read_file, "document": _read_source,
+    "tool_use": _read_tool_use, "tool_result": _read_tool_result,
+    "thinking": _read_thinking, "redacted_thinking": _read_redacted_thinking}
+
+def block_as_text(block: Json, request: Request) -> Text:
+    """A block or item that the model's dialect has no word for, whole and in JSON: a session must
+    not end because its history holds one."""
+    kind = printable(str(block.get("type")), 60)
+    request.lose(kind, "sent as text")
+    shown = {key: value for key, value in block.items() if key not in ("type", "id", "status")}
+    return Text("[%s] %s" % (kind, dumps(shown).decode("utf-8", "replace")))
 
 def write_part(part: Part, prefix: str) -> Json:
     """A content part in Chat's words (no prefix) or in those of Responses ("input_")."""
@@ -1877,17 +1953,6 @@ def result_text(result: ToolResult, request: Request) -> str:
         request.lose("is_error", "told in the text")
     return (ERROR_PREFIX if result.is_error else "") + "\n".join(
         filter(None, map(plain_text, result.parts)))
-
-def tell_unknown(block: Json, request: Request) -> Text:
-    """A call of a hosted tool or its result, told as text; a block that means more than that is a
-    BadRequest."""
-    kind = str(block.get("type"))
-    if kind == "server_tool_use" or kind.endswith(("_call", "_output", "_tool_result")):
-        request.lose(kind, "told as text")
-        shown = {k: v for k, v in block.items() if k not in ("type", "id", "status")}
-        return Text("[%s] %s" % (kind, dumps(shown).decode("utf-8", "replace")[:MAX_ERROR_TEXT]))
-    raise BadRequest("content of type '%s' cannot be given to this model: it has no counterpart in "
-                     "the model's dialect" % kind[:60], param=request.turns_key)
 
 def add_tool(request: Request, tool: Json, schema_key: str, mark: Any, offered: bool) -> None:
     """A function that the client offers; others run elsewhere and are left out."""
@@ -3122,7 +3187,7 @@ class Responses(Dialect):
                 request.add_turn("assistant", parts)
         else:
             request.add_turn("user" if kind.endswith("_output") else "assistant",
-                             [tell_unknown(item, request)])
+                             [block_as_text(item, request)])
 
     def read_output(self, item: Json) -> list[Part]:
         """The parts of one item that a model made, in an answer or in a history; hosted tools'
@@ -3795,7 +3860,7 @@ class Messages(Dialect):
                                    str(choice.get("type"))))
         if choice.get("disable_parallel_tool_use"):
             request.parallel_tool_calls = False
-        system = self._read_blocks(body.get("system"), "system", request)
+        system = read_content(body.get("system"), "system", request)
         if system:
             request.add_turn("system", system)
         for at, message in enumerate(check_list(body, "messages")):
@@ -3806,52 +3871,19 @@ class Messages(Dialect):
         role = item.get("role")
         if role not in ("user", "assistant", "system"):
             raise BadRequest("'%s.role' must be user or assistant" % place, param=place)
-        request.add_turn(role, self._read_blocks(item.get("content"), place, request))
+        request.add_turn(role, read_content(item.get("content"), place, request))
 
     def read_tool(self, tool: Json, request: Request) -> None:
         add_tool(request, tool, "input_schema", tool.get("cache_control"),
                  tool.get("type") in (None, "custom"))
 
-    def _read_blocks(self, content: Any, place: str, request: Request) -> list[Part]:
-        parts: list[Part] = []
-        for block in _as_blocks(content):
-            if not isinstance(block, dict):
-                raise BadRequest("'%s.content' must hold objects" % place, param=place)
-            if block.get("type") != "text" or block.get("text"):
-                found = self.read_block(block, place, request)
-                if found and block.get("cache_control"):
-                    found[-1].cache = True
-                parts += found
-        return parts
-
-    def read_block(self, block: Json, place: str, request: Request | None) -> list[Part]:
-        """The parts of one block: of a client's request, or of an answer without one, whose
-        unknown blocks have none."""
-        kind, source = block.get("type"), as_object(block.get("source"))
-        if kind == "text":
-            return [Text(str(block.get("text") or ""))]
-        if kind == "thinking":
-            return reasoning_parts(self.name, str(block.get("thinking") or ""),
-                                   block.get("signature"))
-        if kind == "redacted_thinking":
-            return [Reasoning("", word(block.get("data")), None, self.name, True)]
-        if kind == "tool_use":
-            arguments = dumps(as_object(block.get("input"))).decode("utf-8", "surrogatepass")
-            return [ToolCall(str(block.get("id") or ""), str(block.get("name") or ""), arguments)]
-        if request is None:
+    def read_answer_block(self, block: Json) -> list[Part]:
+        """The parts of one block of an answer; unknown ones have none."""
+        if block.get("type") not in ("text", "thinking", "redacted_thinking", "tool_use"):
             return []
-        if kind == "tool_result":
-            return [ToolResult(str(block.get("tool_use_id") or ""), self._read_blocks(
-                block.get("content"), place, request), block.get("is_error") is True)]
-        if kind not in ("image", "document"):
-            return [tell_unknown(block, request)]
-        if source.get("type") not in ("base64", "url", "text"):
-            raise BadRequest("'%s': %ss must be sent as base64" % (place, kind), param=place)
-        media, data, url = (str(source.get(k) or "") for k in ("media_type", "data", "url"))
-        if kind == "image":
-            return [Image(media, data, url)]
-        data, text = ("", data) if source["type"] == "text" else (data, "")
-        return [Document(media, data, url, text, word(block.get("title")))]
+        if block.get("type") == "text":                  # also an empty one, which deltas fill
+            return [Text(str(block.get("text") or ""))]
+        return read_part(block, "content", Request(""))
 
     def encode_request(self, request: Request, model: Model) -> Json:
         preflight(request, model)
@@ -4003,7 +4035,7 @@ class MessagesDecoder(StreamDecoder):
 
     def _block(self, at: int, block: Json) -> None:
         found = [Reasoning(str(block.get("thinking") or ""))] if block.get("type") == (
-            "thinking") else self.dialect.read_block(block, "content", None)
+            "thinking") else self.dialect.read_answer_block(block)
         self._slots[at] = index = self._begin(skeleton(found[0])) if found else -1
         self._states[index] = str(block.get("signature") or "")
         if found and (block.get("type") != "tool_use" or block.get("input")):
