@@ -196,6 +196,7 @@ CODE_WAIT_S = 5.0                        # a refused call waits so long for the 
 REACTIVE_PAUSE_S = 60.0                  # after a refresh that did not cure an opaque 403
 CATALOGUE_AGE_S, CATALOGUE_RETRY_S = 600.0, 60.0
 HEALTH_WAIT_S = 10.0                     # that `debug --health` gives a starting server
+MODELS_WAIT_S = 5.0                      # that `debug` gives the list of models
 MAX_MODEL_CHARS = 200
 MAX_HOST_CHARS = 300                     # of a Host header: a DNS name ends at 253
 SESSION_HEADERS = ("session_id", "session-id", "x-session-id", "x-claude-code-session-id",
@@ -221,6 +222,7 @@ LIMIT_S, QUOTA_LIMIT_S = 7 * 86400.0, 32 * 86400.0   # the longest rest that is 
 LIMIT_PAUSE_S, QUOTA_PAUSE_S = 10.0, 3600.0          # a rest whose length nobody said
 EMBEDDING_BATCH = 512                    # upstream's max_inputs
 MAX_NAMES = 1000
+MAX_SETTINGS_CHARS = 1024 * 1024         # of a client's file that are looked through
 STORE_COUNT, STORE_BYTES = 2000, 64 * 1024 * 1024    # of answers that clients may name later
 STORE_AGE_S = 6 * 3600.0
 IMAGE_BYTES, IMAGE_TIMEOUT_S, IMAGE_CACHE = 5 * 1024 * 1024, 15.0, 12    # of fetched images
@@ -566,6 +568,11 @@ def read_usage(usage: Json) -> dict[str, int]:
               "reasoning": as_count(answer_details.get("reasoning_tokens"))}
     return {name: count for name, count in counts.items() if count is not None}
 
+#: by these words a notice of the upstream is known to announce the end of a model
+_ENDING_WORDS = re.compile("deprecat|retir|sunset|clos(?:e|es|ing|ed) down|end[- ]of[- ]life|"
+                           "discontinu|remov|replac|no longer|go(?:es|ing) away|shut",
+                           re.IGNORECASE)
+
 @dataclass
 class Model:
     """One entry of the catalogue, read leniently: every field may be missing upstream."""
@@ -621,6 +628,26 @@ class Model:
         """'claude-opus-4.6' -> (4, 6); () when the id has no number."""
         found = re.search(r"(\d+)(?:\.(\d+))?", self.id)
         return tuple(int(n) for n in found.groups() if n) if found else ()
+
+    @property
+    def notice(self) -> str:
+        """What the upstream says about the model's coming end, "" when it says nothing.
+        Entries also carry notices about billing, which are not meant here."""
+        notices: list[tuple[Any, Any]] = []
+        for name in ("warning_text", "warning_message"):
+            notices.append(("", self.entry.get(name)))
+        for name in ("warning_messages", "info_messages"):
+            for message in map(as_object, as_list(self.entry.get(name))):
+                notices.append((message.get("code"), message.get("message")))
+
+        for code, text in notices:
+            text = str(text or "")[:MAX_ERROR_TEXT]
+            if _ENDING_WORDS.search(text):
+                return text
+            if _ENDING_WORDS.search(str(code)[:MAX_ERROR_TEXT]):
+                return "%s: %s" % (str(code)[:MAX_ERROR_TEXT], text)
+
+        return ""
 
     def limit(self, name: str) -> int:
         """A limit in tokens, 0 when the upstream gives none."""
@@ -4671,53 +4698,200 @@ def normalise_model(asked: str) -> list[str]:
     names += [plain, bare, steady, dotted]
     return [name for at, name in enumerate(names) if name and name not in names[:at]]
 
-def _stem_and_version(name: str) -> tuple[str, tuple[int, ...]]:
-    """'claude-opus-4.6' -> ('claude-opus', (4, 6)); 'gpt-5.3-codex' -> ('gpt--codex', (5, 3))."""
-    found = re.search(r"(?<![a-z])\d+(?:\.\d+)?", name)
-    if not found:
-        return name, ()
-    return (name[:found.start()].rstrip("-") + (name[found.end():] and "-" + name[found.end():]),
-            tuple(int(n) for n in found.group().split(".")))
+#: Models that GitHub has retired from Copilot -> the day, "" where only the fact is known.  From
+#: the table data/tables/copilot/model-deprecation-history.yml of github/docs and GitHub's
+#: announcements up to August 2026.  An account that still lists such a model gets it all the same.
+RETIRED_MODELS: Mapping[str, str] = {
+    "gpt-3.5-turbo": "", "gpt-4": "", "gpt-4-turbo": "", "gpt-4o": "", "gpt-4o-mini": "",
+    "gpt-4.5-preview": "", "gpt-4.1": "2026-06-01",
+    "o1": "", "o1-preview": "", "o1-mini": "2025-10-23", "o3": "2025-10-23",
+    "o3-mini": "2025-10-23", "o4-mini": "2025-10-23",
+    "gpt-5": "2026-02-17", "gpt-5-codex": "2026-02-17",
+    "gpt-5.1": "2026-04-01", "gpt-5.1-codex": "2026-04-01", "gpt-5.1-codex-mini": "2026-04-01",
+    "gpt-5.1-codex-max": "2026-04-01", "gpt-5.2": "2026-06-05", "gpt-5.2-codex": "2026-06-05",
+    "claude-3.5-sonnet": "2025-11-06", "claude-3.7-sonnet": "2025-10-23",
+    "claude-3.7-sonnet-thought": "2025-10-23", "claude-sonnet-4": "2026-05-01",
+    "claude-opus-4": "2025-10-23", "claude-opus-4.1": "2026-02-17",
+    "gemini-2.0-flash": "2025-10-23", "gemini-2.0-flash-001": "2025-10-23",
+    "gemini-3-pro": "2026-03-26", "gemini-3-pro-preview": "2026-03-26",
+    "grok-code-fast-1": "2026-05-15",
+}
+CHEAP_MODEL = "gpt-5-mini"           # answers for a retired model whose line has ended
 
-def _nearest_in_family(name: str, models: list[Model]) -> Model | None:
-    """For Claude any version finds the nearest one; for others only a newer one than all listed."""
-    usable = [m for m in models if m.is_listed and m.kind == "chat"]
+_LINES = {"chatgpt": "gpt", "codex": "gpt"}          # first words that belong to another line
+_LIGHT_WORDS = frozenset({"mini", "nano", "flash", "lite", "haiku", "luna", "fast", "instant"})
+_OTHER_WORDS = frozenset({"pro", "code", "codex", "opus", "sonnet", "fable"})
+#: words that name no other model, only a state, a mode or an effort of one
+_PLAIN_WORDS = frozenset({
+    "preview", "exp", "chat", "turbo", "instruct", "vision", "thinking", "thought", "reasoning",
+    "low", "medium", "high", "xhigh", "max", "picker"})
+
+@dataclass(frozen=True)
+class ModelName:
+    """A model's name, taken apart.
+    'gpt-5.1-codex-mini' -> line 'gpt', version (5, 1), words {'codex', 'mini'}"""
+    line: str
+    version: tuple[int, ...]
+    words: frozenset[str]
+
+    @classmethod
+    def parse(cls, name: str) -> ModelName:
+        """From a lower-case name whose version has a dot."""
+        first, *others = name.split("-")
+        line = _LINES.get(first, first)
+        words = {first} & {"codex"}
+        version: tuple[int, ...] = ()
+        if re.fullmatch(r"o\d", first):              # the reasoning models that GPT-5 replaced
+            line = "gpt"
+            version = (5,)
+
+        for word in others:
+            number = re.fullmatch(r"k?(\d{1,9})(?:\.(\d{1,9}))?[a-z]?", word)    # 5.1, 4o, k2.7
+            if number is None:
+                words.add(word)
+            elif not version:
+                version = tuple(int(part) for part in number.groups() if part)
+
+        if line == "claude" and not words:
+            words.add("sonnet")                      # claude-2.1: a name without a class
+        return cls(line, version, frozenset(words))
+
+    @property
+    def is_light(self) -> bool:
+        """Is it one of the small, cheap ones?  The GPTs before 5 count among them: they cost no
+        premium request, and GPT-5 mini is what is left of that kind."""
+        is_old_gpt = self.line == "gpt" and () < self.version < (5,)
+        return is_old_gpt or bool(self.words & _LIGHT_WORDS)
+
+    @property
+    def number(self) -> int:
+        """The version as one number: (5, 3) -> 5003."""
+        major, minor = (*self.version, 0, 0)[:2]
+        return major * 1000 + minor
+
+    def distance_to(self, other: ModelName) -> tuple[int, ...]:
+        """Smallest for the model that replaces this one best: of the same size and kind, rather
+        the next newer version than an older one.  Without a version the newest is meant."""
+        differing = len((self.words ^ other.words) - _PLAIN_WORDS)
+        unlike = int(self.is_light != other.is_light)
+        if not self.version:
+            return unlike, differing, -other.number
+        is_older = int(other.version < self.version)
+        return unlike, differing, is_older, abs(self.number - other.number)
+
+def _newest_claude(name: str, models: list[Model]) -> Model | None:
+    """The model for any version of a Claude class: the next newer one, else the newest."""
     family = next((f for f in _FAMILIES if re.search(r"(?:\A|-)%s(?:-|\Z)" % f, name)), "")
-    if family and ("claude" in name or name == family):
-        kin = [m for m in usable if re.fullmatch(r"claude-%s-[\d.]+" % family, m.id)
-               and m.entry.get("preview") is not True]
-        kin = kin or [m for m in usable if "claude-%s" % family in m.id]
-        newest = max(kin, key=lambda m: m.version, default=None)
-        old_order = re.match(r"claude-\d", name)                # claude-3.5-haiku: any newer one
-        version = () if old_order else _stem_and_version(name)[1]
-        at_least = [m for m in kin if len(version) > 1 and m.version >= version]
-        return min(at_least, key=lambda m: m.version) if at_least else newest
-    stem, version = _stem_and_version(name)
-    kin = [m for m in usable if _stem_and_version(m.id)[0] == stem and m.version]
-    newest = max(kin, key=lambda m: m.version, default=None)
-    return newest if newest and version > newest.version else None
+    if not family or not ("claude" in name or name == family):
+        return None
+
+    kin = [m for m in models if re.fullmatch(r"claude-%s-[\d.]+" % family, m.id)
+           and m.entry.get("preview") is not True]
+    kin = kin or [m for m in models if "claude-%s" % family in m.id]
+
+    version = ModelName.parse(name).version
+    if re.match(r"claude-\d", name):                # claude-3.5-haiku: any newer one will do
+        version = ()
+    at_least = [m for m in kin if len(version) > 1 and m.version >= version]
+    if at_least:
+        return min(at_least, key=lambda m: m.version)
+    return max(kin, key=lambda m: m.version, default=None)
+
+def _nearest_in_line(name: str, models: list[Model]) -> Model | None:
+    """The model of the same line that comes nearest.  None for a name with words that nobody
+    knows, which may be mistyped, and for one that says no more than the line."""
+    asked = ModelName.parse(name)
+    kin = [(ModelName.parse(model.id), model) for model in models]
+    kin = [(parsed, model) for parsed, model in kin if parsed.line == asked.line]
+
+    known = _LIGHT_WORDS | _OTHER_WORDS | _PLAIN_WORDS
+    known = known.union(*(parsed.words for parsed, _ in kin))
+    if not kin or not asked.words <= known or not (asked.version or asked.words):
+        return None
+
+    if asked.line == "claude":                       # a class that this account does not have
+        newest = max(parsed.version for parsed, _ in kin)
+        is_older = () < asked.version < newest
+        if not is_older and name not in RETIRED_MODELS:
+            return None
+    return min(kin, key=lambda pair: asked.distance_to(pair[0]))[1]
+
+def _cheap_model(models: list[Model]) -> Model | None:
+    """What answers where the line of a retired model has ended."""
+    for model in models:
+        if model.id == CHEAP_MODEL:
+            return model
+    light = [m for m in models if ModelName.parse(m.id).is_light]
+    usual = [m for m in models if m.entry.get("is_chat_default") is True]
+    return next(iter(light + usual + models), None)
+
+def retirement_of(asked: str) -> str:
+    """'GitHub retired it on 2026-06-01', "" for a model that is not known to be retired."""
+    for name in normalise_model(asked[:MAX_MODEL_CHARS]):
+        if name in RETIRED_MODELS:
+            day = RETIRED_MODELS[name]
+            return "GitHub retired it" + (day and " on " + day)
+    return ""
 
 def resolve_model(asked: str, models: list[Model], aliases: Mapping[str, str]) -> Model | None:
     """The catalogue entry that `asked` means: alias, exact id, normalised spelling, nearest of the
-    same family for an unknown newer name.  None when nothing fits."""
+    same family for an unknown or retired name, for a retired one without a family a cheap model.
+    None when nothing fits.  Whether it is the model that was asked for says `is_same_model`."""
     asked = aliases.get(asked, asked)
     if not asked or len(asked) > MAX_MODEL_CHARS:
         return None
-    by_id = {m.id: m for m in models}
     if asked == "auto":
         return next((m for m in models if m.entry.get("is_chat_default") is True), None)
+
+    by_id = {m.id: m for m in models}
     names = normalise_model(asked)
     for name in names:
         if name in by_id:
             return by_id[name]
-    return _nearest_in_family(names[-1], models)
+
+    usable = [m for m in models if m.is_listed and m.kind == "chat"]
+    nearest = _newest_claude(names[-1], usable) or _nearest_in_line(names[-1], usable)
+    if nearest is None and retirement_of(asked):
+        return _cheap_model(usable)
+    return nearest
+
+def is_same_model(asked: str, model: Model) -> bool:
+    """Does `asked` name this model, in whatever spelling?  A bare class ('opus') names the newest
+    of it; every other name that led to the model was substituted."""
+    if asked == model.id:
+        return True
+    names = normalise_model(asked)
+    return model.id in names or re.sub(r"\Aclaude-", "", names[-1]) in _FAMILIES
 
 def nearest_ids(asked: str, models: list[Model], count: int = 3) -> list[str]:
-    """Ids that look most like `asked`, for the text of a 404."""
+    """Ids that come nearest to `asked`, for the text of a 404: first the one that would answer for
+    it, then those that look most like it."""
     import difflib
     ids = [m.id for m in models if m.is_listed] or [m.id for m in models]
     name = normalise_model(asked[:MAX_MODEL_CHARS])[-1] if asked else ""
-    return difflib.get_close_matches(name, ids, count, 0.0)
+    near = difflib.get_close_matches(name, ids, count, 0.0)
+    model = resolve_model(asked, models, {})
+    if model is not None:
+        near = [model.id] + [one for one in near if one != model.id]
+    return near[:count]
+
+def fate_of_name(asked: str, models: list[Model], is_strict: bool = False) -> str:
+    """What becomes of a model's name that stands in somebody's settings: "" when the account has
+    the model, else why not and what answers.  Without a list only retired names are known."""
+    if asked.partition(":")[0] == "auto":
+        return ""
+    retired = retirement_of(asked)
+    if not models:
+        return retired
+
+    model = resolve_model(asked, models, {})
+    if model is not None and is_same_model(asked, model):
+        return ""
+
+    reason = retired or "this account does not list it"
+    if model is None or is_strict:
+        return reason + "; requests with it get 404"
+    return "%s; %s answers instead" % (reason, printable(model.id))
 
 def choose_upstream(client: Dialect, model: Model, refused: Container[tuple[str, str]]) -> Dialect:
     """The dialect to ask a model in: the client's own wherever the model has it.
@@ -5280,8 +5454,12 @@ OPTIONS = (
     Option("data-dir", "", "folder of the login", where="network", env=("COPILOT_PROXY_HOME",)),
     Option("header", (), "NAME=VALUE sent upstream instead of the built-in value", "list",
            where="network"),
-    Option("fallback", "", "model to ask instead when the quota is used up"),
-    Option("model-alias", (), "FROM=TO: serve model TO under the name FROM", "list"),
+    Option("fallback", "", "model to ask instead when the quota is used up",
+           where="start models debug"),
+    Option("model-alias", (), "FROM=TO: serve model TO under the name FROM", "list",
+           where="start models debug"),
+    Option("strict-models", False, "answer 404 instead of asking another model than the one that "
+           "was named", "switch", where="start models debug"),
     Option("fetch-images", False, "fetch images that clients name by URL, from public addresses "
            "only, and send them inline", "switch"),
     Option("api-key", (), "a key that clients must send; auto makes, stores and prints one",
@@ -5435,6 +5613,7 @@ class Settings:
     header: tuple[str, ...] = ()
     fallback: str = ""
     model_alias: tuple[str, ...] = ()
+    strict_models: bool = False
     fetch_images: bool = False
     api_key: tuple[str, ...] = ()
     requests_per_minute: int = 0
@@ -5518,6 +5697,20 @@ class Settings:
     @functools.cached_property
     def aliases(self) -> dict[str, str]:
         return parse_pairs(self.model_alias, "--model-alias")
+
+    def missing_models(self, models: list[Model]) -> list[str]:
+        """A line for each alias and for --fallback whose model this account does not have.
+        Without a list only retired models are known."""
+        named = [("--model-alias %s=%s" % pair, pair[1]) for pair in self.aliases.items()]
+        if self.fallback:
+            named.append(("--fallback " + self.fallback, self.fallback))
+
+        lines = []
+        for place, name in named:
+            fate = fate_of_name(name, models, self.strict_models)
+            if fate:
+                lines.append("%s: %s" % (printable(place), fate))
+        return lines
 
     @property
     def rest_url(self) -> str:
@@ -7017,18 +7210,33 @@ class Copilot:
     def find_model(self, asked: str, client: Downstream | None = None) -> Model:
         """The model that `asked` means; an unknown name refreshes the list, once a minute at most.
         Raises BadRequest 404 that names the three nearest ids."""
-        aliases = self._settings.aliases
         catalogue: Catalogue = self.catalogue.get(client=client)
-        model = catalogue.find(asked, aliases)
+        model = self._find_in(catalogue, asked)
         if model is None and time.monotonic() - catalogue.fetched_at >= CATALOGUE_RETRY_S:
             with contextlib.suppress(UpstreamError):
                 catalogue = self.catalogue.get(catalogue, client)
-            model = catalogue.find(asked, aliases)
+            model = self._find_in(catalogue, asked)
+
         if model is None:
-            near = nearest_ids(asked, catalogue.models)
-            raise BadRequest("model '%s' does not exist here; nearest: %s" % (
-                printable(asked, 80), ", ".join(near) or "none"), 404, "model_not_found", "model")
+            retired = retirement_of(asked)
+            raise BadRequest("model '%s' does not exist here%s; nearest: %s" % (
+                printable(asked, 80), retired and " (%s)" % retired,
+                ", ".join(nearest_ids(asked, catalogue.models)) or "none"),
+                404, "model_not_found", "model")
         return model
+
+    def _find_in(self, catalogue: Catalogue, asked: str) -> Model | None:
+        """None also where --strict-models forbids the model that would answer instead."""
+        aliases = self._settings.aliases
+        model = catalogue.find(asked, aliases)
+        is_strict = self._settings.strict_models and aliases.get(asked, asked) != "auto"
+        if model is not None and is_strict and self.is_substitute(asked, model):
+            return None
+        return model
+
+    def is_substitute(self, asked: str, model: Model) -> bool:
+        """Is `model` another one than the client named, itself or through an alias?"""
+        return not is_same_model(self._settings.aliases.get(asked, asked), model)
 
 def new_request_id() -> str:
     """A random UUID as text (uuid4 without the import)."""
@@ -7706,6 +7914,14 @@ class Account(Copilot):
             for name, value in headers.items() if name.startswith(QUOTA_PREFIXES)})
         if app.settings.show_token:
             self.on_token = show_token
+
+    def _fetch_models(self) -> Catalogue:
+        """The first time it warns of settings that name a model which this account lacks."""
+        catalogue = super()._fetch_models()
+        if self.catalogue.value is None:
+            for line in self._settings.missing_models(catalogue.models):
+                self._log.warning("%s", line)
+        return catalogue
 
 @dataclass(frozen=True)
 class Caller:
@@ -8410,9 +8626,12 @@ class Exchange:
             return
         path = self.path[:21] if self.path.startswith("/auth/tokens/") else self.path   # a key?
         prompt = [row[name] for name in COUNTS[:3] if row[name] is not None]
+        model = printable(self.model, 60)
+        if self.used is not None and self.model not in ("-", self.used.id):
+            model += "->" + printable(self.used.id, 60)
         line = "%s %s %s model=%s route=%s status=%d first=%.0fms total=%.0fms tokens=%s%s%s" % (
             self.id[:8], printable(self.head.method, 20), printable(path, 80),
-            printable(self.model, 60), self.route, self.status, self._first_byte_ms,
+            model, self.route, self.status, self._first_byte_ms,
             self._elapsed_ms(), "%d+%d" % (sum(prompt), row["output"] or 0) if prompt else "-",
             "" if row["nano_aiu"] is None else " credits=%.4g" % (row["nano_aiu"] / NANO),
             " error=" + printable(self.failure) if self.failure else "")
@@ -9732,9 +9951,17 @@ def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
         if len(sessions) > MAX_SESSIONS:
             sessions.popitem(last=False)
     copilot, exchange.streamed = exchange.copilot(), body.get("stream") is True
-    exchange.used = with_login(exchange, copilot,
-                               lambda: copilot.find_model(asked, exchange.client))
-    return copilot, exchange.used
+    model = with_login(exchange, copilot, lambda: copilot.find_model(asked, exchange.client))
+    name_model(exchange, model)
+    if copilot.is_substitute(asked, model):        # the answer then names the real one
+        exchange.body = fit_model(exchange.body, Edit(body), model.id)
+        body["model"] = model.id
+    return copilot, model
+
+def name_model(exchange: Exchange, model: Model) -> None:
+    """Note the model that answers, for the log and for the header that always names it."""
+    exchange.used = model
+    exchange.headers["x-copilot-proxy-model"] = printable(model.id)
 
 def with_login(exchange: Exchange, copilot: Copilot, work: Callable[[], Any]) -> Any:
     """Do `work`; when GitHub does not know the login any more a new one is begun."""
@@ -9902,7 +10129,8 @@ def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: C
                 and shed_images(plan.edit, len(call.body))):
             call.body = fit_model(data, plan.edit, model.id)
         tell_losses(exchange, plan.edit.losses, repaired)
-        exchange.used, exchange.upstream_path = model, plan.upstream.path
+        name_model(exchange, model)
+        exchange.upstream_path = plan.upstream.path
         exchange.initiator = plan.headers["X-Initiator"]
         exchange.route = "translated" if plan.is_translated else "passthrough"
         if not exchange.is_admitted:
@@ -9950,7 +10178,7 @@ def compact(exchange: Exchange, body: Json, copilot: Copilot, model: Model,
     exchange.head.headers.setdefault("x-initiator", "agent")       # no human asks for this
     if body.get("stream") is True and not is_route:
         exchange.expect_stream(RESPONSES.keepalive)
-    encoder = ResponsesEncoder(RESPONSES, Request(exchange.model, now=now, key=exchange.id))
+    encoder = ResponsesEncoder(RESPONSES, Request(str(body["model"]), now=now, key=exchange.id))
     out, answer = encoder.feed(ResponseStart("", "")), encoder.answer
     try:
         item, usage = make_compaction(exchange, body, copilot, model)
@@ -10014,7 +10242,6 @@ def fall_back(exchange: Exchange, copilot: Copilot, model: Model, error: ProxyEr
     exchange.app.log.warning("%s the quota for %s is used up: %s answers (--fallback)",
                              exchange.id, model.id, other.id)
     headers["x-copilot-proxy-fallback"] = "%s -> %s" % (model.id, other.id)
-    exchange.model = other.id
     return other
 
 def tell_no_search(exchange: Exchange, body: Json, model: Model) -> None:
@@ -10350,7 +10577,7 @@ def embeddings(exchange: Exchange) -> None:
         item.update(object="embedding", index=at)
         if packing == "base64":
             item["embedding"] = floats_to_base64(item["embedding"])
-    exchange.reply_json({"object": "list", "data": data, "model": exchange.model, "usage": counts})
+    exchange.reply_json({"object": "list", "data": data, "model": body["model"], "usage": counts})
 
 def merge_embeddings(data: list[Json], counts: Json, answer: bytes, wanted: int,
                      meter: Meter) -> None:
@@ -10382,8 +10609,9 @@ def model_entry(model: Model) -> Json:
             "context_window": model.limit("max_context_window_tokens") or None,
             "max_input_tokens": model.limit("max_prompt_tokens") or None,
             "max_output_tokens": model.limit("max_output_tokens") or None,
-            "max_tokens": model.limit("max_output_tokens") or None, "lifecycle": "active",
-            "price": price_entry(model)}
+            "max_tokens": model.limit("max_output_tokens") or None,
+            "lifecycle": "deprecated" if model.notice else "active",
+            "notice": model.notice or None, "price": price_entry(model)}
 
 def price_entry(model: Model) -> Json | None:
     """USD per million tokens, or the multiplier of a request; None where nothing is listed."""
@@ -10407,12 +10635,15 @@ def models(exchange: Exchange) -> None:
     exchange.reply_json(answer)
 
 def one_model(exchange: Exchange) -> None:
-    """One entry of the list; any spelling that finds a model will do."""
+    """One entry of the list; any spelling that finds a model will do.  Its id is then the one
+    that was asked for, unless another model answers for it."""
     exchange.dialect = MESSAGES if "anthropic-version" in exchange.head.headers else CHAT
     copilot = exchange.copilot()
     model = with_login(exchange, copilot,
                        lambda: copilot.find_model(exchange.argument, exchange.client))
-    exchange.reply_json(dict(model_entry(model), id=exchange.argument))
+    name_model(exchange, model)
+    shown = model.id if copilot.is_substitute(exchange.argument, model) else exchange.argument
+    exchange.reply_json(dict(model_entry(model), id=shown))
 
 def usage(exchange: Exchange) -> None:
     """The upstream's usage answer, whole."""
@@ -10590,7 +10821,7 @@ def demo_model(name: str, vendor: str, endpoints: str, efforts: str = "") -> Jso
     entry: Json = {
         "id": name, "name": name + " (demo)", "object": "model", "vendor": vendor,
         "version": name, "model_picker_enabled": kind == "chat",
-        "is_chat_default": name == "gpt-4.1",
+        "is_chat_default": name == CHEAP_MODEL,
         "capabilities": {"type": kind, "family": name, "tokenizer": "o200k_base", "limits": {
             "max_context_window_tokens": 200000, "max_prompt_tokens": 168000,
             "max_output_tokens": 32000, "max_inputs": 512}, "supports": supports}}
@@ -10598,15 +10829,22 @@ def demo_model(name: str, vendor: str, endpoints: str, efforts: str = "") -> Jso
         entry["supported_endpoints"] = endpoints.split()
     return entry
 
+#: one or two of each family, with the endpoints that Copilot listed for it in the second half of
+#: 2026: the GPTs from 5.3 on speak Responses only, the Claudes from 4.7 on Messages only
 DEMO_MODELS = [
-    demo_model("gpt-4.1", "OpenAI", "/chat/completions"),
-    demo_model("gemini-3.1-pro-preview", "Google", "/chat/completions"),
-    demo_model("gpt-5-mini", "OpenAI", "/chat/completions /responses", "low medium high"),
+    demo_model("gpt-5-mini", "Azure OpenAI", "/chat/completions /responses", "low medium high"),
     demo_model("gpt-5.3-codex", "OpenAI", "/responses", "low medium high xhigh"),
+    demo_model("gpt-5.6-terra", "OpenAI", "/responses", "low medium high xhigh"),
+    demo_model("claude-haiku-4.5", "Anthropic", "/chat/completions /v1/messages"),
     demo_model("claude-sonnet-4.6", "Anthropic", "/chat/completions /v1/messages",
                "low medium high"),
-    demo_model("claude-haiku-4.5", "Anthropic", "/chat/completions /v1/messages"),
-    demo_model("text-embedding-3-small", "OpenAI", "/embeddings"),
+    demo_model("claude-sonnet-5", "Anthropic", "/v1/messages", "low medium high"),
+    demo_model("claude-opus-5", "Anthropic", "/v1/messages", "low medium high max"),
+    demo_model("gemini-3.1-pro-preview", "Google", "/chat/completions", "low high"),
+    demo_model("grok-4.5", "xAI", "/chat/completions"),
+    demo_model("kimi-k3", "Moonshot AI", "/chat/completions"),
+    demo_model("mai-code-1-flash-picker", "Microsoft", "/responses"),
+    demo_model("text-embedding-3-small", "Azure OpenAI", "/embeddings"),
 ]
 
 def demo_response(request: Request, prompt_tokens: int) -> Response:
@@ -10693,22 +10931,28 @@ def start_demo(settings: Settings) -> Server:
 # What a client, a service manager or a person behind a company proxy needs: tables of text with
 # places for addresses, keys and models, and the few functions that fill, merge and try them.
 
+_LARGE_GPT = "gpt-(?!.*(?:mini|nano))"
+
 @dataclass(frozen=True)
 class Recipe:
     """How a client is set up; all of it text with %(places)s that `fill` knows.
     main, small: patterns of model ids, best first.  env: variables, those that stay empty are left
     out.  run: what is typed, `typed` into it.  files: (path, text, text for each model); what
-    stands before // is moved by a $VARIABLE.  suffix: of models with a window of 1M tokens."""
+    stands before // is moved by a $VARIABLE.  suffix: of models with a window of 1M tokens.
+    sign, named: patterns that find in those files that they are about this proxy, and a setting
+    with the model it names."""
     about: str
     dialect: Dialect = CHAT
-    main: tuple[str, ...] = ("claude-sonnet", "gpt-5(?!.*mini)", "gpt-4")
-    small: tuple[str, ...] = ("haiku", "mini", "flash", "gpt-4")
+    main: tuple[str, ...] = ("claude-sonnet", _LARGE_GPT, "gpt-")
+    small: tuple[str, ...] = ("haiku", "-mini", "flash", "nano")
     env: str = ""
     run: str = ""
     typed: str = ""
     files: tuple[tuple[str, str, str], ...] = ()
     note: str = ""
     suffix: str = ""
+    sign: str = ""
+    named: str = ""
 
 _LLM = "$LLM_USER_PATH:%s//" % {
     "win32": "~/AppData/Roaming/io.datasette.llm",
@@ -10718,16 +10962,20 @@ _CODEX = "-c model_providers.copilot_proxy."
 
 CLIENTS: Mapping[str, Recipe] = {
     "claude-code": Recipe(
-        "Claude Code", MESSAGES, ("claude-sonnet", "claude", "gpt-5(?!.*mini)", "gpt-4"),
+        "Claude Code", MESSAGES, ("claude-sonnet", "claude", _LARGE_GPT, "gpt-"),
         env="ANTHROPIC_BASE_URL=%(url)s ANTHROPIC_AUTH_TOKEN=%(key)s ANTHROPIC_MODEL=%(main)s "
             "ANTHROPIC_DEFAULT_OPUS_MODEL=%(opus)s ANTHROPIC_DEFAULT_SONNET_MODEL=%(main)s "
             "ANTHROPIC_DEFAULT_HAIKU_MODEL=%(small)s CLAUDE_AUTOCOMPACT_PCT_OVERRIDE=%(percent)s "
             "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1",
         run="claude", suffix="[1m]", note="ANTHROPIC_API_KEY must not be set beside it.",
+        sign='"ANTHROPIC_BASE_URL"',
+        named=r'"(ANTHROPIC\w{0,40}_MODEL|CLAUDE_CODE_SUBAGENT_MODEL|model)": *"([^"\n]{1,200})"',
         files=(("$CLAUDE_CONFIG_DIR:~/.claude//settings.json", '{"env": {%(env)s}}', ""),
                ("$CLAUDE_CONFIG_DIR:~//.claude.json", '{"hasCompletedOnboarding": true}', ""))),
     "codex": Recipe(
-        "Codex", RESPONSES, ("codex(?!.*mini)", "gpt-5(?!.*mini)", "gpt"),
+        "Codex", RESPONSES, ("codex(?!.*mini)", _LARGE_GPT, "gpt-"),
+        sign='model_provider *= *"copilot_proxy"',
+        named=r'(?m)^((?:review_)?model) *= *"([^"\n]{1,200})"',
         run="codex -m %(main)s -c model_provider=copilot_proxy -c model_context_window=%(window)s "
             + _CODEX + "name=copilot_proxy " + _CODEX + "base_url=%(base)s "
             + _CODEX + "wire_api=responses " + _CODEX + "experimental_bearer_token=%(key)s",
@@ -10742,7 +10990,9 @@ base_url = "%(base)s"
 wire_api = "responses"
 experimental_bearer_token = "%(key)s"
 """, ""),)),
-    "opencode": Recipe("opencode", run="opencode", files=((
+    "opencode": Recipe(
+        "opencode", run="opencode", sign='"copilot_proxy"',
+        named=r'"((?:small_)?model)": *"copilot_proxy/([^"\n]{1,200})"', files=((
         "$XDG_CONFIG_HOME:~/.config//opencode/opencode.json", """\
 {"$schema": "https://opencode.ai/config.json", "model": "copilot_proxy/%(main)s",
  "small_model": "copilot_proxy/%(small)s", "provider": {"copilot_proxy": {
@@ -10752,6 +11002,7 @@ experimental_bearer_token = "%(key)s"
     "aider": Recipe(
         "aider", env="OPENAI_API_BASE=%(base)s OPENAI_API_KEY=%(key)s",
         run="aider --model openai/%(main)s --weak-model openai/%(small)s",
+        sign="openai-api-base", named=r"(?m)^((?:weak-|editor-)?model): *openai/([^\s#]{1,200})",
         files=(("~//.aider.conf.yml", ("openai-api-base: %(base)s\nopenai-api-key: %(key)s\n"
                                        "model: openai/%(main)s\nweak-model: openai/%(small)s\n"),
                 ""), ("~//.aider.model.metadata.json", "{%(models)s}", (
@@ -10791,7 +11042,7 @@ experimental_bearer_token = "%(key)s"
         note="Anthropic() in Python and new Anthropic() in Node read these.\n"
              '  client.messages.create(model="%(main)s", ...)'),
     "curl": Recipe(
-        "curl", main=("gpt-4", "gpt-5", "claude"),
+        "curl", main=(CHEAP_MODEL, "-mini", "gpt-", "claude"),
         run="curl -sS %(base)s/chat/completions -H %(type)s -H %(bearer)s -d @-",
         typed='{"model": "%(main)s", "messages": [{"role": "user", "content": "Hello"}]}'),
 }
@@ -10861,13 +11112,39 @@ def variables_of(recipe: Recipe, values: Mapping[str, str]) -> list[tuple[str, s
     pairs = [pair.partition("=")[::2] for pair in recipe.env.split()]
     return [(name, text % values) for name, text in pairs if text % values]
 
+def settings_path(place: str, environ: Mapping[str, str]) -> str:
+    """Where a file of a recipe lies: '$CODEX_HOME:~/.codex//config.toml' -> its path here."""
+    variable, _, usual = place.rpartition(":")
+    folder, _, name = usual.partition("//")
+    return os.path.join(environ.get(variable[1:]) or os.path.expanduser(folder), name)
+
+def models_in_settings(recipe: Recipe, environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """(place, model) for each model that a client is set up with, in its files or in the
+    environment.  A bare word ('opus') is an alias of the client's own and left out."""
+    found: list[tuple[str, str]] = []
+    pairs = [pair.partition("=")[::2] for pair in recipe.env.split()]
+    if any("%(url)s" in text or "%(base)s" in text for name, text in pairs if environ.get(name)):
+        found = [(name + " in the environment", environ.get(name, "")) for name, text in pairs
+                 if text in ("%(main)s", "%(small)s", "%(opus)s")]
+
+    for place, _, _ in recipe.files if recipe.named else ():
+        path, text = settings_path(place, environ), ""
+        if os.path.isfile(path):
+            with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8-sig") as file:
+                text = file.read(MAX_SETTINGS_CHARS)
+        if re.search(recipe.sign, text):
+            settings = re.findall(recipe.named, text)[:MAX_NAMES]
+            found += [("%s in %s" % (setting, path), name) for setting, name in settings]
+
+    for place, name in found:
+        if re.search(r"\d", name):
+            yield place, name
+
 def fill_file(recipe: Recipe, row: tuple[str, str, str], values: Mapping[str, str],
               models: list[Model], environ: Mapping[str, str]) -> tuple[str, str]:
     """(path, text) of a settings file."""
     (place, text, each), safe = row, escape_all(values)
-    variable, _, usual = place.rpartition(":")
-    folder, _, name = usual.partition("//")
-    path = os.path.join(environ.get(variable[1:]) or os.path.expanduser(folder), name)
+    path = settings_path(place, environ)
     items = [each % {**safe, **escape_all(places_of(m))} for m in models if m.kind == "chat"]
     safe["models"] = (",\n " if path.endswith(".json") else "").join(items)
     safe["env"] = ",\n  ".join("%s: %s" % (json.dumps(n), json.dumps(v))
@@ -11270,18 +11547,41 @@ def cmd_models(app: App, flags: argparse.Namespace) -> int:
     """The catalogue as a table, or as JSON with the upstream's own entries."""
     found = open_account(app).models()
     shown = [m for m in found if flags.all or m.is_listed]
+    notices = ["%s: %s" % (printable(m.id), printable(m.notice, 300)) for m in shown if m.notice]
+    notices += missing_models(app, found)
     if flags.json:
         say(json.dumps([dict(model_entry(m), entry=m.entry) for m in shown], indent=2))
+        for line in notices:
+            print(line, file=sys.stderr)
         return 0
+
     rows = [("id", "endpoints", "context", "output", "price", "state")]
-    rows += [(m.id, " ".join(e for e in m.endpoints if e.startswith("/")),
-              str(m.limit("max_context_window_tokens") or "?"),
-              str(m.limit("max_output_tokens") or "?"), price_of(m), m.state) for m in shown]
+    for m in shown:
+        paths = " ".join(e for e in m.endpoints if e.startswith("/"))
+        window = str(m.limit("max_context_window_tokens") or "?")
+        output = str(m.limit("max_output_tokens") or "?")
+        state = m.state + (m.notice and ", retiring")
+        rows.append((m.id, paths, window, output, price_of(m), state))
+
     table = [list(map(visible, row)) for row in rows]
     widths = [max(len(row[at]) for row in table) for at in range(len(rows[0]))]
     for row in table:
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    for line in notices:
+        say(line)
     return 0
+
+def missing_models(app: App, models: list[Model]) -> list[str]:
+    """A line for each alias, --fallback and setting of a client that names a model which this
+    account does not have."""
+    lines = app.settings.missing_models(models)
+    for recipe in CLIENTS.values():
+        for place, name in models_in_settings(recipe, app.environ):
+            fate = fate_of_name(name, models, app.settings.strict_models)
+            if fate:
+                lines.append("%s: %s is named by %s: %s" % (
+                    recipe.about, printable(name), printable(place, 300), fate))
+    return lines
 
 def price_of(model: Model) -> str:
     """As the account reports it: USD per million tokens in/out, or the request multiplier."""
@@ -11298,6 +11598,7 @@ def cmd_debug(app: App, flags: argparse.Namespace) -> int:
     well = True
     if flags.network:
         report["network"], well = probe_network(app)
+    report["missing_models"] = missing_models(app, models_at_hand(app)) or ["none"]
     if flags.bundle:
         write_bundle(app, report, flags.bundle)
         return 0
@@ -11307,6 +11608,25 @@ def cmd_debug(app: App, flags: argparse.Namespace) -> int:
         for at, line in enumerate(value if isinstance(value, list) else [value]):
             say("%-14s %s" % (name.replace("_", " ") if not at else "", printable(str(line), 500)))
     return 0 if well else 1
+
+def models_at_hand(app: App) -> list[Model]:
+    """The account's models for `debug`, [] without a login or where they cannot be had within
+    MODELS_WAIT_S.  Nothing is asked when no setting names a model."""
+    models: list[Model] = []
+    settings = app.settings
+    names = [*settings.model_alias, *filter(None, [settings.fallback])]
+    for recipe in CLIENTS.values():
+        names += [name for _, name in models_in_settings(recipe, app.environ)]
+
+    def fetch() -> None:
+        with contextlib.suppress(ProxyError):
+            models.extend(open_account(app).models())
+
+    if names:
+        thread = threading.Thread(target=fetch, daemon=True)
+        thread.start()
+        thread.join(MODELS_WAIT_S)
+    return models
 
 def check_health(app: App, url: str) -> int:
     """0 as soon as the server at `url` answers, 1 if it does not within HEALTH_WAIT_S."""
@@ -11402,10 +11722,17 @@ def offered_models(app: App, url: str, key: str) -> list[Model]:
                         "log in with auth" % error) from None
     if status != 200:
         raise AuthError("%s: %s" % (url, unwrap_error(status, body, "")[0]), status)
-    return [Model(str(e.get("id")), str(e.get("display_name")), kind=str(e.get("kind")), limits={
-        **e, "max_context_window_tokens": e.get("context_window"),
-        "max_prompt_tokens": e.get("max_input_tokens")})
-            for e in map(as_object, as_list(as_object(answer).get("data")))]
+
+    models = []
+    for entry in map(as_object, as_list(as_object(answer).get("data"))):
+        limits = dict(entry, max_context_window_tokens=entry.get("context_window"),
+                      max_prompt_tokens=entry.get("max_input_tokens"))
+        notice = {"code": "retirement", "message": entry.get("notice")}
+        models.append(Model(
+            str(entry.get("id")), str(entry.get("display_name")), kind=str(entry.get("kind")),
+            limits=limits, picker=True,
+            entry={"info_messages": [notice]} if entry.get("notice") else {}))
+    return models
 
 def client_key(settings: Settings) -> str:
     """A key that this server takes, as far as the settings tell."""
@@ -11418,6 +11745,12 @@ def model_for(models: list[Model], asked: str, patterns: tuple[str, ...]) -> Mod
     if model is None:
         raise ConfigError("there is no chat model '%s'; the account has: %s" % (
             printable(asked), ", ".join(m.id for m in chat) or "none"))
+
+    fate = fate_of_name(asked, chat) if asked else ""
+    if fate:
+        print("%s: %s" % (printable(asked), fate), file=sys.stderr)
+    if model.notice:
+        print("%s: %s" % (printable(model.id), printable(model.notice, 300)), file=sys.stderr)
     return model
 
 def cmd_setup(app: App, flags: argparse.Namespace) -> int:

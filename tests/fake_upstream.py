@@ -283,7 +283,8 @@ def make_embedding(model_id: str) -> Json:
 
 
 def default_models() -> List[Json]:
-    """A small catalogue with every kind of entry, one id twice, as live lists have."""
+    """A small catalogue with every kind of entry, one id twice, as live lists have.  The account
+    still lists models that GitHub has retired for others; `today_models` is one that does not."""
     ws = "ws:/responses"
     budget: Json = {"min_thinking_budget": 1024, "max_thinking_budget": 32000}
     codex = make_model("gpt-5.3-codex", "OpenAI", (RESPONSES, ws), 400000, 272000, 128000,
@@ -313,6 +314,35 @@ def default_models() -> List[Json]:
                    efforts=GPT_EFFORT),
         make_embedding("text-embedding-3-small"),
         make_model("gpt-4.1", "Azure OpenAI", multiplier=0, picker=False),
+    ]
+
+
+def today_models() -> List[Json]:
+    """What an account lists in late 2026: every family, no retired model."""
+    ws = "ws:/responses"
+    gpt: Json = dict(window=400000, prompt=272000, output=128000, efforts=GPT_EFFORT)
+    mini = make_model("gpt-5-mini", "Azure OpenAI", (CHAT, RESPONSES, ws), 264000, 128000, 64000,
+                      multiplier=0, category="lightweight", efforts=GPT_EFFORT[:3])
+    mini.update(is_chat_default=True, is_chat_fallback=True)
+    return [
+        mini,
+        make_model("gpt-5.3-codex", "OpenAI", (RESPONSES, ws), **gpt),
+        make_model("gpt-5.4", "OpenAI", (RESPONSES, ws), **gpt),
+        make_model("gpt-5.4-mini", "OpenAI", (RESPONSES, ws), **gpt),
+        make_model("gpt-5.5", "OpenAI", (RESPONSES, ws), multiplier=7.5, **gpt),
+        make_model("gpt-5.6-luna", "OpenAI", (RESPONSES, ws), **gpt),
+        make_model("gpt-5.6-terra", "OpenAI", (RESPONSES, ws), **gpt),
+        make_claude("claude-haiku-4.5", output=64000, efforts=()),
+        make_claude("claude-sonnet-4.6", adaptive_thinking=True),
+        make_claude("claude-sonnet-5", (MESSAGES,), adaptive_thinking=True),
+        make_claude("claude-opus-4.8", (MESSAGES,), adaptive_thinking=True),
+        make_claude("claude-opus-5", (MESSAGES,), adaptive_thinking=True),
+        make_model("gemini-3.1-pro-preview", "Google", (CHAT,), output=64000, images=10),
+        make_model("gemini-3.6-flash", "Google", (CHAT,), output=64000, images=10),
+        make_model("grok-4.5", "xAI", (CHAT,), output=64000),
+        make_model("kimi-k3", "Moonshot AI", (CHAT,), output=64000),
+        make_model("mai-code-1-flash-picker", "Microsoft", (RESPONSES, ws)),
+        make_embedding("text-embedding-3-small"),
     ]
 
 

@@ -276,7 +276,8 @@ class ImportTest(unittest.TestCase):
             two.models = [entry for entry in two.models if entry["id"] == "gpt-4o"]
             with Proxy(one) as first, Proxy(two, rate_limit=3600.0) as second:
                 self.assertEqual(first.post("/v1/chat/completions", chat("hi")).status, 200)
-                self.assertEqual(second.post("/v1/chat/completions", chat("hi")).status, 404)
+                self.assertEqual(second.post("/v1/chat/completions",
+                                             chat("hi", "claude-haiku-4.5")).status, 404)
                 self.assertEqual(
                     second.post("/v1/chat/completions", chat("hi", "gpt-4o")).status, 200)
                 self.assertEqual(

@@ -117,7 +117,9 @@ class CommandTest(unittest.TestCase):
         block = next(b for b in BLOCKS if "base=" in b.text)
         with self.server() as proxy:
             text = block.text.replace("http://127.0.0.1:4399", proxy.url)
-            self.assertEqual(text.count("curl "), len(block.commands) - 2)
+            self.assertEqual([ln for ln in block.commands if not ln.startswith("curl ")][2:],
+                             ["model=" + cp.CHEAP_MODEL])
+            self.assertEqual(text.count("curl "), len(block.commands) - 3)
             done = subprocess.run(
                 ["bash", "-eu", "-c", text.replace("curl ", "curl -sSf ")], cwd=self.home,
                 env=clean_environment(self.home), stdout=subprocess.PIPE,

@@ -1083,7 +1083,7 @@ class ModelNames(unittest.TestCase):
                                     {"codex-auto-review": "gpt-5-mini"}), "gpt-5-mini")
 
     def test_what_fits_nothing_finds_nothing(self) -> None:
-        for asked in ("", " ", "llama-3", "gpt-4.2-turbo-x", "gpt-1", "claude", "[1m]", "/", "-",
+        for asked in ("", " ", "llama-3", "gpt-4.2-turbo-x", "gpt", "claude", "[1m]", "/", "-",
                       "opus/", "\x00", "magnum-opus-7b", "\u20ac"):
             with self.subTest(asked=asked):
                 self.assertEqual(self.found(asked), "")
