@@ -194,6 +194,7 @@ TOKEN_MARGIN_S, TOKEN_FALLBACK_S = 60.0, 1500.0
 TOKEN_RETRY_S = (1.0, 5.0, 15.0, 60.0)   # pauses after failed refreshes, the last one repeats
 CODE_WAIT_S = 5.0                        # a refused call waits so long for the code to name
 REACTIVE_PAUSE_S = 60.0                  # after a refresh that did not cure an opaque 403
+LOGIN_RETRY_S = 180.0                    # between tries of a login that GitHub has refused
 CATALOGUE_AGE_S, CATALOGUE_RETRY_S = 600.0, 60.0
 HEALTH_WAIT_S = 10.0                     # that `debug --health` gives a starting server
 MODELS_WAIT_S = 5.0                      # that `debug` gives the list of models
@@ -212,6 +213,7 @@ KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")      # and Authorizatio
 KEY_PREFIX, KEY_MIN_CHARS = "sk-copilot-", 8
 STALE_FILE_S = 600.0                     # then a half-written one is swept away
 MAX_ACCOUNTS = 1000                      # in memory; as many keys are kept in the file
+KEYS_LISTED = 50                         # in the log at the start
 MAX_LOGINS, LOGIN_AGE_S = 32, 1800.0     # begun by browsers
 APPROVAL_LOOK_S, EVENT_LOOK_S = 0.25, 1.0     # how often a waiting client is looked at
 BUDGET_WAIT_S = 2.0                      # for the history at the start
@@ -7002,6 +7004,7 @@ class Copilot:
         self._log, self._clock = log, clock
         self.github_token = github_token
         self.on_token: Callable[[CopilotToken], None] = lambda token: None
+        self.on_refused: Callable[[AuthError], AuthError] = lambda error: error
         self.on_headers: Callable[[Headers], None] = lambda headers: None    # of each answer
         self._version = ""                             # the API version that worked after a 466
         self.memory = Memory()
@@ -7020,8 +7023,30 @@ class Copilot:
     def _is_dead(self, token: CopilotToken) -> bool:
         return token.age_s(self._clock()) >= token.lifetime_s
 
+    def _ask_github(self, ask: Callable[[str], Any]) -> Any:
+        """`ask(GitHub token)`.  All that needs the login passes here.  A 401 counts only when a
+        second one follows, since GitHub sends a wrong one at times; what to raise then is the
+        matter of `on_refused`."""
+        try:
+            return ask(self.github_token)
+        except AuthError as error:
+            if error.status != 401:
+                raise
+        rest(None, self._settings.hiccup_pause_s)
+        try:
+            return ask(self.github_token)
+        except AuthError as error:
+            if error.status != 401:
+                raise
+            raise self.on_refused(error) from None
+
+    def fetch_usage(self) -> Json:
+        """The whole usage answer.  Raises AuthError, UpstreamError."""
+        answer: Json = self._ask_github(self._github.fetch_usage)
+        return answer
+
     def _fetch_token(self) -> CopilotToken:
-        token = self._github.fetch_copilot_token(self.github_token)
+        token: CopilotToken = self._ask_github(self._github.fetch_copilot_token)
         self._log.info("copilot token fetched for %s%s", host_of(token.api_url),
                        " (direct mode: the GitHub token is the bearer)" if token.direct else "")
         if token.details.get("chat_enabled") is False:
@@ -7033,10 +7058,12 @@ class Copilot:
         """Body of the refresh thread: fetch ahead of time, so that no request has to wait."""
         while not stop.is_set():
             with contextlib.suppress(ProxyError):
-                if not isinstance(self.token.error, AuthError):
-                    self.token.get()
+                self.token.get()
             token = self.token.value
             left = token.refresh_s - token.age_s(self._clock()) if token else 0.0
+            if isinstance(self.token.error, AuthError):
+                stop.wait(LOGIN_RETRY_S)               # no seat, say: a person must act
+                continue
             if self.token.error is not None:
                 left = self._settings.token_retry_s[-1]
             stop.wait(min(max(left, 0.2), 30.0))       # 30: a slept laptop wakes into the check
@@ -7905,6 +7932,7 @@ class Account(Copilot):
     def __init__(self, app: App, github_token: str, name: str = "") -> None:
         super().__init__(app.settings, app.upstream, app.github, check_github_token(github_token),
                          app.log, app.clock)
+        self.on_refused = lambda error: app.login_refused(self, error)
         self.id = stable_id("", github_token)[:8]
         self.name = name or self.id
         self.limiter = RateLimiter(app.settings.rate_limit, app.settings.wait)
@@ -7931,6 +7959,13 @@ class Caller:
     is_operator: bool = False
     key_id: str = ""
     account: Account | None = None
+
+@dataclass(frozen=True)
+class BrowserLogin:
+    """A login that a browser began.  began: monotonic; gives_key: may its claim get a key?"""
+    began: float
+    login: DeviceLogin
+    gives_key: bool
 
 STRANGER, ANYBODY = Caller(), Caller(True, True)             # where no key is wanted
 _GITHUB_KEY = re.compile(r"gh[ou]_[A-Za-z0-9_]{1,255}")
@@ -7975,13 +8010,15 @@ class App:
         self.login: DeviceLogin | None = None
         self.sessions: collections.OrderedDict[str, str]    # -> model that was asked for last
         self.sessions = collections.OrderedDict()
-        self._refused: list[str] = []                  # logins that GitHub does not know any more
+        #: logins that GitHub does not know any more; tried again while no other one serves
+        self._refused: list[str] = []
+        self._retry: threading.Thread | None = None
         self._lock = threading.Lock()
         self._account_stop = threading.Event()
         #: the others, by the hash of their token, the most recently used last
         self._accounts: collections.OrderedDict[str, Account] = collections.OrderedDict()
-        #: hash of a browser's state token -> (monotonic time, login)
-        self._logins: dict[str, tuple[float, DeviceLogin]] = {}
+        #: by the hash of the browser's state token
+        self._logins: dict[str, BrowserLogin] = {}
 
     def _log_code(self, code: DeviceCode) -> None:
         self.log.warning("login needed: open %s and enter the code %s", code.verification_uri,
@@ -8081,6 +8118,7 @@ class App:
             if self.login is not None:
                 self.login.stop.set()                  # another way was quicker
             self.account, self._account_stop, self.login = account, stop, None
+            self._refused = [token for token in self._refused if token != github_token]
         threading.Thread(target=account.keep_fresh, args=(stop,), name="copilot-token",
                          daemon=True).start()
         return account
@@ -8129,20 +8167,47 @@ class App:
         self.begin_login()
         raise AuthError(self.login_hint(), code="login_required")
 
-    def refused(self, account: Copilot) -> None:
-        """GitHub does not know this login any more: take a newer one from the file, else ask."""
+    def login_refused(self, account: Account, error: AuthError) -> AuthError:
+        """GitHub has refused this account's login -> what to raise.  In place of the default one
+        a newer login is taken from the file, else a person is asked."""
         with self._lock:
-            if self.account is not account:
-                return
-            self._refused.append(account.github_token)      # kept on disk, but not used again
-            self.account = None
-            self._account_stop.set()
+            was_default = self.account is account
+            is_other = stable_id("", account.github_token) in self._accounts
+            if was_default:
+                self._refused.append(account.github_token)      # kept on disk
+                self.account = None
+                self._account_stop.set()
+        if was_default:
+            self._replace_refused()
+        hint = "log in again at /auth/device" if is_other else self.login_hint()
+        return AuthError("%s (%s)" % (error, hint), code="login_required")
+
+    def _replace_refused(self) -> None:
         stored = self.load_login()
         if stored:
             self.use(stored)
             return
         self.log.error("GitHub refuses the login: a new one is needed")
         self.begin_login()
+        with self._lock:
+            if self._retry is None:
+                self._retry = threading.Thread(target=self._retry_refused, name="login-retry",
+                                               daemon=True)
+                self._retry.start()
+
+    def _retry_refused(self) -> None:
+        """Thread: GitHub may have been wrong, or the account was only suspended."""
+        while not self.stop.wait(LOGIN_RETRY_S):
+            for token in list(self._refused):
+                with contextlib.suppress(ProxyError):
+                    self.github.fetch_copilot_token(token)
+                    if self.account is None:
+                        self.use(token)
+                        self.log.warning("the login that GitHub refused works again")
+            with self._lock:
+                if self.account is not None:
+                    self._retry = None
+                    return
 
     def login_hint(self) -> str:
         """What to do to be logged in; waits a moment for the code of a login just begun."""
@@ -8159,53 +8224,78 @@ class App:
 
     # -- logins that browsers begin: each belongs to the one that knows its state token
 
-    def open_login(self) -> tuple[str, DeviceLogin]:
+    def open_login(self, by_key: bool) -> tuple[str, DeviceLogin]:
         """(state token, login): the default account's own while nobody is logged in, so that all
-        works then; else one of another account.  Raises RateLimited."""
+        works then; else one of another account.  by_key: the operator's key is behind this.
+        Without it the default login, which another person may grant, yields no key.
+        Raises RateLimited."""
         now, state, is_default = time.monotonic(), secrets.token_urlsafe(32), self.account is None
         if is_default:
             self.begin_login()
         with self._lock:
-            self._logins = {key: (began, old) for key, (began, old) in self._logins.items()
-                            if not old.problem and now - began < LOGIN_AGE_S}
+            self._logins = {key: old for key, old in self._logins.items()
+                            if not old.login.problem and now - old.began < LOGIN_AGE_S}
             login = self.login if is_default else None
             if login is not None and len(self._logins) >= MAX_LOGINS:
                 del self._logins[next(iter(self._logins))]      # they all wait for the same one
             elif len(self._logins) >= MAX_LOGINS:
                 raise too_early("%d logins are under way" % MAX_LOGINS, 60)
+            gives_key = by_key or login is None
             if login is None:
                 login = DeviceLogin(self.github, self.settings.poll_margin_s, self.stop,
                                     lambda code: None, renews=False)
                 self._start(login, self.github.fetch_copilot_token)     # a seat is wanted
-            self._logins[stable_id("", state)] = (now, login)
+            self._logins[stable_id("", state)] = BrowserLogin(now, login, gives_key)
         login.ready.wait(GITHUB_TIMEOUT_S)
         return state, login
 
-    def find_login(self, state: str) -> DeviceLogin:
+    def find_login(self, state: str) -> BrowserLogin:
         """Raises BadRequest 403."""
         with self._lock:
-            began, login = self._logins.get(stable_id("", state), (0.0, None))
-        if login is None or time.monotonic() - began > LOGIN_AGE_S:
+            begun = self._logins.get(stable_id("", state))
+        if begun is None or time.monotonic() - begun.began > LOGIN_AGE_S:
             raise BadRequest("this login was begun by another browser, or is over: start again",
                              403, "unknown_login")
-        return login
+        return begun
 
     def claim_login(self, state: str) -> Json:
-        """The key of a granted login, this once.  Raises BadRequest 403, 409, ConfigError."""
-        login, key, text = self.find_login(state), stable_id("", state), new_key()
+        """The key of a granted login, this once; None where it yields none.
+        Raises BadRequest 403, 409, ConfigError."""
+        begun, key, text = self.find_login(state), stable_id("", state), new_key()
+        login = begun.login
         if not login.token:
             raise BadRequest("nobody has granted this login yet", 409, "login_pending")
+        if not begun.gives_key:
+            name = self.github.fetch_login(login.token)
+            return {"login": name or None, "key": None, "key_id": None}
         with self._lock:
             entry = self._logins.pop(key, None)
         if entry is None:
             raise BadRequest("this login's key has been handed out", 403, "unknown_login")
         try:
-            made = self.keys.add(text, self.github.fetch_login(login.token), login.token)
+            made = self.issue_key(text, self.github.fetch_login(login.token), login.token)
         except ProxyError:
             with self._lock:
                 self._logins[key] = entry
             raise
         return {"login": made.login or None, "key": text, "key_id": made.id}
+
+    def issue_key(self, text: str, login: str = "", token: str = "") -> Key:
+        """Store a new key; the log tells its id.  Raises ConfigError, BadRequest 409."""
+        made = self.keys.add(text, login, token)
+        owner = printable(login or "an account", 60) if token else "the operator"
+        self.log.info("key %s was issued to %s", made.id, owner)
+        return made
+
+    def log_keys(self) -> None:
+        """At the start: who holds a key of this server's making.  Raises ConfigError."""
+        stored = [key for key in self.keys.all() if key.made]
+        for key in stored[:KEYS_LISTED]:
+            owner = printable(key.login or "an account", 60) if key.token else "the operator"
+            self.log.info("key %s of %s is good here, made %s (auth --logout %s ends it)",
+                          key.id, owner, local_time(key.made), key.id)
+        if len(stored) > KEYS_LISTED:
+            self.log.info("%d more keys are good here: auth --list", len(stored) - KEYS_LISTED)
 
     def forget(self, keys: list[Key]) -> None:
         """Delete keys; accounts without one are let go of.  Raises ConfigError."""
@@ -9910,7 +10000,8 @@ async function begin() {
   if (now.status !== 'granted') throw new Error(now.problem);
   const made = await ask('POST', '/auth/device/claim', { state: login.state });
   tell('said', 'Logged in' + (made.login ? ' as ' + made.login : '')
-    + '. The API key of this account, shown this once: ' + made.key);
+    + (made.key ? '. The API key of this account, shown this once: ' + made.key
+      : '. No key is needed now; with --api-key the operator makes keys.'));
 }
 byId('begin').onclick = () => begin().catch(problem => tell('said', problem.message));
 byId('door').onsubmit = event => {
@@ -9951,7 +10042,7 @@ def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
         if len(sessions) > MAX_SESSIONS:
             sessions.popitem(last=False)
     copilot, exchange.streamed = exchange.copilot(), body.get("stream") is True
-    model = with_login(exchange, copilot, lambda: copilot.find_model(asked, exchange.client))
+    model = copilot.find_model(asked, exchange.client)
     name_model(exchange, model)
     if copilot.is_substitute(asked, model):        # the answer then names the real one
         exchange.body = fit_model(exchange.body, Edit(body), model.id)
@@ -9962,18 +10053,6 @@ def name_model(exchange: Exchange, model: Model) -> None:
     """Note the model that answers, for the log and for the header that always names it."""
     exchange.used = model
     exchange.headers["x-copilot-proxy-model"] = printable(model.id)
-
-def with_login(exchange: Exchange, copilot: Copilot, work: Callable[[], Any]) -> Any:
-    """Do `work`; when GitHub does not know the login any more a new one is begun."""
-    try:
-        return work()
-    except AuthError as error:
-        if error.status == 401:
-            exchange.app.refused(copilot)
-            raise AuthError("%s (%s)" % (error, "log in again at /auth/device" if
-                                         exchange.caller.account else exchange.app.login_hint()),
-                            code="login_required") from None
-        raise
 
 def fit_model(data: bytes, edit: Edit, model_id: str) -> bytes:
     """The body to send: the client's own bytes where nothing but the model's id changes."""
@@ -10140,7 +10219,7 @@ def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: C
             plan.pipeline.on_final = keep
             exchange.expect_stream(client.keepalive)
         try:
-            answer = with_login(exchange, copilot, functools.partial(copilot.send, call))
+            answer = copilot.send(call)
             copilot.memory.learn(plan)
             exchange.headers.update(passed_headers(answer.headers))
             exchange.meters.append(plan.meter)
@@ -10624,8 +10703,8 @@ def models(exchange: Exchange) -> None:
     """The models meant for users; `?all=1` shows hidden and disabled ones, too.  Codex asks with
     `client_version` and takes an empty `models` as: use your own list."""
     copilot = exchange.copilot()
-    found = with_login(exchange, copilot, lambda: copilot.models(exchange.client))
-    shown = [m for m in found if m.is_listed or exchange.parameter("all") not in (None, "0")]
+    everything = exchange.parameter("all") not in (None, "0")
+    shown = [m for m in copilot.models(exchange.client) if m.is_listed or everything]
     data = [model_entry(m) for m in shown if m.kind in ("chat", "embeddings")]
     answer: Json = {"object": "list", "data": data, "has_more": False,
                     "first_id": data[0]["id"] if data else None,
@@ -10639,8 +10718,7 @@ def one_model(exchange: Exchange) -> None:
     that was asked for, unless another model answers for it."""
     exchange.dialect = MESSAGES if "anthropic-version" in exchange.head.headers else CHAT
     copilot = exchange.copilot()
-    model = with_login(exchange, copilot,
-                       lambda: copilot.find_model(exchange.argument, exchange.client))
+    model = copilot.find_model(exchange.argument, exchange.client)
     name_model(exchange, model)
     shown = model.id if copilot.is_substitute(exchange.argument, model) else exchange.argument
     exchange.reply_json(dict(model_entry(model), id=shown))
@@ -10649,8 +10727,7 @@ def usage(exchange: Exchange) -> None:
     """The upstream's usage answer, whole."""
     app, copilot = exchange.app, exchange.copilot()
     exchange.client.pause()
-    answer: Json = with_login(
-        exchange, copilot, lambda: app.github.fetch_usage(copilot.github_token))
+    answer = copilot.fetch_usage()
     copilot.name = str(answer.get("login") or copilot.name)
     app.see_quotas(copilot.id, "usage", quotas_of(answer))
     exchange.reply_json(answer)
@@ -10662,7 +10739,7 @@ def token(exchange: Exchange) -> None:
         raise BadRequest("there is no route GET /token; it is off without --show-token", 404,
                          "unknown_url")
     copilot = exchange.copilot()
-    value: CopilotToken = with_login(exchange, copilot, copilot.token.get)
+    value: CopilotToken = copilot.token.get()
     exchange.headers["Cache-Control"] = "no-store"
     exchange.reply_json({"token": value.value})
 
@@ -10713,7 +10790,7 @@ def begin_login(exchange: Exchange) -> None:
     if not exchange.caller.is_operator:
         raise BadRequest("only the operator's key can begin a login", 403)
     exchange.client.pause()
-    state, login = exchange.app.open_login()
+    state, login = exchange.app.open_login(bool(exchange.caller.key_id))
     if login.code is None:
         raise UpstreamError(login.problem or "GitHub gave no login code in time")
     exchange.reply_json(dict(health_report(exchange), state=state, user_code=login.code.user_code,
@@ -10723,12 +10800,13 @@ def begin_login(exchange: Exchange) -> None:
 def poll_login(exchange: Exchange) -> None:
     """GET /auth/device/poll: how it stands; the server's own thread asks GitHub."""
     check_door(exchange)
-    login = exchange.app.find_login(exchange.head.headers.get("x-login-state", ""))
+    login = exchange.app.find_login(exchange.head.headers.get("x-login-state", "")).login
     exchange.reply_json({"status": "failed" if login.problem else "granted" if login.token
                          else "pending", "problem": login.problem or None})
 
 def claim_login(exchange: Exchange) -> None:
-    """POST /auth/device/claim: the account's key, once."""
+    """POST /auth/device/claim: the account's key, once; null for a default login that was begun
+    without the operator's key."""
     check_door(exchange)
     exchange.client.pause()
     exchange.reply_json(exchange.app.claim_login(str(exchange.json_object().get("state"))))
@@ -11385,7 +11463,7 @@ def guard_door(app: App) -> str:
             stored[0].id, stored[0].id)
     elif "auto" in app.settings.api_key:
         made = new_key()
-        app.keys.add(made)
+        app.issue_key(made)
         text = "\nAPI key, shown this once: %s" % made
     if not is_loopback(app.settings.host) and not app.keys.is_closed:
         raise ConfigError("--host %s can be reached by others, and no key keeps them out: add "
@@ -11398,6 +11476,7 @@ def cmd_start(app: App, flags: argparse.Namespace) -> int:
     if settings.github_token:
         check_github_token(settings.github_token)
     raise_file_limit()
+    app.log_keys()
     new_key = guard_door(app)
     server = open_server(app)
     interrupts: list[int] = catch_signals() if flags.signals is None else flags.signals
@@ -11519,7 +11598,7 @@ def find_logins(app: App) -> Iterator[tuple[str, str]]:
 
 def cmd_check_usage(app: App, flags: argparse.Namespace) -> int:
     """Quota as bars, or the upstream's answer as JSON."""
-    answer = app.github.fetch_usage(open_account(app).github_token)
+    answer = open_account(app).fetch_usage()
     if flags.json:
         say(json.dumps(answer, indent=2))
         return 0
