@@ -10,13 +10,13 @@ import subprocess
 import sys
 import tempfile
 import unittest
-from typing import Any, Iterator
+from typing import Any
 
-from support import ROOT, SCRIPT, Proxy, chat, clean_environment
+from support import ROOT, Proxy, chat, clean_environment
 import copilot_proxy as cp
 from fake_upstream import FakeUpstream
+from gauges import BANNER, FUNCTIONS, GAUGES, Source, depth, length, local_names
 
-BANNER = re.compile(r"# ==== (\d+)\. (.+?) =+\Z")
 PURE = range(2, 12)
 IMPURE = {"socket", "os", "time", "threading", "select", "random", "secrets", "subprocess", "sys",
           "tempfile", "ssl", "shutil", "signal", "socketserver", "uuid", "pathlib", "sqlite3",
@@ -36,132 +36,11 @@ STDLIB = {"__future__", "argparse", "base64", "binascii", "calendar", "collectio
           "traceback", "types", "typing", "unicodedata", "urllib", "uuid", "webbrowser",
           "winreg", "zlib"}
 MAX_FUNCTION, MAX_COLUMNS, MAX_NESTING = 80, 100, 4
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-NESTING = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try)
-
-
-class Source:
-    """The file, parsed once: its lines, tree and sections."""
-
-    def __init__(self) -> None:
-        with open(SCRIPT, encoding="utf-8") as file:
-            self.text = file.read()
-        self.lines = self.text.splitlines()
-        self.tree = ast.parse(self.text)
-        self.banners: list[tuple[int, int, str]] = []       # (line, number, name)
-        for at, line in enumerate(self.lines, 1):
-            found = BANNER.match(line)
-            if found:
-                self.banners.append((at, int(found.group(1)), found.group(2)))
-
-    def section_at(self, line: int) -> int:
-        """Number of the section that holds a line; 0 above the first."""
-        return max([number for at, number, _ in self.banners if at <= line] or [0])
-
-    def defined(self) -> dict[str, int]:
-        """Module-level name -> first section that binds it."""
-        names: dict[str, int] = {}
-        for node in self.tree.body:
-            for name in bound_by(node):
-                names.setdefault(name, self.section_at(node.lineno))
-        return names
-
-
-def bound_by(node: ast.stmt) -> Iterator[str]:
-    """Names that a module-level statement binds."""
-    if isinstance(node, FUNCTIONS + (ast.ClassDef,)):
-        yield node.name
-    elif isinstance(node, (ast.Import, ast.ImportFrom)):
-        for alias in node.names:
-            yield (alias.asname or alias.name).split(".")[0]
-    else:
-        for inner in ast.walk(node):
-            if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
-                yield inner.id
-
-
-def local_names(function: ast.AST) -> set[str]:
-    """Parameters and assigned names of a function or lambda and of those around nothing else."""
-    names: set[str] = set()
-    for node in ast.walk(function):
-        if isinstance(node, ast.arg):
-            names.add(node.arg)
-        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            names.add(node.id)
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            names.add(node.name)
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names.update((a.asname or a.name).split(".")[0] for a in node.names)
-        elif isinstance(node, FUNCTIONS) and node is not function:
-            names.add(node.name)
-    return names
-
-
-def names_read(node: ast.AST, hidden: frozenset[str] = frozenset()) -> Iterator[ast.Name]:
-    """Every global name that is read in a statement, annotations too."""
-    if isinstance(node, FUNCTIONS + (ast.Lambda,)):
-        inner = hidden | local_names(node)
-        for default in list(node.args.defaults) + [d for d in node.args.kw_defaults if d]:
-            yield from names_read(default, hidden)
-        for decorator in getattr(node, "decorator_list", []):
-            yield from names_read(decorator, hidden)
-        for argument in ast.walk(node.args):
-            if isinstance(argument, ast.arg) and argument.annotation:
-                yield from names_read(argument.annotation, hidden)
-        if getattr(node, "returns", None):
-            yield from names_read(node.returns, hidden)         # type: ignore[union-attr]
-        body = node.body if isinstance(node.body, list) else [node.body]
-        for statement in body:
-            yield from names_read(statement, inner)
-        return
-    if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
-        hidden = hidden | local_names(node)
-    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in hidden:
-        yield node
-    for child in ast.iter_child_nodes(node):
-        yield from names_read(child, hidden)
-
-
-def functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, node) of every function, nested ones too."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, FUNCTIONS):
-            yield prefix + node.name, node
-            yield from functions(node, prefix + node.name + ".")
-        elif isinstance(node, ast.ClassDef):
-            yield from functions(node, prefix + node.name + ".")
-        else:
-            yield from functions(node, prefix)
-
-
-def depth(statements: list[ast.stmt], level: int = 0) -> int:
-    """Compound statements inside each other; elif counts as its if, nested functions anew."""
-    deepest = level
-    for node in statements:
-        if not isinstance(node, NESTING) and type(node).__name__ not in ("TryStar", "Match"):
-            continue
-        parts = [getattr(node, "body", [])]
-        parts += [handler.body for handler in getattr(node, "handlers", [])]
-        parts += [case.body for case in getattr(node, "cases", [])]
-        parts.append(getattr(node, "finalbody", []))
-        for part in parts:
-            deepest = max(deepest, depth(part, level + 1))
-        rest = getattr(node, "orelse", [])
-        is_elif = isinstance(node, ast.If) and len(rest) == 1 and isinstance(rest[0], ast.If)
-        deepest = max(deepest, depth(rest, level if is_elif else level + 1))
-    return deepest
-
-
-def length(node: Any) -> int:
-    """Lines from def or class to the end."""
-    return int(node.end_lineno - node.lineno + 1)
 
 
 SOURCE = Source()
 gc.freeze()                 # the collector need not walk that tree during all other tests
-FUNCTIONS_HERE = list(functions(SOURCE.tree))
-#: statement of the module -> the global names it reads
-READS = {statement: list(names_read(statement)) for statement in SOURCE.tree.body}
+FUNCTIONS_HERE, READS = SOURCE.functions, SOURCE.reads
 
 
 class SectionTest(unittest.TestCase):
@@ -302,6 +181,33 @@ class SizeTest(unittest.TestCase):
     def test_no_function_nests_too_deeply(self) -> None:
         self.assertEqual([(name, depth(node.body)) for name, node in FUNCTIONS_HERE
                           if depth(node.body) > MAX_NESTING], [])
+
+    def test_every_gauge_is_within_its_limit(self) -> None:
+        for gauge in GAUGES:
+            with self.subTest(gauge.name):
+                self.assertLessEqual(gauge.measure(SOURCE), gauge.limit,
+                                     "the places: python3 tests/gauges.py")
+
+    def test_the_gauges_see_what_they_are_to_see(self) -> None:
+        source = Source("""
+def first(a):
+    \"\"\"Not a token.\"\"\"
+    return second(a) if a is CHAT else f"{a} {a!r}"         # one, one, one
+def second(a):
+    b = Made()
+    b.own, a.foreign, a.more = 1, 2, 3
+    return third(a)
+def third(a):
+    return second(a)
+class Made:
+    def __init__(self):
+        self.one, self.two = 1, 2
+        self.one += 1
+        for self.two in (): pass
+""")
+        found = {gauge.name: gauge.measure(source) for gauge in GAUGES}
+        self.assertEqual(list(map(round, found.values())), [
+            95, 7, 1, 0, 0, 2, 0, 2, 1, 2], found)
 
     def test_no_white_space_hangs_at_the_end_of_a_line(self) -> None:
         self.assertEqual([at for at, line in enumerate(SOURCE.lines, 1)

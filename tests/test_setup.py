@@ -165,7 +165,8 @@ class PrintTest(SetupCase):
     def test_copy_hands_it_to_the_first_clipboard_program_that_works(self) -> None:
         tools = self.path("tools")
         os.mkdir(tools)
-        for name, text in (("wl-copy", "exit 1"), ("xclip", "cat >" + shlex.quote(self.path("copied")))):
+        for name, text in (("wl-copy", "exit 1"),
+                           ("xclip", "cat >" + shlex.quote(self.path("copied")))):
             with open(os.path.join(tools, name), "w", encoding="utf-8") as file:
                 file.write("#!/bin/sh\n%s\n" % text)
             os.chmod(os.path.join(tools, name), stat.S_IRWXU)
