@@ -11047,13 +11047,13 @@ CLIENTS: Mapping[str, Recipe] = {
             "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1",
         run="claude", suffix="[1m]", note="ANTHROPIC_API_KEY must not be set beside it.",
         sign='"ANTHROPIC_BASE_URL"',
-        named=r'"(ANTHROPIC\w{0,40}_MODEL|CLAUDE_CODE_SUBAGENT_MODEL|model)": *"([^"\n]{1,200})"',
+        named=r'"(ANTHROPIC\w{0,40}_MODEL|CLAUDE_CODE_SUBAGENT_MODEL|model)" *: *"([^"\n]{1,200})"',
         files=(("$CLAUDE_CONFIG_DIR:~/.claude//settings.json", '{"env": {%(env)s}}', ""),
                ("$CLAUDE_CONFIG_DIR:~//.claude.json", '{"hasCompletedOnboarding": true}', ""))),
     "codex": Recipe(
         "Codex", RESPONSES, ("codex(?!.*mini)", _LARGE_GPT, "gpt-"),
-        sign='model_provider *= *"copilot_proxy"',
-        named=r'(?m)^((?:review_)?model) *= *"([^"\n]{1,200})"',
+        sign="""model_provider *= *["']copilot_proxy["']""",
+        named=r"""(?m)^ *((?:review_)?model) *= *["']([^"'\n]{1,200})["']""",
         run="codex -m %(main)s -c model_provider=copilot_proxy -c model_context_window=%(window)s "
             + _CODEX + "name=copilot_proxy " + _CODEX + "base_url=%(base)s "
             + _CODEX + "wire_api=responses " + _CODEX + "experimental_bearer_token=%(key)s",
@@ -11070,7 +11070,7 @@ experimental_bearer_token = "%(key)s"
 """, ""),)),
     "opencode": Recipe(
         "opencode", run="opencode", sign='"copilot_proxy"',
-        named=r'"((?:small_)?model)": *"copilot_proxy/([^"\n]{1,200})"', files=((
+        named=r'"((?:small_)?model)" *: *"copilot_proxy/([^"\n]{1,200})"', files=((
         "$XDG_CONFIG_HOME:~/.config//opencode/opencode.json", """\
 {"$schema": "https://opencode.ai/config.json", "model": "copilot_proxy/%(main)s",
  "small_model": "copilot_proxy/%(small)s", "provider": {"copilot_proxy": {
@@ -11080,7 +11080,8 @@ experimental_bearer_token = "%(key)s"
     "aider": Recipe(
         "aider", env="OPENAI_API_BASE=%(base)s OPENAI_API_KEY=%(key)s",
         run="aider --model openai/%(main)s --weak-model openai/%(small)s",
-        sign="openai-api-base", named=r"(?m)^((?:weak-|editor-)?model): *openai/([^\s#]{1,200})",
+        sign="openai-api-base",
+        named=r"""(?m)^((?:weak-|editor-)?model) *: *["']?openai/([^\s#"']{1,200})""",
         files=(("~//.aider.conf.yml", ("openai-api-base: %(base)s\nopenai-api-key: %(key)s\n"
                                        "model: openai/%(main)s\nweak-model: openai/%(small)s\n"),
                 ""), ("~//.aider.model.metadata.json", "{%(models)s}", (

@@ -472,6 +472,27 @@ class WarningTest(CommandCase):
         output = self.run_here("models", ANTHROPIC_MODEL="claude-opus-4.1")[1]
         self.assertNotIn("GitHub retired", output)
 
+    def test_settings_are_found_however_they_are_spaced_and_quoted(self) -> None:
+        self.put(".claude/settings.json", '{"env":{"ANTHROPIC_BASE_URL":"http://127.0.0.1:4399",'
+                 '"ANTHROPIC_MODEL" : "claude-sonnet-4","ANTHROPIC_SMALL_FAST_MODEL":"gpt-4.1"}}')
+        self.put(".codex/config.toml", "model_provider='copilot_proxy'\nmodel='gpt-5.2'\n"
+                 "[profiles.x]\n  review_model = \"gpt-5.1\"\n")
+        self.put(".aider.conf.yml", "openai-api-base: x\nmodel : 'openai/gpt-4o'\n"
+                 "editor-model: openai/o3 # an old one\n")
+        output = self.run_here("models")[1]
+        for name in ("claude-sonnet-4", "gpt-4.1", "gpt-5.2", "gpt-5.1", "gpt-4o", "o3"):
+            self.assertEqual(output.count(": %s is named by " % name), 1, output)
+
+    def test_looking_through_a_file_takes_time_in_proportion_to_its_length(self) -> None:
+        for recipe in cp.CLIENTS.values():
+            for pattern in filter(None, (recipe.sign, recipe.named)):
+                for piece in ('"ANTHROPIC_', '"model" ', "model ", "model = '", " ", "\n ",
+                              "model_provider =", '"copilot_proxy/', "weak-model: openai/", "_"):
+                    text = piece * (200_000 // len(piece))
+                    began = time.perf_counter()
+                    re.findall(pattern, text)
+                    self.assertLess(time.perf_counter() - began, 1.0, (pattern, piece))
+
     def test_odd_files_do_no_harm(self) -> None:
         path = self.put(".codex/config.toml", 'model_provider = "copilot_proxy"\n'
                         + 'model = "gpt-4.1\x1b[31m"\n' * 5000)
