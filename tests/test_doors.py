@@ -412,6 +412,7 @@ class AccountTest(AccountCase):
             other.models = [entry for entry in other.models if entry["id"] == "gpt-4o"]
             self.fake.github_tokens.add("ghu_elsewhere")
             token = other.mint_token("ghu_elsewhere")
+            wait_until(lambda: self.proxy.app.account.token.value)     # its own exchange is over
             self.fake.script(EXCHANGE, Answer(body={
                 "token": token, "expires_at": 9999999999, "refresh_in": 1500,
                 "endpoints": {"api": other.url}}))
@@ -420,7 +421,7 @@ class AccountTest(AccountCase):
             self.assertEqual([entry["id"] for entry in listed], ["gpt-4o"])
             self.assertEqual(self.proxy.post("/v1/chat/completions", chat("a", "gpt-4o"),
                                              **headers).status, 200)
-            self.assertEqual(self.proxy.post("/v1/chat/completions", chat("a"),
+            self.assertEqual(self.proxy.post("/v1/chat/completions", chat("a", "claude-haiku-4.5"),
                                              **headers).status, 404)
             self.assertGreater(len(self.proxy.get("/v1/models").json["data"]), 1)
             self.assertEqual(other.count(CHAT), 1)
