@@ -7951,6 +7951,181 @@ class Account(Copilot):
                 self._log.warning("%s", line)
         return catalogue
 
+#: path -> the name in the history of what is asked there
+LABELS = {"/chat/completions": "chat", "/responses": "responses", "/messages": "messages",
+          "/completions": "completions", "/embeddings": "embeddings",
+          "/messages/count_tokens": "count_tokens", "/responses/input_tokens": "count_tokens",
+          "/responses/compact": "compact"}
+
+class Notes:
+    """Names of what was changed of a request, as its header and its row list them."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def add(self, names: set[str]) -> set[str]:
+        """Note them -> those that are new."""
+        fresh = names - self.names
+        self.names |= fresh
+        return fresh
+
+    def __str__(self) -> str:
+        return ", ".join(sorted(self.names))
+
+@dataclass
+class AskedFor:
+    """What the client said, and when.  label: its name in the history, '' for what is not kept
+    there; agent: the client program; session: a short name of the conversation; model: as the
+    client wrote it, '' when it wrote none; at: unix time; began: monotonic."""
+    method: str
+    path: str
+    label: str
+    agent: str | None
+    at: float
+    began: float
+    session: str | None = None
+    model: str = ""
+    streamed: bool = False
+
+@dataclass
+class RequestRecord:
+    """What is known of one request, for its row, its log line and the page.
+
+    The endpoint that serves the request writes down what it learns, by the methods here; so does
+    whoever ends the request.  route: local, passthrough or translated; model: the one that is
+    asked; account: that serves; path: the upstream's; error: its kind; failure: in words; meters:
+    one for each answer of the upstream."""
+    id: str
+    asked: AskedFor
+    route: str = "local"
+    model: Model | None = None
+    account: Account | None = None
+    path: str = ""
+    initiator: str = ""
+    status: int = 0
+    error: str = ""
+    failure: str = ""
+    first_byte_ms: float = 0.0
+    losses: Notes = field(default_factory=Notes)
+    repairs: Notes = field(default_factory=Notes)
+    meters: list[Meter] = field(default_factory=list)
+    upstream_id: str | None = None
+
+    @classmethod
+    def begin(cls, method: str, path: str, headers: Headers, at: float) -> RequestRecord:
+        """A request has come in."""
+        label = LABELS.get(path, "") if method == "POST" else ""
+        agent = printable(headers.get("user-agent", "").partition(" ")[0], 60) or None
+        return cls(new_request_id(), AskedFor(method, path, label, agent, at, time.monotonic()))
+
+    # -- what happens to it
+
+    def name(self, session: str | None, model: str, streamed: bool) -> None:
+        """Its body has been read."""
+        self.asked.session = session
+        self.asked.model = model
+        self.asked.streamed = streamed
+
+    def go_up(self, route: str, path: str, initiator: str = "") -> None:
+        """It is sent to this path of the upstream."""
+        self.route = route
+        self.path = path
+        self.initiator = initiator
+
+    def hear(self, headers: Headers, meter: Meter) -> None:
+        """The upstream answers; the meter goes on counting."""
+        self.upstream_id = headers.get("x-github-request-id")
+        self.meters.append(meter)
+
+    def begin_answer(self, status: int) -> None:
+        """The first bytes go to the client."""
+        self.status = status
+        self.first_byte_ms = self.elapsed_ms()
+
+    def fail(self, error: ProxyError) -> None:
+        """It ends with this error, whether or not the client can still be told."""
+        self.failure = redact(str(error))
+        self.error = error.code or error.types()[0]
+        self.upstream_id = error.headers.get("x-github-request-id", self.upstream_id)
+
+    def end_stream(self, failure: str, code: str | None) -> None:
+        """The upstream's stream is over; failure: why it was cut, '' when it was not."""
+        self.failure = failure
+        if failure:
+            self.error = code or "stream_error"
+
+    def leave(self) -> None:
+        """The client hung up before it was answered."""
+        self.status = self.status or 499
+        self.error = "client_left"
+
+    def leave_stream(self) -> None:
+        """The client hung up while its answer was sent."""
+        self.failure = self.failure or "the client left"
+        self.error = self.error or "client_left"
+
+    # -- what is known
+
+    def elapsed_ms(self) -> float:
+        return (time.monotonic() - self.asked.began) * 1000
+
+    def counts(self) -> dict[str, int]:
+        """What the upstream told so far of tokens and nano-AIU, all its answers together."""
+        total: collections.Counter[str] = collections.Counter()
+        for meter in self.meters:
+            total.update(meter.counts)
+        return total
+
+    def row(self) -> Json:
+        """This request as a row of the history."""
+        asked, counts = self.asked, self.counts()
+        return {
+            "id": self.id,
+            "at": asked.at,
+            "client": asked.agent,
+            "account": self.account.name if self.account else None,
+            "session": asked.session,
+            "dialect": asked.label,
+            "path": self.path or None,
+            "route": self.route,
+            "asked": printable(asked.model, 100) or None,
+            "model": self.model.id if self.model else None,
+            "streamed": int(asked.streamed),
+            "status": self.status or None,
+            "error": self.error or None,
+            "initiator": self.initiator or None,
+            **NO_COUNTS, **counts,
+            "estimate": self.model.estimate(counts) if self.model else None,
+            "first_ms": self.first_byte_ms or None,
+            "total_ms": self.elapsed_ms(),
+            "repairs": str(self.repairs) or None,
+            "losses": str(self.losses) or None,
+            "upstream_id": self.upstream_id}
+
+    def log_line(self, row: Json) -> str:
+        """One line for the log.  The target's query is left out, it may hold anything."""
+        asked, path = self.asked, self.asked.path
+        if path.startswith("/auth/tokens/"):
+            path = path[:21]                                   # the rest may be a whole key
+        model = printable(asked.model, 60) or "-"
+        if self.model is not None and asked.model not in ("", self.model.id):
+            model += "->" + printable(self.model.id, 60)
+
+        tokens = "-"
+        prompt = [row[name] for name in COUNTS[:3] if row[name] is not None]
+        if prompt:
+            tokens = "%d+%d" % (sum(prompt), row["output"] or 0)
+
+        parts = [self.id[:8], printable(asked.method, 20), printable(path, 80), "model=" + model,
+                 "route=" + self.route, "status=%d" % self.status,
+                 "first=%.0fms" % self.first_byte_ms, "total=%.0fms" % row["total_ms"],
+                 "tokens=" + tokens]
+        if row["nano_aiu"] is not None:
+            parts.append("credits=%.4g" % (row["nano_aiu"] / NANO))
+        if self.failure:
+            parts.append("error=" + printable(self.failure))
+        return redact(" ".join(parts))
+
 @dataclass(frozen=True)
 class Caller:
     """Who sends a request.  account: None is the default one; key_id: the beginning of the key's
@@ -8081,8 +8256,25 @@ class App:
                      seen_at=at) for (owner, name), (source, said, at) in
                 list(self.quotas.items()) if wanted in ("", owner)]
 
-    def record(self, row: Json, message: str, sinks: list[Stats]) -> None:
-        """A request has ended: into the counts, the budget, the history, and to the page."""
+    def record(self, record: RequestRecord) -> None:
+        """A request has ended: into the counts, the quotas, the history, the log, to the page."""
+        row, account = record.row(), record.account
+        sinks = [self.stats, account.stats] if account else [self.stats]
+        for stats in sinks:
+            stats.count({"requests": {(record.route, str(record.status)): 1}})
+        for meter in record.meters:
+            if meter.quotas and account:
+                self.see_quotas(account.id, "stream", meter.quotas)
+        if record.asked.label:
+            self._record_row(row, redact(record.failure), sinks)
+
+        log = self.log
+        if log.isEnabledFor(logging.INFO):
+            # as log.info would, but without its search for the caller's line in each request
+            log.handle(log.makeRecord(log.name, logging.INFO, "", 0, record.log_line(row), (),
+                                      None, extra={"row": row}))
+
+    def _record_row(self, row: Json, message: str, sinks: list[Stats]) -> None:
         counts = {name: row[name] for name in COUNTS if row[name] is not None}
         tokens = {(row["model"], name): number for name, number in counts.items()}
         if row["nano_aiu"] is None and row["estimate"] is not None:
@@ -8096,6 +8288,12 @@ class App:
         self.recent.appendleft(row)
         if self.events.readers:
             self.events.tell("request", shown(row))
+
+    def show_running(self, record: RequestRecord) -> None:
+        """To the page: a request goes up, or its first byte has come."""
+        if record.asked.label and self.events.readers:
+            self.events.tell("request", dict(shown(record.row()), state="running"))
+
     # -- the default account
 
     def load_login(self) -> str:
@@ -8526,43 +8724,32 @@ class Exchange:
 
     def __init__(self, client: Client, head: RequestHead, app: App) -> None:
         self.client, self.head, self.app = client, head, app
-        self.id = new_request_id()
         self.path, _, self.query = split_target(head.target)[1].partition("?")
         self.path = normalise_path(self.path)
+        self.record = RequestRecord.begin(head.method, self.path, head.headers, app.clock()[1])
         self.argument = ""                   # what a route with a pattern matched
         self.address = client.address        # of the client itself, behind a trusted proxy, too
         self.is_same_origin = True           # no page of another origin has sent it
         self.caller = STRANGER
-        self.account: Account | None = None  # that serves it, once known
         self.is_admitted = self.has_slot = False     # by all limits; of App.gate
         self.dialect: Dialect = MESSAGES if self.path.startswith("/messages") else CHAT
         self.body = b""
         self.headers: Headers = {}           # to be added to the answer
-        self.started = False                 # has a byte of the answer gone out?
         self.keep_alive = head.keep_alive
         self.relay: Relay | None = None      # what the loop is to do when the endpoint is through
-        self.status, self.model, self.route = 0, "-", "local"
-        self.failure, self.error = "", ""    # in words, and its kind
-        self.label = LABELS.get(self.path, "") if head.method == "POST" else ""   # '': no history
-        self.initiator = self.upstream_path = ""
-        self.session: str | None = None      # a short name of the conversation
-        self.agent = printable(head.headers.get("user-agent", "").partition(" ")[0], 60) or None
-        self.used: Model | None = None       # the model that is asked
-        self.streamed = False
-        self.meters: list[Meter] = []        # one for each answer of the upstream
-        self.at = app.clock()[1]
-        self._began = time.monotonic()
-        self._first_byte_ms = 0.0
         self._chunked = head.minor == 1
         self.keepalive = b""
 
-    # -- the request
+    @property
+    def id(self) -> str:
+        return self.record.id
 
-    def copilot(self) -> Account:
-        """The account that serves this request.  Raises AuthError."""
-        if self.account is None:
-            self.account = self.caller.account or self.app.copilot()
-        return self.account
+    @property
+    def started(self) -> bool:
+        """Has a byte of the answer gone out?"""
+        return self.record.status != 0
+
+    # -- the request
 
     def json_object(self) -> Json:
         """The body.  Raises BadRequest."""
@@ -8584,7 +8771,7 @@ class Exchange:
     def reply(self, body: bytes, status: int = 200, kind: str = "application/json") -> None:
         """Send a whole answer.  Raises ClientGone."""
         length = [] if status == 204 else [("Content-Length", str(len(body)))]
-        cost = self.counts().get("nano_aiu")
+        cost = self.record.counts().get("nano_aiu")
         if cost is not None:
             length.append(("x-copilot-proxy-credits", "%d.%09d" % divmod(cost, NANO)))
         head = self._head(status, kind, length)
@@ -8596,9 +8783,8 @@ class Exchange:
 
     def fail(self, error: ProxyError) -> None:
         """Render the error in the dialect of the route."""
-        self.failure = redact(str(error))
-        error.args = (self.failure,)
-        self.error = error.code or error.types()[0]
+        self.record.fail(error)
+        error.args = (self.record.failure,)
         self.headers.update(error.headers)
         self.reply_json(self.dialect.error_body(error, self.id), error.status)
 
@@ -8613,9 +8799,9 @@ class Exchange:
     def frame(self, data: bytes) -> bytes:
         """Some bytes of the stream as they go over the wire, with the head before the first."""
         self.log_body("answer", data)
-        if self.status and self._chunked:
+        if self.started and self._chunked:
             return chunk(data)
-        head = b"" if self.status else self._stream_head()
+        head = b"" if self.started else self._stream_head()
         return head + (chunk(data) if self._chunked else data)
 
     def frame_end(self, last: bytes = b"") -> bytes:
@@ -8637,12 +8823,11 @@ class Exchange:
     def _stream_head(self) -> bytes:
         coding = [("Transfer-Encoding", "chunked")] if self._chunked else []
         head = self._head(200, "text/event-stream", coding + [("Cache-Control", "no-cache")])
-        if self.label and self.app.events.readers:             # the page shows its first byte
-            self.app.events.tell("request", dict(shown(self.row()), state="running"))
+        self.app.show_running(self.record)
         return head
 
     def _head(self, status: int, kind: str, more: list[tuple[str, str]]) -> bytes:
-        self.status, self.started, self._first_byte_ms = status, True, self._elapsed_ms()
+        self.record.begin_answer(status)
         fields_ = [("Date", http_date(int(time.time()))), ("x-request-id", self.id)]
         if self.dialect is MESSAGES:
             fields_.append(("request-id", self.id))          # where Anthropic's SDK looks for it
@@ -8664,82 +8849,21 @@ class Exchange:
         if data:
             self.client.send(data)
 
-    def _elapsed_ms(self) -> float:
-        return (time.monotonic() - self._began) * 1000
-
-    def counts(self) -> dict[str, int]:
-        """What the upstream told so far of tokens and nano-AIU, all its answers together."""
-        total: collections.Counter[str] = collections.Counter()
-        for meter in self.meters:
-            total.update(meter.counts)
-        return total
-
-    def row(self) -> Json:
-        """This request as a row of the history."""
-        counts, used = self.counts(), self.used
-        return {
-            "id": self.id, "at": self.at, "client": self.agent,
-            "account": self.account.name if self.account else None,
-            "session": self.session, "dialect": self.label, "path": self.upstream_path or None,
-            "route": self.route, "asked": printable(self.model, 100) if self.model != "-" else None,
-            "model": used.id if used else None, "streamed": int(self.streamed),
-            "status": self.status or None, "error": self.error or None,
-            "initiator": self.initiator or None, **NO_COUNTS, **counts,
-            "estimate": used.estimate(counts) if used else None,
-            "first_ms": self._first_byte_ms or None, "total_ms": self._elapsed_ms(),
-            "repairs": self.headers.get("x-copilot-proxy-repaired"),
-            "losses": self.headers.get("x-copilot-proxy-lossy"),
-            "upstream_id": self.headers.get("x-github-request-id")}
-
     def log_body(self, kind: str, data: bytes) -> None:
         """For --log-bodies; a fault is told, it fails no request."""
         folder = self.app.settings.log_bodies
-        if folder and self.label:
+        if folder and self.record.asked.label:
             try:
-                append_body(folder, "%d-%s.%s" % (self.at * 1000, self.id[:8], kind), data)
+                append_body(folder, "%d-%s.%s" % (
+                    self.record.asked.at * 1000, self.id[:8], kind), data)
             except OSError as error:
                 self.app.log.warning("--log-bodies: %s", plain_reason(error))
-
-    def log_line(self) -> None:
-        """The end of the request: counts, history, one line in the log.  The target's query is left
-        out, it may hold anything."""
-        app, log, row = self.app, self.app.log, self.row()
-        sinks = [app.stats, self.account.stats] if self.account else [app.stats]
-        for stats in sinks:
-            stats.count({"requests": {(self.route, str(self.status)): 1}})
-        for meter in self.meters:
-            if meter.quotas and self.account:
-                app.see_quotas(self.account.id, "stream", meter.quotas)
-        if self.label:
-            app.record(row, redact(self.failure), sinks)
-        if not log.isEnabledFor(logging.INFO):
-            return
-        path = self.path[:21] if self.path.startswith("/auth/tokens/") else self.path   # a key?
-        prompt = [row[name] for name in COUNTS[:3] if row[name] is not None]
-        model = printable(self.model, 60)
-        if self.used is not None and self.model not in ("-", self.used.id):
-            model += "->" + printable(self.used.id, 60)
-        line = "%s %s %s model=%s route=%s status=%d first=%.0fms total=%.0fms tokens=%s%s%s" % (
-            self.id[:8], printable(self.head.method, 20), printable(path, 80),
-            model, self.route, self.status, self._first_byte_ms,
-            self._elapsed_ms(), "%d+%d" % (sum(prompt), row["output"] or 0) if prompt else "-",
-            "" if row["nano_aiu"] is None else " credits=%.4g" % (row["nano_aiu"] / NANO),
-            " error=" + printable(self.failure) if self.failure else "")
-        # as log.info would, but without its search for the caller's line in each request
-        log.handle(log.makeRecord(log.name, logging.INFO, "", 0, redact(line), (), None,
-                                  extra={"row": row}))
 
 def exposed_headers(fields_: list[tuple[str, str]]) -> str:
     """What a page of another origin may read of this answer: all but the rules about it."""
     names = [name.lower() for name, _ in fields_]
     own = [name for name in names if not name.startswith("access-control-")]
     return ", ".join(dict.fromkeys((*EXPOSED_HEADERS, *own)))
-
-#: path -> the name in the history of what is asked there
-LABELS = {"/chat/completions": "chat", "/responses": "responses", "/messages": "messages",
-          "/completions": "completions", "/embeddings": "embeddings",
-          "/messages/count_tokens": "count_tokens", "/responses/input_tokens": "count_tokens",
-          "/responses/compact": "compact"}
 
 @functools.lru_cache(maxsize=1)
 def http_date(second: int) -> str:
@@ -9136,9 +9260,7 @@ class RelayLoop:
         relay.ending = True
         self._forget(answer.wire)
         relay.out += exchange.frame_end(pipeline.close(error))
-        exchange.failure = pipeline.failure or ""
-        if exchange.failure:
-            exchange.error = error and error.code or "stream_error"
+        exchange.record.end_stream(pipeline.failure or "", error.code if error else None)
         relay.parted = True
         if answer.done or pipeline.failure or error is not None:
             answer.finish()
@@ -9188,8 +9310,7 @@ class RelayLoop:
             relay.parted = True
             self._forget(relay.answer.wire)
             relay.answer.close()
-        relay.exchange.failure = relay.exchange.failure or "the client left"
-        relay.exchange.error = relay.exchange.error or "client_left"
+        relay.exchange.record.leave_stream()
         self._guard(self._on_end, relay.exchange)
 
     def _end_streams(self, item: None) -> None:
@@ -9305,7 +9426,7 @@ class Handler(socketserver.BaseRequestHandler):
                 raise problem
             self._dispatch(exchange)
         except ClientGone:
-            exchange.status, exchange.error = exchange.status or 499, "client_left"
+            exchange.record.leave()
             exchange.keep_alive = False
         except ProxyError as error:
             self._refuse(exchange, error)
@@ -9326,7 +9447,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _refuse(self, exchange: Exchange, error: ProxyError) -> None:
         if exchange.started:                         # too late to say so, but not to note it
-            exchange.failure, exchange.error = str(error), error.code or error.types()[0]
+            exchange.record.fail(error)
             exchange.keep_alive = False
             return
         try:
@@ -9535,7 +9656,7 @@ class Server(ThreadingHTTPServer):
         if exchange.has_slot:
             exchange.has_slot = False
             self.app.gate.leave()
-        exchange.log_line()
+        self.app.record(exchange.record)
 
     def start(self, poll_s: float = 0.1) -> None:
         """Serve in threads of its own; returns at once.  A shutdown is noticed within `poll_s`."""
@@ -10026,22 +10147,29 @@ LOGIN_HEADERS = page_headers(LOGIN_STYLE, LOGIN_SCRIPT)
 # ==== 20. Endpoints ===============================================================================
 # One short function per route, and the table of routes.
 
+def account_for(exchange: Exchange) -> Account:
+    """The account that serves this request.  Raises AuthError."""
+    record = exchange.record
+    if record.account is None:
+        record.account = exchange.caller.account or exchange.app.copilot()
+    return record.account
+
 def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
     """(account, model) of a request.  Raises AuthError, BadRequest."""
     sessions, asked = exchange.app.sessions, body.get("model")
-    exchange.session = session_key(exchange.head.headers, body)
-    session = exchange.session and "%s %s" % (exchange.caller.key_id, exchange.session)
+    key = session_key(exchange.head.headers, body)
+    session = key and "%s %s" % (exchange.caller.key_id, key)
     if asked is None and session:                  # Codex's desktop app leaves it out at times
         asked = body["model"] = sessions.get(session)
         exchange.body = dumps(body)
     if not isinstance(asked, str) or not asked:
         raise BadRequest("'model' is required: the id of a model, see /v1/models", param="model")
-    exchange.model = asked
+    exchange.record.name(key, asked, body.get("stream") is True)
     if session:
         sessions[session] = asked
         if len(sessions) > MAX_SESSIONS:
             sessions.popitem(last=False)
-    copilot, exchange.streamed = exchange.copilot(), body.get("stream") is True
+    copilot = account_for(exchange)
     model = copilot.find_model(asked, exchange.client)
     name_model(exchange, model)
     if copilot.is_substitute(asked, model):        # the answer then names the real one
@@ -10051,7 +10179,7 @@ def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
 
 def name_model(exchange: Exchange, model: Model) -> None:
     """Note the model that answers, for the log and for the header that always names it."""
-    exchange.used = model
+    exchange.record.model = model
     exchange.headers["x-copilot-proxy-model"] = printable(model.id)
 
 def fit_model(data: bytes, edit: Edit, model_id: str) -> bytes:
@@ -10069,7 +10197,7 @@ def fit_model(data: bytes, edit: Edit, model_id: str) -> bytes:
 def upstream_headers(exchange: Exchange, client: Dialect, upstream: Dialect, body: Json) -> Headers:
     """What of the request itself decides headers: who began it, images, Anthropic's versions."""
     given = exchange.head.headers
-    said = given.get("x-initiator", "").lower()
+    said = exchange.record.initiator or given.get("x-initiator", "").lower()
     headers = {"X-Initiator": said if said in ("user", "agent") else client.initiator(body)}
     if client.has_images(body):
         headers["Copilot-Vision-Request"] = "true"
@@ -10085,22 +10213,22 @@ def admit(exchange: Exchange, body: Json, model: Model) -> None:
     Raises RateLimited, BadRequest, ClientGone."""
     app, headers, who = exchange.app, exchange.head.headers, \
         exchange.caller.key_id or exchange.address
-    app.budget.admit(exchange.session or exchange.agent, headers.get("x-copilot-proxy-budget"))
+    asked = exchange.record.asked
+    app.budget.admit(asked.session or asked.agent, headers.get("x-copilot-proxy-budget"))
     exchange.headers.update(app.minute.admit(
         who, "%d requests of a key are allowed in a minute here (--requests-per-minute)"
         % app.settings.requests_per_minute))
     if app.settings.max_concurrency and not exchange.has_slot:
         app.gate.enter(who, exchange.client)
         exchange.has_slot = True
-    exchange.copilot().limiter.admit(exchange.client)
+    account_for(exchange).limiter.admit(exchange.client)
     turns = as_list(body.get("messages") or body.get("input"))
     last = as_object(turns[-1]) if turns else {}
     text = text_of(last.get("content")) or text_of(body.get("input"))
     app.approval.ask(exchange.client, client=headers.get("user-agent", "an unnamed client")[:200],
-                     account=exchange.copilot().name, model=model.id, text=text[:200])
+                     account=account_for(exchange).name, model=model.id, text=text[:200])
     exchange.is_admitted = True
-    if app.events.readers:
-        app.events.tell("request", dict(shown(exchange.row()), state="running"))
+    app.show_running(exchange.record)
 
 def owner_of(exchange: Exchange, copilot: Copilot) -> str:
     """Whose kept responses are: the account's and the client's key's, as a hash of both."""
@@ -10209,9 +10337,8 @@ def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: C
             call.body = fit_model(data, plan.edit, model.id)
         tell_losses(exchange, plan.edit.losses, repaired)
         name_model(exchange, model)
-        exchange.upstream_path = plan.upstream.path
-        exchange.initiator = plan.headers["X-Initiator"]
-        exchange.route = "translated" if plan.is_translated else "passthrough"
+        exchange.record.go_up("translated" if plan.is_translated else "passthrough",
+                              plan.upstream.path, plan.headers["X-Initiator"])
         if not exchange.is_admitted:
             admit(exchange, plan.edit.body, model)
         exchange.log_body("sent", call.body)
@@ -10222,7 +10349,7 @@ def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: C
             answer = copilot.send(call)
             copilot.memory.learn(plan)
             exchange.headers.update(passed_headers(answer.headers))
-            exchange.meters.append(plan.meter)
+            exchange.record.hear(answer.headers, plan.meter)
             return plan, answer
         except ProxyError as error:
             may_try = not exchange.started and call.sent < MAX_CALLS
@@ -10243,7 +10370,7 @@ def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: C
             is_told = error.overflow and client is RESPONSES     # Codex reads it in a stream only
             if plan.pipeline is None or not (exchange.started or is_told):
                 raise
-            exchange.failure, exchange.error = str(error), error.code or error.types()[0]
+            exchange.record.fail(error)
             exchange.finish(plan.pipeline.close(error))
             return None
 
@@ -10254,7 +10381,8 @@ def compact(exchange: Exchange, body: Json, copilot: Copilot, model: Model,
     """POST /responses/compact, or a request that ends with a `compaction_trigger`: one item that
     stands for the conversation so far."""
     is_route, now = exchange.path == COMPACT_PATH, int(time.time())
-    exchange.head.headers.setdefault("x-initiator", "agent")       # no human asks for this
+    if "x-initiator" not in exchange.head.headers:
+        exchange.record.initiator = "agent"                        # no human asks for this
     if body.get("stream") is True and not is_route:
         exchange.expect_stream(RESPONSES.keepalive)
     encoder = ResponsesEncoder(RESPONSES, Request(str(body["model"]), now=now, key=exchange.id))
@@ -10266,7 +10394,7 @@ def compact(exchange: Exchange, body: Json, copilot: Copilot, model: Model,
     except ProxyError as error:
         if not exchange.started:
             raise
-        exchange.failure, exchange.error = str(error), error.code or error.types()[0]
+        exchange.record.fail(error)
         out += encoder.feed(StreamError(UpstreamError(str(error), error.status, error.code)))
     if is_route:
         answer = {name: answer[name] for name in ("id", "created_at", "output", "usage")}
@@ -10303,7 +10431,7 @@ def make_compaction(exchange: Exchange, body: Json, copilot: Copilot, model: Mod
             return dict(own[0], type="compaction"), usage
         text = "\n\n".join(text_of(item.get("content")) for item in output).strip()
         if text and not native:
-            if can and exchange.used is model:
+            if can and exchange.record.model is model:
                 copilot.memory.refused.add(refusal)
             return {"type": "compaction",
                     "encrypted_content": pack_opaque("compaction", None, text)}, usage
@@ -10350,13 +10478,14 @@ def tell_no_search(exchange: Exchange, body: Json, model: Model) -> None:
 def tell_losses(exchange: Exchange, losses: list[tuple[str, str]], repaired: Iterable[str] = ()
                 ) -> None:
     """What did not go upstream, and what was repaired: to the client, the log and /stats."""
-    for group, names in (("lossy", {name for name, _ in losses}), ("repaired", set(repaired))):
-        header = "x-copilot-proxy-" + group
-        told = set(filter(None, exchange.headers.get(header, "").split(", ")))
-        if names - told:
-            exchange.headers[header] = ", ".join(sorted(names | told))
+    record = exchange.record
+    for group, notes, names in (("lossy", record.losses, {name for name, _ in losses}),
+                                ("repaired", record.repairs, set(repaired))):
+        fresh = notes.add(names)
+        if fresh:
+            exchange.headers["x-copilot-proxy-" + group] = str(notes)
             exchange.app.log.debug("%s %s: %s", exchange.id, group, losses or repaired)
-            exchange.app.stats.count({group: dict.fromkeys(names - told, 1)})
+            exchange.app.stats.count({group: dict.fromkeys(fresh, 1)})
 
 def refuse_websocket(exchange: Exchange) -> None:
     """Codex asks for a WebSocket first and falls back to HTTP when told so at once."""
@@ -10388,7 +10517,7 @@ def count_tokens(exchange: Exchange) -> None:
                                    exchange.client, request_id=exchange.id,
                                    timeout_s=GITHUB_TIMEOUT_S))
         counted = as_int(as_object(loads(answer.read_all(exchange.client))).get("input_tokens"))
-        exchange.route = "passthrough"
+        exchange.record.go_up("passthrough", "")
     except (ProxyError, ValueError) as error:
         if isinstance(error, BadRequest) and error.code != "unsupported_api_for_model":
             raise
@@ -10406,7 +10535,7 @@ def count_input(exchange: Exchange) -> None:
 def stored_response(exchange: Exchange) -> None:
     """GET and DELETE /responses/ID, GET /responses/ID/input_items: from the local store."""
     exchange.dialect = RESPONSES
-    store, owner = exchange.app.store, owner_of(exchange, exchange.copilot())
+    store, owner = exchange.app.store, owner_of(exchange, account_for(exchange))
     response_id, _, tail = exchange.argument.partition("/")
     if exchange.head.method == "DELETE" and not tail and store.delete(owner, response_id):
         exchange.reply_json({"id": response_id, "object": "response", "deleted": True})
@@ -10500,7 +10629,8 @@ def stats_report(exchange: Exchange) -> Json:
     operator sees that of all, others what is their account's."""
     app, names, account = exchange.app, own_names(exchange), exchange.caller.account
     group = (account.stats if names and account else app.stats).group
-    running = [dict(shown(one.row()), state="running") for one in list(app.running) if one.label]
+    running = [dict(shown(one.record.row()), state="running") for one in list(app.running)
+               if one.record.asked.label]
     recent = [shown(row) for row in list(app.recent)]
     mine = {name: [one for one in found if not names or one["account"] in names]
             for name, found in (("running", running), ("recent", recent), ("quotas", app.lanes()),
@@ -10639,7 +10769,7 @@ def embeddings(exchange: Exchange) -> None:
     packing = body.pop("encoding_format", None)
     if packing not in (None, "float", "base64"):
         raise BadRequest("'encoding_format' must be float or base64", param="encoding_format")
-    exchange.route, exchange.upstream_path = "passthrough", "/embeddings"
+    exchange.record.go_up("passthrough", "/embeddings")
     admit(exchange, {"input": texts[0]}, model)
     batch = model.limit("max_inputs") or EMBEDDING_BATCH
     data: list[Json] = []
@@ -10649,9 +10779,10 @@ def embeddings(exchange: Exchange) -> None:
         answer = copilot.send(Call("/embeddings", dumps(part), {}, exchange.client,
                                    request_id=exchange.id, model=model.id))
         exchange.headers.update(passed_headers(answer.headers))
-        exchange.meters.append(Meter())
+        meter = Meter()
+        exchange.record.hear(answer.headers, meter)
         merge_embeddings(data, counts, answer.read_all(exchange.client), len(part["input"]),
-                         exchange.meters[-1])
+                         meter)
     for at, item in enumerate(data):
         item.update(object="embedding", index=at)
         if packing == "base64":
@@ -10702,7 +10833,7 @@ def price_entry(model: Model) -> Json | None:
 def models(exchange: Exchange) -> None:
     """The models meant for users; `?all=1` shows hidden and disabled ones, too.  Codex asks with
     `client_version` and takes an empty `models` as: use your own list."""
-    copilot = exchange.copilot()
+    copilot = account_for(exchange)
     everything = exchange.parameter("all") not in (None, "0")
     shown = [m for m in copilot.models(exchange.client) if m.is_listed or everything]
     data = [model_entry(m) for m in shown if m.kind in ("chat", "embeddings")]
@@ -10717,7 +10848,7 @@ def one_model(exchange: Exchange) -> None:
     """One entry of the list; any spelling that finds a model will do.  Its id is then the one
     that was asked for, unless another model answers for it."""
     exchange.dialect = MESSAGES if "anthropic-version" in exchange.head.headers else CHAT
-    copilot = exchange.copilot()
+    copilot = account_for(exchange)
     model = copilot.find_model(exchange.argument, exchange.client)
     name_model(exchange, model)
     shown = model.id if copilot.is_substitute(exchange.argument, model) else exchange.argument
@@ -10725,7 +10856,7 @@ def one_model(exchange: Exchange) -> None:
 
 def usage(exchange: Exchange) -> None:
     """The upstream's usage answer, whole."""
-    app, copilot = exchange.app, exchange.copilot()
+    app, copilot = exchange.app, account_for(exchange)
     exchange.client.pause()
     answer = copilot.fetch_usage()
     copilot.name = str(answer.get("login") or copilot.name)
@@ -10738,7 +10869,7 @@ def token(exchange: Exchange) -> None:
             or "x-forwarded-for" in exchange.head.headers or not is_loopback(exchange.address)):
         raise BadRequest("there is no route GET /token; it is off without --show-token", 404,
                          "unknown_url")
-    copilot = exchange.copilot()
+    copilot = account_for(exchange)
     value: CopilotToken = copilot.token.get()
     exchange.headers["Cache-Control"] = "no-store"
     exchange.reply_json({"token": value.value})

@@ -519,7 +519,7 @@ class AccountTest(AccountCase):
             real = proxy.server.end
 
             def end(exchange: Any) -> None:
-                seen.append((exchange.account.name, exchange.caller.key_id))
+                seen.append((exchange.record.account.name, exchange.caller.key_id))
                 real(exchange)
 
             with unittest.mock.patch.object(proxy.server, "end", end):

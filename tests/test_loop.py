@@ -746,7 +746,7 @@ class FaultTest(LoopCase):
 
     def test_a_fault_in_logging_a_stream_leaves_no_connection_behind(self) -> None:
         stream = self.open(chat("@@events=5 stall=2@@", stream=True))
-        self.relay_of(stream).exchange.log_line = boom
+        self.relay_of(stream).exchange.record.row = boom
         release(self.fake)
         self.assertIn(b"[DONE]", stream.rest())
         stream.client.sock.settimeout(2.0)
@@ -763,7 +763,8 @@ class FaultTest(LoopCase):
         others = self.others()
         broken = self.open(chat("@@events=20000 delay_ms=1@@", stream=True))
         relay = self.relay_of(broken)
-        relay.exchange.log_line = relay.exchange.frame = relay.exchange.frame_end = boom
+        relay.exchange.record.row = boom
+        relay.exchange.frame = relay.exchange.frame_end = boom
         relay.pipeline.close = relay.pipeline.feed = boom
         with contextlib.suppress(Exception):
             broken.rest()
