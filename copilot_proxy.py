@@ -241,6 +241,9 @@ HISTORY_BUSY_S, HISTORY_WAIT_S = 1.0, 2.0            # for other processes' lock
 MAX_READERS, READER_QUEUE = 32, 500      # of /history/events
 RECENT, BODIES_KEPT = 50, 3000           # requests in memory; files in the folder of --log-bodies
 BUDGET_WARNING = 0.8                     # of the budget
+OUTPUT_QUEUE_CHARS = 512 * 1024          # of log and terminal, while nobody takes them
+OUTPUT_PAUSE_S = 0.02                    # between two writes: many lines are one write then
+OUTPUT_LOOK_S, OUTPUT_END_S = 0.1, 0.5   # how often a full pipe is looked at; at the end
 
 # ==== 3. Errors ===================================================================================
 # Whose fault it is decides the class; the status decides the name on the wire.  An error is raised
@@ -10641,7 +10644,12 @@ def stats_report(exchange: Exchange) -> Json:
             "losses": group("lossy"), "repairs": group("repaired"), **mine,
             "totals": with_credits({**NO_COUNTS, "requests": 0, "errors": 0, **group("totals")}),
             "approvals": [] if names else list(app.approval.waiting.values()),
-            "budget": None if names else app.budget.report(), "history": history_state(app)}
+            "budget": None if names else app.budget.report(), "history": history_state(app),
+            "log": {"lost_lines": lost_lines(app)}}
+
+def lost_lines(app: App) -> int:
+    """Lines of the log that nobody took, counted by the streams they were written to."""
+    return sum(getattr(getattr(handler, "stream", None), "lost", 0) for handler in app.log.handlers)
 
 def history_state(app: App) -> Json:
     """Is there one, and what is wrong with it."""
@@ -10676,7 +10684,9 @@ def metrics(exchange: Exchange) -> None:
              {(kind,): (report["budget"] or {}).get(kind) for kind in ("limit", "used")}),
             ("approvals_waiting", "requests that wait for a person", (),
              {(): len(report["approvals"])}),
-            ("history_dropped_total", "rows that were lost", (), {(): app.history.dropped})):
+            ("history_dropped_total", "rows that were lost", (), {(): app.history.dropped}),
+            ("log_lines_lost_total", "lines of the log that nobody took", (),
+             {(): report["log"]["lost_lines"]})):
         lines.append("# HELP copilot_proxy_%s %s\n# TYPE copilot_proxy_%s %s" % (
             name, text, name, "counter" if name.endswith("_total") else "gauge"))
         for key, value in values.items():
@@ -11535,8 +11545,118 @@ def probe_host(upstream: Upstream, url: str) -> Iterator[tuple[str, str, bool]]:
 
 def say(text: str = "") -> None:
     """Lines for a person, flushed at once: start scripts wait for them.  What comes from outside
-    is escaped here; where it must not begin a line either, `printable` is used before."""
-    print(visible(text, keep="\n\t"), flush=True)
+    is escaped here; where it must not begin a line either, `printable` is used before.
+    Raises ClientGone when nobody reads (models | head), ProxyError when it cannot be written."""
+    try:
+        sys.stdout.write(visible(text, keep="\n\t") + "\n")
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        sys.stdout = open(os.devnull, "w")       # noqa: SIM115  (else the exit fails, too)
+        if isinstance(error, BrokenPipeError):
+            raise ClientGone from None
+        raise ProxyError("cannot write to standard output: %s" % plain_reason(error)) from None
+
+_PIPE_BYTES = getattr(select, "PIPE_BUF", 512)   # a pipe that is ready takes so much at once
+
+def has_file(stream: Any) -> bool:
+    """Is it a file of the system, and one that can be waited for?"""
+    try:
+        return os.name == "posix" and bool(stream.fileno() >= 0)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+class QueuedOutput:
+    """A text stream that keeps nobody waiting: standard output and standard error of a server.
+
+    What is written goes into a bounded queue, and one thread hands it on.  While nobody takes it
+    (a full pipe, a stopped terminal) the queue fills, and lines that find no room are counted in
+    `lost`; so are those that a dead stream refuses.  `report(lines)` is called in that thread as
+    soon as the stream takes something again.  `_changed` guards the fields."""
+
+    def __init__(self, stream: Any, report: Callable[[int], None]) -> None:
+        self.stream, self._report = stream, report
+        self._has_file = has_file(stream)
+        self.lost = 0                             # lines, since the start
+        self._reported = 0
+        self._changed = threading.Condition()
+        self._parts: list[str] = []
+        self._size = 0                            # characters in _parts
+        self._ending = threading.Event()
+        self._ends_at = float("inf")              # monotonic; nothing is written after that
+        self._thread = threading.Thread(target=self._run, name="output", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Write what is left, unless nobody takes it."""
+        with self._changed:
+            self._ends_at = time.monotonic() + OUTPUT_END_S
+            self._ending.set()
+            self._changed.notify()
+        self._thread.join(OUTPUT_END_S)
+
+    def __getattr__(self, name: str) -> Any:
+        """isatty, fileno, encoding and so on are those of the stream itself."""
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Never blocks, never fails."""
+        with self._changed:
+            if self._size + len(text) > OUTPUT_QUEUE_CHARS:
+                self.lost += text.count("\n")
+            else:
+                self._parts.append(text)
+                self._size += len(text)
+                self._changed.notify()
+        return len(text)
+
+    def flush(self) -> None:
+        """The thread does that."""
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._parts or self._ending.is_set())
+                text = "".join(self._parts)
+                self._parts, self._size = [], 0
+            if not text:
+                return
+
+            if not self._hand_on(text):
+                with self._changed:
+                    self.lost += text.count("\n")
+            elif self.lost > self._reported:
+                lost = self.lost - self._reported
+                self._reported += lost
+                self._report(lost)
+            self._ending.wait(OUTPUT_PAUSE_S)
+
+    def _hand_on(self, text: str) -> bool:
+        """Write all of it.  False when the stream is dead, or takes nothing until the end."""
+        try:
+            if self._has_file:
+                data = text.encode(self.stream.encoding or "utf-8", "backslashreplace")
+                return self._write_pieces(data)
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def _write_pieces(self, data: bytes) -> bool:
+        """Whole lines where they fit, and never more than a pipe takes at once: neither Python's
+        own locks nor the end of the process may wait for a reader."""
+        begin = 0
+        while begin < len(data):
+            if not wait_ready(self.stream, OUTPUT_LOOK_S, write=True):
+                if time.monotonic() > self._ends_at:
+                    return False
+                continue
+            end = data.rfind(b"\n", begin, begin + _PIPE_BYTES) + 1 or begin + _PIPE_BYTES
+            try:
+                begin += os.write(self.stream.fileno(), data[begin:end])
+            except BlockingIOError:
+                time.sleep(OUTPUT_LOOK_S)         # another program has made it so, and was first
+        return True
 
 def load_settings(flags: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
     """Flags and environment, with the token from standard input.  Raises ConfigError."""
@@ -11633,18 +11753,24 @@ def cmd_start(app: App, flags: argparse.Namespace) -> int:
     return 130 if interrupts[0] == signal.SIGINT else 0
 
 def catch_signals() -> list[int]:
-    """A list that Ctrl-C and SIGTERM append to; a second one ends the process at once."""
+    """A list that Ctrl-C, SIGTERM and SIGHUP append to; a second one ends the process at once,
+    but not a SIGHUP: a terminal that is closed sends it twice, by its shell and by the system.
+    Under nohup SIGHUP stays ignored."""
     seen: list[int] = []
+    hangup = getattr(signal, "SIGHUP", None)
 
     def note(number: int, frame: Any) -> None:
         seen.append(number)
-        if len(seen) > 1:
+        if len(seen) > 1 and number != hangup:
             os._exit(130)
 
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), note)
+    if threading.current_thread() is not threading.main_thread():
+        return seen
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), note)
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        signal.signal(hangup, note)
     return seen
 
 def cmd_auth(app: App, flags: argparse.Namespace) -> int:
@@ -12195,28 +12321,52 @@ def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int
         return 2
     try:
         settings = load_settings(flags, os.environ)
-        set_up_logging(settings.verbose if flags.command == "start" else bool(flags.verbose),
-                       settings.log_json)
-        if flags.command != "start" and not flags.verbose:
-            logging.getLogger("copilot_proxy").setLevel(logging.WARNING)
         with contextlib.ExitStack() as stack:
+            if flags.command == "start":
+                queue_output(stack)
+            set_up_logging(settings.verbose if flags.command == "start" else bool(flags.verbose),
+                           settings.log_json)
+            if flags.command != "start" and not flags.verbose:
+                logging.getLogger("copilot_proxy").setLevel(logging.WARNING)
             if settings.demo:
                 stack.callback(start_demo(settings).finish, 0)
             app = App(settings)
             stack.callback(app.close)
             return COMMANDS[flags.command][1](app, flags)
     except ProxyError as error:
-        print("error: %s" % visible(redact(str(error))), file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):
+            print("error: %s" % visible(redact(str(error))), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except ClientGone:                                       # nobody reads what is printed
+        return 1
     except KeyboardInterrupt:
         return 130
+
+def queue_output(stack: contextlib.ExitStack) -> None:
+    """From here on nobody waits for who reads the output, until `stack` is closed."""
+    def report(lines: int) -> None:
+        log.warning("%d lines of the log are lost: nobody took them in time", lines)
+
+    log = logging.getLogger("copilot_proxy")
+    output = QueuedOutput(sys.stdout, lambda lines: None)
+    errors = QueuedOutput(sys.stderr, report)
+    stack.callback(output.close)
+    stack.callback(errors.close)
+    stack.enter_context(contextlib.redirect_stdout(output))
+    stack.enter_context(contextlib.redirect_stderr(errors))
+
+def flush_output() -> None:
+    """What argparse has printed."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
 
 def run_script() -> None:
     """The command line.
     Python keeps the syntax tree of a script, 14 MB here, until its last line has run.  So `start`
     goes on in a thread of its own and lets the script come to its end; from 3.12 on an ended
     script can begin no more threads, and the memory stays taken."""
-    if sys.argv[1:2] != ["start"] or sys.version_info >= (3, 12):
+    if sys.argv[1:2] != ["start"]:
         sys.exit(main())
     signals = catch_signals()
 
@@ -12225,12 +12375,15 @@ def run_script() -> None:
             code: Any = main(None, signals)
         except SystemExit as end:
             code = end.code
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
+        flushing = threading.Thread(target=flush_output, daemon=True)
+        flushing.start()
+        flushing.join(OUTPUT_END_S)              # no longer: perhaps nobody reads it
         os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
-    threading.Thread(target=serve, name="start").start()
+    if sys.version_info >= (3, 12):
+        serve()
+    else:
+        threading.Thread(target=serve, name="start").start()
 
 if __name__ == "__main__":
     run_script()
