@@ -1469,6 +1469,8 @@ class Dialect:
     unique_call_ids = False           # True: the id of a tool call may not come twice
     cache_mark = ""                   # the field that marks where the prompt cache may end
     schema_key = "parameters"         # of a tool: where its schema is
+    system_key = ""                   # of the body: where the system text is; "": in the turns
+    own_parts: frozenset[str] = frozenset()              # the kinds of its content parts
     shared_fields: tuple[str, ...] = OPENAI_FIELDS       # top-level, the same in OpenAI's dialects
     substitutes: tuple[str, ...] = ()  # dialects to ask in when a model lacks this one, best first
     reads_compactions = False         # True: the upstream's own compaction items may go up
@@ -1537,7 +1539,23 @@ class Dialect:
         """Is there an image anywhere, also inside a tool's result?"""
         return any(part.get("type") in IMAGE_TYPES for part in content_parts(body))
 
-    # What section 8 has to know of a conversation in this dialect.
+    # What section 8 has to know of requests in this dialect.
+
+    def own_tool(self, tool: Json) -> Json:
+        """A tool of any dialect in the shape of this one; the same object where it is already."""
+        raise NotImplementedError
+
+    def own_choice(self, choice: Any) -> Any:
+        """`tool_choice` of any dialect in the shape of this one."""
+        raise NotImplementedError
+
+    def is_own_item(self, item: Json) -> bool:
+        """Is this an item of a conversation that the dialect knows, whatever parts it has?"""
+        return item.get("role") is not None
+
+    def write_part(self, part: Part, by_model: bool) -> Json:
+        """A content part in this dialect.  by_model: in a turn of the assistant."""
+        raise NotImplementedError
 
     def tool_steps(self, item: Json) -> list[ToolStep]:
         """The steps of one message or item.  Raises AttributeError or TypeError for an odd one."""
@@ -1967,6 +1985,36 @@ def block_as_text(block: Json, request: Request) -> Text:
     request.lose(kind, "sent as text")
     shown = {key: value for key, value in block.items() if key not in ("type", "id", "status")}
     return Text("[%s] %s" % (kind, dumps(shown).decode("utf-8", "replace")))
+
+def function_of(tool: Json) -> Json | None:
+    """{name, description, parameters, strict} of a function in any dialect; None for others."""
+    kind = tool.get("type")
+    if isinstance(tool.get("function"), dict):
+        tool = tool["function"]
+    elif kind not in (None, "function", "custom") or not isinstance(tool.get("name"), str):
+        return None
+    elif kind == "custom" and "input_schema" not in tool:
+        return None                                      # OpenAI's freeform tool
+    return given(name=tool.get("name"), description=tool.get("description"),
+                 parameters=tool.get("parameters", tool.get("input_schema")),
+                 strict=tool.get("strict"))
+
+def freeform_of(tool: Json) -> Json | None:
+    """{name, description, format} of a freeform tool in either of OpenAI's dialects, else None."""
+    if tool.get("type") != "custom" or "input_schema" in tool:
+        return None
+    source = as_object(tool.get("custom")) or tool
+    return given(name=source.get("name"), description=source.get("description"),
+                 format=source.get("format"))
+
+def choice_of(choice: Any) -> str | Named | None:
+    """"auto", "none", "required" or a named function, in any dialect's shape; None for others."""
+    if isinstance(choice, dict) and choice.get("type") in ("function", "tool"):
+        name = as_object(choice.get("function")).get("name") or choice.get("name")
+        return Named(name) if isinstance(name, str) else None
+    word_of = choice.get("type") if isinstance(choice, dict) else choice
+    return {"auto": "auto", "none": "none", "required": "required", "any": "required"}.get(
+        str(word_of))
 
 def write_part(part: Part, prefix: str) -> Json:
     """A content part in Chat's words (no prefix) or in those of Responses ("input_")."""
@@ -2486,6 +2534,7 @@ class ChatCompletions(Dialect):
     """POST /chat/completions, OpenAI's older shape and the one that most models speak."""
     name, path = "chat", "/chat/completions"
     cache_mark = "copilot_cache_control"
+    own_parts = frozenset(("text", "image_url", "input_audio", "file", "refusal"))
     substitutes = ("responses", "messages")
     STOP_REASONS = (("stop", "stop"), ("length", "length"), ("tool_calls", "tool_use"),
                     ("content_filter", "refusal"), ("function_call", "tool_use"),
@@ -2537,6 +2586,29 @@ class ChatCompletions(Dialect):
         cap = model.output_cap(body.get("stream") is True)
         if not model.is_openai and cap and "max_tokens" not in body:
             edit.set(body, "max_tokens", cap)           # Claude and Gemini stop early without
+
+    def own_tool(self, tool: Json) -> Json:
+        freeform, function = freeform_of(tool), function_of(tool)
+        if isinstance(tool.get("function"), dict) and tool.get("type") == "function":
+            return tool
+        if freeform:
+            return tool if "custom" in tool else {"type": "custom", "custom": freeform}
+        if not function:
+            return tool
+        shaped: Json = {"type": "function", "function": function}
+        mark = tool.get("cache_control") or tool.get(self.cache_mark)
+        return dict(shaped, copilot_cache_control=mark) if mark else shaped
+
+    def own_choice(self, choice: Any) -> Any:
+        wish = choice_of(choice)
+        if wish is None:
+            return choice
+        if isinstance(wish, Named):
+            return {"type": "function", "function": {"name": wish.name}}
+        return wish
+
+    def write_part(self, part: Part, by_model: bool) -> Json:
+        return write_part(part, "")
 
     def tool_steps(self, item: Json) -> list[ToolStep]:
         calls = [str(call.get("id")) for call in item.get("tool_calls") or ()]
@@ -2639,10 +2711,8 @@ class ChatCompletions(Dialect):
     # -- order among them is lost in bodies, streams keep it.
 
     def decode_request(self, body: Json) -> Request:
-        if as_int(body.get("n")) > 1 or body.get("functions"):
-            key = "functions" if body.get("functions") else "n"
-            raise BadRequest("'%s' is not supported%s" % (
-                key, ": use 'tools'" if key == "functions" else " above 1"), param=key)
+        if as_int(body.get("n")) > 1:
+            raise BadRequest("'n' is not supported above 1", param="n")
         limit = positive(body.get("max_completion_tokens")) or body.get("max_tokens")
         request = read_fields(self, dict(body, max_tokens=limit), "messages max_completion_tokens "
                               "n verbosity functions function_call")
@@ -2909,6 +2979,14 @@ _OUTPUT_INDEX = re.compile(rb'"output_index":\s*(\d+)')
 _TERMINAL = ("response.completed", "response.incomplete", "response.failed", "response.cancelled",
              "error")
 _REFUSED_TOOLS = ("image_generation", "code_interpreter")
+#: the items that /responses itself has, beside messages
+_OWN_ITEMS = frozenset((
+    "reasoning", "item_reference", "compaction", "compaction_summary", "context_compaction",
+    "compaction_trigger", "function_call", "function_call_output", "custom_tool_call",
+    "custom_tool_call_output", "local_shell_call", "local_shell_call_output", "shell_call",
+    "shell_call_output", "apply_patch_call", "apply_patch_call_output", "computer_call",
+    "computer_call_output", "tool_search_call", "tool_search_output", "additional_tools",
+    "web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call"))
 _TEXT_EVENTS = ("response.output_text.delta", "response.output_text.done",
                 "response.refusal.delta", "response.refusal.done")
 _ARGUMENT_EVENTS = ("response.function_call_arguments", "response.custom_tool_call_input")
@@ -3072,6 +3150,10 @@ class Responses(Dialect):
     """POST /responses, OpenAI's newer shape.  Upstream it is stateless: nothing is stored."""
     name, path = "responses", "/responses"
     turns_key = "input"
+    system_key = "instructions"
+    own_parts = frozenset(("input_text", "output_text", "input_image", "input_file", "input_audio",
+                           "refusal", "summary_text", "reasoning_text", "encrypted_content",
+                           "computer_screenshot"))
     substitutes = ("chat", "messages")
     reads_compactions = True
     has_whole_answer_limit = False
@@ -3133,6 +3215,33 @@ class Responses(Dialect):
                 if part.get("type") == "input_image" and part.get("detail") == "original":
                     edit.set(part, "detail", "high")
         return True
+
+    def own_tool(self, tool: Json) -> Json:
+        freeform, function = freeform_of(tool), function_of(tool)
+        if freeform:
+            return dict({"type": "custom"}, **freeform) if "custom" in tool else tool
+        is_flat = tool.get("type") == "function" and "function" not in tool
+        if function and not (is_flat and "input_schema" not in tool):
+            return dict({"type": "function"}, **function)
+        return tool
+
+    def own_choice(self, choice: Any) -> Any:
+        wish = choice_of(choice)
+        if isinstance(wish, Named) and "function" not in choice and choice["type"] == "function":
+            return choice                                # perhaps with a namespace
+        if wish is None:
+            return choice
+        return {"type": "function", "name": wish.name} if isinstance(wish, Named) else wish
+
+    def is_own_item(self, item: Json) -> bool:
+        if item.get("role") is not None:
+            return item.get("type") in (None, "message")
+        return item.get("type") in _OWN_ITEMS
+
+    def write_part(self, part: Part, by_model: bool) -> Json:
+        if by_model and isinstance(part, Text):
+            return {"type": "output_text", "text": part.text}
+        return write_part(part, "input_")
 
     def tool_steps(self, item: Json) -> list[ToolStep]:
         call_id = item.get("call_id")
@@ -3639,6 +3748,9 @@ class Messages(Dialect):
     request and differs in strictness, so everything that one of them refuses is left out."""
     name, path = "messages", "/v1/messages"
     unique_call_ids = True
+    system_key = "system"
+    own_parts = frozenset(("text", "image", "document", "tool_use", "tool_result", "thinking",
+                           "redacted_thinking", "server_tool_use", "web_search_tool_result"))
     cache_mark = "cache_control"
     schema_key = "input_schema"
     shared_fields = ()
@@ -3817,6 +3929,32 @@ class Messages(Dialect):
             edit.drop(body, "top_k", "not with thinking")
         elif "temperature" in body and "top_p" in body and model.version >= (4, 5):
             edit.drop(body, "top_p", "not beside temperature")
+
+    def own_tool(self, tool: Json) -> Json:
+        freeform, function = freeform_of(tool), function_of(tool)
+        if freeform:
+            schema = {"type": "object", "properties": {"input": {"type": "string"}},
+                      "required": ["input"]}
+            return given(name=freeform.get("name"), description=freeform.get("description"),
+                         input_schema=schema)
+        if not function or "input_schema" in tool:
+            return tool
+        return given(name=function.get("name"), description=function.get("description"),
+                     input_schema=function.get("parameters") or {"type": "object"},
+                     cache_control=tool.get("cache_control"))
+
+    def own_choice(self, choice: Any) -> Any:
+        wish = choice_of(choice)
+        is_own = isinstance(choice, dict) and choice.get("type") not in ("function", "required")
+        if wish is None or is_own:
+            return choice
+        if isinstance(wish, Named):
+            return {"type": "tool", "name": wish.name}
+        return {"type": "any" if wish == "required" else wish}
+
+    def write_part(self, part: Part, by_model: bool) -> Json:
+        block = self.block(part)
+        return dict(block, cache_control=EPHEMERAL) if part.cache else block
 
     def tool_steps(self, item: Json) -> list[ToolStep]:
         role, content = item.get("role"), item.get("content")
@@ -4298,6 +4436,289 @@ MAX_IMAGES = 20                          # the upstream's own limit
 MAX_SENT_BYTES = 5_000_000               # with images; larger bodies were met with 413
 _NONCE_LINE = "x-anthropic-billing-header:"
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
+# ---- Normalising: one shape for what clients write in many ----
+# It runs first for every request, whatever its model and its way.  Clients choose their shapes by
+# the name of a model, so an alias, or a model changed in mid-session, brings the shapes of one
+# vendor to the models of another; and each vendor has older spellings that its clients still send.
+# A step changes what it must and nothing else: a body that no step changes goes up as the client's
+# own bytes.  Each step says why it is there.
+
+_FORMAT_KEYS = ("name", "schema", "strict", "description")
+
+def _as_chat_format(layout: Any) -> Any:
+    """{"type": "json_schema", "schema": {}} -> {"type": "json_schema", "json_schema": {...}}"""
+    if as_object(layout).get("type") != "json_schema" or "json_schema" in layout:
+        return layout
+    inner = {key: layout[key] for key in _FORMAT_KEYS if key in layout}
+    inner.setdefault("name", "output")
+    return {"type": "json_schema", "json_schema": inner}
+
+def _as_flat_format(layout: Any) -> Any:
+    """The way back, as Responses and Messages have it."""
+    if "json_schema" not in as_object(layout):
+        return layout
+    return dict({"type": "json_schema"}, **as_object(layout["json_schema"]))
+
+def _as_stop_list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+#: dialect -> (old or foreign field, the dialect's own, how its value changes).  The own one wins.
+OLD_FIELDS: dict[str, tuple[tuple[str, str, Callable[[Any], Any]], ...]] = {
+    "chat": (
+        ("max_output_tokens", "max_completion_tokens", _unchanged),
+        ("stop_sequences", "stop", _unchanged),
+        ("reasoning.effort", "reasoning_effort", _unchanged),
+        ("output_config.effort", "reasoning_effort", _unchanged),
+        ("response_format", "response_format", _as_chat_format),
+        ("text.format", "response_format", _as_chat_format),
+        ("output_config.format", "response_format", _as_chat_format),
+        ("output_format", "response_format", _as_chat_format),
+        ("text.verbosity", "verbosity", _unchanged)),
+    "responses": (
+        ("max_tokens", "max_output_tokens", _unchanged),
+        ("max_completion_tokens", "max_output_tokens", _unchanged),
+        ("reasoning_effort", "reasoning.effort", _unchanged),
+        ("output_config.effort", "reasoning.effort", _unchanged),
+        ("text.format", "text.format", _as_flat_format),
+        ("response_format", "text.format", _as_flat_format),
+        ("output_config.format", "text.format", _as_flat_format),
+        ("output_format", "text.format", _as_flat_format),
+        ("verbosity", "text.verbosity", _unchanged)),
+    "messages": (
+        ("max_tokens_to_sample", "max_tokens", _unchanged),
+        ("max_completion_tokens", "max_tokens", _unchanged),
+        ("max_output_tokens", "max_tokens", _unchanged),
+        ("stop", "stop_sequences", _as_stop_list),
+        ("reasoning_effort", "output_config.effort", _unchanged),
+        ("reasoning.effort", "output_config.effort", _unchanged),
+        ("output_config.format", "output_config.format", _as_flat_format),
+        ("output_format", "output_config.format", _as_flat_format),
+        ("response_format", "output_config.format", _as_flat_format),
+        ("text.format", "output_config.format", _as_flat_format))}
+
+def _place_of(body: Json, path: str, make: bool = False) -> tuple[Json, str]:
+    """(object, key) of a dotted path of at most two steps; make: also create the object."""
+    outer, _, inner = path.rpartition(".")
+    if not outer:
+        return body, inner
+    if make and not isinstance(body.get(outer), dict):
+        body[outer] = {}
+    return as_object(body.get(outer)), inner
+
+def rename_old_fields(edit: Edit, client: Dialect, model: Model) -> None:
+    """Older spellings, fields that were betas once, and the sister dialects' names of a field."""
+    for old, own, convert in OLD_FIELDS[client.name]:
+        holder, key = _place_of(edit.body, old)
+        if holder.get(key) is None:
+            continue
+        value = convert(holder[key])
+        if old == own:
+            edit.set(holder, key, value)
+            continue
+
+        edit.drop(holder, key)
+        target, name = _place_of(edit.body, own, make=True)
+        if target.get(name) is None:
+            edit.set(target, name, value)
+        outer = old.partition(".")[0]
+        if edit.body.get(outer) == {}:
+            edit.drop(edit.body, outer)
+
+def name_the_turns(edit: Edit, client: Dialect, model: Model) -> None:
+    """`messages` sent to a route that wants `input`, or the reverse, and a system text by the
+    sister dialect's name."""
+    body, own = edit.body, client.turns_key
+    other = "input" if own == "messages" else "messages"
+    if body.get(own) is None and body.get(other) is not None:
+        turns = edit.drop(body, other)
+        edit.set(body, own, turns)
+    if own == "messages" and isinstance(body.get(own), str):
+        edit.set(body, own, [{"role": "user", "content": body[own]}])
+
+    for key in ("system", "instructions"):
+        if key == client.system_key or body.get(key) is None:
+            continue
+        text = text_of(edit.drop(body, key))
+        if client.system_key and not body.get(client.system_key):
+            edit.set(body, client.system_key, text)
+        elif text and isinstance(body.get(own), list):
+            edit.set(body, own, [{"role": "system", "content": text}] + body[own])
+
+def convert_functions(edit: Edit, client: Dialect, model: Model) -> None:
+    """`functions` and `function_call`, OpenAI's words before there were tools."""
+    body = edit.body
+    if isinstance(body.get("functions"), list):
+        functions = edit.drop(body, "functions")
+        tools = [{"type": "function", "function": function} for function in functions]
+        if not body.get("tools"):
+            edit.set(body, "tools", tools)
+    if body.get("function_call") is not None:
+        choice = edit.drop(body, "function_call")
+        if isinstance(choice, dict):
+            choice = {"type": "function", "function": {"name": choice.get("name")}}
+        if body.get("tool_choice") is None:
+            edit.set(body, "tool_choice", choice)
+
+    called: dict[str, list[str]] = {}          # name of a function -> ids of its open calls
+    for at, item in enumerate(as_list(body.get(client.turns_key))):
+        if not isinstance(item, dict):
+            continue
+        if isinstance(item.get("function_call"), dict):
+            function = edit.drop(item, "function_call")
+            call_id = "call_function_%d" % at
+            called.setdefault(str(function.get("name")), []).append(call_id)
+            if not item.get("tool_calls"):
+                call = {"id": call_id, "type": "function", "function": function}
+                edit.set(item, "tool_calls", [call])
+        elif item.get("role") == "function":
+            name = str(edit.drop(item, "name"))
+            open_calls = called.get(name) or ["call_function_%d" % at]
+            edit.set(item, "role", "tool")
+            edit.set(item, "tool_call_id", open_calls.pop(0))
+
+def shape_tools(edit: Edit, client: Dialect, model: Model) -> None:
+    """Tools in the shape of another dialect, and nulls beside a schema, which strict ones refuse.
+    """
+    tools = edit.body.get("tools")
+    if not isinstance(tools, list):
+        return
+    shaped = [client.own_tool(tool) if isinstance(tool, dict) else tool for tool in tools]
+    edit.replace(edit.body, "tools", shaped)
+    for tool in shaped:
+        if isinstance(tool, dict):
+            drop_nulls(edit, tool)
+            drop_nulls(edit, as_object(tool.get("function")))
+
+def shape_choice(edit: Edit, client: Dialect, model: Model) -> None:
+    """`tool_choice` in the shape of another dialect."""
+    choice = edit.body.get("tool_choice")
+    if choice is not None:
+        edit.set(edit.body, "tool_choice", client.own_choice(choice))
+
+_ANTHROPIC_PARTS = ("tool_use", "tool_result", "thinking", "redacted_thinking")
+
+def _reader_of(item: Json, client: Dialect) -> Dialect:
+    """The dialect in whose shape an item of a conversation is written."""
+    if item.get("role") == "tool" or item.get("tool_calls"):
+        return CHAT
+    if item.get("role") is None and item.get("type") is not None:
+        return RESPONSES
+    if client.turns_key == "messages" or item.get("role") == "user":
+        parts = as_list(item.get("content"))
+        if any(as_object(part).get("type") in _ANTHROPIC_PARTS for part in parts):
+            return MESSAGES
+    return client
+
+def shape_turns(edit: Edit, client: Dialect, model: Model) -> None:
+    """Items and parts in the shape of another dialect, and those that no dialect knows: their text
+    stays, since a session must not end because its history holds one."""
+    key = client.turns_key
+    items = edit.body.get(key)
+    if not isinstance(items, list):
+        return
+    shaped: list[Any] = []
+    for at, item in enumerate(items):
+        place = "%s[%d]" % (key, at)
+        if isinstance(item, str):
+            item = {"role": "user", "content": item}
+        if not isinstance(item, dict):
+            shaped.append(item)                          # the dialect's own rules name it
+        elif _reader_of(item, client) is client and client.is_own_item(item):
+            shape_content(edit, client, item, place)
+            shaped.append(item)
+        else:
+            shaped += rewrite_item(edit, client, item, model, place)
+    edit.replace(edit.body, key, shaped)
+
+def rewrite_item(edit: Edit, client: Dialect, item: Json, model: Model, place: str) -> list[Json]:
+    """Read an item by the dialect in whose shape it is, write it in the client's own."""
+    request = Request("", client.name, client.turns_key)
+    _reader_of(item, client).read_turn(request, item, place)
+    for name, reason in request.losses:
+        edit.lose(name, reason)
+    return client.write_turns(request.turns, request, model)
+
+def shape_content(edit: Edit, client: Dialect, item: Json, place: str) -> None:
+    """The parts of one item, each in the client's own shape."""
+    for key in ("content", "output"):
+        content = item.get(key)
+        if isinstance(content, dict):
+            content = [content]
+        if not isinstance(content, list):
+            continue
+        shaped: list[Any] = []
+        for part in content:
+            if isinstance(part, dict) and part.get("type") in client.own_parts:
+                if part.get("type") == "tool_result":
+                    shape_content(edit, client, part, place)
+                elif part.get("type") in IMAGE_TYPES:
+                    label_image(edit, part)
+                shaped.append(part)
+            elif isinstance(part, (dict, str)):
+                shaped += rewrite_part(edit, client, item, part, place)
+            else:
+                shaped.append(part)
+        if len(shaped) != len(content) or any(a is not b for a, b in zip(shaped, content)):
+            edit.set(item, key, shaped)
+
+def rewrite_part(edit: Edit, client: Dialect, item: Json, part: Any, place: str) -> list[Json]:
+    """Read a part of any dialect and write it in the client's own."""
+    request = Request("", client.name, client.turns_key)
+    parts = read_content([part], place, request)
+    for name, reason in request.losses:
+        edit.lose(name, reason)
+    return [client.write_part(found, item.get("role") == "assistant") for found in parts]
+
+#: how the base64 of an image begins
+_IMAGE_MARKS = (("iVBORw0KGgo", "image/png"), ("/9j/", "image/jpeg"), ("R0lGOD", "image/gif"),
+                ("UklGR", "image/webp"))
+_LONGEST_LABEL = 200                     # characters of a data: URL before its data
+
+def image_type(data: str, label: str) -> str:
+    """The media type of base64 `data`: by its first bytes, else by its label, spelt as usual."""
+    for mark, kind in _IMAGE_MARKS:
+        if data.startswith(mark):
+            return kind
+    label = label.strip().lower()
+    return {"image/jpg": "image/jpeg", "image/x-png": "image/png"}.get(label, label)
+
+def label_image(edit: Edit, part: Json) -> None:
+    """Give an image the label that its first bytes tell: every vendor refuses a wrong one."""
+    source = part.get("source")
+    if isinstance(source, dict):
+        data = source.get("data")
+        if isinstance(data, str):
+            edit.set(source, "media_type", image_type(data, str(source.get("media_type") or "")))
+        return
+
+    holder, key = part, "image_url"
+    if isinstance(part.get("image_url"), dict):
+        holder, key = part["image_url"], "url"
+    url = holder.get(key)
+    if not isinstance(url, str):
+        return
+    if url[:5].lower() != "data:":
+        if image_type(url, ""):                          # bare base64
+            edit.set(holder, key, "data:%s;base64,%s" % (image_type(url, ""), url))
+        return
+    comma = url.find(",", 0, _LONGEST_LABEL)
+    label = url[5:max(comma, 5)].split(";")[0]
+    kind = image_type(url[comma + 1:comma + 16], label)
+    if comma > 0 and kind and kind != label:
+        edit.set(holder, key, "data:%s;base64,%s" % (kind, url[comma + 1:]))
+
+#: what is done to every request, in this order
+NORMALISING: tuple[Callable[[Edit, Dialect, Model], None], ...] = (
+    name_the_turns, rename_old_fields, convert_functions, shape_tools, shape_choice, shape_turns)
+
+def normalise(edit: Edit, client: Dialect, model: Model) -> None:
+    """Make a request uniform in its own dialect.  Raises BadRequest."""
+    for step in NORMALISING:
+        step(edit, client, model)
+
 # ---- Each call and its result ----
 
 def is_paired(steps: Iterable[ToolStep], once: bool) -> bool:
@@ -4675,6 +5096,7 @@ def translate_request(client: Dialect, upstream: Dialect, body: Json, model: Mod
     """(a body that is fit for the upstream, the request in neutral words).
     Raises BadRequest for what would change the meaning.  `body` may be changed."""
     before = Edit(body)
+    normalise(before, client, model)
     drop_nonce(before)
     expand_compactions(before, upstream)
     request = client.decode_request(body)
@@ -4948,6 +5370,7 @@ class Plan:
             if wants_stream:
                 self.pipeline = client.stream(self.request.model, body)
             self.edit = Edit(body)
+            normalise(self.edit, client, model)
             drop_nonce(self.edit)
             expand_compactions(self.edit, upstream)
             fit_body(self.edit, upstream, model)
