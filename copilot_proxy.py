@@ -712,8 +712,10 @@ class Edit:
         return target.pop(key)
 
     def replace(self, target: Json, key: str, items: list[Any]) -> None:
-        """Put a filtered list in the place of the old one if anything was filtered."""
-        if len(items) != len(target[key]) or any(a is not b for a, b in zip(items, target[key])):
+        """Put another list in the place of the old value unless it holds the very same items."""
+        old = target[key]
+        is_same = isinstance(old, list) and len(old) == len(items)
+        if not is_same or any(a is not b for a, b in zip(items, old)):
             target[key] = items
             self.changed = True
 
@@ -1665,28 +1667,43 @@ def text_of(content: Any) -> str:
 
 def prepare_tools(edit: Edit, is_offered: Callable[[Json], bool], *refused: str) -> None:
     """Leave out tools that nobody runs upstream, and of the others what some backend refuses and
-    no model needs.  `tools: []` is refused by some, too, and `tool_choice` without tools by all."""
-    body, kept = edit.body, []
+    no model needs.  Raises BadRequest when a tool that must be called was left out."""
+    body = edit.body
+    kept: list[Json] = []
     for tool in check_list(body, "tools") if body.get("tools") else ():
-        if is_offered(tool):
-            kept.append(tool)
-            for key in refused:
-                edit.drop(tool, key)
-            for holder in (tool, as_object(tool.get("function"))):
-                for key in ("parameters", "input_schema"):
-                    edit.drop(as_object(holder.get(key)), "$schema")
-        else:
-            edit.lose("tools", "the tool %s is not offered upstream" % printable(
-                str(tool.get("type")), 60))
+        if not is_offered(tool):
+            kind = printable(str(tool.get("type")), 60)
+            edit.lose("tools", "the tool %s is not offered upstream" % kind)
+            refuse_forced_tool(body, tool)
+            continue
+        kept.append(tool)
+        for key in refused:
+            edit.drop(tool, key)
+        for holder in (tool, as_object(tool.get("function"))):
+            for key in ("parameters", "input_schema"):
+                edit.drop(as_object(holder.get(key)), "$schema")
     if kept:
         edit.replace(body, "tools", kept)
-    elif "tools" in body:
-        for key in ("tools", "parallel_tool_calls"):
-            edit.drop(body, key)
-        choice = edit.drop(body, "tool_choice")
-        if (choice.get("type") if isinstance(choice, dict) else choice) not in (
-                None, "auto", "none"):
-            edit.lose("tool_choice", "there are no tools")
+    else:
+        drop_tool_fields(edit)
+
+def refuse_forced_tool(body: Json, tool: Json) -> None:
+    """Raises BadRequest when `tool_choice` demands the tool that was just left out."""
+    choice = as_object(body.get("tool_choice"))
+    names = [name for name in (tool.get("name"), tool.get("type")) if isinstance(name, str)]
+    if choice and names and (choice.get("name") in names or choice.get("type") in names):
+        raise BadRequest("'tool_choice' demands the tool %s, which is not offered upstream"
+                         % printable(names[0], 60), param="tool_choice")
+
+def drop_tool_fields(edit: Edit) -> None:
+    """Without tools every field about them is refused: an empty list, too."""
+    body = edit.body
+    for key in ("tools", "parallel_tool_calls"):
+        edit.drop(body, key)
+    choice = edit.drop(body, "tool_choice")
+    wish = choice.get("type") if isinstance(choice, dict) else choice
+    if wish not in (None, "auto", "none"):
+        edit.lose("tool_choice", "there are no tools")
 
 def is_inline_image(url: str) -> bool:
     """The upstream takes data: URLs and its own attachments only."""
@@ -2553,8 +2570,11 @@ class ChatCompletions(Dialect):
         if body.get("stream") is True:
             options = dict(as_object(body.get("stream_options")), include_usage=True)
             edit.set(body, "stream_options", options)
+        if not model.is_openai and all(m.get("role") in SYSTEM_ROLES for m in messages):
+            edit.set(messages[-1], "role", "user")       # Claude and Gemini want a turn
         for at, message in enumerate(messages):
             self._prepare_message(edit, model, message, "messages[%d]" % at)
+        self._move_tool_images(edit)
         prepare_tools(edit, lambda tool: True)
         self._prepare_max_tokens(edit, model)
 
@@ -2569,6 +2589,33 @@ class ChatCompletions(Dialect):
                 edit.drop(message, "reasoning_opaque", FOREIGN_STATE)
                 edit.drop(message, "reasoning_text")
         refuse_image_urls(message.get("content"), place)
+        for part in as_list(message.get("content")):
+            image = as_object(as_object(part).get("image_url"))
+            if image.get("detail") == "original":        # a word of Responses alone
+                edit.set(image, "detail", "high")
+
+    @staticmethod
+    def _move_tool_images(edit: Edit) -> None:
+        """Messages of tools take text only: their images and files move into a message of the user
+        behind the results of the round."""
+        moved: list[Json] = []
+        shaped: list[Json] = []
+        for message in edit.body["messages"]:
+            if moved and message.get("role") != "tool":
+                shaped.append({"role": "user", "content": moved})
+                moved = []
+            shaped.append(message)
+            parts = as_list(message.get("content"))
+            files = [part for part in parts
+                     if as_object(part).get("type") in ("image_url", "file")]
+            if message.get("role") == "tool" and files:
+                call_id = message.get("tool_call_id")
+                moved += [{"type": "text", "text": "[files of tool result %s]" % call_id}, *files]
+                texts = [part for part in parts if part not in files]
+                edit.set(message, "content", texts or "[see the files below]")
+        if moved:
+            shaped.append({"role": "user", "content": moved})
+        edit.replace(edit.body, "messages", shaped)
 
     @staticmethod
     def _prepare_max_tokens(edit: Edit, model: Model) -> None:
@@ -2633,9 +2680,11 @@ class ChatCompletions(Dialect):
             fit_id(edit, call, "id")
         if item.get("role") == "tool":
             fit_id(edit, item, "tool_call_id")
-        had_content = bool(item.get("content"))
+        had_content = item.get("content") is not None
         if isinstance(item.get("content"), list):
             self._tidy_parts(edit, item, model)
+            if not item["content"]:
+                edit.set(item, "content", None)
 
         if item.get("content") or item.get("tool_calls") or item.get("reasoning_opaque"):
             return True
@@ -3212,8 +3261,9 @@ class Responses(Dialect):
         for key in ("content", "output"):
             refuse_image_urls(item.get(key), "input[%d]" % at)
             for part in map(as_object, as_list(item.get(key))):
-                if part.get("type") == "input_image" and part.get("detail") == "original":
-                    edit.set(part, "detail", "high")
+                if part.get("type") == "input_image":    # refused without a detail
+                    detail = part.get("detail") or "auto"
+                    edit.set(part, "detail", "high" if detail == "original" else detail)
         return True
 
     def own_tool(self, tool: Json) -> Json:
@@ -3236,7 +3286,7 @@ class Responses(Dialect):
     def is_own_item(self, item: Json) -> bool:
         if item.get("role") is not None:
             return item.get("type") in (None, "message")
-        return item.get("type") in _OWN_ITEMS
+        return str(item.get("type")) in _OWN_ITEMS
 
     def write_part(self, part: Part, by_model: bool) -> Json:
         if by_model and isinstance(part, Text):
@@ -3355,7 +3405,7 @@ class Responses(Dialect):
         preflight(request, model)
         tools, choice, schema = offered_tools(request, model, True)
         turns, instructions = list(request.turns), []
-        while turns and turns[0].role == "system":
+        while len(turns) > 1 and turns[0].role == "system":
             instructions.append(join_texts(turns.pop(0).parts))
         if request.stop:
             request.lose("stop", "there are no stop sequences in responses")
@@ -3791,7 +3841,7 @@ class Messages(Dialect):
             if isinstance(message.get("content"), list):
                 blocks = [self._fit_block(edit, b, at) for b in message["content"]]
                 edit.replace(message, "content", [b for b in blocks if b is not None])
-        edit.replace(body, "messages", [m for m in body["messages"] if m.get("content") != []])
+        self._drop_empty_turns(edit)
         prepare_tools(edit, lambda tool: str(tool.get("type") or "custom").startswith(
             ("custom", SEARCH_TOOLS)), *_REFUSED_TOOL_FIELDS)    # no search upstream: that is told
         self._prepare_cache_marks(edit)
@@ -3820,6 +3870,30 @@ class Messages(Dialect):
             edit.drop(body, "system")
 
     @staticmethod
+    def _drop_empty_turns(edit: Edit) -> None:
+        """Claude refuses turns without a word.  A system text alone becomes the user's turn."""
+        body = edit.body
+        kept: list[Json] = []
+        for message in body["messages"]:
+            content = message.get("content")
+            is_blank = isinstance(content, str) and not content.strip()
+            if content and not is_blank:
+                kept.append(message)
+        system = edit.drop(body, "system") if not kept and body.get("system") else None
+        if system:
+            kept.append({"role": "user", "content": system})
+        if kept:
+            edit.replace(body, "messages", kept)
+
+    @staticmethod
+    def _as_reminder(block: Any) -> Any:
+        """A system text between turns, marked so that it is not taken for the user's own words."""
+        text = as_object(block).get("text")
+        if not isinstance(text, str) or text.lstrip().startswith("<system-reminder>"):
+            return block
+        return dict(block, text="<system-reminder>\n%s\n</system-reminder>" % text)
+
+    @staticmethod
     def _fold_system_turns(messages: list[Json]) -> list[Json]:
         """Newer Claude Code writes system turns between the others: they become part of the next
         user turn, behind its tool results, or a user turn of their own."""
@@ -3828,7 +3902,7 @@ class Messages(Dialect):
         for message in messages + [{"role": "end"}]:
             blocks = _as_blocks(message.get("content"))
             if message.get("role") == "system":
-                waiting += blocks
+                waiting += [Messages._as_reminder(block) for block in blocks]
                 continue
             if waiting and message.get("role") == "user":
                 message = dict(message, content=blocks + waiting)
@@ -3852,24 +3926,36 @@ class Messages(Dialect):
             if is_packed(signature):
                 edit.lose("reasoning", FOREIGN_STATE)
             native = isinstance(signature, str) and signature and "@" not in signature
-            return block if native and text and text != "Thinking..." and not is_packed(
-                signature) else None
+            # newer models sign thinking whose text they do not show
+            if native and text != "Thinking..." and not is_packed(signature):
+                return block
+            return None
         for inner in walk_objects(block) if kind in ("image", "document", "tool_result") else ():
             if inner.get("type") in ("url", "file") and ("url" in inner or "file_id" in inner):
                 raise BadRequest("images and documents by URL or file id are not supported by the "
                                  "upstream: send them as base64, or start the proxy with "
                                  "--fetch-images (images only)", param=place)
         if kind == "server_tool_use" or kind.endswith("_tool_result"):
-            edit.lose(kind, "told as text")
-            return {"type": "text", "text": "[%s] %s" % (kind, dumps(
-                block.get("input", block.get("content"))).decode()[:MAX_ERROR_TEXT])}
+            edit.lose(kind, "sent as text")
+            shown = dumps(block.get("input", block.get("content"))).decode("utf-8", "replace")
+            return {"type": "text", "text": "[%s] %s" % (kind, shown)}
         if kind == "tool_result" and isinstance(block.get("content"), list):
-            parts = [p for p in block["content"] if not isinstance(p, dict)
-                     or p.get("type") != "text" or p.get("text")]
-            edit.replace(block, "content", [
-                p if not isinstance(p, dict) or p.get("type") in _RESULT_PARTS else
-                {"type": "text", "text": dumps(p).decode()[:MAX_ERROR_TEXT]} for p in parts])
+            Messages._fit_result(edit, block)
         return block
+
+    @staticmethod
+    def _fit_result(edit: Edit, block: Json) -> None:
+        """Parts of a result: without empty texts, and a cache mark only on the whole result."""
+        kept: list[Any] = []
+        for part in block["content"]:
+            if not isinstance(part, dict):
+                continue
+            mark = edit.drop(part, "cache_control")
+            if mark:
+                edit.set(block, "cache_control", mark)
+            if part.get("type") != "text" or part.get("text"):
+                kept.append(part)
+        edit.replace(block, "content", kept)
 
     @staticmethod
     def _prepare_cache_marks(edit: Edit) -> None:
@@ -4645,13 +4731,12 @@ def shape_content(edit: Edit, client: Dialect, item: Json, place: str) -> None:
     """The parts of one item, each in the client's own shape."""
     for key in ("content", "output"):
         content = item.get(key)
-        if isinstance(content, dict):
-            content = [content]
-        if not isinstance(content, list):
+        parts = [content] if isinstance(content, dict) else content
+        if not isinstance(parts, list):
             continue
         shaped: list[Any] = []
-        for part in content:
-            if isinstance(part, dict) and part.get("type") in client.own_parts:
+        for part in parts:
+            if isinstance(part, dict) and str(part.get("type")) in client.own_parts:
                 if part.get("type") == "tool_result":
                     shape_content(edit, client, part, place)
                 elif part.get("type") in IMAGE_TYPES:
@@ -4661,8 +4746,7 @@ def shape_content(edit: Edit, client: Dialect, item: Json, place: str) -> None:
                 shaped += rewrite_part(edit, client, item, part, place)
             else:
                 shaped.append(part)
-        if len(shaped) != len(content) or any(a is not b for a, b in zip(shaped, content)):
-            edit.set(item, key, shaped)
+        edit.replace(item, key, shaped)
 
 def rewrite_part(edit: Edit, client: Dialect, item: Json, part: Any, place: str) -> list[Json]:
     """Read a part of any dialect and write it in the client's own."""

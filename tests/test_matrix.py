@@ -832,7 +832,8 @@ class Rules(unittest.TestCase):
                              {"role": "user", "content": "z"}]}
         sent, _ = self.to("chat", "messages", json.loads(json.dumps(body)))
         self.assertEqual(sent["system"][0]["text"], "A")
-        self.assertEqual([b["text"] for b in sent["messages"][-1]["content"]], ["z", "B"])
+        self.assertEqual([b["text"] for b in sent["messages"][-1]["content"]], [
+            "z", "<system-reminder>\nB\n</system-reminder>"])
         sent, _ = self.to("chat", "responses", body)
         self.assertEqual(sent["instructions"], "A")
         self.assertEqual([item["role"] for item in sent["input"]],

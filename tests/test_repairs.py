@@ -338,7 +338,8 @@ class TableTest(Posting):
                 "Unknown parameter: 'parallel_tool_calls'.", "unknown_parameter"))]
         bodies = {
             CHAT: chat("hi", CODEX, reasoning_effort="xhigh", max_tokens=1000,
-                       parallel_tool_calls=True),
+                       parallel_tool_calls=True, tools=[{"type": "function", "function": {
+                           "name": "t", "parameters": {"type": "object", "properties": {}}}}]),
             MESSAGES: message("hi", CODEX, output_config={"effort": "xhigh"}, tools=[TOOL],
                               tool_choice={"type": "auto", "disable_parallel_tool_use": True})}
         self.fake.refusals = [rule(case) for case in cases]

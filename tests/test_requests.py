@@ -305,6 +305,9 @@ def thinking(text: str = "Hm", signature: Any = "EqQB") -> Any:
     return {"type": "thinking", "thinking": text, "signature": signature}
 
 
+REMINDED = "<system-reminder>\n%s\n</system-reminder>"
+
+
 class MessagesRequests(Requests):
     dialect = cp.MESSAGES
 
@@ -351,14 +354,14 @@ class MessagesRequests(Requests):
     def test_system_turns_fold_into_the_next_user_turn(self) -> None:
         note = {"role": "system", "content": "note"}
         for given, want in (
-                ([user("a"), note, user("b")], [user("a"), user([block("b"), block("note")])]),
-                ([note, user([result()])], [user([result(), block("note")])]),
+                ([user("a"), note, user("b")], [user("a"), user([block("b"), block(REMINDED % "note")])]),
+                ([note, user([result()])], [user([result(), block(REMINDED % "note")])]),
                 ([user("a"), assistant("b"), note],
-                 [user("a"), assistant("b"), user([block("note")])]),
+                 [user("a"), assistant("b"), user([block(REMINDED % "note")])]),
                 ([user("a"), note, assistant("b"), user("c")],
-                 [user("a"), user([block("note")]), assistant("b"), user("c")]),
+                 [user("a"), user([block(REMINDED % "note")]), assistant("b"), user("c")]),
                 ([user("a"), {"role": "system", "content": [block("x")]}, note, user("b")],
-                 [user("a"), user([block("b"), block("x"), block("note")])])):
+                 [user("a"), user([block("b"), block(REMINDED % "x"), block(REMINDED % "note")])])):
             with self.subTest(given=given):
                 self.becomes(SONNET, message(*given), {"messages": want})
 
@@ -375,22 +378,15 @@ class MessagesRequests(Requests):
                 self.refused(SONNET, message(user([part])), "base64")
                 self.refused(SONNET, message(user([result([part])])), "base64")
 
-    def test_unknown_parts_of_tool_results_become_text(self) -> None:
-        odd = {"type": "resource_link", "uri": "file:///a.py"}
-        edit = prepared(cp.MESSAGES, message(user([result([block("a"), odd])])), SONNET)
-        first, second = edit.body["messages"][0]["content"][0]["content"]
-        self.assertEqual((first, second["type"]), (block("a"), "text"))
-        self.assertIn("a.py", second["text"])
-
     def test_thinking_of_others_is_left_out(self) -> None:
-        for given in (thinking(""), thinking("Thinking..."), thinking(signature="a@b"),
+        for given in (thinking("Thinking..."), thinking(signature="a@b"),
                       thinking(signature=""), thinking(signature=None), thinking(signature=5),
                       {"type": "thinking", "thinking": "x"}):
             with self.subTest(given=given):
                 self.becomes(SONNET, message(user("a"), assistant([given, block("b")]), user("c")),
                              {"messages": [user("a"), assistant([block("b")]), user("c")]})
-        redacted = {"type": "redacted_thinking", "data": "x"}
-        self.unchanged(SONNET, message(user("a"), assistant([redacted, block("b")]), user("c")))
+        for own in ({"type": "redacted_thinking", "data": "x"}, thinking("")):
+            self.unchanged(SONNET, message(user("a"), assistant([own, block("b")]), user("c")))
 
     def test_server_tools_go_and_their_history_is_told_as_text(self) -> None:
         tool = {"name": "a", "input_schema": SCHEMA}
