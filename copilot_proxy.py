@@ -372,6 +372,10 @@ def as_list(value: Any) -> list[Any]:
     """`value` if it is a JSON array, else an empty one."""
     return value if isinstance(value, list) else []
 
+def dicts_in(body: Json, key: str) -> list[Json]:
+    """The objects in the list `body[key]`; [] where there is no list."""
+    return [item for item in as_list(body.get(key)) if isinstance(item, dict)]
+
 def as_int(value: Any) -> int:
     """`value` if it is a whole number, else 0 (JSON booleans are no numbers here)."""
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
@@ -1839,10 +1843,6 @@ def fit_id(edit: Edit, target: Any, name: str) -> None:
     if isinstance(target, dict) and not _CALL_ID.match(str(target.get(name) or "")):
         edit.set(target, name, fit_call_id(str(target.get(name))))
 
-def dicts_in(body: Json, key: str) -> list[Json]:
-    """The objects in the list `body[key]`; [] where there is no list."""
-    return [item for item in as_list(body.get(key)) if isinstance(item, dict)]
-
 def last_user_turns(messages: list[Json]) -> list[Json]:
     """The last two turns of the user; a run of results of tools counts once, as its last."""
     turns: list[Json] = []
@@ -1906,6 +1906,23 @@ def join_texts(parts: Iterable[Part]) -> str:
 # ---- One lenient reader of content ----
 # A client writes its parts in the shape that it thinks the model's vendor wants, so each dialect
 # reads the parts of all three.
+
+def block_as_text(block: Json, request: Request) -> Text:
+    """A block or item that the model's dialect has no word for, whole and in JSON: a session must
+    not end because its history holds one."""
+    kind = printable(str(block.get("type")), 60)
+    request.lose(kind, "sent as text")
+    shown = {key: value for key, value in block.items() if key not in ("type", "id", "status")}
+    return Text("[%s] %s" % (kind, dumps(shown).decode("utf-8", "replace")))
+
+_MEDIA_KINDS = ("input_audio", "audio", "input_video", "video", "video_url")    # no text is in them
+
+def _read_unknown(part: Json, place: str, request: Request) -> list[Part]:
+    kind = str(part.get("type"))
+    if kind in _MEDIA_KINDS:
+        raise BadRequest("content of type '%s' cannot be given to this model" % kind,
+                         param=request.turns_key)
+    return [block_as_text(part, request)]
 
 def read_content(content: Any, place: str, request: Request) -> list[Part]:
     """The parts of a content field in any dialect: a string, a part, or an array of both."""
@@ -1979,14 +1996,6 @@ def _read_thinking(part: Json, place: str, request: Request) -> list[Part]:
 def _read_redacted_thinking(part: Json, place: str, request: Request) -> list[Part]:
     return [Reasoning("", word(part.get("data")), None, "messages", True)]
 
-def _read_unknown(part: Json, place: str, request: Request) -> list[Part]:
-    kind = str(part.get("type"))
-    if kind in _MEDIA_KINDS:
-        raise BadRequest("content of type '%s' cannot be given to this model" % kind,
-                         param=request.turns_key)
-    return [block_as_text(part, request)]
-
-_MEDIA_KINDS = ("input_audio", "audio", "input_video", "video", "video_url")    # no text is in them
 _PART_READERS: dict[str, Callable[[Json, str, Request], list[Part]]] = {
     "text": _read_text, "input_text": _read_text, "output_text": _read_text,
     "refusal": _read_refusal,
@@ -1994,14 +2003,6 @@ _PART_READERS: dict[str, Callable[[Json, str, Request], list[Part]]] = {
     "file": _read_file, "input_file": _read_file, "document": _read_source,
     "tool_use": _read_tool_use, "tool_result": _read_tool_result,
     "thinking": _read_thinking, "redacted_thinking": _read_redacted_thinking}
-
-def block_as_text(block: Json, request: Request) -> Text:
-    """A block or item that the model's dialect has no word for, whole and in JSON: a session must
-    not end because its history holds one."""
-    kind = printable(str(block.get("type")), 60)
-    request.lose(kind, "sent as text")
-    shown = {key: value for key, value in block.items() if key not in ("type", "id", "status")}
-    return Text("[%s] %s" % (kind, dumps(shown).decode("utf-8", "replace")))
 
 def function_of(tool: Json) -> Json | None:
     """{name, description, parameters, strict} of a function in any dialect; None for others."""
@@ -4698,64 +4699,6 @@ def _reader_of(item: Json, client: Dialect) -> Dialect:
             return MESSAGES
     return client
 
-def shape_turns(edit: Edit, client: Dialect, model: Model) -> None:
-    """Items and parts in the shape of another dialect, and those that no dialect knows: their text
-    stays, since a session must not end because its history holds one."""
-    key = client.turns_key
-    items = edit.body.get(key)
-    if not isinstance(items, list):
-        return
-    shaped: list[Any] = []
-    for at, item in enumerate(items):
-        place = "%s[%d]" % (key, at)
-        if isinstance(item, str):
-            item = {"role": "user", "content": item}
-        if not isinstance(item, dict):
-            shaped.append(item)                          # the dialect's own rules name it
-        elif _reader_of(item, client) is client and client.is_own_item(item):
-            shape_content(edit, client, item, place)
-            shaped.append(item)
-        else:
-            shaped += rewrite_item(edit, client, item, model, place)
-    edit.replace(edit.body, key, shaped)
-
-def rewrite_item(edit: Edit, client: Dialect, item: Json, model: Model, place: str) -> list[Json]:
-    """Read an item by the dialect in whose shape it is, write it in the client's own."""
-    request = Request("", client.name, client.turns_key)
-    _reader_of(item, client).read_turn(request, item, place)
-    for name, reason in request.losses:
-        edit.lose(name, reason)
-    return client.write_turns(request.turns, request, model)
-
-def shape_content(edit: Edit, client: Dialect, item: Json, place: str) -> None:
-    """The parts of one item, each in the client's own shape."""
-    for key in ("content", "output"):
-        content = item.get(key)
-        parts = [content] if isinstance(content, dict) else content
-        if not isinstance(parts, list):
-            continue
-        shaped: list[Any] = []
-        for part in parts:
-            if isinstance(part, dict) and str(part.get("type")) in client.own_parts:
-                if part.get("type") == "tool_result":
-                    shape_content(edit, client, part, place)
-                elif part.get("type") in IMAGE_TYPES:
-                    label_image(edit, part)
-                shaped.append(part)
-            elif isinstance(part, (dict, str)):
-                shaped += rewrite_part(edit, client, item, part, place)
-            else:
-                shaped.append(part)
-        edit.replace(item, key, shaped)
-
-def rewrite_part(edit: Edit, client: Dialect, item: Json, part: Any, place: str) -> list[Json]:
-    """Read a part of any dialect and write it in the client's own."""
-    request = Request("", client.name, client.turns_key)
-    parts = read_content([part], place, request)
-    for name, reason in request.losses:
-        edit.lose(name, reason)
-    return [client.write_part(found, item.get("role") == "assistant") for found in parts]
-
 #: how the base64 of an image begins
 _IMAGE_MARKS = (("iVBORw0KGgo", "image/png"), ("/9j/", "image/jpeg"), ("R0lGOD", "image/gif"),
                 ("UklGR", "image/webp"))
@@ -4793,6 +4736,64 @@ def label_image(edit: Edit, part: Json) -> None:
     kind = image_type(url[comma + 1:comma + 16], label)
     if comma > 0 and kind and kind != label:
         edit.set(holder, key, "data:%s;base64,%s" % (kind, url[comma + 1:]))
+
+def rewrite_part(edit: Edit, client: Dialect, item: Json, part: Any, place: str) -> list[Json]:
+    """Read a part of any dialect and write it in the client's own."""
+    request = Request("", client.name, client.turns_key)
+    parts = read_content([part], place, request)
+    for name, reason in request.losses:
+        edit.lose(name, reason)
+    return [client.write_part(found, item.get("role") == "assistant") for found in parts]
+
+def shape_content(edit: Edit, client: Dialect, item: Json, place: str) -> None:
+    """The parts of one item, each in the client's own shape."""
+    for key in ("content", "output"):
+        content = item.get(key)
+        parts = [content] if isinstance(content, dict) else content
+        if not isinstance(parts, list):
+            continue
+        shaped: list[Any] = []
+        for part in parts:
+            if isinstance(part, dict) and str(part.get("type")) in client.own_parts:
+                if part.get("type") == "tool_result":
+                    shape_content(edit, client, part, place)
+                elif part.get("type") in IMAGE_TYPES:
+                    label_image(edit, part)
+                shaped.append(part)
+            elif isinstance(part, (dict, str)):
+                shaped += rewrite_part(edit, client, item, part, place)
+            else:
+                shaped.append(part)
+        edit.replace(item, key, shaped)
+
+def rewrite_item(edit: Edit, client: Dialect, item: Json, model: Model, place: str) -> list[Json]:
+    """Read an item by the dialect in whose shape it is, write it in the client's own."""
+    request = Request("", client.name, client.turns_key)
+    _reader_of(item, client).read_turn(request, item, place)
+    for name, reason in request.losses:
+        edit.lose(name, reason)
+    return client.write_turns(request.turns, request, model)
+
+def shape_turns(edit: Edit, client: Dialect, model: Model) -> None:
+    """Items and parts in the shape of another dialect, and those that no dialect knows: their text
+    stays, since a session must not end because its history holds one."""
+    key = client.turns_key
+    items = edit.body.get(key)
+    if not isinstance(items, list):
+        return
+    shaped: list[Any] = []
+    for at, item in enumerate(items):
+        place = "%s[%d]" % (key, at)
+        if isinstance(item, str):
+            item = {"role": "user", "content": item}
+        if not isinstance(item, dict):
+            shaped.append(item)                          # the dialect's own rules name it
+        elif _reader_of(item, client) is client and client.is_own_item(item):
+            shape_content(edit, client, item, place)
+            shaped.append(item)
+        else:
+            shaped += rewrite_item(edit, client, item, model, place)
+    edit.replace(edit.body, key, shaped)
 
 #: what is done to every request, in this order
 NORMALISING: tuple[Callable[[Edit, Dialect, Model], None], ...] = (
