@@ -161,7 +161,7 @@ class TerminalTest(FolderCase):
                     _, output = run_main(self.home, *args, *common)
                     self.assertEqual([ascii(c) for c in RAW if c in output], [], ascii(output))
                     self.assertNotIn("\nz", output)
-            fake.script(EXCHANGE, Answer(status=401, body={"message": EVIL}))
+            fake.script(EXCHANGE, *[Answer(status=401, body={"message": EVIL})] * 5)
             code, output = run_main(self.home, "models", *common)
             self.assertEqual(code, 1, output)
             self.assertEqual([ascii(c) for c in RAW if c in output], [], ascii(output))
