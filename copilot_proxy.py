@@ -107,10 +107,12 @@ from typing import (
     Dict,
     Iterable,
     Iterator,
+    List,
     Mapping,
     NamedTuple,
     Protocol,
     Sequence,
+    Tuple,
 )
 
 __version__ = "0.1.0"
@@ -225,6 +227,8 @@ LIMIT_PAUSE_S, QUOTA_PAUSE_S = 10.0, 3600.0          # a rest whose length nobod
 EMBEDDING_BATCH = 512                    # upstream's max_inputs
 MAX_NAMES = 1000
 MAX_SETTINGS_CHARS = 1024 * 1024         # of a client's file that are looked through
+MAX_LOSSES, MAX_LOSS_CHARS = 200, 60     # recorded for one request; of a field's name
+MAX_NOTE_CHARS = 2048                    # of the headers that list losses and repairs
 STORE_COUNT, STORE_BYTES = 2000, 64 * 1024 * 1024    # of answers that clients may name later
 STORE_AGE_S = 6 * 3600.0
 IMAGE_BYTES, IMAGE_TIMEOUT_S, IMAGE_CACHE = 5 * 1024 * 1024, 15.0, 12    # of fetched images
@@ -690,14 +694,36 @@ class Model:
         most, whole = self.limit("max_output_tokens"), self.limit("max_non_streaming_output_tokens")
         return min(most or whole, whole) if whole and not stream else most
 
+class Losses(List[Tuple[str, str]]):
+    """What of a request did not go upstream: (field, reason), each once.
+
+    Clients make up names of fields, so at most MAX_LOSSES are recorded, with names of at most
+    MAX_LOSS_CHARS in printable ASCII; `more` counts those beyond."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = 0
+        self._known: set[tuple[str, str]] = set()
+
+    def add(self, name: str, reason: str) -> None:
+        """Record one; the time for it does not depend on how many there are."""
+        loss = (printable(name, MAX_LOSS_CHARS).replace(",", ";"), reason)
+        if loss in self._known:
+            return
+        if len(self) >= MAX_LOSSES:
+            self.more += 1
+            return
+        self._known.add(loss)
+        self.append(loss)
+
 class Edit:
     """A request body that is being made fit for the upstream, and the record of what was done.
     As long as `changed` is False the bytes that the client sent go upstream as they are."""
 
-    def __init__(self, body: Json, losses: list[tuple[str, str]] | None = None) -> None:
+    def __init__(self, body: Json, losses: Losses | None = None) -> None:
         self.body = body
         self.changed = False
-        self.losses = [] if losses is None else losses       # (field, reason)
+        self.losses = Losses() if losses is None else losses
         self.names: dict[bytes, bytes] = {}    # a shortened tool's name as JSON -> the client's
 
     def set(self, target: Json, key: str, value: Any) -> None:
@@ -726,8 +752,7 @@ class Edit:
     def lose(self, name: str, reason: str) -> None:
         """Record that something the client said did not go upstream."""
         self.changed = True
-        if (name, reason) not in self.losses:
-            self.losses.append((name, reason))
+        self.losses.add(name, reason)
 
 class Part:
     """A piece of a turn or of an answer: one of the classes below."""
@@ -792,6 +817,7 @@ class Turn:
     """role: system (OpenAI's developer, too), user or assistant."""
     role: str
     parts: list[Part]
+    is_all_results: bool = field(default=False, compare=False)     # of tools, see add_turn
 
 @dataclass
 class Tool:
@@ -842,21 +868,21 @@ class Request:
     openai: Json = field(default_factory=dict)
     wants_usage: bool = field(default=False, compare=False)
     output_tool: str = field(default="", compare=False)
-    losses: list[tuple[str, str]] = field(default_factory=list, compare=False)
+    losses: Losses = field(default_factory=Losses, compare=False)
 
     def lose(self, name: str, reason: str) -> None:
         """Record that something the client said does not go upstream."""
-        if (name, reason) not in self.losses:
-            self.losses.append((name, reason))
+        self.losses.add(name, reason)
 
     def add_turn(self, role: str, parts: list[Part]) -> None:
         """Results of one round of tools belong into one user turn, a model's parts into one."""
         last = self.turns[-1] if self.turns else None
-        if last and parts and last.role == role and (role == "assistant" or last.parts and all(
-                isinstance(part, ToolResult) for part in last.parts + parts)):
+        is_all_results = bool(parts) and all(isinstance(part, ToolResult) for part in parts)
+        joins = role == "assistant" or is_all_results and last is not None and last.is_all_results
+        if last is not None and parts and last.role == role and joins:
             last.parts += parts
         else:
-            self.turns.append(Turn(role, parts))
+            self.turns.append(Turn(role, parts, is_all_results))
 
 @dataclass
 class Response:
@@ -1326,11 +1352,13 @@ def is_whole_event(raw: bytes) -> bool:
     except ValueError:
         return False
 
+_SHORT_NAME = re.compile(rb'"[A-Za-z0-9_-]{0,31}_[0-9a-f]{32}"')      # as `fit_names` makes them
+
 def restore_names(data: bytes, names: Mapping[bytes, bytes]) -> bytes:
     """Whole frames or a whole answer with the names of tools as the client wrote them."""
-    for short, name in names.items():
-        data = data.replace(short, name)       # quoted, so inside no other string
-    return data
+    if not names:
+        return data
+    return _SHORT_NAME.sub(lambda found: names.get(found.group(), found.group()), data)
 
 _REPORT_FIELDS = ("usage", "copilot_usage", "copilot_quota_snapshots")
 
@@ -1810,6 +1838,12 @@ def client_state(part: Reasoning, dialect: str) -> str | None:
         return part.signature
     return pack_opaque(part.minted_by or "", "redacted" if part.redacted else part.id,
                        part.signature)
+
+def split_system(turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
+    """(the system turns at the head of a conversation, all other turns: at least one)."""
+    roles = [turn.role for turn in turns[:-1]] + ["end"]
+    head = next(at for at, role in enumerate(roles) if role != "system")
+    return turns[:head], turns[head:]
 
 def usable_parts(turn: Turn, request: Request, dialect: str) -> list[Part]:
     """The parts of a turn that may go upstream: foreign reasoning never does."""
@@ -3091,7 +3125,7 @@ class ResponsesStream(StreamRelay):
         self._response: Json = {}              # id and created_at, once known
         self._ids: dict[int, str] = {}         # output_index -> the id that the client knows
         self._items: dict[int, Json] = {}      # output_index -> the finished item
-        self._held: dict[int, str] = {}        # output_index -> obfuscated argument deltas
+        self._held: dict[int, list[str]] = {}  # output_index -> obfuscated argument deltas
         self._sequence = 0                     # the next number
         self._marker = b""                     # what every frame of the open item must hold
 
@@ -3151,7 +3185,7 @@ class ResponsesStream(StreamRelay):
         stem, _, last = kind.rpartition(".")
         if stem in _ARGUMENT_EVENTS:
             if last == "delta" and (obfuscated or index in self._held):
-                self._held[index] = self._held.get(index, "") + str(event.get("delta") or "")
+                self._held.setdefault(index, []).append(str(event.get("delta") or ""))
                 return b""
             if last == "done" and index in self._held:
                 return self._release(event, stem, index)
@@ -3161,7 +3195,7 @@ class ResponsesStream(StreamRelay):
         return out
 
     def _release(self, event: Json, stem: str, index: int) -> bytes:
-        held = self._held.pop(index)
+        held = "".join(self._held.pop(index))
         text = event.get("arguments", event.get("input"))
         delta = {"type": stem + ".delta", "sequence_number": self._sequence,
                  "item_id": event.get("item_id"), "output_index": index,
@@ -3405,9 +3439,8 @@ class Responses(Dialect):
     def encode_request(self, request: Request, model: Model) -> Json:
         preflight(request, model)
         tools, choice, schema = offered_tools(request, model, True)
-        turns, instructions = list(request.turns), []
-        while len(turns) > 1 and turns[0].role == "system":
-            instructions.append(join_texts(turns.pop(0).parts))
+        system, turns = split_system(request.turns)
+        instructions = [join_texts(turn.parts) for turn in system]
         if request.stop:
             request.lose("stop", "there are no stop sequences in responses")
         body = write_fields(self, request, model, effort=fit_effort(request, model),
@@ -4072,12 +4105,17 @@ class Messages(Dialect):
 
     def join_user_turns(self, items: Iterable[Json]) -> list[Json]:
         joined: list[Json] = []
+        is_ours = False                                  # the last one: not the client's own list
         for item in items:
             if joined and item.get("role") == "user" and joined[-1].get("role") == "user":
-                blocks = _as_blocks(joined[-1].get("content")) + _as_blocks(item.get("content"))
-                joined[-1] = {"role": "user", "content": blocks}
+                if not is_ours:
+                    blocks = list(_as_blocks(joined[-1].get("content")))
+                    joined[-1] = {"role": "user", "content": blocks}
+                    is_ours = True
+                joined[-1]["content"] += _as_blocks(item.get("content"))
             elif item:
                 joined.append(item)
+                is_ours = False
         return joined
 
     def fit_cache(self, edit: Edit, model: Model) -> None:
@@ -4145,9 +4183,8 @@ class Messages(Dialect):
     def encode_request(self, request: Request, model: Model) -> Json:
         preflight(request, model)
         tools, choice, schema = offered_tools(request, model, False)
-        turns, system = list(request.turns), []
-        while turns and turns[0].role == "system":
-            system += self._write_blocks(turns.pop(0).parts, request)
+        leading, turns = split_system(request.turns)
+        system = [block for turn in leading for block in self._write_blocks(turn.parts, request)]
         cap = model.output_cap(request.stream is True) or FALLBACK_MAX_TOKENS
         temperature = request.temperature
         if temperature is not None and temperature > 1:
@@ -4258,7 +4295,7 @@ class MessagesDecoder(StreamDecoder):
 
     def __init__(self, dialect: Any) -> None:
         super().__init__(dialect)
-        self._states: dict[int, str] = {}                # our index -> signature
+        self._states: dict[int, list[str]] = {}          # our index -> pieces of the signature
         self._ending: Json = {}                          # stop_reason and stop_sequence
 
     def _read_event(self, event: Json) -> None:
@@ -4266,13 +4303,13 @@ class MessagesDecoder(StreamDecoder):
         index = self._slots.get(as_int(event.get("index")), -1)
         if kind == "content_block_delta" and index in self._open:
             if delta.get("type") == "signature_delta":
-                self._states[index] += str(delta.get("signature"))
+                self._states[index].append(str(delta.get("signature")))
             else:
                 self._delta(index, delta.get(self.DELTAS.get(str(delta.get("type")), "")))
         elif kind == "content_block_start":
             self._block(as_int(event.get("index")), as_object(event.get("content_block")))
         elif kind == "content_block_stop":
-            self._end(index, self._states.get(index), "messages")
+            self._end(index, "".join(self._states.get(index, ())), "messages")
         elif kind in ("message_start", "message"):
             message = event if kind == "message" else as_object(event.get("message"))
             self._start(message)
@@ -4294,7 +4331,7 @@ class MessagesDecoder(StreamDecoder):
         found = [Reasoning(str(block.get("thinking") or ""))] if block.get("type") == (
             "thinking") else self.dialect.read_answer_block(block)
         self._slots[at] = index = self._begin(skeleton(found[0])) if found else -1
-        self._states[index] = str(block.get("signature") or "")
+        self._states[index] = [str(block.get("signature") or "")]
         if found and (block.get("type") != "tool_use" or block.get("input")):
             self._delta(index, text_in(found[0]))
 
@@ -4839,46 +4876,97 @@ def pair_calls(edit: Edit, dialect: Dialect) -> None:
         return                                           # `prepare` says what is wrong with it
     edit.replace(edit.body, key, dialect.join_user_turns(_in_order(steps, dialect, edit)))
 
+class OpenCalls:
+    """Finds the call that each tool result belongs to: the latest one of its id that has none."""
+
+    def __init__(self) -> None:
+        #: id -> (step, numbers of the calls in it), for calls without a result
+        self._places: dict[str, list[tuple[int, collections.deque[int]]]] = {}
+        self._results: dict[str, list[Json]] = {}            # id -> those not in _digests yet
+        self._digests: dict[str, set[str]] = {}              # id -> of results that were taken
+
+    def open(self, at: int, calls: Sequence[str]) -> None:
+        """Step `at` makes these calls."""
+        for number, call_id in enumerate(calls):
+            groups = self._places.setdefault(call_id, [])
+            if not groups or groups[-1][0] != at:
+                groups.append((at, collections.deque()))
+            groups[-1][1].append(number)
+
+    def take(self, item: Json, call_id: str) -> tuple[int, int] | None:
+        """(step, number) of the call whose result `item` is; None when no such call is open."""
+        groups = self._places.get(call_id)
+        if not groups:
+            return None
+        at, numbers = groups[-1]
+        number = numbers.popleft()
+        if not numbers:
+            groups.pop()
+        self.note(item, call_id)
+        return at, number
+
+    def note(self, item: Json, call_id: str) -> None:
+        """This result is in the conversation now."""
+        self._results.setdefault(call_id, []).append(item)
+
+    def is_repeat(self, item: Json, call_id: str) -> bool:
+        """Is the very same result in the conversation already?"""
+        if call_id not in self._results:
+            return False
+        digests = self._digests.setdefault(call_id, set())
+        digests.update(map(self._digest, self._results[call_id]))
+        self._results[call_id].clear()
+        return self._digest(item) in digests
+
+    @staticmethod
+    def _digest(item: Json) -> str:
+        return stable_id("", json.dumps(item, sort_keys=True))
+
 def _in_order(steps: list[ToolStep], dialect: Dialect, edit: Edit) -> Iterator[Json]:
     """A result belongs to the latest open call of its id before it, else to one behind it."""
-    places: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)     # of open calls
-    results: dict[tuple[int, int], Json] = {}
-    told: dict[str, list[Json]] = collections.defaultdict(list)
-
-    def settle(item: Json, call_id: str) -> bool:
-        if places[call_id]:
-            place = min(places[call_id], key=lambda place: (-place[0], place[1]))
-            places[call_id].remove(place)
-            results[place] = item
-            told[call_id].append(item)
-        return item in told[call_id]
-
+    calls, results, orphans = OpenCalls(), {}, set()
     early: list[tuple[Json, str]] = []
-    for at, (item, calls, answers, _) in enumerate(steps):
-        for number, call_id in enumerate(calls):
-            places[call_id].append((at, number))
-        if answers is not None and not settle(item, answers):
-            early.append((item, answers))
-    orphans: set[int] = set()
-    for item, answers in early:
-        if not settle(item, answers):
+    for at, step in enumerate(steps):
+        calls.open(at, step.calls)
+        if step.answers is None:
+            continue
+        place = calls.take(step.item, step.answers)
+        if place is not None:
+            results[place] = step.item
+        elif not calls.is_repeat(step.item, step.answers):
+            early.append((step.item, step.answers))
+
+    for item, call_id in early:
+        place = calls.take(item, call_id)
+        if place is not None:
+            results[place] = item
+        elif not calls.is_repeat(item, call_id):
             orphans.add(id(item))
-            told[answers].append(item)
+            calls.note(item, call_id)
+
     seen: set[str] = set()
-    for at, (item, calls, answers, _) in enumerate(steps):
-        if id(item) in orphans:
+    for at, step in enumerate(steps):
+        if id(step.item) in orphans:
             edit.lose("tool result", "its call is not there: told as text")
-            yield orphan_as_text(item, dialect)
-        elif answers is None:
-            yield item
-        for number, call_id in enumerate(calls):
-            result = results.get((at, number)) or dialect.missing_result(item, call_id)
-            if call_id in seen and dialect.unique_call_ids:
-                blocks = [b for b in item["content"] if b.get("type") == "tool_use"]
-                call_id = stable_id("call_", "%s %d" % (call_id, len(seen)))
-                blocks[number]["id"] = result["content"][0]["tool_use_id"] = call_id
-            seen.add(call_id)
-            yield result
+            yield orphan_as_text(step.item, dialect)
+        elif step.answers is None:
+            yield step.item
+        made = [results.get((at, number)) or dialect.missing_result(step.item, call_id)
+                for number, call_id in enumerate(step.calls)]
+        if dialect.unique_call_ids:
+            rename_repeated_calls(step, made, seen)
+        yield from made
+
+def rename_repeated_calls(step: ToolStep, results: list[Json], seen: set[str]) -> None:
+    """Give each call whose id was there before an id of its own, and its result, too.
+    seen: ids of earlier steps; those of this one are added."""
+    blocks: list[Json] = []
+    for number, call_id in enumerate(step.calls):
+        if call_id in seen:
+            blocks = blocks or [b for b in step.item["content"] if b.get("type") == "tool_use"]
+            call_id = stable_id("call_", "%s %d" % (call_id, len(seen)))
+            blocks[number]["id"] = results[number]["content"][0]["tool_use_id"] = call_id
+        seen.add(call_id)
 
 def orphan_as_text(item: Json, dialect: Dialect) -> Json:
     """A user turn with the text of a result whose call is not there."""
@@ -4953,34 +5041,45 @@ _GEMINI_WORDS = (
     "minimum", "maximum", "minItems", "maxItems", "minLength", "maxLength", "pattern")
 _GEMINI_FORMATS = ("date-time", "enum", "int32", "int64", "float", "double")
 _JSON_TYPES = {int: "integer", float: "number", bool: "boolean"}
-MAX_SCHEMA_DEPTH, MAX_SCHEMA_PIECES = 40, 20_000         # schemas may refer to themselves
+MAX_SCHEMA_DEPTH = 40
+#: what references may copy into all schemas of a request: they may refer to themselves
+MAX_COPIED_NODES, MAX_COPIED_CHARS = 20_000, 1_000_000
+_KEY_CHARS = 8                           # that a key counts for
 
 class GeminiSchema:
-    """Rewrites one tool's JSON schema in the words that Gemini knows.
+    """Rewrites the JSON schemas of a request's tools in the words that Gemini knows.
 
     Gemini takes a subset of OpenAPI: no `$ref`, `allOf`, `oneOf`, `const` or lists of types, and
     `enum` for strings only.  What it has no word for is expressed with the words it has, or goes
-    into the description.  Schemas may be recursive, so depth and number of nodes are bounded; what
-    lies beyond becomes an empty object."""
+    into the description.  Schemas may be recursive, so their depth and what references copy is
+    bounded; what lies beyond becomes an empty object."""
 
-    def __init__(self, root: Json) -> None:
-        self._root = root                     # where references point to
-        self._nodes_left = MAX_SCHEMA_PIECES
+    def __init__(self) -> None:
+        self._root: Json = {}                 # where references point to
+        self._nodes_left = MAX_COPIED_NODES
+        self._chars_left = MAX_COPIED_CHARS
 
-    def convert(self, schema: Any, depth: int = 0) -> Json:
+    def convert(self, schema: Json) -> Json:
         """{"$ref": "#/$defs/a"} -> {"type": "string", ...}; `schema` itself stays as it is."""
-        node = self._resolve(as_object(schema))
-        self._nodes_left -= 1
-        if depth > MAX_SCHEMA_DEPTH or self._nodes_left <= 0:
+        self._root = schema
+        return self._convert(schema, 0, False)
+
+    def _convert(self, schema: Any, depth: int, is_copy: bool) -> Json:
+        """One node.  is_copy: a reference has led here."""
+        node = as_object(schema)
+        if "$ref" in node:
+            node, is_copy = self._resolve(node), True
+        if is_copy:
+            self._count_copy(node)
+        if depth > MAX_SCHEMA_DEPTH or self._nodes_left <= 0 or self._chars_left <= 0:
             return {"type": "object", "properties": {}}
 
         listed = node.get("anyOf") or node.get("oneOf")
-        choices = [self.convert(choice, depth + 1) for choice in as_list(listed)
+        choices = [self._convert(choice, depth + 1, is_copy) for choice in as_list(listed)
                    if as_object(choice).get("type") != "null"]
-        merged = [self.convert(part, depth + 1) for part in as_list(node.get("allOf"))]
+        merged = [self._convert(part, depth + 1, is_copy) for part in as_list(node.get("allOf"))]
         out = self._plain_words(node, is_nullable=len(choices) < len(as_list(listed)))
-        for part in merged + (choices if len(choices) == 1 else []):
-            out = self._merge(out, part)
+        out = self._merge(out, merged + (choices if len(choices) == 1 else []))
 
         # beside properties, the choices only vary what is required
         if len(choices) > 1 and "properties" not in out:
@@ -4990,16 +5089,29 @@ class GeminiSchema:
         self._list_values(node, out)
         if out.get("format") not in _GEMINI_FORMATS:
             out.pop("format", None)
-        self._fill(out, depth)
+        self._fill(out, depth, is_copy)
         return out
+
+    def _count_copy(self, node: Json) -> None:
+        """A node's own words are written once more; nodes inside it are counted when it is their
+        turn."""
+        words = [value for key, value in node.items() if key in _GEMINI_WORDS or key == "const"]
+        self._nodes_left -= 1
+        self._chars_left -= sum(len(word) for word in words if isinstance(word, str))
+        for key in ("enum", "const", "required"):
+            if isinstance(node.get(key), (list, dict)):
+                self._chars_left -= len(dumps(node[key]))
 
     def _resolve(self, node: Json) -> Json:
         """The node with its reference replaced by what it points to; its own words win."""
-        while isinstance(node.get("$ref"), str) and self._nodes_left > 0:
-            self._nodes_left -= 1
+        for _ in range(MAX_SCHEMA_DEPTH):
+            reference = node.get("$ref")
+            if not isinstance(reference, str) or self._chars_left <= 0:
+                break
             target = self._root
-            for name in node["$ref"].strip("#/").split("/"):
+            for name in reference.strip("#/").split("/"):
                 target = as_object(target.get(name))
+            self._chars_left -= len(reference) + _KEY_CHARS * (len(target) + len(node))
             own = {key: value for key, value in node.items() if key != "$ref"}
             node = dict(target, **own)
         return node
@@ -5017,12 +5129,16 @@ class GeminiSchema:
         return out
 
     @staticmethod
-    def _merge(out: Json, part: Json) -> Json:
-        """Both schemas at once; where they differ `out` wins."""
-        properties = dict(as_object(part.get("properties")), **as_object(out.get("properties")))
-        required = as_list(part.get("required")) + as_list(out.get("required"))
-        merged = dict(part, **out)
-        if properties:
+    def _merge(out: Json, parts: list[Json]) -> Json:
+        """All of these schemas at once; where they differ `out` wins, else an earlier one."""
+        merged: Json = {}
+        properties: Json = {}
+        required: list[Any] = []
+        for part in [*reversed(parts), out]:
+            merged.update(part)
+            properties.update(as_object(part.get("properties")))
+            required += as_list(part.get("required"))
+        if parts and properties:
             merged.update(properties=properties, required=required)
         return merged
 
@@ -5055,7 +5171,7 @@ class GeminiSchema:
             return _JSON_TYPES.get(type(options[0]), "string")
         return "string"
 
-    def _fill(self, out: Json, depth: int) -> None:
+    def _fill(self, out: Json, depth: int, is_copy: bool) -> None:
         """Convert what an array or object holds; Gemini insists on `items` and `properties`."""
         items = out.pop("items", None)
         properties = out.pop("properties", None)
@@ -5065,9 +5181,11 @@ class GeminiSchema:
             if isinstance(items, list) and items:       # a tuple: one schema must do for all
                 items = items[0]
             is_given = bool(as_object(items))
-            out["items"] = self.convert(items, depth + 1) if is_given else {"type": "string"}
+            out["items"] = {"type": "string"}
+            if is_given:
+                out["items"] = self._convert(items, depth + 1, is_copy)
         elif out["type"] == "object":
-            inner = {name: self.convert(value, depth + 1)
+            inner = {name: self._convert(value, depth + 1, is_copy)
                      for name, value in as_object(properties).items()}
             out["properties"] = inner
             named = [name for name in as_list(required) if isinstance(name, str) and name in inner]
@@ -5076,7 +5194,7 @@ class GeminiSchema:
 
 def gemini_schema(schema: Json) -> Json:
     """A tool's schema in the words that Gemini knows, references put in."""
-    return GeminiSchema(schema).convert(schema)
+    return GeminiSchema().convert(schema)
 
 # ---- The prompt cache, images ----
 
@@ -5140,17 +5258,23 @@ def expand_compactions(edit: Edit, upstream: Dialect) -> None:
     kinds = [str(as_object(item).get("type")) for item in items]
     if COMPACTION_TRIGGER not in kinds and not any(kind in COMPACTIONS for kind in kinds):
         return
-    kept: list[Any] = []
-    for item, kind in zip(items, kinds):
+    summaries: dict[int, str] = {}                       # place -> text, of those packed here
+    for at, (item, kind) in enumerate(zip(items, kinds)):
         packed = unpack_opaque(item.get("encrypted_content")) if kind in COMPACTIONS else []
         if packed:
-            kept = [one for one in kept if as_object(one).get("role") in (
-                "user", "system", "developer")]
-            item = {"role": "user", "content": SUMMARY_HEAD + packed[0][2]}
+            summaries[at] = packed[0][2]
+
+    kept: list[Any] = []
+    last_summary = max(summaries, default=-1)
+    for at, (item, kind) in enumerate(zip(items, kinds)):
+        if at in summaries:
+            item = {"role": "user", "content": SUMMARY_HEAD + summaries[at]}
         elif kind in COMPACTIONS and not upstream.reads_compactions:
             edit.lose("compaction", FOREIGN_STATE)
             item = {"role": "user", "content": UNREADABLE_SUMMARY}
-        if kind != COMPACTION_TRIGGER or item is items[-1]:
+        is_replaced = at < last_summary and as_object(item).get("role") not in (
+            "user", "system", "developer")
+        if not is_replaced and (kind != COMPACTION_TRIGGER or item is items[-1]):
             kept.append(item)
     edit.replace(edit.body, "input", kept)
 
@@ -5173,8 +5297,9 @@ def fit_body(edit: Edit, upstream: Dialect, model: Model) -> None:
         end_with_user(edit)
     upstream.fit_cache(edit, model)
     if model.is_gemini:
+        schemas = GeminiSchema()
         for holder, key in upstream.tool_schemas(edit.body):
-            edit.set(holder, key, gemini_schema(holder[key]))
+            edit.set(holder, key, schemas.convert(holder[key]))
 
 def translate_request(client: Dialect, upstream: Dialect, body: Json, model: Model
                       ) -> tuple[Edit, Request]:
@@ -5185,7 +5310,8 @@ def translate_request(client: Dialect, upstream: Dialect, body: Json, model: Mod
     drop_nonce(before)
     expand_compactions(before, upstream)
     request = client.decode_request(body)
-    request.losses[:0] = before.losses
+    for name, reason in before.losses:
+        request.lose(name, reason)
     edit = Edit(upstream.encode_request(request, model), request.losses)
     fit_body(edit, upstream, model)
     return edit, request
@@ -5769,7 +5895,8 @@ def drop_tool(plan: Plan, name: str) -> bool:
         return avoid(plan, SEARCH_TOOLS)
     if not hosted or dumps(name) in dumps(plan.edit.body.get("tool_choice")):
         return False
-    prepare_tools(plan.edit, lambda tool: tool not in hosted)
+    places_of_hosted = set(map(id, hosted))
+    prepare_tools(plan.edit, lambda tool: id(tool) not in places_of_hosted)
     return True
 
 def drop_betas(plan: Plan, names: str) -> bool:
@@ -8469,19 +8596,32 @@ LABELS = {"/chat/completions": "chat", "/responses": "responses", "/messages": "
           "/responses/compact": "compact"}
 
 class Notes:
-    """Names of what was changed of a request, as its header and its row list them."""
+    """Names of what was changed of a request, as its header and its row list them: as many as fit
+    into MAX_NOTE_CHARS, then how many more there are."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
+        self.more = 0
+        self._room = MAX_NOTE_CHARS - len("+1000000000 more")
 
-    def add(self, names: set[str]) -> set[str]:
-        """Note them -> those that are new."""
-        fresh = names - self.names
+    def add(self, names: set[str], more: int = 0) -> set[str]:
+        """Note them -> those that are listed now and were not before.  more: how many were not
+        even recorded.  The same ones may be noted again: their number does not add up."""
+        fresh = set()
+        for name in sorted(names - self.names):
+            self._room -= len(name) + len(", ")
+            if self._room < 0:
+                break
+            fresh.add(name)
         self.names |= fresh
+        self.more = max(self.more, len(names - self.names) + more)
         return fresh
 
     def __str__(self) -> str:
-        return ", ".join(sorted(self.names))
+        listed = sorted(self.names)
+        if self.more:
+            listed.append(f"+{self.more} more")
+        return ", ".join(listed)
 
 @dataclass
 class AskedFor:
@@ -10986,14 +11126,15 @@ def tell_no_search(exchange: Exchange, body: Json, model: Model) -> None:
     exchange.finish(b"".join([encoder.feed(ResponseStart(exchange.id, "")), *frames,
                               encoder.feed(ResponseEnd("stop"))]))
 
-def tell_losses(exchange: Exchange, losses: list[tuple[str, str]], repaired: Iterable[str] = ()
-                ) -> None:
+def tell_losses(exchange: Exchange, losses: Losses, repaired: Iterable[str] = ()) -> None:
     """What did not go upstream, and what was repaired: to the client, the log and /stats."""
     record = exchange.record
-    for group, notes, names in (("lossy", record.losses, {name for name, _ in losses}),
-                                ("repaired", record.repairs, set(repaired))):
-        fresh = notes.add(names)
-        if fresh:
+    names = {name for name, _ in losses}
+    for group, notes, found, more in (("lossy", record.losses, names, losses.more),
+                                      ("repaired", record.repairs, set(repaired), 0)):
+        before = str(notes)
+        fresh = notes.add(found, more)
+        if str(notes) != before:
             exchange.headers["x-copilot-proxy-" + group] = str(notes)
             exchange.app.log.debug("%s %s: %s", exchange.id, group, losses or repaired)
             exchange.app.stats.count({group: dict.fromkeys(fresh, 1)})

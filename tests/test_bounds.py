@@ -1,0 +1,368 @@
+"""Nothing that a client or an upstream sends is without bound: time, memory, number, and what one
+client's request may do to the next."""
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import time
+import unittest
+from typing import Any, Callable
+
+from support import SLOW, ProxyCase, message
+import copilot_proxy as cp
+from fake_upstream import default_models
+
+Json = Any
+Make = Callable[[int], Json]            # how many -> a body without its model
+SMALL, TIMES, MOST_TIMES = 400, 4, 7.5  # four times as many: 4 is linear, 16 quadratic
+EPHEMERAL = {"type": "ephemeral"}
+SCHEMA = {"type": "object", "properties": {}}
+MODELS = {entry["id"]: cp.Model.from_entry(entry) for entry in default_models()}
+#: a model of each family: chat only, responses only, Claude, Gemini
+FAMILIES = ("gpt-4.1", "gpt-5.3-codex", "claude-sonnet-4.6", "gemini-3.1-pro-preview")
+
+
+def user(content: Any, **more: Any) -> Json:
+    return dict({"role": "user", "content": content}, **more)
+
+
+def assistant(content: Any = None, **more: Any) -> Json:
+    return dict({"role": "assistant", "content": content}, **more)
+
+
+def system(number: int) -> Json:
+    return {"role": "system", "content": "s%d" % number}
+
+
+def text(words: str, **more: Any) -> Json:
+    return dict({"type": "text", "text": words}, **more)
+
+
+def fields(count: int, value: Any = 1) -> Json:
+    return {"field_%d" % number: value for number in range(count)}
+
+
+HELLO = user("hi")
+
+# ---- Chat
+
+
+def chat_call(call_id: str) -> Json:
+    return {"id": call_id, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def chat_result(call_id: str, words: str = "r") -> Json:
+    return {"role": "tool", "tool_call_id": call_id, "content": words}
+
+
+def function(name: str, **more: Any) -> Json:
+    return {"type": "function", "function": dict({"name": name, "parameters": SCHEMA}, **more)}
+
+
+def chat_tools(*tools: Json) -> Json:
+    return {"messages": [HELLO], "tools": list(tools)}
+
+
+def gemini_tool(**schema: Any) -> Json:
+    return chat_tools(function("f", parameters=dict({"type": "object"}, **schema)))
+
+
+def picture(number: int) -> Json:
+    return {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA%d" % number}}
+
+
+def conversation(*messages: Json) -> Json:
+    return {"messages": list(messages)}
+
+
+CHAT_CASES: dict[str, Make] = {
+    "messages": lambda n: conversation(*[user("a%d" % i) for i in range(n)]),
+    "answers": lambda n: conversation(HELLO, *[assistant("a%d" % i) for i in range(n)], HELLO),
+    "system messages first": lambda n: conversation(*map(system, range(n)), HELLO),
+    "system messages between": lambda n: conversation(HELLO, *map(system, range(n)), HELLO),
+    "calls of one message": lambda n: conversation(
+        HELLO, assistant(tool_calls=[chat_call("c%d" % i) for i in range(n)]),
+        *[chat_result("c%d" % i) for i in range(n)]),
+    "equal call ids of one message": lambda n: conversation(
+        HELLO, assistant(tool_calls=[chat_call("c") for i in range(n)]),
+        *[chat_result("c", str(i)) for i in range(n)]),
+    "equal call ids of many messages": lambda n: conversation(
+        HELLO, *[assistant(tool_calls=[chat_call("c")]) for i in range(n)],
+        *[chat_result("c", str(i)) for i in range(n)]),
+    "results before their calls": lambda n: conversation(
+        HELLO, *[chat_result("c") for i in range(n)],
+        *[assistant(tool_calls=[chat_call("c")]) for i in range(n)]),
+    "results without calls": lambda n: conversation(
+        HELLO, *[chat_result("c%d" % i) for i in range(n)], HELLO),
+    "results of one call": lambda n: conversation(
+        HELLO, assistant(tool_calls=[chat_call("c")]),
+        *[chat_result("c", str(i)) for i in range(n)]),
+    "parts": lambda n: conversation(user([text("a%d" % i) for i in range(n)])),
+    "parts of odd kinds": lambda n: conversation(
+        user([{"type": "kind_%d_call" % i} for i in range(n)])),
+    "fields": lambda n: dict(conversation(HELLO), **fields(n)),
+    "null fields": lambda n: dict(conversation(HELLO), **fields(n, None)),
+    "fields of a message": lambda n: conversation(dict(HELLO, **fields(n))),
+    "messages with a field each": lambda n: conversation(
+        *[dict(HELLO, **{"field_%d" % i: 1}) for i in range(n)]),
+    "tools": lambda n: chat_tools(*[function("f%d" % i) for i in range(n)]),
+    "tools with odd names": lambda n: chat_tools(*[function("f.%d" % i) for i in range(n)]),
+    "tools of other kinds": lambda n: chat_tools(*[{"type": "kind_%d" % i} for i in range(n)]),
+    "fields of a tool": lambda n: chat_tools(function("f", **fields(n))),
+    "images": lambda n: conversation(*[user([picture(i)]) for i in range(n)], HELLO),
+    "images of one message": lambda n: conversation(user(list(map(picture, range(n)))), HELLO),
+    "cache marks": lambda n: conversation(
+        *[user("a", copilot_cache_control=EPHEMERAL) for i in range(n)]),
+    "stop sequences": lambda n: dict(conversation(HELLO), stop=["s%d" % i for i in range(n)]),
+    "joined states of reasoning": lambda n: conversation(HELLO, assistant(
+        "x", reasoning_text="t", reasoning_opaque="".join(
+            cp.pack_opaque("responses", "rs_%d" % i, "b") for i in range(n))), HELLO),
+    "refusals": lambda n: conversation(
+        HELLO, assistant([{"type": "refusal", "refusal": "r"} for i in range(n)]), HELLO),
+}
+SCHEMA_CASES: dict[str, Make] = {
+    "properties": lambda n: gemini_tool(
+        properties={"p%d" % i: {"type": "string"} for i in range(n)},
+        required=["p%d" % i for i in range(n)]),
+    "allOf": lambda n: gemini_tool(allOf=[
+        {"properties": {"p%d" % i: {"type": "string"}}, "required": ["p%d" % i]}
+        for i in range(n)]),
+    "anyOf": lambda n: gemini_tool(properties={"a": {"anyOf": [
+        {"type": "string", "enum": ["p%d" % i]} for i in range(n)]}}),
+    "enum": lambda n: gemini_tool(properties={"a": {"enum": ["p%d" % i for i in range(n)]}}),
+    "references to themselves": lambda n: gemini_tool(
+        properties={"p%d" % i: {"$ref": "#"} for i in range(n)}),
+}
+
+# ---- Responses
+
+
+def call(call_id: str, name: str = "f") -> Json:
+    return {"type": "function_call", "call_id": call_id, "name": name, "arguments": "{}"}
+
+
+def output(call_id: str, words: Any = "r") -> Json:
+    return {"type": "function_call_output", "call_id": call_id, "output": words}
+
+
+def items(*given: Json) -> Json:
+    return {"input": list(given)}
+
+
+def tools(*given: Json) -> Json:
+    return {"input": "hi", "tools": list(given)}
+
+
+def flat(name: str) -> Json:
+    return {"type": "function", "name": name, "parameters": SCHEMA}
+
+
+OURS = cp.pack_opaque("compaction", None, "summary")
+RESPONSES_CASES: dict[str, Make] = {
+    "messages": lambda n: items(*[user("a%d" % i) for i in range(n)]),
+    "system messages first": lambda n: items(*map(system, range(n)), HELLO),
+    "calls, then their results": lambda n: items(
+        HELLO, *[call("c%d" % i) for i in range(n)], *[output("c%d" % i) for i in range(n)]),
+    "equal call ids": lambda n: items(
+        HELLO, *[call("c") for i in range(n)], *[output("c", str(i)) for i in range(n)]),
+    "rounds": lambda n: items(
+        HELLO, *[item for i in range(n) for item in (call("c"), output("c", str(i)))]),
+    "results without calls": lambda n: items(HELLO, *[output("c") for i in range(n)]),
+    "results before their calls": lambda n: items(
+        HELLO, *[output("c") for i in range(n)], *[call("c") for i in range(n)]),
+    "calls without results": lambda n: items(HELLO, *[call("c") for i in range(n)]),
+    "calls with odd names": lambda n: items(
+        HELLO, *[call("c%d" % i, "f.%d" % i) for i in range(n)]),
+    "items of odd kinds": lambda n: items(
+        HELLO, *[{"type": "kind_%d_call" % i, "x": 1} for i in range(n)]),
+    "references": lambda n: items(
+        HELLO, *[{"type": "item_reference", "id": "x%d" % i} for i in range(n)]),
+    "reasoning": lambda n: items(HELLO, *[
+        {"type": "reasoning", "encrypted_content": "g%d" % i, "summary": []}
+        for i in range(n)], HELLO),
+    "reasoning of another dialect": lambda n: items(HELLO, *[
+        {"type": "reasoning", "summary": [],
+         "encrypted_content": cp.pack_opaque("messages", None, "b%d" % i)}
+        for i in range(n)], HELLO),
+    "our compactions": lambda n: items(*[item for i in range(n) for item in (
+        user("a"), {"type": "compaction", "encrypted_content": OURS})], HELLO),
+    "other compactions": lambda n: items(*[item for i in range(n) for item in (
+        user("a"), {"type": "compaction", "encrypted_content": "gAAA"})], HELLO),
+    "fields": lambda n: dict({"input": "hi"}, **fields(n)),
+    "fields of an item": lambda n: items(dict(HELLO, **fields(n))),
+    "tools": lambda n: tools(*[flat("f%d" % i) for i in range(n)]),
+    "freeform tools": lambda n: tools(*[{"type": "custom", "name": "f%d" % i} for i in range(n)]),
+    "tools of a namespace": lambda n: tools(
+        {"type": "namespace", "name": "ns", "tools": [flat("f%d" % i) for i in range(n)]}),
+    "namespaces": lambda n: tools(*[
+        {"type": "namespace", "name": "ns%d" % i, "tools": [flat("f")]} for i in range(n)]),
+    "hosted tools": lambda n: tools(*[{"type": "kind_%d" % i} for i in range(n)]),
+    "parts of a result": lambda n: items(HELLO, call("c"), output("c", [
+        {"type": "input_text", "text": "x%d" % i} for i in range(n)])),
+}
+
+# ---- Messages
+
+
+def use(call_id: str) -> Json:
+    return {"type": "tool_use", "id": call_id, "name": "f", "input": {}}
+
+
+def result(call_id: str, content: Any = "r") -> Json:
+    return {"type": "tool_result", "tool_use_id": call_id, "content": content}
+
+
+MESSAGES_CASES: dict[str, Make] = {
+    "messages": lambda n: conversation(*[user("a%d" % i) for i in range(n)]),
+    "system turns": lambda n: conversation(HELLO, *map(system, range(n)), HELLO),
+    "system turns first": lambda n: conversation(*map(system, range(n)), HELLO),
+    "system blocks": lambda n: dict(
+        conversation(HELLO), system=[text("s%d" % i) for i in range(n)]),
+    "calls of one turn": lambda n: conversation(
+        HELLO, assistant([use("c%d" % i) for i in range(n)]),
+        user([result("c%d" % i) for i in range(n)])),
+    "equal call ids of one turn": lambda n: conversation(
+        HELLO, assistant([use("c") for i in range(n)]),
+        user([result("c", str(i)) for i in range(n)])),
+    "equal call ids without results": lambda n: conversation(
+        HELLO, assistant([use("c") for i in range(n)]), HELLO),
+    "rounds with equal call ids": lambda n: conversation(HELLO, *[turn for i in range(n) for turn in (
+        assistant([use("c")]), user([result("c", str(i))]))]),
+    "results without calls": lambda n: conversation(user([result("c%d" % i) for i in range(n)])),
+    "results before their calls": lambda n: conversation(
+        user([result("c") for i in range(n)]), assistant([use("c") for i in range(n)]), HELLO),
+    "turns of one result each": lambda n: conversation(
+        HELLO, assistant([use("c%d" % i) for i in range(n)]),
+        *[user([result("c%d" % i)]) for i in range(n)]),
+    "blocks": lambda n: conversation(user([text("a%d" % i) for i in range(n)])),
+    "fields": lambda n: dict(conversation(HELLO), **fields(n)),
+    "fields of a message": lambda n: conversation(dict(HELLO, **fields(n))),
+    "blocks of hosted tools": lambda n: conversation(HELLO, assistant([
+        {"type": "kind_%d_tool_result" % i, "content": []} for i in range(n)]), HELLO),
+    "thinking": lambda n: conversation(HELLO, assistant([
+        {"type": "thinking", "thinking": "t%d" % i, "signature": "s%d" % i}
+        for i in range(n)] + [text("x")]), HELLO),
+    "tools": lambda n: dict(conversation(HELLO), tools=[
+        {"name": "f%d" % i, "input_schema": SCHEMA} for i in range(n)]),
+    "hosted tools": lambda n: dict(conversation(HELLO), tools=[
+        {"type": "kind_%d" % i, "name": "x"} for i in range(n)]),
+    "cache marks": lambda n: conversation(
+        user([text("a", cache_control=EPHEMERAL) for i in range(n)])),
+    "blocks of a result": lambda n: conversation(
+        HELLO, assistant([use("c")]), user([result("c", [text("x%d" % i) for i in range(n)])])),
+    "odd blocks of a result": lambda n: conversation(
+        HELLO, assistant([use("c")]), user([result("c", [{"type": "o%d" % i} for i in range(n)])])),
+}
+#: (client's dialect, what there are many of, maker, models)
+TIMED = [(dialect, name, make, models) for dialect, cases, models in (
+    ("chat", CHAT_CASES, FAMILIES[:3]), ("chat", SCHEMA_CASES, FAMILIES[3:]),
+    ("responses", RESPONSES_CASES, FAMILIES[:3]), ("messages", MESSAGES_CASES, FAMILIES[:3]))
+    for name, make in cases.items()]
+
+
+def prepare(dialect: str, body: Json, model: cp.Model) -> cp.Plan:
+    """All that is done to a request before it goes up, and the names of its tools coming back."""
+    client = cp.DIALECTS[dialect]
+    plan = cp.Plan(client, cp.choose_upstream(client, model, ()), body, model, 0, "key")
+    client.initiator(body)
+    client.has_images(body)
+    cp.linked_images(body)
+    cp.dumps(plan.edit.body)
+    cp.restore_names(b'data: {"a":"b"}\n\n' * 1000, plan.edit.names)
+    return plan
+
+
+#: Windows counts a thread's time in steps of 16 ms
+CLOCK = time.perf_counter if os.name == "nt" else time.thread_time
+
+
+def cpu_s(work: Callable[[Json], Any], make: Callable[[], Json], rounds: int = 2) -> float:
+    """The least time of this thread that the work took on a fresh body each time."""
+    best = 1e9
+    for _ in range(rounds):
+        body = make()
+        gc.collect()
+        gc.disable()
+        try:
+            began = CLOCK()
+            work(body)
+            best = min(best, CLOCK() - began)
+        finally:
+            gc.enable()
+    return best
+
+
+class LinearTest(unittest.TestCase):
+    """Four times as many of anything take about four times as long, never sixteen times."""
+
+    def check(self, work: Callable[[Json], Any], make: Make, small: int = SMALL) -> None:
+        for last in (False, False, True):           # a busy machine is given another chance
+            few = cpu_s(work, lambda: make(small))
+            many = cpu_s(work, lambda: make(TIMES * small))
+            if many <= MOST_TIMES * max(few, 0.0005):
+                return
+            if last:
+                self.fail("%.4f s for %d, %.4f s for %d" % (few, small, many, TIMES * small))
+
+    def test_many_of_one_kind_in_a_request_do_not_cost_the_square_of_their_number(self) -> None:
+        for dialect, name, make, models in TIMED:
+            for model in models if SLOW else models[:1] + models[2:]:
+                def body(count: int, make: Make = make, model: str = model) -> Json:
+                    return dict(make(count), model=model, max_tokens=100)
+
+                def work(body: Json, dialect: str = dialect, model: str = model) -> None:
+                    with contextlib.suppress(cp.BadRequest):
+                        prepare(dialect, body, MODELS[model])
+
+                with self.subTest(dialect, many=name, model=model):
+                    self.check(work, body)
+
+
+class LossesTest(ProxyCase):
+    """What did not go upstream is told in a header of bounded size."""
+
+    def lossy(self, body: Json) -> str:
+        reply = self.proxy.post("/v1/messages", body)
+        self.assertEqual(reply.status, 200, reply)
+        return str(reply.headers["x-copilot-proxy-lossy"])
+
+    def test_sixty_thousand_unknown_fields_make_no_header_of_a_megabyte(self) -> None:
+        header = self.lossy(dict(message("hi", "gpt-4.1"), **fields(60_000)))
+        self.assertLessEqual(len(header), 2048)
+        names = header.split(", ")
+        shown = [name for name in names if name.startswith("field_")]
+        self.assertGreater(len(shown), 50)
+        self.assertEqual(names[-1], "+%d more" % (60_000 - len(shown)))
+        self.assertEqual(len(self.proxy.get("/stats").json["losses"]), len(shown))
+        self.assertLess(max(len(record.getMessage()) for record in self.proxy.logs), 30_000)
+
+    def test_a_few_losses_are_told_whole(self) -> None:
+        body = dict(message("hi", "gpt-4.1"), top_k=3, odd=1)
+        self.assertEqual(self.lossy(body), "odd, top_k")
+
+    def test_the_name_of_a_field_is_cut_and_cannot_pretend_to_be_two(self) -> None:
+        body = dict(message("hi", "gpt-4.1"), **{"a, b\r\nSet-Cookie: c": 1, "x" * 100_000: 1})
+        self.assertEqual(self.lossy(body), "a; b\\r\\nSet-Cookie: c, " + "x" * 60)
+
+    def test_several_calls_of_one_request_tell_the_same_losses_once(self) -> None:
+        notes = cp.Notes()
+        self.assertEqual((notes.add({"b", "a"}), str(notes)), ({"a", "b"}, "a, b"))
+        self.assertEqual((notes.add({"b", "c"}), str(notes)), ({"c"}, "a, b, c"))
+        many = {"name_%d" % number for number in range(1000)}
+        fresh = notes.add(many, 50)
+        header = str(notes)
+        self.assertLessEqual(len(header), 2048)
+        self.assertEqual(header.split(", ")[-1], "+%d more" % (1050 - len(fresh)))
+        self.assertEqual((notes.add(many, 50), str(notes)), (set(), header))
+
+    def test_a_loss_is_recorded_once_and_the_rest_is_counted(self) -> None:
+        losses = cp.Losses()
+        for _ in range(2):
+            for number in range(5000):
+                losses.add("field_%d" % number, "unknown")
+        self.assertEqual((len(losses), losses.more), (200, 2 * 4800))
+
+
+if __name__ == "__main__":
+    unittest.main()
