@@ -8217,8 +8217,8 @@ class MinuteLimiter:
         return headers
 
 class Gate:
-    """`--max-concurrency`: at most `most` requests at a time; the others wait, each caller's in a
-    line of its own, and the lines take turns.  `_lock` guards the fields."""
+    """`--max-concurrency`: at most `most` requests at a time, 0 for any number; the others wait,
+    each caller's in a line of its own, and the lines take turns.  `_lock` guards the fields."""
 
     def __init__(self, most: int) -> None:
         self._most, self._running = most, 0
@@ -8226,9 +8226,11 @@ class Gate:
         self._lines: collections.OrderedDict[str, collections.deque[threading.Event]]
         self._lines = collections.OrderedDict()
 
-    def enter(self, who: str, client: Downstream) -> None:
-        """Return when it is this request's turn; `leave` must follow.  Raises RateLimited when too
-        many wait already, ClientGone."""
+    def enter(self, who: str, client: Downstream) -> bool:
+        """Returns when it is this request's turn.  True: it holds a slot, `leave` must follow.
+        Raises RateLimited when too many wait already, ClientGone."""
+        if not self._most:
+            return False
         turn = threading.Event()
         with self._lock:
             self._lines.setdefault(who, collections.deque()).append(turn)
@@ -8250,6 +8252,7 @@ class Gate:
                     self._lines[who].remove(turn)
                 self._pass_on()
             raise
+        return True
 
     def leave(self) -> None:
         """The request is over."""
@@ -8777,6 +8780,50 @@ class RequestRecord:
             parts.append("error=" + printable(self.failure))
         return redact(" ".join(parts))
 
+@dataclass
+class Ticket:
+    """A request's way through all limits; only Admission changes it.  who: the key's id, or the
+    address; payer: whose budget it is; wish: the header that limits that budget; about: for the
+    person who approves."""
+    who: str
+    payer: str | None
+    wish: str | None
+    account: Account
+    about: Json
+    has_slot: bool = False               # of --max-concurrency
+    is_admitted: bool = False            # by all
+
+class Admission:
+    """When a request may go up: budget, requests per minute, slots, rate, a person's approval.
+    Once for a request, however many calls it takes."""
+
+    def __init__(self, settings: Settings, log: logging.Logger, budget: Budget,
+                 tell: Callable[[str, Any], None]) -> None:
+        self._budget = budget
+        self._minute = MinuteLimiter(settings.requests_per_minute)
+        self._minute_text = "%d requests of a key are allowed in a minute here " \
+            "(--requests-per-minute)" % settings.requests_per_minute
+        self.gate = Gate(settings.max_concurrency)
+        self.approval = Approval(settings.manual, log, tell)
+
+    def admit(self, ticket: Ticket, client: Downstream) -> Headers:
+        """Returns when the request may go up -> headers for its answer; `leave` must follow, also
+        after an exception.  Raises RateLimited, BadRequest, ClientGone."""
+        self._budget.admit(ticket.payer, ticket.wish)
+        headers = self._minute.admit(ticket.who, self._minute_text)
+        if not ticket.has_slot:
+            ticket.has_slot = self.gate.enter(ticket.who, client)
+        ticket.account.limiter.admit(client)
+        self.approval.ask(client, account=ticket.account.name, **ticket.about)
+        ticket.is_admitted = True
+        return headers
+
+    def leave(self, ticket: Ticket | None) -> None:
+        """The request is over; may be called twice, and without a ticket."""
+        if ticket is not None and ticket.has_slot:
+            ticket.has_slot = False
+            self.gate.leave()
+
 @dataclass(frozen=True)
 class Caller:
     """Who sends a request.  account: None is the default one; key_id: the beginning of the key's
@@ -8813,14 +8860,12 @@ class App:
         self.keys = KeyFile(os.path.join(folder, "proxy_accounts.json"),
                             urllib.parse.urlsplit(settings.github_url).netloc.lower(),
                             settings.api_key)
-        self.gate = Gate(settings.max_concurrency)
-        self.minute = MinuteLimiter(settings.requests_per_minute)
         self.wrong_keys = MinuteLimiter(WRONG_KEYS_PER_MINUTE)
         self.events, self.stats, self.store = Events(), Stats(), ResponseStore()
-        self.approval = Approval(settings.manual, self.log, self.events.tell)
         self.history = History("" if settings.no_history else ":memory:" if settings.demo else
                                os.path.join(folder, "history.sqlite3"), self.log)
         self.budget = Budget(settings.budget, lambda: clock()[1], self.log, self.events.tell)
+        self.admission = Admission(settings, self.log, self.budget, self.events.tell)
         if settings.log_bodies:
             self.log.warning("--log-bodies: EVERY WORD of requests and answers is written to %s",
                              settings.log_bodies)
@@ -9382,7 +9427,7 @@ class Exchange:
         self.address = client.address        # of the client itself, behind a trusted proxy, too
         self.is_same_origin = True           # no page of another origin has sent it
         self.caller = STRANGER
-        self.is_admitted = self.has_slot = False     # by all limits; of App.gate
+        self.ticket: Ticket | None = None    # once it wants to go up
         self.dialect: Dialect = MESSAGES if self.path.startswith("/messages") else CHAT
         self.body = b""
         self.headers: Headers = {}           # to be added to the answer
@@ -10304,9 +10349,7 @@ class Server(ThreadingHTTPServer):
         """The exchange is over: one log line."""
         with self._lock:
             self._running.pop(exchange, None)
-        if exchange.has_slot:
-            exchange.has_slot = False
-            self.app.gate.leave()
+        self.app.admission.leave(exchange.ticket)
         self.app.record(exchange.record)
 
     def start(self, poll_s: float = 0.1) -> None:
@@ -10860,25 +10903,22 @@ def upstream_headers(exchange: Exchange, client: Dialect, upstream: Dialect, bod
     return headers
 
 def admit(exchange: Exchange, body: Json, model: Model) -> None:
-    """Budget, limits and approval by hand, once for a request however many calls it takes.
-    Raises RateLimited, BadRequest, ClientGone."""
-    app, headers, who = exchange.app, exchange.head.headers, \
-        exchange.caller.key_id or exchange.address
-    asked = exchange.record.asked
-    app.budget.admit(asked.session or asked.agent, headers.get("x-copilot-proxy-budget"))
-    exchange.headers.update(app.minute.admit(
-        who, "%d requests of a key are allowed in a minute here (--requests-per-minute)"
-        % app.settings.requests_per_minute))
-    if app.settings.max_concurrency and not exchange.has_slot:
-        app.gate.enter(who, exchange.client)
-        exchange.has_slot = True
-    account_for(exchange).limiter.admit(exchange.client)
-    turns = as_list(body.get("messages") or body.get("input"))
-    last = as_object(turns[-1]) if turns else {}
-    text = text_of(last.get("content")) or text_of(body.get("input"))
-    app.approval.ask(exchange.client, client=headers.get("user-agent", "an unnamed client")[:200],
-                     account=account_for(exchange).name, model=model.id, text=text[:200])
-    exchange.is_admitted = True
+    """Wait until this request may go up, once.  Raises RateLimited, BadRequest, ClientGone."""
+    headers, asked = exchange.head.headers, exchange.record.asked
+    if exchange.ticket is None:
+        turns = as_list(body.get("messages") or body.get("input"))
+        last = as_object(turns[-1]) if turns else {}
+        text = text_of(last.get("content")) or text_of(body.get("input"))
+        about = {"client": headers.get("user-agent", "an unnamed client")[:200],
+                 "model": model.id, "text": text[:200]}
+        exchange.ticket = Ticket(
+            exchange.caller.key_id or exchange.address, asked.session or asked.agent,
+            headers.get("x-copilot-proxy-budget"), account_for(exchange), about)
+    if exchange.ticket.is_admitted:
+        return
+
+    app = exchange.app
+    exchange.headers.update(app.admission.admit(exchange.ticket, exchange.client))
     app.show_running(exchange.record)
 
 def owner_of(exchange: Exchange, copilot: Copilot) -> str:
@@ -10990,8 +11030,7 @@ def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: C
         name_model(exchange, model)
         exchange.record.go_up("translated" if plan.is_translated else "passthrough",
                               plan.upstream.path, plan.headers["X-Initiator"])
-        if not exchange.is_admitted:
-            admit(exchange, plan.edit.body, model)
+        admit(exchange, plan.edit.body, model)
         exchange.log_body("sent", call.body)
         if plan.pipeline is not None:
             plan.pipeline.on_final = keep
@@ -11292,7 +11331,7 @@ def stats_report(exchange: Exchange) -> Json:
                                                             else app.stats),
             "losses": group("lossy"), "repairs": group("repaired"), **mine,
             "totals": with_credits({**NO_COUNTS, "requests": 0, "errors": 0, **group("totals")}),
-            "approvals": [] if names else list(app.approval.waiting.values()),
+            "approvals": [] if names else list(app.admission.approval.waiting.values()),
             "budget": None if names else app.budget.report(), "history": history_state(app),
             "log": {"lost_lines": lost_lines(app)}}
 
@@ -11406,7 +11445,7 @@ def events(exchange: Exchange) -> None:
 def approvals(exchange: Exchange) -> None:
     """GET /approvals: what waits; POST /approvals/ID: a person's answer."""
     check_operator(exchange)
-    approval = exchange.app.approval
+    approval = exchange.app.admission.approval
     if exchange.head.method != "POST":
         exchange.reply_json({"approvals": list(approval.waiting.values())})
         return

@@ -888,11 +888,11 @@ class GateTest(SharedCase):
         self.enter(unittest.mock.patch.object(cp, "WAITING_LOOK_S", 0.02))
 
     def waiting(self) -> int:
-        return sum(map(len, list(self.proxy.app.gate._lines.values())))
+        return sum(map(len, list(self.proxy.app.admission.gate._lines.values())))
 
     def tearDown(self) -> None:
         super().tearDown()
-        wait_until(lambda: self.proxy.app.gate._running == 0, "every slot is given back")
+        wait_until(lambda: self.proxy.app.admission.gate._running == 0, "every slot is given back")
         self.assertEqual(self.waiting(), 0)
 
     def hold(self) -> list[RawClient]:
@@ -983,7 +983,7 @@ class GateTest(SharedCase):
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads):
-            most.append(self.proxy.app.gate._running)
+            most.append(self.proxy.app.admission.gate._running)
             upstream.append(self.fake.open_streams)
             real(lambda: False, 0.002)
         self.assertEqual(max(most), 2)

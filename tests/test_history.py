@@ -916,7 +916,7 @@ class MetricsTest(HistoryCase):
             self.proxy.stream(path, make("a"))
         self.proxy.post("/v1/chat/completions", chat("a", model='x"\\\n{}é', stop=["a"]))
         self.proxy.post("/v1/messages", message("a", model="gpt-5.3-codex", top_k=1))
-        wait_until(lambda: not [e for e in self.proxy.app.running if e.label])
+        wait_until(lambda: not [e for e in self.proxy.app.running if e.record.asked.label])
         wait_until(lambda: len(self.proxy.app.recent) == 8)
         reply = self.proxy.get("/metrics")
         self.assertEqual(reply.headers["content-type"],
