@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import functools
 import http.client
+import io
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ import tempfile
 import threading
 import time
 import unittest
+import unittest.mock
 from typing import Any, Callable, Iterator
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -30,7 +32,7 @@ for _folder in (HERE, ROOT):
         sys.path.insert(0, _folder)
 
 import copilot_proxy as cp  # noqa: E402
-from fake_upstream import FakeUpstream  # noqa: E402
+from fake_upstream import CHAT, MESSAGES, RESPONSES, FakeUpstream  # noqa: E402
 
 SCRIPT = os.path.join(ROOT, "copilot_proxy.py")
 DEADLINE_S = 10.0            # for anything that should happen at once
@@ -94,6 +96,16 @@ def need_files(count: int) -> None:
     cp.raise_file_limit()
     if cp.file_limit() < count:
         raise unittest.SkipTest("this system allows %d open files only" % cp.file_limit())
+
+
+def memory_bytes() -> int:
+    """What this process holds in memory (Linux)."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def workers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "worker"]
 
 
 class TestClock:
@@ -253,6 +265,127 @@ def raw_exchange(port: int, data: bytes, shut: bool = False, timeout_s: float = 
         return b"".join(parts)
 
 
+PATHS = {"/v1/chat/completions": CHAT, "/v1/responses": RESPONSES, "/v1/messages": MESSAGES}
+
+
+class _KeptFile:
+    """A reader that http.client may close without losing what is behind the answer."""
+
+    def __init__(self, reader: io.BufferedReader) -> None:
+        self._reader = reader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
+
+    def close(self) -> None:
+        pass
+
+    flush = close
+
+
+class _Readable:
+    def __init__(self, reader: io.BufferedReader) -> None:
+        self._reader = reader
+
+    def makefile(self, mode: str) -> Any:
+        return _KeptFile(self._reader)
+
+
+class RawAnswer:
+    """One answer of a raw connection: version (10 or 11), status, headers, body."""
+
+    def __init__(self, answer: http.client.HTTPResponse) -> None:
+        self.status, self.version, self.reason = answer.status, answer.version, answer.reason
+        self.headers = {name.lower(): value for name, value in answer.getheaders()}
+        self.body = answer.read()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class RawClient:
+    """A connection that sends bytes as they are; `answer()` reads the next answer."""
+
+    def __init__(self, port: int, timeout_s: float = DEADLINE_S) -> None:
+        self.sock = socket.create_connection(("127.0.0.1", port), timeout=timeout_s)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.reader = self.sock.makefile("rb")
+
+    def __enter__(self) -> RawClient:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.reader.close()
+        self.sock.close()
+
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def begin(self, method: str = "GET") -> http.client.HTTPResponse:
+        """The next answer, its body unread."""
+        answer = http.client.HTTPResponse(_Readable(self.reader), method=method)  # type: ignore
+        answer.begin()
+        return answer
+
+    def answer(self, method: str = "GET") -> RawAnswer:
+        return RawAnswer(self.begin(method))
+
+    def ask(self, data: bytes, method: str = "GET") -> RawAnswer:
+        self.send(data)
+        return self.answer(method)
+
+    def is_closed(self) -> bool:
+        """The server has closed; waits for it.  A time-out is a failure, not a False."""
+        try:
+            return self.reader.read(1) == b""
+        except ConnectionError:
+            return True
+
+
+def get(path: str, *fields: str, version: str = "1.1", method: str = "GET") -> bytes:
+    """A raw request without a body."""
+    lines = ["%s %s HTTP/%s" % (method, path, version), "Host: localhost"] + list(fields)
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+def post(path: str, body: Any, *fields: str, version: str = "1.1") -> bytes:
+    """A raw request with a body; what is not bytes is sent as JSON."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    head = get(path, "Content-Type: application/json", "Content-Length: %d" % len(data), *fields,
+               version=version, method="POST")
+    return head + data
+
+
+def chunked_post(path: str, pieces: list[bytes], *fields: str) -> bytes:
+    """A raw request with a chunked body, with a chunk extension and a trailer."""
+    head = get(path, "Content-Type: application/json", "Transfer-Encoding: chunked", *fields,
+               method="POST")
+    chunks = [b"%x;note=1\r\n%s\r\n" % (len(piece), piece) for piece in pieces]
+    return head + b"".join(chunks) + b"0\r\nX-Trailer: a\r\n\r\n"
+
+
+def said(answer: Any) -> str:
+    """The text of a chat answer."""
+    return str(answer.json["choices"][0]["message"]["content"])
+
+
+def release(fake: FakeUpstream, holding: int = 1) -> None:
+    """Let go what the fake holds, once it holds so many: an earlier release would be lost."""
+    if not fake.wait_for(lambda: fake.holding == holding):
+        raise AssertionError("the fake holds %d, not %d" % (fake.holding, holding))
+    fake.release()
+    while not fake.wait_for(lambda: fake.holding == 0, 0.1):
+        fake.release()               # it was just about to listen
+
+
+KEY, OTHER_KEY = "made-up-operator-key", "made-up-second-key"
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": "Bearer " + key}
+
+
 def clean_environment(home: str, **more: str) -> dict[str, str]:
     """An environment that knows nothing of this machine's user, proxies or tokens."""
     keep = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "LANG", "LD_LIBRARY_PATH")
@@ -333,6 +466,32 @@ def run_command(*args: str, stdin: bytes | None = None, **env: str) -> tuple[int
     with tempfile.TemporaryDirectory() as home:
         with Command(*args, home=home, stdin=stdin, **env) as command:
             return command.wait(), command.output()
+
+
+def run_main(home: str, *args: str, **env: str) -> tuple[int, str]:
+    """A command in this process -> (exit code, everything printed); cheaper than a subprocess."""
+    log = logging.getLogger("copilot_proxy")
+    kept = log.handlers[:], log.level, log.propagate
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    printed, made, make = io.StringIO(), [], cp.Upstream
+
+    def noted(*given: Any) -> cp.Upstream:
+        made.append(make(*given))
+        return made[-1]
+
+    try:
+        with unittest.mock.patch.object(cp, "Upstream", noted), \
+                contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), \
+                unittest.mock.patch.object(sys, "stdin", io.StringIO()), \
+                unittest.mock.patch.dict(os.environ, clean_environment(home, **env), clear=True):
+            return cp.main(list(args)), printed.getvalue()
+    finally:
+        for upstream in made:                         # a process would simply end
+            upstream.pool.clear()
+        log.handlers[:], log.level, log.propagate = kept
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 class ProxyCase(unittest.TestCase):

@@ -18,12 +18,10 @@ import threading
 import unittest
 from typing import Any, NamedTuple
 
-from support import (HERE, REQUESTS, SLOW, FakeUpstream, Proxy, chat, clean_environment, cp,
-                     message, wait_until)
+from support import (HERE, KEY, PATHS, REQUESTS, SLOW, FakeUpstream, Proxy, bearer, chat,
+                     clean_environment, cp, memory_bytes, message, said, wait_until, workers)
 from fake_upstream import EXCHANGE, Answer
-from test_doors import KEY, bearer
-from test_loop import memory_bytes, workers
-from test_server import PATHS, SharedCase, said
+from cases import SharedCase
 
 GOOD = json.dumps(chat("smuggled")).encode()
 CHAT_PATH = "/v1/chat/completions"

@@ -1,15 +1,9 @@
 """Login: the device flow, starting without one, the login file, import, other hosts."""
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
-import json
-import logging
 import os
-import signal
 import stat
-import sys
 import tempfile
 import threading
 import time
@@ -17,11 +11,12 @@ import unittest
 import unittest.mock
 from typing import Any, Callable
 
-from support import (REQUESTS, Command, Proxy, ProxyCase, Reply, chat, clean_environment,
+from support import (REQUESTS, Command, Proxy, ProxyCase, Reply, chat, clean_environment, run_main,
                      wait_until)
 import copilot_proxy as cp
 from fake_upstream import (CHAT, DEVICE_CODE, DEVICE_POLL, EXCHANGE, USAGE, USER, Answer,
                            FakeUpstream)
+from cases import FolderCase
 
 POSIX = os.name == "posix"
 CODE_ANSWER = {"device_code": "d0", "user_code": "WDJB-MJHT", "expires_in": 900, "interval": 0,
@@ -37,32 +32,6 @@ def setUpModule() -> None:
 
 def tearDownModule() -> None:
     unittest.mock.patch.stopall()
-
-
-def run_main(home: str, *args: str, **env: str) -> tuple[int, str]:
-    """A command in this process -> (exit code, everything printed); cheaper than a subprocess."""
-    log = logging.getLogger("copilot_proxy")
-    kept = log.handlers[:], log.level, log.propagate
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    printed, made, make = io.StringIO(), [], cp.Upstream
-
-    def noted(*given: Any) -> cp.Upstream:
-        made.append(make(*given))
-        return made[-1]
-
-    try:
-        with unittest.mock.patch.object(cp, "Upstream", noted), \
-                contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), \
-                unittest.mock.patch.object(sys, "stdin", io.StringIO()), \
-                unittest.mock.patch.dict(os.environ, clean_environment(home, **env), clear=True):
-            return cp.main(list(args)), printed.getvalue()
-    finally:
-        for upstream in made:                         # a process would simply end
-            upstream.pool.clear()
-        log.handlers[:], log.level, log.propagate = kept
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
 
 
 class NoWait(threading.Event):
@@ -516,26 +485,6 @@ class RevokedLoginTest(ProxyCase):
         self.assertEqual(answer.status, 403)
         self.assertEqual(self.fake.device.issued, 0)
         self.assertIsNotNone(self.proxy.app.account)
-
-
-class FolderCase(unittest.TestCase):
-    """A temporary folder."""
-
-    def setUp(self) -> None:
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.home = folder.name
-
-    def path(self, *parts: str) -> str:
-        return os.path.join(self.home, *parts)
-
-    def put(self, data: Any, *parts: str) -> str:
-        """Write a file (JSON unless bytes) below the folder; its path."""
-        path = self.path(*parts)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb") as file:
-            file.write(data if isinstance(data, bytes) else json.dumps(data).encode())
-        return path
 
 
 class LoginFileTest(FolderCase):

@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import socket
-import socketserver
 import ssl
 import subprocess
 import sys
@@ -24,10 +23,10 @@ from typing import Any, Iterator
 
 import support
 from support import (SCRIPT, SLOW, Command, Reply, chat, clean_environment, interrupts_on, message,
-                     response, run_command, send, wait_until)
+                     response, run_command, run_main, send, wait_until)
 import copilot_proxy as cp
 from fake_upstream import CHAT, EXCHANGE, MODELS, USAGE, USER, Answer, FakeUpstream, Token
-from test_auth import run_main
+from cases import MappingProxy
 
 POSIX = os.name == "posix"
 COMMANDS = ("start", "auth", "check-usage", "debug", "models", "setup")
@@ -828,97 +827,6 @@ class ReportTest(CliCase):
         self.assertIn("https through http://127.0.0.1:9", shown)
         hidden = run_main(self.home, "debug", "--json", "--no-proxy-env", **env)[1]
         self.assertEqual(json.loads(hidden)["proxies"], ["none"])
-
-
-class MappingProxy(socketserver.ThreadingTCPServer):
-    """A company proxy that lets through what it knows: every made-up host is one real server.
-
-    `login` "user:password" is asked for with 407; `certificate` makes it end TLS itself, as
-    inspecting proxies do. `seen` lists ("CONNECT" or method, target).
-    """
-
-    daemon_threads = True
-    allow_reuse_address = True
-
-    def __init__(self, upstream: str, login: str = "", certificate: str = "",
-                 garbage: bytes = b"") -> None:
-        super().__init__(("127.0.0.1", 0), _ProxyHandler)
-        host, port = upstream.split("//")[1].split(":")
-        self.upstream, self.garbage = (host, int(port)), garbage
-        self.wanted = "Basic " + base64.b64encode(login.encode()).decode() if login else ""
-        self.seen: list[tuple[str, str]] = []
-        self.refused = 0
-        self.context: ssl.SSLContext | None = None
-        if certificate:
-            self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            self.context.load_cert_chain(certificate)
-        self._thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
-
-    def url(self, login: str = "") -> str:
-        return "http://%s127.0.0.1:%d" % (login and login + "@", self.server_address[1])
-
-    def __enter__(self) -> MappingProxy:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self.shutdown()
-        self.server_close()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that hang up are no event."""
-
-
-class _ProxyHandler(socketserver.BaseRequestHandler):
-    server: MappingProxy
-
-    def handle(self) -> None:
-        head = b""
-        while b"\r\n\r\n" not in head:
-            part = self.request.recv(65536)
-            if not part:
-                return
-            head += part
-        method, target, _ = head.split(b"\r\n")[0].decode("latin-1").split(" ")
-        if self.server.garbage:
-            self.request.sendall(self.server.garbage)
-            return
-        login = re.search(rb"(?i)\r\nproxy-authorization: ([^\r]*)", head)
-        if self.server.wanted and (login is None or login.group(1).decode() != self.server.wanted):
-            self.server.refused += 1
-            self.request.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\n"
-                                 b"Proxy-Authenticate: Basic realm=\"company\"\r\n"
-                                 b"Content-Length: 0\r\nConnection: close\r\n\r\n")
-            return
-        self.server.seen.append((method, target))
-        client = self.request
-        with socket.create_connection(self.server.upstream) as upstream:
-            if method == "CONNECT":
-                client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-                if self.server.context is not None:
-                    client = self.server.context.wrap_socket(client, server_side=True)
-            else:
-                path = re.sub(r"\Ahttp://[^/]*", "", target)
-                rest = re.sub(rb"(?i)\r\nproxy-authorization: [^\r]*", b"\r\nConnection: close",
-                              head.partition(b"\r\n")[2].join([b"\r\n", b""]))
-                upstream.sendall(("%s %s HTTP/1.1" % (method, path)).encode() + rest)
-            back = threading.Thread(target=pump, args=(upstream, client), daemon=True)
-            back.start()
-            pump(client, upstream)
-            back.join(5)
-            client.close()
-
-
-def pump(source: Any, target: Any) -> None:
-    """Copy bytes until one side ends."""
-    with contextlib.suppress(OSError):
-        while True:
-            data = source.recv(65536)
-            if not data:
-                break
-            target.sendall(data)
-    with contextlib.suppress(OSError):
-        target.shutdown(socket.SHUT_RDWR)
 
 
 class ForwardProxyTest(unittest.TestCase):

@@ -18,20 +18,15 @@ import unittest
 import unittest.mock
 from typing import Any, Iterator
 
-from support import (HERE, REQUESTS, ROOT, SLOW, Command, Proxy, ProxyCase, Reply, chat,
-                     clean_environment, cp, message, need_files, second_proxy, send, wait_until)
+from support import (HERE, KEY, OTHER_KEY, PATHS, REQUESTS, ROOT, SLOW, Command, Proxy, ProxyCase,
+                     RawClient, Reply, bearer, chat, clean_environment, cp, get, memory_bytes,
+                     message, need_files, post, release, run_main, said, second_proxy, send,
+                     wait_until, workers)
 from fake_upstream import (CHAT, DEVICE_CODE, DEVICE_POLL, EXCHANGE, MODELS, Answer, FakeUpstream)
-from test_auth import FolderCase, run_main
-from test_loop import memory_bytes, workers
-from test_server import PATHS, RawClient, SharedCase, get, post, release, said
+from cases import FolderCase, SharedCase
 
-KEY, OTHER_KEY = "made-up-operator-key", "made-up-second-key"
 CERTIFICATE = os.path.join(HERE, "localhost.pem")        # self-signed, good for 100 years
 POSIX = os.name == "posix"
-
-
-def bearer(key: str) -> dict[str, str]:
-    return {"Authorization": "Bearer " + key}
 
 
 class KeyTest(SharedCase):

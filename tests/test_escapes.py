@@ -7,9 +7,9 @@ import json
 import logging
 import unittest
 
-from support import ProxyCase, chat, cp
+from support import ProxyCase, chat, cp, run_main
 from fake_upstream import CHAT, EXCHANGE, Answer, FakeUpstream, make_model
-from test_auth import FolderCase, run_main
+from cases import FolderCase
 
 #: what must never arrive as it is: controls, C1, bidi, zero width, fillers, line separators, tags
 RAW = ("\x00", "\x07", "\x08", "\x0b", "\x0c", "\r", "\x1b", "\x7f", "\x85", "\x9b", "\x9d", "\xad",

@@ -8,13 +8,12 @@ import random
 import time
 import unittest
 
-from support import SLOW, raw_exchange
+from support import SLOW, chunked_post, memory_bytes, post, raw_exchange
 import copilot_proxy as cp
 from copilot_proxy import DIALECTS, ProxyError, Request
-from test_loop import memory_bytes
-from test_server import SharedCase, chunked_post, post
 from test_laws import MODEL, SEEDS, some_request, some_response
 from test_matrix import CELLS, PARALLEL, events_of, run
+from cases import SharedCase
 
 ODD = (None, 1, -1, 1.5, True, "", "x", [], {}, [None], [1], ["x"], [[]], [{}], {"type": "x"},
        {"type": None}, {"type": []}, {"text": 1}, "\ud800", "cpx1.e30=", {"a": {"b": []}})

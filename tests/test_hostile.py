@@ -14,9 +14,10 @@ import time
 import unittest
 from typing import Any, Iterator
 
-from support import REQUESTS, SLOW, chat, message, need_files, raw_exchange, response
+from support import (PATHS, REQUESTS, SLOW, RawClient, chat, chunked_post, get, message, need_files,
+                     post, raw_exchange, release, response, said)
 from fake_upstream import CHAT, EMBEDDINGS, MESSAGES, RESPONSES, Answer
-from test_server import PATHS, RawClient, SharedCase, chunked_post, get, post, release, said
+from cases import SharedCase
 
 SEED = 20261121
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "$schema": "x"}

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import unittest
 
-from support import ProxyCase, chat, cp, message, second_proxy
-from test_server import RawClient, SharedCase
+from support import ProxyCase, RawClient, chat, cp, message, second_proxy
+from cases import SharedCase
 
 FOREIGN_HOSTS = (
     "evil:80@localhost", "localhost:evil", "localhost@evil", "evil@localhost", "user:pw@localhost:80",

@@ -18,11 +18,11 @@ import unittest
 from typing import Any, Callable, Iterator
 from unittest import mock
 
-from support import (DEADLINE_S, REQUESTS, Proxy, chat, cp, message, need_files, patient, response,
-                     second_proxy, wait_until)
+from support import (DEADLINE_S, REQUESTS, Proxy, RawClient, chat, cp, get, memory_bytes, message,
+                     need_files, patient, post, release, response, said, second_proxy, wait_until,
+                     workers)
 from fake_upstream import CHAT, EXCHANGE, Answer
-from test_relay import DELTAS, ENDINGS, PINGS, OpenStream, RelayCase, numbered, stream_text
-from test_server import RawClient, get, post, release, said
+from cases import DELTAS, ENDINGS, PINGS, OpenStream, RelayCase, numbered, stream_text
 
 GONE_S = 1.0                       # in which a client's leaving must reach the upstream
 SETTLE_S = 3.0                     # for all to be closed; the DRAIN_S of half a second is in it
@@ -80,16 +80,6 @@ def pass_time(seconds: float) -> None:
     """Time itself is what the test is about."""
     until = time.monotonic() + seconds
     wait_until(lambda: time.monotonic() >= until)
-
-
-def memory_bytes() -> int:
-    """What this process holds in memory (Linux)."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def workers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "worker"]
 
 
 def boom(*args: Any, **more: Any) -> Any:

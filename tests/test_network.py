@@ -19,11 +19,10 @@ import unittest
 import unittest.mock
 from typing import Any, Iterator
 
-from support import SCRIPT, SLOW, clean_environment, run_command
+from support import SCRIPT, SLOW, clean_environment, run_command, run_main
 import copilot_proxy as cp
 from fake_upstream import FakeUpstream
-from test_auth import run_main
-from test_cli import MappingProxy
+from cases import MappingProxy
 
 TENANT = "octo.ghe.com"
 POSIX = os.name == "posix"

@@ -11,10 +11,9 @@ import tempfile
 import unittest
 from typing import Any, Iterator
 
-from support import ROOT, Command, Proxy, clean_environment
+from support import ROOT, Command, Proxy, clean_environment, run_main
 import copilot_proxy as cp
 from fake_upstream import FakeUpstream
-from test_auth import run_main
 
 SCRIPT_WORDS = ("python3", "copilot_proxy.py")
 #: commands that other tests run: the suite itself, the container of test_scaleout

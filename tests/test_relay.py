@@ -15,108 +15,13 @@ import unittest
 from typing import Any
 from unittest import mock
 
-from support import (DEADLINE_S, REQUESTS, SLOW, ProxyCase, chat, cp, message, response,
-                     second_proxy, wait_until)
+from support import (DEADLINE_S, PATHS, REQUESTS, SLOW, ProxyCase, RawClient, chat, cp, message,
+                     post, release, response, said, second_proxy, wait_until)
 from fake_upstream import CHAT, COUNT_TOKENS, EMBEDDINGS, RESPONSES, Answer, FakeUpstream
-from test_server import PATHS, RawClient, SharedCase, post, release, said
+from cases import (DELTAS, ENDINGS, PINGS, OpenStream, RelayCase, SharedCase, body_text, numbered,
+                   stream_text)
 
 GONE_S = 1.0                       # in which a client's leaving must reach the upstream
-PINGS = {"/v1/chat/completions": b": keepalive\n\n", "/v1/responses": b": keepalive\n\n",
-         "/v1/messages": b'event: ping\ndata: {"type":"ping"}\n\n'}
-ENDINGS = {"/v1/chat/completions": b"[DONE]", "/v1/responses": b"response.completed",
-           "/v1/messages": b"message_stop"}
-DELTAS = {"/v1/chat/completions": b'"content":"', "/v1/responses": b"output_text.delta",
-          "/v1/messages": b"text_delta"}
-
-
-def stream_text(path: str, events: list[Any]) -> str:
-    """What a client of the dialect reads out of a stream."""
-    if path == "/v1/chat/completions":
-        return "".join(choice["delta"].get("content") or ""
-                       for event in events for choice in event.get("choices", []))
-    if path == "/v1/responses":
-        return "".join(event["delta"] for event in events
-                       if event["type"] == "response.output_text.delta")
-    return "".join(event["delta"].get("text", "") for event in events
-                   if event["type"] == "content_block_delta")
-
-
-def body_text(path: str, answer: Any) -> str:
-    """The same of a whole answer."""
-    if path == "/v1/chat/completions":
-        return str(answer["choices"][0]["message"]["content"])
-    if path == "/v1/responses":
-        return "".join(part["text"] for item in answer["output"] if item["type"] == "message"
-                       for part in item["content"])
-    return "".join(block.get("text", "") for block in answer["content"])
-
-
-def numbered(count: int, size: int = 12) -> str:
-    """What the fake says for @@events=count@@."""
-    return "".join(("%d " % number).ljust(size, ".")[:size] for number in range(count))
-
-
-class OpenStream:
-    """A streamed answer that is read bit by bit: `until(text)` reads until it has come."""
-
-    def __init__(self, client: RawClient, path: str, body: Any, *fields: str) -> None:
-        self.path, self.client = path, client
-        client.send(post(path, body, *fields))
-        self.got = b""
-        self._answer: Any = None
-
-    def head(self) -> int:
-        if self._answer is None:
-            self._answer = self.client.begin("POST")
-        return int(self._answer.status)
-
-    def until(self, text: bytes) -> bytes:
-        self.head()
-        while text not in self.got:
-            data = self._answer.read1(65536)
-            if not data:
-                raise AssertionError("the stream ended without %r: %r" % (text, self.got))
-            self.got += data
-        return self.got
-
-    def rest(self) -> bytes:
-        self.head()
-        self.got += self._answer.read()
-        return self.got
-
-
-class RelayCase(SharedCase):
-    """Streams on a shared fake; each test leaves nothing running."""
-
-    def setUp(self) -> None:
-        self.addCleanup(self.settle)
-
-    def settle(self) -> None:
-        self.fake.release()
-        self.assertTrue(self.fake.wait_for(lambda: self.fake.open_streams == 0, 5))
-
-    def assert_error_end(self, path: str, body: bytes) -> None:
-        """The body ends with the dialect's error event and not politely."""
-        decoder = cp.SSEDecoder()
-        frames = decoder.feed(body) + decoder.close()
-        self.assertNotIn(ENDINGS[path], body)
-        self.assertNotIn(b"[DONE]", body)
-        last = json.loads(frames[-1].data)
-        if path == "/v1/chat/completions":
-            self.assertEqual(set(last), {"error"})
-            self.assertTrue(last["error"]["message"])
-            for frame in frames[:-1]:
-                for choice in json.loads(frame.data)["choices"]:
-                    self.assertIsNone(choice["finish_reason"])
-        elif path == "/v1/responses":
-            self.assertEqual((frames[-1].event, last["type"]), ("response.failed",) * 2)
-            self.assertEqual(last["response"]["status"], "failed")
-            self.assertTrue(last["response"]["error"]["message"])
-            numbers = [json.loads(frame.data)["sequence_number"] for frame in frames]
-            self.assertEqual(numbers, sorted(set(numbers)))
-        else:
-            self.assertEqual((frames[-1].event, last["type"]), ("error", "error"))
-            self.assertTrue(last["error"]["message"])
 
 
 class StreamTest(RelayCase):

@@ -17,10 +17,9 @@ import unittest
 import unittest.mock
 from typing import Any
 
-from support import SCRIPT, Proxy, clean_environment, wait_until
+from support import SCRIPT, Proxy, clean_environment, run_main, wait_until
 import copilot_proxy as cp
 from fake_upstream import CHAT, MESSAGES, RESPONSES, Answer, FakeUpstream, make_model
-from test_auth import run_main
 
 POSIX = os.name == "posix"
 FILE_CLIENTS = [name for name, recipe in cp.CLIENTS.items() if recipe.files]

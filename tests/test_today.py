@@ -17,11 +17,10 @@ import unittest.mock
 from typing import Any, Iterator
 
 from support import (ROOT, SCRIPT, Proxy, ProxyCase, chat, clean_environment, message, response,
-                     wait_until)
+                     run_main, wait_until)
 import copilot_proxy as cp
 from fake_upstream import (CHAT, EMBEDDINGS, MESSAGES, MODELS, RESPONSES, Answer, FakeUpstream,
                            make_model, today_models)
-from test_auth import run_main
 
 TODAY = [cp.Model.from_entry(entry) for entry in today_models()]
 HEADER = "x-copilot-proxy-model"

@@ -12,6 +12,7 @@ from support import REQUESTS, Proxy, ProxyCase, Reply, TestClock, chat, message,
 import copilot_proxy as cp
 from fake_upstream import (CHAT, EXCHANGE, MESSAGES, MODELS, USAGE, Answer, FakeUpstream, Token,
                            make_model)
+from cases import ClockCase
 
 HOUR_S = 3600.0
 
@@ -44,29 +45,6 @@ def at_once(count: int, work: Callable[[], Any]) -> list[Any]:
     for thread in threads:
         thread.join(20)
     return results
-
-
-class ClockCase(ProxyCase):
-    """A proxy whose clock the test moves."""
-
-    def setUp(self) -> None:
-        self.clock = TestClock()
-        self.fake = self.enter(FakeUpstream())
-        self.proxy = self.enter(Proxy(self.fake, clock=self.clock, **self.settings))
-
-    def ask(self) -> Reply:
-        return self.proxy.post("/v1/chat/completions", chat("hi"))
-
-    def warm_up(self) -> None:
-        """The first token and catalogue are there."""
-        self.assertEqual(self.ask().status, 200)
-        self.assertEqual(self.fake.exchanges, 1)
-
-    @property
-    def account(self) -> cp.Copilot:
-        account = self.proxy.app.account
-        assert account is not None
-        return account
 
 
 class FreshnessTest(ClockCase):
