@@ -8578,7 +8578,7 @@ class Account(Copilot):
         self.name = name or self.id
         self.limiter = RateLimiter(app.settings.rate_limit, app.settings.wait)
         self.stats = Stats()
-        self.on_headers = lambda headers: app.see_quotas(self.id, "header", {
+        self.on_headers = lambda headers: app.ledger.see_quotas(self, "header", {
             name.partition("-snapshot-")[2] or name.partition("-ratelimit-")[2]: value
             for name, value in headers.items() if name.startswith(QUOTA_PREFIXES)})
         if app.settings.show_token:
@@ -8780,6 +8780,109 @@ class RequestRecord:
             parts.append("error=" + printable(self.failure))
         return redact(" ".join(parts))
 
+class Ledger:
+    """What happens here, for people: counts since the start, the requests that run and the last
+    that ended, the budget, the history, the quotas, and the events that tell of it.
+    Thread-safe: each part guards itself, and what is plain here is changed in one step.
+
+    running: id -> request that has begun and not ended; quotas: (account's id, lane) -> what was
+    said of it last: whose it is, source, snapshot or header, unix time."""
+
+    def __init__(self, settings: Settings, folder: str, log: logging.Logger,
+                 clock: Callable[[], tuple[float, float]]) -> None:
+        self._log, self._clock = log, clock
+        path = "" if settings.no_history else os.path.join(folder, "history.sqlite3")
+        if path and settings.demo:
+            path = ":memory:"
+        self.events, self.stats = Events(), Stats()
+        self.history = History(path, log)
+        self.budget = Budget(settings.budget, lambda: clock()[1], log, self.events.tell)
+        self.running: dict[str, RequestRecord] = {}
+        self.recent: collections.deque[Json] = collections.deque(maxlen=RECENT)
+        self.quotas: dict[tuple[str, str], tuple[Account, str, Any, float]] = {}
+
+    # -- requests
+
+    def begin(self, record: RequestRecord) -> None:
+        """A request has come in."""
+        self.running[record.id] = record
+
+    def show_running(self, record: RequestRecord) -> None:
+        """To the page: a request goes up, or its first byte has come."""
+        if record.asked.label and self.events.readers:
+            self.events.tell("request", dict(shown(record.row()), state="running"))
+
+    def record(self, record: RequestRecord) -> None:
+        """A request has ended: into the counts, the quotas, the history, the log, to the page."""
+        self.running.pop(record.id, None)
+        row, account = record.row(), record.account
+        sinks = [self.stats, account.stats] if account else [self.stats]
+        for stats in sinks:
+            stats.count({"requests": {(record.route, str(record.status)): 1}})
+        for meter in record.meters:
+            if meter.quotas and account:
+                self.see_quotas(account, "stream", meter.quotas)
+        if record.asked.label:
+            self._record_row(row, redact(record.failure), sinks)
+
+        log = self._log
+        if log.isEnabledFor(logging.INFO):
+            # as log.info would, but without its search for the caller's line in each request
+            log.handle(log.makeRecord(log.name, logging.INFO, "", 0, record.log_line(row), (),
+                                      None, extra={"row": row}))
+
+    def _record_row(self, row: Json, message: str, sinks: list[Stats]) -> None:
+        counts = {name: row[name] for name in COUNTS if row[name] is not None}
+        tokens = {(row["model"], name): number for name, number in counts.items()}
+        if row["nano_aiu"] is None and row["estimate"] is not None:
+            counts["estimate"] = row["estimate"]
+        errors = int(row["error"] not in (None, "client_left"))
+        for stats in sinks:
+            stats.count({"tokens": tokens, "totals": dict(counts, requests=1, errors=errors)})
+
+        self.budget.spend(row)
+        self.history.put(row)
+        row["message"] = message or None               # not among the columns
+        self.recent.appendleft(row)
+        if self.events.readers:
+            self.events.tell("request", shown(row))
+
+    def note_changes(self, record: RequestRecord, losses: Losses, repairs: Iterable[str]
+                     ) -> Headers:
+        """What did not go upstream, and what was repaired -> headers that tell what is new."""
+        headers = {}
+        names = {name for name, _ in losses}
+        for group, notes, found, more in (("lossy", record.losses, names, losses.more),
+                                          ("repaired", record.repairs, set(repairs), 0)):
+            before = str(notes)
+            fresh = notes.add(found, more)
+            if str(notes) != before:
+                headers["x-copilot-proxy-" + group] = str(notes)
+                self._log.debug("%s %s: %s", record.id, group, losses or repairs)
+                self.stats.count({group: dict.fromkeys(fresh, 1)})
+        return headers
+
+    # -- quotas
+
+    def see_quotas(self, account: Account, source: str, told: Mapping[str, Any]) -> None:
+        """Keep what was said last of some lanes; it is looked into when somebody asks."""
+        for name, said in told.items():
+            if (account.id, name) in self.quotas or len(self.quotas) < MAX_NAMES:
+                self.quotas[account.id, name] = account, source, said, self._clock()[1]
+        if told and self.events.readers:
+            self.events.tell("quota", {"lanes": self.lanes(account.id)})
+
+    def lanes(self, wanted: str = "") -> list[Json]:
+        """Every lane of every account, or of one by its id, as told last."""
+        return [dict(quota_lane(name, said), account=account.name, source=source, seen_at=at)
+                for (owner, name), (account, source, said, at) in list(self.quotas.items())
+                if wanted in ("", owner)]
+
+    def history_state(self) -> Json:
+        """Is there a history, and what is wrong with it."""
+        return {"enabled": bool(self.history.path), "problem": self.history.problem or None,
+                "dropped": self.history.dropped}
+
 @dataclass
 class Ticket:
     """A request's way through all limits; only Admission changes it.  who: the key's id, or the
@@ -8861,18 +8964,13 @@ class App:
                             urllib.parse.urlsplit(settings.github_url).netloc.lower(),
                             settings.api_key)
         self.wrong_keys = MinuteLimiter(WRONG_KEYS_PER_MINUTE)
-        self.events, self.stats, self.store = Events(), Stats(), ResponseStore()
-        self.history = History("" if settings.no_history else ":memory:" if settings.demo else
-                               os.path.join(folder, "history.sqlite3"), self.log)
-        self.budget = Budget(settings.budget, lambda: clock()[1], self.log, self.events.tell)
-        self.admission = Admission(settings, self.log, self.budget, self.events.tell)
+        self.ledger = Ledger(settings, folder, self.log, clock)
+        self.store = ResponseStore()
+        self.admission = Admission(settings, self.log, self.ledger.budget,
+                                   self.ledger.events.tell)
         if settings.log_bodies:
             self.log.warning("--log-bodies: EVERY WORD of requests and answers is written to %s",
                              settings.log_bodies)
-        self.running: dict[Any, None] = {}             # exchanges that have begun and not ended
-        self.recent: collections.deque[Json] = collections.deque(maxlen=RECENT)
-        #: (account's id, lane) -> what was said of it last: source, snapshot or header, time
-        self.quotas: dict[tuple[str, str], tuple[str, Any, float]] = {}
         self.images = ImageFetcher(self.upstream.tls_context)
         self.stop = threading.Event()
         self.started = time.time()
@@ -8934,61 +9032,6 @@ class App:
         """All that are in memory, the default one first."""
         with self._lock:
             return [one for one in (self.account, *self._accounts.values()) if one is not None]
-
-    # -- what happens
-
-    def see_quotas(self, account_id: str, source: str, told: Json) -> None:
-        """Keep what was said last of some lanes; it is looked into when somebody asks."""
-        for name, said in told.items():
-            if (account_id, name) in self.quotas or len(self.quotas) < MAX_NAMES:
-                self.quotas[account_id, name] = source, said, self.clock()[1]
-        if told and self.events.readers:
-            self.events.tell("quota", {"lanes": self.lanes(account_id)})
-
-    def lanes(self, wanted: str = "") -> list[Json]:
-        """Every lane of every account, or of one by its id, as told last."""
-        names = {one.id: one.name for one in self.accounts()}
-        return [dict(quota_lane(name, said), account=names.get(owner, owner), source=source,
-                     seen_at=at) for (owner, name), (source, said, at) in
-                list(self.quotas.items()) if wanted in ("", owner)]
-
-    def record(self, record: RequestRecord) -> None:
-        """A request has ended: into the counts, the quotas, the history, the log, to the page."""
-        row, account = record.row(), record.account
-        sinks = [self.stats, account.stats] if account else [self.stats]
-        for stats in sinks:
-            stats.count({"requests": {(record.route, str(record.status)): 1}})
-        for meter in record.meters:
-            if meter.quotas and account:
-                self.see_quotas(account.id, "stream", meter.quotas)
-        if record.asked.label:
-            self._record_row(row, redact(record.failure), sinks)
-
-        log = self.log
-        if log.isEnabledFor(logging.INFO):
-            # as log.info would, but without its search for the caller's line in each request
-            log.handle(log.makeRecord(log.name, logging.INFO, "", 0, record.log_line(row), (),
-                                      None, extra={"row": row}))
-
-    def _record_row(self, row: Json, message: str, sinks: list[Stats]) -> None:
-        counts = {name: row[name] for name in COUNTS if row[name] is not None}
-        tokens = {(row["model"], name): number for name, number in counts.items()}
-        if row["nano_aiu"] is None and row["estimate"] is not None:
-            counts["estimate"] = row["estimate"]
-        errors = int(row["error"] not in (None, "client_left"))
-        for stats in sinks:
-            stats.count({"tokens": tokens, "totals": dict(counts, requests=1, errors=errors)})
-        self.budget.spend(row)
-        self.history.put(row)
-        row["message"] = message or None               # not among the columns
-        self.recent.appendleft(row)
-        if self.events.readers:
-            self.events.tell("request", shown(row))
-
-    def show_running(self, record: RequestRecord) -> None:
-        """To the page: a request goes up, or its first byte has come."""
-        if record.asked.label and self.events.readers:
-            self.events.tell("request", dict(shown(record.row()), state="running"))
 
     # -- the default account
 
@@ -9208,7 +9251,7 @@ class App:
             self.login.stop.set()
         self.upstream.pool.closed = True             # also for what is still under way
         self.upstream.pool.clear()
-        self.history.close()
+        self.ledger.history.close()
 
 
 # ==== 18. HTTP server =============================================================================
@@ -9519,7 +9562,7 @@ class Exchange:
     def _stream_head(self) -> bytes:
         coding = [("Transfer-Encoding", "chunked")] if self._chunked else []
         head = self._head(200, "text/event-stream", coding + [("Cache-Control", "no-cache")])
-        self.app.show_running(self.record)
+        self.app.ledger.show_running(self.record)
         return head
 
     def _head(self, status: int, kind: str, more: list[tuple[str, str]]) -> bytes:
@@ -10285,7 +10328,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, app: App, routes: Routes, host: str, port: int) -> None:
         self.app, self.routes = app, routes
         self._lock = threading.Lock()
-        self._running = app.running
+        self._running: dict[Exchange, None] = {}
         self._workers = Workers(self._work)
         self._baton = Baton()
         self._clients: set[Client] = set()           # open connections; the listener adds, any
@@ -10342,19 +10385,21 @@ class Server(ThreadingHTTPServer):
             client.close()
 
     def begin(self, exchange: Exchange) -> None:
+        """A request has come in; `end` must follow."""
         with self._lock:
             self._running[exchange] = None
+        self.app.ledger.begin(exchange.record)
 
     def end(self, exchange: Exchange) -> None:
         """The exchange is over: one log line."""
         with self._lock:
             self._running.pop(exchange, None)
         self.app.admission.leave(exchange.ticket)
-        self.app.record(exchange.record)
+        self.app.ledger.record(exchange.record)
 
     def start(self, poll_s: float = 0.1) -> None:
         """Serve in threads of its own; returns at once.  A shutdown is noticed within `poll_s`."""
-        self.app.history.ask(self.app.budget.load)
+        self.app.ledger.history.ask(self.app.ledger.budget.load)
         self.loop.start()
         threading.Thread(target=self.serve_forever, args=(poll_s,), name="listener",
                          daemon=True).start()
@@ -10362,7 +10407,7 @@ class Server(ThreadingHTTPServer):
     def finish(self, grace_s: float) -> None:
         """Accept nothing more, give running answers `grace_s`, then end them with an error."""
         self.app.stop.set()
-        self.app.events.close(*self.app.events.readers)
+        self.app.ledger.events.close(*self.app.ledger.events.readers)
         self.shutdown()
         end = time.monotonic() + FIRST_REQUEST_S     # others may go on connecting
         while (self.socket.fileno() >= 0 and wait_ready(self.socket, 0)
@@ -10919,7 +10964,7 @@ def admit(exchange: Exchange, body: Json, model: Model) -> None:
 
     app = exchange.app
     exchange.headers.update(app.admission.admit(exchange.ticket, exchange.client))
-    app.show_running(exchange.record)
+    app.ledger.show_running(exchange.record)
 
 def owner_of(exchange: Exchange, copilot: Copilot) -> str:
     """Whose kept responses are: the account's and the client's key's, as a hash of both."""
@@ -11167,16 +11212,8 @@ def tell_no_search(exchange: Exchange, body: Json, model: Model) -> None:
 
 def tell_losses(exchange: Exchange, losses: Losses, repaired: Iterable[str] = ()) -> None:
     """What did not go upstream, and what was repaired: to the client, the log and /stats."""
-    record = exchange.record
-    names = {name for name, _ in losses}
-    for group, notes, found, more in (("lossy", record.losses, names, losses.more),
-                                      ("repaired", record.repairs, set(repaired), 0)):
-        before = str(notes)
-        fresh = notes.add(found, more)
-        if str(notes) != before:
-            exchange.headers["x-copilot-proxy-" + group] = str(notes)
-            exchange.app.log.debug("%s %s: %s", exchange.id, group, losses or repaired)
-            exchange.app.stats.count({group: dict.fromkeys(fresh, 1)})
+    headers = exchange.app.ledger.note_changes(exchange.record, losses, repaired)
+    exchange.headers.update(headers)
 
 def refuse_websocket(exchange: Exchange) -> None:
     """Codex asks for a WebSocket first and falls back to HTTP when told so at once."""
@@ -11318,31 +11355,40 @@ def check_operator(exchange: Exchange) -> None:
 def stats_report(exchange: Exchange) -> Json:
     """Everything that /stats, /metrics and the page show at a glance; no secret, no words.  The
     operator sees that of all, others what is their account's."""
-    app, names, account = exchange.app, own_names(exchange), exchange.caller.account
-    group = (account.stats if names and account else app.stats).group
-    running = [dict(shown(one.record.row()), state="running") for one in list(app.running)
-               if one.record.asked.label]
-    recent = [shown(row) for row in list(app.recent)]
-    mine = {name: [one for one in found if not names or one["account"] in names]
-            for name, found in (("running", running), ("recent", recent), ("quotas", app.lanes()),
-                                ("accounts", list(map(account_entry, app.accounts()))))}
-    return {"version": __version__, "uptime_s": round(time.time() - app.started, 1),
-            "demo": app.settings.demo, "requests": by_route(account.stats if names and account
-                                                            else app.stats),
-            "losses": group("lossy"), "repairs": group("repaired"), **mine,
-            "totals": with_credits({**NO_COUNTS, "requests": 0, "errors": 0, **group("totals")}),
-            "approvals": [] if names else list(app.admission.approval.waiting.values()),
-            "budget": None if names else app.budget.report(), "history": history_state(app),
-            "log": {"lost_lines": lost_lines(app)}}
+    app, ledger = exchange.app, exchange.app.ledger
+    names, account = own_names(exchange), exchange.caller.account
+    stats = account.stats if names and account else ledger.stats
+    running = [dict(shown(record.row()), state="running")
+               for record in list(ledger.running.values()) if record.asked.label]
+
+    def visible(rows: Iterable[Json]) -> list[Json]:
+        return [row for row in rows if not names or row["account"] in names]
+
+    report: Json = {
+        "version": __version__,
+        "uptime_s": round(time.time() - app.started, 1),
+        "demo": app.settings.demo,
+        "requests": by_route(stats),
+        "losses": stats.group("lossy"),
+        "repairs": stats.group("repaired"),
+        "running": visible(running),
+        "recent": visible(map(shown, list(ledger.recent))),
+        "quotas": visible(ledger.lanes()),
+        "accounts": visible(map(account_entry, app.accounts())),
+        "totals": {**NO_COUNTS, "requests": 0, "errors": 0, **stats.group("totals")},
+        "approvals": [],
+        "budget": None,
+        "history": ledger.history_state(),
+        "log": {"lost_lines": lost_lines(app)}}
+    with_credits(report["totals"])
+    if not names:
+        report["approvals"] = list(app.admission.approval.waiting.values())
+        report["budget"] = ledger.budget.report()
+    return report
 
 def lost_lines(app: App) -> int:
     """Lines of the log that nobody took, counted by the streams they were written to."""
     return sum(getattr(getattr(handler, "stream", None), "lost", 0) for handler in app.log.handlers)
-
-def history_state(app: App) -> Json:
-    """Is there one, and what is wrong with it."""
-    return {"enabled": bool(app.history.path), "problem": app.history.problem or None,
-            "dropped": app.history.dropped}
 
 def label_value(value: Any) -> str:
     """A name as Prometheus wants it between the quotes; names come from upstreams and clients."""
@@ -11352,7 +11398,8 @@ def metrics(exchange: Exchange) -> None:
     """The same for Prometheus, in its text format 0.0.4."""
     check_operator(exchange)
     app, report = exchange.app, stats_report(exchange)
-    group, told = app.stats.group, app.stats.group("tokens").items()
+    group = app.ledger.stats.group
+    told = group("tokens").items()
     lines = []
     for name, text, labels, values in (
             ("uptime_seconds", "since the start", (), {(): report["uptime_s"]}),
@@ -11372,7 +11419,7 @@ def metrics(exchange: Exchange) -> None:
              {(kind,): (report["budget"] or {}).get(kind) for kind in ("limit", "used")}),
             ("approvals_waiting", "requests that wait for a person", (),
              {(): len(report["approvals"])}),
-            ("history_dropped_total", "rows that were lost", (), {(): app.history.dropped}),
+            ("history_dropped_total", "rows that were lost", (), {(): app.ledger.history.dropped}),
             ("log_lines_lost_total", "lines of the log that nobody took", (),
              {(): report["log"]["lost_lines"]})):
         lines.append("# HELP copilot_proxy_%s %s\n# TYPE copilot_proxy_%s %s" % (
@@ -11394,16 +11441,18 @@ def number_of(exchange: Exchange, name: str, usual: int, most: int) -> int:
 
 def history(exchange: Exchange) -> None:
     """GET /history: the newest rows, or those before row `before`."""
-    app, limit = exchange.app, number_of(exchange, "limit", 50, 500)
+    ledger, limit = exchange.app.ledger, number_of(exchange, "limit", 50, 500)
     exchange.client.pause()
     names = own_names(exchange)
-    rows = app.history.query(
+    rows = ledger.history.query(
         "SELECT * FROM requests WHERE n < ? AND (? OR account IN (?, ?)) ORDER BY n DESC LIMIT ?",
         number_of(exchange, "before", MAX_COUNT, MAX_COUNT), not names,
         *(names or ("", "")), limit) if len(names) != 1 else []
-    found = rows if app.history.path else [row for row in list(app.recent)[:limit]
-                                           if not names or row["account"] in names]
-    exchange.reply_json(dict(history_state(app), rows=[shown(row) for row in found],
+    found = rows
+    if not ledger.history.path:
+        found = [row for row in list(ledger.recent)[:limit]
+                 if not names or row["account"] in names]
+    exchange.reply_json(dict(ledger.history_state(), rows=[shown(row) for row in found],
                              next=rows[-1]["n"] if len(rows) == limit else None))
 
 def summary(exchange: Exchange) -> None:
@@ -11415,32 +11464,32 @@ def summary(exchange: Exchange) -> None:
     since = time.mktime((year, month, day - days + 1, 0, 0, 0, 0, 0, -1))
 
     def sums(key: str, order: str) -> list[Json]:
-        return [with_credits(row) for row in exchange.app.history.query(
+        return [with_credits(row) for row in exchange.app.ledger.history.query(
             "SELECT %s, %s FROM requests WHERE at >= ? GROUP BY 1 ORDER BY %s" % (key, SUMS, order),
             since)]
 
     total = (sums("'' AS day", "1") or [with_credits({**NO_COUNTS, "requests": 0, "errors": 0})])[0]
     exchange.reply_json(dict(
-        history_state(exchange.app), days=days, total=total,
+        exchange.app.ledger.history_state(), days=days, total=total,
         by_day=sums("strftime('%Y-%m-%d', at, 'unixepoch', 'localtime') AS day", "1"),
         by_model=sums("model", "requests DESC"), by_client=sums("client", "requests DESC")))
 
 def events(exchange: Exchange) -> None:
     """GET /history/events: what happens, as server-sent events; first of all /stats."""
     check_operator(exchange)
-    app, heard_at = exchange.app, time.monotonic()
-    reader = app.events.open()
+    feed, heard_at = exchange.app.ledger.events, time.monotonic()
+    reader = feed.open()
     try:
         exchange.expect_stream(CHAT.keepalive)
         exchange.write(Frame("hello", dumps(stats_report(exchange))).encode())
-        while reader in app.events.readers and not exchange.client.is_gone():
+        while reader in feed.readers and not exchange.client.is_gone():
             silent = time.monotonic() - heard_at >= exchange.client.keepalive_s
             with contextlib.suppress(queue.Empty):
                 exchange.write(exchange.keepalive if silent else reader.get(timeout=EVENT_LOOK_S))
                 heard_at = time.monotonic()
         exchange.finish()
     finally:
-        app.events.close(reader)
+        feed.close(reader)
 
 def approvals(exchange: Exchange) -> None:
     """GET /approvals: what waits; POST /approvals/ID: a person's answer."""
@@ -11558,7 +11607,7 @@ def usage(exchange: Exchange) -> None:
     exchange.client.pause()
     answer = copilot.fetch_usage()
     copilot.name = str(answer.get("login") or copilot.name)
-    app.see_quotas(copilot.id, "usage", quotas_of(answer))
+    app.ledger.see_quotas(copilot, "usage", quotas_of(answer))
     exchange.reply_json(answer)
 
 def token(exchange: Exchange) -> None:
@@ -12697,8 +12746,8 @@ def write_bundle(app: App, report: Json, path: str) -> None:
     for name in given:
         if re.search("token|key|header", name):
             given[name] = "[set]"
-    rows = app.history.query("SELECT * FROM requests ORDER BY n DESC LIMIT 500") \
-        if os.path.exists(app.history.path) else []
+    rows = app.ledger.history.query("SELECT * FROM requests ORDER BY n DESC LIMIT 500") \
+        if os.path.exists(app.ledger.history.path) else []
     bundle = dict(report, settings=given, headers=sorted(app.settings.headers),
                   requests=[shown(row) for row in rows])
     bundle.setdefault("network", probe_network(app)[0])

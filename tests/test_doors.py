@@ -489,7 +489,7 @@ class AccountTest(AccountCase):
             for _ in range(3):
                 proxy.post("/v1/chat/completions", chat("a"), **bearer(key))
             proxy.post("/v1/chat/completions", chat("a"), **bearer(KEY))
-            wait_until(lambda: proxy.app.stats.group("requests").get(
+            wait_until(lambda: proxy.app.ledger.stats.group("requests").get(
                 ("passthrough", "200")) == 4)
             own = proxy.get("/stats", **bearer(key)).json
             self.assertEqual(own["requests"]["passthrough"], {"200": 3})

@@ -135,16 +135,18 @@ class HeaderTest(Case):
 class LabelTest(Case):
     def test_names_of_lanes_are_escaped_as_prometheus_reads_them(self) -> None:
         name = EVIL + '"\\'
-        self.proxy.app.see_quotas("x", "usage", {name: {"entitlement": 10, "remaining": 5}})
+        account = self.proxy.app.account
+        self.proxy.app.ledger.see_quotas(account, "usage", {
+            name: {"entitlement": 10, "remaining": 5}})
         text = self.proxy.get("/metrics").body.decode()
         self.assert_clean(text)
         line = next(line for line in text.split("\n") if "quota_used_percent{" in line)
         self.assertTrue(line.isprintable())
         self.assertIn('\\\\x1b[2J', line)
-        self.assertRegex(line, r'\A\w+\{account="x",lane="([^"\\]|\\["\\n])*"\} 50\.0\Z')
+        self.assertRegex(line, r'\A\w+\{account="[0-9a-f]+",lane="([^"\\]|\\["\\n])*"\} 50\.0\Z')
 
     def test_names_of_fields_of_clients_are_escaped(self) -> None:
-        self.proxy.app.stats.count({"lossy": {EVIL: 1}})
+        self.proxy.app.ledger.stats.count({"lossy": {EVIL: 1}})
         self.assert_clean(self.proxy.get("/metrics").body.decode())
 
 

@@ -514,15 +514,15 @@ class DatabaseTest(HistoryCase):
         self.enter(mock.patch.object(cp, "HISTORY_ROWS", 50))
         row = dict.fromkeys(cp.ROW_FIELDS, "x" * 100)
         for at in range(3000):
-            self.proxy.app.history.put(dict(row, id=str(at), at=time.time() if at else 5.0))
+            self.proxy.app.ledger.history.put(dict(row, id=str(at), at=time.time() if at else 5.0))
         found = wait_until(lambda: (lambda rows: rows and rows[0]["id"] == "2999" and rows)(
-            self.proxy.app.history.query("SELECT id, at FROM requests ORDER BY n DESC")))
+            self.proxy.app.ledger.history.query("SELECT id, at FROM requests ORDER BY n DESC")))
         self.assertLessEqual(len(found), 50 + 2000)
         self.assertNotIn("0", [row["id"] for row in found])
         for at in range(3000):
-            self.proxy.app.history.put(dict(row, id="again", at=time.time()))
-        wait_until(lambda: not self.proxy.app.history._rows)
-        self.assertLessEqual(len(self.proxy.app.history.query("SELECT id FROM requests")), 2050)
+            self.proxy.app.ledger.history.put(dict(row, id="again", at=time.time()))
+        wait_until(lambda: not self.proxy.app.ledger.history._rows)
+        self.assertLessEqual(len(self.proxy.app.ledger.history.query("SELECT id FROM requests")), 2050)
 
     @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only: two processes' worth of rows")
     def test_two_proxies_share_a_file(self) -> None:
@@ -617,8 +617,8 @@ class EventTest(HistoryCase):
     def test_a_reader_that_leaves_is_forgotten_and_the_server_ends_at_once(self) -> None:
         self.enter(mock.patch.object(cp, "EVENT_LOOK_S", 0.02))
         with Reader(self.proxy):
-            self.assertEqual(len(self.proxy.app.events.readers), 1)
-        wait_until(lambda: not self.proxy.app.events.readers)
+            self.assertEqual(len(self.proxy.app.ledger.events.readers), 1)
+        wait_until(lambda: not self.proxy.app.ledger.events.readers)
         self.assertEqual(self.proxy.request("HEAD", "/history/events").status, 200)
         with second_proxy(self, grace=30.0) as proxy, Reader(proxy) as reader:
             began = time.monotonic()
@@ -782,7 +782,7 @@ class BudgetTest(HistoryCase):
                 self.assertEqual(proxy.post("/v1/chat/completions", chat("a")).status, 200)
                 told = wait_until(lambda: reader.of("budget")[at:])[0]
                 self.assertEqual(told["state"], ("ok", "ok", "ok", "warning", "spent")[at])
-                wait_until(lambda: len(proxy.app.recent) == at + 1)
+                wait_until(lambda: len(proxy.app.ledger.recent) == at + 1)
             self.assertEqual(proxy.log_text().count("of today's budget"), 2)
             report = self.stats(proxy)["budget"]
             self.assertAlmostEqual(report["percent"], 500 / 4.5, places=3)
@@ -827,7 +827,7 @@ class BudgetTest(HistoryCase):
         with self.limited(budget=limit, no_history=True) as without:
             for status in (200, 200, 429):
                 self.assertEqual(without.post("/v1/chat/completions", chat("a")).status, status)
-                wait_until(lambda: not without.app.running)
+                wait_until(lambda: not without.app.ledger.running)
 
     def test_nothing_is_lost_when_the_clock_passes_midnight(self) -> None:
         self.clock.now = local(2026, 11, 21, 23, 59, 59)
@@ -863,7 +863,7 @@ class BudgetTest(HistoryCase):
             for status in (200, 200, 429):
                 reply = proxy.post("/v1/chat/completions", chat("a"), **headers)
                 self.assertEqual(reply.status, status)
-                wait_until(lambda: not proxy.app.running)
+                wait_until(lambda: not proxy.app.ledger.running)
             self.assertIn("session", reply.json["error"]["message"])
             self.assertNotIn("retry-after", reply.headers)
             self.assertEqual(proxy.post("/v1/chat/completions", chat("a"), **dict(
@@ -916,8 +916,9 @@ class MetricsTest(HistoryCase):
             self.proxy.stream(path, make("a"))
         self.proxy.post("/v1/chat/completions", chat("a", model='x"\\\n{}é', stop=["a"]))
         self.proxy.post("/v1/messages", message("a", model="gpt-5.3-codex", top_k=1))
-        wait_until(lambda: not [e for e in self.proxy.app.running if e.record.asked.label])
-        wait_until(lambda: len(self.proxy.app.recent) == 8)
+        wait_until(lambda: not [r for r in list(self.proxy.app.ledger.running.values())
+                            if r.asked.label])
+        wait_until(lambda: len(self.proxy.app.ledger.recent) == 8)
         reply = self.proxy.get("/metrics")
         self.assertEqual(reply.headers["content-type"],
                          "text/plain; version=0.0.4; charset=utf-8")

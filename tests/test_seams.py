@@ -87,7 +87,7 @@ class WholeForStreamTest(ProxyCase):
     def test_a_failure_after_the_first_byte_is_in_the_history(self) -> None:
         self.fake.script(CHAT, self.slow(end=False))
         self.post("/v1/messages", dict(chat("Hello"), max_tokens=100))
-        row = wait_until(lambda: list(self.proxy.app.recent))[0]
+        row = wait_until(lambda: list(self.proxy.app.ledger.recent))[0]
         self.assertEqual((row["status"], row["error"]), (200, "upstream_stream_ended"))
         self.assertEqual(self.proxy.get("/stats").json["totals"]["errors"], 1)
 

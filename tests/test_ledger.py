@@ -1,0 +1,91 @@
+"""What is kept of requests and quotas, by one owner (section 17)."""
+from __future__ import annotations
+
+import logging
+import unittest
+from typing import Any
+
+from support import TestClock, cp
+
+
+class FakeAccount:
+    def __init__(self, name: str) -> None:
+        self.id = "id-" + name
+        self.name = name
+        self.stats = cp.Stats()
+
+
+class LedgerTest(unittest.TestCase):
+    def setUp(self) -> None:
+        settings = cp.Settings(no_history=True).check()
+        self.clock = TestClock()
+        self.ledger = cp.Ledger(settings, "", logging.getLogger("copilot_proxy"), self.clock)
+
+    def begin(self, path: str = "/chat/completions") -> cp.RequestRecord:
+        record = cp.RequestRecord.begin("POST", path, {}, self.clock()[1])
+        self.ledger.begin(record)
+        return record
+
+    def test_a_request_runs_until_it_is_recorded(self) -> None:
+        record = self.begin()
+        self.assertEqual(list(self.ledger.running), [record.id])
+        record.begin_answer(200)
+        self.ledger.record(record)
+        self.assertEqual(self.ledger.running, {})
+        self.assertEqual([row["id"] for row in self.ledger.recent], [record.id])
+        self.assertEqual(self.ledger.stats.group("requests"), {("local", "200"): 1})
+
+    def test_a_request_that_cannot_be_recorded_does_not_run_for_ever(self) -> None:
+        record = self.begin()
+        record.row = None                                             # type: ignore[assignment]
+        with self.assertRaises(TypeError):
+            self.ledger.record(record)
+        self.assertEqual(self.ledger.running, {})
+
+    def test_an_account_has_counts_of_its_own(self) -> None:
+        account: Any = FakeAccount("one")
+        record = self.begin()
+        record.account = account
+        record.begin_answer(200)
+        meter = cp.Meter()
+        meter.take({"usage": {"prompt_tokens": 7, "completion_tokens": 1}})
+        record.hear({}, meter)
+        self.ledger.record(record)
+        self.ledger.record(self.begin())
+        self.assertEqual(account.stats.group("totals")["input"], 7)
+        self.assertEqual(account.stats.group("totals")["requests"], 1)
+        self.assertEqual(self.ledger.stats.group("totals")["requests"], 2)
+
+    def test_what_is_no_question_to_a_model_is_counted_only(self) -> None:
+        self.ledger.record(self.begin("/auth/device/start"))
+        self.assertEqual(len(self.ledger.recent), 0)
+        self.assertEqual(sum(self.ledger.stats.group("requests").values()), 1)
+
+    def test_lanes_name_their_account_as_it_is_called_now(self) -> None:
+        account: Any = FakeAccount("0a1b")
+        self.ledger.see_quotas(account, "usage", {"chat": {"entitlement": 10, "remaining": 5}})
+        account.name = "octocat"
+        lane = self.ledger.lanes()[0]
+        self.assertEqual((lane["account"], lane["source"], lane["left"]), ("octocat", "usage", 5))
+        self.assertEqual(self.ledger.lanes("another"), [])
+
+    def test_lanes_are_bounded(self) -> None:
+        account: Any = FakeAccount("one")
+        self.ledger.see_quotas(account, "usage", {
+            str(number): {} for number in range(cp.MAX_NAMES + 5)})
+        self.assertEqual(len(self.ledger.quotas), cp.MAX_NAMES)
+
+    def test_changes_are_told_once_and_counted_once(self) -> None:
+        record, losses = self.begin(), cp.Losses()
+        losses.add("seed", "not known upstream")
+        first = self.ledger.note_changes(record, losses, ["images"])
+        self.assertEqual(first, {"x-copilot-proxy-lossy": "seed",
+                                 "x-copilot-proxy-repaired": "images"})
+        self.assertEqual(self.ledger.note_changes(record, losses, ["images"]), {})
+        self.assertEqual(self.ledger.stats.group("lossy"), {"seed": 1})
+        row = record.row()
+        self.assertEqual((row["losses"], row["repairs"]), ("seed", "images"))
+
+
+if __name__ == "__main__":
+    unittest.main()
