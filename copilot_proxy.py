@@ -231,6 +231,7 @@ MAX_LOSSES, MAX_LOSS_CHARS = 200, 60     # recorded for one request; of a field'
 MAX_NOTE_CHARS = 2048                    # of the headers that list losses and repairs
 STORE_COUNT, STORE_BYTES = 2000, 64 * 1024 * 1024    # of answers that clients may name later
 STORE_AGE_S = 6 * 3600.0
+MAX_REFERENCES, MAX_KEPT_IDS = 4096, 5000    # to kept items in one request; of items of an answer
 IMAGE_BYTES, IMAGE_TIMEOUT_S, IMAGE_CACHE = 5 * 1024 * 1024, 15.0, 12    # of fetched images
 ATTACHMENTS_URL = "https://github.com/github-copilot/chat/attachments/"
 NANO, MAX_COUNT = 10 ** 9, 2 ** 53       # nano-AIU of a credit (USD 0.01); larger is no count
@@ -8476,89 +8477,153 @@ def append_body(folder: str, name: str, data: bytes) -> None:
     with open(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600), "ab") as body:
         body.write(redact(data.decode("utf-8", "replace")).encode("utf-8", "replace"))
 
-class ResponseStore:
-    """Answers of /responses that their client may name later, with the request each one answers:
-    bounded in number, bytes and age, the oldest go first.  `owner` is whose they are.
+_ITEM_IDS = re.compile(rb'"id":("[^"\\]{1,%d}")' % MAX_ID_CHARS)
 
-    Kept as bytes and parsed when asked for.  `_lock` guards the fields."""
+class KeptResponse:
+    """An answer of /responses, the request that it answers, and when it came (monotonic).
+
+    Both stay bytes and are parsed when they are asked for."""
+
+    def __init__(self, at: float, request: bytes, answer: bytes) -> None:
+        self.at, self.request, self.answer = at, request, answer
+        self.size_bytes = len(request) + len(answer)
+
+    @functools.cached_property
+    def ids(self) -> frozenset[bytes]:
+        """The ids in the answer, as JSON."""
+        found = _ITEM_IDS.finditer(self.answer)
+        return frozenset(match.group(1) for match, _ in zip(found, range(MAX_KEPT_IDS)))
+
+    def parse_answer(self) -> Json:
+        """The answer, which is kept as a body or as the last event of a stream."""
+        is_body = self.answer[:1] == b"{"
+        value = as_object(loads(self.answer if is_body else Frame.parse(self.answer).data))
+        return as_object(value.get("response", value))
+
+    def parse_input(self) -> list[Json]:
+        """The items that the request held."""
+        return input_items(loads(self.request))
+
+class ResponseStore:
+    """Answers of /responses that their client may name later: bounded in number, bytes and age,
+    the oldest go first.  `owner` is whose they are.  `_lock` guards the fields."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        #: (owner, id) -> (monotonic time, request body, frame or body of the answer)
-        self._kept: collections.OrderedDict[tuple[str, str], tuple[float, bytes, bytes]]
+        self._kept: collections.OrderedDict[tuple[str, str], KeptResponse]    # (owner, id) ->
         self._kept = collections.OrderedDict()
         self._size = 0
 
     def put(self, owner: str, request: bytes, response_id: str, answer: bytes) -> None:
         """Keep an answer; cheap."""
+        kept = KeptResponse(time.monotonic(), request, answer)
         with self._lock:
             self._drop((owner, response_id))
-            self._kept[owner, response_id] = (time.monotonic(), request, answer)
-            self._size += len(request) + len(answer)
+            self._kept[owner, response_id] = kept
+            self._size += kept.size_bytes
             while self._size > STORE_BYTES or len(self._kept) > STORE_COUNT:
                 self._drop(next(iter(self._kept)))
 
     def _drop(self, key: tuple[str, str]) -> bool:
-        found = self._kept.pop(key, None)
-        self._size -= len(found[1]) + len(found[2]) if found else 0
-        return found is not None
+        kept = self._kept.pop(key, None)
+        if kept is None:
+            return False
+        self._size -= kept.size_bytes
+        return True
 
-    def _alive(self, owner: str) -> list[tuple[str, bytes, bytes]]:
-        """[(id, request, answer)] of an owner, the newest first."""
+    def _drop_old(self) -> None:
+        oldest = time.monotonic() - STORE_AGE_S
+        for key in [key for key, kept in self._kept.items() if kept.at < oldest]:
+            self._drop(key)
+
+    def _of(self, owner: str) -> list[KeptResponse]:
+        """All of an owner, the newest first."""
         with self._lock:
-            limit = time.monotonic() - STORE_AGE_S
-            for key in [key for key, found in self._kept.items() if found[0] < limit]:
-                self._drop(key)
-            return [(key[1], *found[1:]) for key, found in reversed(self._kept.items())
-                    if key[0] == owner]
+            self._drop_old()
+            return [kept for key, kept in reversed(self._kept.items()) if key[0] == owner]
+
+    def _get(self, owner: str, response_id: str) -> KeptResponse | None:
+        with self._lock:
+            self._drop_old()
+            return self._kept.get((owner, response_id))
 
     def find(self, owner: str, response_id: str) -> tuple[Json, list[Json]] | None:
         """(answer, input items) of a kept response, None when it is not there."""
-        return next(((self._parse(answer), input_items(loads(request)))
-                     for key, request, answer in self._alive(owner) if key == response_id), None)
+        kept = self._get(owner, response_id)
+        return (kept.parse_answer(), kept.parse_input()) if kept else None
 
-    def find_item(self, owner: str, item_id: str) -> Json | None:
-        """An output item that some kept answer holds under this id."""
-        quoted = dumps(item_id)
-        return next((item for _, _, answer in self._alive(owner) if quoted in answer
-                     for item in as_list(self._parse(answer).get("output"))
-                     if as_object(item).get("id") == item_id), None)
+    def find_items(self, owner: str, ids: Iterable[str]) -> dict[str, bytes]:
+        """{id: item as JSON} of the output items that are there: each answer is looked at once."""
+        missing = {dumps(item_id): item_id for item_id in ids}
+        found: dict[str, bytes] = {}
+        for kept in self._of(owner):
+            if not missing:
+                break
+            if kept.ids.isdisjoint(missing):
+                continue
+            for item in map(as_object, as_list(kept.parse_answer().get("output"))):
+                item_id = missing.pop(dumps(item.get("id")), None)
+                if item_id is not None:
+                    found[item_id] = dumps(item)
+        return found
 
     def delete(self, owner: str, response_id: str) -> bool:
         """False when it is not there."""
         with self._lock:
             return self._drop((owner, response_id))
 
-    @staticmethod
-    def _parse(answer: bytes) -> Json:
-        value = as_object(loads(answer if answer[:1] == b"{" else Frame.parse(answer).data))
-        return as_object(value.get("response", value))
-
-    def expand(self, owner: str, body: Json) -> bool:
+    def expand(self, owner: str, body: Json, size_bytes: int) -> bool:
         """Put what a request names by id into its `input` -> was there anything?
-        Raises BadRequest in OpenAI's words for what is gone: clients then send the whole input."""
-        previous = body.get("previous_response_id")
+
+        size_bytes: of the request as it came.  Raises BadRequest in OpenAI's words for what is
+        gone, since clients then send the whole input, and 413 for what grows too large."""
         items = input_items(body)
-        references = [item for item in items if item.get("type") == "item_reference"]
-        if not previous and not references:
+        previous = body.get("previous_response_id")
+        has_references = any(item.get("type") == "item_reference" for item in items)
+        if not previous and not has_references:
             return False
-        for at, item in enumerate(items):
-            if item.get("type") == "item_reference":
-                found = self.find_item(owner, str(item.get("id")))
-                if found is None:
-                    raise BadRequest("Item with id '%s' not found." % printable(
-                        str(item.get("id")), 80), 404, param="input")
-                items[at] = found
+
+        if has_references:
+            items, size_bytes = self._resolve(owner, items, size_bytes)
         if previous:
-            before = self.find(owner, str(previous))
-            if before is None:
-                raise BadRequest("Previous response with id '%s' not found." % printable(
-                    str(previous), 80), code="previous_response_not_found",
-                    param="previous_response_id")
-            items = before[1] + as_list(before[0].get("output")) + items
+            items = self._history(owner, str(previous), size_bytes) + items
             del body["previous_response_id"]
         body["input"] = items
         return True
+
+    def _resolve(self, owner: str, items: list[Json], size_bytes: int
+                 ) -> tuple[list[Json], int]:
+        """(the items with what they refer to, the size of the request then)."""
+        named = [str(item.get("id")) for item in items if item.get("type") == "item_reference"]
+        if len(named) > MAX_REFERENCES:
+            raise BadRequest("more than %d item references: send the items themselves"
+                             % MAX_REFERENCES, 413, param="input")
+        found = self.find_items(owner, named)
+        for item_id in named:
+            if item_id not in found:
+                raise BadRequest("Item with id '%s' not found." % printable(item_id, 80), 404,
+                                 param="input")
+        size_bytes += sum(len(found[item_id]) for item_id in named)
+        check_expanded(size_bytes)
+        resolved = [loads(found[str(item.get("id"))]) if item.get("type") == "item_reference"
+                    else item for item in items]
+        return resolved, size_bytes
+
+    def _history(self, owner: str, response_id: str, size_bytes: int) -> list[Json]:
+        """The conversation up to a kept answer and with it."""
+        kept = self._get(owner, response_id)
+        if kept is None:
+            raise BadRequest("Previous response with id '%s' not found." % printable(
+                response_id, 80), code="previous_response_not_found",
+                param="previous_response_id")
+        check_expanded(size_bytes + kept.size_bytes)
+        return kept.parse_input() + as_list(kept.parse_answer().get("output"))
+
+def check_expanded(size_bytes: int) -> None:
+    """A small request may name large things.  Raises BadRequest 413."""
+    if size_bytes > MAX_BODY_BYTES:
+        raise BadRequest("the request with all that it refers to is larger than %d bytes"
+                         % MAX_BODY_BYTES, 413, param="input")
 
 def show_token(token: CopilotToken) -> None:
     """--show-token: on a terminal, never in a file or pipe that may be a log."""
@@ -11000,7 +11065,7 @@ def complete(dialect: Dialect, exchange: Exchange) -> None:
     keep: Callable[[str, bytes], None] | None = None
     if dialect is RESPONSES:
         owner = owner_of(exchange, copilot)
-        if exchange.app.store.expand(owner, body):
+        if exchange.app.store.expand(owner, body, len(exchange.body)):
             exchange.body = dumps(body)
         if body.get("store") is not False:
             keep = functools.partial(exchange.app.store.put, owner, exchange.body)
@@ -11256,7 +11321,7 @@ def count_input(exchange: Exchange) -> None:
     exchange.dialect = RESPONSES
     body = exchange.json_object()
     copilot, model = resolve(exchange, body)
-    exchange.app.store.expand(owner_of(exchange, copilot), body)
+    exchange.app.store.expand(owner_of(exchange, copilot), body, len(exchange.body))
     exchange.reply_json({"object": "response.input_tokens",
                          "input_tokens": estimate_tokens(body, model.is_claude)})
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import time
 import unittest
 from typing import Any, Callable
+from unittest import mock
 
-from support import SLOW, ProxyCase, message
+from support import SLOW, ProxyCase, message, response
 import copilot_proxy as cp
-from fake_upstream import default_models
+from fake_upstream import RESPONSES, default_models
 
 Json = Any
 Make = Callable[[int], Json]            # how many -> a body without its model
@@ -362,6 +364,62 @@ class LossesTest(ProxyCase):
             for number in range(5000):
                 losses.add("field_%d" % number, "unknown")
         self.assertEqual((len(losses), losses.more), (200, 2 * 4800))
+
+
+class ReferenceTest(ProxyCase):
+    """A small request that names large things of the local store stays bounded."""
+
+    def ask(self, given: Any, **more: Any) -> Any:
+        return self.proxy.post("/v1/responses", response(given, **more))
+
+    def answered(self, words: str) -> Json:
+        reply = self.ask(words)
+        self.assertEqual(reply.status, 200, reply)
+        return reply.json
+
+    def references(self, answer: Json, count: int) -> list[Json]:
+        item = {"type": "item_reference", "id": answer["output"][-1]["id"]}
+        return [HELLO] + [item] * count
+
+    def check_refused(self, reply: Any) -> None:
+        self.assertEqual((reply.status, reply.json["error"]["param"]), (413, "input"), reply)
+        self.assertEqual(reply.json["error"]["type"], "invalid_request_error")
+
+    def test_twenty_thousand_references_to_one_item_of_a_megabyte_are_refused(self) -> None:
+        answer = self.answered("x" * 1_000_000)
+        before = self.fake.count(RESPONSES)
+        for count in (40, 4000, 20_000):
+            for path in ("/v1/responses", "/v1/responses/input_tokens"):
+                with self.subTest(count=count, path=path):
+                    body = response(self.references(answer, count))
+                    self.check_refused(self.proxy.post(path, body))
+        self.assertEqual(self.fake.count(RESPONSES), before)
+
+    def test_four_thousand_references_to_a_small_item_are_looked_up_once(self) -> None:
+        answer = self.answered("small")
+        with mock.patch.object(cp.KeptResponse, "parse_answer", autospec=True,
+                               side_effect=cp.KeptResponse.parse_answer) as parse:
+            self.assertEqual(self.ask(self.references(answer, 4000)).status, 200)
+        self.assertEqual(parse.call_count, 1)
+        sent = self.fake.last(RESPONSES).json["input"]
+        self.assertEqual(sum("small" in json.dumps(item) for item in sent), 4000)
+
+    def test_an_answer_that_is_not_meant_is_not_parsed(self) -> None:
+        for number in range(20):
+            answer = self.answered("answer %d" % number)
+        with mock.patch.object(cp.KeptResponse, "parse_answer", autospec=True,
+                               side_effect=cp.KeptResponse.parse_answer) as parse:
+            self.assertEqual(self.ask([dict(HELLO), {"type": "item_reference",
+                                                     "id": "msg_none"}]).status, 404)
+            self.assertEqual(parse.call_count, 0)
+            self.assertEqual(self.ask(self.references(answer, 1)).status, 200)
+            self.assertEqual(parse.call_count, 1)
+
+    def test_a_chain_of_responses_grows_to_the_limit_of_a_body_and_no_further(self) -> None:
+        answer = self.answered("x" * 9_000_000)          # kept with its echo: 18 MB
+        more = self.ask("short", previous_response_id=answer["id"])
+        self.assertEqual(more.status, 200)
+        self.check_refused(self.ask("y" * 20_000_000, previous_response_id=more.json["id"]))
 
 
 if __name__ == "__main__":
