@@ -232,7 +232,9 @@ MAX_NOTE_CHARS = 2048                    # of the headers that list losses and r
 STORE_COUNT, STORE_BYTES = 2000, 64 * 1024 * 1024    # of answers that clients may name later
 STORE_AGE_S = 6 * 3600.0
 MAX_REFERENCES, MAX_KEPT_IDS = 4096, 5000    # to kept items in one request; of items of an answer
-IMAGE_BYTES, IMAGE_TIMEOUT_S, IMAGE_CACHE = 5 * 1024 * 1024, 15.0, 12    # of fetched images
+IMAGE_BYTES, IMAGE_TIMEOUT_S = 5 * 1024 * 1024, 15.0     # of a fetched image
+IMAGE_CACHE_BYTES = 16 * 1024 * 1024     # of fetched images, as base64
+IMAGE_LOOK_S = 0.25                      # how often its client is looked at meanwhile
 ATTACHMENTS_URL = "https://github.com/github-copilot/chat/attachments/"
 NANO, MAX_COUNT = 10 ** 9, 2 ** 53       # nano-AIU of a credit (USD 0.01); larger is no count
 #: what is known of an answer's cost: tokens, those of the prompt disjoint, and nano-AIU
@@ -4923,6 +4925,17 @@ class OpenCalls:
     def _digest(item: Json) -> str:
         return stable_id("", json.dumps(item, sort_keys=True))
 
+def rename_repeated_calls(step: ToolStep, results: list[Json], seen: set[str]) -> None:
+    """Give each call whose id was there before an id of its own, and its result, too.
+    seen: ids of earlier steps; those of this one are added."""
+    blocks: list[Json] = []
+    for number, call_id in enumerate(step.calls):
+        if call_id in seen:
+            blocks = blocks or [b for b in step.item["content"] if b.get("type") == "tool_use"]
+            call_id = stable_id("call_", "%s %d" % (call_id, len(seen)))
+            blocks[number]["id"] = results[number]["content"][0]["tool_use_id"] = call_id
+        seen.add(call_id)
+
 def _in_order(steps: list[ToolStep], dialect: Dialect, edit: Edit) -> Iterator[Json]:
     """A result belongs to the latest open call of its id before it, else to one behind it."""
     calls, results, orphans = OpenCalls(), {}, set()
@@ -4957,17 +4970,6 @@ def _in_order(steps: list[ToolStep], dialect: Dialect, edit: Edit) -> Iterator[J
         if dialect.unique_call_ids:
             rename_repeated_calls(step, made, seen)
         yield from made
-
-def rename_repeated_calls(step: ToolStep, results: list[Json], seen: set[str]) -> None:
-    """Give each call whose id was there before an id of its own, and its result, too.
-    seen: ids of earlier steps; those of this one are added."""
-    blocks: list[Json] = []
-    for number, call_id in enumerate(step.calls):
-        if call_id in seen:
-            blocks = blocks or [b for b in step.item["content"] if b.get("type") == "tool_use"]
-            call_id = stable_id("call_", "%s %d" % (call_id, len(seen)))
-            blocks[number]["id"] = results[number]["content"][0]["tool_use_id"] = call_id
-        seen.add(call_id)
 
 def orphan_as_text(item: Json, dialect: Dialect) -> Json:
     """A user turn with the text of a result whose call is not there."""
@@ -5211,32 +5213,56 @@ def drop_nonce(edit: Edit) -> None:
         if isinstance(text, str) and text.startswith(_NONCE_LINE):
             edit.set(holder, key, text.partition("\n")[2])
 
-def linked_images(body: Json) -> list[tuple[Json, str, str]]:
-    """(object that holds the URL, its key, the URL) of images that somebody has to fetch."""
+class LinkedImage(NamedTuple):
+    """A part of a conversation whose image somebody has to fetch.  holder: the object in it that
+    holds the URL, under `key`."""
+    part: Json
+    holder: Json
+    key: str
+    url: str
+
+    def put(self, media_type: str, data: str) -> None:
+        """The image itself, as base64, in place of its URL."""
+        if self.holder.get("type") == "url":             # Anthropic's words
+            self.holder.update(type="base64", media_type=media_type, data=data)
+            del self.holder[self.key]
+        else:
+            self.holder[self.key] = "data:%s;base64,%s" % (media_type, data)
+
+def linked_images(body: Json) -> list[LinkedImage]:
+    """All that are named by URL, in order."""
     found = []
     for part in content_parts(body):
         holder = as_object(part.get("source") or part.get("image_url")) or part
         key = "image_url" if holder is part else "url"
         url = holder.get(key)
         if part.get("type") in IMAGE_TYPES and isinstance(url, str) and not is_inline_image(url):
-            found.append((holder, key, url))
+            found.append(LinkedImage(part, holder, key, url))
     return found
+
+def last_turn(body: Json) -> Json:
+    """A body that holds nothing but the last turn of a conversation."""
+    turns = as_list(body.get("messages")) or as_list(body.get("input"))
+    return {"messages": turns[-1:]}
+
+def put_note(part: Json) -> None:
+    """Turn an image into a few words that say that it was left out."""
+    note = given(type="input_text" if part["type"] == "input_image" else "text",
+                 cache_control=part.get("cache_control"), text=SHED_IMAGE)
+    part.clear()
+    part.update(note)
 
 def shed_images(edit: Edit, size: int, limit: int = MAX_SENT_BYTES, most: int = MAX_IMAGES) -> bool:
     """A note instead of the oldest images until at most `most` are left in a body of `size` bytes,
     now within the limit; never of those in the last turn.  Was there one?"""
-    turns = as_list(edit.body.get("messages")) or as_list(edit.body.get("input"))
     images, asked = ([part for part in content_parts(body) if part.get("type") in IMAGE_TYPES]
-                     for body in (edit.body, {"input": turns[-1:]}))
+                     for body in (edit.body, last_turn(edit.body)))
     left = len(images)
     for part in images[:len(images) - len(asked)]:
         if left <= most and size <= limit:
             break
         size, left = size - len(dumps(part)), left - 1
-        note = given(type="input_text" if part["type"] == "input_image" else "text",
-                     cache_control=part.get("cache_control"), text=SHED_IMAGE)
-        part.clear()
-        part.update(note)
+        put_note(part)
         edit.lose("images", "the upstream takes no more")
     return left < len(images)
 
@@ -7233,28 +7259,66 @@ class ImageFetcher:
     """`--fetch-images`: images that clients name by URL.  A name is resolved once, all that it
     stands for must be public, and the connection goes there: another answer of the name server
     changes nothing.  No credentials, no proxy, no redirects.  The last ones are kept, since each
-    turn of a conversation names them again."""
+    turn of a conversation names them again; `_lock` guards them."""
 
     def __init__(self, tls_context: Callable[[], Any]) -> None:
         self.resolve: Callable[..., Any] = socket.getaddrinfo
         self.is_allowed: Callable[[str], bool] = is_public
         self.timeout_s = IMAGE_TIMEOUT_S
         self._tls_context = tls_context
-        self.fetch = functools.lru_cache(IMAGE_CACHE)(self._fetch)
+        self._lock = threading.Lock()
+        self._kept: collections.OrderedDict[str, tuple[str, str]]    # the last used one last
+        self._kept = collections.OrderedDict()
+        self._kept_bytes = 0
 
-    def _fetch(self, url: str) -> tuple[str, str]:
-        """(media type, base64).  Raises BadRequest."""
+    def fetch(self, url: str, client: Downstream) -> tuple[str, str]:
+        """(media type, base64).  Raises BadRequest, ClientGone."""
+        with self._lock:
+            if url in self._kept:
+                self._kept.move_to_end(url)
+                return self._kept[url]
         try:
-            data = self._connect(urllib.parse.urlsplit(url))
+            data = self._connect(urllib.parse.urlsplit(url), client)
             kind = next((kind for start, kind in _IMAGE_STARTS if data.startswith(start)), "")
             if not kind:
                 raise ValueError("it is no PNG, JPEG, GIF or WebP image")
         except (OSError, ValueError, http.client.HTTPException) as error:
+            if client.is_gone():
+                raise ClientGone from None
             raise BadRequest("the image at %s cannot be fetched: %s" % (
                 printable(host_of(url)), plain_reason(error)), param="image_url") from None
-        return "image/" + kind, base64.b64encode(data).decode()
 
-    def _connect(self, url: urllib.parse.SplitResult) -> bytes:
+        found = "image/" + kind, base64.b64encode(data).decode()
+        self._keep(url, found)
+        return found
+
+    def _keep(self, url: str, image: tuple[str, str]) -> None:
+        with self._lock:
+            if url in self._kept:                        # fetched twice at a time
+                return
+            self._kept[url] = image
+            self._kept_bytes += len(url) + len(image[1])
+            while self._kept_bytes > IMAGE_CACHE_BYTES:
+                old_url, old = self._kept.popitem(last=False)
+                self._kept_bytes -= len(old_url) + len(old[1])
+
+    def _watch(self, sock: Any, client: Downstream, done: threading.Event) -> None:
+        """Break the connection off when the time is over, also for what only drips, or when the
+        client has left.  The client's own thread waits for the image meanwhile."""
+        deadline = time.monotonic() + self.timeout_s
+        is_over = False
+        while not is_over:
+            left = deadline - time.monotonic()
+            if done.wait(max(0.0, min(left, IMAGE_LOOK_S))):
+                return
+            try:
+                is_over = time.monotonic() >= deadline or client.is_gone()
+            except ProxyError:                           # the server is shutting down
+                is_over = True
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def _connect(self, url: urllib.parse.SplitResult, client: Downstream) -> bytes:
         host, secure = url.hostname or "", url.scheme == "https"
         if url.scheme not in ("http", "https") or not host or url.username is not None:
             raise ValueError("only http and https URLs without a password are")
@@ -7270,10 +7334,11 @@ class ImageFetcher:
                 connection.default_port = 443
                 sock = self._tls_context().wrap_socket(sock, server_hostname=host,
                                                        do_handshake_on_connect=False)
-            timer = threading.Timer(self.timeout_s, socket.socket.shutdown,
-                                    (sock, socket.SHUT_RDWR))        # also for what only drips
-            stack.callback(timer.cancel)
-            timer.start()
+            done = threading.Event()
+            watcher = threading.Thread(target=self._watch, args=(sock, client, done), daemon=True)
+            stack.callback(watcher.join)
+            stack.callback(done.set)
+            watcher.start()
             connection.sock = sock
             if secure:
                 sock.do_handshake()
@@ -8477,6 +8542,12 @@ def append_body(folder: str, name: str, data: bytes) -> None:
     with open(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600), "ab") as body:
         body.write(redact(data.decode("utf-8", "replace")).encode("utf-8", "replace"))
 
+def check_expanded(size_bytes: int) -> None:
+    """A small request may name large things.  Raises BadRequest 413."""
+    if size_bytes > MAX_BODY_BYTES:
+        raise BadRequest("the request with all that it refers to is larger than %d bytes"
+                         % MAX_BODY_BYTES, 413, param="input")
+
 _ITEM_IDS = re.compile(rb'"id":("[^"\\]{1,%d}")' % MAX_ID_CHARS)
 
 class KeptResponse:
@@ -8618,12 +8689,6 @@ class ResponseStore:
                 param="previous_response_id")
         check_expanded(size_bytes + kept.size_bytes)
         return kept.parse_input() + as_list(kept.parse_answer().get("output"))
-
-def check_expanded(size_bytes: int) -> None:
-    """A small request may name large things.  Raises BadRequest 413."""
-    if size_bytes > MAX_BODY_BYTES:
-        raise BadRequest("the request with all that it refers to is larger than %d bytes"
-                         % MAX_BODY_BYTES, 413, param="input")
 
 def show_token(token: CopilotToken) -> None:
     """--show-token: on a terminal, never in a file or pipe that may be a log."""
@@ -11036,20 +11101,40 @@ def owner_of(exchange: Exchange, copilot: Copilot) -> str:
     keys = [exchange.head.headers.get(name) for name in (*KEY_HEADERS, "authorization")]
     return stable_id("", "%s %s" % (copilot.github_token, keys))
 
+def tell_losses(exchange: Exchange, losses: Losses, repaired: Iterable[str] = ()) -> None:
+    """What did not go upstream, and what was repaired: to the client, the log and /stats."""
+    headers = exchange.app.ledger.note_changes(exchange.record, losses, repaired)
+    exchange.headers.update(headers)
+
 def inline_images(exchange: Exchange, body: Json) -> None:
-    """--fetch-images: put images that are named by URL into the body.  Raises BadRequest."""
-    links = linked_images(body)[-MAX_IMAGES:] if exchange.app.settings.fetch_images else []
-    if links:
-        exchange.client.pause()
-        for holder, key, url in links:
-            media, data = exchange.app.images.fetch(url)
-            if holder.get("type") == "url":              # Anthropic's words
-                holder.update(type="base64", media_type=media, data=data)
-                del holder[key]
-            else:
-                holder[key] = "data:%s;base64,%s" % (media, data)
-        exchange.client.resume()
-        exchange.body = dumps(body)
+    """--fetch-images: put images that are named by URL into the body, the newest first.
+
+    Where the upstream would take no more, older ones are left out unfetched.  Raises BadRequest
+    (413 for what grows too large), ClientGone."""
+    links = linked_images(body) if exchange.app.settings.fetch_images else []
+    if not links:
+        return
+    asked = len(linked_images(last_turn(body)))
+    if asked > MAX_IMAGES:
+        raise BadRequest("at most %d images by URL can be asked about at a time" % MAX_IMAGES)
+
+    losses = Losses()
+    size_bytes = len(exchange.body)
+    exchange.client.pause()
+    for place, link in enumerate(reversed(links)):
+        if place >= asked and (place >= MAX_IMAGES or size_bytes > MAX_SENT_BYTES):
+            put_note(link.part)
+            losses.add("images", "the upstream takes no more")
+            continue
+        if exchange.client.is_gone():
+            raise ClientGone
+        media_type, data = exchange.app.images.fetch(link.url, exchange.client)
+        size_bytes += len(data)
+        check_expanded(size_bytes)
+        link.put(media_type, data)
+    exchange.client.resume()
+    tell_losses(exchange, losses)
+    exchange.body = dumps(body)
 
 def complete(dialect: Dialect, exchange: Exchange) -> None:
     """A request of any dialect to any model."""
@@ -11274,11 +11359,6 @@ def tell_no_search(exchange: Exchange, body: Json, model: Model) -> None:
     exchange.expect_stream(MESSAGES.keepalive)
     exchange.finish(b"".join([encoder.feed(ResponseStart(exchange.id, "")), *frames,
                               encoder.feed(ResponseEnd("stop"))]))
-
-def tell_losses(exchange: Exchange, losses: Losses, repaired: Iterable[str] = ()) -> None:
-    """What did not go upstream, and what was repaired: to the client, the log and /stats."""
-    headers = exchange.app.ledger.note_changes(exchange.record, losses, repaired)
-    exchange.headers.update(headers)
 
 def refuse_websocket(exchange: Exchange) -> None:
     """Codex asks for a WebSocket first and falls back to HTTP when told so at once."""

@@ -6,14 +6,17 @@ import contextlib
 import gc
 import json
 import os
+import socket
+import threading
 import time
 import unittest
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any, Callable
 from unittest import mock
 
-from support import SLOW, ProxyCase, message, response
+from support import DEADLINE_S, SLOW, ProxyCase, message, response, wait_until
 import copilot_proxy as cp
-from fake_upstream import RESPONSES, default_models
+from fake_upstream import CHAT, RESPONSES, default_models
 
 Json = Any
 Make = Callable[[int], Json]            # how many -> a body without its model
@@ -420,6 +423,115 @@ class ReferenceTest(ProxyCase):
         more = self.ask("short", previous_response_id=answer["id"])
         self.assertEqual(more.status, 200)
         self.check_refused(self.ask("y" * 20_000_000, previous_response_id=more.json["id"]))
+
+
+class SlowImages(HTTPServer):
+    """Serves an image of `size` bytes at every path but /silent, where nothing comes.
+
+    `asked`: the paths; `dropped`: set when a silent connection was closed by the other side."""
+
+    size = 100
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), SlowImageHandler)
+        self.asked: list[str] = []
+        self.dropped = threading.Event()
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
+
+    def __enter__(self) -> SlowImages:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.shutdown()
+        self.server_close()
+        self.thread.join()
+
+
+class SlowImageHandler(BaseHTTPRequestHandler):
+    server: SlowImages
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        if self.path.startswith("/silent"):
+            self.connection.settimeout(DEADLINE_S)
+            with contextlib.suppress(OSError):
+                self.connection.recv(1)                  # until the other side closes
+                self.server.dropped.set()
+            return
+        data = b"\x89PNG\r\n\x1a\n" + bytes(self.server.size)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class LinkedImageTest(ProxyCase):
+    """--fetch-images: for nobody who has left, and no more than the upstream would take."""
+
+    settings = {"fetch_images": True}
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.images = self.enter(SlowImages())
+        fetcher = self.proxy.app.images
+        fetcher.resolve = lambda host, port, *rest: [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+        fetcher.is_allowed = lambda address: True
+
+    def turn(self, *paths: str) -> Json:
+        return user([{"type": "image_url", "image_url": {
+            "url": "http://images.example:%d%s" % (self.images.server_port, path)}}
+            for path in paths])
+
+    def body(self, *turns: Json) -> Json:
+        return {"model": "gpt-4.1", "messages": list(turns)}
+
+    def test_no_image_is_fetched_for_a_client_that_has_left(self) -> None:
+        data = json.dumps(self.body(self.turn("/never", "/silent"))).encode()
+        sock = self.proxy.connect()
+        sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+                     b"application/json\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+        wait_until(lambda: self.images.asked, "the first image is asked for")
+        sock.close()
+        self.assertTrue(self.images.dropped.wait(DEADLINE_S))
+        wait_until(lambda: self.proxy.get("/stats").json["recent"], "the request has ended")
+        self.assertEqual(self.images.asked, ["/silent"])
+        self.assertEqual(self.fake.count(CHAT), 0)
+
+    def test_old_images_that_would_be_left_out_are_not_fetched(self) -> None:
+        self.images.size = 3_000_000
+        turns = [self.turn("/%d" % number) for number in range(30)]
+        reply = self.proxy.post("/v1/chat/completions", self.body(*turns))
+        self.assertEqual(reply.status, 200, reply)
+        self.assertEqual(self.images.asked, ["/29", "/28"])
+        self.assertIn("images", reply.headers["x-copilot-proxy-lossy"])
+        self.assertEqual(self.fake.last(CHAT).body.count(b"an image was left out"), 29)
+
+    def test_images_that_make_a_huge_body_of_a_small_one_are_refused(self) -> None:
+        self.images.size = 5_000_000
+        turn = self.turn(*["/%d" % number for number in range(20)])
+        reply = self.proxy.post("/v1/chat/completions", self.body(turn))
+        self.assertEqual(reply.status, 413, reply)
+        self.assertLess(len(self.images.asked), 7)
+
+    def test_a_turn_with_a_thousand_images_fetches_none(self) -> None:
+        turn = self.turn(*["/%d" % number for number in range(1000)])
+        reply = self.proxy.post("/v1/chat/completions", self.body(turn))
+        self.assertEqual((reply.status, self.images.asked), (400, []))
+
+    def test_what_is_kept_of_fetched_images_is_bounded_in_bytes(self) -> None:
+        self.images.size = 2_500_000
+        fetcher = self.proxy.app.images
+        for number in range(12):
+            self.proxy.post("/v1/chat/completions", self.body(self.turn("/%d" % number)))
+        kept = sum(len(data) for _, data in fetcher._kept.values())
+        self.assertLess(kept, 16 * 1024 * 1024)
+        self.proxy.post("/v1/chat/completions", self.body(self.turn("/11")))
+        self.assertEqual(self.images.asked.count("/11"), 1)
 
 
 if __name__ == "__main__":
