@@ -1566,7 +1566,7 @@ class Dialect:
         content = said[-1].get("content")
         if isinstance(content, list):
             content = [part for part in content if as_object(part).get("type") != "tool_result"
-                       and not _REMINDER.match(text_of([part]))]
+                       and not is_reminder(text_of([part]))]
         is_human = said[-1].get("role") == "user" and content != [] and not is_machine_turn(
             text_of(content), "\n".join(filter(None, map(text_of, system))))
         return "user" if is_human else "agent"
@@ -1672,8 +1672,7 @@ _OPENAI_ONLY = ("logit_bias", "logprobs", "top_logprobs", "metadata", "predictio
                 "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
                 "web_search_options")
 SYSTEM_ROLES = ("system", "developer")
-# Claude Code puts such texts beside tool results; no human wrote them
-_REMINDER = re.compile(r"\s*(?:<system-reminder>.*?</system-reminder>\s*)+\Z", re.DOTALL)
+REMINDER_START, REMINDER_END = "<system-reminder>", "</system-reminder>"
 _CONTINUATIONS = (
     "This session is being continued from a previous conversation that ran out of context.",
     "The previous request exceeded the provider's size limit",
@@ -1683,6 +1682,13 @@ _COMPACTING_SYSTEMS = (
     "You are a helpful AI assistant tasked with summarizing conversations",
     "You are an anchored context summarization assistant for coding sessions.",
 )
+
+def is_reminder(text: str) -> bool:
+    """Is this one reminder or several, and nothing else?  Claude Code puts such texts beside tool
+    results; no human wrote them."""
+    *reminders, rest = text.split(REMINDER_END)
+    return bool(reminders) and not rest.strip() and all(
+        reminder.lstrip().startswith(REMINDER_START) for reminder in reminders)
 
 def is_machine_turn(user_text: str, system_text: str) -> bool:
     """Compaction and automatic continuation: written by the client, not by a human."""
@@ -5347,16 +5353,48 @@ def translate_request(client: Dialect, upstream: Dialect, body: Json, model: Mod
 # ==== 9. Planning =================================================================================
 # Which model is meant, may it be asked in this dialect, how long is a prompt.
 
-_MODEL_NOISE = re.compile(r"(?:-latest|@[\w-]+|-v\d+(?::\d+)?|-20\d{6}|-20\d\d-\d\d-\d\d)+\Z")
 _FAMILIES = ("opus", "sonnet", "haiku", "fable")
+
+def _without_date(name: str) -> str:
+    """'gpt-4o-2024-08-06' -> 'gpt-4o', 'claude-haiku-4-5-20251001' -> 'claude-haiku-4-5'."""
+    head, _, date = name.rpartition("-")
+    if len(date) == 8 and date.startswith("20") and date.isdecimal():
+        return head
+
+    head, *date_parts = name.rsplit("-", 3)
+    digits = "".join(date_parts)
+    if list(map(len, date_parts)) == [4, 2, 2] and digits[:2] == "20" and digits.isdecimal():
+        return head
+    return name
+
+def _without_suffix(name: str) -> str:
+    """One thing less that clients hang behind a model's id: '-latest', '-v2', '-v1:0', '@beta-1'
+    or a date; the name itself when there is none."""
+    head, mark, tail = name.rpartition("@")
+    if mark and tail and all(char.isalnum() or char in "-_" for char in tail):
+        return head
+
+    if name.endswith("-latest"):
+        return name[:-len("-latest")]
+
+    head, mark, version = name.rpartition("-v")
+    number, colon, revision = version.partition(":")
+    if mark and number.isdecimal() and (revision.isdecimal() or not colon):
+        return head
+
+    return _without_date(name)
 
 def normalise_model(asked: str) -> list[str]:
     """The ids that a client's spelling may stand for, most literal first.
     'anthropic/claude-haiku-4-5-20251001' -> [..., 'claude-haiku-4-5', 'claude-haiku-4.5']"""
     names = [asked, asked.strip().lower()]
-    plain = re.sub(r"(?:\[1m\])+\Z", "", names[1])
+    plain = names[1]
+    while plain.endswith("[1m]"):
+        plain = plain[:-len("[1m]")]
     bare = re.sub(r"\A(?:us\.|eu\.|apac\.)?anthropic\.", "", plain.rsplit("/", 1)[-1])
-    steady = _MODEL_NOISE.sub("", bare)
+    steady = bare
+    while steady != _without_suffix(steady):
+        steady = _without_suffix(steady)
     dotted = re.sub(r"(?<=\d)-(?=\d)", ".", steady)
     if plain != names[1]:
         names += [dotted + "-1m", dotted + "-1m-internal"]
@@ -5928,7 +5966,8 @@ def drop_tool(plan: Plan, name: str) -> bool:
 
 def drop_betas(plan: Plan, names: str) -> bool:
     """Take what the upstream does not know out of `anthropic-beta`; all of it if it names none."""
-    sent, named = plan.headers.pop("anthropic-beta", ""), re.findall(r"[\w-]+-\d[\w-]*", names)
+    sent = plan.headers.pop("anthropic-beta", "")
+    named = [word for word in re.findall(r"[\w-]+", names) if re.search(r".-\d", word)]
     kept = ",".join(beta for beta in sent.split(",") if named and beta not in named)
     plan.headers.update({"anthropic-beta": kept} if kept else {})
     if kept != sent:
@@ -5939,7 +5978,11 @@ def drop_betas(plan: Plan, names: str) -> bool:
 # words these are; keeps: is the patch remembered, else it is of this request only.
 Repair = collections.namedtuple("Repair", "name pattern patch source statuses keeps",
                                 defaults=((400,), True))
-_NAME = r"['\"`\\]*([\w.$\[\]-]+)['\"`\\]*"        # a field, a path or a tool, in any quotes
+# No pattern may look further ahead than a fixed number of characters, or try a name again from
+# each of its letters: that would take the square of the text's length.
+_FAR = r".{0,%d}" % MAX_SAID
+_QUOTES = r"['\"`\\]{0,8}"
+_NAME = _QUOTES + r"(?<![\w.$\[\]-])([\w.$\[\]-]+)" + _QUOTES     # a field, a path or a tool
 _UN = r"n(?:supported|known|recognized)(?: request)? "
 REPAIRS = (
     Repair("endpoint", r"code=unsupported_api_for_model", lambda plan: avoid(
@@ -5952,35 +5995,37 @@ REPAIRS = (
            think_adaptively(plan.edit), "Claude from 4.7 on"),
     Repair("thinking", r"(?i)adaptive.{0,3} (?:thinking )?is not supported|tag 'adaptive'",
            lambda plan: think_within_budget(plan.edit, plan.model), "Claude before 4.6"),
-    Repair("effort", r"(?s)effort\b.*?(?:upported values|one of|must be)(.*)", lower_effort, "all"),
+    Repair("effort", r"(?s)effort\b" + _FAR + r"?(?:upported values|one of|must be)(.*)",
+           lower_effort, "all"),
     Repair("effort", r"code=invalid_reasoning_effort()", lower_effort, "Copilot"),
     Repair("effort", r"not support the (effort) parameter", lambda plan, word: drop_field(
         plan, "output_config." + word), "Anthropic"),
     Repair("limit", r"\b(max_tokens|max_completion_tokens)\b['\"`]*(?: is not support|: Extra)|"
-           + _UN + r"[^:]*: ['\"`]*(max\w*_tokens)\b", rename_limit, "OpenAI, Anthropic"),
-    Repair("limit", r"\b(max_\w*tokens)(?:: \d+ (>)| is too large: .* (at most)) (\d+)", clamp,
-           "Anthropic, OpenAI"),
-    Repair("limit", _NAME + r": (?:Input.* (less|greater) than or equal to|.*Expected a value "
-           r"([<>]=)) (\d+)", clamp, "Anthropic, OpenAI"),
+           + _UN + r"[^:]{0,80}: ['\"`]{0,8}(max\w*_tokens)\b", rename_limit,
+           "OpenAI, Anthropic"),
+    Repair("limit", r"\b(max_\w*tokens)(?:: \d+ (>)| is too large: " + _FAR
+           + r" (at most)) (\d+)", clamp, "Anthropic, OpenAI"),
+    Repair("limit", _NAME + r": (?:Input" + _FAR + r" (less|greater) than or equal to|" + _FAR
+           + r"Expected a value ([<>]=)) (\d+)", clamp, "Anthropic, OpenAI"),
     Repair("sampling", r"temperature.? and .?(top_p).? cannot both", lambda plan, name:
            "temperature" in plan.edit.body and drop_field(plan, name), "Claude from 4.5 on"),
     Repair("tool", r"[Tt]ool (?:type )?" + _NAME + r" is not (?:supported|available)|nsupported "
-           r"tool(?: type)?:? " + _NAME + r"|tag '([\w-]+)' found using|param=tools\S* .*nvalid "
-           r"value: " + _NAME, drop_tool, "Copilot, OpenAI, Anthropic"),
-    Repair("beta", r"(?i)value\(s\) (.*?) for the .?anthropic-beta|(?:invalid|unknown) beta(.*)",
-           drop_betas, "Anthropic, Bedrock"),
+           r"tool(?: type)?:? " + _NAME + r"|tag '([\w-]+)' found using|param=tools\S{0,200} "
+           + _FAR + r"nvalid value: " + _NAME, drop_tool, "Copilot, OpenAI, Anthropic"),
+    Repair("beta", r"(?i)value\(s\) (" + _FAR + r"?) for the .?anthropic-beta|"
+           r"(?:invalid|unknown) beta(.*)", drop_betas, "Anthropic, Bedrock"),
     Repair("prefill", r"not support assistant message prefill|must end with a user message",
            lambda plan: end_with_user(plan.edit), "Claude from 4.6 on"),
-    Repair("images", r"many-image requests()|too many .{0,9}images.*?(\d+)", lambda plan, *most:
-           drop_images(plan, "", most[-1] or "20"), "Anthropic, Copilot"),
+    Repair("images", r"many-image requests()|too many .{0,9}images" + _FAR + r"?(\d+)",
+           lambda plan, *most: drop_images(plan, "", most[-1] or "20"), "Anthropic, Copilot"),
     Repair("images", r"(?i)image (?:exceeds|dimensions|size)|could not process image", drop_images,
            "Anthropic: 5 MB, 8000 pixels"),
     Repair("images", r"\A", drop_images, "Copilot, of too large a body", (413,)),
     Repair("field", _NAME + r"(?:: Extra inputs|: range| is not supported| is deprecated| does not "
            r"support)|" + _UN + r"(?:parameter|argument|field|key)s?(?: supplied)?:? " + _NAME
            + r"|not allowed \(" + _NAME + " w", drop_field, "all, with each release of a client"),
-    Repair("field", r"param=(\S+) .*(?:not support|nsupported|nvalid value|string too long)",
-           drop_field, "OpenAI, of a value that the field cannot have"),
+    Repair("field", r"param=(\S{1,200}) " + _FAR + r"(?:not support|nsupported|nvalid value|"
+           r"string too long)", drop_field, "OpenAI, of a value that the field cannot have"),
 )
 
 class Memory:
@@ -6033,7 +6078,7 @@ class Memory:
 _QUOTA_CODES = ("quota_exceeded", "free_quota_exceeded", "overage_limit_reached",
                 "billing_not_configured", "insufficient_quota")
 ACCOUNT_LIMITS = re.compile("(?:user_global|user_weekly|integration)_rate_limited|agent_mode_limit")
-_SPAN = r"(\d+(?:\.\d+)?) ?(ms|milli|[smhd])[a-z]*"
+_SPAN = r"(\d{1,15}(?:\.\d{1,15})?) ?(ms|milli|[smhd])[a-z]*"
 _WAIT = re.compile(r"(?:again|after|wait|retry|resets?)\b\D{0,20}((?:%s,?(?: and)? ?)+)" % _SPAN)
 _SECONDS = {"ms": 0.001, "milli": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _MOMENT = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d):(\d\d))?")
@@ -12074,7 +12119,7 @@ CLIENTS: Mapping[str, Recipe] = {
         files=(("$CLAUDE_CONFIG_DIR:~/.claude//settings.json", '{"env": {%(env)s}}', ""),
                ("$CLAUDE_CONFIG_DIR:~//.claude.json", '{"hasCompletedOnboarding": true}', ""))),
     "codex": Recipe(
-        "Codex", RESPONSES, ("codex(?!.*mini)", _LARGE_GPT, "gpt-"),
+        "Codex", RESPONSES, ("codex(?!.{0,40}mini)", _LARGE_GPT, "gpt-"),
         sign="""model_provider *= *["']copilot_proxy["']""",
         named=r"""(?m)^ *((?:review_)?model) *= *["']([^"'\n]{1,200})["']""",
         run="codex -m %(main)s -c model_provider=copilot_proxy -c model_context_window=%(window)s "
