@@ -12077,7 +12077,7 @@ def start_demo(settings: Settings) -> Server:
 # What a client, a service manager or a person behind a company proxy needs: tables of text with
 # places for addresses, keys and models, and the few functions that fill, merge and try them.
 
-_LARGE_GPT = "gpt-(?!.*(?:mini|nano))"
+_LARGE_GPT = "gpt-(?!.{0,40}(?:mini|nano))"
 
 @dataclass(frozen=True)
 class Recipe:

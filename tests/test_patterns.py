@@ -35,7 +35,7 @@ MAX_TEXTS = 1000 if SLOW else 30       # for one pattern
 LOCAL_NAMES = {"family": cp._FAMILIES[0], "f": cp._FAMILIES[0], "line": "key = value",
                "asked": "gpt-5-mini"}
 #: patterns that are rows of a table: see `table_patterns`
-TABLE_NAMES = ("repair.pattern", "pattern")
+TABLE_NAMES = ("repair.pattern", "pattern", "recipe.sign", "recipe.named")
 CATEGORIES = {
     constants.CATEGORY_DIGIT: "0", constants.CATEGORY_NOT_DIGIT: "x",
     constants.CATEGORY_SPACE: " ", constants.CATEGORY_NOT_SPACE: "x",
@@ -176,7 +176,11 @@ def evenly(texts: list[Any], most: int) -> list[Any]:
 def value_of(node: ast.expr) -> Any:
     """What an expression of the source is worth at module level, LOCAL_NAMES in their place."""
     code = compile(ast.Expression(node), SCRIPT, "eval")
-    return eval(code, dict(vars(cp), **LOCAL_NAMES))     # an expression of our own source
+    try:
+        return eval(code, dict(vars(cp), **LOCAL_NAMES))     # an expression of our own source
+    except NameError as error:
+        raise AssertionError("line %d: %s: add to LOCAL_NAMES, or to TABLE_NAMES, what the pattern "
+                             "may be" % (node.lineno, error)) from None
 
 
 def dotted(node: ast.expr) -> str:
@@ -193,6 +197,8 @@ def table_patterns() -> Iterator[Pattern]:
     for recipe in cp.CLIENTS.values():
         for text in (*recipe.main, *recipe.small):
             yield Pattern("recipe", text, 0, ("search",))
+        yield Pattern("recipe", recipe.sign, 0, ("search",))
+        yield Pattern("recipe", recipe.named, 0, ("findall",))
 
 
 def re_calls(tree: ast.AST) -> Iterator[Any]:
