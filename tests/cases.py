@@ -14,7 +14,7 @@ import threading
 import unittest
 from typing import Any
 
-from support import Proxy, ProxyCase, RawClient, Reply, TestClock, chat, cp, post
+from support import Command, run_main, Proxy, ProxyCase, RawClient, Reply, TestClock, chat, cp, post
 from fake_upstream import FakeUpstream
 
 
@@ -87,6 +87,31 @@ class FolderCase(unittest.TestCase):
         with open(path, "wb") as file:
             file.write(data if isinstance(data, bytes) else json.dumps(data).encode())
         return path
+
+
+class CliCase(unittest.TestCase):
+    """An empty home and a fake upstream."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.home = folder.name
+        self.fake = FakeUpstream().start()
+        self.addCleanup(self.fake.close)
+
+    def start(self, *args: str, token: str = "ghu_fake", **env: str) -> Command:
+        """A server on the fake, ended with the test."""
+        command = Command("start", "--port", "0", "--github-url", self.fake.url,
+                          *(("--github-token", token) if token else ()), *args,
+                          home=self.home, **env)
+        command.__enter__()
+        self.addCleanup(command.__exit__)
+        return command
+
+    def run_here(self, *args: str, **env: str) -> tuple[int, str]:
+        """A command in this process, logged in to the fake."""
+        return run_main(self.home, args[0], "--github-url", self.fake.url, "--github-token",
+                        "ghu_fake", *args[1:], **env)
 
 
 class ClockCase(ProxyCase):

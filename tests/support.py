@@ -501,6 +501,24 @@ def run_main(home: str, *args: str, **env: str) -> tuple[int, str]:
                 signal.signal(number, handler)
 
 
+def ask(url: str, method: str, path: str, body: Any = None, **headers: str) -> Reply:
+    """One request to a server by its URL."""
+    connection = http.client.HTTPConnection(url.split("//")[1], timeout=30)
+    try:
+        return send(connection, method, path, body, headers)
+    finally:
+        connection.close()
+
+
+def accepts(url: str) -> bool:
+    """Does the port still take connections?"""
+    try:
+        socket.create_connection(("127.0.0.1", int(url.split(":")[-1])), timeout=5).close()
+        return True
+    except OSError:
+        return False
+
+
 class ProxyCase(unittest.TestCase):
     """A fake upstream and a proxy for each test; `settings` are fields of Settings."""
 
@@ -545,3 +563,36 @@ def message(text: str, model: str = "claude-sonnet-4.6", **more: Any) -> dict[st
 
 REQUESTS = (("/v1/chat/completions", chat), ("/v1/responses", response),
             ("/v1/messages", message))
+
+
+class Block:
+    """A fenced block: its language, text, and the heading above it."""
+
+    def __init__(self, language: str, text: str, heading: str) -> None:
+        self.language, self.text, self.heading = language, text, heading
+
+    @property
+    def commands(self) -> list[str]:
+        return [ln for ln in self.text.replace("\\\n", " ").splitlines() if ln.strip()]
+
+
+def read_blocks(text: str) -> Iterator[Block]:
+    """Every fenced block."""
+    heading = language = ""
+    lines: list[str] | None = None
+    for line in text.splitlines():
+        if line.startswith("```"):
+            if lines is None:
+                language, lines = line[3:].strip(), []
+            else:
+                yield Block(language, "\n".join(lines), heading)
+                lines = None
+        elif lines is not None:
+            lines.append(line)
+        elif line.startswith("#"):
+            heading = line.strip("# ")
+
+
+def readme() -> str:
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        return file.read()

@@ -22,49 +22,15 @@ import unittest.mock
 from typing import Any, Iterator
 
 import support
-from support import (SCRIPT, SLOW, Command, Reply, chat, clean_environment, interrupts_on, message,
-                     response, run_command, run_main, send, wait_until)
+from support import (SCRIPT, SLOW, Command, Reply, accepts, ask, chat, clean_environment,
+                     interrupts_on, message, response, run_command, run_main, wait_until)
 import copilot_proxy as cp
 from fake_upstream import CHAT, EXCHANGE, MODELS, USAGE, USER, Answer, FakeUpstream, Token
-from cases import MappingProxy
+from cases import CliCase, MappingProxy
 
 POSIX = os.name == "posix"
 COMMANDS = ("start", "auth", "check-usage", "debug", "models", "setup")
 SECRET = re.compile(r"gh[a-z]_\w{4,}|tid=\w+|s3cret")
-
-
-class CliCase(unittest.TestCase):
-    """An empty home and a fake upstream."""
-
-    def setUp(self) -> None:
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.home = folder.name
-        self.fake = FakeUpstream().start()
-        self.addCleanup(self.fake.close)
-
-    def start(self, *args: str, token: str = "ghu_fake", **env: str) -> Command:
-        """A server on the fake, ended with the test."""
-        command = Command("start", "--port", "0", "--github-url", self.fake.url,
-                          *(("--github-token", token) if token else ()), *args,
-                          home=self.home, **env)
-        command.__enter__()
-        self.addCleanup(command.__exit__)
-        return command
-
-    def run_here(self, *args: str, **env: str) -> tuple[int, str]:
-        """A command in this process, logged in to the fake."""
-        return run_main(self.home, args[0], "--github-url", self.fake.url, "--github-token",
-                        "ghu_fake", *args[1:], **env)
-
-
-def ask(url: str, method: str, path: str, body: Any = None, **headers: str) -> Reply:
-    """One request to a server by its URL."""
-    connection = http.client.HTTPConnection(url.split("//")[1], timeout=30)
-    try:
-        return send(connection, method, path, body, headers)
-    finally:
-        connection.close()
 
 
 def run_together(*commands: tuple[str, ...], **env: str) -> list[tuple[int, str]]:
@@ -450,15 +416,6 @@ class EndTest(CliCase):
             answer = ask(url, "POST", "/v1/chat/completions", chat("hi", "mine"))
             self.assertEqual(answer.status, 200, answer)
             self.assertEqual(answer.json["model"], "mine")
-
-
-def accepts(url: str) -> bool:
-    """Does the port still take connections?"""
-    try:
-        socket.create_connection(("127.0.0.1", int(url.split(":")[-1])), timeout=5).close()
-        return True
-    except OSError:
-        return False
 
 
 class TokenTest(CliCase):

@@ -18,7 +18,7 @@ from typing import Any
 
 from support import Proxy, ProxyCase, Reply, chat, cp, message, response, wait_until
 from fake_upstream import CHAT, COUNT_TOKENS, MESSAGES, RESPONSES, Answer
-from test_matrix import chunk, read_body, sse, whole_of
+from wire import chunk, read_body, sse, whole_of
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": SCHEMA}}

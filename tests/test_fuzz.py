@@ -11,9 +11,8 @@ import unittest
 from support import SLOW, chunked_post, memory_bytes, post, raw_exchange
 import copilot_proxy as cp
 from copilot_proxy import DIALECTS, ProxyError, Request
-from test_laws import MODEL, SEEDS, some_request, some_response
-from test_matrix import CELLS, PARALLEL, events_of, run
 from cases import SharedCase
+from wire import CELLS, MODEL, PARALLEL, SEEDS, events_of, run, some_request, some_response
 
 ODD = (None, 1, -1, 1.5, True, "", "x", [], {}, [None], [1], ["x"], [[]], [{}], {"type": "x"},
        {"type": None}, {"type": []}, {"text": 1}, "\ud800", "cpx1.e30=", {"a": {"b": []}})

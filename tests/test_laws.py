@@ -1,115 +1,15 @@
 """Laws of the hub: decode(encode(x)) == x with the listed losses only, fold(unfold(r)) == r."""
 from __future__ import annotations
 
-import base64
 import random
 import unittest
 from dataclasses import replace
-from typing import Iterable, Iterator
 
-from support import SLOW
+from wire import MODEL, SEEDS, arguments, check_order, some_request, some_response
 import copilot_proxy as cp
-from copilot_proxy import (DIALECTS, Document, Frame, Image, Model, Named, Reasoning,
-                           Request, Response, Text, Tool, ToolCall, ToolResult, Turn, Usage, dumps)
+from copilot_proxy import (DIALECTS, Document, Frame, Image, Reasoning,
+                           Request, Response, Text, ToolCall, ToolResult, dumps)
 
-SEEDS = range(2000 if SLOW else 100)
-MODEL = Model("model-x-4.6", vendor="OpenAI", supports={
-    "structured_outputs": True, "vision": True, "adaptive_thinking": True,
-    "max_thinking_budget": 32000, "min_thinking_budget": 1024,
-    "reasoning_effort": ["low", "medium", "high"]})
-WORDS = ("Hello", "w\u00f6rld", "\u4f60\u597d", 'say "hi"', "back\\slash", "new\nline",
-         "\U0001f600", "tab\t", "{}", "</x>", "\u2028")
-
-
-def text(rng: random.Random) -> str:
-    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, 6)))
-
-
-def arguments(rng: random.Random) -> str:
-    return rng.choice(('{}', '{"a":1}', '{"path":"a \\"b\\"","n":[1,2.5,null,true]}',
-                       dumps({"t": text(rng)}).decode()))
-
-
-def image(rng: random.Random) -> Image:
-    return Image("image/png", base64.b64encode(rng.choice(WORDS).encode()).decode())
-
-
-def reasoning(rng: random.Random, dialect: str) -> Reasoning:
-    return Reasoning(text(rng), "sig%d" % rng.randint(0, 99), None, dialect)
-
-
-def some_turns(rng: random.Random, dialect: str) -> list:
-    turns = []
-    if rng.random() < 0.7:
-        turns.append(Turn("system", [Text(text(rng))]))
-    for number in range(rng.randint(1, 3)):
-        parts = [Text(text(rng))]
-        if rng.random() < 0.3:
-            parts.append(image(rng))
-        if rng.random() < 0.2:
-            parts.append(Document("application/pdf", "cGRm", title="a.pdf"))
-        turns.append(Turn("user", parts))
-        said = [reasoning(rng, dialect)] if rng.random() < 0.4 else []
-        said += [Text(text(rng))] if rng.random() < 0.7 else []
-        calls = [ToolCall("call_%d_%d" % (number, at), "tool_%d" % at, arguments(rng))
-                 for at in range(rng.randint(0, 3))]
-        if not said[-1:] or isinstance(said[-1], Reasoning):
-            calls = calls or [ToolCall("call_x%d" % number, "tool_0", "{}")]
-        turns.append(Turn("assistant", said + calls))
-        if calls:
-            turns.append(Turn("user", [ToolResult(call.id, [Text(text(rng))]) for call in calls]))
-    if turns[-1].role == "assistant":
-        turns.append(Turn("user", [Text("go on")]))
-    return turns
-
-
-def some_request(seed: int, dialect: str) -> Request:
-    rng = random.Random(seed)
-    is_messages = dialect == "messages"
-    request = Request(MODEL.id, dialect, turns=some_turns(rng, dialect))
-    for at in range(rng.randint(0, 3)):
-        request.tools.append(Tool(
-            "tool_%d" % at, rng.choice((None, "does it")), {"type": "object", "properties": {
-                "x": {"type": "string"}}},
-            None if is_messages else rng.choice((True, False))))
-    if request.tools:
-        request.tool_choice = rng.choice((None, "auto", "none", "required", Named("tool_0")))
-        if rng.random() < 0.3 and not (is_messages and request.tool_choice in (None, "none")):
-            request.parallel_tool_calls = False
-    request.max_output_tokens = rng.randint(20, 9999) if is_messages else rng.choice((None, 500))
-    request.temperature = rng.choice((None, 0, 0.5, 1))
-    request.top_p = rng.choice((None, 0.9))
-    if dialect != "responses":
-        request.stop = rng.choice(([], ["END"], ["a", "b"]))
-    if not (is_messages and (isinstance(request.tool_choice, Named)
-                             or request.tool_choice == "required")):
-        request.effort = rng.choice((None, "low", "high"))        # else thinking is not possible
-    request.stream = rng.choice((None, True, False))
-    request.user = rng.choice((None, "user-1"))
-    if rng.random() < 0.3:
-        schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
-        request.output_schema = {"type": "json_schema", "schema": schema}
-        if not is_messages:
-            request.output_schema.update(name="thing", strict=True, description="a thing")
-    if rng.random() < 0.3 and not is_messages:
-        request.openai = {"metadata": {"a": "b"}, "verbosity": "low"}
-    return request
-
-
-def some_response(seed: int, dialect: str) -> Response:
-    rng = random.Random(seed)
-    parts = [reasoning(rng, rng.choice(("chat", "messages", "responses")))] \
-        if rng.random() < 0.5 else []
-    parts += [Text(text(rng))] if rng.random() < 0.7 else []
-    calls = [ToolCall("call_%d" % at, "tool_%d" % at, arguments(rng))
-             for at in range(rng.randint(0, 3))]
-    stop = "tool_use" if calls else rng.choice(("stop", "length", "refusal"))
-    prefix = {"chat": "chatcmpl-", "responses": "resp_", "messages": "msg_"}[dialect]
-    reads_reasoning = dialect != "messages"
-    return Response(prefix + str(seed), "asked", parts + calls, stop,
-                    Usage(rng.randint(1, 99), rng.randint(0, 9), 0 if reads_reasoning else 3,
-                          rng.randint(1, 99), 5 if reads_reasoning else 0),
-                    1790000000 if reads_reasoning else 0)
 
 
 def without_ids(response: Response) -> Response:
@@ -131,35 +31,6 @@ def decode_stream(dialect: str, data: bytes) -> list:
     events = [event for raw in data.split(b"\n\n") if raw
               for event in decoder.read(Frame.parse(raw).data)]
     return events + (decoder.close() if not decoder.ended else [])
-
-
-def check_order(events: Iterable[cp.Event]) -> Iterator[cp.Event]:
-    """The same events; raises ValueError at the first one that stands where it must not."""
-    state, last = "before", -1
-    open_parts: set[int] = set()
-    for event in events:
-        if state == "ended":
-            raise ValueError("%r behind the end" % (event,))
-        if isinstance(event, cp.ResponseStart) != (state == "before") and not isinstance(
-                event, cp.StreamError):
-            raise ValueError("%r while %s" % (event, state))
-        if isinstance(event, cp.ResponseStart):
-            state = "running"
-        elif isinstance(event, cp.PartStart):
-            if event.index <= last:
-                raise ValueError("%r behind index %d" % (event, last))
-            last = event.index
-            open_parts.add(last)
-        elif isinstance(event, (cp.PartDelta, cp.PartSignature, cp.PartEnd)):
-            if event.index not in open_parts:
-                raise ValueError("%r for a part that is not open" % (event,))
-            if isinstance(event, cp.PartEnd):
-                open_parts.remove(event.index)
-        elif isinstance(event, (cp.ResponseEnd, cp.StreamError)):
-            if open_parts and isinstance(event, cp.ResponseEnd):
-                raise ValueError("%r while %r are open" % (event, open_parts))
-            state = "ended"
-        yield event
 
 
 class Laws(unittest.TestCase):

@@ -4,6 +4,7 @@ from __future__ import annotations
 import ast
 import builtins
 import gc
+import glob
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ import tempfile
 import unittest
 from typing import Any
 
-from support import ROOT, Proxy, chat, clean_environment
+from support import HERE, ROOT, Proxy, chat, clean_environment
 import copilot_proxy as cp
 from fake_upstream import FakeUpstream
 from gauges import BANNER, FUNCTIONS, GAUGES, Source, depth, length, local_names
@@ -165,6 +166,22 @@ class ImportTest(unittest.TestCase):
                 self.assertEqual(len(two.last("/chat/completions").json["messages"]), 1)
             self.assertEqual(one.count("/chat/completions"), 2)
             self.assertEqual(two.count("/chat/completions"), 1)
+
+
+class TestFilesTest(unittest.TestCase):
+    """The tests themselves."""
+
+    def test_no_test_file_imports_another(self) -> None:
+        """What two of them need stands in support.py, cases.py or wire.py."""
+        for path in sorted(glob.glob(os.path.join(HERE, "test_*.py"))):
+            with open(path, encoding="utf-8") as file:
+                tree = ast.parse(file.read())
+            modules = {node.module or "" for node in ast.walk(tree)
+                       if isinstance(node, ast.ImportFrom)}
+            modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+                        for alias in node.names}
+            with self.subTest(os.path.basename(path)):
+                self.assertEqual([name for name in modules if name.startswith("test_")], [])
 
 
 class SizeTest(unittest.TestCase):

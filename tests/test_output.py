@@ -4,7 +4,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import io
-import json
 import logging
 import os
 import signal
@@ -17,9 +16,9 @@ import time
 import unittest
 from typing import Any, Callable
 
-from support import (DEADLINE_S, SCRIPT, ProxyCase, Reply, chat, clean_environment, compiled, cp,
-                     send, wait_until)
-from test_cli import CliCase, accepts, ask
+from support import (DEADLINE_S, SCRIPT, ProxyCase, Reply, accepts, ask, chat, clean_environment,
+                     compiled, cp, send, wait_until)
+from cases import CliCase
 
 POSIX = os.name == "posix"
 END_S = 10.0                 # for a server that has been told to end: "in time"

@@ -3,7 +3,6 @@ name every option and command."""
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ import tempfile
 import unittest
 from typing import Any, Iterator
 
-from support import ROOT, Command, Proxy, clean_environment, run_main
+from support import Command, Proxy, clean_environment, read_blocks, readme, run_main
 import copilot_proxy as cp
 from fake_upstream import FakeUpstream
 
@@ -21,36 +20,7 @@ ELSEWHERE = ("python3 -m unittest discover tests", "mkdir -p ~/.local/share/copi
              "docker run", "docker logs copilot_proxy")
 
 
-class Block:
-    """A fenced block: its language, text, and the heading above it."""
-
-    def __init__(self, language: str, text: str, heading: str) -> None:
-        self.language, self.text, self.heading = language, text, heading
-
-    @property
-    def commands(self) -> list[str]:
-        return [ln for ln in self.text.replace("\\\n", " ").splitlines() if ln.strip()]
-
-
-def read_blocks(text: str) -> Iterator[Block]:
-    """Every fenced block."""
-    heading = language = ""
-    lines: list[str] | None = None
-    for line in text.splitlines():
-        if line.startswith("```"):
-            if lines is None:
-                language, lines = line[3:].strip(), []
-            else:
-                yield Block(language, "\n".join(lines), heading)
-                lines = None
-        elif lines is not None:
-            lines.append(line)
-        elif line.startswith("#"):
-            heading = line.strip("# ")
-
-
-with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as _file:
-    TEXT = _file.read()
+TEXT = readme()
 BLOCKS = list(read_blocks(TEXT))
 
 

@@ -19,11 +19,12 @@ import time
 import unittest
 from typing import Any
 
-from support import JSON_TYPE, SCRIPT, SLOW, Command, chat, run_command, wait_until
+from support import (JSON_TYPE, SCRIPT, SLOW, Command, chat, read_blocks, readme, run_command,
+                     wait_until)
 import copilot_proxy as cp
 from fake_upstream import FakeUpstream
-from test_readme import BLOCKS
 
+BLOCKS = list(read_blocks(readme()))
 NGINX = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from support import Proxy, ProxyCase, chat, message, response, wait_until
 import copilot_proxy as cp
 from fake_upstream import CHAT, MESSAGES, RESPONSES, Answer, FakeUpstream, default_models
-from test_matrix import NAMES, STOPS, Writer, assert_failed, read_body, whole_of
+from wire import NAMES, STOPS, Writer, assert_failed, read_body, whole_of
 
 PATHS = {"chat": "/v1/chat/completions", "responses": "/v1/responses", "messages": "/v1/messages"}
 #: a model of every family: what it lists, and what else each client's request goes to
