@@ -232,8 +232,9 @@ MESSAGES_CASES: dict[str, Make] = {
         user([result("c", str(i)) for i in range(n)])),
     "equal call ids without results": lambda n: conversation(
         HELLO, assistant([use("c") for i in range(n)]), HELLO),
-    "rounds with equal call ids": lambda n: conversation(HELLO, *[turn for i in range(n) for turn in (
-        assistant([use("c")]), user([result("c", str(i))]))]),
+    "rounds with equal call ids": lambda n: conversation(
+        HELLO, *[turn for i in range(n) for turn in (
+            assistant([use("c")]), user([result("c", str(i))]))]),
     "results without calls": lambda n: conversation(user([result("c%d" % i) for i in range(n)])),
     "results before their calls": lambda n: conversation(
         user([result("c") for i in range(n)]), assistant([use("c") for i in range(n)]), HELLO),

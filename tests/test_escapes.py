@@ -116,8 +116,9 @@ class HeaderTest(Case):
                             ("a\x1b[2J", "a [2J"), ("\x9bx", "\\x9bx"), ("caf\xe9", "caf\\xe9"),
                             ("a\tb", "a b"), ("\x7f", "")):
             with self.subTest(value=value):
-                self.fake.script(CHAT, Answer(status=400, body={"error": {"message": "no"}}, headers={
-                    "x-github-request-id": value, "x-ratelimit-odd": value}))
+                self.fake.script(CHAT, Answer(
+                    status=400, body={"error": {"message": "no"}},
+                    headers={"x-github-request-id": value, "x-ratelimit-odd": value}))
                 reply = self.proxy.post("/v1/chat/completions", chat("a"))
                 self.assertEqual(reply.status, 400, reply.body)
                 for name in ("x-github-request-id", "x-ratelimit-odd"):

@@ -7,8 +7,10 @@ from support import ProxyCase, RawClient, chat, cp, message, second_proxy
 from cases import SharedCase
 
 FOREIGN_HOSTS = (
-    "evil:80@localhost", "localhost:evil", "localhost@evil", "evil@localhost", "user:pw@localhost:80",
-    "localhost, evil.example", "evil.example, localhost", "localhost evil.example", "localhost#evil",
+    "evil:80@localhost", "localhost:evil", "localhost@evil", "evil@localhost",
+    "user:pw@localhost:80",
+    "localhost, evil.example", "evil.example, localhost", "localhost evil.example",
+    "localhost#evil",
     "localhost/evil", "localhost?evil", "localhost\\evil", "localhost%2eevil", "localhost;evil",
     "localhost:80:80", "localhost:-1", "localhost:+80", "localhost:0", "localhost:65536",
     "localhost:999999", "localhost:\u0668\u0660".encode().decode("latin-1"), "localhost..",
@@ -60,7 +62,8 @@ class HostTest(SharedCase):
         self.proxy.get("/v1/models")
         sent = self.new_sent()
         for target in ("http://evil.example/v1/models", "https://evil.example/v1/models",
-                       "HTTP://EVIL.example/v1/models", "http://evil.example:80@localhost/v1/models",
+                       "HTTP://EVIL.example/v1/models",
+    "http://evil.example:80@localhost/v1/models",
                        "http://localhost@evil.example/v1/models", "http:///v1/models",
                        "http://localhost:evil/v1/models", "http://evil.example?/v1/models",
                        "http://evil.example#/v1/models", "http://localhost\\.evil/v1/models",
@@ -114,8 +117,10 @@ class ApiHostTest(unittest.TestCase):
     def test_whatever_is_more_than_a_host_of_the_service_is_ignored(self) -> None:
         settings = cp.Settings().check()
         for url in ("https://user@api.githubcopilot.com", "https://user:pw@api.githubcopilot.com",
-                    "https://@api.githubcopilot.com", "https://evil.example\\@api.githubcopilot.com",
-                    "https://api.githubcopilot.com\\.evil.example", "https://api.githubcopilot.com/v1",
+                    "https://@api.githubcopilot.com",
+    "https://evil.example\\@api.githubcopilot.com",
+                    "https://api.githubcopilot.com\\.evil.example",
+    "https://api.githubcopilot.com/v1",
                     "https://api.githubcopilot.com/../x", "https://api.githubcopilot.com//",
                     "https://api.githubcopilot.com/%2e%2e", "https://api.githubcopilot.com?a=b",
                     "https://api.githubcopilot.com#a", "https://api.githubcopilot.com:port",

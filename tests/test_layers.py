@@ -171,6 +171,13 @@ class ImportTest(unittest.TestCase):
 class TestFilesTest(unittest.TestCase):
     """The tests themselves."""
 
+    def test_no_line_of_a_test_is_too_long(self) -> None:
+        for path in sorted(glob.glob(os.path.join(HERE, "*.py"))):
+            with open(path, encoding="utf-8") as file:
+                long = [at for at, line in enumerate(file, 1) if len(line.rstrip()) > MAX_COLUMNS]
+            with self.subTest(os.path.basename(path)):
+                self.assertEqual(long, [])
+
     def test_no_test_file_imports_another(self) -> None:
         """What two of them need stands in support.py, cases.py or wire.py."""
         for path in sorted(glob.glob(os.path.join(HERE, "test_*.py"))):

@@ -131,7 +131,8 @@ class UnreadTest(unittest.TestCase):
         wait_until(lost, "lines are lost", 60)
         text = bytearray()
         with open(read, "rb", buffering=0) as reader:
-            wait_until(lambda: text.extend(reader.read(65536)) or b"lines of the log are lost" in text)
+            wait_until(lambda: text.extend(reader.read(65536))
+                       or b"lines of the log are lost" in text)
             process.send_signal(signal.SIGTERM)
             self.assertEqual(process.wait(END_S), 0)
         lines = bytes(text).decode().split("\n")[:-1]
@@ -223,8 +224,8 @@ class HangUpTest(CliCase):
     def started(self, handling: Any) -> tuple[subprocess.Popen[bytes], str]:
         """A server that was begun with SIGHUP as its default, or ignored."""
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", compiled(SCRIPT), "start", "--port", "0", "--grace", "3000",
-             "--github-url", self.fake.url, "--github-token", "ghu_fake"],
+            [sys.executable, "-I", "-S", compiled(SCRIPT), "start", "--port", "0",
+             "--grace", "3000", "--github-url", self.fake.url, "--github-token", "ghu_fake"],
             env=clean_environment(self.home), cwd=self.home, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             preexec_fn=lambda: signal.signal(signal.SIGHUP, handling))

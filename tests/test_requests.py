@@ -354,7 +354,8 @@ class MessagesRequests(Requests):
     def test_system_turns_fold_into_the_next_user_turn(self) -> None:
         note = {"role": "system", "content": "note"}
         for given, want in (
-                ([user("a"), note, user("b")], [user("a"), user([block("b"), block(REMINDED % "note")])]),
+                ([user("a"), note, user("b")],
+                 [user("a"), user([block("b"), block(REMINDED % "note")])]),
                 ([note, user([result()])], [user([result(), block(REMINDED % "note")])]),
                 ([user("a"), assistant("b"), note],
                  [user("a"), assistant("b"), user([block(REMINDED % "note")])]),
