@@ -63,7 +63,7 @@ class HostTest(SharedCase):
         sent = self.new_sent()
         for target in ("http://evil.example/v1/models", "https://evil.example/v1/models",
                        "HTTP://EVIL.example/v1/models",
-    "http://evil.example:80@localhost/v1/models",
+                       "http://evil.example:80@localhost/v1/models",
                        "http://localhost@evil.example/v1/models", "http:///v1/models",
                        "http://localhost:evil/v1/models", "http://evil.example?/v1/models",
                        "http://evil.example#/v1/models", "http://localhost\\.evil/v1/models",
@@ -118,9 +118,9 @@ class ApiHostTest(unittest.TestCase):
         settings = cp.Settings().check()
         for url in ("https://user@api.githubcopilot.com", "https://user:pw@api.githubcopilot.com",
                     "https://@api.githubcopilot.com",
-    "https://evil.example\\@api.githubcopilot.com",
+                    "https://evil.example\\@api.githubcopilot.com",
                     "https://api.githubcopilot.com\\.evil.example",
-    "https://api.githubcopilot.com/v1",
+                    "https://api.githubcopilot.com/v1",
                     "https://api.githubcopilot.com/../x", "https://api.githubcopilot.com//",
                     "https://api.githubcopilot.com/%2e%2e", "https://api.githubcopilot.com?a=b",
                     "https://api.githubcopilot.com#a", "https://api.githubcopilot.com:port",

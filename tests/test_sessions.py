@@ -20,7 +20,8 @@ FAULTS = ("expired_token", "cut", "early_cut", "limited", "model_switch", "resta
           "compact", "refused_field")
 STARTS = {
     "/v1/messages": b'event: message_start\ndata: {"type":"message_start","message":{"id":"m",'
-                    b'"type":"message","role":"assistant","model":"x","content":[],"usage":{}}}\n\n',
+                    b'"type":"message","role":"assistant","model":"x","content":[],'
+                    b'"usage":{}}}\n\n',
     "/responses": b'event: response.created\ndata: {"type":"response.created","response":{"id":"r",'
                   b'"status":"in_progress","output":[]}}\n\n',
     "/chat/completions": b'data: {"id":"c","model":"x","created":1,"choices":[{"index":0,"delta":'

@@ -782,7 +782,8 @@ class FetchTest(ProxyCase):
             with self.subTest(path=path):
                 self.assertEqual(reply.status, 400, reply)
                 self.assertIn(word, reply.json["error"]["message"])
-        for url in ("ftp://a.example/x", "http://u:p@a.example/x", "http://a.example:x/", "http:///",
+        for url in ("ftp://a.example/x", "http://u:p@a.example/x", "http://a.example:x/",
+                    "http:///",
                     "http://a.example:99999/", "file:///etc/passwd", "//x", "http://[::1",
                     "http://a.example/\r\nX: y", "http://a.example/\u00e9"):
             reply = self.proxy.post(ROUTES["chat"], self.with_image("chat", url, "gpt-4.1"))
