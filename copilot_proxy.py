@@ -93,6 +93,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -825,13 +826,14 @@ class Turn:
 @dataclass
 class Tool:
     """A function that the client runs.  `parameters`: a JSON schema, None when there is none.
-    custom: freeform for its client, who gives and gets bare text.  namespace, short_name: of a
-    tool that its client knows under two names."""
+    kind: how its client knows it, which decides the form of its calls: "function", "custom"
+    (freeform: the client gives and gets bare text) or a type of CLIENT_TOOLS.  namespace,
+    short_name: of a tool that its client knows under two names."""
     name: str
     description: str | None = None
     parameters: Json | None = None
     strict: bool | None = None
-    custom: bool = False
+    kind: str = "function"
     namespace: str = ""
     short_name: str = ""
     cache: bool = False
@@ -1511,6 +1513,8 @@ class Dialect:
     shared_fields: tuple[str, ...] = OPENAI_FIELDS       # top-level, the same in OpenAI's dialects
     substitutes: tuple[str, ...] = ()  # dialects to ask in when a model lacks this one, best first
     reads_compactions = False         # True: the upstream's own compaction items may go up
+    has_freeform_tools = False        # True: of OpenAI's, for its own models only
+    knows_allowed_tools = False       # True: OpenAI's models take such a tool_choice here
     has_whole_answer_limit = True     # True: longer answers must be streamed, see Model.output_cap
     keepalive = b": keepalive\n\n"    # an event that clients of this dialect ignore
     STOP_REASONS: tuple[tuple[str, str], ...] = ()       # (wire, neutral), first of a word wins
@@ -2047,6 +2051,100 @@ _PART_READERS: dict[str, Callable[[Json, str, Request], list[Part]]] = {
     "tool_use": _read_tool_use, "tool_result": _read_tool_result,
     "thinking": _read_thinking, "redacted_thinking": _read_redacted_thinking}
 
+# ---- Tools that the client runs under a type of its vendor's ----
+# Other vendors' models know no such types: to them they are functions, and a call comes back in
+# the form in which the client knows it.
+
+class ClientTool(NamedTuple):
+    """arguments: the field of a call's item that holds the arguments; fixed: what else is in the
+    item, or, where it has the arguments' name, beside them."""
+    arguments: str
+    description: str
+    schema: Json
+    fixed: Mapping[str, Any] = types.MappingProxyType({})
+
+def _schema_of(required: str, **properties: Any) -> Json:
+    """'a b', a="string", c=["string"] -> an object schema; a list stands for an array of it."""
+    shown: Json = {}
+    for name, kind in properties.items():
+        if isinstance(kind, list):
+            shown[name] = {"type": "array", "items": {"type": kind[0]}}
+        else:
+            shown[name] = kind if isinstance(kind, dict) else {"type": kind}
+    return {"type": "object", "properties": shown, "required": required.split()}
+
+def _one_of(*words: str) -> Json:
+    return {"type": "string", "enum": list(words)}
+
+#: type of a tool in Responses -> how it becomes a function (OpenAI's API reference, tool types)
+CLIENT_TOOLS: dict[str, ClientTool] = {
+    "tool_search": ClientTool(
+        "arguments", "Find tools that are not loaded yet, by what they do.",
+        _schema_of("query", query="string", limit="integer"), {"execution": "client"}),
+    "local_shell": ClientTool(
+        "action", "Run a command on the user's machine.",
+        _schema_of("command", command=["string"], working_directory="string",
+                   timeout_ms="integer", env={"type": "object"}, user="string"),
+        {"action": {"type": "exec", "env": {}}}),
+    "shell": ClientTool(
+        "action", "Run shell commands on the user's machine, one after the other.",
+        _schema_of("commands", commands=["string"], timeout_ms="integer",
+                   max_output_length="integer")),
+    "apply_patch": ClientTool(
+        "operation", "Create, update or delete one file.  `diff` is a V4A diff.",
+        _schema_of("type path", type=_one_of("create_file", "update_file", "delete_file"),
+                   path="string", diff="string")),
+    "computer_use_preview": ClientTool(
+        "action", "Use the mouse, the keyboard and the screen of a computer.",
+        _schema_of("type", type=_one_of("click", "double_click", "drag", "keypress", "move",
+                                        "screenshot", "scroll", "type", "wait"),
+                   x="integer", y="integer", button="string", text="string", keys=["string"],
+                   scroll_x="integer", scroll_y="integer", path={"type": "array"}),
+        {"pending_safety_checks": []})}
+#: type of the item of a call -> type of the tool
+CALL_ITEMS = {"tool_search_call": "tool_search", "local_shell_call": "local_shell",
+              "shell_call": "shell", "apply_patch_call": "apply_patch",
+              "computer_call": "computer_use_preview"}
+_ITEM_OF = {tool: item for item, tool in CALL_ITEMS.items()}
+
+_EDIT_COMMANDS = ("view", "create", "str_replace", "insert")
+_COORDINATE: Json = {"type": "array", "items": {"type": "integer"}}
+#: how the type of a tool of Messages begins, what it does, its schema (Anthropic's tool reference)
+ANTHROPIC_TOOLS: tuple[tuple[str, str, Json], ...] = (
+    ("bash_", "Run a command in a bash session that stays open; `restart` begins a new one.",
+     _schema_of("", command="string", restart="boolean")),
+    ("text_editor_", "View, create and edit files.",
+     _schema_of("command path", command=_one_of(*_EDIT_COMMANDS, "undo_edit"), path="string",
+                file_text="string", old_str="string", new_str="string", insert_line="integer",
+                insert_text="string", view_range=["integer"])),
+    ("memory_", "Keep notes in files below /memories that last beyond this conversation.",
+     _schema_of("command", command=_one_of(*_EDIT_COMMANDS, "delete", "rename"), path="string",
+                file_text="string", old_str="string", new_str="string", insert_line="integer",
+                insert_text="string", view_range=["integer"], old_path="string",
+                new_path="string")),
+    ("computer_", "Use the mouse, the keyboard and the screen of a computer.",
+     _schema_of("action", action="string", coordinate=_COORDINATE, start_coordinate=_COORDINATE,
+                text="string", duration="number", scroll_amount="integer",
+                scroll_direction=_one_of("up", "down", "left", "right"))))
+
+FREEFORM_SCHEMA = _schema_of("input", input="string")
+
+def freeform_description(tool: Json) -> str:
+    """What a freeform tool does, with the grammar of its input."""
+    grammar = as_object(tool.get("format")).get("definition")
+    about = str(tool.get("description") or "")
+    return f"{about}\n\n`input` must follow this grammar:\n{grammar}" if grammar else about
+
+def freeform_input(arguments: str) -> str:
+    """'{"input": "a"}' -> 'a'; arguments of another shape stay as they are."""
+    found = arguments_object(arguments)
+    text = found.get("input", found.get("_raw"))
+    return text if isinstance(text, str) else arguments
+
+def flat_name(namespace: str, name: str) -> str:
+    """A tool of a namespace as a function of its own: ('fs', 'read') -> 'fs__read'."""
+    return "%s__%s" % (namespace, name) if namespace else name
+
 def function_of(tool: Json) -> Json | None:
     """{name, description, parameters, strict} of a function in any dialect; None for others."""
     kind = tool.get("type")
@@ -2095,14 +2193,23 @@ def result_text(result: ToolResult, request: Request) -> str:
     return (ERROR_PREFIX if result.is_error else "") + "\n".join(
         filter(None, map(plain_text, result.parts)))
 
-def add_tool(request: Request, tool: Json, schema_key: str, mark: Any, offered: bool) -> None:
-    """A function that the client offers; others run elsewhere and are left out."""
-    if offered:
-        note_unknown(request, tool, "name", "description", "strict", schema_key, "cache_control")
-        request.tools.append(Tool(str(tool.get("name")), tool.get("description"),
-                                  tool.get(schema_key), tool.get("strict"), cache=bool(mark)))
-    else:
-        request.lose("tools", "the hosted tool %s has no counterpart" % str(tool.get("type"))[:60])
+def add_tool(request: Request, tool: Json, schema_key: str, **more: Any) -> None:
+    """A function that the client offers, unless one of its name is there; more: of Tool."""
+    note_unknown(request, tool, "name", "description", "strict", "type", schema_key,
+                 "cache_control", "defer_loading")
+    name = str(tool.get("name"))
+    if name not in [known.name for known in request.tools]:
+        request.tools.append(Tool(name, tool.get("description"), tool.get(schema_key),
+                                  tool.get("strict"), **more))
+
+def drop_hosted_tool(request: Request, tool: Json) -> None:
+    """Leave out a tool that its vendor's servers run.  Raises BadRequest where it must be used."""
+    kind = printable(str(tool.get("type")), 60)
+    request.lose("tools", "the hosted tool %s has no counterpart" % kind)
+    choice = request.tool_choice
+    if isinstance(choice, Named) and choice.name in (tool.get("name"), tool.get("type")):
+        raise BadRequest("'tool_choice' demands the tool %s, which the model's upstream does not "
+                         "run" % kind, param="tool_choice")
 
 def note_unknown(request: Request, source: Json, *known: str) -> None:
     """Record the fields that no other dialect has; nulls mean nothing."""
@@ -2151,8 +2258,8 @@ def offered_tools(request: Request, model: Model, bare: bool
     """
     tools, choice, schema = list(request.tools), request.tool_choice, request.output_schema
     if isinstance(choice, Named) and choice.name not in [tool.name for tool in tools]:
-        request.lose("tool_choice", "the tool is not offered")
-        choice = None
+        raise BadRequest("'tool_choice' demands the tool %s, which is not among the tools"
+                         % printable(choice.name, 60), param="tool_choice")
     if schema is None or (bare if schema["type"] == "json_object" else
                           model.supports.get("structured_outputs") is True):
         return tools, choice if tools else None, schema
@@ -2168,14 +2275,12 @@ def openai_choice(choice: Any, request: Request) -> str | Named | None:
     if isinstance(choice, str):
         return choice if choice in ("auto", "none", "required") else None
     source = as_object(choice)
-    name = as_object(source.get("function")).get("name") or source.get("name")
-    if source.get("type") == "allowed_tools":
-        request.lose("tool_choice", "allowed_tools became its mode")
-        inner = as_object(source.get("allowed_tools") or source)
-        return "required" if inner.get("mode") == "required" else "auto"
-    if source and not isinstance(name, str):
-        request.lose("tool_choice", "of a hosted tool")
-    return Named(name) if isinstance(name, str) else None
+    kind = str(source.get("type"))
+    inner = as_object(source.get("function")) or as_object(source.get("custom")) or source
+    name = inner.get("name")
+    if isinstance(name, str):
+        return Named(flat_name(str(source.get("namespace") or ""), name))
+    return Named(kind) if source else None               # a vendor's tool has its type as name
 
 def read_schema(layout: Any) -> Json | None:
     """A `response_format` or `format` if it is one of JSON, its inner object flattened:
@@ -2596,6 +2701,8 @@ class ChatCompletions(Dialect):
     name, path = "chat", "/chat/completions"
     cache_mark = "copilot_cache_control"
     own_parts = frozenset(("text", "image_url", "input_audio", "file", "refusal"))
+    knows_allowed_tools = True
+    has_freeform_tools = True
     substitutes = ("responses", "messages")
     STOP_REASONS = (("stop", "stop"), ("length", "length"), ("tool_calls", "tool_use"),
                     ("content_filter", "refusal"), ("function_call", "tool_use"),
@@ -2818,8 +2925,15 @@ class ChatCompletions(Dialect):
 
     def read_tool(self, tool: Json, request: Request) -> None:
         function = tool.get("function")
-        add_tool(request, tool if function is None else as_object(function), "parameters",
-                 tool.get("copilot_cache_control"), isinstance(function, dict))
+        freeform = freeform_of(tool)
+        if isinstance(function, dict):
+            add_tool(request, function, "parameters", cache=bool(tool.get(self.cache_mark)))
+        elif freeform:
+            shown = {"name": freeform.get("name"), "description": freeform_description(freeform),
+                     "parameters": FREEFORM_SCHEMA}
+            add_tool(request, shown, "parameters", kind="custom")
+        else:
+            drop_hosted_tool(request, tool)
 
     def read_turn(self, request: Request, item: Json, place: str) -> None:
         message, role = item, str(item.get("role"))
@@ -2851,9 +2965,12 @@ class ChatCompletions(Dialect):
         parts += [Text(said)] if said else []
         parts += [Text(str(refusal), refusal=True)] if refusal else []
         for call in map(as_object, as_list(message.get("tool_calls"))):
-            function = as_object(call.get("function"))
+            function = as_object(call.get("function")) or as_object(call.get("custom"))
+            arguments = str(function.get("arguments") or "{}")
+            if "input" in function:
+                arguments = dumps({"input": str(function["input"])}).decode("utf-8", "replace")
             parts.append(ToolCall(str(call.get("id") or ""), str(function.get("name") or ""),
-                                  str(function.get("arguments") or "{}")))
+                                  arguments))
         return parts
 
     def encode_request(self, request: Request, model: Model) -> Json:
@@ -2917,8 +3034,10 @@ class ChatCompletions(Dialect):
             messages.append({"role": "user", "content": content})
         return messages
 
-    def _write_assistant(self, parts: list[Part], request: Request | None) -> Json:
-        """One message: for the upstream with a request, for a client without."""
+    def _write_assistant(self, parts: list[Part], request: Request | None,
+                         freeform: Container[str] = ()) -> Json:
+        """One message: for the upstream with a request, for a client without, then with the names
+        of its freeform tools."""
         thoughts = [p for p in parts if isinstance(p, Reasoning)]
         texts = [p for p in parts if isinstance(p, Text)]
         message: Json = {"role": "assistant",
@@ -2933,14 +3052,23 @@ class ChatCompletions(Dialect):
             message["reasoning_content"] = thought
         calls = [p for p in parts if isinstance(p, ToolCall)]
         if calls:
-            message["tool_calls"] = [{
-                "id": fit_call_id(call.id) if request else call.id, "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments or "{}"}}
-                for call in calls]
+            if request:
+                calls = [replace(call, id=fit_call_id(call.id)) for call in calls]
+            message["tool_calls"] = [self.call(call, call.name in freeform) for call in calls]
         return message
 
+    @staticmethod
+    def call(call: ToolCall, is_freeform: bool) -> Json:
+        """A call of a function or of a freeform tool, as its client knows it."""
+        if is_freeform:
+            custom = {"name": call.name, "input": freeform_input(call.arguments)}
+            return {"id": call.id, "type": "custom", "custom": custom}
+        function = {"name": call.name, "arguments": call.arguments or "{}"}
+        return {"id": call.id, "type": "function", "function": function}
+
     def encode_response(self, response: Response, request: Request) -> Json:
-        message = self._write_assistant(response.parts, None)
+        freeform = [tool.name for tool in request.tools if tool.kind == "custom"]
+        message = self._write_assistant(response.parts, None, freeform)
         reason = self.finish_reason(response.stop, "refusal" in message)
         message.setdefault("refusal", None)
         return {"id": client_id("chatcmpl-", response.id, request), "object": "chat.completion",
@@ -3020,6 +3148,8 @@ class ChatEncoder(StreamEncoder):
         self._head: Json = {}
         self._calls = 0
         self._refused = False
+        self._freeform = [tool.name for tool in request.tools if tool.kind == "custom"]
+        self._inputs: dict[int, tuple[ToolCall, list[str]]] = {}     # of open freeform calls
 
     def _chunk(self, delta: Json, reason: str | None = None) -> bytes:
         return b"data: %b\n\n" % dumps(dict(self._head, choices=[
@@ -3041,6 +3171,9 @@ class ChatEncoder(StreamEncoder):
             delta = {"reasoning_content": mark, "reasoning_text": mark}
             if part.redacted:
                 out = self._chunk({"reasoning_opaque": client_state(part, self.dialect.name)})
+        elif isinstance(part, ToolCall) and part.name in self._freeform:
+            self._inputs[event.index] = part, []         # its text is known at its end only
+            return b""
         elif isinstance(part, ToolCall):
             out = self._chunk({"tool_calls": [{
                 "index": self._calls, "id": part.id, "type": "function",
@@ -3049,6 +3182,21 @@ class ChatEncoder(StreamEncoder):
             self._calls += 1
         self._frames[event.index] = self._chunk(delta).split(self.QUOTED_MARK)
         return out
+
+    def _delta(self, event: PartDelta) -> bytes:
+        if event.index in self._inputs:
+            self._inputs[event.index][1].append(event.text)
+            return b""
+        return super()._delta(event)
+
+    def _end(self, event: PartEnd) -> bytes:
+        if event.index not in self._inputs:
+            return b""
+        part, texts = self._inputs.pop(event.index)
+        call = dict(self.dialect.call(replace(part, arguments="".join(texts)), True),
+                    index=self._calls)
+        self._calls += 1
+        return self._chunk({"tool_calls": [call]})
 
     def _sign(self, event: PartSignature) -> bytes:
         part = Reasoning("", event.signature, event.id, event.minted_by)
@@ -3065,13 +3213,19 @@ class ChatEncoder(StreamEncoder):
 # ---- Responses ----
 
 _ITEM_PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_",
-                  "custom_tool_call": "ctc_", "web_search_call": "ws_", "compaction": "cmp_"}
+                  "custom_tool_call": "ctc_", "web_search_call": "ws_", "compaction": "cmp_",
+                  "tool_search_call": "tsc_", "local_shell_call": "lsh_", "shell_call": "sh_",
+                  "apply_patch_call": "apc_", "computer_call": "cu_"}
 _ITEM_ID = re.compile(rb'"item_id":\s*"((?:[^"\\]|\\.)*)"')
 _SEQUENCE = re.compile(rb'"sequence_number":\s*(\d+)')
 _OUTPUT_INDEX = re.compile(rb'"output_index":\s*(\d+)')
 _TERMINAL = ("response.completed", "response.incomplete", "response.failed", "response.cancelled",
              "error")
 _REFUSED_TOOLS = ("image_generation", "code_interpreter")
+#: the items that hold the result of a tool which the client ran
+_RESULT_ITEMS = ("function_call_output", "custom_tool_call_output", "tool_search_output",
+                 "local_shell_call_output", "shell_call_output", "apply_patch_call_output",
+                 "computer_call_output")
 #: the items that /responses itself has, beside messages
 _OWN_ITEMS = frozenset((
     "reasoning", "item_reference", "compaction", "compaction_summary", "context_compaction",
@@ -3083,10 +3237,6 @@ _OWN_ITEMS = frozenset((
 _TEXT_EVENTS = ("response.output_text.delta", "response.output_text.done",
                 "response.refusal.delta", "response.refusal.done")
 _ARGUMENT_EVENTS = ("response.function_call_arguments", "response.custom_tool_call_input")
-
-def flat_name(namespace: str, name: str) -> str:
-    """A tool of a namespace as a function of its own: ('fs', 'read') -> 'fs__read'."""
-    return "%s__%s" % (namespace, name) if namespace else name
 
 def item_id(item: Json, place: int) -> str:
     """The id under which a client sees an output item: the upstream's first one if it is short."""
@@ -3121,6 +3271,16 @@ def mend_response_usage(answer: Json) -> None:
         if not isinstance(usage.get(key), type(usual)):
             usage[key] = usual
     usage["input_tokens_details"].setdefault("cache_write_tokens", 0)     # openai 3.52 insists
+
+def _vendor_output(output: Any) -> Any:
+    """The output of a vendor's tool as content: a screenshot as an image, the runs of a shell as
+    JSON, text as it is."""
+    picture = as_object(output)
+    if picture.get("type") == "computer_screenshot":
+        return [{"type": "input_image", "image_url": picture.get("image_url")}]
+    if output is None or isinstance(output, str):
+        return output
+    return dumps(output).decode("utf-8", "replace")
 
 class ResponsesStream(StreamRelay):
     """Response events with ids that stay: the upstream gives one item another id in every event,
@@ -3249,6 +3409,8 @@ class Responses(Dialect):
                            "computer_screenshot"))
     substitutes = ("chat", "messages")
     reads_compactions = True
+    knows_allowed_tools = True
+    has_freeform_tools = True
     has_whole_answer_limit = False
     #: incomplete_details.reason (for whole answers "completed") and the neutral word
     STOP_REASONS = (("completed", "stop"), ("max_output_tokens", "length"),
@@ -3383,31 +3545,34 @@ class Responses(Dialect):
         return request
 
     def read_tool(self, tool: Json, request: Request, namespace: str = "") -> None:
-        """One entry of `tools`; a namespace holds several, which are flattened.  A freeform tool
-        becomes a function with one text, see `item` for the way back."""
-        kind, name, about = tool.get("type"), str(tool.get("name") or ""), tool.get("description")
+        """One entry of `tools`; a namespace holds several, which are flattened.  A tool that is no
+        function becomes one, see `item` for the way back."""
+        kind, name = str(tool.get("type")), str(tool.get("name") or "")
         if kind == "namespace":
             for inner in as_list(tool.get("tools")):
                 self.read_tool(as_object(inner), request, name)
-        else:
-            tool = dict(tool, name=flat_name(namespace, name))
-            if kind == "custom":
-                grammar = as_object(tool.get("format")).get("definition")
-                rule = "\n\n`input` must follow this grammar:\n%s" % grammar if grammar else ""
-                tool.update(description="%s%s" % (about or "", rule), parameters={
-                    "type": "object", "properties": {"input": {"type": "string"}},
-                    "required": ["input"]})
-            add_tool(request, tool, "parameters", False, kind in ("function", "custom"))
-            if kind == "custom" or namespace and kind == "function":
-                request.tools[-1] = replace(request.tools[-1], custom=kind == "custom",
-                                            namespace=namespace, short_name=name)
+            return
+
+        shown = dict(tool, name=flat_name(namespace, name))
+        more: Json = {}
+        if namespace:
+            more = {"namespace": namespace, "short_name": name}
+        if kind == "custom":
+            shown = {"name": shown["name"], "description": freeform_description(tool),
+                     "parameters": FREEFORM_SCHEMA}
+        elif kind in CLIENT_TOOLS and tool.get("execution") != "server":
+            row = CLIENT_TOOLS[kind]
+            shown = {"name": kind, "description": tool.get("description") or row.description,
+                     "parameters": as_object(tool.get("parameters")) or row.schema}
+        elif kind != "function":
+            drop_hosted_tool(request, tool)
+            return
+        add_tool(request, shown, "parameters", kind=kind, **more)
 
     def read_turn(self, request: Request, item: Json, place: str) -> None:
         kind = str(item.get("type") or "message")
-        if kind in ("function_call_output", "custom_tool_call_output"):
-            note_unknown(request, item, "call_id", "output")
-            request.add_turn("user", [ToolResult(str(item.get("call_id") or ""), read_content(
-                item.get("output"), place, request))])
+        if kind in _RESULT_ITEMS:
+            request.add_turn("user", [self._read_result(request, item, place)])
         elif kind == "message" and item.get("role") in ("user", "system", "developer"):
             note_unknown(request, item, "content")
             if item["role"] == "user":
@@ -3416,7 +3581,8 @@ class Responses(Dialect):
                 request.add_turn("system", [Text(text_of(item.get("content")))])
         elif kind == "item_reference":
             request.lose(kind, "no such item is known here")
-        elif kind in ("message", "reasoning", "function_call", "custom_tool_call"):
+        elif kind in ("message", "reasoning", "function_call", "custom_tool_call") or (
+                kind in CALL_ITEMS and (item.get("call_id") or item.get("id"))):
             parts = self.read_output(item)
             if parts:
                 request.add_turn("assistant", parts)
@@ -3437,13 +3603,32 @@ class Responses(Dialect):
             text = "\n\n".join(str(p.get("text") or "") for key in ("summary", "content")
                                for p in as_list(item.get(key)) if isinstance(p, dict))
             return reasoning_parts(self.name, text, item.get("encrypted_content"), item.get("id"))
-        if kind not in ("function_call", "custom_tool_call"):
+        if kind not in ("function_call", "custom_tool_call", *CALL_ITEMS):
             return []
+        name = flat_name(str(item.get("namespace") or ""), str(item.get("name") or ""))
         arguments = item.get("arguments")
         if kind == "custom_tool_call":
-            arguments = dumps({"input": str(item.get("input") or "")}).decode()
-        name = flat_name(str(item.get("namespace") or ""), str(item.get("name") or ""))
-        return [ToolCall(str(item.get("call_id") or ""), name, str(arguments or "{}"))]
+            arguments = dumps({"input": str(item.get("input") or "")}).decode("utf-8", "replace")
+        elif kind in CALL_ITEMS:
+            name = CALL_ITEMS[kind]
+            given_arguments = as_object(item.get(CLIENT_TOOLS[name].arguments))
+            arguments = dumps(given_arguments).decode("utf-8", "replace")
+        call_id = item.get("call_id") or item.get("id")      # local_shell once had ids alone
+        return [ToolCall(str(call_id or ""), name, str(arguments or "{}"))]
+
+    def _read_result(self, request: Request, item: Json, place: str) -> ToolResult:
+        """The result of a tool; what a search found becomes callable."""
+        call_id = str(item.get("call_id") or item.get("id") or "")
+        for tool in dicts_in(item, "tools"):
+            self.read_tool(tool, request)
+        if "tools" in item:
+            names = [tool.name for tool in request.tools]
+            return ToolResult(call_id, [Text("These tools are loaded now: " + ", ".join(names))])
+
+        output = item.get("output")
+        if item["type"] not in ("function_call_output", "custom_tool_call_output"):
+            output = _vendor_output(output)
+        return ToolResult(call_id, read_content(output, place, request))
 
     def encode_request(self, request: Request, model: Model) -> Json:
         preflight(request, model)
@@ -3515,15 +3700,24 @@ class Responses(Dialect):
                 encrypted_content=client_state(part, self.name)))
         if not isinstance(part, ToolCall):
             return {}
-        tool = tools.get(part.name, Tool(part.name))
-        item = dict(head, type="custom_tool_call" if tool.custom else "function_call", **status,
-                    call_id=part.id, name=tool.short_name or part.name, **given(
-                        namespace=tool.namespace or None))
-        if tool.custom:                                  # '{"input": "a"}' -> 'a'
-            found = arguments_object(part.arguments)
-            text = found.get("input", found.get("_raw"))
-            return dict(item, input=text if isinstance(text, str) else part.arguments)
-        return dict(item, arguments=part.arguments or "{}")
+        return self._call_item(part, dict(head, **status), tools.get(part.name, Tool(part.name)))
+
+    @staticmethod
+    def _call_item(call: ToolCall, head: Json, tool: Tool) -> Json:
+        """A call in the form in which the client knows its tool."""
+        names = given(name=tool.short_name or call.name, namespace=tool.namespace or None)
+        if tool.kind == "function":
+            return dict(head, type="function_call", call_id=call.id, **names,
+                        arguments=call.arguments or "{}")
+        if tool.kind == "custom":
+            return dict(head, type="custom_tool_call", call_id=call.id, **names,
+                        input=freeform_input(call.arguments))
+        row = CLIENT_TOOLS[tool.kind]
+        fixed = as_object(row.fixed.get(row.arguments))
+        arguments = dict(fixed, **arguments_object(call.arguments))
+        item = dict(head, type=_ITEM_OF[tool.kind], call_id=call.id, **row.fixed)
+        item[row.arguments] = arguments
+        return item
 
     def encode_response(self, response: Response, request: Request) -> Json:
         """What the stream encoder would say at its end."""
@@ -3667,11 +3861,12 @@ class ResponsesEncoder(StreamEncoder):
     def _begin(self, event: PartStart) -> bytes:
         part, index, at = event.part, event.index, len(self._places)
         item = self.dialect.item(part, "", self._tools)
-        item["id"] = stable_id(_ITEM_PREFIXES[item["type"]], "%s %d" % (self.answer["id"], index))
+        prefix = _ITEM_PREFIXES.get(item["type"], "item_")
+        item["id"] = stable_id(prefix, "%s %d" % (self.answer["id"], index))
         self._parts[index], self._texts[index] = part, []
         place = self._places[index] = {"item_id": item["id"], "output_index": at}
         (block,) = item.get("content", [item])
-        stem, _, around = self._kinds[index] = self.KINDS[block["type"]]
+        stem, _, around = self._kinds[index] = self.KINDS.get(block["type"], ("", "", ""))
         hollow = {"content": [], "arguments": "", "input": "", "summary": [],
                   "status": "in_progress"}
         out = self._event("response.output_item.added", output_index=at, item=dict(
@@ -3681,7 +3876,7 @@ class ResponsesEncoder(StreamEncoder):
             out += self._event(around + ".added", part=block, **place)
         elif isinstance(part, Reasoning):
             place["summary_index"] = 0
-        if item["type"] != "custom_tool_call":
+        if stem and item["type"] != "custom_tool_call":
             delta = dict({"type": stem + ".delta", "sequence_number": self.MARK}, **place,
                          delta=self.MARK, **given(logprobs=block.get("logprobs")))
             self._frames[index] = Frame(stem + ".delta", dumps(delta)).encode().split(
@@ -3814,6 +4009,16 @@ def end_with_user(edit: Edit, key: str = "messages") -> bool:
         {"role": "user", "content": "Continue your answer exactly where it stopped."}])
     edit.lose(key, "an answer begun by the client became a request to go on")
     return True
+
+def client_tool(tool: Json) -> Json | None:
+    """Anthropic's tool that the client runs as a function with its published schema: a call of it
+    looks the same, since it goes by the name.  None for others."""
+    kind = str(tool.get("type"))
+    for prefix, description, schema in ANTHROPIC_TOOLS:
+        if kind.startswith(prefix):
+            return given(name=tool.get("name"), description=description, input_schema=schema,
+                         cache_control=tool.get("cache_control"))
+    return None
 
 class MessagesStream(StreamRelay):
     """Anthropic's events as they come; only the model's name in `message_start` is exchanged."""
@@ -4062,12 +4267,10 @@ class Messages(Dialect):
     def own_tool(self, tool: Json) -> Json:
         freeform, function = freeform_of(tool), function_of(tool)
         if freeform:
-            schema = {"type": "object", "properties": {"input": {"type": "string"}},
-                      "required": ["input"]}
-            return given(name=freeform.get("name"), description=freeform.get("description"),
-                         input_schema=schema)
+            return given(name=freeform.get("name"), input_schema=FREEFORM_SCHEMA,
+                         description=freeform_description(freeform) or None)
         if not function or "input_schema" in tool:
-            return tool
+            return client_tool(tool) or tool
         return given(name=function.get("name"), description=function.get("description"),
                      input_schema=function.get("parameters") or {"type": "object"},
                      cache_control=tool.get("cache_control"))
@@ -4178,8 +4381,11 @@ class Messages(Dialect):
         request.add_turn(role, read_content(item.get("content"), place, request))
 
     def read_tool(self, tool: Json, request: Request) -> None:
-        add_tool(request, tool, "input_schema", tool.get("cache_control"),
-                 tool.get("type") in (None, "custom"))
+        shown = client_tool(tool) or tool
+        if shown.get("type") in (None, "custom"):
+            add_tool(request, shown, "input_schema", cache=bool(tool.get("cache_control")))
+        else:
+            drop_hosted_tool(request, tool)
 
     def read_answer_block(self, block: Json) -> list[Part]:
         """The parts of one block of an answer; unknown ones have none."""
@@ -4725,6 +4931,52 @@ def shape_tools(edit: Edit, client: Dialect, model: Model) -> None:
             drop_nulls(edit, tool)
             drop_nulls(edit, as_object(tool.get("function")))
 
+def _tool_key(tool: Json) -> tuple[str, str]:
+    """What makes two entries of `tools` the same tool."""
+    function = as_object(tool.get("function")) or as_object(tool.get("custom"))
+    return str(tool.get("type")), str(function.get("name") or tool.get("name"))
+
+def merge_tools(tools: list[Json], more: list[Json]) -> list[Json]:
+    """Both lists without doubles; the tools of a namespace that is in both are joined."""
+    merged = {_tool_key(tool): tool for tool in tools}
+    for tool in more:
+        known = merged.get(_tool_key(tool))
+        if known is not None and tool.get("type") == "namespace":
+            inner = merge_tools(dicts_in(known, "tools"), dicts_in(tool, "tools"))
+            merged[_tool_key(tool)] = dict(known, tools=inner)
+        else:
+            merged.setdefault(_tool_key(tool), tool)
+    return list(merged.values())
+
+def hoist_tools(edit: Edit, client: Dialect, model: Model) -> None:
+    """Codex sends the tools of newer models as an item, which it replays for ever; after a switch
+    of the model both forms come."""
+    items = edit.body.get(client.turns_key)
+    carriers = [item for item in as_list(items)
+                if isinstance(item, dict) and item.get("type") == "additional_tools"]
+    if not carriers:
+        return
+    tools = dicts_in(edit.body, "tools")
+    for carrier in carriers:
+        tools = merge_tools(tools, dicts_in(carrier, "tools"))
+    edit.set(edit.body, "tools", tools)
+    kept = [item for item in as_list(items) if not any(item is carrier for carrier in carriers)]
+    edit.replace(edit.body, client.turns_key, kept)
+
+def narrow_tools(edit: Edit, client: Dialect, model: Model) -> None:
+    """`allowed_tools` must not widen to all tools where the upstream does not know it."""
+    choice = as_object(edit.body.get("tool_choice"))
+    if choice.get("type") != "allowed_tools":
+        return
+    if model.is_openai and client.knows_allowed_tools and client.path in model.endpoints:
+        return
+    inner = as_object(choice.get("allowed_tools")) or choice
+    allowed = [_tool_key(tool) for tool in dicts_in(inner, "tools")]
+    tools = [tool for tool in dicts_in(edit.body, "tools") if _tool_key(tool) in allowed]
+    edit.set(edit.body, "tools", tools)
+    mode = "required" if inner.get("mode") == "required" else "auto"
+    edit.set(edit.body, "tool_choice", client.own_choice(mode))
+
 def shape_choice(edit: Edit, client: Dialect, model: Model) -> None:
     """`tool_choice` in the shape of another dialect."""
     choice = edit.body.get("tool_choice")
@@ -4843,7 +5095,8 @@ def shape_turns(edit: Edit, client: Dialect, model: Model) -> None:
 
 #: what is done to every request, in this order
 NORMALISING: tuple[Callable[[Edit, Dialect, Model], None], ...] = (
-    name_the_turns, rename_old_fields, convert_functions, shape_tools, shape_choice, shape_turns)
+    name_the_turns, rename_old_fields, convert_functions, hoist_tools, shape_tools, narrow_tools,
+    shape_choice, shape_turns)
 
 def normalise(edit: Edit, client: Dialect, model: Model) -> None:
     """Make a request uniform in its own dialect.  Raises BadRequest."""
@@ -5334,15 +5587,14 @@ def fit_body(edit: Edit, upstream: Dialect, model: Model) -> None:
         for holder, key in upstream.tool_schemas(edit.body):
             edit.set(holder, key, schemas.convert(holder[key]))
 
-def translate_request(client: Dialect, upstream: Dialect, body: Json, model: Model
+def translate_request(client: Dialect, upstream: Dialect, before: Edit, model: Model
                       ) -> tuple[Edit, Request]:
     """(a body that is fit for the upstream, the request in neutral words).
-    Raises BadRequest for what would change the meaning.  `body` may be changed."""
-    before = Edit(body)
-    normalise(before, client, model)
+    before: the normalised request, which may be changed.  Raises BadRequest for what would change
+    the meaning."""
     drop_nonce(before)
     expand_compactions(before, upstream)
-    request = client.decode_request(body)
+    request = client.decode_request(before.body)
     for name, reason in before.losses:
         request.lose(name, reason)
     edit = Edit(upstream.encode_request(request, model), request.losses)
@@ -5617,6 +5869,13 @@ def check_endpoint(model: Model, path: str) -> None:
                          % (model.id, path, spoken), code="unsupported_api_for_model",
                          param="model")
 
+def needs_hub(client: Dialect, body: Json, model: Model) -> bool:
+    """Does a request need translation though model and client speak one dialect?  So it is with
+    OpenAI's freeform tools, which its models know from GPT-5 on."""
+    if not client.has_freeform_tools or (model.is_openai and model.version >= (5,)):
+        return False
+    return any(map(freeform_of, dicts_in(body, "tools")))
+
 class Plan:
     """How one request goes up, and how its answer comes back.
     edit: the upstream's body and what was lost; headers: beside the usual ones; pipeline: for a
@@ -5633,20 +5892,21 @@ class Plan:
         self.words: tuple[str, ...] = ()
         self.lessons: list[Any] = []
         self.repaired: list[str] = []
+        self.edit = Edit(body)
+        normalise(self.edit, client, model)
+        by_hub = by_hub or needs_hub(client, body, model)
         self.is_translated = client is not upstream or by_hub
         self.request = Request(str(body["model"]), client.name)
         self.pipeline: StreamRelay | None = None
         self.answer: Json = {}
         wants_stream = body.get("stream") is True
         if self.is_translated:
-            self.edit, self.request = translate_request(client, upstream, body, model)
+            self.edit, self.request = translate_request(client, upstream, self.edit, model)
             if wants_stream:
                 self.pipeline = TranslatedStream(client, upstream, self.request)
         else:
             if wants_stream:
                 self.pipeline = client.stream(self.request.model, body)
-            self.edit = Edit(body)
-            normalise(self.edit, client, model)
             drop_nonce(self.edit)
             expand_compactions(self.edit, upstream)
             fit_body(self.edit, upstream, model)
@@ -5954,7 +6214,7 @@ def drop_tool(plan: Plan, name: str) -> bool:
     hosted = [tool for tool in tools if name in (tool.get("type"), tool.get("name"))
               and tool.get("type", "function") != "function" and "input_schema" not in tool]
     kinds = {tool["type"] for tool in hosted}
-    if plan.upstream is RESPONSES and kinds & {"custom", "namespace"}:
+    if kinds & {"custom", "namespace", *CLIENT_TOOLS}:       # as functions the model can call them
         return not plan.is_translated and avoid(plan, BY_HUB + plan.upstream.path)
     if hosted and hosted == tools and plan.client is MESSAGES:
         return avoid(plan, SEARCH_TOOLS)

@@ -744,7 +744,7 @@ def check_chat_calls(ask: Ask) -> None:
             if ask.is_openai and len(call["id"]) > longest:
                 raise bad("Invalid 'tool_calls[0].id': string too long. Expected a string with "
                           "maximum length %d" % longest, "string_above_max_length")
-            check_name(call["function"]["name"])
+            check_name((call.get("custom") or call["function"])["name"])
         if message["role"] == "tool":
             if message.get("tool_call_id") not in waiting:
                 raise bad("messages with role 'tool' must be a response to a preceding message "
@@ -804,6 +804,11 @@ def check_chat_tools(ask: Ask) -> None:
         "$schema", "additionalProperties", "$ref", "$defs", "const", "oneOf", "allOf",
         "propertyNames", "exclusiveMinimum")}
     for tool in ask.body.get("tools") or []:
+        if tool["type"] == "custom" and ask.is_openai and ask.name.startswith("gpt-5"):
+            check_name(tool["custom"]["name"])
+            continue
+        if tool["type"] != "function":
+            raise bad("Unsupported tool type: '%s'" % tool["type"], param="tools")
         function = tool["function"]
         check_name(function["name"])
         for node in walk(function.get("parameters")):
@@ -847,13 +852,16 @@ def chat_prompt(body: Json) -> Prompt:
     users = [text_of(item.get("content")) for item in messages if item["role"] == "user"]
     last = messages[-1]
     result = text_of(last.get("content")) if last["role"] == "tool" else None
-    tools = [(tool["function"]["name"], False) for tool in body.get("tools") or []]
+    tools = [((tool.get("custom") or tool["function"])["name"], "custom" in tool)
+             for tool in body.get("tools") or []]
     return Prompt(users[-1] if users else "", result, tools)
 
 
 def chat_calls(said: Said, first: int = 0) -> List[Json]:
     """tool_calls entries, `index` counted from `first`."""
-    return [{"index": first + at, "id": call.call_id, "type": "function",
+    return [{"index": first + at, "id": call.call_id, "type": "custom",
+             "custom": {"name": call.name, "input": call.arguments}} if call.custom else
+            {"index": first + at, "id": call.call_id, "type": "function",
              "function": {"name": call.name, "arguments": call.arguments}}
             for at, call in enumerate(said.calls)]
 
@@ -918,11 +926,12 @@ def chat_call_frames(said: Said) -> Iterator[Frame]:
     """Calls in two fragments each; Claude's sit under choice 1 and are numbered from 1."""
     split = is_split(said)
     for call in chat_calls(said, 1 if split else 0):
-        arguments = call["function"].pop("arguments")
-        call["function"]["arguments"] = ""
+        kind, key = ("custom", "input") if "custom" in call else ("function", "arguments")
+        arguments = call[kind].pop(key)
+        call[kind][key] = ""
         yield sse(chat_chunk(said, {"role": "assistant", "tool_calls": [call]}, int(split)))
         for part in (arguments[:8], arguments[8:]):
-            later = {"index": call["index"], "function": {"arguments": part}}
+            later = {"index": call["index"], kind: {key: part}}
             yield sse(chat_chunk(said, {"tool_calls": [later]}, int(split)))
 
 

@@ -596,3 +596,10 @@ def read_blocks(text: str) -> Iterator[Block]:
 def readme() -> str:
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
         return file.read()
+
+
+def translated(client: str, upstream: str, body: dict[str, Any], model: cp.Model) -> Any:
+    """(the upstream's Edit, the neutral Request) of a client's body, normalised first."""
+    edit = cp.Edit(body)
+    cp.normalise(edit, cp.DIALECTS[client], model)
+    return cp.translate_request(cp.DIALECTS[client], cp.DIALECTS[upstream], edit, model)

@@ -8,7 +8,7 @@ import random
 import time
 import unittest
 
-from support import SLOW, chunked_post, memory_bytes, post, raw_exchange
+from support import SLOW, chunked_post, memory_bytes, post, raw_exchange, translated
 import copilot_proxy as cp
 from copilot_proxy import DIALECTS, ProxyError, Request
 from cases import SharedCase
@@ -52,7 +52,7 @@ class Fuzz(unittest.TestCase):
                     odd = mutate(rng, body)
                     with self.subTest(client=client, upstream=upstream, body=odd):
                         try:
-                            cp.translate_request(DIALECTS[client], DIALECTS[upstream], odd, MODEL)
+                            translated(client, upstream, odd, MODEL)
                         except ProxyError as error:
                             self.assertEqual(error.status, 400)
 
@@ -150,8 +150,7 @@ class RawFuzz(SharedCase):
             return
         value = cp.loads(cp.inflate(body, head.headers.get("content-encoding", "")))
         if isinstance(value, dict):
-            cp.translate_request(DIALECTS[name], DIALECTS[rng.choice(sorted(DIALECTS))], value,
-                                 MODEL)
+            translated(name, rng.choice(sorted(DIALECTS)), value, MODEL)
 
     def read_stream(self, rng: random.Random, name: str, data: bytes) -> int:
         """-> how many events were understood."""

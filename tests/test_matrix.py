@@ -5,14 +5,15 @@ written out here, come back through the hub and are read by small readers that d
 """
 from __future__ import annotations
 
+import copy
 import json
 import random
 import unittest
 
-from support import cp
+from support import cp, translated
 import fake_upstream as fu
 from copilot_proxy import (DIALECTS, BadRequest, Frame, Model, Request, TranslatedStream,
-                           UpstreamError, read_answer, translate_request)
+                           UpstreamError, read_answer)
 from wire import (CELLS, NAMES, PARALLEL, PIXEL, REFUSALS, SCHEMA, STOPS, Writer, assert_failed,
                   call, check_order, chunk, read_body, responses_event, run, sse, whole_of)
 
@@ -29,7 +30,7 @@ PATHS = {"chat": fu.CHAT, "responses": fu.RESPONSES, "messages": fu.MESSAGES}
 
 
 def translate(client: str, upstream: str, body: dict, model: Model) -> tuple:
-    edit, request = translate_request(DIALECTS[client], DIALECTS[upstream], body, model)
+    edit, request = translated(client, upstream, body, model)
     return edit.body, request
 
 
@@ -483,14 +484,17 @@ class Rules(unittest.TestCase):
                           {"type": "local_shell"}]
         for upstream in ("chat", "messages"):
             sent, request = self.to("responses", upstream, json.loads(json.dumps(body)))
-            self.assertEqual((len(sent["tools"]), len(request.losses)), (1, 3))
+            self.assertEqual((len(sent["tools"]), len(request.losses)), (2, 2))
         body = dict(Writer("messages", False).user("x").body,
                     tools=[{"type": "web_search_20250305", "name": "web_search"}],
                     tool_choice={"type": "tool", "name": "web_search"})
+        with self.assertRaises(BadRequest) as caught:        # a forced tool that nobody runs
+            self.to("messages", "chat", copy.deepcopy(body))
+        self.assertEqual(caught.exception.param, "tool_choice")
+        del body["tool_choice"]
         sent, request = self.to("messages", "chat", body)
         self.assertNotIn("tools", sent)
-        self.assertNotIn("tool_choice", sent)
-        self.assertEqual(len(request.losses), 2)
+        self.assertEqual(len(request.losses), 1)
 
     def test_codex_tools(self) -> None:
         """custom and namespace tools: functions on the way out, themselves on the way back."""

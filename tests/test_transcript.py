@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 from typing import Any, Iterator
 
-from support import SLOW, Proxy, ProxyCase, chat, message, response, wait_until
+from support import SLOW, Proxy, ProxyCase, chat, message, response, translated, wait_until
 import bench
 import copilot_proxy as cp
 import fake_upstream as fake
@@ -222,8 +222,7 @@ class PairingTest(unittest.TestCase):
                     mutate(rng, writer.items, client)
                     body = writer.body(model=model)
                     there = set(result_texts(body))
-                    edit, _ = cp.translate_request(
-                        cp.DIALECTS[client], cp.DIALECTS[upstream], body, MODELS[model])
+                    edit, _ = translated(client, upstream, body, MODELS[model])
                     with self.subTest(client=client, upstream=upstream, seed=seed):
                         self.assertEqual(refusal(upstream, edit.body, model), "")
                         told = "\n".join(result_texts(edit.body))
