@@ -7871,6 +7871,23 @@ class DeviceLogin:
                 raise AuthError("the code has expired: start the login again")
         return ""
 
+    def start(self, keep: Callable[[str], Any], log: logging.Logger) -> None:
+        """`run` in a thread of its own; `keep` gets the token before it counts as granted."""
+        threading.Thread(target=self._run_and_keep, args=(keep, log), name="device-login",
+                         daemon=True).start()
+
+    def _run_and_keep(self, keep: Callable[[str], Any], log: logging.Logger) -> None:
+        try:
+            token = self.run()
+            if token:
+                keep(token)
+                self.token = token
+        except ProxyError as error:
+            self.code, self.problem = None, str(error)
+            log.error("%s", error)
+        finally:
+            self.ready.set()
+
     def _poll(self, code: DeviceCode) -> str | None:
         """The token, '' when stopped, None when the code has expired."""
         deadline = time.monotonic() + code.expires_in
@@ -9001,22 +9018,35 @@ def show_token(token: CopilotToken) -> None:
         sys.stderr.write("Copilot token: %s\n" % visible(token.value))
         sys.stderr.flush()
 
+class Services(NamedTuple):
+    """What accounts and logins need of the server; stop: it ends."""
+    settings: Settings
+    log: logging.Logger
+    clock: Callable[[], tuple[float, float]]
+    upstream: Upstream
+    github: GitHub
+    ledger: Ledger
+    stop: threading.Event
+
 class Account(Copilot):
     """One GitHub account; nothing of it is shared.  id: short, always the same for its token;
-    name: the GitHub login where known, else the id."""
+    name: the GitHub login where known, else the id.  on_refused: GitHub refuses its login -> the
+    error to raise."""
 
-    def __init__(self, app: App, github_token: str, name: str = "") -> None:
-        super().__init__(app.settings, app.upstream, app.github, check_github_token(github_token),
-                         app.log, app.clock)
-        self.on_refused = lambda error: app.login_refused(self, error)
+    def __init__(self, services: Services, github_token: str,
+                 on_refused: Callable[[Account, AuthError], AuthError], name: str = "") -> None:
+        settings, ledger = services.settings, services.ledger
+        super().__init__(settings, services.upstream, services.github,
+                         check_github_token(github_token), services.log, services.clock)
+        self.on_refused = lambda error: on_refused(self, error)
         self.id = stable_id("", github_token)[:8]
         self.name = name or self.id
-        self.limiter = RateLimiter(app.settings.rate_limit, app.settings.wait)
+        self.limiter = RateLimiter(settings.rate_limit, settings.wait)
         self.stats = Stats()
-        self.on_headers = lambda headers: app.ledger.see_quotas(self, "header", {
+        self.on_headers = lambda headers: ledger.see_quotas(self, "header", {
             name.partition("-snapshot-")[2] or name.partition("-ratelimit-")[2]: value
             for name, value in headers.items() if name.startswith(QUOTA_PREFIXES)})
-        if app.settings.show_token:
+        if settings.show_token:
             self.on_token = show_token
 
     def _fetch_models(self) -> Catalogue:
@@ -9381,54 +9411,165 @@ class BrowserLogin:
 STRANGER, ANYBODY = Caller(), Caller(True, True)             # where no key is wanted
 _GITHUB_KEY = re.compile(r"gh[ou]_[A-Za-z0-9_]{1,255}")
 
-class App:
-    """Everything one server needs: settings, login, upstream, policy.  Two can live in a process.
-    `account` is the default one, None while nobody is logged in; `_lock` guards it, the running
-    login, the other accounts and the logins that browsers began."""
+class DefaultLogin:
+    """The login that serves whoever brings none of his own.
 
-    def __init__(self, settings: Settings, environ: Mapping[str, str] | None = None,
-                 clock: Callable[[], tuple[float, float]] = read_clock) -> None:
-        self.settings, self.clock = settings, clock
-        self.environ = os.environ if environ is None else environ
-        self.log = logging.getLogger("copilot_proxy")
-        self.upstream = Upstream(settings, self.environ)
-        self.github = GitHub(settings, self.upstream, clock)
-        folder = settings.data_dir or default_data_dir(self.environ)
-        self.login_file = LoginFile(folder, settings.github_url)
-        self.keys = KeyFile(os.path.join(folder, "proxy_accounts.json"),
-                            urllib.parse.urlsplit(settings.github_url).netloc.lower(),
-                            settings.api_key)
-        self.wrong_keys = MinuteLimiter(WRONG_KEYS_PER_MINUTE)
-        self.ledger = Ledger(settings, folder, self.log, clock)
-        self.store = ResponseStore()
-        self.admission = Admission(settings, self.log, self.ledger.budget,
-                                   self.ledger.events.tell)
-        if settings.log_bodies:
-            self.log.warning("--log-bodies: EVERY WORD of requests and answers is written to %s",
-                             settings.log_bodies)
-        self.images = ImageFetcher(self.upstream.tls_context)
-        self.stop = threading.Event()
-        self.started = time.time()
+    account: None while nobody is logged in; device: the login that is under way or was the last;
+    file: where the login is stored; announce: told of each code, may be replaced.
+    `_lock` guards all fields and is held for no I/O."""
+
+    def __init__(self, services: Services, file: LoginFile) -> None:
+        self._services, self._log, self.file = services, services.log, file
         self.account: Account | None = None
+        self.device: DeviceLogin | None = None
         self.announce: Callable[[DeviceCode], None] = self._log_code
-        self.login: DeviceLogin | None = None
-        self.sessions: collections.OrderedDict[str, str]    # -> model that was asked for last
-        self.sessions = collections.OrderedDict()
-        #: logins that GitHub does not know any more; tried again while no other one serves
+        self._account_stop = threading.Event()
+        #: tokens that GitHub does not know any more; tried again while no other login serves
         self._refused: list[str] = []
         self._retry: threading.Thread | None = None
         self._lock = threading.Lock()
-        self._account_stop = threading.Event()
-        #: the others, by the hash of their token, the most recently used last
+
+    def _log_code(self, code: DeviceCode) -> None:
+        self._log.warning("login needed: open %s and enter the code %s", code.verification_uri,
+                          code.user_code)
+
+    def copilot(self) -> Account:
+        """The account.  Raises AuthError with the code to enter while there is none."""
+        account = self.account
+        if account is not None:
+            return account
+        stored = self.load()                           # another process may have logged in
+        if stored:
+            return self.use(stored)
+        self.begin()
+        raise AuthError(self.hint(), code="login_required")
+
+    def load(self) -> str:
+        """The GitHub token to use: the given one, else the stored one, else ''.
+        Never one that GitHub has refused.  A login file that cannot be read is told in the log."""
+        given = self._services.settings.github_token
+        if given and given not in self._refused:
+            return given
+        try:
+            stored = self.file.load()
+        except ConfigError as error:
+            self._log.error("%s", error)
+            return ""
+        return "" if stored in self._refused else stored
+
+    def use(self, github_token: str) -> Account:
+        """Serve with this login from now on."""
+        account = Account(self._services, github_token, self._replace)
+        stop = threading.Event()
+        with self._lock:
+            self._account_stop.set()
+            if self.device is not None:
+                self.device.stop.set()                 # another way was quicker
+            self.account, self._account_stop, self.device = account, stop, None
+            self._refused = [token for token in self._refused if token != github_token]
+        threading.Thread(target=account.keep_fresh, args=(stop,), name="copilot-token",
+                         daemon=True).start()
+        return account
+
+    def begin(self) -> None:
+        """Start a login by device flow in its own thread, unless one is running."""
+        services = self._services
+        with self._lock:
+            if self.device is not None and not self.device.problem or services.stop.is_set():
+                return
+            device = self.device = DeviceLogin(
+                services.github, services.settings.poll_margin_s, threading.Event(),
+                lambda code: self.announce(code))
+        device.start(self._keep, self._log)
+
+    def _keep(self, token: str) -> None:
+        try:
+            self.file.save(token)
+        except ConfigError as error:
+            self._log.error("the login works, but only until the end: %s", error)
+        self.use(token)
+        self._log.warning("logged in")
+
+    def hint(self) -> str:
+        """What to do to be logged in; waits a moment for the code of a login just begun."""
+        device = self.device
+        if device is not None:
+            device.ready.wait(CODE_WAIT_S)
+        code = device.code if device else None
+        if code:
+            return "login required: open %s and enter the code %s, or run: copilot_proxy.py auth" \
+                % (code.verification_uri, code.user_code)
+        if device and device.problem:
+            return "login required; the last try failed: %s" % device.problem
+        return "login required: open /auth/device on this server, or run: copilot_proxy.py auth"
+
+    # -- a login that GitHub refuses
+
+    def _replace(self, account: Account, error: AuthError) -> AuthError:
+        """GitHub has refused this account's login: a newer one is taken from the file, else a
+        person is asked -> what to raise."""
+        with self._lock:
+            is_news = self.account is account
+            if is_news:
+                self._refused.append(account.github_token)      # kept on disk
+                self.account = None
+                self._account_stop.set()
+        if is_news:
+            stored = self.load()
+            if stored:
+                self.use(stored)
+            else:
+                self._log.error("GitHub refuses the login: a new one is needed")
+                self.begin()
+                self._start_retry()
+        return AuthError("%s (%s)" % (error, self.hint()), code="login_required")
+
+    def _start_retry(self) -> None:
+        with self._lock:
+            if self._retry is None:
+                self._retry = threading.Thread(target=self._retry_refused, name="login-retry",
+                                               daemon=True)
+                self._retry.start()
+
+    def _retry_refused(self) -> None:
+        """Thread: GitHub may have been wrong, or the account was only suspended."""
+        services = self._services
+        while not services.stop.wait(LOGIN_RETRY_S):
+            for token in list(self._refused):
+                with contextlib.suppress(ProxyError):
+                    services.github.fetch_copilot_token(token)
+                    if self.account is None:
+                        self.use(token)
+                        self._log.warning("the login that GitHub refused works again")
+            with self._lock:
+                if self.account is not None:
+                    self._retry = None
+                    return
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._account_stop.set()
+        if self.device is not None:
+            self.device.stop.set()
+
+def own_login_refused(account: Account, error: AuthError) -> AuthError:
+    """For an account that a key or a token stands for: its owner must act."""
+    return AuthError("%s (log in again at /auth/device)" % error, code="login_required")
+
+class Accounts:
+    """Who calls, and as which account: the keys, the accounts that keys and GitHub tokens stand
+    for, the logins that browsers begin.  The default one is `login`'s.
+    `_lock` guards all fields and is held for no I/O."""
+
+    def __init__(self, services: Services, keys: KeyFile, login: DefaultLogin) -> None:
+        self._services, self._log = services, services.log
+        self.keys, self._login = keys, login
+        self.wrong_keys = MinuteLimiter(WRONG_KEYS_PER_MINUTE)
+        #: by the hash of their token, the most recently used last
         self._accounts: collections.OrderedDict[str, Account] = collections.OrderedDict()
         #: by the hash of the browser's state token
         self._logins: dict[str, BrowserLogin] = {}
-
-    def _log_code(self, code: DeviceCode) -> None:
-        self.log.warning("login needed: open %s and enter the code %s", code.verification_uri,
-                         code.user_code)
-
-    # -- who asks
+        self._lock = threading.Lock()
 
     def identify(self, headers: Headers, address: str) -> Caller:
         """Who sends these headers.  Raises AuthError for a missing or wrong key, RateLimited for
@@ -9449,150 +9590,27 @@ class App:
         token = issued.token if issued else next(filter(_GITHUB_KEY.fullmatch, offered), "")
         if not token:
             return Caller(True, True, found[0].id) if found else ANYBODY
-        account = self.account_of(token, issued.login if issued else "")
+        account = self.of_token(token, issued.login if issued else "")
         return Caller(True, any(not key.token for key in found),
                       (issued or found[0]).id if found else account.id, account)
 
-    def account_of(self, github_token: str, name: str = "") -> Account:
+    def of_token(self, github_token: str, name: str = "") -> Account:
         """The account of a token; beyond MAX_ACCOUNTS the least recently used one is forgotten."""
         key = stable_id("", github_token)
         with self._lock:
-            account = self._accounts.pop(key, None) or Account(self, github_token, name)
+            account = self._accounts.pop(key, None) or Account(
+                self._services, github_token, own_login_refused, name)
             self._accounts[key] = account
             if len(self._accounts) > MAX_ACCOUNTS:
                 self._accounts.popitem(last=False)
             return account
 
-    def accounts(self) -> list[Account]:
+    def all(self) -> list[Account]:
         """All that are in memory, the default one first."""
         with self._lock:
-            return [one for one in (self.account, *self._accounts.values()) if one is not None]
-
-    # -- the default account
-
-    def load_login(self) -> str:
-        """The GitHub token to use: the given one, else the stored one, else ''.
-        Never one that GitHub has refused.  A login file that cannot be read is told in the log."""
-        if self.settings.github_token and self.settings.github_token not in self._refused:
-            return self.settings.github_token
-        try:
-            stored = self.login_file.load()
-        except ConfigError as error:
-            self.log.error("%s", error)
-            return ""
-        return "" if stored in self._refused else stored
-
-    def use(self, github_token: str) -> Account:
-        """Serve with this login from now on."""
-        account, stop = Account(self, github_token), threading.Event()
-        with self._lock:
-            self._account_stop.set()
-            if self.login is not None:
-                self.login.stop.set()                  # another way was quicker
-            self.account, self._account_stop, self.login = account, stop, None
-            self._refused = [token for token in self._refused if token != github_token]
-        threading.Thread(target=account.keep_fresh, args=(stop,), name="copilot-token",
-                         daemon=True).start()
-        return account
-
-    def begin_login(self) -> None:
-        """Start the default account's login in its own thread, unless one is running."""
-        with self._lock:
-            if self.login is not None and not self.login.problem or self.stop.is_set():
-                return
-            login = self.login = DeviceLogin(self.github, self.settings.poll_margin_s,
-                                             threading.Event(), lambda code: self.announce(code))
-        self._start(login, self._keep_login)
-
-    def _start(self, login: DeviceLogin, keep: Callable[[str], Any]) -> None:
-        threading.Thread(target=self._run_login, args=(login, keep), name="device-login",
-                         daemon=True).start()
-
-    def _run_login(self, login: DeviceLogin, keep: Callable[[str], Any]) -> None:
-        try:
-            token = login.run()
-            if token:
-                keep(token)
-                login.token = token
-        except ProxyError as error:
-            login.code, login.problem = None, str(error)
-            self.log.error("%s", error)
-        finally:
-            login.ready.set()
-
-    def _keep_login(self, token: str) -> None:
-        try:
-            self.login_file.save(token)
-        except ConfigError as error:
-            self.log.error("the login works, but only until the end: %s", error)
-        self.use(token)
-        self.log.warning("logged in")
-
-    def copilot(self) -> Account:
-        """The default account.  Raises AuthError with the code to enter while there is none."""
-        account = self.account
-        if account is not None:
-            return account
-        stored = self.load_login()                     # another process may have logged in
-        if stored:
-            return self.use(stored)
-        self.begin_login()
-        raise AuthError(self.login_hint(), code="login_required")
-
-    def login_refused(self, account: Account, error: AuthError) -> AuthError:
-        """GitHub has refused this account's login -> what to raise.  In place of the default one
-        a newer login is taken from the file, else a person is asked."""
-        with self._lock:
-            was_default = self.account is account
-            is_other = stable_id("", account.github_token) in self._accounts
-            if was_default:
-                self._refused.append(account.github_token)      # kept on disk
-                self.account = None
-                self._account_stop.set()
-        if was_default:
-            self._replace_refused()
-        hint = "log in again at /auth/device" if is_other else self.login_hint()
-        return AuthError("%s (%s)" % (error, hint), code="login_required")
-
-    def _replace_refused(self) -> None:
-        stored = self.load_login()
-        if stored:
-            self.use(stored)
-            return
-        self.log.error("GitHub refuses the login: a new one is needed")
-        self.begin_login()
-        with self._lock:
-            if self._retry is None:
-                self._retry = threading.Thread(target=self._retry_refused, name="login-retry",
-                                               daemon=True)
-                self._retry.start()
-
-    def _retry_refused(self) -> None:
-        """Thread: GitHub may have been wrong, or the account was only suspended."""
-        while not self.stop.wait(LOGIN_RETRY_S):
-            for token in list(self._refused):
-                with contextlib.suppress(ProxyError):
-                    self.github.fetch_copilot_token(token)
-                    if self.account is None:
-                        self.use(token)
-                        self.log.warning("the login that GitHub refused works again")
-            with self._lock:
-                if self.account is not None:
-                    self._retry = None
-                    return
-
-    def login_hint(self) -> str:
-        """What to do to be logged in; waits a moment for the code of a login just begun."""
-        login = self.login
-        if login is not None:
-            login.ready.wait(CODE_WAIT_S)
-        code = login.code if login else None
-        if code:
-            return "login required: open %s and enter the code %s, or run: copilot_proxy.py auth" \
-                % (code.verification_uri, code.user_code)
-        if login and login.problem:
-            return "login required; the last try failed: %s" % login.problem
-        return "login required: open /auth/device on this server, or run: copilot_proxy.py auth"
+            others = list(self._accounts.values())
+        default = self._login.account
+        return [default, *others] if default else others
 
     # -- logins that browsers begin: each belongs to the one that knows its state token
 
@@ -9601,22 +9619,23 @@ class App:
         works then; else one of another account.  by_key: the operator's key is behind this.
         Without it the default login, which another person may grant, yields no key.
         Raises RateLimited."""
-        now, state, is_default = time.monotonic(), secrets.token_urlsafe(32), self.account is None
+        now, state = time.monotonic(), secrets.token_urlsafe(32)
+        services, is_default = self._services, self._login.account is None
         if is_default:
-            self.begin_login()
+            self._login.begin()
         with self._lock:
             self._logins = {key: old for key, old in self._logins.items()
                             if not old.login.problem and now - old.began < LOGIN_AGE_S}
-            login = self.login if is_default else None
+            login = self._login.device if is_default else None
             if login is not None and len(self._logins) >= MAX_LOGINS:
                 del self._logins[next(iter(self._logins))]      # they all wait for the same one
             elif len(self._logins) >= MAX_LOGINS:
                 raise too_early("%d logins are under way" % MAX_LOGINS, 60)
             gives_key = by_key or login is None
             if login is None:
-                login = DeviceLogin(self.github, self.settings.poll_margin_s, self.stop,
-                                    lambda code: None, renews=False)
-                self._start(login, self.github.fetch_copilot_token)     # a seat is wanted
+                login = DeviceLogin(services.github, services.settings.poll_margin_s,
+                                    services.stop, lambda code: None, renews=False)
+                login.start(services.github.fetch_copilot_token, services.log)  # a seat is wanted
             self._logins[stable_id("", state)] = BrowserLogin(now, login, gives_key)
         login.ready.wait(GITHUB_TIMEOUT_S)
         return state, login
@@ -9638,25 +9657,27 @@ class App:
         if not login.token:
             raise BadRequest("nobody has granted this login yet", 409, "login_pending")
         if not begun.gives_key:
-            name = self.github.fetch_login(login.token)
+            name = self._services.github.fetch_login(login.token)
             return {"login": name or None, "key": None, "key_id": None}
         with self._lock:
             entry = self._logins.pop(key, None)
         if entry is None:
             raise BadRequest("this login's key has been handed out", 403, "unknown_login")
         try:
-            made = self.issue_key(text, self.github.fetch_login(login.token), login.token)
+            made = self.issue_key(text, self._services.github.fetch_login(login.token), login.token)
         except ProxyError:
             with self._lock:
                 self._logins[key] = entry
             raise
         return {"login": made.login or None, "key": text, "key_id": made.id}
 
+    # -- keys
+
     def issue_key(self, text: str, login: str = "", token: str = "") -> Key:
         """Store a new key; the log tells its id.  Raises ConfigError, BadRequest 409."""
         made = self.keys.add(text, login, token)
         owner = printable(login or "an account", 60) if token else "the operator"
-        self.log.info("key %s was issued to %s", made.id, owner)
+        self._log.info("key %s was issued to %s", made.id, owner)
         return made
 
     def log_keys(self) -> None:
@@ -9664,10 +9685,10 @@ class App:
         stored = [key for key in self.keys.all() if key.made]
         for key in stored[:KEYS_LISTED]:
             owner = printable(key.login or "an account", 60) if key.token else "the operator"
-            self.log.info("key %s of %s is good here, made %s (auth --logout %s ends it)",
+            self._log.info("key %s of %s is good here, made %s (auth --logout %s ends it)",
                           key.id, owner, local_time(key.made), key.id)
         if len(stored) > KEYS_LISTED:
-            self.log.info("%d more keys are good here: auth --list", len(stored) - KEYS_LISTED)
+            self._log.info("%d more keys are good here: auth --list", len(stored) - KEYS_LISTED)
 
     def forget(self, keys: list[Key]) -> None:
         """Delete keys; accounts without one are let go of.  Raises ConfigError."""
@@ -9678,12 +9699,42 @@ class App:
                 if key.token not in left:
                     self._accounts.pop(stable_id("", key.token), None)
 
+class App:
+    """Everything one server needs, each by its owner.  Two can live in a process.
+    sessions: a caller's conversation -> the model that was asked for last."""
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str] | None = None,
+                 clock: Callable[[], tuple[float, float]] = read_clock) -> None:
+        self.settings, self.clock = settings, clock
+        self.environ = os.environ if environ is None else environ
+        self.log = logging.getLogger("copilot_proxy")
+        self.stop = threading.Event()
+        self.started = time.time()
+        self.upstream = Upstream(settings, self.environ)
+        self.github = GitHub(settings, self.upstream, clock)
+
+        folder = settings.data_dir or default_data_dir(self.environ)
+        self.ledger = Ledger(settings, folder, self.log, clock)
+        self.admission = Admission(settings, self.log, self.ledger.budget,
+                                   self.ledger.events.tell)
+        services = Services(settings, self.log, clock, self.upstream, self.github, self.ledger,
+                            self.stop)
+        self.login = DefaultLogin(services, LoginFile(folder, settings.github_url))
+        host = urllib.parse.urlsplit(settings.github_url).netloc.lower()
+        keys = KeyFile(os.path.join(folder, "proxy_accounts.json"), host, settings.api_key)
+        self.accounts = Accounts(services, keys, self.login)
+
+        if settings.log_bodies:
+            self.log.warning("--log-bodies: EVERY WORD of requests and answers is written to %s",
+                             settings.log_bodies)
+        self.store = ResponseStore()
+        self.images = ImageFetcher(self.upstream.tls_context)
+        self.sessions: collections.OrderedDict[str, str] = collections.OrderedDict()
+
     def close(self) -> None:
         """Stop the threads and close the pool."""
         self.stop.set()
-        self._account_stop.set()
-        if self.login is not None:
-            self.login.stop.set()
+        self.login.close()
         self.upstream.pool.closed = True             # also for what is still under way
         self.upstream.pool.clear()
         self.ledger.history.close()
@@ -10692,7 +10743,8 @@ class Handler(socketserver.BaseRequestHandler):
     def _check_key(self, exchange: Exchange) -> None:
         """Raises AuthError, RateLimited."""
         try:
-            exchange.caller = self.server.app.identify(exchange.head.headers, exchange.address)
+            accounts = self.server.app.accounts
+            exchange.caller = accounts.identify(exchange.head.headers, exchange.address)
         except (AuthError, RateLimited):
             if not is_open(exchange):
                 raise
@@ -11325,7 +11377,7 @@ def account_for(exchange: Exchange) -> Account:
     """The account that serves this request.  Raises AuthError."""
     record = exchange.record
     if record.account is None:
-        record.account = exchange.caller.account or exchange.app.copilot()
+        record.account = exchange.caller.account or exchange.app.login.copilot()
     return record.account
 
 def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
@@ -11824,7 +11876,7 @@ def stats_report(exchange: Exchange) -> Json:
         "running": visible(running),
         "recent": visible(map(shown, list(ledger.recent))),
         "quotas": visible(ledger.lanes()),
-        "accounts": visible(map(account_entry, app.accounts())),
+        "accounts": visible(map(account_entry, app.accounts.all())),
         "totals": {**NO_COUNTS, "requests": 0, "errors": 0, **stats.group("totals")},
         "approvals": [],
         "budget": None,
@@ -12079,7 +12131,7 @@ def health_report(exchange: Exchange) -> Json:
     """Login state, code to enter, token state; no secret, and to strangers only whether it works:
     who knows the code could log in as somebody else."""
     app = exchange.app
-    account, login = exchange.caller.account or app.account, app.login
+    account, login = exchange.caller.account or app.login.account, app.login.device
     report: Json = {"status": "ok" if account else "login_required", "version": __version__,
                     "uptime_s": round(time.time() - app.started, 1), "demo": app.settings.demo}
     if not exchange.caller.is_admitted:
@@ -12118,7 +12170,7 @@ def begin_login(exchange: Exchange) -> None:
     if not exchange.caller.is_operator:
         raise BadRequest("only the operator's key can begin a login", 403)
     exchange.client.pause()
-    state, login = exchange.app.open_login(bool(exchange.caller.key_id))
+    state, login = exchange.app.accounts.open_login(bool(exchange.caller.key_id))
     if login.code is None:
         raise UpstreamError(login.problem or "GitHub gave no login code in time")
     exchange.reply_json(dict(health_report(exchange), state=state, user_code=login.code.user_code,
@@ -12128,7 +12180,7 @@ def begin_login(exchange: Exchange) -> None:
 def poll_login(exchange: Exchange) -> None:
     """GET /auth/device/poll: how it stands; the server's own thread asks GitHub."""
     check_door(exchange)
-    login = exchange.app.find_login(exchange.head.headers.get("x-login-state", "")).login
+    login = exchange.app.accounts.find_login(exchange.head.headers.get("x-login-state", "")).login
     exchange.reply_json({"status": "failed" if login.problem else "granted" if login.token
                          else "pending", "problem": login.problem or None})
 
@@ -12137,12 +12189,12 @@ def claim_login(exchange: Exchange) -> None:
     without the operator's key."""
     check_door(exchange)
     exchange.client.pause()
-    exchange.reply_json(exchange.app.claim_login(str(exchange.json_object().get("state"))))
+    exchange.reply_json(exchange.app.accounts.claim_login(str(exchange.json_object().get("state"))))
 
 def own_keys(exchange: Exchange) -> list[Key]:
     """The keys that the caller may see: the operator all, others their account's."""
     caller = exchange.caller
-    return [key for key in exchange.app.keys.all() if caller.is_operator or caller.account
+    return [key for key in exchange.app.accounts.keys.all() if caller.is_operator or caller.account
             and key.token == caller.account.github_token]
 
 def list_keys(exchange: Exchange) -> None:
@@ -12155,7 +12207,7 @@ def list_keys(exchange: Exchange) -> None:
 def delete_key(exchange: Exchange) -> None:
     """DELETE /auth/tokens/ID: forget a key, and its account with the last one."""
     check_door(exchange)
-    whole = exchange.app.keys.find(exchange.argument)
+    whole = exchange.app.accounts.keys.find(exchange.argument)
     found = [key for key in own_keys(exchange)
              if key.id == exchange.argument or whole is not None and key.hash == whole.hash]
     if not found:
@@ -12163,7 +12215,7 @@ def delete_key(exchange: Exchange) -> None:
     if not found[0].made:
         raise BadRequest("this key comes from --api-key or the environment: it ends with the next "
                          "start without it", 409)
-    exchange.app.forget(found)
+    exchange.app.accounts.forget(found)
     exchange.reply_json({"key_id": found[0].id, "deleted": True})
 
 def accept_quietly(exchange: Exchange) -> None:
@@ -12323,7 +12375,7 @@ DEMO_ROUTES: Routes = {
 def start_demo(settings: Settings) -> Server:
     """Start the make-believe upstream and point `settings` at it."""
     app = App(Settings(no_history=True), {})
-    app.keys = KeyFile("", "", ())                           # everybody may ask it
+    app.accounts.keys = KeyFile("", "", ())                           # everybody may ask it
     app.log = logging.getLogger("copilot_proxy.demo")        # its requests are not the user's
     app.log.disabled = True
     server = Server(app, DEMO_ROUTES, "127.0.0.1", 0)
@@ -12857,7 +12909,7 @@ def load_settings(flags: argparse.Namespace, environ: Mapping[str, str]) -> Sett
 
 def open_account(app: App) -> Copilot:
     """The login for commands without a server.  Raises AuthError."""
-    github_token = app.load_login()
+    github_token = app.login.load()
     if not github_token:
         raise AuthError("nobody is logged in: run copilot_proxy.py auth")
     return Copilot(app.settings, app.upstream, app.github, check_github_token(github_token),
@@ -12896,15 +12948,15 @@ def banner(server: Server) -> str:
 def guard_door(app: App) -> str:
     """Before the port opens: the key of --api-key auto -> what to tell of it, the key itself when
     it is new.  Raises ConfigError where strangers could come in."""
-    stored, text = [key for key in app.keys.all() if key.made and not key.token], ""
+    stored, text = [key for key in app.accounts.keys.all() if key.made and not key.token], ""
     if "auto" in app.settings.api_key and stored:
         text = "\nAPI key: the one made before (id %s); to get a new one: auth --logout %s" % (
             stored[0].id, stored[0].id)
     elif "auto" in app.settings.api_key:
         made = new_key()
-        app.issue_key(made)
+        app.accounts.issue_key(made)
         text = "\nAPI key, shown this once: %s" % made
-    if not is_loopback(app.settings.host) and not app.keys.is_closed:
+    if not is_loopback(app.settings.host) and not app.accounts.keys.is_closed:
         raise ConfigError("--host %s can be reached by others, and no key keeps them out: add "
                           "--api-key auto (or --api-key KEY)" % printable(app.settings.host, 60))
     return text
@@ -12915,18 +12967,18 @@ def cmd_start(app: App, flags: argparse.Namespace) -> int:
     if settings.github_token:
         check_github_token(settings.github_token)
     raise_file_limit()
-    app.log_keys()
+    app.accounts.log_keys()
     new_key = guard_door(app)
     server = open_server(app)
     interrupts: list[int] = catch_signals() if flags.signals is None else flags.signals
     server.start()
-    github_token = app.load_login()
+    github_token = app.login.load()
     if github_token:
-        app.use(github_token)
+        app.login.use(github_token)
     say(banner(server) + new_key)
     if not github_token:
-        app.announce = print_code if sys.stdout.isatty() else app.announce
-        app.begin_login()
+        app.login.announce = print_code if sys.stdout.isatty() else app.login.announce
+        app.login.begin()
     if settings.open:
         import webbrowser
         threading.Thread(target=webbrowser.open, args=(server.url + "/",), daemon=True).start()
@@ -12976,20 +13028,20 @@ def cmd_auth(app: App, flags: argparse.Namespace) -> int:
         github_token = login.run()
     github_token = check_github_token(github_token)
     copilot = app.github.fetch_copilot_token(github_token)
-    app.login_file.save(github_token)
+    app.login.file.save(github_token)
     if settings.show_token and sys.stdout.isatty():
         say("GitHub token: %s\nCopilot token: %s" % (github_token, copilot.value))
     name = app.github.fetch_login(github_token)
-    say("logged in%s; kept in %s" % (" as " + printable(name) if name else "", app.login_file.path))
+    say("logged in%s; kept in %s" % (" as " + printable(name) if name else "", app.login.file.path))
     return 0
 
 def list_logins(app: App) -> int:
     """auth --list: who is logged in and which keys there are, never a token or key."""
-    stored, keys = app.login_file.load(), app.keys.all()
+    stored, keys = app.login.file.load(), app.accounts.keys.all()
     if stored:
         name = app.github.fetch_login(stored) or "(the name could not be fetched)"
         say("%s  %s  %s" % (printable(name), host_of(app.settings.github_url),
-                            app.login_file.path))
+                            app.login.file.path))
     for key in keys:
         say("%s  %s  key %s" % (printable(key.login) or ("(an account)" if key.token else
                                 "(operator)"), host_of("//" + key.host) or "-", key.id))
@@ -12999,14 +13051,14 @@ def list_logins(app: App) -> int:
 
 def log_out(app: App, name: str) -> int:
     """auth --logout [NAME]: forget the default login, or what NAME, a login or key id, has."""
-    stored, wanted = app.login_file.load(), name.lower()
-    keys = [key for key in app.keys.all() if key.made and name and wanted in (
+    stored, wanted = app.login.file.load(), name.lower()
+    keys = [key for key in app.accounts.keys.all() if key.made and name and wanted in (
         key.login.lower(), key.id)]
-    app.forget(keys)
+    app.accounts.forget(keys)
     is_default = not name or bool(stored) and app.github.fetch_login(stored).lower() == wanted
     if name and stored and not is_default and not keys:
         raise AuthError("%s is not logged in here" % printable(name))
-    removed = is_default and app.login_file.delete()
+    removed = is_default and app.login.file.delete()
     say("logged out" if removed and stored or keys else "nobody was logged in")
     return 0
 
@@ -13173,14 +13225,14 @@ def debug_report(app: App) -> Json:
     """Facts that help to find a fault; no secret is among them."""
     settings = app.settings
     try:
-        github_token = app.load_login()
+        github_token = app.login.load()
         state = "logged in" if github_token else "nobody is logged in"
     except ConfigError as error:
         github_token, state = "", str(error)
-    source = "flag or environment" if settings.github_token else app.login_file.path
+    source = "flag or environment" if settings.github_token else app.login.file.path
     return {
         "version": __version__, "python": sys.version.split()[0], "platform": platform.platform(),
-        "executable": sys.executable, "data_folder": os.path.dirname(app.login_file.path),
+        "executable": sys.executable, "data_folder": os.path.dirname(app.login.file.path),
         "login": "%s (%s)" % (state, source), "github": settings.github_url,
         "rest": settings.rest_url, "copilot": settings.copilot_url or
         "named by GitHub with each token, else " + settings.usual_copilot_url,
@@ -13240,7 +13292,7 @@ def offered_models(app: App, url: str, key: str) -> list[Model]:
             "GET", url + "/v1/models", {"Authorization": "Bearer " + key},
             timeout_s=GITHUB_TIMEOUT_S))
     except UpstreamError as error:
-        if app.load_login():
+        if app.login.load():
             return [m for m in open_account(app).models() if m.is_listed]
         raise AuthError("%s: start the server first (if it has another port: setup --port), or "
                         "log in with auth" % error) from None
@@ -13370,11 +13422,11 @@ def try_client(app: App, recipe: Recipe, values: dict[str, str], model: Model) -
 
 def offer_claude_code(app: App, url: str) -> None:
     """start --claude-code: ask for the models, then print and copy the launch command."""
-    while app.account is None and not app.stop.wait(0.2):
+    while app.login.account is None and not app.stop.wait(0.2):
         pass                                         # the login is still under way
     recipe, chosen = CLIENTS["claude-code"], []
     try:
-        models = [m for m in app.copilot().models() if m.is_listed and m.kind == "chat"]
+        models = [m for m in app.login.copilot().models() if m.is_listed and m.kind == "chat"]
         say("\n".join("%3d  %s" % (at, visible(m.id)) for at, m in enumerate(models, 1)))
         for what, patterns in (("main", recipe.main), ("small, fast", recipe.small)):
             say("%s model [%s]: " % (what, model_for(models, "", patterns).id))

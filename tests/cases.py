@@ -132,7 +132,7 @@ class ClockCase(ProxyCase):
 
     @property
     def account(self) -> cp.Copilot:
-        account = self.proxy.app.account
+        account = self.proxy.app.login.account
         assert account is not None
         return account
 

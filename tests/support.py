@@ -157,9 +157,9 @@ class Proxy:
         self.app.log.addHandler(self._handler)
         self.app.log.setLevel(logging.DEBUG)
         self.server.start(0.005)
-        token = self.app.load_login()
+        token = self.app.login.load()
         if token:
-            self.app.use(token)
+            self.app.login.use(token)
         return self
 
     def __exit__(self, *exc: Any) -> None:

@@ -254,7 +254,7 @@ class AttackTest(SharedCase):
 
     def test_every_row_is_refused_and_the_upstream_sees_nothing(self) -> None:
         self.assertEqual(self.proxy.get("/v1/models", **bearer(KEY)).status, 200)
-        self.proxy.app.wrong_keys = cp.MinuteLimiter(10_000)
+        self.proxy.app.accounts.wrong_keys = cp.MinuteLimiter(10_000)
         start, sent = len(self.proxy.logs), self.new_sent()
         slow = {attack: "" for attack in ATTACKS if attack.name in self.SLOW_ROWS}
         threads = [threading.Thread(target=lambda one=one: slow.update({one: self.attack(one)}))
@@ -279,7 +279,7 @@ class AttackTest(SharedCase):
 
     def test_what_is_refused_does_not_let_through_what_follows_it(self) -> None:
         self.assertEqual(self.proxy.get("/v1/models", **bearer(KEY)).status, 200)
-        self.proxy.app.wrong_keys = cp.MinuteLimiter(10_000)
+        self.proxy.app.accounts.wrong_keys = cp.MinuteLimiter(10_000)
         sent, tried = self.new_sent(), 0
         behind = body(GOOD)
         for attack in ATTACKS:
@@ -299,7 +299,7 @@ class AttackTest(SharedCase):
     def test_others_do_not_notice(self) -> None:
         """Beside all attacks at once a client gets its streams, and memory and threads stay."""
         self.assertEqual(self.proxy.get("/v1/models", **bearer(KEY)).status, 200)
-        self.proxy.app.wrong_keys = cp.MinuteLimiter(10_000)
+        self.proxy.app.accounts.wrong_keys = cp.MinuteLimiter(10_000)
         rounds = 20 if SLOW else 1
         queue = [attack for attack in ATTACKS for _ in range(rounds)]
         lock, wrong = threading.Lock(), []
@@ -379,7 +379,7 @@ class SecretsTest(unittest.TestCase):
                         ask("POST", path, make("a"), **bearer(issued))
                         with fake.changed:
                             fake._scripts.pop(PATHS[path], None)
-                        for account in proxy.app.accounts():
+                        for account in proxy.app.accounts.all():
                             account._limits.clear()
                 ask("POST", path, b"{" + KEY.encode(), **bearer(KEY))
                 ask("POST", path, make("a", model=issued), **bearer(KEY))

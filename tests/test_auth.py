@@ -267,14 +267,14 @@ class StartWithoutLoginTest(ProxyCase):
 
     def begin(self) -> dict[str, Any]:
         """Begin the login; /health's login part once the code is there."""
-        self.proxy.app.begin_login()
+        self.proxy.app.login.begin()
         found: dict[str, Any] = wait_until(lambda: self.proxy.get("/health").json.get(
             "login", {}).get("user_code") and self.proxy.get("/health").json["login"])
         return found
 
     def grant(self) -> None:
         self.fake.device.outcomes.clear()
-        wait_until(lambda: self.proxy.app.account)
+        wait_until(lambda: self.proxy.app.login.account)
 
     def test_health_is_200_and_says_that_a_login_is_required(self) -> None:
         answer = self.proxy.get("/health")
@@ -330,7 +330,7 @@ class StartWithoutLoginTest(ProxyCase):
     def test_the_login_is_kept_for_the_next_start(self) -> None:
         self.begin()
         self.grant()
-        with open(self.proxy.app.login_file.path, "rb") as file:
+        with open(self.proxy.app.login.file.path, "rb") as file:
             self.assertEqual(file.read(), b"ghu_fake")
         again = self.enter(Proxy(self.fake, login=False, data_dir=self.proxy.data_dir))
         self.assertEqual(again.post("/v1/chat/completions", chat("hi")).status, 200)
@@ -341,7 +341,7 @@ class StartWithoutLoginTest(ProxyCase):
         with full:
             self.begin()
             self.fake.device.outcomes.clear()
-            wait_until(lambda: self.proxy.app.account or self.proxy.get("/health").json.get(
+            wait_until(lambda: self.proxy.app.login.account or self.proxy.get("/health").json.get(
                 "login", {}).get("problem"))
         self.assertEqual(self.proxy.post("/v1/chat/completions", chat("hi")).status, 200)
         self.assertIn("No space left", self.proxy.log_text())
@@ -356,7 +356,7 @@ class StartWithoutLoginTest(ProxyCase):
     def test_a_denied_login_is_reported_and_can_be_begun_again(self) -> None:
         self.fake.device.outcomes.clear()
         self.fake.device.outcomes.extend(["denied"] + ["pending"] * 100000)
-        self.proxy.app.begin_login()
+        self.proxy.app.login.begin()
         health = wait_until(lambda: self.proxy.get("/health").json["login"]["problem"])
         self.assertIn("cancelled", health)
         self.assertEqual(self.proxy.post("/auth/device/start", {}).status, 200)
@@ -367,20 +367,20 @@ class StartWithoutLoginTest(ProxyCase):
 
     def test_an_unreachable_github_is_reported_and_tried_again_by_a_call(self) -> None:
         self.fake.script(DEVICE_CODE, Answer(503, body="<html>Unicorn</html>"))
-        self.proxy.app.begin_login()
+        self.proxy.app.login.begin()
         wait_until(lambda: self.proxy.get("/health").json["login"]["problem"])
         self.assertEqual(self.proxy.post("/v1/chat/completions", chat("hi")).status, 401)
         wait_until(lambda: self.proxy.get("/health").json["login"].get("user_code"))
 
     def test_a_login_of_another_process_is_found_in_the_file(self) -> None:
         self.begin()
-        self.proxy.app.login_file.save("ghu_fake")
+        self.proxy.app.login.file.save("ghu_fake")
         self.assertEqual(self.proxy.post("/v1/chat/completions", chat("hi")).status, 200)
         self.assertEqual(self.proxy.get("/health").json["status"], "ok")
 
     def test_garbage_in_the_file_does_not_turn_the_401_into_a_500(self) -> None:
         self.begin()
-        with open(self.proxy.app.login_file.path, "wb") as file:
+        with open(self.proxy.app.login.file.path, "wb") as file:
             file.write(b"{\"not\": \"a token\"}")
         for _ in range(2):
             answer = self.proxy.post("/v1/chat/completions", chat("hi"))
@@ -417,10 +417,10 @@ class RevokedLoginTest(ProxyCase):
         self.assertEqual(self.proxy.get("/health").json["status"], "login_required")
         self.fake.device.token = "ghu_newer"
         self.fake.device.outcomes.clear()
-        wait_until(lambda: self.proxy.app.account)
+        wait_until(lambda: self.proxy.app.login.account)
         for path, make in REQUESTS:
             self.assertEqual(self.proxy.post(path, make("hi")).status, 200)
-        self.assertEqual(self.proxy.app.login_file.load(), "ghu_newer")
+        self.assertEqual(self.proxy.app.login.file.load(), "ghu_newer")
 
     def answer_with_code(self) -> Reply | None:
         answer = self.proxy.post("/v1/messages", {
@@ -444,23 +444,23 @@ class RevokedLoginTest(ProxyCase):
         self.revoke()
         self.assertEqual(self.proxy.post("/v1/chat/completions", chat("hi")).status, 401)
         self.fake.device.outcomes.clear()                  # grants ghu_fake
-        wait_until(lambda: self.proxy.app.account)
+        wait_until(lambda: self.proxy.app.login.account)
         self.assertEqual(self.proxy.post("/v1/chat/completions", chat("hi")).status, 200)
 
     def test_a_revoked_login_is_not_deleted_but_not_used_again(self) -> None:
-        self.proxy.app.login_file.save("ghu_fake")
+        self.proxy.app.login.file.save("ghu_fake")
         self.revoke()
         self.assertEqual(self.proxy.post("/v1/chat/completions", chat("hi")).status, 401)
         count = self.fake.count(EXCHANGE)
         for _ in range(5):
             self.assertEqual(self.proxy.post("/v1/chat/completions", chat("hi")).status, 401)
         self.assertEqual(self.fake.count(EXCHANGE), count)
-        self.assertEqual(self.proxy.app.login_file.load(), "ghu_fake")
+        self.assertEqual(self.proxy.app.login.file.load(), "ghu_fake")
 
     def test_a_newer_login_of_another_process_is_picked_up(self) -> None:
         self.revoke()
         self.fake.github_tokens.add("ghu_other_process")
-        self.proxy.app.login_file.save("ghu_other_process")
+        self.proxy.app.login.file.save("ghu_other_process")
         self.proxy.post("/v1/chat/completions", chat("hi"))
         answer = self.proxy.post("/v1/chat/completions", chat("hi"))
         self.assertEqual(answer.status, 200, answer)
@@ -484,7 +484,7 @@ class RevokedLoginTest(ProxyCase):
         answer = self.proxy.post("/v1/chat/completions", chat("hi"))
         self.assertEqual(answer.status, 403)
         self.assertEqual(self.fake.device.issued, 0)
-        self.assertIsNotNone(self.proxy.app.account)
+        self.assertIsNotNone(self.proxy.app.login.account)
 
 
 class LoginFileTest(FolderCase):

@@ -258,7 +258,7 @@ class LoggedOut(PageCase):
 
     def test_login_that_runs_already(self) -> None:
         _, proxy = self.logged_out()
-        proxy.app.begin_login()
+        proxy.app.login.begin()
         for path in ("/", "/dashboard"):
             page = self.open(path, proxy, width=NARROW_PX, height=740)
             page.wait_for("(document.querySelector('.code') || {}).innerText")
@@ -273,7 +273,7 @@ class LoggedOut(PageCase):
                 page = self.open("/", proxy, dark=dark)
                 self.wait_for_text(page, "login required")
                 self.check_contrast(page)
-        proxy.app.begin_login()
+        proxy.app.login.begin()
         for dark in (False, True):
             with self.subTest(dark=dark, code=True):
                 page = self.open("/", proxy, dark=dark)

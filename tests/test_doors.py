@@ -33,7 +33,7 @@ class KeyTest(SharedCase):
     settings = dict(api_key=(KEY, OTHER_KEY))
 
     def setUp(self) -> None:
-        self.proxy.app.wrong_keys = cp.MinuteLimiter(100_000)
+        self.proxy.app.accounts.wrong_keys = cp.MinuteLimiter(100_000)
 
     def test_each_header_takes_each_key(self) -> None:
         for key in (KEY, OTHER_KEY):
@@ -99,16 +99,16 @@ class KeyTest(SharedCase):
     def test_every_stored_hash_is_compared_in_constant_time(self) -> None:
         real = cp.hmac.compare_digest
         with unittest.mock.patch.object(cp.hmac, "compare_digest", side_effect=real) as compared:
-            self.proxy.app.keys.find(KEY)
+            self.proxy.app.accounts.keys.find(KEY)
             self.assertEqual(compared.call_count, 2)
-            self.proxy.app.keys.find("wrong")
+            self.proxy.app.accounts.keys.find("wrong")
             self.assertEqual(compared.call_count, 4)
 
     def test_ids_of_keys_are_the_same_after_a_restart(self) -> None:
-        before = [key.id for key in self.proxy.app.keys.all()]
+        before = [key.id for key in self.proxy.app.accounts.keys.all()]
         again = cp.App(self.proxy.settings, {})
         self.addCleanup(again.close)
-        self.assertEqual([key.id for key in again.keys.all()], before)
+        self.assertEqual([key.id for key in again.accounts.keys.all()], before)
         self.assertEqual([len(one) for one in before], [8, 8])
 
     def test_keys_of_flags_are_listed_by_id_and_cannot_be_deleted(self) -> None:
@@ -121,7 +121,7 @@ class KeyTest(SharedCase):
         self.assertNotIn(KEY, self.proxy.log_text())
 
     def test_many_wrong_keys_of_one_address_are_429_and_right_ones_go_on(self) -> None:
-        self.proxy.app.wrong_keys = cp.MinuteLimiter(5)
+        self.proxy.app.accounts.wrong_keys = cp.MinuteLimiter(5)
         statuses = [self.proxy.get("/v1/models", **bearer("wrong-%d" % n)).status
                     for n in range(8)]
         self.assertEqual(statuses, [401] * 5 + [429] * 3)
@@ -132,7 +132,7 @@ class KeyTest(SharedCase):
         with second_proxy(self) as proxy:                             # type: ignore[arg-type]
             for headers in ({}, bearer("dummy"), {"x-api-key": "dummy"}, bearer("ghp_nope")):
                 self.assertEqual(proxy.get("/v1/models", **headers).status, 200)
-            self.assertFalse(os.path.exists(proxy.app.keys.path))
+            self.assertFalse(os.path.exists(proxy.app.accounts.keys.path))
 
 
 class KeyFileTest(FolderCase):
@@ -294,16 +294,16 @@ class StartTest(FolderCase):
             cp.guard_door(self.app(host="0.0.0.0"))
         self.assertIn("--api-key", str(caught.exception))
         self.assertEqual(cp.guard_door(self.app(host="0.0.0.0", api_key=(KEY,))), "")
-        self.app().keys.add("made-up-key", "octocat", "ghu_octocat")     # an account's is not one
+        self.app().accounts.keys.add("made-up-key", "octocat", "ghu_octocat")   # not one
         with self.assertRaises(cp.ConfigError):
             cp.guard_door(self.app(host="0.0.0.0"))
         told = cp.guard_door(self.app(host="0.0.0.0", api_key=("auto",)))
         key = told.split()[-1]
-        self.assertTrue(self.app().keys.find(key))
+        self.assertTrue(self.app().accounts.keys.find(key))
         self.assertEqual(cp.guard_door(self.app(host="::")), "")          # it is stored now
         again = cp.guard_door(self.app(host="0.0.0.0", api_key=("auto",)))
         self.assertNotIn(key, again)
-        self.assertIn(self.app().keys.find(key).id, again)
+        self.assertIn(self.app().accounts.keys.find(key).id, again)
 
     def test_keys_that_are_none_are_refused(self) -> None:
         for key in ("", "short", "with space", "tab\tulator", "caf\u00e9-caf\u00e9", "ghu_made_up",
@@ -407,7 +407,8 @@ class AccountTest(AccountCase):
             other.models = [entry for entry in other.models if entry["id"] == "gpt-4o"]
             self.fake.github_tokens.add("ghu_elsewhere")
             token = other.mint_token("ghu_elsewhere")
-            wait_until(lambda: self.proxy.app.account.token.value)     # its own exchange is over
+            account = self.proxy.app.login.account
+            wait_until(lambda: account.token.value)     # its own exchange is over
             self.fake.script(EXCHANGE, Answer(body={
                 "token": token, "expires_at": 9999999999, "refresh_in": 1500,
                 "endpoints": {"api": other.url}}))
@@ -456,12 +457,12 @@ class AccountTest(AccountCase):
         with unittest.mock.patch.object(cp, "MAX_ACCOUNTS", 2):
             with second_proxy(self) as proxy:                         # type: ignore[arg-type]
                 app, names = proxy.app, ("ghu_one", "gho_two", "ghu_one", "ghu_three")
-                first = app.account_of("ghu_one")
+                first = app.accounts.of_token("ghu_one")
                 for name in names:
-                    app.account_of(name)
-                kept = [account.github_token for account in app.accounts()[1:]]
+                    app.accounts.of_token(name)
+                kept = [account.github_token for account in app.accounts.all()[1:]]
                 self.assertEqual(kept, ["ghu_one", "ghu_three"])
-                self.assertIs(app.account_of("ghu_one"), first)
+                self.assertIs(app.accounts.of_token("ghu_one"), first)
                 self.assertEqual(proxy.get("/usage", **bearer("gho_two")).status, 200)
 
     def test_a_thousand_accounts_hold_no_thread(self) -> None:
@@ -471,9 +472,9 @@ class AccountTest(AccountCase):
 
             before = ours()
             for number in range(1200):
-                proxy.app.account_of("ghu_many%d" % number)
+                proxy.app.accounts.of_token("ghu_many%d" % number)
             self.assertEqual(ours(), before)
-            self.assertEqual(len(proxy.app.accounts()), 1001)
+            self.assertEqual(len(proxy.app.accounts.all()), 1001)
 
     def test_rate_limit_is_each_accounts_own(self) -> None:
         with second_proxy(self, rate_limit=60.0) as proxy:            # type: ignore[arg-type]
@@ -485,7 +486,7 @@ class AccountTest(AccountCase):
     def test_counters_are_each_accounts_own_and_only_the_operator_sees_all(self) -> None:
         with second_proxy(self, api_key=(KEY,)) as proxy:             # type: ignore[arg-type]
             key = "made-up-account-key"
-            proxy.app.keys.add(key, "one", "ghu_one")
+            proxy.app.accounts.keys.add(key, "one", "ghu_one")
             for _ in range(3):
                 proxy.post("/v1/chat/completions", chat("a"), **bearer(key))
             proxy.post("/v1/chat/completions", chat("a"), **bearer(KEY))
@@ -510,7 +511,7 @@ class AccountTest(AccountCase):
     def test_the_exchange_knows_account_and_key_for_what_writes_history(self) -> None:
         seen: list[Any] = []
         with second_proxy(self, api_key=(KEY,)) as proxy:             # type: ignore[arg-type]
-            made = proxy.app.keys.add("made-up-account-key", "one", "ghu_one")
+            made = proxy.app.accounts.keys.add("made-up-account-key", "one", "ghu_one")
             real = proxy.server.end
 
             def end(exchange: Any) -> None:
@@ -521,9 +522,9 @@ class AccountTest(AccountCase):
                 proxy.post("/v1/chat/completions", chat("a"), **bearer("made-up-account-key"))
                 proxy.post("/v1/chat/completions", chat("a"), **bearer(KEY))
                 wait_until(lambda: len(seen) == 2)
-            default = proxy.app.account
+            default = proxy.app.login.account
         self.assertEqual(seen[0], ("one", made.id))
-        self.assertEqual(seen[1], (default.id, proxy.app.keys.find(KEY).id))
+        self.assertEqual(seen[1], (default.id, proxy.app.accounts.keys.find(KEY).id))
         self.assertRegex(default.id, r"\A[0-9a-f]{8}\Z")
 
 
@@ -704,10 +705,10 @@ class BrowserLoginTest(ProxyCase):
         reply = self.ask("DELETE", "/auth/tokens/" + keys[0]["key_id"], key=keys[0]["key"])
         self.assertEqual(reply.status, 200)                          # one's own
         self.assertEqual(self.ask("GET", "/v1/models", key=keys[0]["key"]).status, 401)
-        self.assertEqual(len(self.proxy.app.accounts()), 1)
+        self.assertEqual(len(self.proxy.app.accounts.all()), 1)
         wait_until(lambda: self.proxy.log_text().count("DELETE") >= 4)
         self.assertNotIn(keys[1]["key"][20:], self.proxy.log_text())
-        with open(self.proxy.app.keys.path, "rb") as file:
+        with open(self.proxy.app.accounts.keys.path, "rb") as file:
             self.assertNotIn(b"ghu_", file.read())
 
     def test_a_deleted_account_key_does_not_fall_back_to_the_default_account(self) -> None:
@@ -775,7 +776,7 @@ class DefaultLoginTest(ProxyCase):
         self.assertEqual(made, {"login": "octocat", "key": None, "key_id": None})
         for more in ({}, bearer("dummy")):
             self.assertEqual(self.proxy.post("/v1/messages", message("a"), **more).status, 200)
-        self.assertEqual(self.proxy.app.login_file.load(), "ghu_fake")
+        self.assertEqual(self.proxy.app.login.file.load(), "ghu_fake")
 
     def test_any_number_of_browsers_may_wait_for_the_default_login(self) -> None:
         self.fake.device.outcomes.extend(["pending"] * 100000)
@@ -811,7 +812,7 @@ class DefaultLoginTest(ProxyCase):
         self.proxy.post("/auth/device/start", {})
         threads = [t for t in threading.enumerate() if t.name == "device-login"]
         self.assertEqual(len(threads), 1)
-        self.proxy.app.use("ghu_fake")
+        self.proxy.app.login.use("ghu_fake")
         threads[0].join(5)
         self.assertFalse(threads[0].is_alive())
 

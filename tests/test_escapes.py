@@ -136,7 +136,7 @@ class HeaderTest(Case):
 class LabelTest(Case):
     def test_names_of_lanes_are_escaped_as_prometheus_reads_them(self) -> None:
         name = EVIL + '"\\'
-        account = self.proxy.app.account
+        account = self.proxy.app.login.account
         self.proxy.app.ledger.see_quotas(account, "usage", {
             name: {"entitlement": 10, "remaining": 5}})
         text = self.proxy.get("/metrics").body.decode()

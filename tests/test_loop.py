@@ -940,7 +940,7 @@ class BatonTest(LoopCase):
     def test_a_token_that_is_being_fetched_keeps_nobody_waiting(self) -> None:
         with mock.patch.object(cp, "BATON_S", 10 * DEADLINE_S), RawClient(self.proxy.port) as first:
             self.fake.script(EXCHANGE, Answer(0, hold=True))
-            self.proxy.app.account.token.value = None
+            self.proxy.app.login.account.token.value = None
             first.send(post(CHAT_PATH, chat("waits")))
             wait_until(lambda: self.fake.holding == 1, "the token is being fetched")
             self.assertEqual(200, self.proxy.get("/stats").status)

@@ -50,7 +50,7 @@ class OneRefusalTest(RefusalCase):
                 self.fake.revoke_tokens()
                 self.fake.script(USAGE if path == "/usage" else EXCHANGE, UNAUTHORISED)
                 self.assertEqual(self.call(method, path, body).status, 200)
-                self.assertIsNotNone(self.proxy.app.account)
+                self.assertIsNotNone(self.proxy.app.login.account)
         self.assertEqual(self.fake.device.issued, 0)
 
     def test_one_401_at_the_start_loses_no_login(self) -> None:
@@ -107,7 +107,7 @@ class RetryTest(RefusalCase):
         self.refuse()
         tries = self.fake.count(EXCHANGE)
         wait_until(lambda: self.fake.count(EXCHANGE) >= tries + 2, "tried again")
-        self.assertIsNone(self.proxy.app.account)
+        self.assertIsNone(self.proxy.app.login.account)
         self.fake.github_tokens.add("ghu_fake")
         wait_until(lambda: self.call(*CALLS[0]).status == 200)
         self.assertEqual(self.fake.device.issued, 1)
@@ -126,7 +126,7 @@ class RetryTest(RefusalCase):
         self.fake.device.token = "ghu_newer"
         self.fake.device.outcomes.clear()
         wait_until(lambda: self.call(*CALLS[0]).status == 200)
-        self.assertEqual(self.proxy.app.login_file.load(), "ghu_newer")
+        self.assertEqual(self.proxy.app.login.file.load(), "ghu_newer")
 
     def test_no_seat_is_looked_at_again_without_a_request(self) -> None:
         self.fake.exchange_mode = "no_subscription"
@@ -152,7 +152,7 @@ class StrangerTest(RefusalCase):
         with second_proxy(self, login=False) as proxy:
             made = self.claim(proxy)
             self.assertEqual((made["login"], made["key"]), ("octocat", None))
-            self.assertEqual(proxy.app.keys.all(), [])
+            self.assertEqual(proxy.app.accounts.keys.all(), [])
 
     def test_the_operator_gets_one_and_the_log_tells_its_id_alone(self) -> None:
         with second_proxy(self, login=False, api_key=(KEY,)) as proxy:

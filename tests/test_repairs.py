@@ -292,7 +292,7 @@ class TableTest(Posting):
             for first, second in ((False, True), (True, False)):
                 with self.subTest(case.name, body=case.body, stream=first):
                     proxy = self.proxy
-                    proxy.app.account.memory = cp.Memory()   # type: ignore[union-attr]
+                    proxy.app.login.account.memory = cp.Memory()   # type: ignore[union-attr]
                     before = self.calls(self.fake)
                     reply = self.post(proxy, case, stream=first)
                     self.assertEqual(reply.status, 200, reply.body)
@@ -480,7 +480,7 @@ class CousinTest(Posting):
         def refuse(ask: Ask) -> None:
             raise refusal
         self.fake.refusals = [refuse]
-        self.proxy.app.account.memory = cp.Memory()      # type: ignore[union-attr]
+        self.proxy.app.login.account.memory = cp.Memory()      # type: ignore[union-attr]
 
     def test_what_carries_the_meaning_stays(self) -> None:
         schema = {"type": "json_schema", "json_schema": {"name": "o", "schema": {"type": "object"}}}

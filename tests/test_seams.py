@@ -43,7 +43,7 @@ class SeveralCallsTest(ProxyCase):
                 reply = proxy.post("/v1/responses/compact", response("Hello"))
                 self.assertEqual((reply.status, reply.json["output"][0]["type"]),
                                  (200, "compaction"))
-            proxy.app.account._limits.clear()
+            proxy.app.login.account._limits.clear()
             proxy.post("/v1/responses/compact", response("Hello"))
             self.assertEqual(self.fake.last(RESPONSES).json["input"][-1],
                              {"type": "compaction_trigger"})
@@ -120,7 +120,7 @@ class BudgetLockTest(unittest.TestCase):
 
 class ModelListTest(ProxyCase):
     def test_a_slow_list_keeps_no_other_request_waiting(self) -> None:
-        account = wait_until(lambda: self.proxy.app.account)
+        account = wait_until(lambda: self.proxy.app.login.account)
         for path in ("/v1/models", "/v1/models/gpt-4.1"):
             account.catalogue.value = None
             self.fake.script("/models", Answer(status=0, hold=True))

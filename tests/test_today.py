@@ -442,7 +442,7 @@ class WarningTest(CommandCase):
         self.assertIn("--model-alias a=wonder: this account does not list it; requests", output)
 
     def test_debug_asks_nobody_when_no_setting_names_a_model(self) -> None:
-        wait_until(lambda: self.proxy.app.account.token.value)       # the server's own request
+        wait_until(lambda: self.proxy.app.login.account.token.value)  # the server's own request
         before = len(self.fake.requests)
         code, output = self.run_here("debug")
         self.assertEqual((code, len(self.fake.requests) - before), (0, 0), output)

@@ -325,8 +325,8 @@ class BackgroundTest(ClockCase):
         self.assertEqual(self.ask().status, 200)
 
     def test_a_new_login_ends_the_old_ones_thread(self) -> None:
-        stop = self.proxy.app._account_stop
-        self.proxy.app.use("ghu_fake")
+        stop = self.proxy.app.login._account_stop
+        self.proxy.app.login.use("ghu_fake")
         self.assertTrue(stop.is_set())
 
 
@@ -382,7 +382,7 @@ class HostTest(ProxyCase):
         self.fake.exchange_extra = {"endpoints": {"api": "https://evil.example"},
                                     "token": plain_token(self.fake)}
         self.assertEqual(self.ask().status, 200)
-        account = self.proxy.app.account
+        account = self.proxy.app.login.account
         assert account is not None
         self.assertEqual(account.token.value.api_url, self.fake.url)
 
@@ -443,7 +443,7 @@ class TwoProcessesTest(ProxyCase):
     """Two servers with one data folder."""
 
     def test_both_serve_and_no_copilot_token_is_written(self) -> None:
-        self.proxy.app.login_file.save("ghu_fake")
+        self.proxy.app.login.file.save("ghu_fake")
         other = self.enter(Proxy(self.fake, login=False, data_dir=self.proxy.data_dir))
         for proxy in (self.proxy, other):
             self.assertEqual(proxy.post("/v1/chat/completions", chat("hi")).status, 200)
