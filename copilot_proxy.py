@@ -69,6 +69,7 @@ import base64
 import calendar
 import collections
 import contextlib
+import datetime
 import email.utils
 import errno
 import functools
@@ -225,6 +226,12 @@ MAX_CALLS, MAX_REPAIRS = 5, 3            # upstream calls of one request; repair
 MAX_LEARNED, MAX_MARKS = 500, 5000       # remembered: models with repairs, refused state
 LIMIT_S, QUOTA_LIMIT_S = 7 * 86400.0, 32 * 86400.0   # the longest rest that is believed
 LIMIT_PAUSE_S, QUOTA_PAUSE_S = 10.0, 3600.0          # a rest whose length nobody said
+LIMIT_PAUSE_MAX_S = 300.0                # the first doubles up to this while the limit repeats
+PROBE_S, PROBE_MAX_S = 60.0, 300.0       # the first pause between two probes, and the longest
+LONG_REST_S, LONG_PROBE_MAX_S = 86400.0, 900.0       # the longest one in a rest beyond a day
+TRIAL_S = 5.0                            # after a rest the first request is alone for so long
+MAX_DEAD_PROBES = 5                      # in a row, then the next one waits its pause
+MAX_SCOPES = 200                         # that can rest at once, for each account
 EMBEDDING_BATCH = 512                    # upstream's max_inputs
 MAX_NAMES = 1000
 MAX_SETTINGS_CHARS = 1024 * 1024         # of a client's file that are looked through
@@ -241,7 +248,6 @@ NANO, MAX_COUNT = 10 ** 9, 2 ** 53       # nano-AIU of a credit (USD 0.01); larg
 #: what is known of an answer's cost: tokens, those of the prompt disjoint, and nano-AIU
 USAGE_FIELDS = ("input", "cache_read", "cache_write", "output", "reasoning")
 COUNTS = (*USAGE_FIELDS, "nano_aiu")
-QUOTA_PREFIXES = PASSED_PREFIXES[2:]
 HISTORY_ROWS, HISTORY_AGE_S = 200000, 400 * 86400.0
 HISTORY_QUEUE = 5000                     # rows that wait while the file cannot be written
 HISTORY_PAUSE_S, HISTORY_RETRY_S = 0.25, 5.0         # between two writes; after a failed one
@@ -6335,40 +6341,120 @@ class Memory:
 
 # ---- How long a limit lasts ----
 
-_QUOTA_CODES = ("quota_exceeded", "free_quota_exceeded", "overage_limit_reached",
-                "billing_not_configured", "insufficient_quota")
+_QUOTA_CODES = ("quota_exceeded", "free_quota_exceeded", "session_quota_exceeded",
+                "overage_limit_reached", "billing_not_configured", "insufficient_quota")
 ACCOUNT_LIMITS = re.compile("(?:user_global|user_weekly|integration)_rate_limited|agent_mode_limit")
-_SPAN = r"(\d{1,15}(?:\.\d{1,15})?) ?(ms|milli|[smhd])[a-z]*"
-_WAIT = re.compile(r"(?:again|after|wait|retry|resets?)\b\D{0,20}((?:%s,?(?: and)? ?)+)" % _SPAN)
-_SECONDS = {"ms": 0.001, "milli": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
-_MOMENT = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d):(\d\d))?")
+USAGE_LANES = ("session", "weekly")                          # ceilings of use, beside the quotas
+_SPAN = (r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?(ms|milli(?=s)|[smhdw])"
+         r"(?:seconds?|econds?|ecs?|inutes?|ins?|ours?|rs?|ays?|eeks?)?(?![a-z])")
+_WAIT = re.compile(r"(?:again|after|wait|retry|resets?)\b[^0-9.;!?\n]{0,20}((?:%s,?(?: and)? ?)+)"
+                   % _SPAN)
+_SECONDS = {"ms": 0.001, "milli": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+#: a date that the words before it call the end; others are parts of a model's name
+_UNTIL = re.compile(
+    r"(?<![a-z])(?:resets?|until|again|retry)(?:[ _:=\"'(,]|after|at|on|date|time|is|the)*"
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2}(?:[t ][0-9:]{8}|(?![\w-])))")
 
 def is_quota(error: ProxyError) -> bool:
     """Is the account's allowance used up?"""
     return error.status == 402 or (error.code or "").partition(":")[0] in _QUOTA_CODES
 
-def limit_s(error: ProxyError, now: float) -> float:
-    """How long an upstream's limit lasts, from the unix time `now`: by retry-after (seconds or a
-    date), the text ('try again in 2 hours', '2026-12-01T00:00:00Z') or the reset of a quota that
-    the headers call exhausted.  Nonsense is clamped, nothing said is a short while."""
-    given, spans = error.headers.get("retry-after", "").strip(), _WAIT.search(str(error).lower())
-    states = [dict(urllib.parse.parse_qsl(value)) for name, value in error.headers.items()
-              if name.startswith(QUOTA_PREFIXES)]
-    texts = [str(error)] + [state.get("rst", "") for state in states
-                            if re.match(r"-|0*(?:\.0*)?\Z", state.get("rem", "1"))]
-    seconds = QUOTA_PAUSE_S if is_quota(error) else LIMIT_PAUSE_S
-    if re.fullmatch(r"-?\d+(?:\.\d+)?", given):
-        seconds = float(given)
-    elif spans and not given[:1].isalpha():
-        seconds = sum(float(n) * _SECONDS[unit] for n, unit in re.findall(_SPAN, spans.group(1)))
-    else:
-        date = email.utils.parsedate_tz(given) if given[:1].isalpha() else None
-        moments = [(*map(int, found.groups("0")), 0, 1, -1, 0)
-                   for found in filter(None, map(_MOMENT.search, texts))]
-        with contextlib.suppress(ValueError, OverflowError):        # the 99th of a month
-            seconds = max(email.utils.mktime_tz(moment) - now              # type: ignore
-                          for moment in ([date] if date else moments))
-    return min(max(seconds, 1.0), QUOTA_LIMIT_S if is_quota(error) else LIMIT_S)
+def is_limit(error: ProxyError) -> bool:
+    """Must nobody ask again for a while?"""
+    return error.status == 429 or is_quota(error)
+
+def as_time(value: Any) -> float | None:
+    """Unix seconds of a date or time in UTC: '2026-12-01', '2026-12-01T00:00:00Z', 1796083200."""
+    with contextlib.suppress(ValueError):
+        return as_number(value) or float(calendar.timegm(
+            datetime.datetime.fromisoformat(str(value)[:19]).timetuple()))
+    return None
+
+def quota_lane(name: str, said: Any) -> Json:
+    """One lane for people, out of a snapshot or a header (ent=300&rem=75.5&ov=0.0&rst=2026-12-01,
+    `rem` in percent).  Numbers are None where the account tells none.  More than all may be used:
+    then what is left is negative, or the overage says so."""
+    said = dict(urllib.parse.parse_qsl(said)) if isinstance(said, str) else as_object(said)
+    total, percent, over, left = (as_number(said.get(one, said.get(other))) for one, other in (
+        ("entitlement", "ent"), ("percent_remaining", "rem"), ("overage_count", "ov"),
+        ("quota_remaining", "remaining")))
+    unlimited = said.get("unlimited") in (True, "true") or total == -1
+    if unlimited:
+        total = left = percent = None
+    if total and percent is None and left is not None:
+        percent = 100 * left / total
+    if total and left is None and percent is not None:
+        left = total * percent / 100
+    if total and over and left is not None and left <= 0:
+        left = min(left, -over)
+        percent = min(percent or 0, 100 * left / total)
+    return {"name": name, "unlimited": unlimited, "total": total, "left": left,
+            "overage": said.get("overage_permitted", said.get("ovPerm")) in (True, "true"),
+            "used": None if total is None or left is None else total - left,
+            "percent_left": percent, "percent_used": None if percent is None else 100 - percent,
+            "resets_at": as_time(said.get("quota_reset_at", said.get("rst")))}
+
+def lane_rooms(lanes: Mapping[str, Any]) -> dict[str, float]:
+    """Lane -> percent left, infinity where overage is permitted; of the lanes that limit something
+    here.  Completions are an editor's own; the lane of premium requests has two names."""
+    rooms: dict[str, float] = {}
+    for name, said in list(lanes.items())[:MAX_NAMES]:
+        lane = quota_lane(name, said)
+        room = float("inf") if lane["overage"] else lane["percent_left"]
+        is_limit_here = lane["total"] != 0 and not lane["unlimited"] and name != "completions"
+        if room is not None and is_limit_here:
+            rooms[name.replace("premium_models", "premium_interactions")] = room
+    return rooms
+
+def header_lanes(headers: Headers, prefixes: tuple[str, ...] = QUOTA_PREFIXES) -> dict[str, str]:
+    """Lane -> what an answer's headers say of it.  {"weekly": "ent=300&rem=75.5&rst=2026-..."}"""
+    return {name[len(prefix):]: value for name, value in headers.items()
+            for prefix in prefixes if name.startswith(prefix)}
+
+def exhausted_lanes(error: ProxyError) -> dict[str, float | None]:
+    """Lane -> unix time of its reset, None where it is not told; of the lanes that the error's own
+    headers call used up.  Quotas are believed where the error speaks of them only: they stand in
+    the headers of every answer, also of a plain 429."""
+    prefixes = QUOTA_PREFIXES if is_quota(error) else QUOTA_PREFIXES[1:]
+    return {lane: quota_lane(lane, said)["resets_at"]
+            for name, said in header_lanes(error.headers, prefixes).items()
+            for lane, room in lane_rooms({name: said}).items() if room <= 0}
+
+def named_limit_s(error: ProxyError, now: float) -> float | None:
+    """Seconds until a limit ends, from the unix time `now`, where the upstream names its end: by
+    retry-after (seconds or a date), else in its text ('try again in 2 hours', 'resets at
+    2026-12-01T00:00:00Z'), else by the reset of the lanes that are used up."""
+    after, text = error.headers.get("retry-after", "").strip(), str(error).lower()
+    if re.fullmatch(r"-?[0-9]+(?:\.[0-9]+)?", after):
+        return float(after)
+    with contextlib.suppress(ValueError, OverflowError, TypeError, IndexError):
+        return email.utils.mktime_tz(email.utils.parsedate_tz(after)) - now       # type: ignore
+
+    spans = _WAIT.search(text)
+    if spans:
+        return sum(float(number) * _SECONDS[unit]
+                   for number, unit in re.findall(_SPAN, spans.group(1)))
+
+    for ends in map(as_time, _UNTIL.findall(text)), exhausted_lanes(error).values():
+        left = [end - now for end in ends if end is not None and end > now]
+        if left:
+            return max(left)
+    return None
+
+def doubled_s(first_s: float, times: int, most_s: float) -> float:
+    """A pause that was doubled some times.  10 s, 3 times, at most 300 s -> 80 s"""
+    return min(first_s * 2.0 ** min(times, 30), most_s)
+
+def limit_s(error: ProxyError, now: float, repeats: int = 0) -> float:
+    """How long a limit lasts, from the unix time `now`.  Nonsense is clamped.  Where no end is
+    named: for a quota an hour, else a short while that doubles each time the limit repeats."""
+    named, most_s = named_limit_s(error, now), LIMIT_S
+    usual_s = doubled_s(LIMIT_PAUSE_S, repeats, LIMIT_PAUSE_MAX_S)
+    if is_quota(error):
+        usual_s, most_s = QUOTA_PAUSE_S, QUOTA_LIMIT_S
+    if named is None:
+        return usual_s
+    return min(max(named, 1.0), most_s)
 
 
 # ==== 11. Settings ================================================================================
@@ -7999,6 +8085,231 @@ class Catalogue:
             self._found[asked] = model
         return model
 
+# ---- Limits ----
+
+def whole_s(pause_s: float) -> int:
+    """For a Retry-After: whole seconds, one at least.  9.0000001 -> 9, 9.2 -> 10"""
+    return max(int(-(-round(pause_s, 3) // 1)), 1)
+
+@dataclass
+class Cooldown:
+    """The rest of one scope.  RateLimits alone changes it, under its lock, by the methods here;
+    times are seconds of its clock.
+
+    error: what the upstream said last; since: time of the first refusal in this row; ends: by what
+    the upstream named; next_try: before it nothing goes up; pause_s: from a probe to the next;
+    number: of the newest request when the upstream refused last; repeats: refusals in a row;
+    probes: of them, answers to probes in this rest; lanes: that the refusal called used up;
+    refuted: the most room that was shown when the upstream refused yet, by headers and by /usage;
+    prober: number of the request that is the probe now, 0 for none; deaths: probes in a row that
+    ended without a verdict; is_tried: a request has gone up since the end."""
+    error: UpstreamError
+    since: float
+    ends: float
+    next_try: float
+    pause_s: float
+    number: int
+    repeats: int
+    probes: int
+    lanes: set[str]
+    refuted: list[float]
+    prober: int = 0
+    deaths: int = 0
+    is_tried: bool = False
+
+    def begin(self, number: int, now: float) -> None:
+        """A request goes up: as the probe, or as the first one after the end.  The next one may
+        follow it after a pause, should nothing be heard of it."""
+        if now < self.ends:
+            self.next_try = min(now + self.pause_s, self.ends)
+            self.prober = number
+        elif not self.is_tried:
+            self.next_try = now + TRIAL_S
+            self.prober = number
+            self.is_tried = True
+
+    def free(self, number: int, now: float) -> None:
+        """That request ended without a verdict: another one may go up, but not for ever."""
+        if self.prober == number:
+            self.prober, self.is_tried = 0, False
+            self.deaths += 1
+            if self.deaths <= MAX_DEAD_PROBES:
+                self.next_try = now
+
+    def see(self, rooms: Mapping[str, float], is_usage: bool, now: float) -> bool:
+        """End the rest when what was used up has room again: `rooms` is lane -> percent left.
+        No more room than was shown before and refused yet does not count, each kind of source for
+        itself: GitHub's usage answer and the headers do not always tell the same."""
+        mine = {lane: room for lane, room in rooms.items() if lane in self.lanes}
+        if not self.lanes and is_quota(self.error):          # which one nobody said
+            mine = {lane: room for lane, room in rooms.items() if lane not in USAGE_LANES}
+        room = min(mine.values(), default=0.0)
+        if now >= self.ends or self.lanes - set(mine) or room <= self.refuted[is_usage]:
+            return False
+
+        self.refuted[is_usage] = room
+        self.ends = self.next_try = now
+        self.is_tried = False
+        return True
+
+class RateLimits:
+    """What rests because the upstream refused: a model, or under the name ACCOUNT all of them.
+
+    state     begins when                          a request of this scope
+    open      nothing was refused yet, a request   goes up
+              succeeded, or `clear` was called
+    resting   the upstream refused (429, quota)    is refused here until the next probe
+    probing   a probe goes up: after a minute,     is refused here; the next probe may go up after
+              then at growing pauses               5 minutes at most, 15 in a rest beyond a day
+    over      the named end has passed by one of   goes up, but the first one alone for TRIAL_S
+              both clocks, or /usage or a header
+              shows room for what was used up
+
+    From resting, probing and over: a success opens the scope, a refusal makes it rest anew, and
+    anything else (the client left, a network error, another error) frees the place of the probe.
+    A 429 that names no end rests 10 s and twice as long each time, up to 5 minutes, and is not
+    probed in between.  Nobody goes up before the end of a rest as short as the first pause.
+
+    Every request has a number from `admit`, in their order.  It tells a refusal of requests that
+    went up together from one that repeats, and keeps a success of before from ending a rest.
+
+    Nothing here waits or calls anybody but the clock; `_lock` guards all."""
+
+    ACCOUNT = "account"
+
+    def __init__(self, clock: Callable[[], tuple[float, float]]) -> None:
+        self._clock, self._seen = clock, clock()
+        self._time = 0.0                               # of the clock here
+        self._lock = threading.Lock()
+        self._count = 0
+        self._scopes: dict[str, Cooldown] = {}         # what was refused last stands last
+
+    def admit(self, model: str, may_probe: bool = True) -> int:
+        """The number of a request that may go up; `finish` must follow, after `refuse` or not.
+        Raises UpstreamError in the upstream's words when it may not.  model: "" for what no limit
+        of a model holds for; may_probe: False for a look, which nothing follows."""
+        with self._lock:
+            self._count += 1
+            resting = self._resting(model)
+            now = self._now()
+            for scope, rest in resting:
+                if now < rest.next_try or now < rest.ends and not may_probe:
+                    raise self._refusal(scope, rest, rest.next_try - now)
+            for _, rest in resting:
+                if may_probe:
+                    rest.begin(self._count, now)
+            return self._count
+
+    def refuse(self, model: str, number: int, error: UpstreamError) -> UpstreamError:
+        """The upstream refused a request for a limit -> its error, which says how long it lasts.
+        number: 0 where it is not known."""
+        scope = model
+        if ACCOUNT_LIMITS.search("%s %s" % (error.code, error)):
+            scope = self.ACCOUNT
+
+        with self._lock:
+            old = self._scopes.pop(scope, None)
+            rest = self._new_rest(error, number, old)
+            if old and number <= old.number and rest.ends <= old.ends:
+                rest = old                             # one of a burst: it says no more
+            if len(self._scopes) >= MAX_SCOPES:
+                del self._scopes[next(iter(self._scopes))]
+            self._scopes[scope] = rest
+            return self._refusal(scope, rest, rest.ends - self._now(), error.headers)
+
+    def finish(self, model: str, number: int, is_taken: bool) -> list[str]:
+        """A request is through -> the scopes that it opens, if the upstream took it.  Else, unless
+        it was refused before, the place of the probe is free again."""
+        opened = []
+        with self._lock:
+            for scope, rest in self._resting(model):
+                rest.free(number, self._now())
+                if is_taken and number > rest.number:
+                    opened.append(scope)
+                    del self._scopes[scope]
+        return opened
+
+    def see(self, lanes: Mapping[str, Any], source: str) -> list[str]:
+        """What an account's lanes have left was told, by "usage" or an answer -> the scopes whose
+        rest it ends."""
+        if not self._scopes:
+            return []
+        rooms = lane_rooms(lanes)
+        with self._lock:
+            return [scope for scope, rest in self._scopes.items()
+                    if rest.see(rooms, source == "usage", self._now())]
+
+    def clear(self, scope: str = "") -> list[str]:
+        """Open one scope, or all -> those that rested."""
+        with self._lock:
+            now, found = self._now(), [name for name in self._scopes if scope in ("", name)]
+            return [name for name in found if self._scopes.pop(name).ends > now]
+
+    def report(self) -> list[Json]:
+        """What rests now, for people; times are unix seconds."""
+        with self._lock:
+            now = self._now()
+            wall = self._seen[1] - now
+            return [{"scope": scope, "status": rest.error.status, "code": rest.error.code,
+                     "since": wall + rest.since, "until": wall + rest.ends,
+                     "next_probe": wall + max(rest.next_try, now)}
+                    for scope, rest in self._scopes.items() if rest.ends > now]
+
+    def _now(self) -> float:
+        """Seconds of a clock that goes on with the faster one of both: the monotonic one stands
+        still while a laptop sleeps, the wall clock can be set back."""
+        now, seen = self._clock(), self._seen
+        self._time += max(now[0] - seen[0], now[1] - seen[1], 0.0)
+        self._seen = now
+        return self._time
+
+    def _resting(self, model: str) -> list[tuple[str, Cooldown]]:
+        """The rests that hold for a model."""
+        scopes = (self.ACCOUNT, model) if model else ()
+        return [(scope, self._scopes[scope]) for scope in scopes if scope in self._scopes]
+
+    def _new_rest(self, error: UpstreamError, number: int, old: Cooldown | None) -> Cooldown:
+        """What follows a refusal; old: the rest of the same scope before it."""
+        since = now = self._now()
+        repeats, probes, refuted = 0, 0, [0.0, 0.0]
+        if old:
+            since, refuted = old.since, old.refuted
+            repeats = old.repeats + (number > old.number)
+            if now < old.ends:
+                probes = old.probes + (number > old.number)
+
+        wall = self._seen[1]
+        rest_s = limit_s(error, wall, repeats)
+        most_s = LONG_PROBE_MAX_S if rest_s > LONG_REST_S else PROBE_MAX_S
+        pause_s = doubled_s(PROBE_S, probes, most_s)
+        first_s = min(rest_s, pause_s)
+        if not is_quota(error) and named_limit_s(error, wall) is None:
+            first_s = rest_s                           # our own guess is the pause already
+
+        rooms = lane_rooms(header_lanes(error.headers))
+        refuted[0] = max(refuted[0], min(rooms.values(), default=0.0))
+        return Cooldown(error, since, now + rest_s, now + first_s, pause_s, self._count, repeats,
+                        probes, set(exhausted_lanes(error)), refuted)
+
+    def _refusal(self, scope: str, rest: Cooldown, pause_s: float, headers: Headers | None = None
+                 ) -> UpstreamError:
+        """What a request is told; pause_s: for its Retry-After."""
+        error, now = rest.error, self._now()
+        what = "the account" if scope == self.ACCOUNT else "model " + scope
+        until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(
+            self._seen[1] + rest.ends - now))
+
+        plan = "nothing is sent before"
+        if rest.next_try < rest.ends:
+            plan = "the next request goes up as a probe in %d s" % whole_s(rest.next_try - now)
+        if rest.ends <= now:
+            plan = "it is over, and one request is trying it now"
+
+        text = ("%s (a limit of %s until %s local time: %s; to end it at once: POST /limits/clear, "
+                "or the button on this server's page)" % (error, what, until, plan))
+        return UpstreamError(text, error.status, error.code, error.param, dict(
+            headers or {}, **{"retry-after": "%d" % whole_s(pause_s)}))
+
 @dataclass
 class Call:
     """One call to the Copilot API, and again after a repair.  model: whose limits hold for it,
@@ -8034,7 +8345,7 @@ class Copilot:
         self.on_headers: Callable[[Headers], None] = lambda headers: None    # of each answer
         self._version = ""                             # the API version that worked after a 466
         self.memory = Memory()
-        self._limits: dict[str, tuple[float, UpstreamError]] = {}  # model or "" -> monotonic end
+        self.limits = RateLimits(clock)
         self._futile_refresh_at = -REACTIVE_PAUSE_S    # monotonic
         self.token = Refreshed(self._fetch_token, self._is_due, self._is_dead,
                                settings.token_retry_s)
@@ -8098,13 +8409,27 @@ class Copilot:
 
     def send(self, call: Call) -> UpstreamResponse:
         """An answer below 300.  Raises UpstreamError with the upstream's own status and words,
-        AuthError, ClientGone.
+        AuthError, ClientGone.  While a limit of the model or the account lasts nothing is sent but
+        probes, see RateLimits."""
+        number, is_taken = self.limits.admit(call.model), False
+        try:
+            answer = self._send_cured(call)
+            is_taken = True
+            return answer
+        except UpstreamError as error:
+            if not (error.answered and call.model and is_limit(error)):
+                raise
+            told = self.limits.refuse(call.model, number, error)
+            self._log.warning("%s", told)
+            raise told from None
+        finally:
+            for scope in self.limits.finish(call.model, number, is_taken):
+                self._log.info("%s the limit of %s is over", call.request_id, scope)
 
-        What a second try may cure is tried once each, two at most, and only while nothing has gone
-        to the client: 401, 421 and the token codes of 403 after a new exchange, 466 with another
-        API version, 500/502/503/504/529 after a short pause on a fresh connection.  While a limit
-        of the model or the account lasts nothing is sent."""
-        self.check_limit(call.model)
+    def _send_cured(self, call: Call) -> UpstreamResponse:
+        """What a second try may cure is tried once each, two at most, and only while nothing has
+        gone to the client: 401, 421 and the token codes of 403 after a new exchange, 466 with
+        another API version, 500/502/503/504/529 after a short pause on a fresh connection."""
         token: CopilotToken = self.token.get(client=call.client)
         while True:
             try:
@@ -8121,33 +8446,11 @@ class Copilot:
             if not cure or cure in call.cured:
                 if error.opaque and "login" in call.cured:
                     self._futile_refresh_at = time.monotonic()
-                raise self._note_limit(error, call.model)
+                raise error
             self._log.debug("%s upstream %d, trying again after: %s", call.request_id,
                             error.status, cure)
             call.cured.append(cure)
             token = self._apply(cure, token, version, error.status, call.client)
-
-    def _note_limit(self, error: UpstreamError, model: str) -> UpstreamError:
-        """A limit is kept to from here on; the error then says how long it lasts."""
-        if not (error.answered and model and (error.status == 429 or is_quota(error))):
-            return error
-        (now, unix), said = self._clock(), "%s %s" % (error.code, error)
-        seconds, lane = limit_s(error, unix), "" if ACCOUNT_LIMITS.search(said) else model
-        until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix + seconds))
-        told = UpstreamError("%s (a limit of %s until %s local time: nothing is sent before)" % (
-            error, "model " + lane if lane else "the account", until), error.status, error.code,
-            error.param, dict(error.headers, **{"retry-after": "%d" % -(-seconds // 1)}))
-        self._limits[lane] = now + seconds, told
-        self._log.warning("%s", told)
-        return told
-
-    def check_limit(self, model: str) -> None:
-        """Raises what the upstream said when the limit began, as long as it lasts."""
-        for until, told in filter(None, map(self._limits.get, ("", model) if model else ())):
-            seconds = until - self._clock()[0]
-            if seconds > 0:
-                raise UpstreamError(str(told), told.status, told.code, told.param,
-                                    {"retry-after": "%d" % -(-seconds // 1)})
 
     def _send_once(self, call: Call, token: CopilotToken) -> UpstreamResponse:
         headers = self._headers(call, token)
@@ -8338,36 +8641,6 @@ def session_key(headers: Headers, body: Json) -> str | None:
         user = as_object(body["metadata"]).get("user_id")
         found = re.split("session_(?:id)?", "%s" % user, maxsplit=1)[1:]
     return stable_id("", str(found))[:8] if found and isinstance(found, (str, list)) else None
-
-def as_time(value: Any) -> float | None:
-    """Unix seconds of a date or time in UTC: '2026-12-01', '2026-12-01T00:00:00Z', 1796083200."""
-    form = "%Y-%m-%dT%H:%M:%S" if "T" in str(value) else "%Y-%m-%d"
-    with contextlib.suppress(ValueError):
-        return as_number(value) or float(calendar.timegm(time.strptime(str(value)[:19], form)))
-    return None
-
-def quota_lane(name: str, said: Any) -> Json:
-    """One lane for people, out of a snapshot or a header (ent=300&rem=75.5&ov=0.0&rst=2026-12-01,
-    `rem` in percent).  Numbers are None where the account tells none.  More than all may be used:
-    then what is left is negative, or the overage says so."""
-    said = dict(urllib.parse.parse_qsl(said)) if isinstance(said, str) else as_object(said)
-    total, percent, over, left = (as_number(said.get(one, said.get(other))) for one, other in (
-        ("entitlement", "ent"), ("percent_remaining", "rem"), ("overage_count", "ov"),
-        ("quota_remaining", "remaining")))
-    unlimited = said.get("unlimited") in (True, "true") or total == -1
-    if unlimited:
-        total = left = percent = None
-    if total and percent is None and left is not None:
-        percent = 100 * left / total
-    if total and left is None and percent is not None:
-        left = total * percent / 100
-    if total and over and left is not None and left <= 0:
-        left = min(left, -over)
-        percent = min(percent or 0, 100 * left / total)
-    return {"name": name, "unlimited": unlimited, "total": total, "left": left,
-            "used": None if total is None or left is None else total - left,
-            "percent_left": percent, "percent_used": None if percent is None else 100 - percent,
-            "resets_at": as_time(said.get("quota_reset_at", said.get("rst")))}
 
 def quotas_of(answer: Json) -> Json:
     """Lane -> snapshot of a usage answer; the free plan's counts are put into that form."""
@@ -9043,9 +9316,8 @@ class Account(Copilot):
         self.name = name or self.id
         self.limiter = RateLimiter(settings.rate_limit, settings.wait)
         self.stats = Stats()
-        self.on_headers = lambda headers: ledger.see_quotas(self, "header", {
-            name.partition("-snapshot-")[2] or name.partition("-ratelimit-")[2]: value
-            for name, value in headers.items() if name.startswith(QUOTA_PREFIXES)})
+        self.on_headers = lambda headers: ledger.see_quotas(
+            self, "header", header_lanes(headers))
         if settings.show_token:
             self.on_token = show_token
 
@@ -9330,10 +9602,13 @@ class Ledger:
     # -- quotas
 
     def see_quotas(self, account: Account, source: str, told: Mapping[str, Any]) -> None:
-        """Keep what was said last of some lanes; it is looked into when somebody asks."""
+        """Keep what was said last of some lanes; it is looked into when somebody asks.  Room in
+        them may end a rest of the account."""
         for name, said in told.items():
             if (account.id, name) in self.quotas or len(self.quotas) < MAX_NAMES:
                 self.quotas[account.id, name] = account, source, said, self._clock()[1]
+        for scope in account.limits.see(told, source):
+            self._log.info("the limit of %s is over: the account has room again", scope)
         if told and self.events.readers:
             self.events.tell("quota", {"lanes": self.lanes(account.id)})
 
@@ -10955,7 +11230,8 @@ button { cursor: pointer; } .main { background: var(--accent); color: var(--card
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr));
   gap: .8rem 2.5rem; } .tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0; }
 .tiles .card { flex: 1 1 8rem; margin: 0; padding: .8rem 1rem; } .ends > :first-child { flex: 1; }
-ul { list-style: none; margin: 0; padding: 0; font-size: .9rem; } details { margin: .7rem 0; }
+ul { list-style: none; margin: 0; padding: 0; font-size: .9rem; }
+details, #limits li { margin: .7rem 0; }
 svg { display: block; width: 100%; } text { fill: var(--dim); font-size: 11px; }
 .bar { height: .5rem; border-radius: .25rem; background: var(--soft); margin: .25rem 0 .5rem; }
 .key svg { display: inline-block; width: .7rem; margin-right: .3rem; }
@@ -11119,8 +11395,19 @@ function showQuota() {
     + of(budget), BUDGET[budget.state] + when(budget.ends_at)), ...(budget.sessions || []).map(
     one => meter('Budget of session ' + one.session, one.percent, of(one))));
   show('quota', ...list.length ? list : [el('li.dim', 'No quota is known yet.')]); }
-function showStats({ totals, accounts, quotas }) {
+function limitLine({ account, scope, status, code, until, next_probe }) {
+  const button = el('button', 'Clear'), name = join([scope === 'account' ? 'All models' : scope,
+    several && account], ', ');
+  const left = next_probe * 1000 - Date.now();
+  button.setAttribute('aria-label', 'Clear the limit of ' + name);
+  button.onclick = () => post('/limits/clear', { scope, account }).then(loadStats,
+    error => button.after(error.message));
+  return el('li.line.ends', el('span', el('b', name), ' limited by GitHub (' + join([status, code],
+    ' ') + ') until ' + when(until) + '. Next probe: ' + (left > 0 ? 'in ' + span(left)
+    : 'with the next request') + '.'), button); }
+function showStats({ totals, accounts, quotas, limits }) {
   sums = totals; lanes = quotas; several = accounts.length > 1; showTiles(); showQuota();
+  show('limits', ...limits.map(limitLine));
   show('accounts', ...accounts.map(account)); }
 function showTiles() {
   const kept = summary.enabled, of = kept ? ' today' : ' since start';
@@ -11286,7 +11573,8 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>copi
 <section id="asks" class="card loud" aria-live="polite" hidden><h2 id="asks-head" tabindex="-1">
 Waiting for your decision</h2><ul id="ask-list"></ul></section><dl id="tiles" class="tiles"></dl>
 <section class="card" aria-label="Quota"><div class="line"><h2>Quota</h2><button id="again">Refresh
-</button></div><p id="quota-problem" class="bad"></p><ul id="quota" class="grid"></ul></section>
+</button></div><p id="quota-problem" class="bad"></p><ul id="limits"></ul>
+<ul id="quota" class="grid"></ul></section>
 <section id="usage" class="card" aria-label="Usage"><div class="line"><h2>Usage</h2><label>Show
 <select id="metric"><option>credits<option>tokens<option>requests</select></label><label>of
 <select id="range"><option value="7">7 days<option value="30" selected>30 days<option value="90">90
@@ -11735,7 +12023,7 @@ def count_tokens(exchange: Exchange) -> None:
         copilot, model = resolve(exchange, body)
         is_claude = model.is_claude
         check_endpoint(model, MESSAGES.path)
-        copilot.check_limit(model.id)
+        copilot.limits.admit(model.id, may_probe=False)
         inline_images(exchange, body)
         edit = Edit(body)
         drop_nonce(edit)
@@ -11876,6 +12164,8 @@ def stats_report(exchange: Exchange) -> Json:
         "running": visible(running),
         "recent": visible(map(shown, list(ledger.recent))),
         "quotas": visible(ledger.lanes()),
+        "limits": visible(dict(rest, account=one.name) for one in app.accounts.all()
+                          for rest in one.limits.report()),
         "accounts": visible(map(account_entry, app.accounts.all())),
         "totals": {**NO_COUNTS, "requests": 0, "errors": 0, **stats.group("totals")},
         "approvals": [],
@@ -12158,11 +12448,27 @@ def login_page(exchange: Exchange) -> None:
     exchange.reply(LOGIN_PAGE.encode(), kind="text/html; charset=utf-8")
 
 def check_door(exchange: Exchange) -> None:
-    """Logins and keys are for this server's own page and for programs.  Raises BadRequest 403."""
+    """Logins, keys and limits are for this server's own page and for programs.
+    Raises BadRequest 403."""
     exchange.headers["Cache-Control"] = "no-store"
     if not exchange.is_same_origin:
-        raise BadRequest("pages of other origins cannot log in here or see keys", 403,
+        raise BadRequest("pages of other origins cannot log in here, see keys or end limits", 403,
                          "origin_not_allowed")
+
+def clear_limits(exchange: Exchange) -> None:
+    """POST /limits/clear: end the rest of `scope` (a model's id, or "account") of `account` (its
+    name); without them of all -> what rested."""
+    check_door(exchange)
+    check_operator(exchange)
+    asked = exchange.json_object() if exchange.body else {}
+    for name, value in asked.items():
+        if name not in ("scope", "account") or not isinstance(value, str) or not value:
+            raise BadRequest("'scope' (a model's id, or \"account\") and 'account' (its name) are "
+                             "possible here, as strings", param=printable(name, 40))
+    exchange.reply_json({"cleared": [
+        {"account": account.name, "scope": scope} for account in exchange.app.accounts.all()
+        if asked.get("account") in (None, account.name)
+        for scope in account.limits.clear(asked.get("scope", ""))]})
 
 def begin_login(exchange: Exchange) -> None:
     """POST /auth/device/start: a code, and the state token that makes it this browser's login."""
@@ -12242,6 +12548,7 @@ ROUTES: Routes = {
     "/history/events": {"GET": events},
     "/approvals": {"GET": approvals},
     "/approvals/*": {"POST": approvals},
+    "/limits/clear": {"POST": clear_limits},
     "/models": {"GET": models},
     "/models/*": {"GET": one_model},
     "/usage": {"GET": usage},

@@ -380,7 +380,7 @@ class SecretsTest(unittest.TestCase):
                         with fake.changed:
                             fake._scripts.pop(PATHS[path], None)
                         for account in proxy.app.accounts.all():
-                            account._limits.clear()
+                            account.limits.clear()
                 ask("POST", path, b"{" + KEY.encode(), **bearer(KEY))
                 ask("POST", path, make("a", model=issued), **bearer(KEY))
             fake.script(EXCHANGE, Answer(status=401, body="no " + device_token))

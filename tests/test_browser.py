@@ -656,6 +656,32 @@ class Manual(PageCase):
         self.check_quiet(page)
 
 
+class Limited(PageCase):
+    """What rests is shown beside the quota, with the next probe and a button that ends the rest."""
+
+    def test_limits_are_shown_and_cleared_one_by_one(self) -> None:
+        page = self.open(width=NARROW_PX, height=740)
+        self.wait_until_shown(page)
+        self.assertEqual(page.run("$('limits').children.length"), 0)
+        for model in ("gpt-4.1", "gpt-4o"):
+            self.fake.script(CHAT, Answer(402, {"retry-after": "2592000"}, {
+                "message": "You have no quota", "code": "quota_exceeded"}))
+            self.proxy.post("/v1/chat/completions", chat("a", model))
+        page.wait_for("$('limits').children.length === 2")
+        self.assertRegex(page.run("$('limits').children[0].innerText").replace("\n", " "),
+                         r"gpt-4\.1 limited by GitHub \(402 quota_exceeded\) until .*, "
+                         r"in 30 days\. Next probe: in [45][0-9]\.[0-9] s\. Clear")
+        self.check_fits(page)
+        self.check_contrast(page)
+        self.assertEqual(page.run(NAMELESS), [])
+        self.shoot(page, "limits")
+        page.run("$('limits').querySelector('button').click()")
+        page.wait_for("$('limits').children.length === 1")
+        self.assertEqual(self.proxy.post("/v1/chat/completions", chat("a", "gpt-4.1")).status, 200)
+        self.assertEqual(self.proxy.post("/v1/chat/completions", chat("a", "gpt-4o")).status, 402)
+        self.check_quiet(page)
+
+
 class Locked(PageCase):
     """Where a key is needed the page asks for it, sends it as header, and keeps it in the tab."""
     KEY = "made-up-operator-key"

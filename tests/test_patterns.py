@@ -369,7 +369,7 @@ class PatternTest(unittest.TestCase):
         methods = {pattern.where: pattern.methods for pattern in patterns}
         self.assertEqual(methods["_SECRET"], ("sub",))
         self.assertEqual(methods["_PIECES"], ("findall",))
-        self.assertEqual(methods["_MOMENT"], ("search",))
+        self.assertEqual(methods["_WAIT"], ("search",))
         self.assertTrue(any(isinstance(pattern.text, bytes) for pattern in patterns))
 
     def test_what_takes_longer_is_noticed(self) -> None:

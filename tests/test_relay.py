@@ -522,7 +522,7 @@ class CureTest(ProxyCase):
         self.assertEqual(self.fake.count(CHAT), 3)
 
     def forget_limits(self) -> None:
-        self.proxy.app.login.account._limits.clear()               # type: ignore[union-attr]
+        self.proxy.app.login.account.limits.clear()               # type: ignore[union-attr]
 
     def in_seconds(self, after: str) -> float:
         """What is told of a retry-after: seconds, as all clients read them."""
@@ -801,7 +801,7 @@ class CountAndEmbedTest(SharedCase):
             "retry-after": "9"}))
         reply = self.embed(["a"] * 600)
         self.assertEqual((reply.status, reply.headers["retry-after"]), (429, "9"))
-        self.proxy.app.login.account._limits.clear()               # type: ignore[union-attr]
+        self.proxy.app.login.account.limits.clear()               # type: ignore[union-attr]
 
     def test_too_few_vectors_are_502(self) -> None:
         self.fake.script(EMBEDDINGS, Answer(body={"data": [{"embedding": [1.0], "index": 0}]}))

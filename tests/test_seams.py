@@ -43,7 +43,7 @@ class SeveralCallsTest(ProxyCase):
                 reply = proxy.post("/v1/responses/compact", response("Hello"))
                 self.assertEqual((reply.status, reply.json["output"][0]["type"]),
                                  (200, "compaction"))
-            proxy.app.login.account._limits.clear()
+            proxy.app.login.account.limits.clear()
             proxy.post("/v1/responses/compact", response("Hello"))
             self.assertEqual(self.fake.last(RESPONSES).json["input"][-1],
                              {"type": "compaction_trigger"})

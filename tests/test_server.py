@@ -637,7 +637,7 @@ class AnswerHeadTest(SharedCase):
         stream = self.proxy.stream("/v1/chat/completions", chat("a"))
         self.fake.script(CHAT, Answer(status=429, headers=dict(wanted, **noise), body="no"))
         refused = self.proxy.post("/v1/chat/completions", chat("a"))
-        self.proxy.app.login.account._limits.clear()               # type: ignore[union-attr]
+        self.proxy.app.login.account.limits.clear()               # type: ignore[union-attr]
         for reply in (whole, stream, refused):
             self.assertEqual({k: v for k, v in reply.headers.items() if k in wanted}, wanted)
             self.assertIn("x-quota-snapshot-premium_interactions", reply.headers)

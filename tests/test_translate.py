@@ -179,7 +179,7 @@ class FailureTest(TranslateCase):
                     "a", model=model, stream=stream))
                 self.assertEqual((reply.status, reply.headers["retry-after"]), (429, "7"))
                 self.assertIn("slow down", reply.json["error"]["message"])
-                self.proxy.app.login.account._limits.clear()       # type: ignore[union-attr]
+                self.proxy.app.login.account.limits.clear()       # type: ignore[union-attr]
                 self.assertEqual(reply.json.get("type"), "error" if client == "messages" else None)
 
     def test_the_catalogue_is_wrong(self) -> None:
