@@ -151,12 +151,13 @@ CLI_INTEGRATION = "copilot-developer-cli"   # identity for /models with the GitH
 INTENT, MODEL_INTENT = "conversation-agent", "model-access"
 ANTHROPIC_VERSION = "2023-06-01"
 BETA_PREFIXES = ("interleaved-thinking-", "advanced-tool-use-")   # others are refused upstream
-PASSED_HEADERS = ("retry-after", "x-github-request-id", "x-copilot-service-request-id",
-                  "openai-processing-ms")
+PASSED_HEADERS = ("retry-after", "retry-after-ms", "x-should-retry", "x-github-request-id",
+                  "x-copilot-service-request-id", "openai-processing-ms")
 QUOTA_PREFIXES = ("x-quota-snapshot-", "x-usage-ratelimit-")
 PASSED_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-", *QUOTA_PREFIXES)
 EXPOSED_HEADERS = (              # that pages of --cors-origin may read, beside those of the answer
-    "x-request-id", "request-id", "retry-after", "x-copilot-proxy-credits",
+    "x-request-id", "request-id", "retry-after", "retry-after-ms", "x-should-retry",
+    "x-copilot-proxy-credits",
     "x-copilot-proxy-fallback", "x-copilot-proxy-lossy", "x-copilot-proxy-repaired")
 
 DEFAULT_PORT = 4399
@@ -232,6 +233,7 @@ LONG_REST_S, LONG_PROBE_MAX_S = 86400.0, 900.0       # the longest one in a rest
 TRIAL_S = 5.0                            # after a rest the first request is alone for so long
 MAX_DEAD_PROBES = 5                      # in a row, then the next one waits its pause
 MAX_SCOPES = 200                         # that can rest at once, for each account
+OVERLOAD_PAUSE_S = 2.0                   # after an overload that was told inside an answer
 EMBEDDING_BATCH = 512                    # upstream's max_inputs
 MAX_NAMES = 1000
 MAX_SETTINGS_CHARS = 1024 * 1024         # of a client's file that are looked through
@@ -276,6 +278,60 @@ ERROR_TYPES = {
     529: ("server_error", "overloaded_error"),
 }
 
+class ErrorClass(NamedTuple):
+    """A kind of failure: its HTTP status, the code of it in a failed Responses object ("": the
+    upstream's own code stays), and how its names end: codes, types and statuses of upstreams."""
+    status: int
+    response_code: str
+    endings: tuple[str, ...]
+
+#: The one table of failures that have a name.  A limit or a used-up quota makes the model rest.
+#: Codex acts on the codes of the second column.
+ERROR_CLASSES = (
+    ErrorClass(402, "insufficient_quota", (
+        "quota_exceeded", "insufficient_quota", "overage_limit_reached", "billing_not_configured",
+        "billing_error", "payment_required")),
+    ErrorClass(429, "rate_limit_exceeded", (
+        "rate_limited", "rate_limit_exceeded", "rate_limit_error", "mode_limit_exceeded",
+        "resource_exhausted", "too_many_requests", "extension_blocked")),
+    ErrorClass(529, "server_is_overloaded", ("overloaded", "overloaded_error", "slow_down")),
+    ErrorClass(503, "server_is_overloaded", ("unavailable", "unavailable_error")),
+    ErrorClass(504, "", ("timeout", "timeout_error", "deadline_exceeded")),
+    ErrorClass(500, "", ("server_error", "internal_error", "internal", "api_error")),
+    ErrorClass(413, "", ("request_too_large",)),
+    ErrorClass(404, "", ("not_found_error", "not_found")),
+    ErrorClass(403, "", ("permission_error", "permission_denied")),
+    ErrorClass(401, "", ("authentication_error", "unauthenticated")),
+    ErrorClass(400, "", (
+        "invalid_request_error", "invalid_request", "invalid_request_body", "invalid_argument",
+        "invalid_prompt", "failed_precondition", "content_filter", "policy", "policy_violation",
+        "context_length_exceeded", "model_not_supported", "unsupported_value")),
+)
+
+def status_of(name: Any) -> int:
+    """The HTTP status that an upstream's code, type or status means, 0 for what has no meaning.
+    'user_model_rate_limited:gpt-5' -> 429, 'overloaded_error' -> 529, 503 -> 503"""
+    if isinstance(name, int) and 400 <= name < 600:
+        return name
+    if not isinstance(name, str) or not name:
+        return 0
+    stem = name[:MAX_ERROR_TEXT].partition(":")[0].strip().lower()
+    if re.fullmatch("[45][0-9][0-9]", stem):
+        return int(stem)
+    for row in ERROR_CLASSES:
+        if stem.endswith(row.endings):
+            return row.status
+    return 0
+
+def true_status(status: int, names: Iterable[Any]) -> int:
+    """The status of a failure by its names; a limit, a quota or an overload counts whatever the
+    status it was sent with.  (400, ["rate_limited"]) -> 429, (404, ["not_found"]) -> 404"""
+    named = next(filter(None, map(status_of, names)), 0)
+    is_limit = status in (402, 429)
+    if named in (402, 429) and not is_limit or named == 529 and status in (400, 500, 502):
+        return named
+    return status
+
 class ProxyError(Exception):
     """A failure that the caller is told about; `str(error)` says what happened and what to do.
     status: HTTP status; code, param: OpenAI's fields, None when unknown; headers: to be added to
@@ -297,6 +353,14 @@ class ProxyError(Exception):
         if self.status in ERROR_TYPES:
             return ERROR_TYPES[self.status]
         return ERROR_TYPES[400] if self.status < 500 else ("server_error", "api_error")
+
+    @property
+    def response_code(self) -> str:
+        """The code in a failed Responses object."""
+        for row in ERROR_CLASSES:
+            if row.status == self.status and row.response_code:
+                return row.response_code
+        return self.code or self.types()[0]
 
 class ConfigError(ProxyError):
     """A flag, variable or file that cannot be used; ends a command with exit code 2."""
@@ -508,11 +572,20 @@ def origin_of(text: str) -> str:
         return "%s://%s" % (scheme, name)
     return "%s://%s:%d" % (scheme, name, port)
 
-def unwrap_error(status: int, body: bytes, phrase: str) -> tuple[str, str | None, str | None]:
-    """(message, code, param) out of any error body that the upstream is known to send.
-    Shapes: {"error":{message,code,param}}, {"error":"text"}, {"message","code"}, plain text, HTML,
-    nothing, and JSON inside `message`.  -> ("no quota", "quota_exceeded", None)"""
-    text, code, param = body[:MAX_ERROR_BYTES].decode("utf-8", "replace").strip(), None, None
+class ErrorText(NamedTuple):
+    """What an error body says.  names: its codes, types and statuses, the innermost first."""
+    message: str
+    code: str | None
+    param: str | None
+    names: tuple[Any, ...]
+
+def read_error_text(status: int, body: bytes, phrase: str) -> ErrorText:
+    """Read any error body that the upstream is known to send.
+    Shapes: {"error":{message,code,param,type}}, {"error":"text"}, {"message","code"}, plain text,
+    HTML, nothing, and JSON inside `message`."""
+    text = body[:MAX_ERROR_BYTES].decode("utf-8", "replace").strip()
+    code, param = None, None
+    names: list[Any] = []
     for _ in range(4):
         try:
             value = json.loads(text) if text[:1] == "{" else None
@@ -520,20 +593,39 @@ def unwrap_error(status: int, body: bytes, phrase: str) -> tuple[str, str | None
             value = None
         if not isinstance(value, dict):
             break
+
         inner = value.get("error")
-        details = as_object(value.get("error_details"))
         source = inner if isinstance(inner, dict) else value
         code = source.get("code") or code
         param = source.get("param") or param
+        names = [source.get("code"), source.get("type"), source.get("status"), *names]
+
+        details = as_object(value.get("error_details"))
         text = details.get("message") or source.get("message") or (
             inner if isinstance(inner, str) else "")
         text = text.strip() if isinstance(text, str) else dumps(text).decode()
         if details.get("url"):
             text += " (%s)" % details["url"]
+
     if not text or text[:1] == "<":
         text = "%d %s" % (status, phrase or http.client.responses.get(status, "error"))
-    return (redact(text[:MAX_ERROR_TEXT]), code[:200] if isinstance(code, str) else None,
-            param if isinstance(param, str) else None)
+    return ErrorText(redact(text[:MAX_ERROR_TEXT]), code[:200] if isinstance(code, str) else None,
+                     param if isinstance(param, str) else None, tuple(names))
+
+def unwrap_error(status: int, body: bytes, phrase: str) -> tuple[str, str | None, str | None]:
+    """(message, code, param) out of any error body.  -> ("no quota", "quota_exceeded", None)"""
+    return read_error_text(status, body, phrase)[:3]
+
+def told_error(answer: Json) -> UpstreamError:
+    """The failure that an event, or a whole answer with status 200, tells in any dialect's shape.
+    {"error": {"code": "rate_limited", "message": "slow down"}} -> one with status 429"""
+    found = read_error_text(502, dumps(answer), "")
+    status = next(filter(None, map(status_of, found.names)), 502)
+    error = UpstreamError(found.message, status, found.code, found.param)
+    error.answered = True
+    if error.status in (503, 529):
+        error.headers["retry-after"] = "%d" % OVERLOAD_PAUSE_S
+    return error
 
 def stable_id(prefix: str, text: str) -> str:
     """A short id made from a long one, always the same: 'rs_' + 32 hex digits."""
@@ -2569,8 +2661,7 @@ class ChatChunks:
         if isinstance(answer.get("usage"), dict):
             self.usage = answer["usage"]
         if answer.get("error"):
-            message, code, _ = unwrap_error(502, dumps(answer), "")
-            raise UpstreamError(message, code=code)
+            raise told_error(answer)
         merged: Json | None = None
         for choice in as_list(answer.get("choices")):
             if isinstance(choice, dict):
@@ -3774,8 +3865,7 @@ class ResponsesDecoder(StreamDecoder):
         elif kind in ("response.completed", "response.incomplete"):
             self._completed(kind, as_object(event.get("response")))
         elif kind in ("response.failed", "response.cancelled", "error"):
-            message, code, _ = unwrap_error(502, dumps(event.get("response") or event), "")
-            self._fail(UpstreamError(message, code=code))
+            self._fail(told_error(as_object(event.get("response")) or event))
 
     def _steady(self, data: bytes) -> bytes:
         """An unescaped quote cannot be inside a text, so what is found here are the keys."""
@@ -3967,7 +4057,6 @@ _REFUSED_FIELDS = ("context_management", "inference_geo", "speed", "container", 
 _REFUSED_TOOL_FIELDS = ("eager_input_streaming", "defer_loading", "input_examples", "strict")
 _RESULT_PARTS = ("text", "image", "document")
 SEARCH_TOOLS = "web_search_"             # how the types of Anthropic's hosted search begin
-ERROR_STATUS = {names[1]: status for status, names in reversed(list(ERROR_TYPES.items()))}
 _COUNTED_FIELDS = ("model", "messages", "system", "tools", "tool_choice")
 
 def budget_to_effort(budget: int) -> str:
@@ -4541,9 +4630,7 @@ class MessagesDecoder(StreamDecoder):
         elif kind == "message_delta":
             self._ending = delta
         elif kind == "error":
-            error = as_object(event.get("error"))
-            self._fail(UpstreamError(str(error.get("message") or "error"),
-                                     ERROR_STATUS.get(str(error.get("type")), 502)))
+            self._fail(told_error(event))
         if kind in ("message_stop", "message"):
             self._stop(str(self._ending.get("stop_reason")),
                        word(self._ending.get("stop_sequence")))
@@ -6341,8 +6428,6 @@ class Memory:
 
 # ---- How long a limit lasts ----
 
-_QUOTA_CODES = ("quota_exceeded", "free_quota_exceeded", "session_quota_exceeded",
-                "overage_limit_reached", "billing_not_configured", "insufficient_quota")
 ACCOUNT_LIMITS = re.compile("(?:user_global|user_weekly|integration)_rate_limited|agent_mode_limit")
 USAGE_LANES = ("session", "weekly")                          # ceilings of use, beside the quotas
 _SPAN = (r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?(ms|milli(?=s)|[smhdw])"
@@ -6357,7 +6442,7 @@ _UNTIL = re.compile(
 
 def is_quota(error: ProxyError) -> bool:
     """Is the account's allowance used up?"""
-    return error.status == 402 or (error.code or "").partition(":")[0] in _QUOTA_CODES
+    return error.status == 402 or status_of(error.code) == 402
 
 def is_limit(error: ProxyError) -> bool:
     """Must nobody ask again for a while?"""
@@ -6425,6 +6510,9 @@ def named_limit_s(error: ProxyError, now: float) -> float | None:
     retry-after (seconds or a date), else in its text ('try again in 2 hours', 'resets at
     2026-12-01T00:00:00Z'), else by the reset of the lanes that are used up."""
     after, text = error.headers.get("retry-after", "").strip(), str(error).lower()
+    after_ms = error.headers.get("retry-after-ms", "").strip()
+    if re.fullmatch(r"[0-9]{1,15}(?:\.[0-9]+)?", after_ms):
+        return float(after_ms) / 1000
     if re.fullmatch(r"-?[0-9]+(?:\.[0-9]+)?", after):
         return float(after)
     with contextlib.suppress(ValueError, OverflowError, TypeError, IndexError):
@@ -8307,8 +8395,10 @@ class RateLimits:
 
         text = ("%s (a limit of %s until %s local time: %s; to end it at once: POST /limits/clear, "
                 "or the button on this server's page)" % (error, what, until, plan))
-        return UpstreamError(text, error.status, error.code, error.param, dict(
-            headers or {}, **{"retry-after": "%d" % whole_s(pause_s)}))
+        told = dict(headers or {}, **{"retry-after": "%d" % whole_s(pause_s)})
+        if "retry-after-ms" in told:                   # SDKs believe it more than the other
+            told["retry-after-ms"] = "%d" % max(pause_s * 1000, 1)
+        return UpstreamError(text, error.status, error.code, error.param, told)
 
 @dataclass
 class Call:
@@ -8479,13 +8569,12 @@ class Copilot:
         except StreamCut:
             body = b""
         status = answer.status if answer.status >= 400 else 502
-        text, code, param = unwrap_error(status, body, answer.reason)
+        text, code, param, names = read_error_text(status, body, answer.reason)
         if answer.status < 400:
             text = "the upstream wants to redirect elsewhere (%d), which is not followed" \
                 % answer.status
-        if status == 400 and (code or "").startswith("rate_limited"):
-            status = 429
-        error = UpstreamError(text, status, code, param, passed_headers(answer.headers))
+        error = UpstreamError(text, true_status(status, names), code, param,
+                              passed_headers(answer.headers))
         error.answered = answer.status >= 400
         error.opaque = text == "Forbidden" and "x-github-request-id" in answer.headers
         return error
