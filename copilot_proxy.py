@@ -949,7 +949,9 @@ class Request:
     "auto", "none", "required" or Named.  effort: a word of EFFORT_BUDGETS, "minimal" or "none".
     output_schema: as in Responses' text.format.  openai: fields that both of OpenAI's shapes have.
     wants_usage: a chat client asked for usage.
-    output_tool: set when a forced call stands for `output_schema`, see `Unwrapper`."""
+    output_tool: set when a forced call stands for `output_schema`, see `Unwrapper`.
+    cut_at: stop sequences that the upstream cannot watch for, see `StopCutter`.
+    hides_thinking: the client wants none, or has no place for it, see `ThinkingFilter`."""
     model: str
     dialect: str = field(default="", compare=False)
     turns_key: str = field(default="messages", compare=False)    # in the client's body
@@ -971,6 +973,8 @@ class Request:
     openai: Json = field(default_factory=dict)
     wants_usage: bool = field(default=False, compare=False)
     output_tool: str = field(default="", compare=False)
+    cut_at: list[str] = field(default_factory=list, compare=False)
+    hides_thinking: bool = field(default=False, compare=False)
     losses: Losses = field(default_factory=Losses, compare=False)
 
     def lose(self, name: str, reason: str) -> None:
@@ -1606,6 +1610,7 @@ class Dialect:
     unique_call_ids = False           # True: the id of a tool call may not come twice
     cache_mark = ""                   # the field that marks where the prompt cache may end
     schema_key = "parameters"         # of a tool: where its schema is
+    stop_key = ""                     # of the body: where stop sequences are; "": it has none
     system_key = ""                   # of the body: where the system text is; "": in the turns
     own_parts: frozenset[str] = frozenset()              # the kinds of its content parts
     shared_fields: tuple[str, ...] = OPENAI_FIELDS       # top-level, the same in OpenAI's dialects
@@ -1695,6 +1700,10 @@ class Dialect:
     def write_part(self, part: Part, by_model: bool) -> Json:
         """A content part in this dialect.  by_model: in a turn of the assistant."""
         raise NotImplementedError
+
+    def takes_stops(self, stops: list[str], model: Model) -> bool:
+        """Does the upstream watch for these stop sequences itself?"""
+        return not stops
 
     def tool_steps(self, item: Json) -> list[ToolStep]:
         """The steps of one message or item.  Raises AttributeError or TypeError for an odd one."""
@@ -2368,6 +2377,16 @@ def offered_tools(request: Request, model: Model, bare: bool
     return tools, choice if isinstance(choice, Named) else (
         Named(OUTPUT_TOOL) if alone else "required"), None
 
+def upstream_stops(dialect: Dialect, request: Request, model: Model) -> list[str]:
+    """The stop sequences that go upstream: all or none, since an upstream that stops at one of them
+    may not say at which.  The proxy watches for the others itself."""
+    tells_which = dialect.name == request.dialect or "stop_sequence" in dialect.TO_NEUTRAL
+    wants_to_know = request.dialect == "messages"
+    if dialect.takes_stops(request.stop, model) and (tells_which or not wants_to_know):
+        return request.stop
+    request.cut_at = request.stop
+    return []
+
 def openai_choice(choice: Any, request: Request) -> str | Named | None:
     """tool_choice of either OpenAI shape."""
     if isinstance(choice, str):
@@ -2421,6 +2440,7 @@ def read_fields(dialect: Dialect, body: Json, known: str) -> Request:
     if shared:
         request.openai.update({name: body[name] for name in shared if body.get(name) is not None})
         request.tool_choice = openai_choice(body.get("tool_choice"), request)
+    request.hides_thinking = request.effort == "none"
     for tool in check_list(body, "tools") if body.get("tools") else ():
         dialect.read_tool(tool, request)
     note_unknown(request, body, "model", "tools", "tool_choice", *shared, *known.split(),
@@ -2797,6 +2817,7 @@ class ChatCompletions(Dialect):
     """POST /chat/completions, OpenAI's older shape and the one that most models speak."""
     name, path = "chat", "/chat/completions"
     cache_mark = "copilot_cache_control"
+    stop_key = "stop"
     own_parts = frozenset(("text", "image_url", "input_audio", "file", "refusal"))
     knows_allowed_tools = True
     has_freeform_tools = True
@@ -2904,6 +2925,10 @@ class ChatCompletions(Dialect):
 
     def write_part(self, part: Part, by_model: bool) -> Json:
         return write_part(part, "")
+
+    def takes_stops(self, stops: list[str], model: Model) -> bool:
+        refuses = re.match(r"gpt-[5-9]|o\d", model.id)       # OpenAI's reasoning models do
+        return len(stops) <= MAX_STOP_SEQUENCES and not (stops and refuses)
 
     def tool_steps(self, item: Json) -> list[ToolStep]:
         calls = [str(call.get("id")) for call in item.get("tool_calls") or ()]
@@ -3073,15 +3098,14 @@ class ChatCompletions(Dialect):
     def encode_request(self, request: Request, model: Model) -> Json:
         preflight(request, model)
         tools, choice, schema = offered_tools(request, model, True)
-        if len(request.stop) > MAX_STOP_SEQUENCES:
-            request.lose("stop", "more than %d" % MAX_STOP_SEQUENCES)
+        stops = upstream_stops(self, request, model)
         budget = None if model.efforts else fit_budget(request.thinking_budget or dict(
             EFFORT_BUDGETS).get(request.effort or ""), request.max_output_tokens, model)
         if schema:
             kind, inner = schema["type"], dict({"name": "output"}, **schema)
             del inner["type"]
             schema = {"type": kind} if kind == "json_object" else {"type": kind, kind: inner}
-        body = write_fields(self, request, model, stop=request.stop[:MAX_STOP_SEQUENCES],
+        body = write_fields(self, request, model, stop=stops,
                             thinking_budget=budget, output_schema=schema,
                             effort=None if budget else fit_effort(request, model))
         body["messages"] = self.write_turns(request.turns, request, model)
@@ -3732,15 +3756,14 @@ class Responses(Dialect):
         tools, choice, schema = offered_tools(request, model, True)
         system, turns = split_system(request.turns)
         instructions = [join_texts(turn.parts) for turn in system]
-        if request.stop:
-            request.lose("stop", "there are no stop sequences in responses")
+        request.cut_at = request.stop
         body = write_fields(self, request, model, effort=fit_effort(request, model),
                             output_schema=schema and dict({"name": "output"}, **schema))
         body["input"] = self.write_turns(turns, request, model)
         body.update(given(instructions="\n\n".join(instructions) or None))
         if "verbosity" in body:
             body.setdefault("text", {})["verbosity"] = body.pop("verbosity")
-        if model.efforts:
+        if model.efforts and not request.hides_thinking:
             # other dialects' clients have no word for the summary and want to see the thinking
             body.setdefault("reasoning", {})["summary"] = "auto"
         if tools:
@@ -4141,6 +4164,7 @@ class Messages(Dialect):
     request and differs in strictness, so everything that one of them refuses is left out."""
     name, path = "messages", "/v1/messages"
     unique_call_ids = True
+    stop_key = "stop_sequences"
     system_key = "system"
     own_parts = frozenset(("text", "image", "document", "tool_use", "tool_result", "thinking",
                            "redacted_thinking", "server_tool_use", "web_search_tool_result"))
@@ -4379,6 +4403,9 @@ class Messages(Dialect):
             return {"type": "tool", "name": wish.name}
         return {"type": "any" if wish == "required" else wish}
 
+    def takes_stops(self, stops: list[str], model: Model) -> bool:
+        return all(stop.strip() for stop in stops)       # white space alone is refused
+
     def write_part(self, part: Part, by_model: bool) -> Json:
         block = self.block(part)
         return dict(block, cache_control=EPHEMERAL) if part.cache else block
@@ -4456,6 +4483,10 @@ class Messages(Dialect):
         if "thread" in body:
             self.prepare(Edit(body), Model(""))                # refuses it as clients want
         request = read_fields(self, body, "messages system")
+        thinking = as_object(body.get("thinking")).get("type")
+        request.hides_thinking = thinking in (None, "disabled")
+        if thinking == "disabled":
+            request.effort = "none"
         choice = as_object(body.get("tool_choice"))
         request.tool_choice = (Named(str(choice.get("name"))) if choice.get("type") == "tool"
                                else {"auto": "auto", "any": "required", "none": "none"}.get(
@@ -4503,6 +4534,7 @@ class Messages(Dialect):
         thinking = self._write_thinking(request, model, choice)
         body = write_fields(
             self, request, model, temperature=temperature, thinking_budget=None,
+            stop=upstream_stops(self, request, model),
             max_output_tokens=request.max_output_tokens or cap, output_schema=schema and {
                 "type": "json_schema", "schema": schema.get("schema")},
             effort=fit_effort(request, model) if thinking and model.efforts else None)
@@ -4752,6 +4784,95 @@ class Unwrapper:
             event = replace(event, stop="stop")
         return [event] if OUTPUT_TOOL in self._calls else [*self._held, event]
 
+class ThinkingFilter:
+    """Leaves out the model's thinking for a client that wants none."""
+
+    def __init__(self) -> None:
+        self._hidden: set[int] = set()
+
+    def feed(self, event: Event) -> list[Event]:
+        """The events that may go on."""
+        if isinstance(event, PartStart) and isinstance(event.part, Reasoning):
+            self._hidden.add(event.index)
+        if isinstance(event, (PartStart, PartDelta, PartSignature, PartEnd)):
+            return [] if event.index in self._hidden else [event]
+        return [event]
+
+class StopCutter:
+    """Ends an answer at a stop sequence where the upstream cannot.
+
+    A sequence may come in several deltas, so the end of a text that could be the beginning of one
+    is held back until it is known to be none.  Sequences are looked for in texts alone."""
+
+    def __init__(self, sequences: list[str], meter: Meter) -> None:
+        self._sequences = [sequence for sequence in sequences if sequence]
+        self._meter = meter
+        self._held: dict[int, str] = {}        # index of an open text -> its end that waits
+        self._open: list[int] = []             # parts that have begun, in order
+        self._is_cut = False
+
+    def feed(self, event: Event) -> list[Event]:
+        """The events that may go on by now; nothing follows the one that ends the answer."""
+        if self._is_cut:
+            return []
+        if isinstance(event, PartStart):
+            self._open.append(event.index)
+            if isinstance(event.part, Text):
+                self._held[event.index] = ""
+        elif isinstance(event, PartDelta) and event.index in self._held:
+            return self._read(event)
+        elif isinstance(event, PartEnd):
+            self._open.remove(event.index)
+            rest = self._held.pop(event.index, "")
+            return [PartDelta(event.index, rest), event] if rest else [event]
+        return [event]
+
+    def _read(self, event: PartDelta) -> list[Event]:
+        text = self._held[event.index] + event.text
+        places = [(text.find(sequence), sequence) for sequence in self._sequences]
+        hits = [place for place in places if place[0] >= 0]
+        if hits:
+            return self._cut(event.index, text, *min(hits))
+
+        waiting = self._waiting(text)
+        self._held[event.index] = text[len(text) - waiting:]
+        ready = text[:len(text) - waiting]
+        return [PartDelta(event.index, ready)] if ready else []
+
+    def _waiting(self, text: str) -> int:
+        """How many characters at the end of the text may be the beginning of a sequence."""
+        longest = max(map(len, self._sequences), default=1) - 1
+        for size in range(min(longest, len(text)), 0, -1):
+            end = text[len(text) - size:]
+            if any(sequence.startswith(end) for sequence in self._sequences):
+                return size
+        return 0
+
+    def _cut(self, index: int, text: str, place: int, sequence: str) -> list[Event]:
+        self._is_cut = True
+        events: list[Event] = [PartDelta(index, text[:place])] if place else []
+        events += [PartEnd(at) for at in self._open]
+        return [*events, ResponseEnd("stop_sequence", self._meter.usage, sequence)]
+
+def event_filters(request: Request, meter: Meter) -> list[Callable[[Event], list[Event]]]:
+    """What stands between decoder and encoder: the client's wishes that the proxy fulfils."""
+    filters: list[Callable[[Event], list[Event]]] = []
+    if request.output_tool:
+        filters.append(Unwrapper().feed)
+    if request.hides_thinking:
+        filters.append(ThinkingFilter().feed)
+    if request.cut_at:
+        filters.append(StopCutter(request.cut_at, meter).feed)
+    return filters
+
+def pass_through(filters: list[Callable[[Event], list[Event]]], events: Iterable[Event]
+                 ) -> list[Event]:
+    """The events that come out behind all filters."""
+    passed = list(events)
+    for change in filters:
+        passed = [out for event in passed for out in change(event)]
+    return passed
+
 class TranslatedStream(StreamRelay):
     """StreamRelay's interface off the diagonal: upstream bytes of one dialect in, client bytes of
     another out."""
@@ -4760,16 +4881,13 @@ class TranslatedStream(StreamRelay):
         super().__init__(client, request.model, {})
         self._decoder, self._encoder = upstream.stream_decoder(), client.stream_encoder(request)
         self.meter = self._decoder.meter
-        self._unwrapper = Unwrapper() if request.output_tool else None
+        self._filters = event_filters(request, self.meter)
 
     def tell(self, events: Iterable[Event]) -> bytes:
         """Client bytes for neutral events."""
         out: list[bytes] = []
-        for event in events:
-            if self._unwrapper:
-                out.extend(map(self._encoder.feed, self._unwrapper.feed(event)))
-            else:
-                out.append(self._encoder.feed(event))
+        for event in pass_through(self._filters, events) if self._filters else events:
+            out.append(self._encoder.feed(event))
             if isinstance(event, StreamError):
                 self.failure = str(event.error)
         self.ended = self._encoder.ended
@@ -4809,9 +4927,7 @@ def read_answer(upstream: Dialect, data: bytes, is_stream: bool, request: Reques
                   for event in decoder.read(frame.data)] + decoder.close()
     else:
         events = decoder.read_whole(parse_answer(data))
-    if request.output_tool:
-        unwrapper = Unwrapper()
-        events = [told for event in events for told in unwrapper.feed(event)]
+    events = pass_through(event_filters(request, decoder.meter), events)
     return fold(events)
 
 def as_completion(answer: Json, echo: str, at: int = 0) -> Json:
@@ -5964,7 +6080,10 @@ def check_endpoint(model: Model, path: str) -> None:
 
 def needs_hub(client: Dialect, body: Json, model: Model) -> bool:
     """Does a request need translation though model and client speak one dialect?  So it is with
-    OpenAI's freeform tools, which its models know from GPT-5 on."""
+    stop sequences that the upstream cannot watch for, and with OpenAI's freeform tools, which its
+    models know from GPT-5 on."""
+    if client.stop_key and not client.takes_stops(words(body.get(client.stop_key)), model):
+        return True
     if not client.has_freeform_tools or (model.is_openai and model.version >= (5,)):
         return False
     return any(map(freeform_of, dicts_in(body, "tools")))

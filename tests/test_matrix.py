@@ -457,11 +457,17 @@ class Rules(unittest.TestCase):
                          ["user", "assistant", "developer", "user"])
 
     def test_stop_sequences(self) -> None:
+        """Where the upstream cannot watch for all of them, or does not say at which it stopped,
+        the proxy does."""
         body = dict(Writer("messages", False).user("x").body, stop_sequences=list("abcde"), top_k=3)
-        _, request = self.to("messages", "responses", json.loads(json.dumps(body)))
-        self.assertEqual({name for name, _ in request.losses}, {"stop", "top_k"})
-        sent, request = self.to("messages", "chat", body)
-        self.assertEqual(sent["stop"], list("abcd"))
+        for upstream in ("responses", "chat"):
+            sent, request = self.to("messages", upstream, json.loads(json.dumps(body)))
+            self.assertEqual({name for name, _ in request.losses}, {"top_k"})
+            self.assertEqual(request.cut_at, list("abcde"))
+            self.assertNotIn("stop", sent)
+        body = dict(Writer("chat", False).user("x").body, stop=["a", "b"])
+        sent, request = self.to("chat", "messages", body)
+        self.assertEqual((sent["stop_sequences"], request.cut_at), (["a", "b"], []))
 
     def test_tool_choice(self) -> None:
         for wire, chat, responses in (

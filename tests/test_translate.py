@@ -209,15 +209,15 @@ class FailureTest(TranslateCase):
 
 class LossTest(TranslateCase):
     def test_losses_are_in_the_header_the_log_and_the_stats(self) -> None:
-        body = message("a", model="gpt-5.3-codex", top_k=4, stop_sequences=["x"])
+        body = message("a", model="gpt-5.3-codex", top_k=4, container="x")
         for _ in range(2):
             reply = self.proxy.post("/v1/messages", body)
-            self.assertEqual(reply.headers["x-copilot-proxy-lossy"], "stop, top_k")
+            self.assertEqual(reply.headers["x-copilot-proxy-lossy"], "container, top_k")
         self.assertIn("top_k", self.proxy.log_text())
         wait_until(lambda: self.proxy.get("/stats").json["requests"].get("translated")
                    == {"200": 2})                # counted with the log line, behind the answer
         stats = self.proxy.get("/stats").json
-        self.assertEqual(stats["losses"], {"stop": 2, "top_k": 2})
+        self.assertEqual(stats["losses"], {"container": 2, "top_k": 2})
         self.assertGreaterEqual(stats["uptime_s"], 0)
         self.assertNotIn("x-copilot-proxy-lossy",
                          self.proxy.post("/v1/chat/completions", chat("a")).headers)
