@@ -6088,49 +6088,86 @@ def needs_hub(client: Dialect, body: Json, model: Model) -> bool:
         return False
     return any(map(freeform_of, dicts_in(body, "tools")))
 
-class Plan:
-    """How one request goes up, and how its answer comes back.
-    edit: the upstream's body and what was lost; headers: beside the usual ones; pipeline: for a
-    client that wants a stream; answer: the whole answer, once read.  An answer longer than the
-    model gives in one piece is asked for as a stream and folded.  by_hub: translate even where the
-    dialects are the same.  `body` may be changed.  Raises BadRequest."""
+def fold_long_answer(edit: Edit, upstream: Dialect, model: Model) -> None:
+    """Ask for a stream where a whole answer as long as the client allows would be refused."""
+    cap = model.limit("max_non_streaming_output_tokens")
+    wish = max(as_int(edit.body.get(key)) for key in ("max_tokens", "max_completion_tokens"))
+    if 0 < cap < wish and upstream.has_whole_answer_limit:
+        edit.set(edit.body, "stream", True)
 
-    def __init__(self, client: Dialect, upstream: Dialect, body: Json, model: Model,
-                 now: int, key: str, by_hub: bool = False) -> None:
-        self.client, self.upstream, self.model = client, upstream, model
-        self.headers: Headers = {}
-        self.memory: Any = None                          # see Repairs, also for what follows
-        self.key, self.is_stale = (model.id, upstream.path), False
-        self.words: tuple[str, ...] = ()
-        self.lessons: list[Any] = []
-        self.repaired: list[str] = []
-        self.edit = Edit(body)
-        normalise(self.edit, client, model)
-        by_hub = by_hub or needs_hub(client, body, model)
-        self.is_translated = client is not upstream or by_hub
-        self.request = Request(str(body["model"]), client.name)
-        self.pipeline: StreamRelay | None = None
-        self.answer: Json = {}
+@dataclass
+class PlanRepairs:
+    """What section Repairs notes of a plan; nobody else writes here.  memory: of the account;
+    names: what was repaired, in order, one list for all plans of a request; lessons: (repair,
+    words) to be remembered when they help; words: of the refusal that matched last; is_stale: the
+    request needs another plan."""
+    memory: Any = None                                   # a Memory, which is defined below
+    names: list[str] = field(default_factory=list)
+    lessons: list[Any] = field(default_factory=list)
+    words: tuple[str, ...] = ()
+    is_stale: bool = False
+
+@dataclass
+class Plan:
+    """How one request goes up, and how its answer comes back; made by `make`.
+    edit: the upstream's body and what was lost; headers: beside the usual ones; pipeline: for a
+    client that wants a stream; streams: is the upstream asked for one; answer: the whole answer,
+    once read."""
+    client: Dialect
+    upstream: Dialect
+    model: Model
+    edit: Edit
+    request: Request
+    is_translated: bool
+    pipeline: StreamRelay | None
+    streams: bool
+    meter: Meter
+    headers: Headers = field(default_factory=dict)
+    answer: Json = field(default_factory=dict)
+    repairs: PlanRepairs = field(default_factory=PlanRepairs)
+
+    @classmethod
+    def make(cls, client: Dialect, upstream: Dialect, body: Json, model: Model, now: int, key: str,
+             by_hub: bool = False) -> Plan:
+        """Translate the body or fit it.  An answer longer than the model gives in one piece is
+        asked for as a stream and folded.  by_hub: translate even where the dialects are the same.
+        `body` may be changed.  Raises BadRequest."""
+        edit = Edit(body)
+        normalise(edit, client, model)
+        is_translated = client is not upstream or by_hub or needs_hub(client, body, model)
         wants_stream = body.get("stream") is True
-        if self.is_translated:
-            self.edit, self.request = translate_request(client, upstream, self.edit, model)
+        request = Request(str(body["model"]), client.name)
+        pipeline: StreamRelay | None = None
+
+        if is_translated:
+            edit, request = translate_request(client, upstream, edit, model)
             if wants_stream:
-                self.pipeline = TranslatedStream(client, upstream, self.request)
+                pipeline = TranslatedStream(client, upstream, request)
         else:
             if wants_stream:
-                self.pipeline = client.stream(self.request.model, body)
-            drop_nonce(self.edit)
-            expand_compactions(self.edit, upstream)
-            fit_body(self.edit, upstream, model)
-        if self.pipeline is not None:
-            self.pipeline.names = self.edit.names
-        self.request.now, self.request.key = now, key
-        body, cap = self.edit.body, model.limit("max_non_streaming_output_tokens")
-        wish = max(as_int(body.get(key)) for key in ("max_tokens", "max_completion_tokens"))
-        if not wants_stream and 0 < cap < wish and upstream.has_whole_answer_limit:
-            self.edit.set(body, "stream", True)
-        self.streams = body.get("stream") is True        # what the upstream is asked for
-        self.meter = self.pipeline.meter if self.pipeline else Meter()
+                pipeline = client.stream(request.model, body)
+            drop_nonce(edit)
+            expand_compactions(edit, upstream)
+            fit_body(edit, upstream, model)
+
+        request.now, request.key = now, key
+        if pipeline is not None:
+            pipeline.names = edit.names
+        if not wants_stream:
+            fold_long_answer(edit, upstream, model)
+        meter = pipeline.meter if pipeline else Meter()
+        return cls(client, upstream, model, edit, request, is_translated, pipeline,
+                   edit.body.get("stream") is True, meter)
+
+    def attach(self, headers: Headers, repaired: list[str]) -> None:
+        """The headers that go with the body, and what was repaired for this request so far."""
+        self.headers = dict(headers, Accept="text/event-stream") if self.streams else headers
+        self.repairs.names = repaired
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What lessons of the upstream's refusals hold for."""
+        return self.model.id, self.upstream.path
 
     @property
     def turns(self) -> list[Json]:
@@ -6335,9 +6372,9 @@ def places(value: Any, path: str) -> list[tuple[Json, str]]:
 
 def avoid(plan: Plan, what: str) -> bool:
     """Never again for this model; the request needs another plan."""
-    plan.is_stale |= (plan.model.id, what) not in plan.memory.refused
-    plan.memory.refused.add((plan.model.id, what))
-    return plan.is_stale
+    plan.repairs.is_stale |= (plan.model.id, what) not in plan.repairs.memory.refused
+    plan.repairs.memory.refused.add((plan.model.id, what))
+    return plan.repairs.is_stale
 
 def drop_field(plan: Plan, path: str) -> bool:
     """Remove a field, unless it carries the meaning."""
@@ -6381,7 +6418,7 @@ def lower_effort(plan: Plan, words: str) -> bool:
     if holder and listed and wish not in listed:
         holder[key] = clamp_effort("low" if wish in ("none", "minimal") else wish, listed)
         plan.edit.lose("effort", "%s is refused" % wish[:20])
-        plan.words = (" ".join(listed),)             # of the catalogue, too
+        plan.repairs.words = (" ".join(listed),)             # of the catalogue, too
     return bool(holder) and holder[key] != wish
 
 def stop_thinking(plan: Plan) -> bool:
@@ -6397,7 +6434,7 @@ def drop_state(plan: Plan, known: bool = False) -> bool:
     def is_bad(item: Any) -> bool:
         state = "".join(str(as_object(item).get(key) or "") for key in _SEALED_FIELDS)
         return bool(state) and (item.get("type") in _STATE_KINDS or "reasoning_opaque" in item
-                                ) and plan.memory.is_bad(plan.model.id + state, known)
+                                ) and plan.repairs.memory.is_bad(plan.model.id + state, known)
     body, turns, bad = plan.edit.body, plan.turns, False
     for turn in [turn for turn in turns if "reasoning_opaque" in turn and is_bad(turn)]:
         bad = [turn.pop(key, None) for key in ("reasoning_opaque", "reasoning_text")] != []
@@ -6414,7 +6451,7 @@ def drop_images(plan: Plan, limit: str = "", keep: str = "") -> bool:
     """A note instead of the oldest images until the newest `keep` are left, else until the body
     has `limit` bytes (half of what was refused); never of those that the user asks about now."""
     size = len(dumps(plan.edit.body))
-    most, plan.words = int(limit or size // 2), (limit or str(size // 2), keep)
+    most, plan.repairs.words = int(limit or size // 2), (limit or str(size // 2), keep)
     gone = shed_images(plan.edit, size, *((size, int(keep)) if keep else (most, size)))
     if gone and not plan.upstream.has_images(plan.edit.body):
         plan.headers.pop("Copilot-Vision-Request", None)
@@ -6518,9 +6555,9 @@ class Memory:
 
     def prepare(self, plan: Plan) -> None:
         """Change a plan by what was learned before."""
-        plan.memory = self
-        plan.repaired += ["reasoning state"] if self._bad and drop_state(plan, True) else []
-        plan.repaired += [repair.name for repair, words in self._patches.get(plan.key, ())
+        plan.repairs.memory = self
+        plan.repairs.names += ["reasoning state"] if self._bad and drop_state(plan, True) else []
+        plan.repairs.names += [repair.name for repair, words in self._patches.get(plan.key, ())
                           if repair.patch(plan, *words)]
 
     def repair(self, plan: Plan, error: ProxyError) -> bool:
@@ -6528,20 +6565,20 @@ class Memory:
         said = "code=%s param=%s %s" % (error.code or "", error.param or "-", error)
         said = said[:MAX_SAID]                               # patterns may look far ahead
         for repair in REPAIRS if isinstance(error, UpstreamError) and error.answered else ():
-            fits, before = error.status in repair.statuses, len(plan.repaired)
+            fits, before = error.status in repair.statuses, len(plan.repairs.names)
             for found in re.finditer(repair.pattern, said) if fits else ():
-                plan.words = tuple(group for group in found.groups() if group is not None)
-                if repair.patch(plan, *plan.words):
-                    plan.repaired.append(repair.name)
-                    plan.lessons += [(repair, plan.words)] if repair.keeps else []
-            if len(plan.repaired) > before:
+                plan.repairs.words = tuple(group for group in found.groups() if group is not None)
+                if repair.patch(plan, *plan.repairs.words):
+                    plan.repairs.names.append(repair.name)
+                    plan.repairs.lessons += [(repair, plan.repairs.words)] if repair.keeps else []
+            if len(plan.repairs.names) > before:
                 return True
         return False
 
     def learn(self, plan: Plan) -> None:
         """What helped is remembered: the plan was accepted."""
         known = self._patches.get(plan.key, ())
-        fresh = tuple(lesson for lesson in plan.lessons if lesson not in known)
+        fresh = tuple(lesson for lesson in plan.repairs.lessons if lesson not in known)
         if fresh and len(known) + len(self._patches) < MAX_LEARNED:
             self._patches[plan.key] = known + fresh
 
@@ -9878,11 +9915,18 @@ class Admission:
 @dataclass(frozen=True)
 class Caller:
     """Who sends a request.  account: None is the default one; key_id: the beginning of the key's
-    hash, '' without one; is_operator: may see and change what belongs to others."""
+    hash, '' without one; is_operator: may see and change what belongs to others; address: of the
+    client itself, behind a trusted proxy, too."""
+    address: str = ""
     is_admitted: bool = False
     is_operator: bool = False
     key_id: str = ""
     account: Account | None = None
+
+    @property
+    def name(self) -> str:
+        """For limits: whose requests are counted together."""
+        return self.key_id or self.address
 
 @dataclass(frozen=True)
 class BrowserLogin:
@@ -9891,7 +9935,6 @@ class BrowserLogin:
     login: DeviceLogin
     gives_key: bool
 
-STRANGER, ANYBODY = Caller(), Caller(True, True)             # where no key is wanted
 _GITHUB_KEY = re.compile(r"gh[ou]_[A-Za-z0-9_]{1,255}")
 
 class DefaultLogin:
@@ -10055,8 +10098,8 @@ class Accounts:
         self._lock = threading.Lock()
 
     def identify(self, headers: Headers, address: str) -> Caller:
-        """Who sends these headers.  Raises AuthError for a missing or wrong key, RateLimited for
-        one address' many wrong ones."""
+        """Who sends these headers; anybody is the operator where no key is wanted.  Raises
+        AuthError for a missing or wrong key, RateLimited for one address' many wrong ones."""
         keys, offered = self.keys.all(), [headers[name] for name in KEY_HEADERS if name in headers]
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
@@ -10072,10 +10115,11 @@ class Accounts:
         issued = next((key for key in found if key.token), None)
         token = issued.token if issued else next(filter(_GITHUB_KEY.fullmatch, offered), "")
         if not token:
-            return Caller(True, True, found[0].id) if found else ANYBODY
+            return Caller(address, True, True, found[0].id if found else "")
         account = self.of_token(token, issued.login if issued else "")
-        return Caller(True, any(not key.token for key in found),
-                      (issued or found[0]).id if found else account.id, account)
+        is_operator = any(not key.token for key in found)
+        key_id = (issued or found[0]).id if found else account.id
+        return Caller(address, True, is_operator, key_id, account)
 
     def of_token(self, github_token: str, name: str = "") -> Account:
         """The account of a token; beyond MAX_ACCOUNTS the least recently used one is forgotten."""
@@ -10428,29 +10472,35 @@ class Exchange:
     """One request and its answer.
     `reply` and `fail` send a whole answer.  A streamed one is sent by a thread with
     `expect_stream`, `write` and `finish`, or handed to the loop with `hand_over`, which sends what
-    `frame` and `frame_end` give.  Its head goes out together with its first bytes."""
+    `frame` and `frame_end` give.  Its head goes out together with its first bytes.
+
+    It knows bytes, head and answer, but no model and no account: those are in `record`.  The
+    Handler sets caller, is_same_origin, argument, body and keep_alive before the endpoint runs;
+    the endpoint may set dialect, body, ticket and keep_alive.  Nobody else sets anything."""
 
     def __init__(self, client: Client, head: RequestHead, app: App) -> None:
         self.client, self.head, self.app = client, head, app
-        self.path, _, self.query = split_target(head.target)[1].partition("?")
-        self.path = normalise_path(self.path)
+        self.path = normalise_path(split_target(head.target)[1].partition("?")[0])
         self.record = RequestRecord.begin(head.method, self.path, head.headers, app.clock()[1])
         self.argument = ""                   # what a route with a pattern matched
-        self.address = client.address        # of the client itself, behind a trusted proxy, too
         self.is_same_origin = True           # no page of another origin has sent it
-        self.caller = STRANGER
+        self.caller = Caller(client.address)
         self.ticket: Ticket | None = None    # once it wants to go up
         self.dialect: Dialect = MESSAGES if self.path.startswith("/messages") else CHAT
         self.body = b""
         self.headers: Headers = {}           # to be added to the answer
         self.keep_alive = head.keep_alive
         self.relay: Relay | None = None      # what the loop is to do when the endpoint is through
-        self._chunked = head.minor == 1
         self.keepalive = b""
 
     @property
     def id(self) -> str:
         return self.record.id
+
+    @property
+    def is_chunked(self) -> bool:
+        """Can the client be sent chunks?"""
+        return self.head.minor == 1
 
     @property
     def started(self) -> bool:
@@ -10471,7 +10521,8 @@ class Exchange:
 
     def parameter(self, name: str) -> str | None:
         """A value of the query string."""
-        found = urllib.parse.parse_qs(self.query, keep_blank_values=True).get(name)
+        query = split_target(self.head.target)[1].partition("?")[2]
+        found = urllib.parse.parse_qs(query, keep_blank_values=True).get(name)
         return found[-1] if found else None
 
     # -- a whole answer
@@ -10501,20 +10552,20 @@ class Exchange:
     def expect_stream(self, keepalive: bytes) -> None:
         """From now on silence is filled with keep-alives, the first of which commits to 200."""
         self.keepalive = keepalive
-        self.keep_alive = self.keep_alive and self._chunked
+        self.keep_alive = self.keep_alive and self.is_chunked
         self.client.ping = lambda: self.write(self.keepalive)
 
     def frame(self, data: bytes) -> bytes:
         """Some bytes of the stream as they go over the wire, with the head before the first."""
         self.log_body("answer", data)
-        if self.started and self._chunked:
+        if self.started and self.is_chunked:
             return chunk(data)
         head = b"" if self.started else self._stream_head()
-        return head + (chunk(data) if self._chunked else data)
+        return head + (chunk(data) if self.is_chunked else data)
 
     def frame_end(self, last: bytes = b"") -> bytes:
         """The last bytes of the stream and its end."""
-        return self.frame(last) + (LAST_CHUNK if self._chunked else b"")
+        return self.frame(last) + (LAST_CHUNK if self.is_chunked else b"")
 
     def write(self, data: bytes) -> None:
         """Send some bytes of the stream.  Raises ClientGone."""
@@ -10529,7 +10580,7 @@ class Exchange:
         self.relay = Relay(self, answer, pipeline)
 
     def _stream_head(self) -> bytes:
-        coding = [("Transfer-Encoding", "chunked")] if self._chunked else []
+        coding = [("Transfer-Encoding", "chunked")] if self.is_chunked else []
         head = self._head(200, "text/event-stream", coding + [("Cache-Control", "no-cache")])
         self.app.ledger.show_running(self.record)
         return head
@@ -11195,8 +11246,9 @@ class Handler(socketserver.BaseRequestHandler):
     def _check_browser(self, exchange: Exchange) -> None:
         """DNS rebinding and foreign web pages: refused before any work."""
         headers, settings = exchange.head.headers, self.server.app.settings
-        host, scheme, exchange.address = as_seen(exchange.head, exchange.client.address, settings,
-                                                 self.server.scheme)
+        host, scheme, address = as_seen(exchange.head, exchange.client.address, settings,
+                                        self.server.scheme)
+        exchange.caller = Caller(address)
         named = split_target(exchange.head.target)[0]
         for text in (host,) if named is None else (named, host):
             check_host(text, settings, bare_address(exchange.client.sock.getsockname()))
@@ -11227,7 +11279,8 @@ class Handler(socketserver.BaseRequestHandler):
         """Raises AuthError, RateLimited."""
         try:
             accounts = self.server.app.accounts
-            exchange.caller = accounts.identify(exchange.head.headers, exchange.address)
+            exchange.caller = accounts.identify(exchange.head.headers,
+                                                exchange.caller.address)
         except (AuthError, RateLimited):
             if not is_open(exchange):
                 raise
@@ -11940,7 +11993,7 @@ def admit(exchange: Exchange, body: Json, model: Model) -> None:
         about = {"client": headers.get("user-agent", "an unnamed client")[:200],
                  "model": model.id, "text": text[:200]}
         exchange.ticket = Ticket(
-            exchange.caller.key_id or exchange.address, asked.session or asked.agent,
+            exchange.caller.name, asked.session or asked.agent,
             headers.get("x-copilot-proxy-budget"), account_for(exchange), about)
     if exchange.ticket.is_admitted:
         return
@@ -12044,10 +12097,9 @@ def make_plan(exchange: Exchange, client: Dialect, body: Json, copilot: Copilot,
         tell_no_search(exchange, body, model)
         return None
     headers = upstream_headers(exchange, client, upstream, body)     # as the client wrote it
-    plan = Plan(client, upstream, body, model, int(time.time()), exchange.id,
-                (model.id, BY_HUB + upstream.path) in refused)
-    plan.headers = dict(headers, Accept="text/event-stream") if plan.streams else headers
-    plan.repaired = repaired
+    plan = Plan.make(client, upstream, body, model, int(time.time()), exchange.id,
+                     (model.id, BY_HUB + upstream.path) in refused)
+    plan.attach(headers, repaired)
     copilot.memory.prepare(plan)
     return plan
 
@@ -12098,7 +12150,7 @@ def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: C
                 continue
             if may_try and repairs < MAX_REPAIRS and copilot.memory.repair(plan, error):
                 repairs += 1
-                if plan.is_stale:
+                if plan.repairs.is_stale:
                     body, plan = loads(data), None
                 continue
             if error.overflow == (0, 0):
@@ -12613,7 +12665,8 @@ def usage(exchange: Exchange) -> None:
 def token(exchange: Exchange) -> None:
     """The Copilot token, for this machine's own programs and only with --show-token."""
     if (not exchange.app.settings.show_token or "origin" in exchange.head.headers
-            or "x-forwarded-for" in exchange.head.headers or not is_loopback(exchange.address)):
+            or "x-forwarded-for" in exchange.head.headers
+            or not is_loopback(exchange.caller.address)):
         raise BadRequest("there is no route GET /token; it is off without --show-token", 404,
                          "unknown_url")
     copilot = account_for(exchange)

@@ -270,7 +270,7 @@ TIMED = [(dialect, name, make, models) for dialect, cases, models in (
 def prepare(dialect: str, body: Json, model: cp.Model) -> cp.Plan:
     """All that is done to a request before it goes up, and the names of its tools coming back."""
     client = cp.DIALECTS[dialect]
-    plan = cp.Plan(client, cp.choose_upstream(client, model, ()), body, model, 0, "key")
+    plan = cp.Plan.make(client, cp.choose_upstream(client, model, ()), body, model, 0, "key")
     client.initiator(body)
     client.has_images(body)
     cp.linked_images(body)

@@ -405,7 +405,8 @@ class PatchTest(unittest.TestCase):
         for case in CASES:
             dialect = next(d for d in cp.DIALECTS.values() if d.path == case.path)
             for _ in range(60 if SLOW else 2):
-                plan = cp.Plan(dialect, dialect, json.loads(json.dumps(case.body)), model, 0, "k")
+                body = json.loads(json.dumps(case.body))
+                plan = cp.Plan.make(dialect, dialect, body, model, 0, "k")
                 plan.edit.body = self.mutilated(case.body, wild, chance)
                 memory = cp.Memory()
                 memory.prepare(plan)
@@ -472,7 +473,7 @@ class CousinTest(Posting):
                 len(text)) or iter(())):
             error = cp.UpstreamError("x" * 2000, 400)
             error.answered = True
-            plan = mock.Mock(repaired=[], lessons=[])
+            plan = mock.Mock(repairs=cp.PlanRepairs())
             self.assertFalse(cp.Memory().repair(plan, error))
         self.assertTrue(seen and max(seen) <= cp.MAX_SAID)
 

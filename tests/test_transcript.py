@@ -584,7 +584,7 @@ class CacheTest(ProxyCase):
                     "responses": {"instructions": "Be brief."}}[client]
             model = MODELS["claude-sonnet-4.6"]
             body = writer.body(**more)
-            plan = cp.Plan(cp.DIALECTS[client], cp.DIALECTS[upstream], body, model, 0, "k")
+            plan = cp.Plan.make(cp.DIALECTS[client], cp.DIALECTS[upstream], body, model, 0, "k")
             sent = plan.edit.body
             name = "cache_control" if upstream == "messages" else "copilot_cache_control"
             marked = [node for node in cp.walk_objects(sent) if name in node]
