@@ -1615,6 +1615,7 @@ class Dialect:
     own_parts: frozenset[str] = frozenset()              # the kinds of its content parts
     shared_fields: tuple[str, ...] = OPENAI_FIELDS       # top-level, the same in OpenAI's dialects
     substitutes: tuple[str, ...] = ()  # dialects to ask in when a model lacks this one, best first
+    takes_files = True                # False: the upstream's endpoint refuses PDFs and the like
     reads_compactions = False         # True: the upstream's own compaction items may go up
     has_freeform_tools = False        # True: of OpenAI's, for its own models only
     knows_allowed_tools = False       # True: OpenAI's models take such a tool_choice here
@@ -1683,6 +1684,11 @@ class Dialect:
         """Is there an image anywhere, also inside a tool's result?"""
         return any(part.get("type") in IMAGE_TYPES for part in content_parts(body))
 
+    def has_files(self, body: Json) -> bool:
+        """Are there files that this dialect's own endpoint refuses?"""
+        return not self.takes_files and any(
+            part.get("type") in FILE_TYPES for part in content_parts(body))
+
     # What section 8 has to know of requests in this dialect.
 
     def own_tool(self, tool: Json) -> Json:
@@ -1747,6 +1753,7 @@ class Dialect:
         return dicts_in(body, "tools")
 
 IMAGE_TYPES = ("image", "image_url", "input_image")
+FILE_TYPES = ("file", "input_file", "document")
 
 def content_parts(body: Json) -> Iterator[Json]:
     """Every part of a conversation in any dialect, in order, also those of tools' results."""
@@ -1784,15 +1791,54 @@ _OPENAI_ONLY = ("logit_bias", "logprobs", "top_logprobs", "metadata", "predictio
                 "web_search_options")
 SYSTEM_ROLES = ("system", "developer")
 REMINDER_START, REMINDER_END = "<system-reminder>", "</system-reminder>"
-_CONTINUATIONS = (
-    "This session is being continued from a previous conversation that ran out of context.",
-    "The previous request exceeded the provider's size limit",
+
+class SideRequest(NamedTuple):
+    """How to know a request that a client makes by itself.  marks: all must be there; how: the
+    text "starts" with it, it "begins" a line, stands anywhere ("holds"), or "is" the text."""
+    client: str
+    place: str               # system, user
+    how: str
+    marks: tuple[str, ...]
+
+#: requests that no human wrote: compaction, continuation, titles, topics, safety checks
+SIDE_REQUESTS = (
+    SideRequest("Claude Code", "user", "holds", (
+        "CRITICAL: Respond with TEXT ONLY. Do NOT call any tools.",
+        "Your task is to create a detailed summary of the conversation so far", "Pending Tasks:")),
+    SideRequest("Claude Code", "user", "holds", (
+        "CRITICAL: Respond with TEXT ONLY. Do NOT call any tools.",
+        "Your task is to create a detailed summary of the conversation so far", "Current Work:")),
+    SideRequest("Claude Code", "user", "starts", (
+        "This session is being continued from a previous conversation that ran out of context.",)),
+    SideRequest("Claude Code", "user", "starts", ("Please write a 5-10 word title for",)),
+    SideRequest("Claude Code", "system", "begins", (
+        "You are a helpful AI assistant tasked with summarizing conversations",)),
+    SideRequest("Claude Code", "system", "begins", (
+        "You are a security monitor for autonomous AI coding agents",)),
+    SideRequest("Claude Code", "system", "begins", (
+        "Analyze if this message indicates a new conversation topic",)),
+    SideRequest("Claude Code", "system", "begins", ("Generate a concise, sentence-case title",)),
+    SideRequest("Claude Code", "system", "begins", ("Summarize this coding conversation in",)),
+    SideRequest("opencode", "user", "starts", (
+        "The previous request exceeded the provider's size limit",)),
+    SideRequest("opencode", "user", "is", (
+        "Continue if you have next steps, or stop and ask for clarification",)),
+    SideRequest("opencode", "system", "begins", (
+        "You are an anchored context summarization assistant for coding sessions.",)),
+    SideRequest("opencode", "system", "begins", ("You are a title generator.",)),
+    SideRequest("Open WebUI", "user", "starts", ("### Task:\nGenerate a concise",)),
+    SideRequest("Open WebUI", "user", "starts", ("### Task:\nGenerate 1-3 broad tags",)),
+    SideRequest("Open WebUI", "user", "starts", ("### Task:\nSuggest 3-5 relevant follow-up",)),
 )
-_CONTINUE_EXACTLY = "Continue if you have next steps, or stop and ask for clarification"
-_COMPACTING_SYSTEMS = (
-    "You are a helpful AI assistant tasked with summarizing conversations",
-    "You are an anchored context summarization assistant for coding sessions.",
-)
+
+def _has_mark(text: str, mark: str, how: str) -> bool:
+    if how == "is":
+        return text == mark
+    if how == "starts":
+        return text.startswith(mark)
+    if how == "begins":
+        return text.startswith(mark) or "\n" + mark in text
+    return mark in text
 
 def is_reminder(text: str) -> bool:
     """Is this one reminder or several, and nothing else?  Claude Code puts such texts beside tool
@@ -1802,13 +1848,10 @@ def is_reminder(text: str) -> bool:
         reminder.lstrip().startswith(REMINDER_START) for reminder in reminders)
 
 def is_machine_turn(user_text: str, system_text: str) -> bool:
-    """Compaction and automatic continuation: written by the client, not by a human."""
-    text = user_text.strip()
-    compaction = ("CRITICAL: Respond with TEXT ONLY. Do NOT call any tools." in text
-                  and "Your task is to create a detailed summary of the conversation so far" in text
-                  and ("Pending Tasks:" in text or "Current Work:" in text))
-    return (compaction or text.startswith(_CONTINUATIONS) or text == _CONTINUE_EXACTLY
-            or system_text.lstrip().startswith(_COMPACTING_SYSTEMS))
+    """Was this request made by the client itself?  See SIDE_REQUESTS."""
+    texts = {"user": user_text.strip(), "system": system_text.strip()}
+    return any(all(_has_mark(texts[row.place], mark, row.how) for mark in row.marks)
+               for row in SIDE_REQUESTS)
 
 def text_of(content: Any) -> str:
     """The text of a content field in any dialect: a string, or parts with a `text`."""
@@ -2817,6 +2860,7 @@ class ChatCompletions(Dialect):
     """POST /chat/completions, OpenAI's older shape and the one that most models speak."""
     name, path = "chat", "/chat/completions"
     cache_mark = "copilot_cache_control"
+    takes_files = False
     stop_key = "stop"
     own_parts = frozenset(("text", "image_url", "input_audio", "file", "refusal"))
     knows_allowed_tools = True
@@ -6057,12 +6101,26 @@ def fate_of_name(asked: str, models: list[Model], is_strict: bool = False) -> st
         return reason + "; requests with it get 404"
     return "%s; %s answers instead" % (reason, printable(model.id))
 
-def choose_upstream(client: Dialect, model: Model, refused: Container[tuple[str, str]]) -> Dialect:
-    """The dialect to ask a model in: the client's own wherever the model has it.
+_WIDE_BETA = "context-1m-"
+
+def wider_sibling(model: Model, betas: str, models: list[Model]) -> Model:
+    """The sibling with a context of a million tokens, where the client's `anthropic-beta` asks for
+    it and one is listed; else the model itself."""
+    if _WIDE_BETA not in betas or "-1m" in model.id:
+        return model
+    names = (model.id + "-1m", model.id + "-1m-internal")
+    return next((other for other in models if other.id in names), model)
+
+def choose_upstream(client: Dialect, model: Model, refused: Container[tuple[str, str]],
+                    has_files: bool = False) -> Dialect:
+    """The dialect to ask a model in: the client's own wherever the model has it, unless files are
+    in the request and another of the model's dialects takes them.
     refused: (model id, path) that the upstream did not serve though its list says so; such a model
     is tried in what it does not list, too.  Raises BadRequest when nothing is left."""
-    substitutes = [DIALECTS[name] for name in client.substitutes]
-    left = [d for d in (client, *substitutes) if (model.id, d.path) not in refused]
+    known = [client, *(DIALECTS[name] for name in client.substitutes)]
+    if has_files:
+        known.sort(key=lambda dialect: not dialect.takes_files)      # stable: the order stays
+    left = [d for d in known if (model.id, d.path) not in refused]
     found = [d for d in left if d.path in model.endpoints]
     if not found and len(left) < 3:
         found = [d for d in (RESPONSES, CHAT, MESSAGES) if d in left]
@@ -11946,6 +12004,9 @@ def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
             sessions.popitem(last=False)
     copilot = account_for(exchange)
     model = copilot.find_model(asked, exchange.client)
+    betas = exchange.head.headers.get("anthropic-beta", "")
+    if betas:
+        model = wider_sibling(model, betas, copilot.models())
     name_model(exchange, model)
     if copilot.is_substitute(asked, model):        # the answer then names the real one
         exchange.body = fit_model(exchange.body, Edit(body), model.id)
@@ -12089,7 +12150,7 @@ def make_plan(exchange: Exchange, client: Dialect, body: Json, copilot: Copilot,
     """How to ask a model, with all that was learned of it; None: its client was told that there
     is no search.  Raises BadRequest."""
     refused = copilot.memory.refused
-    upstream = choose_upstream(client, model, refused)
+    upstream = choose_upstream(client, model, refused, client.has_files(body))
     kinds = [str(as_object(tool).get("type")) for tool in as_list(body.get("tools"))]
     has_search = upstream is MESSAGES and (model.id, SEARCH_TOOLS) not in refused
     if client is MESSAGES and kinds and not has_search and all(

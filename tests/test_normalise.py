@@ -367,5 +367,58 @@ class UpstreamRulesTest(ProxyCase):
         self.assertEqual(len(sent["messages"]), 1)
 
 
+class EndpointTest(ProxyCase):
+    """The endpoint is chosen by what the request needs."""
+
+    PDF = "data:application/pdf;base64,JVBERi0="
+
+    def test_a_file_of_a_chat_client_goes_to_the_endpoint_that_takes_it(self) -> None:
+        part = {"type": "file", "file": {"filename": "a.pdf", "file_data": self.PDF}}
+        for model, path in (("claude-sonnet-4.6", "/v1/messages"), ("gpt-5-mini", "/responses")):
+            body = dict(chat("hi", model))
+            self.assertEqual(self.proxy.post("/v1/chat/completions", body).status, 200)
+            self.assertEqual(self.fake.requests[-1].path, "/chat/completions")
+            body["messages"] = [{"role": "user", "content": [part]}]
+            reply = self.proxy.post("/v1/chat/completions", body)
+            self.assertEqual((reply.status, self.fake.requests[-1].path), (200, path))
+            self.assertIn("JVBERi0=", json.dumps(self.fake.requests[-1].json))
+
+    def test_a_beta_header_for_a_wide_context_chooses_the_wide_sibling(self) -> None:
+        entry = next(e for e in default_models() if e["id"] == "claude-sonnet-4.6")
+        self.fake.models.append(dict(entry, id="claude-sonnet-4.6-1m"))
+        body = message("hi", model="claude-sonnet-4.6")
+        for beta, want in (("", "claude-sonnet-4.6"),
+                           ("context-1m-2025-08-07", "claude-sonnet-4.6-1m")):
+            headers = {"anthropic-beta": beta} if beta else {}
+            self.assertEqual(self.proxy.post("/v1/messages", body, **headers).status, 200)
+            self.assertEqual(self.fake.last("/v1/messages").json["model"], want)
+
+
+class InitiatorTest(unittest.TestCase):
+    """Requests that no human wrote count as the agent's."""
+
+    def test_side_requests_are_known_by_their_marks(self) -> None:
+        for row in cp.SIDE_REQUESTS:
+            words = "\n".join(row.marks) + ("" if row.how == "is" else " and more")
+            system, user = (words, "x") if row.place == "system" else ("y", words)
+            for dialect, body in (
+                    ("messages", {"system": [{"type": "text", "text": "You are a client."},
+                                             {"type": "text", "text": system}],
+                                  "messages": [{"role": "user", "content": user}]}),
+                    ("chat", {"messages": [{"role": "system", "content": system},
+                                           {"role": "user", "content": user}]}),
+                    ("responses", {"instructions": system, "input": user})):
+                if dialect == "responses" and row.place == "user":
+                    body["input"] = [{"role": "user", "content": user}]
+                with self.subTest(mark=row.marks[0][:40], dialect=dialect):
+                    self.assertEqual(cp.DIALECTS[dialect].initiator(body), "agent")
+
+    def test_a_human_who_quotes_a_mark_stays_the_user(self) -> None:
+        for row in cp.SIDE_REQUESTS:
+            if row.how != "holds":
+                body = {"messages": [{"role": "user", "content": "I read: " + row.marks[0]}]}
+                self.assertEqual(cp.CHAT.initiator(body), "user", row.marks[0])
+
+
 if __name__ == "__main__":
     unittest.main()
