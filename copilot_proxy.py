@@ -235,6 +235,9 @@ MAX_DEAD_PROBES = 5                      # in a row, then the next one waits its
 MAX_SCOPES = 200                         # that can rest at once, for each account
 OVERLOAD_PAUSE_S = 2.0                   # after an overload that was told inside an answer
 EMBEDDING_BATCH = 512                    # upstream's max_inputs
+MAX_EMBEDDINGS = 2048                    # of one request, as OpenAI takes them
+MAX_PROMPTS = 128                        # of one completion
+CALLS_WAIT_S = 30.0                      # a request of several calls waits so long for --rate-limit
 MAX_NAMES = 1000
 MAX_SETTINGS_CHARS = 1024 * 1024         # of a client's file that are looked through
 MAX_LOSSES, MAX_LOSS_CHARS = 200, 60     # recorded for one request; of a field's name
@@ -8913,11 +8916,13 @@ def passed_headers(headers: Headers) -> Headers:
 # request as a flat JSON object; what nobody told is None in it, never 0.
 
 #: columns of the table and fields of a row; repairs and losses are joined by ", "
-COLUMNS = ("id TEXT, at REAL, account TEXT, client TEXT, session TEXT, dialect TEXT, path TEXT, "
+COLUMNS = ("id TEXT, at REAL, account TEXT, key TEXT, client TEXT, session TEXT, dialect TEXT, "
+           "path TEXT, "
            "route TEXT, asked TEXT, model TEXT, streamed INTEGER, status INTEGER, error TEXT, "
            "initiator TEXT, %s INTEGER, estimate INTEGER, first_ms REAL, total_ms REAL, "
            "repairs TEXT, losses TEXT, upstream_id TEXT" % " INTEGER, ".join(COUNTS))
 ROW_FIELDS = tuple(column.split()[0] for column in COLUMNS.split(","))
+LATER_COLUMNS = ("key",)                 # files of earlier versions lack these
 SUMS = "COUNT(*) AS requests, SUM(error IS NOT NULL AND error != 'client_left') AS errors, %s, " \
     "SUM(CASE WHEN nano_aiu IS NULL THEN estimate END) AS estimate" % ", ".join(
         "SUM(%s) AS %s" % (name, name) for name in COUNTS)
@@ -9072,8 +9077,11 @@ class History:
                         "NOT EXISTS requests (n INTEGER PRIMARY KEY, %s)" % COLUMNS):
                 link.execute(sql)
             known = {column[1] for column in link.execute("PRAGMA table_info(requests)")}
-            if set(ROW_FIELDS) - known:
+            missing = set(ROW_FIELDS) - known
+            if missing.difference(LATER_COLUMNS):
                 raise sqlite3.DatabaseError("it has the columns of another version")
+            for name in missing:
+                link.execute("ALTER TABLE requests ADD COLUMN %s TEXT" % name)
             while self.path == ":memory:" or os.path.exists(self.path):
                 closing = self._closing
                 self._work(link)
@@ -9127,15 +9135,26 @@ class RateLimiter:
         self._lock = threading.Lock()
         self._next = 0.0
 
-    def admit(self, client: Downstream) -> None:
-        """Return when it is this caller's turn, in the order of arrival.  Raises RateLimited,
+    def check(self, calls: int) -> None:
+        """Refuse a request that takes so many calls upstream that its last one would come far too
+        late, before the first one has cost anything.  Raises RateLimited."""
+        pause = (calls - 1) * self._interval_s
+        if pause > CALLS_WAIT_S and not self._may_wait:
+            raise too_early("this request takes %d calls, and one in %g s is allowed here "
+                            "(--rate-limit): send fewer inputs at a time, or start with --wait"
+                            % (calls, self._interval_s), self._interval_s)
+
+    def admit(self, client: Downstream, is_begun: bool = False) -> None:
+        """Return when it is this caller's turn, in the order of arrival.  is_begun: its request
+        has had a call already and waits for the next one in any case.  Raises RateLimited,
         ClientGone."""
         if not self._interval_s:
             return
         with self._lock:
             now = time.monotonic()
             pause = max(0.0, self._next - now)
-            if pause > (RATE_QUEUE * self._interval_s if self._may_wait else 0):
+            may_wait = self._may_wait or is_begun
+            if pause > (RATE_QUEUE * self._interval_s if may_wait else 0):
                 raise too_early("one request in %g s is allowed here (--rate-limit)"
                                 % self._interval_s, pause)
             self._next = now + pause + self._interval_s
@@ -9149,7 +9168,7 @@ class RateLimiter:
                 time.sleep(max(0.0, deadline - time.monotonic()))
 
 class MinuteLimiter:
-    """At most `limit` requests of each caller within any 60 s; 0 is no limit.
+    """At most `limit` calls of each caller within any 60 s; 0 is no limit.
     `_lock` guards `_times`: caller -> when it asked, the most recently active caller last."""
 
     def __init__(self, limit: int) -> None:
@@ -9158,8 +9177,9 @@ class MinuteLimiter:
         self._times: collections.OrderedDict[str, collections.deque[float]]
         self._times = collections.OrderedDict()
 
-    def admit(self, who: str, text: str) -> Headers:
-        """Count a request -> headers that tell what is left.  Raises RateLimited with `text`."""
+    def admit(self, who: str, text: str, calls: int = 1) -> Headers:
+        """Count a request of so many calls -> headers that tell what is left.  Raises RateLimited
+        with `text`, and counts nothing, where not all of them are left."""
         if not self._limit:
             return {}
         now = time.monotonic()
@@ -9170,13 +9190,17 @@ class MinuteLimiter:
             while times and now - times[0] >= 60:
                 times.popleft()
             left = self._limit - len(times)
-            if left > 0:
-                times.append(now)
-            pause = 60 - (now - times[0])
+            fits = left >= calls
+            if fits:
+                times.extend([now] * calls)
+                left -= calls
+            pause = 60 - (now - times[0]) if times else 0.0
         headers = {"x-ratelimit-limit-requests": str(self._limit),
-                   "x-ratelimit-remaining-requests": str(max(left - 1, 0)),
+                   "x-ratelimit-remaining-requests": str(left),
                    "x-ratelimit-reset-requests": "%ds" % (int(pause) + 1)}
-        if left <= 0:
+        if not fits:
+            if calls > 1:
+                text = "this request takes %d calls, and %s" % (calls, text)
             raise too_early(text, pause, **headers)
         return headers
 
@@ -9306,6 +9330,11 @@ class Approval:
                 allowed = line.strip().lower() in ("y", "yes")
                 self.decide(question["id"], "allowed" if allowed else "refused")
 
+def payer_of(key: str | None, session: str | None, agent: str | None) -> str:
+    """The name of a budget.  ("3f2a", "9c01", "curl/8") -> "3f2a 9c01" """
+    name = session or agent or "-"
+    return "%s %s" % (key, name) if key else name
+
 class Budget:
     """`--budget`: credits that may be spent in a day of local time, and in a session whose client
     says how many.  What an answer cost is known at its end, so those that run may pass the limit.
@@ -9318,24 +9347,25 @@ class Budget:
         self.loaded = threading.Event()                # what an earlier process spent is known
         self._began = self._ends = 0.0                 # of the day
         self._estimated = False
-        #: session -> credits, and nano-AIU that it spent; '' is the day
+        #: payer -> credits, and nano-AIU that were spent; '' is the day
         self._limits = {"": limit} if limit else {}
         self._spent: collections.OrderedDict[str, int] = collections.OrderedDict()
 
-    def admit(self, session: str | None, wish: str | None) -> None:
-        """wish: the header that limits this session.  Raises RateLimited, BadRequest."""
+    def admit(self, payer: str, wish: str | None, running: int = 0) -> None:
+        """May another call go up?  wish: the header that limits this payer; running: nano-AIU that
+        its request has spent so far.  Raises RateLimited, BadRequest."""
         if wish is None and not self._limits:
             return
-        session, limit = session or "-", as_number(wish)
+        limit = as_number(wish)
         if wish is not None and (limit is None or limit < 0):
             raise BadRequest("x-copilot-proxy-budget: say how many credits this session may spend")
         with self._lock:
-            if limit is not None and (session in self._limits or len(self._limits) < MAX_SESSIONS):
-                self._limits[session] = limit
+            if limit is not None and (payer in self._limits or len(self._limits) < MAX_SESSIONS):
+                self._limits[payer] = limit
         if not self.loaded.wait(BUDGET_WAIT_S):
             self.loaded.set()                          # a locked file delays nobody else
-        for line in self._lines():
-            if line["state"] != "spent" or line["session"] not in ("", wish and session):
+        for line in self._lines({"": running, payer: running}):
+            if line["state"] != "spent" or line["session"] not in ("", wish and payer):
                 continue
             text = "this session's budget is spent, %.2f of %g credits: begin a new one or " \
                    "raise x-copilot-proxy-budget"
@@ -9347,8 +9377,10 @@ class Budget:
             raise RateLimited(text % (line["used"], line["limit"]), code="budget_exceeded",
                               headers=headers)
 
-    def _lines(self) -> list[Json]:
-        """What is limited, how much of it is used; a new day begins when it is time."""
+    def _lines(self, running: Mapping[str, int] | None = None) -> list[Json]:
+        """What is limited, how much of it is used; a new day begins when it is time.  running:
+        payer -> nano-AIU that are spent, but not recorded yet."""
+        running = running or {}
         with self._lock:
             now = self._clock()
             if not self._began <= now < self._ends:
@@ -9356,7 +9388,7 @@ class Budget:
                 self._began, self._ends = (time.mktime((year, month, at, 0, 0, 0, 0, 0, -1))
                                            for at in (day, day + 1))
                 self._spent[""], self._estimated = 0, False
-            used = [(name, limit, self._spent.get(name, 0) / NANO)
+            used = [(name, limit, (self._spent.get(name, 0) + running.get(name, 0)) / NANO)
                     for name, limit in self._limits.items()]
         shares = [spent / limit if limit else 1.0 for _, limit, spent in used]
         return [{"session": name, "limit": limit, "used": spent, "percent": 100 * share, "state":
@@ -9369,7 +9401,7 @@ class Budget:
         cost = row["estimate"] if row["nano_aiu"] is None else row["nano_aiu"]
         if cost:
             self._estimated |= row["nano_aiu"] is None
-            self._add({row["session"] or row["client"] or "-": cost,
+            self._add({payer_of(row["key"], row["session"], row["client"]): cost,
                        "": cost if row["at"] >= self._began else 0})
         after = self.report()
         if before and after:
@@ -9388,10 +9420,11 @@ class Budget:
     def load(self, link: Any) -> None:
         """What was spent before this process began, from the history."""
         self._lines()
-        for session, since in (("COALESCE(session, client, '-')", 0), ("''", self._began)):
+        payer = "COALESCE(key || ' ', '') || COALESCE(session, client, '-')"     # as payer_of
+        for name, since in ((payer, 0), ("''", self._began)):
             found = link.execute(
                 "SELECT %s, SUM(COALESCE(nano_aiu, estimate, 0)) FROM requests WHERE at >= ? GROUP "
-                "BY 1 ORDER BY MAX(at) DESC LIMIT %d" % (session, MAX_SESSIONS - 1), (since,)
+                "BY 1 ORDER BY MAX(at) DESC LIMIT %d" % (name, MAX_SESSIONS - 1), (since,)
                 ).fetchall() if link else []
             self._add(dict(reversed(found)))
         self.loaded.set()
@@ -9669,17 +9702,24 @@ class Notes:
 @dataclass
 class AskedFor:
     """What the client said, and when.  label: its name in the history, '' for what is not kept
-    there; agent: the client program; session: a short name of the conversation; model: as the
-    client wrote it, '' when it wrote none; at: unix time; began: monotonic."""
+    there; agent: the client program; key: the id of the client's key, '' without one; session: a
+    short name of the conversation; model: as the client wrote it, '' when it wrote none; at: unix
+    time; began: monotonic."""
     method: str
     path: str
     label: str
     agent: str | None
     at: float
     began: float
+    key: str = ""
     session: str | None = None
     model: str = ""
     streamed: bool = False
+
+    @property
+    def payer(self) -> str:
+        """Whose budget it is: of the session, or of the program, but never of two keys."""
+        return payer_of(self.key, self.session, self.agent)
 
 @dataclass
 class RequestRecord:
@@ -9714,8 +9754,9 @@ class RequestRecord:
 
     # -- what happens to it
 
-    def name(self, session: str | None, model: str, streamed: bool) -> None:
+    def name(self, key: str, session: str | None, model: str, streamed: bool) -> None:
         """Its body has been read."""
+        self.asked.key = key
         self.asked.session = session
         self.asked.model = model
         self.asked.streamed = streamed
@@ -9770,6 +9811,13 @@ class RequestRecord:
             total.update(meter.counts)
         return total
 
+    def cost(self) -> int:
+        """Nano-AIU so far; by the listed prices where the upstream told none, 0 when unknown."""
+        counts = self.counts()
+        if "nano_aiu" in counts:
+            return counts["nano_aiu"]
+        return self.model and self.model.estimate(counts) or 0
+
     def row(self) -> Json:
         """This request as a row of the history."""
         asked, counts = self.asked, self.counts()
@@ -9778,6 +9826,7 @@ class RequestRecord:
             "at": asked.at,
             "client": asked.agent,
             "account": self.account.name if self.account else None,
+            "key": asked.key or None,
             "session": asked.session,
             "dialect": asked.label,
             "path": self.path or None,
@@ -9932,7 +9981,7 @@ class Ticket:
     address; payer: whose budget it is; wish: the header that limits that budget; about: for the
     person who approves."""
     who: str
-    payer: str | None
+    payer: str
     wish: str | None
     account: Account
     about: Json
@@ -9941,7 +9990,9 @@ class Ticket:
 
 class Admission:
     """When a request may go up: budget, requests per minute, slots, rate, a person's approval.
-    Once for a request, however many calls it takes."""
+    A person is asked once for a request, which has one slot; budget and rates hold for each call
+    that it takes upstream: one for each prompt of a completion, for each batch of embeddings.  A
+    call that is repeated, since the upstream refused it, is no further one."""
 
     def __init__(self, settings: Settings, log: logging.Logger, budget: Budget,
                  tell: Callable[[str, Any], None]) -> None:
@@ -9952,17 +10003,25 @@ class Admission:
         self.gate = Gate(settings.max_concurrency)
         self.approval = Approval(settings.manual, log, tell)
 
-    def admit(self, ticket: Ticket, client: Downstream) -> Headers:
+    def admit(self, ticket: Ticket, client: Downstream, calls: int = 1) -> Headers:
         """Returns when the request may go up -> headers for its answer; `leave` must follow, also
-        after an exception.  Raises RateLimited, BadRequest, ClientGone."""
+        after an exception.  calls: how many it takes, each further one by `admit_next`.  Raises
+        RateLimited, BadRequest, ClientGone."""
         self._budget.admit(ticket.payer, ticket.wish)
-        headers = self._minute.admit(ticket.who, self._minute_text)
+        ticket.account.limiter.check(calls)
+        headers = self._minute.admit(ticket.who, self._minute_text, calls)
         if not ticket.has_slot:
             ticket.has_slot = self.gate.enter(ticket.who, client)
         ticket.account.limiter.admit(client)
         self.approval.ask(client, account=ticket.account.name, **ticket.about)
         ticket.is_admitted = True
         return headers
+
+    def admit_next(self, ticket: Ticket, client: Downstream, spent: int) -> None:
+        """Returns when the request's next call may go up.  spent: nano-AIU, by those before.
+        Raises RateLimited, ClientGone."""
+        self._budget.admit(ticket.payer, ticket.wish, spent)
+        ticket.account.limiter.admit(client, is_begun=True)
 
     def leave(self, ticket: Ticket | None) -> None:
         """The request is over; may be called twice, and without a ticket."""
@@ -10593,7 +10652,13 @@ class Exchange:
             length.append(("x-copilot-proxy-credits", "%d.%09d" % divmod(cost, NANO)))
         head = self._head(status, kind, length)
         self.log_body("answer", body)
-        self._send(head if self.head.method == "HEAD" else head + body)
+        if self.head.method == "HEAD":
+            body = b""
+        if len(body) > READ_BYTES:                       # without a copy of what is large
+            self._send(head)
+            self._send(body)
+        else:
+            self._send(head + body)
 
     def reply_json(self, value: Any, status: int = 200) -> None:
         self.reply(dumps(value), status)
@@ -11997,7 +12062,7 @@ def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
         exchange.body = dumps(body)
     if not isinstance(asked, str) or not asked:
         raise BadRequest("'model' is required: the id of a model, see /v1/models", param="model")
-    exchange.record.name(key, asked, body.get("stream") is True)
+    exchange.record.name(exchange.caller.key_id, key, asked, body.get("stream") is True)
     if session:
         sessions[session] = asked
         if len(sessions) > MAX_SESSIONS:
@@ -12044,24 +12109,36 @@ def upstream_headers(exchange: Exchange, client: Dialect, upstream: Dialect, bod
             headers["anthropic-beta"] = betas
     return headers
 
-def admit(exchange: Exchange, body: Json, model: Model) -> None:
-    """Wait until this request may go up, once.  Raises RateLimited, BadRequest, ClientGone."""
+def admit(exchange: Exchange, body: Json, model: Model, calls: int = 1) -> None:
+    """Wait until this request may go up, once.  calls: how many it takes, see `admit_next`.
+    Raises RateLimited, BadRequest, ClientGone."""
     headers, asked = exchange.head.headers, exchange.record.asked
     if exchange.ticket is None:
         turns = as_list(body.get("messages") or body.get("input"))
         last = as_object(turns[-1]) if turns else {}
         text = text_of(last.get("content")) or text_of(body.get("input"))
+        if calls > 1:
+            text = "[%d calls] %s" % (calls, text)
         about = {"client": headers.get("user-agent", "an unnamed client")[:200],
                  "model": model.id, "text": text[:200]}
         exchange.ticket = Ticket(
-            exchange.caller.name, asked.session or asked.agent,
+            exchange.caller.name, asked.payer,
             headers.get("x-copilot-proxy-budget"), account_for(exchange), about)
     if exchange.ticket.is_admitted:
         return
 
     app = exchange.app
-    exchange.headers.update(app.admission.admit(exchange.ticket, exchange.client))
+    exchange.headers.update(app.admission.admit(exchange.ticket, exchange.client, calls))
     app.ledger.show_running(exchange.record)
+
+def admit_next(exchange: Exchange) -> None:
+    """Wait until the next call of a request of several may go up.  Raises RateLimited,
+    ClientGone."""
+    client = exchange.client
+    if client.is_gone():
+        raise ClientGone
+    if exchange.ticket is not None:
+        exchange.app.admission.admit_next(exchange.ticket, client, exchange.record.cost())
 
 def owner_of(exchange: Exchange, copilot: Copilot) -> str:
     """Whose kept responses are: the account's and the client's key's, as a hash of both."""
@@ -12407,6 +12484,8 @@ def completions(exchange: Exchange) -> None:
     prompts = [given] if isinstance(given, str) else given
     if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
         raise BadRequest("'prompt' must be a string or an array of strings", param="prompt")
+    if len(prompts) > MAX_PROMPTS:
+        raise BadRequest("at most %d prompts are taken at a time" % MAX_PROMPTS, param="prompt")
     for key in ("suffix", "best_of", "logprobs"):
         if body.get(key) and body[key] != 1:
             raise BadRequest("'%s' is not supported: no chat model can do it" % key, param=key)
@@ -12415,7 +12494,11 @@ def completions(exchange: Exchange) -> None:
     echo, streams = body.pop("echo", False) is True, body.get("stream") is True
     relays, whole, choices = streams and len(prompts) == 1, {}, []
     counts = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    if len(prompts) > 1:
+        admit(exchange, {"input": prompts[0]}, model, len(prompts))
     for at, prompt in enumerate(prompts):
+        if at:
+            admit_next(exchange)
         one = dict(body, messages=[{"role": "user", "content": prompt}], stream=relays)
         found = ask(exchange, CHAT, one, dumps(one), copilot, model)
         if found is None:
@@ -12616,42 +12699,9 @@ def approvals(exchange: Exchange) -> None:
         raise BadRequest("'allow' must be true or false", param="allow")
     exchange.reply_json(approval.decide(exchange.argument, "allowed" if allow else "refused"))
 
-def embeddings(exchange: Exchange) -> None:
-    """Strings only upstream, floats only back: wrapped, split, merged and packed here."""
-    body = exchange.json_object()
-    copilot, model = resolve(exchange, body)
-    check_endpoint(model, "/embeddings")
-    given = body.get("input")
-    texts = [given] if isinstance(given, str) else given
-    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-        raise BadRequest("'input' must be a string or an array of strings; token arrays cannot be "
-                         "decoded here", param="input")
-    packing = body.pop("encoding_format", None)
-    if packing not in (None, "float", "base64"):
-        raise BadRequest("'encoding_format' must be float or base64", param="encoding_format")
-    exchange.record.go_up("passthrough", "/embeddings")
-    admit(exchange, {"input": texts[0]}, model)
-    batch = model.limit("max_inputs") or EMBEDDING_BATCH
-    data: list[Json] = []
-    counts = {"prompt_tokens": 0, "total_tokens": 0}
-    for at in range(0, len(texts), batch):
-        part = dict(body, model=model.id, input=texts[at:at + batch])
-        answer = copilot.send(Call("/embeddings", dumps(part), {}, exchange.client,
-                                   request_id=exchange.id, model=model.id))
-        exchange.headers.update(passed_headers(answer.headers))
-        meter = Meter()
-        exchange.record.hear(answer.headers, meter)
-        merge_embeddings(data, counts, answer.read_all(exchange.client), len(part["input"]),
-                         meter)
-    for at, item in enumerate(data):
-        item.update(object="embedding", index=at)
-        if packing == "base64":
-            item["embedding"] = floats_to_base64(item["embedding"])
-    exchange.reply_json({"object": "list", "data": data, "model": body["model"], "usage": counts})
-
-def merge_embeddings(data: list[Json], counts: Json, answer: bytes, wanted: int,
-                     meter: Meter) -> None:
-    """Append one batch's vectors in their order, add its counts.  Raises UpstreamError."""
+def read_embeddings(answer: bytes, wanted: int, counts: Json, meter: Meter) -> list[Json]:
+    """One batch's vectors in their order; its counts are added to `counts` and told to the meter.
+    Raises UpstreamError."""
     try:
         value = as_object(json.loads(answer))          # thousands of floats: checked below
     except (ValueError, RecursionError):
@@ -12662,10 +12712,54 @@ def merge_embeddings(data: list[Json], counts: Json, answer: bytes, wanted: int,
                      for number in item["embedding"])]
     if len(items) != wanted:
         raise UpstreamError("the upstream gave %d embeddings for %d texts" % (len(items), wanted))
-    data.extend(sorted(items, key=lambda item: as_int(item.get("index"))))
+
     meter.take(value)
     for key in counts:
         counts[key] += as_int(as_object(value.get("usage")).get(key))
+    return sorted(items, key=lambda item: as_int(item.get("index")))
+
+def embeddings(exchange: Exchange) -> None:
+    """Strings only upstream, floats only back: wrapped, split, merged and packed here."""
+    body = exchange.json_object()
+    copilot, model = resolve(exchange, body)
+    check_endpoint(model, "/embeddings")
+    given = body.get("input")
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+        raise BadRequest("'input' must be a string or an array of strings; token arrays cannot be "
+                         "decoded here", param="input")
+    if len(texts) > MAX_EMBEDDINGS:
+        raise BadRequest("at most %d inputs are taken at a time" % MAX_EMBEDDINGS, param="input")
+    packing = body.pop("encoding_format", None)
+    if packing not in (None, "float", "base64"):
+        raise BadRequest("'encoding_format' must be float or base64", param="encoding_format")
+    exchange.record.go_up("passthrough", "/embeddings")
+    batch = model.limit("max_inputs")
+    if batch < 1:
+        batch = EMBEDDING_BATCH
+    admit(exchange, {"input": texts[0]}, model, -(-len(texts) // batch))
+
+    items: list[bytes] = []
+    counts = {"prompt_tokens": 0, "total_tokens": 0}
+    for at in range(0, len(texts), batch):
+        if at:
+            admit_next(exchange)
+        part = dict(body, model=model.id, input=texts[at:at + batch])
+        answer = copilot.send(Call("/embeddings", dumps(part), {}, exchange.client,
+                                   request_id=exchange.id, model=model.id))
+        exchange.headers.update(passed_headers(answer.headers))
+        meter = Meter()
+        exchange.record.hear(answer.headers, meter)
+        for item in read_embeddings(answer.read_all(exchange.client), len(part["input"]),
+                                    counts, meter):
+            item.update(object="embedding", index=len(items))
+            if packing == "base64":
+                item["embedding"] = floats_to_base64(item["embedding"])
+            items.append(dumps(item))                  # a third of what its numbers take
+    answer_end = dumps({"model": body["model"], "usage": counts})
+    items[0] = b'{"object":"list","data":[' + items[0]
+    items[-1] += b"]," + answer_end[1:]
+    exchange.reply(b",".join(items))
 
 def model_entry(model: Model) -> Json:
     """One model so that the OpenAI and the Anthropic SDKs both parse it."""

@@ -48,13 +48,20 @@ class SeveralCallsTest(ProxyCase):
             self.assertEqual(self.fake.last(RESPONSES).json["input"][-1],
                              {"type": "compaction_trigger"})
 
-    def test_limits_admit_it_once(self) -> None:
-        for path, body in (("/v1/completions", PROMPTS),
-                           ("/v1/responses/compact", response("Hello"))):
-            for limit in ({"rate_limit": 60.0}, {"requests_per_minute": 1}):
-                with self.subTest(path=path, limit=limit), Proxy(self.fake, **limit) as proxy:
-                    self.assertEqual(proxy.post(path, body).status, 200)
-                    self.assertEqual(proxy.post(path, body).status, 429)
+    def test_limits_admit_it_once_when_its_second_call_only_repeats_the_first(self) -> None:
+        path, body = "/v1/responses/compact", response("Hello")
+        for limit in ({"rate_limit": 60.0}, {"requests_per_minute": 1}):
+            with self.subTest(limit=limit), Proxy(self.fake, **limit) as proxy:
+                self.assertEqual(proxy.post(path, body).status, 200)
+                self.assertEqual(proxy.post(path, body).status, 429)
+
+    def test_limits_count_every_prompt_of_a_completion(self) -> None:
+        for limit, calls in (({"requests_per_minute": 3}, 2), ({"rate_limit": 0.05}, 2)):
+            with self.subTest(limit=limit), Proxy(self.fake, **limit) as proxy:
+                before = self.fake.count(CHAT)
+                self.assertEqual(proxy.post("/v1/completions", PROMPTS).status, 200)
+                self.assertEqual(proxy.post("/v1/completions", PROMPTS).status, 429)
+                self.assertEqual(self.fake.count(CHAT) - before, calls)
 
 
 class WholeForStreamTest(ProxyCase):
