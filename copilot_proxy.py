@@ -74,11 +74,13 @@ import email.utils
 import errno
 import functools
 import hashlib
+import heapq
 import hmac
 import html
 import http.client
 import json
 import logging
+import math
 import os
 import platform
 import queue
@@ -106,13 +108,15 @@ from typing import (
     Callable,
     ClassVar,
     Container,
+    Coroutine,
     Dict,
+    Generator,
     Iterable,
     Iterator,
     List,
     Mapping,
     NamedTuple,
-    Protocol,
+    Optional,
     Sequence,
     Tuple,
 )
@@ -174,7 +178,9 @@ MAX_FRAME_BYTES = 32 * 1024 * 1024       # one server-sent event
 MAX_CHUNK_LINE_BYTES = 1024
 MAX_ID_CHARS = 64                        # of item and call ids, OpenAI's own validator
 MAX_WHITESPACE_RUN = 2000                # in streamed tool arguments: a model gone astray
-READ_BYTES = 64 * 1024                   # more than a TLS record: none is ever left half read
+READ_BYTES = 64 * 1024                   # of one look at a socket
+RECORD_BYTES = 16 * 1024                 # of a TLS record, at most
+NAME_AGE_S = 60.0                        # of the addresses of a host
 
 HANDSHAKE_S = 10.0                       # of TLS, from the connection's beginning
 HEAD_TIMEOUT_S = 30.0                    # a request head, from its first byte
@@ -182,8 +188,10 @@ IDLE_CLIENT_S = 75.0                     # between two requests of one connectio
 BODY_STALL_S = 30.0                      # a request body without any progress
 BODY_BYTES_PER_S = 16 * 1024             # and the slowest whole that is waited for
 SEND_TIMEOUT_S = 60.0                    # a client that takes nothing
-FOLLOW_UP_S = 0.02                       # a worker stays with a connection that long
 WORKER_IDLE_S = 10.0                     # then an idle worker thread ends
+MAX_WORKERS, WORKER_QUEUE = 6, 256       # threads for what may block; what may wait for one
+SLICE_S = 0.001                          # of computing between two looks at the streams
+ACCEPTED_AT_ONCE = 16                    # connections in one round of the loop
 SPARE_FILES = 32                         # kept free for logins, history, the pool
 FIRST_REQUEST_S = 0.1                    # at shutdown, for a connection that has just come
 DRAIN_S = 0.5                            # for the last chunk behind a terminal event
@@ -197,7 +205,7 @@ POOL_IDLE_S = 50.0
 POOL_SIZE = 1024
 TOKEN_MARGIN_S, TOKEN_FALLBACK_S = 60.0, 1500.0
 TOKEN_RETRY_S = (1.0, 5.0, 15.0, 60.0)   # pauses after failed refreshes, the last one repeats
-CODE_WAIT_S = 5.0                        # a refused call waits so long for the code to name
+CODE_WAIT_S, CODE_LOOK_S = 5.0, 0.005    # a refused call waits so long for the code to name
 REACTIVE_PAUSE_S = 60.0                  # after a refresh that did not cure an opaque 403
 LOGIN_RETRY_S = 180.0                    # between tries of a login that GitHub has refused
 CATALOGUE_AGE_S, CATALOGUE_RETRY_S = 600.0, 60.0
@@ -209,10 +217,8 @@ SESSION_HEADERS = ("session_id", "session-id", "x-session-id", "x-claude-code-se
                    "x-session-affinity", "conversation_id")
 MAX_SESSIONS = 1000                      # whose last model and spendings are remembered
 MAX_SPELLINGS = 1000                     # of model names that are remembered
-NEARBY_S = 0.005                         # a wait so short that the baton is kept
-BATON_S = 0.25                           # preparing a request takes longer only when it waits
 RATE_QUEUE = 100                         # callers that may wait for --rate-limit or --manual
-WAITING_MAX, WAITING_LOOK_S = 256, 0.5   # for --max-concurrency; how often each is looked at
+WAITING_MAX = 256                        # callers that may wait for --max-concurrency
 WRONG_KEYS_PER_MINUTE = 60               # of one address, then 429
 KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")      # and Authorization: Bearer
 KEY_PREFIX, KEY_MIN_CHARS = "sk-copilot-", 8
@@ -220,8 +226,7 @@ STALE_FILE_S = 600.0                     # then a half-written one is swept away
 MAX_ACCOUNTS = 1000                      # in memory; as many keys are kept in the file
 KEYS_LISTED = 50                         # in the log at the start
 MAX_LOGINS, LOGIN_AGE_S = 32, 1800.0     # begun by browsers
-APPROVAL_LOOK_S, EVENT_LOOK_S = 0.25, 1.0     # how often a waiting client is looked at
-BUDGET_WAIT_S = 2.0                      # for the history at the start
+BUDGET_WAIT_S, BUDGET_LOOK_S = 2.0, 0.02     # for the history at the start
 HICCUP_STATUS = (500, 502, 503, 504, 529)
 MAX_CALLS, MAX_REPAIRS = 5, 3            # upstream calls of one request; repairs among them
 MAX_LEARNED, MAX_MARKS = 500, 5000       # remembered: models with repairs, refused state
@@ -247,7 +252,6 @@ STORE_AGE_S = 6 * 3600.0
 MAX_REFERENCES, MAX_KEPT_IDS = 4096, 5000    # to kept items in one request; of items of an answer
 IMAGE_BYTES, IMAGE_TIMEOUT_S = 5 * 1024 * 1024, 15.0     # of a fetched image
 IMAGE_CACHE_BYTES = 16 * 1024 * 1024     # of fetched images, as base64
-IMAGE_LOOK_S = 0.25                      # how often its client is looked at meanwhile
 ATTACHMENTS_URL = "https://github.com/github-copilot/chat/attachments/"
 NANO, MAX_COUNT = 10 ** 9, 2 ** 53       # nano-AIU of a credit (USD 0.01); larger is no count
 #: what is known of an answer's cost: tokens, those of the prompt disjoint, and nano-AIU
@@ -7303,60 +7307,71 @@ class KeyFile:
 
 
 # ==== 13. Upstream HTTP ===========================================================================
-# All traffic to GitHub and Copilot goes through one urllib opener: proxies, CAs, time limits and
-# connections in one place.  Its handlers keep connections alive in a pool, where the stock ones
-# open one for each call; no redirect is followed.  http.client connects, tunnels and does TLS; the
-# answer's head and body are read by section 6, because a relay must see bytes as they come.
+# How a request waits, and all traffic to GitHub and Copilot.  One urllib opener finds the way to a
+# host (proxies, CONNECT, CAs) and gives a connection, which is kept in a pool; no redirect is
+# followed.  Heads and bodies are read by section 6, because a relay must see bytes as they come.
 
-class Downstream(Protocol):
-    """The client on whose behalf an upstream call waits."""
-    keepalive_s: float
+Work = Coroutine[Any, Any, Any]          # what `run` and the event loop drive
+OnEnd = Callable[[Any, Optional[BaseException]], None]
 
-    @property
-    def is_full(self) -> bool:
-        """Has so much been sent ahead that it is not read any more?"""
+class Wait:
+    """Something that a coroutine waits for.
 
-    def fileno(self) -> int:
-        """Of its socket: readable when the client sends more or has hung up."""
+    A request is a coroutine: plain `async def`, without asyncio.  Where it has to wait it hands
+    one of these objects to its driver, which resumes it with the result:
 
-    def is_gone(self) -> bool:
-        """Has it hung up?  Does not block."""
+        coroutine  -- await wait(Wait) -->  EventLoop: calls `begin`, serves others, resumes it
+                   <------ result --------  run():     calls `block` in this very thread
 
-    def on_silence(self) -> None:
-        """Called after each `keepalive_s` without a byte from the upstream."""
+    So the same code serves a client in the loop, and a command or a test in a thread.  The loop is
+    the EventLoop of section 18, a task one coroutine that it drives.
+    timeout_s: the longest wait; when it is over the result is False."""
+    timeout_s = math.inf
 
-    def pause(self) -> None:
-        """Called before a wait: meanwhile other requests may be prepared."""
+    def begin(self, loop: Any, task: Any) -> None:
+        """In the loop: see to it that the task is resumed.  Must not resume it at once."""
+        raise NotImplementedError
 
-    def resume(self) -> None:
-        """Called when there is work again."""
+    def block(self) -> Any:
+        """In a thread: wait here, return the result."""
+        raise NotImplementedError
+
+@types.coroutine
+def wait(what: Wait) -> Generator[Wait, Any, Any]:
+    """`await wait(what)`: the one place where a coroutine hands over to its driver."""
+    return (yield what)
+
+def outcome(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    """(what it returns, None) or (None, what it raises), for somebody else."""
+    try:
+        return work(), None
+    except Exception as error:                       # noqa: BLE001
+        return None, error
+
+def run(work: Work) -> Any:
+    """Drive a coroutine to its end in this thread; returns its result, raises its error."""
+    value, error = None, None
+    while True:
+        try:
+            what = work.send(value) if error is None else work.throw(error)
+        except StopIteration as end:
+            return end.value
+        value, error = outcome(what.block)
 
 _POLL_READ = getattr(select, "POLLIN", 0) | getattr(select, "POLLRDHUP", 0)
 
-def wait_readable(sockets: list[Any], timeout_s: float, write: bool = False) -> list[Any]:
-    """Those of `sockets` (objects with fileno()) that can be read (or written) now, or after at
-    most `timeout_s`; [] when the time is over.  poll where there is one: select ends at 1,024."""
-    if not hasattr(select, "poll"):
-        ready = select.select([] if write else sockets, sockets if write else [], [], timeout_s)
-        return ready[0] + ready[1]
-    poller = select.poll()
-    for item in sockets:
-        poller.register(item, select.POLLOUT if write else _POLL_READ)
-    numbers = [number for number, _ in poller.poll(max(0, int(timeout_s * 1000 + 0.999)))]
-    return [item for item in sockets if item.fileno() in numbers]
-
-def rest(client: Downstream | None, seconds: float) -> None:
-    """Wait, but not for a client that has hung up: ClientGone."""
-    end = time.monotonic() + seconds
-    if client is not None:
-        client.pause()
-        if wait_readable([client], seconds) and client.is_gone():
-            raise ClientGone
-    time.sleep(max(0.0, end - time.monotonic()))
-
 def wait_ready(sock: Any, timeout_s: float, write: bool = False) -> bool:
-    """Can this one be read (or written) now, or after at most `timeout_s`?"""
-    return bool(wait_readable([sock], timeout_s, write))
+    """Can this socket (or object with fileno()) be read, or written, now or within `timeout_s`?
+    poll where there is one: select ends at file number 1,024."""
+    if not hasattr(select, "poll"):
+        seconds = None if timeout_s == math.inf else timeout_s
+        wanted = ([], [sock], [sock]) if write else ([sock], [], [])
+        return any(select.select(*wanted, seconds))
+
+    poller = select.poll()
+    poller.register(sock, select.POLLOUT if write else _POLL_READ)
+    timeout_ms = None if timeout_s == math.inf else max(0, int(timeout_s * 1000 + 0.999))
+    return bool(poller.poll(timeout_ms))
 
 def is_would_block(error: OSError) -> bool:
     """Does a socket that does not block only say "not now"?  (By name: ssl is imported late.)"""
@@ -7381,273 +7396,269 @@ def send_now(sock: Any, data: Any) -> int:
             return 0
         raise
 
-def send_all(sock: Any, data: bytes, timeout_s: float) -> None:
-    """Write all of it; raises socket.timeout when the other side takes nothing for so long."""
-    sent = send_now(sock, data)
-    while sent < len(data):
-        if not wait_ready(sock, timeout_s, write=True):
-            raise socket.timeout("timed out")
-        sent += send_now(sock, memoryview(data)[sent:sent + MAX_OUT_BYTES])
+class Ready(Wait):
+    """Until a connection can be read, or written -> True."""
 
-class UpstreamRequest(urllib.request.Request):
-    """A request with what our handlers need: who waits for it and how long."""
+    def __init__(self, connection: Connection, events: int = selectors.EVENT_READ,
+                 timeout_s: float = math.inf) -> None:
+        self.connection, self.events, self.timeout_s = connection, events, timeout_s
 
-    def __init__(self, method: str, url: str, headers: Mapping[str, str],
-                 body: bytes | None = None, client: Downstream | None = None,
-                 timeout_s: float = ANSWER_TIMEOUT_S) -> None:
-        super().__init__(url, body, method=method)
-        self.headers = dict(headers)
-        self.client = client
-        self.answer_timeout_s = timeout_s
-        self.is_fresh = False                    # no pooled connection
+    def begin(self, loop: Any, task: Any) -> None:
+        self.connection.waiter = task
+        loop.watch(self.connection, self.events)
 
-class ProxyRefusal(OSError):
-    """What a company proxy said to CONNECT."""
-    logins = ""                        # that it would take: Basic, NTLM, Negotiate
+    def block(self) -> bool:
+        return wait_ready(self.connection, self.timeout_s, self.events == selectors.EVENT_WRITE)
 
-class Wire:
-    """A connection that can be kept: reads raw bytes and watches the client meanwhile.
-    Mixed into http.client's two connection classes, which connect, tunnel and do TLS."""
-    sock: Any
-    idle_since = 0.0
-    received = b""                     # bytes that belong to the next head or body
-    has_more = False                   # TLS may hold bytes that no selector will tell of
+class InThread(Wait):
+    """Until work that may block is done, in a worker thread -> what it returns."""
 
-    def open(self, client: Downstream | None) -> None:
-        """Connect (with proxy tunnel and TLS handshake).  Raises OSError."""
-        if client is not None:
-            client.pause()
-        http.client.HTTPConnection.connect(self)     # type: ignore[arg-type]
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock.settimeout(0)        # from here on we wait ourselves, and watch the client
-        self.shake_hands(client)
+    def __init__(self, work: Callable[[], Any], timeout_s: float = math.inf) -> None:
+        self.block, self.timeout_s = work, timeout_s             # type: ignore[method-assign]
 
-    def shake_hands(self, client: Downstream | None) -> None:
-        """TLS, where it is spoken.  Raises OSError."""
+    def begin(self, loop: Any, task: Any) -> None:
+        loop.run_in_thread(self.block, task, self)
 
-    def _tunnel(self) -> None:
-        """CONNECT: http.client's own forgets what a refusing proxy says.  Raises ProxyRefusal."""
-        where: Any = self              # http.client keeps these names since Python 2
-        name = "%s:%d" % (where._tunnel_host, where._tunnel_port)
-        self.sock.sendall(render_head("CONNECT %s HTTP/1.1" % name, (
-            ("Host", name), *where._tunnel_headers.items())))
-        data = more = b"-"
-        while more and b"\r\n\r\n" not in data and len(data) < MAX_HEAD_BYTES:
-            more = self.sock.recv(1)   # not a byte of the TLS that follows
-            data += more
+class Pause(Wait):
+    """For some seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self._until = time.monotonic() + seconds
+
+    def begin(self, loop: Any, task: Any) -> None:
+        loop.wake_at(self._until, task, self)
+
+    def block(self) -> None:
+        time.sleep(max(0.0, self._until - time.monotonic()))
+
+class NextTurn(Wait):
+    """Until the running streams have been served: what follows takes a moment to compute."""
+
+    def begin(self, loop: Any, task: Any) -> None:
+        loop.wake_in_turn(task, self)
+
+    def block(self) -> None:
+        """A thread has its turn always."""
+
+class Signal(Wait):
+    """Until `set` is called, from whatever thread -> True.  One coroutine waits for it, once."""
+
+    def __init__(self, timeout_s: float = math.inf) -> None:
+        self.timeout_s = timeout_s
+        self.is_set = False
+        self._wake: Callable[[], Any] | None = None
+
+    def set(self) -> None:
+        """It has happened."""
+        self.is_set = True
+        if self._wake is not None:
+            self._wake()
+
+    def _tell(self, wake: Callable[[], Any]) -> None:
+        """Without a lock: `set` writes, then reads, and so does this, so one of them wakes."""
+        self._wake = wake
+        if self.is_set:
+            wake()
+
+    def begin(self, loop: Any, task: Any) -> None:
+        self._tell(lambda: loop.wake(task, self, True))
+
+    def block(self) -> bool:
+        event = threading.Event()
+        self._tell(event.set)
+        return event.wait(None if self.timeout_s == math.inf else self.timeout_s)
+
+class Apart(Wait):
+    """Until another coroutine has ended -> its result.  It goes on when who waits for it leaves:
+    so a token that many wait for is fetched although the first of them hangs up."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def begin(self, loop: Any, task: Any) -> None:
+        loop.spawn(self._work, lambda value, error: loop.wake(task, self, value, error))
+
+    def block(self) -> Any:
+        return run(self._work)
+
+class Within(Wait):
+    """Until another coroutine has ended -> (its result, its error), or its time is over."""
+
+    def __init__(self, timeout_s: float, work: Work) -> None:
+        self.timeout_s, self._work = timeout_s, work
+        self._stop: Callable[[], None] = work.close
+
+    def begin(self, loop: Any, task: Any) -> None:
+        inner = loop.spawn(self._work, lambda *result: loop.wake(task, self, result))
+        self._stop = lambda: loop.cancel(inner, ClientGone())
+
+    def block(self) -> Any:
+        return outcome(lambda: run(self._work))
+
+    def stop(self) -> None:
+        """Nobody waits for it any more."""
+        self._stop()
+
+async def within(seconds: float, work: Work) -> Any:
+    """The result of `work`, which has so many seconds in all.  Raises socket.timeout."""
+    what = Within(seconds, work)
+    try:
+        found = await wait(what)
+    finally:
+        what.stop()
+    value, error = found or (None, socket.timeout("timed out"))
+    if error is not None:
+        raise error
+    return value
+
+class Refreshed:
+    """A value that is fetched again when it is due; one fetch for all who wait for it.
+
+    `get()` returns at once while the value is fresh.  When it is due the first caller fetches, the
+    others go on with the old value as long as it is not dead, else they wait for that one fetch.
+    After a failed fetch the old value is kept and further tries are spaced by `pauses_s`.
+    value: what is there, without a fetch, None at the start; error: why the last fetch failed.
+    `_lock` guards all fields and is held for no I/O.  Any thread and the loop may ask."""
+
+    def __init__(self, fetch: Callable[[], Work], due: Callable[[Any], bool],
+                 dead: Callable[[Any], bool], pauses_s: tuple[float, ...]) -> None:
+        self._fetch, self._is_due, self._is_dead, self._pauses_s = fetch, due, dead, pauses_s
+        self._lock = threading.Lock()
+        self.value: Any = None
+        self.error: ProxyError | None = None
+        self._is_busy = False
+        self._waiting: list[Signal] = []      # who waits for the fetch that runs
+        self._attempts = 0                    # fetches that have ended
+        self._failures = 0                    # of them, failed in a row
+        self._retry_at = 0.0                  # monotonic
+
+    async def get(self, bad: Any = None) -> Any:
+        """The value; never the very object `bad`.  Raises what the fetch raised."""
+        seen = self._attempts
+        while True:
+            with self._lock:
+                value = self.value
+                is_early = time.monotonic() < self._retry_at
+                if self._is_usable(value, bad) and (
+                        not self._is_due(value) or self._is_busy or is_early):
+                    return value
+
+                has_failed = self._attempts != seen or is_early and not self._is_busy
+                if self.error is not None and has_failed:
+                    raise self.error.with_traceback(None)
+
+                if not self._is_busy:
+                    self._is_busy = True
+                    break
+                ended = Signal()
+                self._waiting.append(ended)
+            await wait(ended)
+        return await wait(Apart(self._attempt(bad)))
+
+    def _is_usable(self, value: Any, bad: Any) -> bool:
+        return value is not None and value is not bad and not self._is_dead(value)
+
+    async def _attempt(self, bad: Any) -> Any:
+        value, error = None, None
         try:
-            status, reason, headers = parse_response_head(data[1:].partition(b"\r\n\r\n")[0])
-        except ProxyError:
-            raise ProxyRefusal("no HTTP proxy answers there") from None
-        if status != 200:
-            refusal = ProxyRefusal("%d %s" % (status, reason))
-            refusal.logins = headers.get("proxy-authenticate", "")
-            raise refusal
+            value = await self._fetch()
+        except ProxyError as problem:
+            error = problem
+        finally:
+            old = self._end_attempt(value, error)
+
+        if value is None and error is not None:
+            if not self._is_usable(old, bad):
+                raise error
+            value = old
+        return value
+
+    def _end_attempt(self, value: Any, error: ProxyError | None) -> Any:
+        """Note how a fetch ended, wake those who wait for it -> the value that counts now."""
+        with self._lock:
+            self._is_busy = False
+            self._attempts += 1
+            waiting, self._waiting = self._waiting, []
+            if value is not None:
+                self.value, self.error = value, None
+                self._failures, self._retry_at = 0, 0.0
+            else:
+                pause = self._pauses_s[min(self._failures, len(self._pauses_s) - 1)]
+                self._failures += 1
+                self._retry_at = time.monotonic() + pause
+                self.error = error or UpstreamError("the fetch was broken off")
+            current = self.value
+
+        for one in waiting:
+            one.set()
+        return current
+
+class Connection:
+    """A socket that the event loop may watch.
+
+    An event belongs to the coroutine that waits for it (`waiter`); where none does the connection
+    decides itself what it means, in `on_event`.
+    watched: the events that the loop's selector reports; written by the loop alone."""
+    sock: Any = None
+    loop: Any = None                   # that watches it
+    waiter: Any = None
+    watched = 0
 
     def fileno(self) -> int:
-        return self.sock.fileno()      # type: ignore[no-any-return]
+        return self.sock.fileno()                    # type: ignore[no-any-return]
 
-    def is_stale(self) -> bool:
-        """Has the other side closed it, or said something nobody asked for?"""
-        return bool(self.received) or wait_ready(self.sock, 0)
+    def on_event(self, mask: int) -> None:
+        """The selector reports something that nobody waits for."""
+        raise NotImplementedError
 
-    def write(self, head: bytes, body: bytes) -> None:
-        """Head and small body in one packet."""
-        if len(body) <= 65536:
-            send_all(self.sock, head + body, SEND_TIMEOUT_S)
-        else:
-            send_all(self.sock, head, SEND_TIMEOUT_S)
-            send_all(self.sock, body, SEND_TIMEOUT_S)
-
-    def read(self, client: Downstream | None, deadline: float) -> bytes:
-        """The next bytes, b'' at the end.  Raises ClientGone, UpstreamError 504, OSError.
-        While nothing comes `client.on_silence` is called every `keepalive_s`."""
-        silent_since = time.monotonic()
+    async def shake_hands(self, deadline: float) -> None:
+        """Take all steps of a TLS handshake until `deadline`, monotonic.  Raises OSError."""
         while True:
-            data = self.receive() if self.received or self.has_more else None
-            if data is not None:
-                return data
-            now = time.monotonic()
-            left = pause = deadline - now
-            if left <= 0:
-                raise UpstreamError("the upstream was silent for too long", 504)
-            if client is not None:
-                pause = min(left, max(silent_since + client.keepalive_s - now, 0))
-            if client is not None:
-                client.pause()
-            watched = [self] if client is None or client.is_full else [self, client]
-            ready = wait_readable(watched, pause)
-            if self in ready:
-                more = self.receive()
-                if more is not None:
-                    return more
-            elif client is not None and ready and client.is_gone():
-                raise ClientGone
-            elif client is not None and not ready and pause < left:
-                client.on_silence()
-                silent_since = time.monotonic()
-
-    def receive(self) -> bytes | None:
-        """What is there now, for a loop: None when nothing is, b'' at the end.  Raises OSError."""
-        if self.received:
-            data, self.received = self.received, b""
-            return data
-        more = receive_now(self.sock)
-        self.has_more = more is not None and len(more) == READ_BYTES
-        return more
-
-class PlainWire(Wire, http.client.HTTPConnection):
-    pass
-
-class SecureWire(Wire, getattr(http.client, "HTTPSConnection",                # type: ignore[misc]
-                               http.client.HTTPConnection)):    # in a Python without ssl
-    """The handshake goes in steps: computing needs the client's baton, waiting does not."""
-    _context: Any
-    _tunnel_host: Any
-
-    def shake_hands(self, client: Downstream | None) -> None:
-        self.sock = self._context.wrap_socket(self.sock, do_handshake_on_connect=False,
-                                              server_hostname=self._tunnel_host or self.host)
-        done = False
-        while not done:
-            if client is not None:
-                client.resume()
+            self.unwatch()
+            await wait(NextTurn())
             try:
                 self.sock.do_handshake()
-                done = True
+                return
             except OSError as error:
                 if not is_would_block(error):
                     raise
-                if wait_ready(self.sock, NEARBY_S):
-                    continue
-                if client is not None:
-                    client.pause()
-                if not wait_ready(self.sock, CONNECT_TIMEOUT_S):
-                    raise socket.timeout("timed out") from None
+                wants_write = type(error).__name__ == "SSLWantWriteError"
 
-def host_and_port(req: UpstreamRequest) -> str:
-    """What the Host header says, also when a proxy stands in `req.host`."""
-    return urllib.parse.urlsplit(req.full_url).netloc.rpartition("@")[2] if req.has_proxy() \
-        or getattr(req, "_tunnel_host", None) else req.host
+            events = selectors.EVENT_WRITE if wants_write else selectors.EVENT_READ
+            if not await wait(Ready(self, events, deadline - time.monotonic())):
+                raise socket.timeout("timed out")
 
-class Pool:
-    """Idle connections by destination; newest first, none older than POOL_IDLE_S.
-    Thread-safe; `_lock` guards `_idle` and is held for no I/O."""
+    def unwatch(self) -> None:
+        """The loop has nothing to do with it any more."""
+        self.waiter = None
+        if self.loop is not None and self.watched:
+            self.loop.watch(self, 0)
 
-    def __init__(self) -> None:
-        self.closed = False
-        self._lock = threading.Lock()
-        self._idle: dict[Any, collections.deque[Any]] = {}     # oldest first
+class UpstreamRequest:
+    """A request to GitHub or Copilot.
+    origin: "https://host:port"; is_fresh: not over a connection that was kept."""
 
-    def take(self, key: Any) -> Any:
-        """A connection that is usable as far as one can see, or None."""
-        while True:
-            with self._lock:
-                idle = self._idle.get(key)
-                wire = idle.pop() if idle else None
-            if wire is None:
-                return None
-            if time.monotonic() - wire.idle_since < POOL_IDLE_S and not wire.is_stale():
-                return wire
-            wire.close()
+    def __init__(self, method: str, url: str, headers: Mapping[str, str],
+                 body: bytes | None = None, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+        scheme, _, rest = url.partition("://")
+        host, slash, path = rest.partition("/")
+        self.method, self.url, self.headers, self.body = method, url, headers, body
+        self.host = host.rpartition("@")[2]
+        self.origin = f"{scheme}://{self.host}"
+        self.target = slash + path or "/"
+        self.timeout_s = timeout_s
+        self.is_fresh = False
 
-    def give(self, key: Any, wire: Any) -> None:
-        """Keep a connection for the next request."""
-        now = wire.idle_since = time.monotonic()
-        with self._lock:
-            if self.closed:
-                wire.close()
-                return
-            idle = self._idle.setdefault(key, collections.deque())
-            idle.append(wire)
-            old = []
-            while now - idle[0].idle_since >= POOL_IDLE_S or len(idle) > POOL_SIZE:
-                old.append(idle.popleft())
-        for gone in old:
-            gone.close()
+    def head(self) -> bytes:
+        """As it goes over the wire, with the empty line."""
+        fields_ = {"Host": self.host, **self.headers}
+        if self.body is not None:
+            fields_["Content-Length"] = str(len(self.body))
+        return render_head(f"{self.method} {self.target} HTTP/1.1", fields_.items())
 
-    def clear(self) -> None:
-        """Close all."""
-        with self._lock:
-            wires = [wire for idle in self._idle.values() for wire in idle]
-            self._idle.clear()
-        for wire in wires:
-            wire.close()
-
-class UpstreamResponse:
-    """An answer whose body is still on the wire.
-    status, reason, headers (lower-case names).  A thread reads the rest with `read_all`; a loop
-    feeds what it receives from `wire` to `take`.  At the end `finish` puts the connection back
-    into the pool; `close` gives it up.  Not thread-safe; belongs to the one request."""
-
-    def __init__(self, head: tuple[int, str, Headers], wire: Any, method: str,
-                 give_back: Callable[[Any], None]) -> None:
-        self.status, self.reason, self.headers = head
-        self.wire, self._give_back = wire, give_back
-        length = self.headers.get("content-length")
-        chunked = "chunked" in self.headers.get("transfer-encoding", "").lower()
-        if method == "HEAD" or self.status in (204, 304):
-            length, chunked = "0", False
-        self._body = BodyDecoder(int(length) if length and length.isdigit() and not chunked
-                                 else None, chunked)
-        self._keep = self._body.delimited and "close" not in self.headers.get("connection",
-                                                                              "").lower()
-
-    @property
-    def done(self) -> bool:
-        return self._body.done
-
-    def info(self) -> Headers:
-        """For urllib's own response processors."""
-        return self.headers
-
-    def take(self, data: bytes) -> bytes:
-        """The payload in these bytes from the wire; b'' from the wire means its end.
-        Raises StreamCut when the body ends too early or is malformed."""
-        if not data:
-            if self._body.delimited:
-                raise StreamCut("the upstream closed the connection in the middle of its answer",
-                                code="upstream_stream_ended")
-            self._body.done, self._keep = True, False
-            return b""
-        try:
-            return self._body.feed(data)
-        except BadRequest as error:
-            raise StreamCut("the upstream's body is malformed: %s" % error) from None
-
-    def read_all(self, client: Downstream | None = None, limit: int = MAX_ANSWER_BYTES,
-                 timeout_s: float = ANSWER_TIMEOUT_S) -> bytes:
-        """The whole rest of the body, at most `limit` bytes (more is an UpstreamError).
-        `timeout_s` is the longest silence.  Raises StreamCut, ClientGone, UpstreamError 504."""
-        parts: list[bytes] = []
-        size = 0
-        try:
-            while not self.done:
-                parts.append(self.take(self.wire.read(client, time.monotonic() + timeout_s)))
-                size += len(parts[-1])
-                if size > limit:
-                    raise UpstreamError("the upstream's answer is larger than %d bytes" % limit)
-        except OSError as error:
-            raise StreamCut("the upstream broke the connection (%s)" % plain_reason(error),
-                            code="upstream_stream_ended") from None
-        finally:
-            self.finish()
-        return b"".join(parts)
-
-    def finish(self) -> None:
-        """Give the connection back if it can be used again, else give it up."""
-        if self.done and self._keep and not self._body.rest and self.wire is not None:
-            wire, self.wire = self.wire, None
-            self._give_back(wire)
-        else:
-            self.close()
-
-    def close(self) -> None:
-        """Give the connection up: the upstream stops working on the answer."""
-        wire, self.wire = self.wire, None
-        if wire is not None:
-            wire.close()
+class ProxyRefusal(OSError):
+    """What a company proxy answered to CONNECT."""
+    logins = ""                        # that it would take: Basic, NTLM, Negotiate
 
 def plain_reason(error: BaseException) -> str:
     """An OSError in a few words, without secrets."""
@@ -7687,6 +7698,450 @@ def explain_connect_error(error: Exception, host: str, proxied: bool) -> Upstrea
     failure.unsent = True
     return failure
 
+class HostNames:
+    """Addresses of hosts, looked up in a thread and kept for NAME_AGE_S."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int], Refreshed] = {}
+
+    async def find(self, host: str, port: int) -> list[tuple[int, Any]]:
+        """[(address family, address)].  Raises OSError."""
+        with contextlib.suppress(OSError):
+            return self._look_up(host, port, socket.AI_NUMERICHOST)
+
+        known = self._known.get((host, port))
+        if known is None:
+            fetch = functools.partial(self._fetch, host, port)
+            known = self._known[host, port] = Refreshed(fetch, self._is_old, self._is_old, (0.0,))
+        _, found = await known.get()
+        if isinstance(found, OSError):
+            raise found
+        return found                                 # type: ignore[no-any-return]
+
+    async def _fetch(self, host: str, port: int) -> tuple[float, Any]:
+        """(monotonic time, what the resolver says or its error)"""
+        look_up = functools.partial(self._look_up, host, port)
+        found = await wait(InThread(lambda: outcome(look_up), CONNECT_TIMEOUT_S))
+        addresses, error = found or (None, socket.timeout("timed out"))
+        return time.monotonic(), error or addresses
+
+    @staticmethod
+    def _look_up(host: str, port: int, flags: int = 0) -> list[tuple[int, Any]]:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+        return [(entry[0], entry[4]) for entry in found]
+
+    @staticmethod
+    def _is_old(value: tuple[float, Any]) -> bool:
+        is_error = isinstance(value[1], Exception)
+        return is_error or time.monotonic() - value[0] >= NAME_AGE_S
+
+#: what connect_ex returns while a connection is being made
+_CONNECTING = (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0))
+
+class HttpConnection(Connection):
+    """A connection to an upstream, directly or through a proxy; it carries one request at a time.
+
+        opener ---> open() ---> exchange() ---> UpstreamResponse --- read whole ---> Pool
+                                    ^                 |                               |
+                                    |                 +--- cut, given up ---> closed  |
+                                    +----------------- next request <-----------------+
+
+    received: bytes that were read already and belong to the next head or body;
+    has_more: more may be there that no selector tells of, inside TLS;
+    forward: the origin that an HTTP proxy is asked for, "" for a direct connection."""
+    default_port = 80
+    origin = ""
+    tunnel = ""                        # host:port behind a proxy that speaks CONNECT
+    forward = ""
+    proxy_login = ""                   # the value of Proxy-Authorization
+    idle_since = 0.0                   # monotonic; 0 before its first request
+    is_idle = False                    # in the pool
+    received = b""
+    has_more = False
+
+    def __init__(self, host: str, names: HostNames | ImageFetcher) -> None:
+        where = urllib.parse.urlsplit("//" + host)
+        self.host, self.port = where.hostname or "", where.port or self.default_port
+        self._names = names
+        self._readable = Ready(self)
+
+    async def open(self) -> None:
+        """Connect, through the proxy if there is one, and begin TLS.  Raises UpstreamError."""
+        try:
+            await self.connect()
+            if self.tunnel:
+                await self.ask_proxy()
+            await self.secure()
+        except OSError as error:
+            self.close()
+            name = host_of(self.origin)
+            raise explain_connect_error(error, name, bool(self.tunnel or self.forward)) from None
+        except BaseException:
+            self.close()
+            raise
+
+    async def connect(self) -> None:
+        """Try one address after the other."""
+        problem = OSError("no address")
+        for family, address in await self._names.find(self.host, self.port):
+            self.sock = socket.socket(family, socket.SOCK_STREAM)
+            self.sock.setblocking(False)
+            try:
+                await self._reach(address)
+                break
+            except OSError as error:
+                problem = error
+                self.close()
+        else:
+            raise problem
+
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    async def _reach(self, address: Any) -> None:
+        code = self.sock.connect_ex(address)
+        if code in _CONNECTING:
+            if not await wait(Ready(self, selectors.EVENT_WRITE, CONNECT_TIMEOUT_S)):
+                raise socket.timeout("timed out")
+            code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
+
+    async def ask_proxy(self) -> None:
+        """CONNECT.  Raises ProxyRefusal."""
+        fields_ = [("Host", self.tunnel)]
+        if self.proxy_login:
+            fields_.append(("Proxy-Authorization", self.proxy_login))
+        await self._send(render_head(f"CONNECT {self.tunnel} HTTP/1.1", fields_))
+
+        data = b""
+        while b"\r\n\r\n" not in data and len(data) < MAX_HEAD_BYTES:
+            more = await self._receive_one()
+            if not more:
+                break
+            data += more
+        try:
+            status, reason, headers = parse_response_head(data.partition(b"\r\n\r\n")[0])
+        except ProxyError:
+            raise ProxyRefusal("no HTTP proxy answers there") from None
+        if status != 200:
+            refusal = ProxyRefusal(f"{status} {reason}")
+            refusal.logins = headers.get("proxy-authenticate", "")
+            raise refusal
+
+    async def _receive_one(self) -> bytes:
+        """One byte, and none of the TLS that follows."""
+        while True:
+            try:
+                return self.sock.recv(1)             # type: ignore[no-any-return]
+            except OSError as error:
+                if not is_would_block(error):
+                    raise
+            if not await wait(Ready(self, timeout_s=CONNECT_TIMEOUT_S)):
+                raise socket.timeout("timed out")
+
+    async def secure(self) -> None:
+        """Begin TLS, where it is spoken.  Raises OSError."""
+
+    def on_event(self, mask: int) -> None:
+        """An idle connection that can be read was closed by the upstream.  Another one is just
+        not read now: its client is slow, or its request is in a thread."""
+        self.unwatch()
+        if self.is_idle:
+            self.close()
+
+    def is_stale(self) -> bool:
+        """Has the other side closed it, or sent something nobody asked for?"""
+        return self.sock is None or bool(self.received) or wait_ready(self.sock, 0)
+
+    async def _send(self, data: bytes) -> None:
+        """Raises OSError; socket.timeout when nothing is taken for SEND_TIMEOUT_S."""
+        sent = send_now(self.sock, data)
+        while sent < len(data):
+            if not await wait(Ready(self, selectors.EVENT_WRITE, SEND_TIMEOUT_S)):
+                raise socket.timeout("timed out")
+            sent += send_now(self.sock, memoryview(data)[sent:sent + MAX_OUT_BYTES])
+
+    async def receive(self, timeout_s: float) -> bytes:
+        """The next bytes, b"" at the end.  Raises OSError; UpstreamError 504 after a silence."""
+        if self.received:
+            data, self.received = self.received, b""
+            return data
+
+        while True:
+            if self.has_more:
+                more = self.receive_now()
+                if more is not None:
+                    return more
+            self._readable.timeout_s = timeout_s
+            if not await wait(self._readable):
+                raise UpstreamError("the upstream was silent for too long", 504)
+            more = self.receive_now()
+            if more is not None:
+                return more
+
+    def receive_now(self) -> bytes | None:
+        """What is there now: None when nothing is, b"" at the end.  Raises OSError.
+        A TLS socket gives one record at a time, so a full one may have others behind it."""
+        more = receive_now(self.sock)
+        whole = min(RECORD_BYTES, READ_BYTES)
+        if more is None or len(more) < whole:
+            self.has_more = False
+            return more
+
+        parts, size = [more], len(more)
+        while len(more) >= whole and size < READ_BYTES:
+            more = receive_now(self.sock)
+            if not more:                       # nothing now; an end will show the next time
+                break
+            parts.append(more)
+            size += len(more)
+        self.has_more = size >= READ_BYTES
+        return b"".join(parts)
+
+    async def exchange(self, request: UpstreamRequest, pool: Pool) -> UpstreamResponse:
+        """Send a request, wait for the head of its answer.  Raises StaleConnection when a kept
+        connection proves closed before a byte came, else UpstreamError."""
+        try:
+            head = await self._ask(request)
+        except StaleConnection as error:
+            is_kept = self.idle_since > 0
+            self.close()
+            if is_kept:
+                raise
+            failure = UpstreamError(str(error))
+            failure.unsent = error.unsent
+            raise failure from None
+        except BaseException:
+            self.close()
+            raise
+        return UpstreamResponse(head, self, request.method, pool)
+
+    async def _ask(self, request: UpstreamRequest) -> tuple[int, str, Headers]:
+        head, body = request.head(), request.body or b""
+        if self.forward:
+            head = self._for_proxy(head)
+        broken: OSError | None = None
+        try:
+            if len(body) <= READ_BYTES:              # in one packet
+                await self._send(head + body)
+            else:
+                await self._send(head)
+                await self._send(body)
+        except OSError as error:
+            broken = error                           # an early answer may still be readable
+        return await self._read_head(request.timeout_s, broken)
+
+    def _for_proxy(self, head: bytes) -> bytes:
+        """A proxy that forwards plain HTTP wants the whole URL, and its login."""
+        line, _, rest = head.partition(b"\r\n")
+        method, _, target = line.partition(b" ")
+        login = ""
+        if self.proxy_login:
+            login = f"Proxy-Authorization: {self.proxy_login}\r\n"
+        return b"%b %b%b\r\n%b%b" % (method, self.forward.encode(), target, login.encode(), rest)
+
+    async def _read_head(self, timeout_s: float, broken: OSError | None
+                         ) -> tuple[int, str, Headers]:
+        """broken: why the request could not be sent whole."""
+        deadline = time.monotonic() + timeout_s
+        is_unsent = broken is not None
+        interim_bytes = 0                            # of the 1xx answers before
+        data = b""
+        while True:
+            end = data.find(b"\r\n\r\n")
+            if end >= 0:
+                head, data = parse_response_head(data[:end]), data[end + 4:]
+                if head[0] >= 200:
+                    self.received = data
+                    return head
+                interim_bytes += end                 # 100 Continue and its like
+                if head[0] == 101 or interim_bytes > MAX_HEAD_BYTES:
+                    raise UpstreamError("the upstream's answer is not the one to a plain request")
+                continue
+
+            if len(data) > MAX_HEAD_BYTES:
+                raise UpstreamError("the head of the upstream's answer is too large")
+            try:
+                more = await self.receive(max(0.0, deadline - time.monotonic()))
+            except OSError as error:
+                more, broken = b"", error
+            if not more:
+                reason = plain_reason(broken) if broken else "connection closed"
+                kind = UpstreamError if data else StaleConnection
+                failure = kind(f"the upstream gave no answer ({reason})")
+                failure.unsent = is_unsent and not data
+                raise failure
+            data += more
+
+    def close(self) -> None:
+        """May be called twice."""
+        self.unwatch()
+        sock, self.sock = self.sock, None
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.close()
+
+class HttpsConnection(HttpConnection):
+    """The same over TLS."""
+    default_port = 443
+
+    def __init__(self, host: str, names: HostNames | ImageFetcher, context: Any) -> None:
+        super().__init__(host, names)
+        self._context = context
+
+    async def secure(self) -> None:
+        name = self.tunnel.rpartition(":")[0] or self.host
+        self.unwatch()                               # the wrapped socket is another object
+        self.sock = self._context.wrap_socket(self.sock, do_handshake_on_connect=False,
+                                              server_hostname=name)
+        await self.shake_hands(time.monotonic() + CONNECT_TIMEOUT_S)
+
+class Pool:
+    """Idle connections by origin; newest first, none older than POOL_IDLE_S.
+
+    The loop watches those that it keeps, so that one that is closed by its upstream is gone at
+    once; those of other threads are looked at when they are taken.  Neither takes the other's.
+    `_lock` guards `_idle` and is held for no I/O."""
+
+    def __init__(self, closed: bool = False) -> None:
+        self.closed = closed
+        self._loop_thread = 0                          # the loop's own, by number
+        self._lock = threading.Lock()
+        #: (origin, is the loop's) -> connections, the oldest first
+        self._idle: dict[tuple[str, bool], collections.deque[HttpConnection]] = {}
+
+    def belong_to_loop(self) -> None:
+        """Called in the loop's thread: the connections that are made here are watched."""
+        self._loop_thread = threading.get_ident()
+
+    def _key(self, origin: str) -> tuple[str, bool]:
+        return origin, threading.get_ident() == self._loop_thread
+
+    def take(self, origin: str) -> HttpConnection | None:
+        """A connection that is usable as far as one can see."""
+        key = self._key(origin)
+        while True:
+            with self._lock:
+                idle = self._idle.get(key)
+                connection = idle.pop() if idle else None
+            if connection is None:
+                return None
+
+            connection.is_idle = False
+            is_young = time.monotonic() - connection.idle_since < POOL_IDLE_S
+            is_open = connection.sock is not None
+            if is_young and is_open and (connection.watched or not connection.is_stale()):
+                return connection
+            connection.close()
+
+    def give(self, connection: HttpConnection) -> None:
+        """Keep a connection for the next request."""
+        now = connection.idle_since = time.monotonic()
+        with self._lock:
+            if self.closed:
+                connection.close()
+                return
+            idle = self._idle.setdefault(self._key(connection.origin), collections.deque())
+            idle.append(connection)
+            connection.is_idle = True
+            old = []
+            while now - idle[0].idle_since >= POOL_IDLE_S or len(idle) > POOL_SIZE:
+                old.append(idle.popleft())
+        for gone in old:
+            gone.close()
+
+    def clear(self) -> None:
+        """Close all."""
+        with self._lock:
+            connections = [one for idle in self._idle.values() for one in idle]
+            self._idle.clear()
+        for connection in connections:
+            connection.close()
+
+class UpstreamResponse:
+    """An answer whose body is still to be read.
+    status, reason, headers (lower-case names).  `read` gives the next piece of the body,
+    `read_all` the whole rest.  At the end `finish` puts the connection back into the pool; `close`
+    gives it up.  Belongs to the one request."""
+
+    def __init__(self, head: tuple[int, str, Headers], connection: HttpConnection, method: str,
+                 pool: Pool) -> None:
+        self.status, self.reason, self.headers = head
+        self.connection: HttpConnection | None = connection
+        self._pool = pool
+        length = self.headers.get("content-length")
+        chunked = "chunked" in self.headers.get("transfer-encoding", "").lower()
+        if method == "HEAD" or self.status in (204, 304):
+            length, chunked = "0", False
+        known = int(length) if length and length.isdigit() and not chunked else None
+        self._body = BodyDecoder(known, chunked)
+        wish = self.headers.get("connection", "").lower()
+        self._keep = self._body.delimited and "close" not in wish
+
+    @property
+    def done(self) -> bool:
+        return self._body.done
+
+    async def read(self, timeout_s: float = ANSWER_TIMEOUT_S) -> bytes:
+        """The next piece of the body, b"" where only framing came.  `timeout_s` is the longest
+        silence.  Raises StreamCut, UpstreamError 504."""
+        assert self.connection is not None
+        try:
+            data = await self.connection.receive(timeout_s)
+        except OSError as error:
+            raise StreamCut(f"the upstream broke the connection ({plain_reason(error)})",
+                            code="upstream_stream_ended") from None
+        return self.take(data)
+
+    def take(self, data: bytes) -> bytes:
+        """The payload in these bytes from the connection; b"" means that it has ended.
+        Raises StreamCut when the body ends too early or is malformed."""
+        if not data:
+            if self._body.delimited:
+                raise StreamCut("the upstream closed the connection in the middle of its answer",
+                                code="upstream_stream_ended")
+            self._body.done, self._keep = True, False
+            return b""
+        try:
+            return self._body.feed(data)
+        except BadRequest as error:
+            raise StreamCut(f"the upstream's body is malformed: {error}") from None
+
+    async def read_all(self, limit: int = MAX_ANSWER_BYTES, timeout_s: float = ANSWER_TIMEOUT_S
+                       ) -> bytes:
+        """The whole rest of the body, at most `limit` bytes (more is an UpstreamError).
+        `timeout_s` is the longest silence.  Raises StreamCut, UpstreamError 504."""
+        parts: list[bytes] = []
+        size = 0
+        try:
+            while not self.done:
+                parts.append(await self.read(timeout_s))
+                size += len(parts[-1])
+                if size > limit:
+                    raise UpstreamError(f"the upstream's answer is larger than {limit} bytes")
+        finally:
+            self.finish()
+        return b"".join(parts)
+
+    def finish(self) -> None:
+        """Give the connection back if it can be used again, else give it up."""
+        connection = self.connection
+        if connection is None:
+            return
+        is_clean = self.done and not self._body.rest and not connection.received
+        if is_clean and self._keep:
+            self.connection = None
+            self._pool.give(connection)
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Give the connection up: the upstream stops working on the answer."""
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            connection.close()
+
 def proxy_login(proxy: str) -> Headers:
     """The header for user:password@ in a proxy's URL."""
     login = urllib.parse.unquote(urllib.parse.urlsplit(proxy).netloc.rpartition("@")[0])
@@ -7714,105 +8169,36 @@ class _PlainErrors(urllib.request.HTTPErrorProcessor):
 
 _SecureHandler: Any = getattr(urllib.request, "HTTPSHandler", urllib.request.BaseHandler)
 
-class KeepAliveHandler(urllib.request.HTTPHandler, _SecureHandler):          # type: ignore[misc]
-    """Opens http and https URLs over pooled connections."""
+class ConnectionHandler(urllib.request.HTTPHandler, _SecureHandler):         # type: ignore[misc]
+    """Gives the opener a connection that is still to be opened, where the stock handlers would
+    open one for each call and read its answer."""
 
-    def __init__(self, pool: Pool, context: Callable[[], Any]) -> None:
+    def __init__(self, names: HostNames, context: Callable[[], Any]) -> None:
         urllib.request.HTTPHandler.__init__(self)
-        self._pool, self._context = pool, context
+        self._names, self._context = names, context
 
     def http_request(self, request: Any) -> Any:
-        """Nothing is to be added: `_exchange` writes Host and Content-Length."""
+        """There is nothing to add: each request writes its own headers."""
         return request
 
     https_request = http_request
 
     def http_open(self, req: Any) -> Any:
-        return self._exchange(req, PlainWire, {})
+        """Directly, or through a proxy that forwards."""
+        connection = HttpConnection(req.host, self._names)
+        if req.has_proxy():
+            connection.forward = req.full_url
+            connection.proxy_login = req.get_header("Proxy-authorization", "")
+        return connection
 
     def https_open(self, req: Any) -> Any:
-        return self._exchange(req, SecureWire, {"context": self._context()})
-
-    def _exchange(self, req: UpstreamRequest, kind: Any, extra: Json) -> UpstreamResponse:
-        """Send the request, once more on a fresh connection if a kept one proves closed."""
-        fields_ = {"Host": host_and_port(req), **req.headers, **req.unredirected_hdrs}
-        if req.data is not None:
-            fields_["Content-Length"] = str(len(req.data))       # type: ignore[arg-type]
-        tunnel: str = getattr(req, "_tunnel_host", None) or ""
-        proxy_login = fields_.pop("Proxy-authorization", "") if tunnel else ""
-        key = (kind, req.host, tunnel, proxy_login)
-        head = render_head("%s %s HTTP/1.1" % (req.get_method(), req.selector), fields_.items())
-        wire = None if req.is_fresh else self._pool.take(key)
-        if wire is not None:
-            try:
-                return self._talk(wire, req, head, key)
-            except StaleConnection:
-                pass
-        wire = kind(req.host, timeout=CONNECT_TIMEOUT_S, **extra)
-        if tunnel:
-            wire.set_tunnel(tunnel, headers={"Proxy-Authorization": proxy_login}
-                            if proxy_login else {})
-        try:
-            wire.open(req.client)
-        except (OSError, http.client.HTTPException) as error:
-            wire.close()
-            raise explain_connect_error(error, host_of(req.full_url),
-                                        bool(tunnel) or req.has_proxy()) from None
-        return self._talk(wire, req, head, key)
-
-    def _talk(self, wire: Any, req: UpstreamRequest, head: bytes, key: Any) -> UpstreamResponse:
-        fresh = not wire.idle_since
-        try:
-            answer = self._read_head(wire, req, head)
-        except StaleConnection as error:
-            wire.close()
-            if fresh:
-                failure = UpstreamError(str(error))
-                failure.unsent = error.unsent
-                raise failure from None
-            raise
-        except BaseException:
-            wire.close()
-            raise
-        return UpstreamResponse(answer, wire, req.get_method(),
-                                lambda done: self._pool.give(key, done))
-
-    @staticmethod
-    def _read_head(wire: Any, req: UpstreamRequest, head: bytes) -> tuple[int, str, Headers]:
-        deadline = time.monotonic() + req.answer_timeout_s
-        interim_bytes = 0                            # of the 1xx answers before
-        broken: OSError | None = None
-        try:
-            wire.write(head, req.data or b"")
-        except OSError as error:
-            broken = error                           # an early answer may still be readable
-        unsent = broken is not None
-        data = b""
-        while True:
-            end = data.find(b"\r\n\r\n")
-            if end >= 0:
-                raw, data = data[:end], data[end + 4:]
-                status, reason, headers = parse_response_head(raw)
-                if status >= 200:
-                    wire.received = data
-                    return status, reason, headers
-                interim_bytes += end
-                if status == 101 or interim_bytes > MAX_HEAD_BYTES:
-                    raise UpstreamError("the upstream's answer is not the one to a plain request")
-                continue
-            try:
-                more = wire.read(req.client, deadline)
-            except OSError as error:
-                more, broken = b"", error
-            if not more:
-                reason = plain_reason(broken) if broken else "connection closed"
-                kind = UpstreamError if data else StaleConnection
-                failure = kind("the upstream gave no answer (%s)" % reason)
-                failure.unsent = unsent and not data
-                raise failure
-            data += more
-            if len(data) > MAX_HEAD_BYTES and b"\r\n\r\n" not in data:
-                raise UpstreamError("the head of the upstream's answer is too large")
+        """Directly, or through a proxy that speaks CONNECT."""
+        connection = HttpsConnection(req.host, self._names, self._context())
+        connection.tunnel = getattr(req, "_tunnel_host", None) or ""
+        if connection.tunnel:
+            connection.tunnel += "" if ":" in connection.tunnel else ":443"
+            connection.proxy_login = req.get_header("Proxy-authorization", "")
+        return connection
 
 #: where operating systems keep their CA bundle, for a Python that was built elsewhere
 _CA_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt",
@@ -7865,7 +8251,7 @@ PAC_REMEDY = "is a PAC script (%s), which is not supported: look into it for a l
              "host:port and set HTTPS_PROXY=http://host:port"
 
 class Upstream:
-    """The one opener.  `send` blocks until the head of the answer is there; thread-safe."""
+    """The one opener, and the pool of the connections that it made.  Thread-safe."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
         self._settings, self._environ = settings, environ
@@ -7875,7 +8261,7 @@ class Upstream:
         self.pool = Pool()
         self.proxies = self._find_proxies()
         self.opener = urllib.request.build_opener(
-            _Proxies(self.proxies), KeepAliveHandler(self.pool, self.tls_context),
+            _Proxies(self.proxies), ConnectionHandler(HostNames(), self.tls_context),
             _NoRedirects, _PlainErrors)
         self.opener.addheaders = []
 
@@ -7916,19 +8302,44 @@ class Upstream:
                 self._tls = make_tls_context(self._settings, self._environ)
             return self._tls
 
-    def send(self, request: UpstreamRequest) -> UpstreamResponse:
-        """Raises UpstreamError (502, 504) and ClientGone; any status is an answer."""
-        try:
-            answer = self.opener.open(request)
-        except urllib.error.URLError as error:
-            raise UpstreamError("cannot reach %s: %s" % (host_of(request.full_url),
-                                                         plain_reason(error))) from None
-        return answer                                # type: ignore[no-any-return]
+    async def connect(self, origin: str) -> HttpConnection:
+        """A new connection.  Raises UpstreamError (502, 504)."""
+        if self._tls is None and origin.startswith("https:"):
+            await wait(InThread(self.tls_context))
+        connection = self.connection_to(origin)
+        await connection.open()
+        return connection
 
-    def fetch_json(self, request: UpstreamRequest) -> tuple[int, Any, Headers, bytes]:
+    def connection_to(self, origin: str) -> HttpConnection:
+        """A connection that is still to be opened; the opener knows the way."""
+        try:
+            connection = self.opener.open(urllib.request.Request(origin))
+        except urllib.error.URLError as error:
+            name = host_of(origin)
+            raise UpstreamError(f"cannot reach {name}: {plain_reason(error)}") from None
+        connection.origin = origin
+        return connection                            # type: ignore[no-any-return]
+
+    async def send(self, request: UpstreamRequest) -> UpstreamResponse:
+        """One try.  Raises StaleConnection when a kept connection proved closed, UpstreamError
+        (502, 504); any status is an answer."""
+        connection = None if request.is_fresh else self.pool.take(request.origin)
+        if connection is None:
+            connection = await self.connect(request.origin)
+        return await connection.exchange(request, self.pool)
+
+    async def send_again(self, request: UpstreamRequest) -> UpstreamResponse:
+        """The same for calls to GitHub: once more where a kept connection proved closed."""
+        try:
+            return await self.send(request)
+        except StaleConnection:
+            request.is_fresh = True
+            return await self.send(request)
+
+    async def fetch_json(self, request: UpstreamRequest) -> tuple[int, Any, Headers, bytes]:
         """(status, JSON value or None, headers, raw body) of a small answer."""
-        answer = self.send(request)
-        body = answer.read_all(limit=MAX_BODY_BYTES, timeout_s=request.answer_timeout_s)
+        answer = await self.send_again(request)
+        body = await answer.read_all(limit=MAX_BODY_BYTES, timeout_s=request.timeout_s)
         try:
             value = loads(body)
         except ValueError:
@@ -7937,7 +8348,7 @@ class Upstream:
                                                       or answer.status >= 300):
             raise UpstreamError("%s answers with a web page (%d): a captive portal or a filter; "
                                 "open a web page and sign in there, or set HTTPS_PROXY"
-                                % (host_of(request.full_url), answer.status))
+                                % (host_of(request.url), answer.status))
         return answer.status, value, answer.headers, body
 
 def is_public(address: str) -> bool:
@@ -7955,32 +8366,28 @@ class ImageFetcher:
     """`--fetch-images`: images that clients name by URL.  A name is resolved once, all that it
     stands for must be public, and the connection goes there: another answer of the name server
     changes nothing.  No credentials, no proxy, no redirects.  The last ones are kept, since each
-    turn of a conversation names them again; `_lock` guards them."""
+    turn of a conversation names them again.  Only the loop's thread may use it."""
 
     def __init__(self, tls_context: Callable[[], Any]) -> None:
         self.resolve: Callable[..., Any] = socket.getaddrinfo
         self.is_allowed: Callable[[str], bool] = is_public
         self.timeout_s = IMAGE_TIMEOUT_S
         self._tls_context = tls_context
-        self._lock = threading.Lock()
         self._kept: collections.OrderedDict[str, tuple[str, str]]    # the last used one last
         self._kept = collections.OrderedDict()
         self._kept_bytes = 0
 
-    def fetch(self, url: str, client: Downstream) -> tuple[str, str]:
-        """(media type, base64).  Raises BadRequest, ClientGone."""
-        with self._lock:
-            if url in self._kept:
-                self._kept.move_to_end(url)
-                return self._kept[url]
+    async def fetch(self, url: str) -> tuple[str, str]:
+        """(media type, base64).  Raises BadRequest."""
+        if url in self._kept:
+            self._kept.move_to_end(url)
+            return self._kept[url]
         try:
-            data = self._connect(urllib.parse.urlsplit(url), client)
+            data = await within(self.timeout_s, self._download(url))
             kind = next((kind for start, kind in _IMAGE_STARTS if data.startswith(start)), "")
             if not kind:
                 raise ValueError("it is no PNG, JPEG, GIF or WebP image")
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            if client.is_gone():
-                raise ClientGone from None
+        except (OSError, ValueError, UpstreamError) as error:
             raise BadRequest("the image at %s cannot be fetched: %s" % (
                 printable(host_of(url)), plain_reason(error)), param="image_url") from None
 
@@ -7989,64 +8396,44 @@ class ImageFetcher:
         return found
 
     def _keep(self, url: str, image: tuple[str, str]) -> None:
-        with self._lock:
-            if url in self._kept:                        # fetched twice at a time
-                return
-            self._kept[url] = image
-            self._kept_bytes += len(url) + len(image[1])
-            while self._kept_bytes > IMAGE_CACHE_BYTES:
-                old_url, old = self._kept.popitem(last=False)
-                self._kept_bytes -= len(old_url) + len(old[1])
+        if url in self._kept:                            # fetched twice at a time
+            return
+        self._kept[url] = image
+        self._kept_bytes += len(url) + len(image[1])
+        while self._kept_bytes > IMAGE_CACHE_BYTES:
+            old_url, old = self._kept.popitem(last=False)
+            self._kept_bytes -= len(old_url) + len(old[1])
 
-    def _watch(self, sock: Any, client: Downstream, done: threading.Event) -> None:
-        """Break the connection off when the time is over, also for what only drips, or when the
-        client has left.  The client's own thread waits for the image meanwhile."""
-        deadline = time.monotonic() + self.timeout_s
-        is_over = False
-        while not is_over:
-            left = deadline - time.monotonic()
-            if done.wait(max(0.0, min(left, IMAGE_LOOK_S))):
-                return
-            try:
-                is_over = time.monotonic() >= deadline or client.is_gone()
-            except ProxyError:                           # the server is shutting down
-                is_over = True
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+    async def _download(self, url: str) -> bytes:
+        connection = self._connection_to(urllib.parse.urlsplit(url))
+        connection.origin = url
+        await connection.open()
+        headers = {"Accept": "image/*", "Accept-Encoding": "identity",
+                   "User-Agent": "copilot-proxy"}
+        answer = await connection.exchange(UpstreamRequest("GET", url, headers), Pool(closed=True))
+        try:
+            if answer.status != 200:
+                raise ValueError("status %d; redirects are not followed" % answer.status)
+            return await answer.read_all(IMAGE_BYTES)
+        except StreamCut:
+            raise ValueError("it is cut") from None
+        finally:
+            answer.close()
 
-    def _connect(self, url: urllib.parse.SplitResult, client: Downstream) -> bytes:
-        host, secure = url.hostname or "", url.scheme == "https"
-        if url.scheme not in ("http", "https") or not host or url.username is not None:
+    def _connection_to(self, url: urllib.parse.SplitResult) -> HttpConnection:
+        if url.scheme not in ("http", "https") or not url.hostname or url.username is not None:
             raise ValueError("only http and https URLs without a password are")
-        port = url.port or (443 if secure else 80)
-        found = [str(entry[4][0]) for entry in self.resolve(host, port, 0, socket.SOCK_STREAM)]
-        if not found or not all(map(self.is_allowed, found)):
+        if url.scheme == "https":
+            return HttpsConnection(url.netloc, self, self._tls_context())
+        return HttpConnection(url.netloc, self)
+
+    async def find(self, host: str, port: int) -> list[tuple[int, Any]]:
+        """In the place of HostNames.  Raises ValueError where not all addresses are public."""
+        look_up = functools.partial(self.resolve, host, port, 0, socket.SOCK_STREAM)
+        found = [(entry[0], entry[4]) for entry in await wait(InThread(look_up))]
+        if not found or not all(self.is_allowed(str(address[0])) for _, address in found):
             raise ValueError("its address is not public")
-        connection: Any = http.client.HTTPConnection(host, port)
-        with contextlib.ExitStack() as stack:
-            sock: Any = socket.create_connection((found[0], port), self.timeout_s)
-            stack.callback(lambda: sock.close())
-            if secure:
-                connection.default_port = 443
-                sock = self._tls_context().wrap_socket(sock, server_hostname=host,
-                                                       do_handshake_on_connect=False)
-            done = threading.Event()
-            watcher = threading.Thread(target=self._watch, args=(sock, client, done), daemon=True)
-            stack.callback(watcher.join)
-            stack.callback(done.set)
-            watcher.start()
-            connection.sock = sock
-            if secure:
-                sock.do_handshake()
-            connection.request("GET", (url.path or "/") + ("?" + url.query if url.query else ""),
-                               headers={"Accept": "image/*", "User-Agent": "copilot-proxy"})
-            answer = connection.getresponse()
-            data: bytes = answer.read(IMAGE_BYTES + 1)
-        if answer.status != 200:
-            raise ValueError("status %d; redirects are not followed" % answer.status)
-        if len(data) > IMAGE_BYTES or answer.length:
-            raise ValueError("it is cut or larger than %d bytes" % IMAGE_BYTES)
-        return data
+        return found
 
 
 # ==== 14. GitHub ==================================================================================
@@ -8104,7 +8491,7 @@ def override(headers: Headers, own: Mapping[str, str]) -> Headers:
     return dict(kept, **own)
 
 class GitHub:
-    """The calls to github.com and its REST API.  Blocking, thread-safe, at most 30 s each."""
+    """The calls to github.com and its REST API.  Thread-safe, at most 30 s each."""
 
     def __init__(self, settings: Settings, upstream: Upstream,
                  clock: Callable[[], tuple[float, float]] = read_clock) -> None:
@@ -8119,22 +8506,22 @@ class GitHub:
                if k.lower() in map(str.lower, EDITOR_HEADERS)}
         return override(headers, own)
 
-    def _post(self, path: str, values: Json) -> tuple[int, Json]:
+    async def _post(self, path: str, values: Json) -> tuple[int, Json]:
         headers = dict(self._headers(), **{"Content-Type": "application/json"})
-        status, answer, _, _ = self._upstream.fetch_json(UpstreamRequest(
+        status, answer, _, _ = await self._upstream.fetch_json(UpstreamRequest(
             "POST", self._settings.github_url + path, headers, dumps(values),
             timeout_s=GITHUB_TIMEOUT_S))
         return status, as_object(answer)
 
-    def _get(self, path: str, token: str) -> tuple[int, Json, Headers, bytes]:
-        status, answer, headers, body = self._upstream.fetch_json(UpstreamRequest(
+    async def _get(self, path: str, token: str) -> tuple[int, Json, Headers, bytes]:
+        status, answer, headers, body = await self._upstream.fetch_json(UpstreamRequest(
             "GET", self._settings.rest_url + path, self._headers(token),
             timeout_s=GITHUB_TIMEOUT_S))
         return status, as_object(answer), headers, body
 
-    def request_code(self) -> DeviceCode:
+    async def request_code(self) -> DeviceCode:
         """Begin a login.  Raises UpstreamError, AuthError."""
-        status, answer = self._post("/login/device/code", {
+        status, answer = await self._post("/login/device/code", {
             "client_id": self._settings.client_id, "scope": SCOPE})
         if not answer.get("device_code") or not answer.get("user_code"):
             text = answer.get("error_description") or answer.get("error") or "status %d" % status
@@ -8145,40 +8532,40 @@ class GitHub:
                           as_seconds(answer.get("expires_in"), 900),
                           as_seconds(answer.get("interval"), 5))
 
-    def poll(self, code: DeviceCode) -> Json:
+    async def poll(self, code: DeviceCode) -> Json:
         """GitHub's words on a running login; {} for a passing fault."""
         try:
-            status, answer = self._post("/login/oauth/access_token", {
+            status, answer = await self._post("/login/oauth/access_token", {
                 "client_id": self._settings.client_id, "device_code": code.device_code,
                 "grant_type": DEVICE_GRANT})
         except UpstreamError:
             return {}
         return answer if status == 200 else {}
 
-    def fetch_login(self, token: str) -> str:
+    async def fetch_login(self, token: str) -> str:
         """The account's name, '' when it cannot be had (it is needed for nothing)."""
         try:
-            status, answer, _, _ = self._get("/user", token)
+            status, answer, _, _ = await self._get("/user", token)
         except UpstreamError:
             return ""
         return str(answer.get("login") or "") if status == 200 else ""
 
-    def fetch_usage(self, token: str) -> Json:
+    async def fetch_usage(self, token: str) -> Json:
         """The whole answer of /copilot_internal/user.  Raises AuthError, UpstreamError."""
-        status, answer, headers, body = self._get("/copilot_internal/user", token)
+        status, answer, headers, body = await self._get("/copilot_internal/user", token)
         if status != 200:
             raise self._refusal(status, headers, body)
         return answer
 
-    def fetch_copilot_token(self, token: str) -> CopilotToken:
+    async def fetch_copilot_token(self, token: str) -> CopilotToken:
         """Exchange the GitHub token.  Where the exchange is not offered but the account has
         Copilot, the GitHub token itself is the bearer (direct mode)."""
-        status, answer, headers, body = self._get("/copilot_internal/v2/token", token)
+        status, answer, headers, body = await self._get("/copilot_internal/v2/token", token)
         if status == 200 and answer.get("token"):
             return self._read_token(answer, headers)
         limited = status in (403, 429) and b"rate limit" in body.lower()
         if status in (400, 403, 404) and b"notification_id" not in body and not limited:
-            direct = self._try_direct(token)
+            direct = await self._try_direct(token)
             if direct:
                 return direct
         raise self._refusal(status, headers, body)
@@ -8208,8 +8595,8 @@ class GitHub:
         accepted = [self._settings.accept_copilot_url(url) for url in candidates]
         return next((url for url in accepted if url), self._settings.usual_copilot_url)
 
-    def _try_direct(self, token: str) -> CopilotToken | None:
-        status, answer, _, _ = self._get("/copilot_internal/user", token)
+    async def _try_direct(self, token: str) -> CopilotToken | None:
+        status, answer, _, _ = await self._get("/copilot_internal/user", token)
         named = as_object(answer.get("endpoints")).get("api")
         if status != 200 or not named:
             return None
@@ -8252,7 +8639,7 @@ class DeviceLogin:
         """The GitHub token.  Raises AuthError (denied, refused, expired), UpstreamError (no code
         to be had); returns '' when stopped."""
         while not self.stop.is_set():
-            self.code = self._github.request_code()
+            self.code = run(self._github.request_code())
             self.ready.set()
             self._announce(self.code)
             token = self._poll(self.code)
@@ -8286,7 +8673,7 @@ class DeviceLogin:
         while time.monotonic() < deadline:
             if self.stop.wait(interval + self._margin_s):      # first sleep, then ask
                 return ""
-            answer = self._github.poll(code)
+            answer = run(self._github.poll(code))
             problem = answer.get("error")
             if answer.get("access_token"):
                 return str(answer["access_token"])
@@ -8305,74 +8692,6 @@ class DeviceLogin:
 # ==== 15. Copilot =================================================================================
 # One account: its token, its catalogue, and one call to the API with everything that may be
 # replayed before the first byte has gone to the client.
-
-class Refreshed:
-    """A value that is fetched again when it is due; one fetch for all threads that wait.
-
-    `get()` returns at once while the value is fresh.  When it is due one thread fetches, the
-    others go on with the old value as long as it is not dead, else they wait for that one fetch.
-    After a failed fetch the old value is kept and further tries are spaced by `pauses_s`.
-    value: what is there, without a fetch, None at the start; error: why the last fetch failed.
-    `_changed` guards all fields and is held for no I/O."""
-
-    def __init__(self, fetch: Callable[[], Any], due: Callable[[Any], bool],
-                 dead: Callable[[Any], bool], pauses_s: tuple[float, ...]) -> None:
-        self._fetch, self._is_due, self._is_dead, self._pauses_s = fetch, due, dead, pauses_s
-        self._changed = threading.Condition()
-        self.value: Any = None
-        self._busy = False
-        self._attempts = 0                    # fetches that have ended
-        self._failures = 0                    # of them, failed in a row
-        self._retry_at = 0.0                  # monotonic
-        self.error: ProxyError | None = None
-
-    def get(self, bad: Any = None, client: Downstream | None = None) -> Any:
-        """The value; never the very object `bad`.  Raises what the fetch raised.  While `client`
-        waits for a fetch other requests go on."""
-        with self._changed:
-            seen = self._attempts
-            while True:
-                value = self.value
-                usable = value is not None and value is not bad and not self._is_dead(value)
-                early = time.monotonic() < self._retry_at
-                if usable and (not self._is_due(value) or self._busy or early):
-                    return value
-                failed = self.error is not None and (self._attempts != seen
-                                                      or early and not self._busy)
-                if failed and self.error is not None:
-                    raise self.error.with_traceback(None)
-                if client is not None:
-                    client.pause()
-                if not self._busy:
-                    break
-                self._changed.wait()
-            self._busy = True
-        return self._attempt(bad)
-
-    def _attempt(self, bad: Any) -> Any:
-        value, error = None, None
-        try:
-            value = self._fetch()
-        except ProxyError as problem:
-            error = problem
-        finally:
-            with self._changed:
-                self._busy = False
-                self._attempts += 1
-                if value is not None:
-                    self.value, self.error, self._failures, self._retry_at = value, None, 0, 0.0
-                else:
-                    pause = self._pauses_s[min(self._failures, len(self._pauses_s) - 1)]
-                    self._failures += 1
-                    self._retry_at = time.monotonic() + pause
-                    self.error = error or UpstreamError("the fetch was broken off")
-                old = self.value
-                self._changed.notify_all()
-        if value is None and error is not None:
-            if old is None or old is bad or self._is_dead(old):
-                raise error
-            value = old
-        return value
 
 class Catalogue:
     """The models as fetched at one time (monotonic), and what was found among them before."""
@@ -8620,23 +8939,169 @@ class RateLimits:
 @dataclass
 class Call:
     """One call to the Copilot API, and again after a repair.  model: whose limits hold for it,
-    "" for none; sent, cured: how often it went up, and what was tried in `Copilot.send`."""
+    "" for none."""
     path: str
     body: bytes | None = None
     headers: Headers = field(default_factory=dict)     # beside the usual ones
-    client: Downstream | None = None
-    has_started: Callable[[], bool] = bool             # has a byte gone to the client?
     request_id: str = ""
     timeout_s: float = ANSWER_TIMEOUT_S
     model: str = ""
-    sent: int = 0
-    cured: list[str] = field(default_factory=list)
 
     @property
     def method(self) -> str:
         return "GET" if self.body is None else "POST"
 
+def new_request_id() -> str:
+    """A random UUID as text (uuid4 without the import)."""
+    text = secrets.token_hex(16)
+    return "%s-%s-4%s-a%s-%s" % (text[:8], text[8:12], text[13:16], text[17:20], text[20:])
+
+def passed_headers(headers: Headers) -> Headers:
+    """The upstream's headers that clients may see."""
+    return {k: v for k, v in headers.items()
+            if k in PASSED_HEADERS or k.startswith(PASSED_PREFIXES)}
+
 _TOKEN_CODES = ("expired_token", "invalid_token", "token_expired")
+
+#: row of the retry ladder -> how often it may be taken for one request of a client
+ATTEMPTS = {"stale": 1, "login": 1, "version": 1, "hiccup": 1, "fallback": 1,
+            "repair": MAX_REPAIRS}
+CURES, MAX_CURES = ("login", "version", "hiccup"), 2         # of these together
+
+async def read_error(answer: UpstreamResponse) -> UpstreamError:
+    """The upstream's refusal as an error."""
+    try:
+        body = await answer.read_all(MAX_ANSWER_BYTES, GITHUB_TIMEOUT_S)
+    except StreamCut:
+        body = b""
+
+    status = answer.status if answer.status >= 400 else 502
+    text, code, param, names = read_error_text(status, body, answer.reason)
+    if answer.status < 400:
+        text = f"the upstream wants to redirect elsewhere ({answer.status}), which is not followed"
+
+    error = UpstreamError(text, true_status(status, names), code, param,
+                          passed_headers(answer.headers))
+    error.answered = answer.status >= 400
+    error.opaque = text == "Forbidden" and "x-github-request-id" in answer.headers
+    return error
+
+class Attempts:
+    r"""The retry ladder: all that is ever tried again for one request of a client.
+
+        row        what came back                          what is changed             at most
+        stale      nothing: a kept connection had ended    a fresh connection          1
+        login      401, 421, token codes, a bare 403       a new token exchange        1 \
+        version    466                                     the next API version        1  } 2
+        hiccup     500 502 503 504 529, or it never left   a pause, fresh connection   1 /
+        fallback   402, a quota code                       the model of --fallback     1
+        repair     a text that REPAIRS knows               the body; learned for ever  3
+        all of them together                                                           5 calls
+
+    `send` takes the first four rows, the Job the last two, and all of them ask `may`: no row is
+    taken when a byte of the answer has gone to the client.  A 401 of GitHub itself is no row:
+    the caller must log in again."""
+
+    def __init__(self, copilot: Copilot, has_started: Callable[[], bool] = bool) -> None:
+        self._copilot, self._has_started = copilot, has_started
+        self._calls = 0
+        self._taken: collections.Counter[str] = collections.Counter()
+        self._is_fresh = False                         # no kept connection is trusted any more
+
+    def may(self, row: str) -> bool:
+        """May this row be taken now?  The one place that asks whether the client has something."""
+        is_left = self._calls < MAX_CALLS and self._taken[row] < ATTEMPTS[row]
+        if row in CURES and sum(self._taken[one] for one in CURES) >= MAX_CURES:
+            is_left = False
+        return is_left and not self._has_started()
+
+    def take(self, row: str) -> None:
+        """Count it."""
+        self._taken[row] += 1
+
+    async def send(self, call: Call) -> UpstreamResponse:
+        """An answer below 300.  Raises UpstreamError with the upstream's own status and words,
+        AuthError, ClientGone.  While a limit of the model or the account lasts nothing is sent but
+        probes, see RateLimits."""
+        log, limits = self._copilot.log, self._copilot.limits
+        number, is_taken = limits.admit(call.model), False
+        try:
+            answer = await self._send_cured(call)
+            is_taken = True
+            return answer
+        except UpstreamError as error:
+            if not (error.answered and call.model and is_limit(error)):
+                raise
+            told = limits.refuse(call.model, number, error)
+            log.warning("%s", told)
+            raise told from None
+        finally:
+            for scope in limits.finish(call.model, number, is_taken):
+                log.info("%s the limit of %s is over", call.request_id, scope)
+
+    async def _send_cured(self, call: Call) -> UpstreamResponse:
+        copilot = self._copilot
+        token: CopilotToken = await copilot.token.get()
+        while True:
+            version = copilot.version
+            try:
+                self._calls += 1
+                return await self._send_once(call, token)
+            except UpstreamError as problem:
+                error = problem
+
+            row = self._row_for(error)
+            if not row or not self.may(row):
+                if error.opaque and self._taken["login"]:
+                    copilot.note_futile_login()
+                raise error
+            self.take(row)
+            copilot.log.debug("%s upstream %d, trying again after: %s", call.request_id,
+                              error.status, row)
+            token = await self._change(row, token, version, error.status)
+
+    async def _send_once(self, call: Call, token: CopilotToken) -> UpstreamResponse:
+        answer = await self._copilot.send_once(call, token, self._is_fresh)
+        if answer.status < 300:
+            return answer
+        raise await read_error(answer)
+
+    def _row_for(self, error: UpstreamError) -> str:
+        """What may cure this error, "" when nothing does."""
+        status, text = error.status, str(error).lower()
+        if isinstance(error, StaleConnection):
+            return "stale"
+        if status == 401:                  # item ids that went stale come as a 401, too
+            return "" if "input item" in text or "connection" in text else "login"
+        if status == 421 or status == 403 and error.code in _TOKEN_CODES:
+            return "login"
+        if status == 403 and error.opaque:
+            return "login" if self._copilot.may_be_login() else ""
+        if status == 466:
+            return "version" if self._copilot.may_change_version() else ""
+        if error.unsent or status in HICCUP_STATUS and error.answered:
+            wish = error.headers.get("retry-after", "0")
+            return "hiccup" if wish in ("0", "1") else ""
+        return ""
+
+    async def _change(self, row: str, token: CopilotToken, version: str, status: int
+                      ) -> CopilotToken:
+        """Do what the row says -> the token to go on with."""
+        copilot = self._copilot
+        if row == "login":
+            return await copilot.token.get(token)      # type: ignore[no-any-return]
+        if row == "version":
+            copilot.change_version(version)
+            return token
+
+        self._is_fresh = True
+        if row == "hiccup":
+            least = 2 if status == 503 else 1          # a second at least for a 503
+            await wait(Pause(copilot.hiccup_pause_s * (least + secrets.randbelow(100) / 100)))
+        return token
+
+async def same_error(error: AuthError) -> AuthError:
+    return error
 
 class Copilot:
     """One account's way to the API.  Thread-safe."""
@@ -8645,10 +9110,10 @@ class Copilot:
                  log: logging.Logger,
                  clock: Callable[[], tuple[float, float]] = read_clock) -> None:
         self._settings, self._upstream, self._github = settings, upstream, github
-        self._log, self._clock = log, clock
+        self.log, self._clock = log, clock
         self.github_token = github_token
         self.on_token: Callable[[CopilotToken], None] = lambda token: None
-        self.on_refused: Callable[[AuthError], AuthError] = lambda error: error
+        self.on_refused: Callable[[AuthError], Work] = same_error
         self.on_headers: Callable[[Headers], None] = lambda headers: None    # of each answer
         self._version = ""                             # the API version that worked after a 466
         self.memory = Memory()
@@ -8667,34 +9132,36 @@ class Copilot:
     def _is_dead(self, token: CopilotToken) -> bool:
         return token.age_s(self._clock()) >= token.lifetime_s
 
-    def _ask_github(self, ask: Callable[[str], Any]) -> Any:
+    async def _ask_github(self, ask: Callable[[str], Work]) -> Any:
         """`ask(GitHub token)`.  All that needs the login passes here.  A 401 counts only when a
         second one follows, since GitHub sends a wrong one at times; what to raise then is the
         matter of `on_refused`."""
         try:
-            return ask(self.github_token)
+            return await ask(self.github_token)
         except AuthError as error:
             if error.status != 401:
                 raise
-        rest(None, self._settings.hiccup_pause_s)
-        try:
-            return ask(self.github_token)
-        except AuthError as error:
-            if error.status != 401:
-                raise
-            raise self.on_refused(error) from None
 
-    def fetch_usage(self) -> Json:
+        await wait(Pause(self._settings.hiccup_pause_s))
+        try:
+            return await ask(self.github_token)
+        except AuthError as error:
+            if error.status != 401:
+                raise
+            problem = error
+        raise await self.on_refused(problem)
+
+    async def fetch_usage(self) -> Json:
         """The whole usage answer.  Raises AuthError, UpstreamError."""
-        answer: Json = self._ask_github(self._github.fetch_usage)
+        answer: Json = await self._ask_github(self._github.fetch_usage)
         return answer
 
-    def _fetch_token(self) -> CopilotToken:
-        token: CopilotToken = self._ask_github(self._github.fetch_copilot_token)
-        self._log.info("copilot token fetched for %s%s", host_of(token.api_url),
+    async def _fetch_token(self) -> CopilotToken:
+        token: CopilotToken = await self._ask_github(self._github.fetch_copilot_token)
+        self.log.info("copilot token fetched for %s%s", host_of(token.api_url),
                        " (direct mode: the GitHub token is the bearer)" if token.direct else "")
         if token.details.get("chat_enabled") is False:
-            self._log.warning("this account's policy has chat disabled: calls will be refused")
+            self.log.warning("this account's policy has chat disabled: calls will be refused")
         self.on_token(token)
         return token
 
@@ -8702,7 +9169,7 @@ class Copilot:
         """Body of the refresh thread: fetch ahead of time, so that no request has to wait."""
         while not stop.is_set():
             with contextlib.suppress(ProxyError):
-                self.token.get()
+                run(self.token.get())
             token = self.token.value
             left = token.refresh_s - token.age_s(self._clock()) if token else 0.0
             if isinstance(self.token.error, AuthError):
@@ -8712,147 +9179,91 @@ class Copilot:
                 left = self._settings.token_retry_s[-1]
             stop.wait(min(max(left, 0.2), 30.0))       # 30: a slept laptop wakes into the check
 
-    # -- one call
+    # -- one call; what is tried again is decided by Attempts
 
-    def send(self, call: Call) -> UpstreamResponse:
-        """An answer below 300.  Raises UpstreamError with the upstream's own status and words,
-        AuthError, ClientGone.  While a limit of the model or the account lasts nothing is sent but
-        probes, see RateLimits."""
-        number, is_taken = self.limits.admit(call.model), False
-        try:
-            answer = self._send_cured(call)
-            is_taken = True
-            return answer
-        except UpstreamError as error:
-            if not (error.answered and call.model and is_limit(error)):
-                raise
-            told = self.limits.refuse(call.model, number, error)
-            self._log.warning("%s", told)
-            raise told from None
-        finally:
-            for scope in self.limits.finish(call.model, number, is_taken):
-                self._log.info("%s the limit of %s is over", call.request_id, scope)
+    async def send(self, call: Call) -> UpstreamResponse:
+        """A call that belongs to no client's request, or is all that it needs."""
+        return await Attempts(self).send(call)
 
-    def _send_cured(self, call: Call) -> UpstreamResponse:
-        """What a second try may cure is tried once each, two at most, and only while nothing has
-        gone to the client: 401, 421 and the token codes of 403 after a new exchange, 466 with
-        another API version, 500/502/503/504/529 after a short pause on a fresh connection."""
-        token: CopilotToken = self.token.get(client=call.client)
-        while True:
-            try:
-                version = self._version or API_VERSIONS[0]
-                call.sent += 1
-                answer = self._send_once(call, token)
-                if answer.status < 300:
-                    return answer
-                error = self._read_error(answer, call)
-            except UpstreamError as problem:
-                error = problem
-            spent = call.has_started() or call.sent >= MAX_CALLS or len(call.cured) >= 2
-            cure = "" if spent else self._cure_for(error)
-            if not cure or cure in call.cured:
-                if error.opaque and "login" in call.cured:
-                    self._futile_refresh_at = time.monotonic()
-                raise error
-            self._log.debug("%s upstream %d, trying again after: %s", call.request_id,
-                            error.status, cure)
-            call.cured.append(cure)
-            token = self._apply(cure, token, version, error.status, call.client)
-
-    def _send_once(self, call: Call, token: CopilotToken) -> UpstreamResponse:
-        headers = self._headers(call, token)
-        request = UpstreamRequest(call.method, token.api_url + call.path, headers, call.body,
-                                  call.client, call.timeout_s)
-        request.is_fresh = "hiccup" in call.cured
-        answer = self._upstream.send(request)
+    async def send_once(self, call: Call, token: CopilotToken, is_fresh: bool = False
+                        ) -> UpstreamResponse:
+        """Any status is an answer.  Raises StaleConnection, UpstreamError."""
+        request = UpstreamRequest(call.method, token.api_url + call.path,
+                                  self._headers(call, token), call.body, call.timeout_s)
+        request.is_fresh = is_fresh
+        answer = await self._upstream.send(request)
         self.on_headers(answer.headers)
         return answer
+
 
     def _headers(self, call: Call, token: CopilotToken) -> Headers:
         headers = dict(EDITOR_HEADERS)
         headers.update({
             "Authorization": "Bearer " + token.value, "Accept": "application/json",
             "Accept-Encoding": "identity", "OpenAI-Intent": INTENT, "X-Interaction-Type": INTENT,
-            "X-GitHub-Api-Version": self._version or API_VERSIONS[0],
+            "X-GitHub-Api-Version": self.version,
             "X-Request-Id": call.request_id or new_request_id()})
         if call.body is not None:
             headers["Content-Type"] = "application/json"
         headers.update(call.headers)
         return override(headers, self._settings.headers)
 
-    def _read_error(self, answer: UpstreamResponse, call: Call) -> UpstreamError:
-        try:
-            body = answer.read_all(call.client, MAX_ANSWER_BYTES, GITHUB_TIMEOUT_S)
-        except StreamCut:
-            body = b""
-        status = answer.status if answer.status >= 400 else 502
-        text, code, param, names = read_error_text(status, body, answer.reason)
-        if answer.status < 400:
-            text = "the upstream wants to redirect elsewhere (%d), which is not followed" \
-                % answer.status
-        error = UpstreamError(text, true_status(status, names), code, param,
-                              passed_headers(answer.headers))
-        error.answered = answer.status >= 400
-        error.opaque = text == "Forbidden" and "x-github-request-id" in answer.headers
-        return error
+    @property
+    def hiccup_pause_s(self) -> float:
+        """Before a second try, at the least."""
+        return self._settings.hiccup_pause_s
 
-    def _cure_for(self, error: UpstreamError) -> str:
-        status, text = error.status, str(error).lower()
-        if status == 401:                  # item ids that went stale come as a 401, too
-            return "" if "input item" in text or "connection" in text else "login"
-        if status == 421 or status == 403 and error.code in _TOKEN_CODES:
-            return "login"
-        if status == 403 and error.opaque:
-            quiet = time.monotonic() - self._futile_refresh_at < REACTIVE_PAUSE_S
-            return "" if quiet else "login"
-        if status == 466:
-            own = {name.lower() for name in self._settings.headers}
-            return "" if "x-github-api-version" in own else "version"
-        if error.unsent or status in HICCUP_STATUS and error.answered:
-            return "" if error.headers.get("retry-after", "0") not in ("0", "1") else "hiccup"
-        return ""
+    @property
+    def version(self) -> str:
+        """The API version that is sent: the first one, or what worked after a 466."""
+        return self._version or API_VERSIONS[0]
 
-    def _apply(self, cure: str, token: CopilotToken, version: str, status: int,
-               client: Downstream | None) -> CopilotToken:
-        if cure == "login":
-            return self.token.get(token, client)       # type: ignore[no-any-return]
-        if cure == "version":
-            following = API_VERSIONS[(API_VERSIONS.index(version) + 1) % len(API_VERSIONS)]
-            if (self._version or API_VERSIONS[0]) == version:    # else another call has moved on
-                self._version = following
-                self._log.warning("API version %s is refused (466): trying %s; if that fails set "
-                                  "--header X-GitHub-Api-Version=...", version, following)
-        else:
-            least = 2 if status == 503 else 1                    # a second at least for a 503
-            rest(client, self._settings.hiccup_pause_s * (least + secrets.randbelow(100) / 100))
-        return token
+    def may_change_version(self) -> bool:
+        """Not where the user has set one."""
+        return "x-github-api-version" not in {name.lower() for name in self._settings.headers}
+
+    def change_version(self, refused: str) -> None:
+        """Take the next one, unless another call has done so already."""
+        if self.version != refused:
+            return
+        at = API_VERSIONS.index(refused) + 1
+        self._version = API_VERSIONS[at % len(API_VERSIONS)]
+        self.log.warning("API version %s is refused (466): trying %s; if that fails set "
+                         "--header X-GitHub-Api-Version=...", refused, self._version)
+
+    def may_be_login(self) -> bool:
+        """May a new token cure a 403 without a reason?  Not when that has just been in vain."""
+        return time.monotonic() - self._futile_refresh_at >= REACTIVE_PAUSE_S
+
+    def note_futile_login(self) -> None:
+        self._futile_refresh_at = time.monotonic()
 
     # -- the catalogue
 
     def _is_old(self, catalogue: Catalogue) -> bool:
         return time.monotonic() - catalogue.fetched_at >= self._settings.catalogue_age_s
 
-    def _fetch_models(self) -> Catalogue:
+    async def _fetch_models(self) -> Catalogue:
         """Where the list is refused to the editor's identity, the GitHub
         token with the command line's identity is tried: some accounts changed in 2026."""
         call = Call("/models", headers={"OpenAI-Intent": MODEL_INTENT,
                                         "X-Interaction-Type": MODEL_INTENT},
                     timeout_s=GITHUB_TIMEOUT_S, request_id=new_request_id())
         try:
-            answer = self.send(call)
+            answer = await self.send(call)
         except UpstreamError as error:
             if not 400 <= error.status < 500 or error.status == 429:
                 raise
             bearer = {"Authorization": "Bearer " + self.github_token,
                       "Copilot-Integration-Id": CLI_INTEGRATION}
             call.headers = dict(call.headers, **bearer)
-            answer = self._send_once(call, self.token.get())
+            answer = await self.send_once(call, await self.token.get())
             if answer.status >= 300:
                 answer.close()
                 raise
         try:
-            entries = as_list(as_object(loads(answer.read_all(timeout_s=GITHUB_TIMEOUT_S)))
-                              .get("data"))
+            body = await answer.read_all(timeout_s=GITHUB_TIMEOUT_S)
+            entries = as_list(as_object(loads(body)).get("data"))
         except ValueError:
             raise UpstreamError("the model list is not JSON") from None
         models: dict[str, Model] = {}
@@ -8861,22 +9272,22 @@ class Copilot:
                 model = Model.from_entry(entry)
                 if model.id not in models or (model.picker and not models[model.id].picker):
                     models[model.id] = model
-        self._log.debug("catalogue: %d models", len(models))
+        self.log.debug("catalogue: %d models", len(models))
         return Catalogue(time.monotonic(), list(models.values()))
 
-    def models(self, client: Downstream | None = None) -> list[Model]:
+    async def models(self) -> list[Model]:
         """The catalogue, at most 10 minutes old if it can be had, else the last one."""
-        catalogue: Catalogue = self.catalogue.get(client=client)
+        catalogue: Catalogue = await self.catalogue.get()
         return catalogue.models
 
-    def find_model(self, asked: str, client: Downstream | None = None) -> Model:
+    async def find_model(self, asked: str) -> Model:
         """The model that `asked` means; an unknown name refreshes the list, once a minute at most.
         Raises BadRequest 404 that names the three nearest ids."""
-        catalogue: Catalogue = self.catalogue.get(client=client)
+        catalogue: Catalogue = await self.catalogue.get()
         model = self._find_in(catalogue, asked)
         if model is None and time.monotonic() - catalogue.fetched_at >= CATALOGUE_RETRY_S:
             with contextlib.suppress(UpstreamError):
-                catalogue = self.catalogue.get(catalogue, client)
+                catalogue = await self.catalogue.get(catalogue)
             model = self._find_in(catalogue, asked)
 
         if model is None:
@@ -8899,16 +9310,6 @@ class Copilot:
     def is_substitute(self, asked: str, model: Model) -> bool:
         """Is `model` another one than the client named, itself or through an alias?"""
         return not is_same_model(self._settings.aliases.get(asked, asked), model)
-
-def new_request_id() -> str:
-    """A random UUID as text (uuid4 without the import)."""
-    text = secrets.token_hex(16)
-    return "%s-%s-4%s-a%s-%s" % (text[:8], text[8:12], text[13:16], text[17:20], text[20:])
-
-def passed_headers(headers: Headers) -> Headers:
-    """The upstream's headers that clients may see."""
-    return {k: v for k, v in headers.items()
-            if k in PASSED_HEADERS or k.startswith(PASSED_PREFIXES)}
 
 
 # ==== 16. History =================================================================================
@@ -8960,34 +9361,57 @@ def quotas_of(answer: Json) -> Json:
     found.update(as_object(answer.get("quota_snapshots")))
     return {name: {"quota_reset_at": reset, **as_object(said)} for name, said in found.items()}
 
+class EventReader:
+    """One who reads /history/events: what is told waits here until it is sent."""
+
+    def __init__(self) -> None:
+        self._frames: collections.deque[bytes] = collections.deque()
+        self._news = Signal()
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._frames) >= READER_QUEUE
+
+    def put(self, frame: bytes) -> None:
+        self._frames.append(frame)
+        self._news.set()
+
+    async def get(self) -> bytes:
+        """The next frame; b"" when there will be no other."""
+        while not self._frames:
+            self._news = Signal()
+            if not self._frames:                             # else it came just now
+                await wait(self._news)
+        return self._frames.popleft()
+
 class Events:
     """What happens, told to all who read /history/events.  One that is too slow is cut off."""
 
     def __init__(self) -> None:
-        self.readers: list[queue.Queue[bytes]] = []
+        self.readers: list[EventReader] = []
 
     def tell(self, event: str, value: Any) -> None:
         """To every reader; cheap where there is none."""
         frame = Frame(event, dumps(value)).encode() if self.readers else b""
         for reader in list(self.readers):
-            try:
-                reader.put_nowait(frame)
-            except queue.Full:
+            if reader.is_full:
                 self.close(reader)
+            else:
+                reader.put(frame)
 
-    def open(self) -> queue.Queue[bytes]:
+    def open(self) -> EventReader:
         """A new reader.  Raises ProxyError 503."""
         if len(self.readers) >= MAX_READERS:
             raise ProxyError("%d readers are there already" % MAX_READERS, 503)
-        self.readers.append(queue.Queue(READER_QUEUE))
+        self.readers.append(EventReader())
         return self.readers[-1]
 
-    def close(self, *readers: queue.Queue[bytes]) -> None:
+    def close(self, *readers: EventReader) -> None:
         """These are told nothing more."""
         for reader in readers:
-            with contextlib.suppress(ValueError, queue.Full):
+            with contextlib.suppress(ValueError):
                 self.readers.remove(reader)
-                reader.put_nowait(b"")                       # it may wait
+                reader.put(b"")
 
 class History:
     """The table of requests in SQLite.  One thread writes and reads it, so that no request waits
@@ -9128,12 +9552,13 @@ def too_early(text: str, pause_s: float, **headers: str) -> RateLimited:
                        headers=dict(headers, **{"retry-after": seconds}))
 
 class RateLimiter:
-    """At least `interval_s` between two starts.  `_lock` guards `_next` (monotonic)."""
+    """At least `interval_s` between two starts.  Who must wait stands in a line; who leaves gives
+    up the place, and those behind move up.  Only the loop's thread may use it."""
 
     def __init__(self, interval_s: float, may_wait: bool) -> None:
         self._interval_s, self._may_wait = interval_s, may_wait
-        self._lock = threading.Lock()
-        self._next = 0.0
+        self._next = 0.0                               # monotonic: when the first in line may go
+        self._line: collections.deque[Signal] = collections.deque()
 
     def check(self, calls: int) -> None:
         """Refuse a request that takes so many calls upstream that its last one would come far too
@@ -9144,28 +9569,32 @@ class RateLimiter:
                             "(--rate-limit): send fewer inputs at a time, or start with --wait"
                             % (calls, self._interval_s), self._interval_s)
 
-    def admit(self, client: Downstream, is_begun: bool = False) -> None:
-        """Return when it is this caller's turn, in the order of arrival.  is_begun: its request
-        has had a call already and waits for the next one in any case.  Raises RateLimited,
-        ClientGone."""
+    async def admit(self, is_begun: bool = False) -> None:
+        """Return when it is this caller's turn.  is_begun: its request has had a call already and
+        waits for the next one in any case.  Raises RateLimited."""
         if not self._interval_s:
             return
-        with self._lock:
-            now = time.monotonic()
-            pause = max(0.0, self._next - now)
-            may_wait = self._may_wait or is_begun
-            if pause > (RATE_QUEUE * self._interval_s if may_wait else 0):
-                raise too_early("one request in %g s is allowed here (--rate-limit)"
-                                % self._interval_s, pause)
-            self._next = now + pause + self._interval_s
-        deadline = now + pause
-        client.pause()
-        while time.monotonic() < deadline:
-            ready = wait_readable([client], min(deadline - time.monotonic(), client.keepalive_s))
-            if ready and client.is_gone():
-                raise ClientGone
-            if ready:                                  # its next request is there already
-                time.sleep(max(0.0, deadline - time.monotonic()))
+        pause = max(0.0, self._next - time.monotonic()) + len(self._line) * self._interval_s
+        may_wait = self._may_wait or is_begun
+        if pause and (not may_wait or len(self._line) >= RATE_QUEUE):
+            raise too_early("one request in %g s is allowed here (--rate-limit)"
+                            % self._interval_s, pause)
+
+        turn = Signal()
+        self._line.append(turn)
+        self._call_first()
+        try:
+            await wait(turn)
+            if self._next > time.monotonic():
+                await wait(Pause(self._next - time.monotonic()))
+            self._next = time.monotonic() + self._interval_s
+        finally:
+            self._line.remove(turn)
+            self._call_first()
+
+    def _call_first(self) -> None:
+        if self._line:
+            self._line[0].set()
 
 class MinuteLimiter:
     """At most `limit` calls of each caller within any 60 s; 0 is no limit.
@@ -9206,47 +9635,40 @@ class MinuteLimiter:
 
 class Gate:
     """`--max-concurrency`: at most `most` requests at a time, 0 for any number; the others wait,
-    each caller's in a line of its own, and the lines take turns.  `_lock` guards the fields."""
+    each caller's in a line of its own, and the lines take turns.  Only the loop may use it."""
 
     def __init__(self, most: int) -> None:
         self._most, self._running = most, 0
-        self._lock = threading.Lock()
-        self._lines: collections.OrderedDict[str, collections.deque[threading.Event]]
+        self._lines: collections.OrderedDict[str, collections.deque[Signal]]
         self._lines = collections.OrderedDict()
 
-    def enter(self, who: str, client: Downstream) -> bool:
+    async def enter(self, who: str) -> bool:
         """Returns when it is this request's turn.  True: it holds a slot, `leave` must follow.
-        Raises RateLimited when too many wait already, ClientGone."""
+        Raises RateLimited when too many wait already."""
         if not self._most:
             return False
-        turn = threading.Event()
-        with self._lock:
-            self._lines.setdefault(who, collections.deque()).append(turn)
-            self._pass_on()
-            if not turn.is_set() and sum(map(len, self._lines.values())) > WAITING_MAX:
-                self._lines[who].pop()
-                raise too_early("%d requests run and %d wait (--max-concurrency)"
-                                % (self._running, WAITING_MAX), 1)
+        turn = Signal()
+        self._lines.setdefault(who, collections.deque()).append(turn)
+        self._pass_on()
+        if not turn.is_set and sum(map(len, self._lines.values())) > WAITING_MAX:
+            self._lines[who].pop()
+            raise too_early("%d requests run and %d wait (--max-concurrency)"
+                            % (self._running, WAITING_MAX), 1)
         try:
-            while not turn.is_set():
-                client.pause()
-                if not turn.wait(WAITING_LOOK_S) and client.is_gone():
-                    raise ClientGone
+            await wait(turn)
         except BaseException:
-            with self._lock:
-                if turn.is_set():
-                    self._running -= 1
-                else:
-                    self._lines[who].remove(turn)
-                self._pass_on()
+            if turn.is_set:
+                self._running -= 1
+            else:
+                self._lines[who].remove(turn)
+            self._pass_on()
             raise
         return True
 
     def leave(self) -> None:
         """The request is over."""
-        with self._lock:
-            self._running -= 1
-            self._pass_on()
+        self._running -= 1
+        self._pass_on()
 
     def _pass_on(self) -> None:
         while self._lines and self._running < self._most:
@@ -9264,33 +9686,28 @@ class Approval:
         self._wanted, self._log, self._tell = wanted, log, tell
         self._changed = threading.Condition()
         self.waiting: dict[str, Json] = {}
+        self._decided: dict[str, Signal] = {}          # id -> who waits for it
         self._terminal: threading.Thread | None = None
         self._asked = ""                               # the id whose answer the terminal owes
 
-    def ask(self, waiter: Downstream, **about: Any) -> None:
+    async def ask(self, **about: Any) -> None:
         """Returns after a yes.  about: client, account, model, text.  Raises BadRequest 403 for a
-        no, RateLimited when too many wait, ClientGone."""
+        no, RateLimited when too many wait."""
         if not self._wanted:
             return
         if len(self.waiting) >= RATE_QUEUE:
             raise RateLimited("too many requests wait for a person's approval (--manual)")
+
         question = dict(about, id=secrets.token_hex(4), at=time.time(), state="waiting")
-        waiter.pause()
+        decided = Signal()
         with self._changed:
             self.waiting[question["id"]] = question
+            self._decided[question["id"]] = decided
             self._changed.notify_all()
-            if not (sys.stdin and sys.stdin.isatty()):
-                self._log.warning("%s waits for its approval on the page", question["id"])
-            elif self._terminal is None:
-                self._terminal = threading.Thread(target=self._converse, daemon=True)
-                self._terminal.start()
+            self._call_person(question["id"])
         self._tell("approval", question)
         try:
-            while question["state"] == "waiting":
-                if waiter.is_gone():
-                    raise ClientGone
-                with self._changed:
-                    self._changed.wait_for(lambda: question["state"] != "waiting", APPROVAL_LOOK_S)
+            await wait(decided)
         finally:
             with contextlib.suppress(BadRequest):
                 self.decide(question["id"], "gone")
@@ -9298,6 +9715,13 @@ class Approval:
         if question["state"] != "allowed":
             raise BadRequest("refused by the person who is asked (--manual)", 403,
                              "request_refused")
+
+    def _call_person(self, question_id: str) -> None:
+        if not (sys.stdin and sys.stdin.isatty()):
+            self._log.warning("%s waits for its approval on the page", question_id)
+        elif self._terminal is None:
+            self._terminal = threading.Thread(target=self._converse, daemon=True)
+            self._terminal.start()
 
     def decide(self, question_id: str, state: str) -> Json:
         """'allowed', 'refused' or 'gone'.  Raises BadRequest 404 when it does not wait."""
@@ -9307,6 +9731,7 @@ class Approval:
                 raise BadRequest("this request does not wait for an approval any more", 404,
                                  "approval_gone")
             question["state"] = state
+            self._decided.pop(question_id).set()
             self._changed.notify_all()
             if question_id == self._asked:
                 sys.stderr.write("\nthis one is decided already: press Enter\n")
@@ -9351,7 +9776,7 @@ class Budget:
         self._limits = {"": limit} if limit else {}
         self._spent: collections.OrderedDict[str, int] = collections.OrderedDict()
 
-    def admit(self, payer: str, wish: str | None, running: int = 0) -> None:
+    async def admit(self, payer: str, wish: str | None, running: int = 0) -> None:
         """May another call go up?  wish: the header that limits this payer; running: nano-AIU that
         its request has spent so far.  Raises RateLimited, BadRequest."""
         if wish is None and not self._limits:
@@ -9362,8 +9787,10 @@ class Budget:
         with self._lock:
             if limit is not None and (payer in self._limits or len(self._limits) < MAX_SESSIONS):
                 self._limits[payer] = limit
-        if not self.loaded.wait(BUDGET_WAIT_S):
-            self.loaded.set()                          # a locked file delays nobody else
+        deadline = time.monotonic() + BUDGET_WAIT_S
+        while not self.loaded.is_set() and time.monotonic() < deadline:
+            await wait(Pause(BUDGET_LOOK_S))
+        self.loaded.set()                              # a locked file delays nobody else
         for line in self._lines({"": running, payer: running}):
             if line["state"] != "spent" or line["session"] not in ("", wish and payer):
                 continue
@@ -9643,7 +10070,7 @@ class Account(Copilot):
     error to raise."""
 
     def __init__(self, services: Services, github_token: str,
-                 on_refused: Callable[[Account, AuthError], AuthError], name: str = "") -> None:
+                 on_refused: Callable[[Account, AuthError], Work], name: str = "") -> None:
         settings, ledger = services.settings, services.ledger
         super().__init__(settings, services.upstream, services.github,
                          check_github_token(github_token), services.log, services.clock)
@@ -9657,12 +10084,12 @@ class Account(Copilot):
         if settings.show_token:
             self.on_token = show_token
 
-    def _fetch_models(self) -> Catalogue:
+    async def _fetch_models(self) -> Catalogue:
         """The first time it warns of settings that name a model which this account lacks."""
-        catalogue = super()._fetch_models()
+        catalogue = await super()._fetch_models()
         if self.catalogue.value is None:
             for line in self._settings.missing_models(catalogue.models):
-                self._log.warning("%s", line)
+                self.log.warning("%s", line)
         return catalogue
 
 #: path -> the name in the history of what is asked there
@@ -10003,25 +10430,25 @@ class Admission:
         self.gate = Gate(settings.max_concurrency)
         self.approval = Approval(settings.manual, log, tell)
 
-    def admit(self, ticket: Ticket, client: Downstream, calls: int = 1) -> Headers:
+    async def admit(self, ticket: Ticket, calls: int = 1) -> Headers:
         """Returns when the request may go up -> headers for its answer; `leave` must follow, also
         after an exception.  calls: how many it takes, each further one by `admit_next`.  Raises
-        RateLimited, BadRequest, ClientGone."""
-        self._budget.admit(ticket.payer, ticket.wish)
+        RateLimited, BadRequest."""
+        await self._budget.admit(ticket.payer, ticket.wish)
         ticket.account.limiter.check(calls)
         headers = self._minute.admit(ticket.who, self._minute_text, calls)
         if not ticket.has_slot:
-            ticket.has_slot = self.gate.enter(ticket.who, client)
-        ticket.account.limiter.admit(client)
-        self.approval.ask(client, account=ticket.account.name, **ticket.about)
+            ticket.has_slot = await self.gate.enter(ticket.who)
+        await ticket.account.limiter.admit()
+        await self.approval.ask(account=ticket.account.name, **ticket.about)
         ticket.is_admitted = True
         return headers
 
-    def admit_next(self, ticket: Ticket, client: Downstream, spent: int) -> None:
+    async def admit_next(self, ticket: Ticket, spent: int) -> None:
         """Returns when the request's next call may go up.  spent: nano-AIU, by those before.
-        Raises RateLimited, ClientGone."""
-        self._budget.admit(ticket.payer, ticket.wish, spent)
-        ticket.account.limiter.admit(client, is_begun=True)
+        Raises RateLimited."""
+        await self._budget.admit(ticket.payer, ticket.wish, spent)
+        await ticket.account.limiter.admit(is_begun=True)
 
     def leave(self, ticket: Ticket | None) -> None:
         """The request is over; may be called twice, and without a ticket."""
@@ -10076,7 +10503,7 @@ class DefaultLogin:
         self._log.warning("login needed: open %s and enter the code %s", code.verification_uri,
                           code.user_code)
 
-    def copilot(self) -> Account:
+    async def copilot(self) -> Account:
         """The account.  Raises AuthError with the code to enter while there is none."""
         account = self.account
         if account is not None:
@@ -10085,7 +10512,7 @@ class DefaultLogin:
         if stored:
             return self.use(stored)
         self.begin()
-        raise AuthError(self.hint(), code="login_required")
+        raise AuthError(await self.hint(), code="login_required")
 
     def load(self) -> str:
         """The GitHub token to use: the given one, else the stored one, else ''.
@@ -10133,11 +10560,11 @@ class DefaultLogin:
         self.use(token)
         self._log.warning("logged in")
 
-    def hint(self) -> str:
+    async def hint(self) -> str:
         """What to do to be logged in; waits a moment for the code of a login just begun."""
-        device = self.device
-        if device is not None:
-            device.ready.wait(CODE_WAIT_S)
+        device, deadline = self.device, time.monotonic() + CODE_WAIT_S
+        while device is not None and not device.ready.is_set() and time.monotonic() < deadline:
+            await wait(Pause(CODE_LOOK_S))
         code = device.code if device else None
         if code:
             return "login required: open %s and enter the code %s, or run: copilot_proxy.py auth" \
@@ -10148,7 +10575,7 @@ class DefaultLogin:
 
     # -- a login that GitHub refuses
 
-    def _replace(self, account: Account, error: AuthError) -> AuthError:
+    async def _replace(self, account: Account, error: AuthError) -> AuthError:
         """GitHub has refused this account's login: a newer one is taken from the file, else a
         person is asked -> what to raise."""
         with self._lock:
@@ -10165,7 +10592,7 @@ class DefaultLogin:
                 self._log.error("GitHub refuses the login: a new one is needed")
                 self.begin()
                 self._start_retry()
-        return AuthError("%s (%s)" % (error, self.hint()), code="login_required")
+        return AuthError("%s (%s)" % (error, await self.hint()), code="login_required")
 
     def _start_retry(self) -> None:
         with self._lock:
@@ -10180,7 +10607,7 @@ class DefaultLogin:
         while not services.stop.wait(LOGIN_RETRY_S):
             for token in list(self._refused):
                 with contextlib.suppress(ProxyError):
-                    services.github.fetch_copilot_token(token)
+                    run(services.github.fetch_copilot_token(token))
                     if self.account is None:
                         self.use(token)
                         self._log.warning("the login that GitHub refused works again")
@@ -10195,7 +10622,7 @@ class DefaultLogin:
         if self.device is not None:
             self.device.stop.set()
 
-def own_login_refused(account: Account, error: AuthError) -> AuthError:
+async def own_login_refused(account: Account, error: AuthError) -> AuthError:
     """For an account that a key or a token stands for: its owner must act."""
     return AuthError("%s (log in again at /auth/device)" % error, code="login_required")
 
@@ -10279,10 +10706,14 @@ class Accounts:
             if login is None:
                 login = DeviceLogin(services.github, services.settings.poll_margin_s,
                                     services.stop, lambda code: None, renews=False)
-                login.start(services.github.fetch_copilot_token, services.log)  # a seat is wanted
+                login.start(self._check_seat, services.log)
             self._logins[stable_id("", state)] = BrowserLogin(now, login, gives_key)
         login.ready.wait(GITHUB_TIMEOUT_S)
         return state, login
+
+    def _check_seat(self, token: str) -> None:
+        """Raises AuthError for a login without Copilot."""
+        run(self._services.github.fetch_copilot_token(token))
 
     def find_login(self, state: str) -> BrowserLogin:
         """Raises BadRequest 403."""
@@ -10301,14 +10732,15 @@ class Accounts:
         if not login.token:
             raise BadRequest("nobody has granted this login yet", 409, "login_pending")
         if not begun.gives_key:
-            name = self._services.github.fetch_login(login.token)
+            name = run(self._services.github.fetch_login(login.token))
             return {"login": name or None, "key": None, "key_id": None}
         with self._lock:
             entry = self._logins.pop(key, None)
         if entry is None:
             raise BadRequest("this login's key has been handed out", 403, "unknown_login")
         try:
-            made = self.issue_key(text, self._services.github.fetch_login(login.token), login.token)
+            name = run(self._services.github.fetch_login(login.token))
+            made = self.issue_key(text, name, login.token)
         except ProxyError:
             with self._lock:
                 self._logins[key] = entry
@@ -10392,6 +10824,8 @@ class App:
 PLAIN_HTTP_REFUSAL = render_head("HTTP/1.1 400 Bad Request", (
     ("Content-Type", "text/plain"), ("Connection", "close"))) + b"this port speaks https only\n"
 
+PROBE = b"HTTP/1.1 "                 # how every answer begins
+
 def bare_address(name: Any) -> str:
     """('::ffff:10.0.0.1', 80, 0, 0) -> '10.0.0.1'."""
     return str(name[0]).replace("::ffff:", "") if isinstance(name, tuple) else ""
@@ -10411,49 +10845,52 @@ def make_server_context(settings: Settings) -> Any:
                           % plain_reason(error)) from None
     return context
 
-class Baton:
-    """Requests are prepared one after the other.  Python runs one thread at a time anyway, and
-    the loop, which all streams wait for, then has one rival for it instead of hundreds."""
+class News(Wait):
+    """Until a client has sent something, has hung up, or has taken what was sent to it."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._taken = 0
+    def __init__(self, client: ClientConnection, timeout_s: float) -> None:
+        self._client, self.timeout_s = client, timeout_s
 
-    def take(self) -> bool:
-        """Wait for it.  False: who has it is stuck somewhere, go on without."""
-        while True:
-            before = self._taken
-            if self._lock.acquire(timeout=BATON_S):
-                self._taken += 1
-                return True
-            if self._taken == before:
-                return False
+    def begin(self, loop: Any, task: Any) -> None:
+        self._client.expect(self, task)
 
-    def give(self) -> None:
-        self._lock.release()
+class ClientConnection(Connection):
+    """One connection from a client.
 
-class Client:
-    """One connection from a client: a socket and what was read ahead of it.
-    Owned by one party at a time: the loop while it is parked or its answer is streamed, else a
-    worker thread."""
+    Its coroutine (Server.serve) reads a request, answers it, and reads the next.  Meanwhile the
+    loop reads ahead and writes what the client did not take at once, so that a client that leaves
+    is noticed in whatever its request waits for: ClientGone is thrown into the coroutine.
 
-    def __init__(self, sock: Any, address: Any, settings: Settings, baton: Baton,
-                 on_close: Callable[[Client], None]) -> None:
-        self.sock, self.settings, self._on_close = sock, settings, on_close
-        self._baton, self._has_baton = baton, False
+    A client that only stops sending (shutdown of one direction) still gets its answer.  TCP does
+    not tell it from one that has closed, so something harmless is sent to it at once: whoever has
+    closed answers with a reset.  That is a keep-alive of the stream, or before the answer its
+    first bytes, which are always the same (PROBE).  Over TLS the end of sending is the end.
+
+    ahead: read, but not used yet; out: to be sent, not taken yet."""
+
+    def __init__(self, sock: Any, address: Any, settings: Settings, loop: EventLoop,
+                 on_close: Callable[[ClientConnection], None]) -> None:
+        self.sock, self.settings, self.loop, self._on_close = sock, settings, loop, on_close
         self.address = bare_address(address)
-        self.keepalive_s = settings.keepalive_s
-        self.ahead = b""                          # read, but not used yet
-        self.problem: BadRequest | None = None    # why no request can be read from it
-        self.ending = False                       # the server is shutting down
-        self.used = False                         # it has had a request
-        self.ping: Callable[[], None] = lambda: None      # the running request's keep-alive
-        self.tls: Any = None                      # the context while TLS has not begun
-        self.shaking_until = 0.0                  # monotonic; 0: no handshake is under way
+        self.task: Any = None                     # the loop's, that runs its coroutine
+        self.ahead = b""
+        self.out = bytearray()
+        self.exchange: Exchange | None = None     # the request that is being answered
+        self.is_idle = True                       # it waits for a request
+        self.is_used = False                      # it has had one
+        self.at_end = False                       # the client sends no more
+        self.sent_at = time.monotonic()           # when the client took something last
+        self._news: tuple[News, Any] | None = None
 
     @property
     def is_full(self) -> bool:
+        """Is so much read ahead that it is not read any more?"""
         return len(self.ahead) > MAX_HEAD_BYTES
+
+    @property
+    def is_slow(self) -> bool:
+        """Has so much not been taken that nothing more is to be sent?"""
+        return len(self.out) > MAX_OUT_BYTES
 
     @property
     def has_head(self) -> bool:
@@ -10462,115 +10899,201 @@ class Client:
             self.ahead = self.ahead.lstrip(b"\r\n")      # some clients send one too many
         return b"\r\n\r\n" in self.ahead or b"\n\n" in self.ahead or self.is_full
 
-    def fileno(self) -> int:
-        return self.sock.fileno()                 # type: ignore[no-any-return]
+    # -- what the loop reports
 
-    def on_silence(self) -> None:
-        self.ping()
+    def on_event(self, mask: int) -> None:
+        """Read ahead, send on; then whoever waits for news looks at it."""
+        if mask & selectors.EVENT_WRITE and self.out:
+            self._flush()
+        if mask & selectors.EVENT_READ and self.sock is not None:
+            self.fill()
+        self._watch()
 
-    def resume(self) -> None:
-        """Take the baton, to prepare a request."""
-        self._has_baton = self._has_baton or self._baton.take()
+        if self._news is not None:
+            (what, task), self._news = self._news, None
+            self.loop.wake(task, what, True)
 
-    def pause(self) -> None:
-        """Give the baton back, before a wait."""
-        if self._has_baton:
-            self._has_baton = False
-            self._baton.give()
+    def expect(self, what: News, task: Any) -> None:
+        """The coroutine waits for news."""
+        self._news = what, task
+        self._watch()
 
-    def fill(self) -> bool:
-        """Read ahead what is there now.  False: it has hung up."""
+    def _watch(self) -> None:
+        """Tell the selector what matters now."""
+        if self.sock is None:
+            return
+        events = 0
+        if not (self.at_end or self.is_full):
+            events |= selectors.EVENT_READ
+        if self.out:
+            events |= selectors.EVENT_WRITE
+        self.loop.watch(self, events)
+
+    def fill(self) -> None:
+        """Read ahead what is there now."""
         try:
-            data = receive_now(self.sock) if not self.is_full else None
+            data = None if self.is_full else receive_now(self.sock)
         except (OSError, ValueError):
-            return False
-        self.ahead += data or b""
-        return data != b""
+            self.at_end = True
+            self.leave()
+            return
+        if data:
+            self.ahead = self.ahead + data if self.ahead else data
+        elif data is not None:
+            self.at_end = True
+            if self._news is None and not self.still_reads():
+                self.leave()
 
-    def is_gone(self) -> bool:
-        """Has it hung up?  Raises UpstreamError when the server is shutting down."""
-        if self.ending:
-            raise UpstreamError("the proxy is shutting down", 503)
-        while not self.is_full and wait_ready(self.sock, 0):
-            if not self.fill():
-                return True
-        return False
+    def still_reads(self) -> bool:
+        """Does it wait for its answer, though it may have stopped sending?"""
+        if not self.at_end or self.exchange is None:
+            return True
+        if hasattr(self.sock, "unwrap"):
+            return False
+        try:
+            if not self.out:                      # else what is sent next will tell
+                self.exchange.probe()
+        except ClientGone:
+            return False
+        return not self._is_reset()
+
+    def _is_reset(self) -> bool:
+        return bool(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+
+    def _flush(self) -> None:
+        try:
+            sent = send_now(self.sock, self.out)
+        except OSError:
+            self.at_end = True
+            self.leave()
+            return
+        if sent:
+            self.sent_at = time.monotonic()
+            del self.out[:sent]
+
+    def on_tick(self, now: float) -> None:
+        """What depends on time, while a request is being answered."""
+        exchange = self.exchange
+        if self.out:
+            if now - self.sent_at >= SEND_TIMEOUT_S:
+                self.leave()
+        elif self.at_end and exchange is not None and self._is_reset():
+            self.leave()
+        elif exchange is not None and now - self.sent_at >= self.settings.keepalive_s:
+            try:
+                exchange.ping()
+            except ClientGone:
+                self.leave()
+
+    def leave(self) -> None:
+        """The client has gone: its coroutine is told."""
+        self.out.clear()
+        self.loop.cancel(self.task, ClientGone())
+
+    # -- what its coroutine does
 
     def send(self, data: bytes) -> None:
-        """Raises ClientGone when it has hung up or takes nothing for SEND_TIMEOUT_S."""
-        self.pause()
-        try:
-            send_all(self.sock, data, SEND_TIMEOUT_S)
-        except OSError:
-            raise ClientGone from None
+        """Send what the client takes now, the rest as soon as it can.  Raises ClientGone."""
+        if not self.out:
+            try:
+                sent = send_now(self.sock, data)
+            except (OSError, ValueError):
+                raise ClientGone from None
+            self.sent_at = time.monotonic()
+            if sent == len(data):
+                return
+            data = data[sent:]
+        self.out += data
+        self._watch()
 
-    def take_head(self) -> bytes:
-        """The next request's head without its empty line.  Raises BadRequest."""
-        if self.problem is not None:
-            raise self.problem
+    async def room(self) -> None:
+        """Return when the client has taken most of what was sent: so a slow one stops its own
+        upstream.  Raises ClientGone when it takes nothing for SEND_TIMEOUT_S."""
+        while self.is_slow:
+            await wait(News(self, math.inf))
+
+    async def flushed(self) -> None:
+        """Return when the client has taken all.  Raises ClientGone."""
+        while self.out:
+            await wait(News(self, math.inf))
+
+    async def begin_tls(self, context: Any) -> None:
+        """The server's side of the handshake.  Raises OSError."""
+        deadline = time.monotonic() + HANDSHAKE_S
+        if not await wait(Ready(self, timeout_s=HANDSHAKE_S)):
+            raise socket.timeout("timed out")
+        # not before the first byte: it takes memory
+        self.sock = context.wrap_socket(self.sock, server_side=True,
+                                        do_handshake_on_connect=False)
+        try:
+            await self.shake_hands(deadline)
+        except OSError as error:
+            if getattr(error, "reason", "") == "HTTP_REQUEST":
+                with contextlib.suppress(OSError):
+                    socket.socket.send(self.sock, PLAIN_HTTP_REFUSAL)
+            raise
+
+    async def read_head(self) -> bytes:
+        """The next request's head without its empty line, b"" when there will be none.
+        Raises BadRequest, also for half a head that came too slowly."""
+        self.is_idle = True
+        deadline = time.monotonic() + self.settings.idle_client_s
+        has_begun = False
+        while not self.has_head:
+            if self.ahead and not has_begun:
+                has_begun = True
+                deadline = time.monotonic() + self.settings.head_timeout_s
+            if self.at_end or not await wait(News(self, deadline - time.monotonic())):
+                if not self.ahead:
+                    return b""
+                raise BadRequest("the request head came too slowly or not whole", 408)
+
+        self.is_idle, self.is_used = False, True
+        return self._take_head()
+
+    def _take_head(self) -> bytes:
         end = self.ahead.find(b"\r\n\r\n")
         if end > MAX_HEAD_BYTES or end < 0 and self.is_full:
-            raise BadRequest("the request head is larger than %d bytes" % MAX_HEAD_BYTES, 431)
+            raise BadRequest(f"the request head is larger than {MAX_HEAD_BYTES} bytes", 431)
         if end < 0:
             raise BadRequest("line ends of the head must be CR LF")
         raw, self.ahead = self.ahead[:end], self.ahead[end + 4:]
         return raw
 
-    def read_body(self, length: int, chunked: bool) -> bytes:
+    async def read_body(self, length: int, chunked: bool) -> bytes:
         """Raises BadRequest (400, 408, 413), ClientGone when it ends in the middle."""
         decoder = BodyDecoder(length, chunked)
         parts: list[bytes] = []
         size, began = 0, time.monotonic()
-        data, self.ahead = self.ahead, b""
         while True:
+            data, self.ahead = self.ahead, b""
             parts.append(decoder.feed(data))
             size += len(parts[-1])
             if size > MAX_BODY_BYTES:
-                raise BadRequest("the body is larger than %d bytes" % MAX_BODY_BYTES, 413)
+                raise BadRequest(f"the body is larger than {MAX_BODY_BYTES} bytes", 413)
             if decoder.done:
                 self.ahead = decoder.rest
-                self.resume()
-                return b"".join(parts)
-            late = began + self.settings.body_stall_s + size / BODY_BYTES_PER_S
-            try:
-                data = self._receive(min(self.settings.body_stall_s, late - time.monotonic()))
-            except socket.timeout:
-                raise BadRequest("the request body came too slowly", 408) from None
-            if not data:
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+
+            if self.at_end:
                 raise ClientGone
+            late = began + self.settings.body_stall_s + size / BODY_BYTES_PER_S
+            pause = min(self.settings.body_stall_s, late - time.monotonic())
+            if not await wait(News(self, pause)):
+                raise BadRequest("the request body came too slowly", 408)
 
-    def _receive(self, timeout_s: float) -> bytes:
-        """b'' when it has hung up.  Raises socket.timeout."""
-        try:
-            data = receive_now(self.sock)
-            while data is None:
-                self.pause()
-                if timeout_s <= 0 or not wait_ready(self.sock, timeout_s):
-                    raise socket.timeout
-                data = receive_now(self.sock)
-            return data
-        except socket.timeout:
-            raise
-        except OSError:
-            return b""
-
-    def linger(self) -> None:
+    async def linger(self) -> None:
         """After a refusal: read on for a moment, else the client sees a reset, not the reason."""
+        await self.flushed()
         deadline, size = time.monotonic() + LINGER_S, 0
         with contextlib.suppress(OSError):
             self._end_tls()
             socket.socket.shutdown(self.sock, socket.SHUT_WR)    # TLS has one that ends it, too
-            while size < 4 * MAX_BODY_BYTES:
-                data = self._receive(deadline - time.monotonic())
-                size += len(data)
-                if not data:
-                    break
-
-    def end(self) -> None:
-        """From another thread: a handler that waits for the upstream is woken to say goodbye."""
-        self.ending = True
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.sock, socket.SHUT_RD)
+        while not self.at_end and size < 4 * MAX_BODY_BYTES:
+            size += len(self.ahead)
+            self.ahead = b""
+            if not await wait(News(self, deadline - time.monotonic())):
+                break
 
     def _end_tls(self) -> None:
         """Tell the other side that nothing was cut off."""
@@ -10580,22 +11103,38 @@ class Client:
 
     def close(self) -> None:
         """Let go of the socket; may be called twice."""
+        if self.sock is None:
+            return
         self._on_close(self)
         self._end_tls()
+        self.unwatch()
+        sock, self.sock = self.sock, None
         with contextlib.suppress(OSError):
-            self.sock.close()
+            sock.close()
+
+async def drain(answer: UpstreamResponse) -> None:
+    """The last chunk behind a terminal event, for DRAIN_S: then the connection can be kept.  Its
+    client does not wait for that."""
+    deadline = time.monotonic() + DRAIN_S
+    try:
+        while not answer.done and time.monotonic() < deadline:
+            await answer.read(deadline - time.monotonic())
+    except UpstreamError:
+        pass
+    finally:
+        answer.finish()
 
 class Exchange:
     """One request and its answer.
-    `reply` and `fail` send a whole answer.  A streamed one is sent by a thread with
-    `expect_stream`, `write` and `finish`, or handed to the loop with `hand_over`, which sends what
-    `frame` and `frame_end` give.  Its head goes out together with its first bytes.
+    `reply` and `fail` send a whole answer.  A stream is announced with `expect_stream`; then either
+    `relay` sends an upstream's answer on, or `write` and `finish` send one that is made here.  Its
+    head goes out together with its first bytes.
 
     It knows bytes, head and answer, but no model and no account: those are in `record`.  The
     Handler sets caller, is_same_origin, argument, body and keep_alive before the endpoint runs;
     the endpoint may set dialect, body, ticket and keep_alive.  Nobody else sets anything."""
 
-    def __init__(self, client: Client, head: RequestHead, app: App) -> None:
+    def __init__(self, client: ClientConnection, head: RequestHead, app: App) -> None:
         self.client, self.head, self.app = client, head, app
         self.path = normalise_path(split_target(head.target)[1].partition("?")[0])
         self.record = RequestRecord.begin(head.method, self.path, head.headers, app.clock()[1])
@@ -10607,7 +11146,7 @@ class Exchange:
         self.body = b""
         self.headers: Headers = {}           # to be added to the answer
         self.keep_alive = head.keep_alive
-        self.relay: Relay | None = None      # what the loop is to do when the endpoint is through
+        self._is_probed = False              # PROBE is sent: the head goes on behind it
         self.keepalive = b""
 
     @property
@@ -10670,13 +11209,43 @@ class Exchange:
         self.headers.update(error.headers)
         self.reply_json(self.dialect.error_body(error, self.id), error.status)
 
+    def refuse(self, error: ProxyError) -> None:
+        """Tell the client, or where its answer has begun only note it.  Raises ClientGone."""
+        if self.started:
+            self.record.fail(error)
+            self.keep_alive = False
+        else:
+            self.fail(error)
+
+    def client_left(self) -> None:
+        """Nobody waits for the answer any more."""
+        self.keep_alive = False
+        if self.started:
+            self.record.leave_stream()
+        else:
+            self.record.leave()
+
     # -- a streamed answer
 
     def expect_stream(self, keepalive: bytes) -> None:
         """From now on silence is filled with keep-alives, the first of which commits to 200."""
         self.keepalive = keepalive
         self.keep_alive = self.keep_alive and self.is_chunked
-        self.client.ping = lambda: self.write(self.keepalive)
+        self.client.sent_at = time.monotonic()
+
+    def ping(self) -> None:
+        """A keep-alive, where a stream is expected.  Raises ClientGone."""
+        if self.keepalive:
+            self.write(self.keepalive)
+
+    def probe(self) -> None:
+        """Send something that may be sent now in any case, only to see whether the client still
+        reads.  Raises ClientGone."""
+        if self.started:
+            self.ping()
+        elif not self._is_probed:
+            self._is_probed = True
+            self.client.send(PROBE)
 
     def frame(self, data: bytes) -> bytes:
         """Some bytes of the stream as they go over the wire, with the head before the first."""
@@ -10698,9 +11267,45 @@ class Exchange:
         """The end of the stream, in one write with its last bytes."""
         self._send(self.frame_end(last))
 
-    def hand_over(self, answer: UpstreamResponse, pipeline: StreamRelay) -> None:
-        """Let the loop relay the rest; the last act of an endpoint."""
-        self.relay = Relay(self, answer, pipeline)
+    async def relay(self, answer: UpstreamResponse, pipeline: StreamRelay) -> None:
+        """Send a stream on as it comes, to its end: proper, cut, or given up.  A cut one ends with
+        the dialect's error event, never politely.  Raises ClientGone."""
+        problem: ProxyError | None = None
+        last = b""
+        try:
+            while not (answer.done or pipeline.ended):
+                last = pipeline.feed(await answer.read(self.app.settings.answer_timeout_s))
+                if last and not (answer.done or pipeline.ended):
+                    self.write(last)
+                    last = b""
+                    if self.client.is_slow:
+                        await self.client.room()
+        except UpstreamError as error:
+            problem = error
+        except (ClientGone, GeneratorExit):
+            answer.close()
+            raise
+        except Exception:
+            self.app.log.exception("%s failed", self.id)
+            problem = ProxyError("an error in the proxy itself; its log has the request id "
+                                 + self.id)
+
+        try:
+            end = self._last_bytes(last, pipeline, problem)
+        except BaseException:
+            answer.close()
+            raise
+        if answer.done or pipeline.failure or problem is not None:
+            answer.finish()
+        else:
+            self.client.loop.spawn(drain(answer))
+        self._send(end)
+
+    def _last_bytes(self, last: bytes, pipeline: StreamRelay, problem: ProxyError | None) -> bytes:
+        begin = self.frame(last) if last else b""
+        end = self.frame_end(pipeline.close(problem))
+        self.record.end_stream(pipeline.failure or "", problem.code if problem else None)
+        return begin + end
 
     def _stream_head(self) -> bytes:
         coding = [("Transfer-Encoding", "chunked")] if self.is_chunked else []
@@ -10725,7 +11330,8 @@ class Exchange:
         elif self.head.minor == 0:
             fields_.append(("Connection", "keep-alive"))
         phrase = http.client.responses.get(status, "Error")
-        return render_head("HTTP/1.1 %d %s" % (status, phrase), fields_)
+        whole = render_head("HTTP/1.1 %d %s" % (status, phrase), fields_)
+        return whole[len(PROBE):] if self._is_probed else whole
 
     def _send(self, data: bytes) -> None:
         if data:
@@ -10751,7 +11357,7 @@ def exposed_headers(fields_: list[tuple[str, str]]) -> str:
 def http_date(second: int) -> str:
     return email.utils.formatdate(second, usegmt=True)
 
-Endpoint = Callable[[Exchange], None]
+Endpoint = Callable[[Exchange], Optional[Work]]     # None where it is through already
 Routes = Mapping[str, Mapping[str, Endpoint]]      # path -> method -> endpoint; "/x/*" for a tail
 
 def split_target(target: str) -> tuple[str | None, str]:
@@ -10823,524 +11429,333 @@ def foreign_origin(origin: str | None) -> BadRequest:
         text = "pages whose origin is %s may not call this API" % printable(origin or "''", 80)
     return BadRequest(text, 403, "origin_not_allowed")
 
-class Relay:
-    """One streamed answer in the loop: whose it is, where it comes from, what is still to send."""
+class Workers:
+    """A few threads for what may block; an idle one ends after WORKER_IDLE_S.
+    `_lock` guards the fields; _free: threads that wait less work that waits, so below 0 when all
+    of them are busy."""
 
-    def __init__(self, exchange: Exchange, answer: UpstreamResponse, pipeline: StreamRelay) -> None:
-        self.exchange, self.client = exchange, exchange.client
-        self.answer, self.pipeline = answer, pipeline
-        self.out = bytearray()               # for the client, not taken yet
-        self.heard_at = self.sent_at = time.monotonic()
-        self.paused = False                  # the client is slow: its upstream is not read
-        self.ending = False                  # all that is to be sent is in `out`
-        self.parted = False                  # the upstream connection is somebody else's, or closed
-        self.interest = 0                    # what the selector watches the client for
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = self._free = 0
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
-class RelayLoop:
-    """One thread for everything that waits: running streams and idle connections.
+    def put(self, work: Callable[[], None]) -> bool:
+        """Do it soon.  False: too much waits already, or no thread can be had."""
+        with self._lock:
+            if self._queue.qsize() >= WORKER_QUEUE:
+                return False
+            if self._free <= 0 and self._count < MAX_WORKERS:
+                self._begin_thread()
+            if not self._count:
+                return False
+            self._free -= 1
+            self._queue.put(work)
+        return True
 
-                       whole head there                    endpoint handed a stream over
-          new ---> PARKED ----------------> worker thread --------------------------+
-                     ^  |  idle too long,        |                                   v
-                     |  +---> closed             +--- whole answer ---> PARKED    RELAYING <--+
-                     |                                                             |   |  |   |
-                     |      all sent, keep-alive          upstream ended, cut,     |   |  |   |
-                     +--------------------------- ENDING <--- silent for too long -+   |  |   |
-                              all sent, close  |                                       |  +---+
-                                   closed <----+    client left: upstream closed <-----+  PAUSED
-                                                                                    (slow reader)
+    def _begin_thread(self) -> None:
+        try:
+            threading.Thread(target=self._run, name="worker", daemon=True).start()
+            self._count += 1
+        except RuntimeError:                     # the system gives no more of them
+            pass
 
-    An upstream whose stream is complete but whose last chunk is not there yet is DRAINED apart
-    from its client, then goes back to the pool.  All methods with a leading underscore run in the
-    loop's own thread; the others post to it and may be called from any thread.  No exception of
-    one stream touches another."""
+    def stop(self) -> None:
+        """End the idle ones; who works ends with its work."""
+        for _ in range(MAX_WORKERS):
+            self._queue.put(None)
 
-    def __init__(self, settings: Settings, log: logging.Logger,
-                 serve: Callable[[Client], None], on_end: Callable[[Exchange], None]) -> None:
-        self._settings, self.log, self._serve, self._on_end = settings, log, serve, on_end
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._free += 1
+            work = self._next()
+            if work is None:
+                break
+            work()
+        with self._lock:
+            self._free -= 1
+            self._count -= 1
+
+    def _next(self) -> Callable[[], None] | None:
+        """None: nothing more is to be done by this thread."""
+        try:
+            return self._queue.get(timeout=WORKER_IDLE_S)
+        except queue.Empty:
+            pass
+        with self._lock:
+            return None if self._queue.empty() else self._queue.get()
+
+class Alarm(Connection):
+    """Wakes the loop out of its select, from any thread."""
+
+    def __init__(self) -> None:
+        self._far, self.sock = socket.socketpair()
+        self.sock.setblocking(False)
+        self._is_ringing = False
+
+    def ring(self) -> None:
+        """Wake it, once for however many calls."""
+        if not self._is_ringing:
+            self._is_ringing = True
+            with contextlib.suppress(OSError):
+                self._far.send(b"x")
+
+    def on_event(self, mask: int) -> None:
+        """The loop is awake."""
+        with contextlib.suppress(BlockingIOError):
+            self.sock.recv(4096)
+        self._is_ringing = False
+
+    def close(self) -> None:
+        """Both ends."""
+        self._far.close()
+        self.sock.close()
+
+class Task:
+    """A coroutine in the loop, and what it waits for now (None while it runs).
+    deadline: when that wait is over, monotonic."""
+    __slots__ = ("deadline", "on_end", "what", "work")
+
+    def __init__(self, work: Work, on_end: OnEnd | None) -> None:
+        self.work, self.on_end = work, on_end
+        self.what: Wait | None = None
+        self.deadline = math.inf
+
+class EventLoop:
+    """One thread for everything that waits.
+
+    Each connection of a client is a coroutine that the loop drives, and so is whatever goes on
+    beside it (a fetched token, the last chunk of a stream).  A coroutine runs until it waits:
+
+        it waits for                                      and is resumed by
+        Ready     an upstream connection                  the selector
+        News      bytes from its client, or room          the selector, through on_event
+        Pause     some time                               the loop's timers
+        NextTurn  its turn to compute                     the loop, when streams have been served
+        InThread  DNS, files, the database, big bodies    one of a few worker threads
+        Signal    a limit, an approval, a shared fetch    whoever sets it, in any thread
+
+    and, whatever it waits for: by the end of its time (the result is False), by its client's
+    leaving (ClientGone), or by the end of the server (UpstreamError 503).  One round of the loop:
+
+        select --> resume what is ready --> compute for 1 to 2 ms --> timers, and once a tick:
+           ^                                                          deadlines, pings
+           +---------------------------------------------------------------------------+
+
+    Methods with a leading underscore run in the loop's own thread; spawn, wake, post, start and
+    stop may be called from any.  No exception of one coroutine touches another."""
+
+    def __init__(self, settings: Settings, log: logging.Logger) -> None:
+        self.log = log
+        self.clients: set[ClientConnection] = set()          # the open ones
+        self.workers = Workers()
         self._selector = selectors.DefaultSelector()
-        self._inbox: collections.deque[tuple[Callable[[Any], None], Any]] = collections.deque()
-        self._wake_up, self._woken = socket.socketpair()
-        self._signalled = False
-        self._stopped = self._closing = False
-        self._parked: dict[Client, float] = {}               # -> until when (monotonic)
-        self._relays: dict[Relay, None] = {}
-        self._draining: dict[UpstreamResponse, float] = {}   # -> until when
-        self._again: dict[Relay, None] = {}                  # more to read, but not on the wire
+        self._inbox: collections.deque[tuple[Any, ...]] = collections.deque()
+        self._alarm = Alarm()
+        self._stopped = False
+        self._tasks: dict[Task, None] = {}
+        self._turns: collections.deque[tuple[Task, Wait]] = collections.deque()
+        self._timers: list[tuple[float, int, Task, Wait]] = []
         self._tick_s = min(1.0, settings.keepalive_s / 4, settings.head_timeout_s / 4)
-        self._now = time.monotonic()
-        self._swept_at = self._now
-        self._thread = threading.Thread(target=self._run, name="relay-loop", daemon=True)
+        self._now = self._ticked_at = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="event-loop", daemon=True)
 
     # -- from any thread
 
     def start(self) -> None:
         """Begin to wait."""
-        self._woken.setblocking(False)
-        self._selector.register(self._woken, selectors.EVENT_READ, (self._on_wake, None))
+        self.watch(self._alarm, selectors.EVENT_READ)
         self._thread.start()
 
-    def park(self, client: Client) -> None:
-        """Wait for the client's next request, then give it to a worker."""
-        if self._stopped:
-            client.close()
-        else:
-            self._post(self._park, client)
-
-    def relay(self, relay: Relay) -> None:
-        """Pump a stream to its end."""
-        self._post(self._begin, relay)
-
-    def close_parked(self) -> None:
-        """Shutdown, first step: no further requests; running streams go on."""
-        self._post(self._close_parked, None)
-
-    def end_streams(self) -> None:
-        """Shutdown, second step: what still runs ends with the dialect's error."""
-        self._post(self._end_streams, None)
-
     def stop(self) -> None:
-        self._post(self._stop, None)
+        """End all coroutines and the thread."""
+        self.post(self._stop)
         self._thread.join(5)
 
-    def _post(self, work: Callable[[Any], None], item: Any) -> None:
-        self._inbox.append((work, item))
-        if not self._signalled:
-            self._signalled = True
-            with contextlib.suppress(OSError):
-                self._wake_up.send(b"x")
+    def post(self, work: Callable[..., None], *items: Any) -> None:
+        """Have the loop call `work`."""
+        self._inbox.append((work, *items))
+        if not self.is_own_thread():
+            self._alarm.ring()
+
+    def is_own_thread(self) -> bool:
+        return threading.get_ident() == self._thread.ident
+
+    def spawn(self, work: Work, on_end: OnEnd | None = None) -> Task:
+        """Drive a coroutine; `on_end` gets its result or error."""
+        task = Task(work, on_end)
+        self._tasks[task] = None
+        self.post(self._resume, task)
+        return task
+
+    def wake(self, task: Task, what: Wait, value: Any = None,
+             error: BaseException | None = None) -> None:
+        """Resume the task if it still waits for `what`."""
+        self.post(self._wake, task, what, value, error)
+
+    # -- for coroutines, in the loop's thread
+
+    def watch(self, connection: Connection, events: int) -> None:
+        """Have the selector watch for these events only; 0 for none."""
+        if events == connection.watched:
+            return
+        if not events:
+            self._forget(connection)
+        elif connection.watched:
+            self._selector.modify(connection, events, connection)
+        else:
+            self._selector.register(connection, events, connection)
+            connection.loop = self
+        connection.watched = events
+
+    def _forget(self, connection: Connection) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(connection)
+
+    def wake_at(self, when_s: float, task: Task, what: Wait) -> None:
+        """The same at this monotonic time."""
+        heapq.heappush(self._timers, (when_s, id(what), task, what))     # id: never a tie
+
+    def wake_in_turn(self, task: Task, what: Wait) -> None:
+        """The same when the running streams have been served."""
+        self._turns.append((task, what))
+
+    def run_in_thread(self, work: Callable[[], Any], task: Task, what: Wait) -> None:
+        """Resume the task with what `work` returns or raises in a worker thread."""
+        if not self.workers.put(lambda: self.wake(task, what, *outcome(work))):
+            self.wake(task, what, None, ProxyError(
+                "the proxy has more work than it can do now: try again in a moment", 503,
+                headers={"retry-after": "1"}))
+
+    def cancel(self, task: Task | None, error: BaseException) -> None:
+        """Throw an error into a coroutine that waits."""
+        if task is not None and task.what is not None:
+            self._resume(task, None, error)
 
     # -- the loop
 
     def _run(self) -> None:
         while not self._stopped:
-            ready = self._selector.select(0 if self._again else self._tick_s)
+            ready = self._selector.select(self._pause_s())
             self._now = time.monotonic()
             for key, mask in ready:
-                self._guard(key.data[0], key.data[1], mask)
-            again, self._again = self._again, {}
-            for relay in again:
-                self._guard(self._on_upstream, relay)
-            if self._now - self._swept_at >= self._tick_s:
-                self._swept_at = self._now
-                self._sweep()
-        while self._inbox:                                   # parked too late
-            item = self._inbox.popleft()[1]
-            if isinstance(item, Client):
-                item.close()
-        for part in (self._selector, self._wake_up, self._woken):
-            part.close()
+                self._on_ready(key.data, mask)
+            self._take_inbox()
+            self._take_turns()
+            self._run_timers()
+            if self._now - self._ticked_at >= self._tick_s:
+                self._ticked_at = self._now
+                self._tick()
+        self._selector.close()
+        self._alarm.close()
 
-    def _guard(self, work: Callable[..., None], item: Any, *more: Any) -> None:
-        try:
-            work(item, *more)
-        except Exception:
-            self.log.exception("relay failed")
-            self._recover(item)
+    def _pause_s(self) -> float:
+        """How long nothing can happen but in sockets."""
+        if self._inbox or self._turns:
+            return 0.0
+        if self._timers:
+            return min(self._tick_s, max(0.0, self._timers[0][0] - time.monotonic()))
+        return self._tick_s
 
-    def _recover(self, item: Any) -> None:
-        """After an exception of ours: whatever `item` was, it is over; the others go on."""
-        if isinstance(item, Client):
-            self._parked.pop(item, None)
-            self._forget(item)
-            item.close()
-        elif isinstance(item, UpstreamResponse):
-            self._draining.pop(item, None)
-            self._forget(item.wire)
-            item.close()
-        elif isinstance(item, Relay) and item in self._relays:
-            if item.ending:
-                self._abandon(item)
-            else:                                # tell the client, if that is still possible
-                self._guard(self._end, item, ProxyError(
-                    "an error in the proxy itself; its log has the request id %s"
-                    % item.exchange.id))
+    def _on_ready(self, connection: Connection, mask: int) -> None:
+        task = connection.waiter
+        if task is not None:
+            connection.waiter = None
+            self._resume(task, True)
+            return
+        if not self._guard(connection.on_event, mask):
+            self._give_up(connection)
 
-    def _on_wake(self, item: None, mask: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._woken.recv(4096)
-        self._signalled = False
-        while self._inbox:
+    def _guard(self, work: Callable[..., None], *items: Any) -> bool:
+        """Call `work` -> did it go well?  A fault of ours is logged, and the loop goes on."""
+        _, error = outcome(functools.partial(work, *items))
+        if error is not None:
+            self.log.error("the loop failed", exc_info=error)
+        return error is None
+
+    def _give_up(self, connection: Connection) -> None:
+        """After a fault of ours: this connection is over, the others go on."""
+        self.watch(connection, 0)
+        if isinstance(connection, ClientConnection):
+            connection.at_end = True
+            self.cancel(connection.task, ClientGone())
+
+    def _take_inbox(self) -> None:
+        for _ in range(len(self._inbox)):
             self._guard(*self._inbox.popleft())
 
-    def _forget(self, item: Any) -> None:
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(item)
-
-    def _sweep(self) -> None:
-        """Everything that depends on time, once a tick."""
-        for client, until in list(self._parked.items()):
-            if self._now >= until:
-                self._guard(self._unpark, client, True)
-        for answer, until in list(self._draining.items()):
-            if self._now >= until:
-                self._guard(self._end_drain, answer)
-        for relay in list(self._relays):
-            self._guard(self._check_time, relay)
-
-    # -- parked connections
-
-    def _park(self, client: Client) -> None:
-        if self._closing:
-            client.close()
+    def _take_turns(self) -> None:
+        """Compute, but not so long that a stream stands still."""
+        if not self._turns:
             return
-        wait = self._settings.head_timeout_s if client.ahead else self._settings.idle_client_s
-        self._parked[client] = client.shaking_until or self._now + wait
-        self._selector.register(client, selectors.EVENT_READ, (self._on_parked, client))
-        if client.has_head:
-            self._unpark(client)
+        until = time.monotonic()
+        until += min(max(SLICE_S, until - self._now), 2 * SLICE_S)
+        while self._turns:
+            self._wake(*self._turns.popleft(), None, None)
+            if time.monotonic() >= until:
+                break
 
-    def _on_parked(self, client: Client, mask: int) -> None:
-        if client not in self._parked:
-            return
-        begun = bool(client.ahead)
-        if client.shaking_until:                 # that is work for a thread
-            self._unpark(client)
-        elif not client.fill():
-            self._unpark(client, late=True)
-        elif client.has_head:
-            self._unpark(client)
-        elif client.ahead and not begun:
-            self._parked[client] = self._now + self._settings.head_timeout_s
+    def _run_timers(self) -> None:
+        while self._timers and self._timers[0][0] <= self._now:
+            _, _, task, what = heapq.heappop(self._timers)
+            self._wake(task, what, None, None)
 
-    def _unpark(self, client: Client, late: bool = False) -> None:
-        """To a worker with a request, or with half of one that came too slowly; else closed."""
-        self._forget(client)
-        del self._parked[client]
-        if late and not client.ahead:
-            client.close()
-            return
-        if late:
-            client.problem = BadRequest("the request head came too slowly or not whole", 408)
-        self._serve(client)
+    def _tick(self) -> None:
+        """Deadlines, and what clients are sent in a silence."""
+        for task in [task for task in list(self._tasks) if task.deadline <= self._now]:
+            if task.what is not None:
+                self._resume(task, False)
+        for client in list(self.clients):
+            if not self._guard(client.on_tick, self._now):
+                self._give_up(client)
 
-    def _close_parked(self, item: None) -> None:
-        self._closing = True
-        for client in list(self._parked):
-            self._forget(client)
-            client.close()
-        self._parked.clear()
+    # -- coroutines
 
-    # -- running streams
+    def _wake(self, task: Task, what: Wait, value: Any, error: BaseException | None) -> None:
+        if task.what is what:                    # else it was resumed by something else
+            self._resume(task, value, error)
 
-    def _begin(self, relay: Relay) -> None:
-        self._relays[relay] = None
-        self._watch_client(relay)
-        self._selector.register(relay.answer.wire, selectors.EVENT_READ, (self._on_upstream, relay))
-        self._on_upstream(relay)
-
-    def _watch_client(self, relay: Relay) -> None:
-        """Tell the selector what of the client matters now."""
-        wanted = 0 if relay.client.is_full else selectors.EVENT_READ
-        wanted |= selectors.EVENT_WRITE if relay.out else 0
-        if wanted == relay.interest:
-            return
-        if not wanted:
-            self._forget(relay.client)
-        elif relay.interest:
-            self._selector.modify(relay.client, wanted, (self._on_client, relay))
-        else:
-            self._selector.register(relay.client, wanted, (self._on_client, relay))
-        relay.interest = wanted
-
-    def _on_upstream(self, relay: Relay, mask: int = 0) -> None:
-        """Bytes from the upstream: through the pipeline, to the client."""
-        if relay.ending or relay.paused or relay not in self._relays:
-            return
-        answer, pipeline = relay.answer, relay.pipeline
+    def _resume(self, task: Task, value: Any = None, error: BaseException | None = None) -> None:
+        """Run a coroutine until it waits or ends."""
+        what, task.what = task.what, None
+        if isinstance(what, Ready):
+            what.connection.waiter = None
         try:
-            data = answer.wire.receive()
-            if data is None:
-                return
-            relay.heard_at = self._now
-            out = pipeline.feed(answer.take(data))
-        except UpstreamError as error:
-            self._end(relay, error)
+            what = task.work.send(value) if error is None else task.work.throw(error)
+        except StopIteration as end:
+            self._end(task, end.value, None)
             return
-        except OSError as error:
-            self._end(relay, StreamCut("the upstream broke the connection (%s)"
-                                       % plain_reason(error), code="upstream_stream_ended"))
+        except BaseException as fault:           # noqa: BLE001
+            self._end(task, None, fault)
             return
-        if out:
-            out = relay.exchange.frame(out)
-        if answer.done or pipeline.ended:
-            relay.out += out
-            self._end(relay)
-        elif out and not relay.out:
-            self._send(relay, out)
-        elif out:
-            relay.out += out
-            self._flush(relay)
-        if not relay.parted and answer.wire.has_more:
-            self._again[relay] = None
-
-    def _send(self, relay: Relay, data: bytes) -> None:
-        """To a client that has taken everything so far: nearly always it takes this at once."""
+        task.what, task.deadline = what, self._now + what.timeout_s
         try:
-            sent = send_now(relay.client.sock, data)
-        except OSError:
-            self._abandon(relay)
-            return
-        relay.sent_at = self._now
-        if sent < len(data):
-            relay.out += data[sent:]
-            self._flush(relay)
+            what.begin(self, task)
+        except (AttributeError, KeyError, OSError, ValueError) as fault:     # a closed socket
+            self.wake(task, what, None, fault)
 
-    def _on_client(self, relay: Relay, mask: int) -> None:
-        if relay not in self._relays:            # ended by an event of the same round
-            return
-        if mask & selectors.EVENT_READ and not relay.client.fill():
-            self._abandon(relay)
-            return
-        if relay.out:
-            self._flush(relay)
-        elif relay.client.is_full:
-            self._watch_client(relay)
+    def _end(self, task: Task, value: Any, error: BaseException | None) -> None:
+        del self._tasks[task]
+        if task.on_end is not None:
+            task.on_end(value, error)
+        elif error is not None and not isinstance(error, ClientGone):
+            self.log.error("a coroutine failed", exc_info=error)
 
-    def _flush(self, relay: Relay) -> None:
-        """Send what the client takes; a slow one stops its own upstream."""
-        try:
-            sent = send_now(relay.client.sock, relay.out)
-        except OSError:
-            self._abandon(relay)
-            return
-        if sent:
-            relay.sent_at = self._now
-            del relay.out[:sent]
-        if relay.ending and not relay.out:
-            self._let_go(relay)
-            return
-        if relay.out or relay.interest != selectors.EVENT_READ:
-            self._watch_client(relay)
-        if not relay.ending and relay.paused != (len(relay.out) > MAX_OUT_BYTES):
-            self._pause(relay, not relay.paused)
-
-    def _pause(self, relay: Relay, paused: bool) -> None:
-        relay.paused = paused
-        if paused:
-            self._forget(relay.answer.wire)
-        else:
-            self._selector.register(relay.answer.wire, selectors.EVENT_READ,
-                                    (self._on_upstream, relay))
-            self._again[relay] = None
-
-    def _check_time(self, relay: Relay) -> None:
-        if relay.out and self._now - relay.sent_at >= SEND_TIMEOUT_S:
-            self._abandon(relay)
-        elif not relay.ending and not relay.paused:
-            if self._now - relay.heard_at >= self._settings.answer_timeout_s:
-                self._end(relay, UpstreamError("the upstream was silent for too long", 504))
-            elif self._now - relay.sent_at >= self._settings.keepalive_s and not relay.out:
-                relay.out += relay.exchange.frame(relay.exchange.keepalive)
-                self._flush(relay)
-
-    # -- ends
-
-    def _end(self, relay: Relay, error: ProxyError | None = None) -> None:
-        """The upstream has no more: send the last bytes, part with it."""
-        exchange, pipeline, answer = relay.exchange, relay.pipeline, relay.answer
-        relay.ending = True
-        self._forget(answer.wire)
-        relay.out += exchange.frame_end(pipeline.close(error))
-        exchange.record.end_stream(pipeline.failure or "", error.code if error else None)
-        relay.parted = True
-        if answer.done or pipeline.failure or error is not None:
-            answer.finish()
-        else:
-            self._draining[answer] = self._now + DRAIN_S
-            self._selector.register(answer.wire, selectors.EVENT_READ, (self._on_drain, answer))
-            self._on_drain(answer)
-        self._flush(relay)
-
-    def _on_drain(self, answer: UpstreamResponse, mask: int = 0) -> None:
-        """The last chunk behind the terminal event; then the connection can be used again."""
-        if answer not in self._draining:
-            return
-        try:
-            data = answer.wire.receive()
-            if data is None:
-                return
-            answer.take(data)
-        except (OSError, UpstreamError):
-            self._end_drain(answer)
-            return
-        if answer.done:
-            self._end_drain(answer)
-
-    def _end_drain(self, answer: UpstreamResponse) -> None:
-        del self._draining[answer]
-        self._forget(answer.wire)
-        answer.finish()
-
-    def _let_go(self, relay: Relay) -> None:
-        """All is sent: the connection waits for its next request, or is closed."""
-        client = relay.client
-        del self._relays[relay]
-        self._forget(client)
-        if relay.exchange.keep_alive:
-            self._park(client)
-        else:
-            client.close()
-        self._guard(self._on_end, relay.exchange)
-
-    def _abandon(self, relay: Relay) -> None:
-        """The client has left: nobody pays for an answer without a reader."""
-        self._relays.pop(relay, None)
-        self._forget(relay.client)
-        relay.client.close()
-        if not relay.parted:
-            relay.parted = True
-            self._forget(relay.answer.wire)
-            relay.answer.close()
-        relay.exchange.record.leave_stream()
-        self._guard(self._on_end, relay.exchange)
-
-    def _end_streams(self, item: None) -> None:
-        for relay in [relay for relay in self._relays if not relay.ending]:
-            self._guard(self._end, relay, UpstreamError("the proxy is shutting down", 503))
-
-    def _stop(self, item: None) -> None:
+    def _stop(self) -> None:
         self._stopped = True
-        for relay in list(self._relays):
-            self._guard(self._abandon, relay)
-        for answer in list(self._draining):
-            self._guard(self._end_drain, answer)
-        self._close_parked(None)
+        for task in list(self._tasks):
+            self._guard(task.work.close)
+        self._tasks.clear()
+        self.workers.stop()
 
-class Workers:
-    """Threads that serve connections; idle ones are used again, and end after WORKER_IDLE_S.
-    `_lock` guards `_idle`: waiting threads that nothing has been put into the queue for."""
+class Handler:
+    """From a request's head to its endpoint: what must be right before any work is done."""
 
-    def __init__(self, work: Callable[[Any], None]) -> None:
-        self._work = work
-        self._lock = threading.Lock()
-        self._idle = 0
-        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    def __init__(self, app: App, routes: Routes, scheme: str) -> None:
+        self._app, self._routes, self._scheme = app, routes, scheme
 
-    def run(self, item: Any) -> None:
-        """Work on `item` in a thread that is idle or new."""
-        with self._lock:
-            if self._idle:
-                self._idle -= 1
-                self._queue.put(item)
-                return
-        threading.Thread(target=self._run, args=(item,), name="worker", daemon=True).start()
-
-    def _run(self, item: Any) -> None:
-        while True:
-            self._work(item)
-            with self._lock:
-                self._idle += 1
-            try:
-                item = self._queue.get(timeout=WORKER_IDLE_S)
-            except queue.Empty:
-                with self._lock:
-                    if self._queue.empty():
-                        self._idle -= 1
-                        return
-                item = self._queue.get()
-
-class Handler(socketserver.BaseRequestHandler):
-    """Answers the requests of one connection as long as they follow each other at once."""
-    server: Server
-    request: Client
-
-    def handle(self) -> None:
-        """Until the loop takes the connection over or it is closed."""
-        if self.request.shaking_until and not self._shake_hands():
-            return
-        while self._serve_one():
-            if not self._has_follow_up():
-                return
-
-    def _shake_hands(self) -> bool:
-        """Go on with the TLS handshake as far as bytes are there -> is it through, and a request
-        behind it?  Else the loop waits, for more of either."""
-        client, problem = self.request, None
-        client.resume()
-        try:
-            if client.tls is not None:            # not before the first byte: it takes memory
-                client.sock = client.tls.wrap_socket(client.sock, server_side=True,
-                                                     do_handshake_on_connect=False)
-                client.tls = None
-            client.sock.do_handshake()
-        except OSError as error:
-            problem = error
-        client.pause()
-        if problem is None:
-            client.shaking_until = 0.0
-            return self._has_follow_up()
-        if is_would_block(problem):
-            self.server.loop.park(client)
-            return False
-        if getattr(problem, "reason", "") == "HTTP_REQUEST":
-            with contextlib.suppress(OSError):
-                socket.socket.send(client.sock, PLAIN_HTTP_REFUSAL)
-        client.close()
-        return False
-
-    def _has_follow_up(self) -> bool:
-        """Is the next request here already?  Else the loop waits for it."""
-        client = self.request
-        client.used = True
-        if (not client.has_head and wait_ready(client.sock, FOLLOW_UP_S)
-                and not client.fill() and not client.ahead):
-            client.close()
-            return False
-        if client.has_head:
-            return True
-        self.server.loop.park(client)              # from here on it is the loop's
-        return False
-
-    def _serve_one(self) -> bool:
-        """Answer one request.  False: the connection is closed, or the loop's now."""
-        client, app = self.request, self.server.app
-        problem: BadRequest | None = None
-        client.resume()
-        try:
-            head = parse_request_head(client.take_head())
-        except BadRequest as error:
-            problem, head = error, RequestHead("GET", "/", 1, {"connection": "close"})
-        exchange = Exchange(client, head, app)
-        self.server.begin(exchange)
-        try:
-            if problem is not None:
-                raise problem
-            self._dispatch(exchange)
-        except ClientGone:
-            exchange.record.leave()
-            exchange.keep_alive = False
-        except ProxyError as error:
-            self._refuse(exchange, error)
-        except Exception:
-            app.log.exception("%s failed", exchange.id)
-            self._refuse(exchange, ProxyError("an error in the proxy itself; its log has the "
-                                              "request id %s" % exchange.id))
-        client.ping = lambda: None
-        client.pause()
-        if exchange.relay is not None:
-            self.server.loop.relay(exchange.relay)
-            return False
-        self.server.end(exchange)
-        if exchange.keep_alive and not app.stop.is_set():
-            return True
-        client.close()
-        return False
-
-    def _refuse(self, exchange: Exchange, error: ProxyError) -> None:
-        if exchange.started:                         # too late to say so, but not to note it
-            exchange.record.fail(error)
-            exchange.keep_alive = False
-            return
-        try:
-            exchange.fail(error)
-        except ClientGone:
-            exchange.keep_alive = False
-            return
-        if not exchange.keep_alive:
-            self.request.linger()
-
-    def _dispatch(self, exchange: Exchange) -> None:
+    async def handle(self, exchange: Exchange) -> None:
+        """Check the request, read its body, call its endpoint.  Raises ProxyError, ClientGone."""
         head, length, chunked = exchange.head, 0, True       # until we know better
         try:
             length, chunked = head.body_form()
@@ -11351,26 +11766,38 @@ class Handler(socketserver.BaseRequestHandler):
         except ProxyError:
             exchange.keep_alive = exchange.keep_alive and not (length or chunked)
             raise
-        expects = head.minor == 1 and head.headers.get("expect", "").lower() == "100-continue"
-        if expects and (length or chunked):
-            self.request.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
         if length or chunked:
-            exchange.keep_alive, keep = False, exchange.keep_alive     # until it is read whole
-            body = self.request.read_body(length, chunked)
-            exchange.keep_alive = keep
-            exchange.body = inflate(body, head.headers.get("content-encoding", ""))
-            exchange.log_body("request", exchange.body)
+            await self._read_body(exchange, length, chunked)
+        if not exchange.client.still_reads():
+            raise ClientGone
+        await wait(NextTurn())
         if endpoint is None:
             exchange.headers["Allow"] = "GET, HEAD, POST, OPTIONS"
             exchange.reply(b"", 204, "")
-        else:
-            endpoint(exchange)
+            return
+        work = endpoint(exchange)
+        if work is not None:
+            await work
+
+    async def _read_body(self, exchange: Exchange, length: int, chunked: bool) -> None:
+        head, client = exchange.head, exchange.client
+        if head.minor == 1 and head.headers.get("expect", "").lower() == "100-continue":
+            client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+        exchange.keep_alive, keep = False, exchange.keep_alive     # until it is read whole
+        body = await client.read_body(length, chunked)
+        exchange.keep_alive = keep
+
+        coding = head.headers.get("content-encoding", "")
+        exchange.body = inflate(body, coding) if coding else body
+        exchange.log_body("request", exchange.body)
 
     def _check_browser(self, exchange: Exchange) -> None:
         """DNS rebinding and foreign web pages: refused before any work."""
-        headers, settings = exchange.head.headers, self.server.app.settings
+        headers, settings = exchange.head.headers, self._app.settings
         host, scheme, address = as_seen(exchange.head, exchange.client.address, settings,
-                                        self.server.scheme)
+                                        self._scheme)
         exchange.caller = Caller(address)
         named = split_target(exchange.head.target)[0]
         for text in (host,) if named is None else (named, host):
@@ -11401,7 +11828,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _check_key(self, exchange: Exchange) -> None:
         """Raises AuthError, RateLimited."""
         try:
-            accounts = self.server.app.accounts
+            accounts = self._app.accounts
             exchange.caller = accounts.identify(exchange.head.headers,
                                                 exchange.caller.address)
         except (AuthError, RateLimited):
@@ -11410,11 +11837,11 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _find_route(self, exchange: Exchange) -> Endpoint:
         """Exact path first, then `/x/*` and `/x/y/*`.  Raises BadRequest 404, 405."""
-        methods = self.server.routes.get(exchange.path)
+        methods = self._routes.get(exchange.path)
         parts = exchange.path.split("/")
         for at in (2, 3):
             if methods is None and len(parts) > at:
-                methods = self.server.routes.get("/".join(parts[:at]) + "/*")
+                methods = self._routes.get("/".join(parts[:at]) + "/*")
                 exchange.argument = urllib.parse.unquote("/".join(parts[at:]))
         if methods is None:
             raise BadRequest("there is no route %s %s" % (
@@ -11465,26 +11892,33 @@ def raise_file_limit() -> None:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
+class Listener(Connection):
+    """The listening socket, as the loop sees it."""
+
+    def __init__(self, sock: Any, accept: Callable[[], None]) -> None:
+        self.sock, self._accept = sock, accept
+
+    def on_event(self, mask: int) -> None:
+        self._accept()
+
 class Server(ThreadingHTTPServer):
-    """Listens, and shares the connections out among the loop and the workers.
-    `_lock` guards `_running`, the exchanges that have begun and not ended."""
+    """Listens, and serves each connection as a coroutine in the loop.  Of ThreadingHTTPServer it
+    uses how to listen and to accept; `serve_forever` and its threads are not needed."""
     request_queue_size = BACKLOG
     allow_reuse_address = os.name != "nt"            # on Windows that would let another take over
 
     def __init__(self, app: App, routes: Routes, host: str, port: int) -> None:
-        self.app, self.routes = app, routes
-        self._lock = threading.Lock()
+        self.app = app
         self._running: dict[Exchange, None] = {}
-        self._workers = Workers(self._work)
-        self._baton = Baton()
-        self._clients: set[Client] = set()           # open connections; the listener adds, any
-        self._most_clients = max(file_limit() // 2 - SPARE_FILES, 1)     # thread discards
-        self.loop = RelayLoop(app.settings, app.log, self._workers.run, self.end)
+        self._most_clients = max(file_limit() // 2 - SPARE_FILES, 1)
+        self.loop = EventLoop(app.settings, app.log)
         self._tls = make_server_context(app.settings) if app.settings.tls_cert else None
         self.scheme = "https" if self._tls else "http"
+        self._handler = Handler(app, routes, self.scheme)
         if ":" in host:
             self.address_family = socket.AF_INET6
-        super().__init__((host, port), Handler)
+        super().__init__((host, port), socketserver.BaseRequestHandler)
+        self._listener = Listener(self.socket, self._accept_some)
 
     def server_bind(self) -> None:
         """Without the name look-up of the original, which can take seconds."""
@@ -11498,79 +11932,157 @@ class Server(ThreadingHTTPServer):
         return "%s://%s:%d" % (self.scheme, "[%s]" % host if ":" in host else host,
                                self.server_port)
 
+    # -- connections
+
+    def _accept_some(self) -> None:
+        """Let in who has connected, ACCEPTED_AT_ONCE at a time."""
+        for _ in range(ACCEPTED_AT_ONCE):
+            try:
+                request, address = self.get_request()
+            except OSError:                          # nobody else, or no file is left
+                return
+            self.process_request(request, address)
+
     def process_request(self, request: Any, client_address: Any) -> None:
-        """A new connection: the loop waits for its first request."""
+        """A new connection."""
         with contextlib.suppress(OSError):           # macOS: the client has reset it already
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         request.settimeout(0)
-        client = Client(request, client_address, self.app.settings, self._baton,
-                        self._clients.discard)
-        if len(self._clients) >= self._most_clients:
-            refusal = dumps(CHAT.error_body(ProxyError("too many connections", 503), ""))
-            head = render_head("HTTP/1.1 503 Service Unavailable", (
-                ("Content-Type", "application/json"), ("Content-Length", str(len(refusal))),
-                ("Retry-After", "5"), ("Connection", "close")))
-            send_now(request, head + refusal if self._tls is None else b"")
+        client = ClientConnection(request, client_address, self.app.settings, self.loop,
+                                  self.loop.clients.discard)
+        if len(self.loop.clients) >= self._most_clients:
+            self._refuse_connection(request)
             client.close()
             return
+        self.loop.clients.add(client)
+        client.task = self.loop.spawn(self.serve(client))
+
+    def _refuse_connection(self, request: Any) -> None:
         if self._tls is not None:
-            client.tls, client.shaking_until = self._tls, time.monotonic() + HANDSHAKE_S
-        self._clients.add(client)
-        self.loop.park(client)
+            return
+        refusal = dumps(CHAT.error_body(ProxyError("too many connections", 503), ""))
+        head = render_head("HTTP/1.1 503 Service Unavailable", (
+            ("Content-Type", "application/json"), ("Content-Length", str(len(refusal))),
+            ("Retry-After", "5"), ("Connection", "close")))
+        send_now(request, head + refusal)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Something went wrong with a new connection: into the log, not onto the terminal."""
-        self.app.log.error("connection failed", exc_info=sys.exc_info()[1])
-
-    def _work(self, client: Client) -> None:
+    async def serve(self, client: ClientConnection) -> None:
+        """The life of a connection: its requests, one after the other."""
         try:
-            self.finish_request(client, client.address)          # type: ignore[arg-type]
-        except Exception:
-            self.app.log.exception("connection failed")
-            client.pause()
+            if self._tls is not None:
+                await client.begin_tls(self._tls)
+            while await self._serve_one(client):
+                pass
+        except (ClientGone, OSError):
+            pass
+        finally:
             client.close()
 
-    def begin(self, exchange: Exchange) -> None:
-        """A request has come in; `end` must follow."""
-        with self._lock:
-            self._running[exchange] = None
+    async def _serve_one(self, client: ClientConnection) -> bool:
+        """Read a request and answer it.  False: the connection is over."""
+        problem: BadRequest | None = None
+        try:
+            raw = await client.read_head()
+            if not raw:
+                return False
+            head = parse_request_head(raw)
+        except BadRequest as error:
+            problem, head = error, RequestHead("GET", "/", 1, {"connection": "close"})
+
+        exchange = Exchange(client, head, self.app)
+        client.exchange = exchange
+        self._running[exchange] = None
         self.app.ledger.begin(exchange.record)
+        try:
+            is_refused = await self._answer(exchange, problem)
+        finally:
+            client.exchange = None
+            self.end(exchange)
+        if exchange.keep_alive and not self.app.stop.is_set():
+            return True
+        if is_refused:
+            await client.linger()
+        return False
+
+    async def _answer(self, exchange: Exchange, problem: BadRequest | None) -> bool:
+        """Every error is rendered here and nowhere else.  -> was it refused?"""
+        refusal: ProxyError | None = problem
+        try:
+            if problem is None:
+                await self._handler.handle(exchange)
+        except ClientGone:
+            exchange.client_left()
+            return False
+        except ProxyError as error:
+            refusal = error
+        except Exception:
+            self.app.log.exception("%s failed", exchange.id)
+            refusal = ProxyError("an error in the proxy itself; its log has the request id "
+                                 + exchange.id)
+        try:
+            if refusal is not None:
+                exchange.refuse(refusal)
+            await exchange.client.flushed()
+        except ClientGone:
+            exchange.client_left()
+            return False
+        return refusal is not None
 
     def end(self, exchange: Exchange) -> None:
         """The exchange is over: one log line."""
-        with self._lock:
-            self._running.pop(exchange, None)
+        self._running.pop(exchange, None)
         self.app.admission.leave(exchange.ticket)
-        self.app.ledger.record(exchange.record)
+        _, error = outcome(functools.partial(self.app.ledger.record, exchange.record))
+        if error is not None:
+            self.app.log.error("%s could not be counted", exchange.id, exc_info=error)
 
-    def start(self, poll_s: float = 0.1) -> None:
-        """Serve in threads of its own; returns at once.  A shutdown is noticed within `poll_s`."""
+    # -- begin and end
+
+    def start(self) -> None:
+        """Serve in a thread of its own; returns at once."""
         self.app.ledger.history.ask(self.app.ledger.budget.load)
+        self.socket.setblocking(False)
         self.loop.start()
-        threading.Thread(target=self.serve_forever, args=(poll_s,), name="listener",
-                         daemon=True).start()
+        self.loop.post(self.app.upstream.pool.belong_to_loop)
+        self.loop.post(self.loop.watch, self._listener, selectors.EVENT_READ)
 
     def finish(self, grace_s: float) -> None:
         """Accept nothing more, give running answers `grace_s`, then end them with an error."""
         self.app.stop.set()
         self.app.ledger.events.close(*self.app.ledger.events.readers)
-        self.shutdown()
-        end = time.monotonic() + FIRST_REQUEST_S     # others may go on connecting
-        while (self.socket.fileno() >= 0 and wait_ready(self.socket, 0)
-               and time.monotonic() < end):
-            self._handle_request_noblock()           # type: ignore[attr-defined]
-        self.server_close()
-        if any(not client.used for client in self._clients.copy()):
+        self._stop_listening()
+        if any(not client.is_used for client in self.loop.clients.copy()):
             time.sleep(FIRST_REQUEST_S)              # who has just connected is served
-        self.loop.close_parked()
+        self.loop.post(self._close_idle)
         if not self._wait_idle(grace_s):
-            self.loop.end_streams()
-            with self._lock:
-                waiting = [exchange for exchange in self._running if exchange.relay is None]
-            for exchange in waiting:
-                exchange.client.end()
+            self.loop.post(self._end_running)
             self._wait_idle(1.0)
         self.loop.stop()
+
+    def _stop_listening(self) -> None:
+        """Who has connected by now is let in, but no more than that."""
+        done = threading.Event()
+
+        def stop() -> None:
+            until = time.monotonic() + FIRST_REQUEST_S       # others may go on connecting
+            while wait_ready(self.socket, 0) and time.monotonic() < until:
+                self._accept_some()
+            self._listener.unwatch()
+            done.set()
+
+        self.loop.post(stop)
+        done.wait(5)
+        self.server_close()
+
+    def _close_idle(self) -> None:
+        """No further requests; running ones go on."""
+        for client in list(self.loop.clients):
+            if client.is_idle:
+                client.leave()
+
+    def _end_running(self) -> None:
+        for exchange in list(self._running):
+            self.loop.cancel(exchange.client.task, UpstreamError("the proxy is shutting down", 503))
 
     def _wait_idle(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
@@ -12045,14 +12557,14 @@ LOGIN_HEADERS = page_headers(LOGIN_STYLE, LOGIN_SCRIPT)
 # ==== 20. Endpoints ===============================================================================
 # One short function per route, and the table of routes.
 
-def account_for(exchange: Exchange) -> Account:
+async def account_for(exchange: Exchange) -> Account:
     """The account that serves this request.  Raises AuthError."""
     record = exchange.record
     if record.account is None:
-        record.account = exchange.caller.account or exchange.app.login.copilot()
+        record.account = exchange.caller.account or await exchange.app.login.copilot()
     return record.account
 
-def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
+async def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
     """(account, model) of a request.  Raises AuthError, BadRequest."""
     sessions, asked = exchange.app.sessions, body.get("model")
     key = session_key(exchange.head.headers, body)
@@ -12067,11 +12579,11 @@ def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
         sessions[session] = asked
         if len(sessions) > MAX_SESSIONS:
             sessions.popitem(last=False)
-    copilot = account_for(exchange)
-    model = copilot.find_model(asked, exchange.client)
+    copilot = await account_for(exchange)
+    model = await copilot.find_model(asked)
     betas = exchange.head.headers.get("anthropic-beta", "")
     if betas:
-        model = wider_sibling(model, betas, copilot.models())
+        model = wider_sibling(model, betas, await copilot.models())
     name_model(exchange, model)
     if copilot.is_substitute(asked, model):        # the answer then names the real one
         exchange.body = fit_model(exchange.body, Edit(body), model.id)
@@ -12109,7 +12621,7 @@ def upstream_headers(exchange: Exchange, client: Dialect, upstream: Dialect, bod
             headers["anthropic-beta"] = betas
     return headers
 
-def admit(exchange: Exchange, body: Json, model: Model, calls: int = 1) -> None:
+async def admit(exchange: Exchange, body: Json, model: Model, calls: int = 1) -> None:
     """Wait until this request may go up, once.  calls: how many it takes, see `admit_next`.
     Raises RateLimited, BadRequest, ClientGone."""
     headers, asked = exchange.head.headers, exchange.record.asked
@@ -12123,22 +12635,18 @@ def admit(exchange: Exchange, body: Json, model: Model, calls: int = 1) -> None:
                  "model": model.id, "text": text[:200]}
         exchange.ticket = Ticket(
             exchange.caller.name, asked.payer,
-            headers.get("x-copilot-proxy-budget"), account_for(exchange), about)
+            headers.get("x-copilot-proxy-budget"), await account_for(exchange), about)
     if exchange.ticket.is_admitted:
         return
 
     app = exchange.app
-    exchange.headers.update(app.admission.admit(exchange.ticket, exchange.client, calls))
+    exchange.headers.update(await app.admission.admit(exchange.ticket, calls))
     app.ledger.show_running(exchange.record)
 
-def admit_next(exchange: Exchange) -> None:
-    """Wait until the next call of a request of several may go up.  Raises RateLimited,
-    ClientGone."""
-    client = exchange.client
-    if client.is_gone():
-        raise ClientGone
+async def admit_next(exchange: Exchange) -> None:
+    """Wait until the next call of a request of several may go up.  Raises RateLimited."""
     if exchange.ticket is not None:
-        exchange.app.admission.admit_next(exchange.ticket, client, exchange.record.cost())
+        await exchange.app.admission.admit_next(exchange.ticket, exchange.record.cost())
 
 def owner_of(exchange: Exchange, copilot: Copilot) -> str:
     """Whose kept responses are: the account's and the client's key's, as a hash of both."""
@@ -12150,11 +12658,11 @@ def tell_losses(exchange: Exchange, losses: Losses, repaired: Iterable[str] = ()
     headers = exchange.app.ledger.note_changes(exchange.record, losses, repaired)
     exchange.headers.update(headers)
 
-def inline_images(exchange: Exchange, body: Json) -> None:
+async def inline_images(exchange: Exchange, body: Json) -> None:
     """--fetch-images: put images that are named by URL into the body, the newest first.
 
     Where the upstream would take no more, older ones are left out unfetched.  Raises BadRequest
-    (413 for what grows too large), ClientGone."""
+    (413 for what grows too large)."""
     links = linked_images(body) if exchange.app.settings.fetch_images else []
     if not links:
         return
@@ -12164,33 +12672,29 @@ def inline_images(exchange: Exchange, body: Json) -> None:
 
     losses = Losses()
     size_bytes = len(exchange.body)
-    exchange.client.pause()
     for place, link in enumerate(reversed(links)):
         if place >= asked and (place >= MAX_IMAGES or size_bytes > MAX_SENT_BYTES):
             put_note(link.part)
             losses.add("images", "the upstream takes no more")
             continue
-        if exchange.client.is_gone():
-            raise ClientGone
-        media_type, data = exchange.app.images.fetch(link.url, exchange.client)
+        media_type, data = await exchange.app.images.fetch(link.url)
         size_bytes += len(data)
         check_expanded(size_bytes)
         link.put(media_type, data)
-    exchange.client.resume()
     tell_losses(exchange, losses)
     exchange.body = dumps(body)
 
-def complete(dialect: Dialect, exchange: Exchange) -> None:
+async def complete(dialect: Dialect, exchange: Exchange) -> None:
     """A request of any dialect to any model."""
     exchange.dialect = dialect
     body = exchange.json_object()
-    copilot, model = resolve(exchange, body)
+    copilot, model = await resolve(exchange, body)
     if dialect is CHAT and "input" in body and "messages" not in body:
         request = RESPONSES.decode_request(body)         # Cursor asks so, and reads a chat answer
         tell_losses(exchange, request.losses)
         body = dict(CHAT.encode_request(request, model), model=body["model"])
         exchange.body = dumps(body)
-    inline_images(exchange, body)
+    await inline_images(exchange, body)
     keep: Callable[[str, bytes], None] | None = None
     if dialect is RESPONSES:
         owner = owner_of(exchange, copilot)
@@ -12200,20 +12704,20 @@ def complete(dialect: Dialect, exchange: Exchange) -> None:
             keep = functools.partial(exchange.app.store.put, owner, exchange.body)
         last = as_object((as_list(body.get("input")) or [None])[-1])
         if exchange.path == COMPACT_PATH or last.get("type") == COMPACTION_TRIGGER:
-            compact(exchange, body, copilot, model, keep)
+            await compact(exchange, body, copilot, model, keep)
             return
-    found = ask(exchange, dialect, body, exchange.body, copilot, model, keep)
+    found = await ask(exchange, dialect, body, exchange.body, copilot, model, keep)
     if found is None:
         return
     plan, answer = found
     exchange.body = b""                            # several MB that nobody needs any more
     is_stream = "event-stream" in answer.headers.get("content-type", "")
     if plan.pipeline is not None and (is_stream or exchange.started):
-        exchange.hand_over(answer, plan.pipeline)
+        await exchange.relay(answer, plan.pipeline)
         return
     if not plan.is_translated:                     # a whole answer: no keep-alive before it
-        exchange.client.ping = lambda: None
-    data = answer.read_all(exchange.client, timeout_s=exchange.app.settings.answer_timeout_s)
+        exchange.keepalive = b""
+    data = await answer.read_all(timeout_s=exchange.app.settings.answer_timeout_s)
     data = plan.read(data, is_stream)
     if plan.pipeline is not None and plan.is_translated:
         exchange.finish(data)
@@ -12241,7 +12745,7 @@ def make_plan(exchange: Exchange, client: Dialect, body: Json, copilot: Copilot,
     copilot.memory.prepare(plan)
     return plan
 
-def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: Copilot,
+async def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: Copilot,
         model: Model, keep: Callable[[str, bytes], None] | None = None
         ) -> tuple[Plan, UpstreamResponse] | None:
     """Send a request, `data` parsed, in a dialect that the model speaks -> (plan, answer), None
@@ -12249,11 +12753,10 @@ def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: C
     when the quota is used up another model may be asked (--fallback)."""
     if not isinstance(body.get("stream"), (bool, type(None))):
         raise BadRequest("'stream' must be true or false", param="stream")
-    call = Call("", b"", {}, exchange.client, lambda: exchange.started, exchange.id,
-                exchange.app.settings.answer_timeout_s)
+    call = Call("", b"", {}, exchange.id, exchange.app.settings.answer_timeout_s)
+    attempts = Attempts(copilot, lambda: exchange.started)
     plan: Plan | None = None
     repaired: list[str] = []
-    repairs = 0
     while True:
         plan = plan or make_plan(exchange, client, body, copilot, model, repaired)
         if plan is None:
@@ -12268,26 +12771,28 @@ def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: C
         name_model(exchange, model)
         exchange.record.go_up("translated" if plan.is_translated else "passthrough",
                               plan.upstream.path, plan.headers["X-Initiator"])
-        admit(exchange, plan.edit.body, model)
+        await admit(exchange, plan.edit.body, model)
         exchange.log_body("sent", call.body)
         if plan.pipeline is not None:
             plan.pipeline.on_final = keep
             exchange.expect_stream(client.keepalive)
         try:
-            answer = copilot.send(call)
+            answer = await attempts.send(call)
             copilot.memory.learn(plan)
             exchange.headers.update(passed_headers(answer.headers))
             exchange.record.hear(answer.headers, plan.meter)
             return plan, answer
         except ProxyError as error:
-            may_try = not exchange.started and call.sent < MAX_CALLS
-            other = fall_back(exchange, copilot, model, error) if may_try else None
+            other = None
+            if attempts.may("fallback"):
+                other = await fall_back(exchange, copilot, model, error)
             if other is not None:
+                attempts.take("fallback")
                 model, body, plan = other, dict(loads(data), model=other.id), None
                 data = dumps(body)
                 continue
-            if may_try and repairs < MAX_REPAIRS and copilot.memory.repair(plan, error):
-                repairs += 1
+            if attempts.may("repair") and copilot.memory.repair(plan, error):
+                attempts.take("repair")
                 if plan.repairs.is_stale:
                     body, plan = loads(data), None
                 continue
@@ -12304,7 +12809,7 @@ def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: C
 
 COMPACT_PATH = "/responses/compact"
 
-def compact(exchange: Exchange, body: Json, copilot: Copilot, model: Model,
+async def compact(exchange: Exchange, body: Json, copilot: Copilot, model: Model,
             keep: Callable[[str, bytes], None] | None) -> None:
     """POST /responses/compact, or a request that ends with a `compaction_trigger`: one item that
     stands for the conversation so far."""
@@ -12316,7 +12821,7 @@ def compact(exchange: Exchange, body: Json, copilot: Copilot, model: Model,
     encoder = ResponsesEncoder(RESPONSES, Request(str(body["model"]), now=now, key=exchange.id))
     out, answer = encoder.feed(ResponseStart("", "")), encoder.answer
     try:
-        item, usage = make_compaction(exchange, body, copilot, model)
+        item, usage = await make_compaction(exchange, body, copilot, model)
         out += encoder.whole_item(dict(item, id=stable_id("cmp_", exchange.id)))
         out += encoder.feed(ResponseEnd("stop", usage))
     except ProxyError as error:
@@ -12334,7 +12839,7 @@ def compact(exchange: Exchange, body: Json, copilot: Copilot, model: Model,
     else:
         exchange.reply_json(answer)
 
-def make_compaction(exchange: Exchange, body: Json, copilot: Copilot, model: Model
+async def make_compaction(exchange: Exchange, body: Json, copilot: Copilot, model: Model
                     ) -> tuple[Json, Usage | None]:
     """(a compaction item, token counts): the upstream's own where it makes one, else a summary by
     the same model, packed.  Raises ProxyError."""
@@ -12343,7 +12848,7 @@ def make_compaction(exchange: Exchange, body: Json, copilot: Copilot, model: Mod
     for native in (True, False) if can else (False,):
         asked = compaction_request(body, native)
         try:
-            found = ask(exchange, RESPONSES, asked, dumps(asked), copilot, model)
+            found = await ask(exchange, RESPONSES, asked, dumps(asked), copilot, model)
         except (UpstreamError, BadRequest) as error:     # the latter of a --fallback without it
             if native and error.status in (400, 404, 422):
                 continue
@@ -12351,7 +12856,7 @@ def make_compaction(exchange: Exchange, body: Json, copilot: Copilot, model: Mod
         if found is None:
             break                                        # it was told already
         plan, answer = found
-        plan.read(answer.read_all(exchange.client), plan.streams)
+        plan.read(await answer.read_all(), plan.streams)
         usage = Usage.of(plan.meter.counts)
         output = [as_object(item) for item in as_list(plan.answer.get("output"))]
         own = [item for item in output if item.get("type") in COMPACTIONS]
@@ -12365,13 +12870,13 @@ def make_compaction(exchange: Exchange, body: Json, copilot: Copilot, model: Mod
                     "encrypted_content": pack_opaque("compaction", None, text)}, usage
     raise UpstreamError("the model gave no summary of the conversation")
 
-def fall_back(exchange: Exchange, copilot: Copilot, model: Model, error: ProxyError
+async def fall_back(exchange: Exchange, copilot: Copilot, model: Model, error: ProxyError
               ) -> Model | None:
     """The model of --fallback where a quota is used up, told in header and log; else None."""
     name, headers, other = exchange.app.settings.fallback, exchange.headers, model
     if name and is_quota(error):
         with contextlib.suppress(ProxyError):
-            other = copilot.find_model(name)
+            other = await copilot.find_model(name)
     if other.id == model.id:
         return None
     exchange.app.log.warning("%s the quota for %s is used up: %s answers (--fallback)",
@@ -12410,7 +12915,7 @@ def refuse_websocket(exchange: Exchange) -> None:
         raise BadRequest("WebSockets are not served here: use plain HTTP", 426)
     raise BadRequest("GET is not possible here, only POST", 405, headers={"Allow": "POST"})
 
-def count_tokens(exchange: Exchange) -> None:
+async def count_tokens(exchange: Exchange) -> None:
     """The upstream's own count for models with /v1/messages, else an estimate, always 200: Claude
     Code waits for it."""
     exchange.dialect = MESSAGES
@@ -12418,40 +12923,39 @@ def count_tokens(exchange: Exchange) -> None:
     check_list(body, "messages")
     counted, is_claude = 0, True                   # the higher estimate until the model is known
     try:
-        copilot, model = resolve(exchange, body)
+        copilot, model = await resolve(exchange, body)
         is_claude = model.is_claude
         check_endpoint(model, MESSAGES.path)
         copilot.limits.admit(model.id, may_probe=False)
-        inline_images(exchange, body)
+        await inline_images(exchange, body)
         edit = Edit(body)
         drop_nonce(edit)
         fit_body(edit, MESSAGES, model)
         MESSAGES.prepare_count(edit)
         headers = upstream_headers(exchange, MESSAGES, MESSAGES, body)
-        answer = copilot.send(Call("/v1/messages/count_tokens",
-                                   fit_model(exchange.body, edit, model.id), headers,
-                                   exchange.client, request_id=exchange.id,
-                                   timeout_s=GITHUB_TIMEOUT_S))
-        counted = as_int(as_object(loads(answer.read_all(exchange.client))).get("input_tokens"))
+        answer = await copilot.send(Call("/v1/messages/count_tokens",
+                                         fit_model(exchange.body, edit, model.id), headers,
+                                         exchange.id, GITHUB_TIMEOUT_S))
+        counted = as_int(as_object(loads(await answer.read_all())).get("input_tokens"))
         exchange.record.go_up("passthrough", "")
     except (ProxyError, ValueError) as error:
         if isinstance(error, BadRequest) and error.code != "unsupported_api_for_model":
             raise
     exchange.reply_json({"input_tokens": counted or estimate_tokens(body, is_claude)})
 
-def count_input(exchange: Exchange) -> None:
+async def count_input(exchange: Exchange) -> None:
     """POST /responses/input_tokens: an estimate."""
     exchange.dialect = RESPONSES
     body = exchange.json_object()
-    copilot, model = resolve(exchange, body)
+    copilot, model = await resolve(exchange, body)
     exchange.app.store.expand(owner_of(exchange, copilot), body, len(exchange.body))
     exchange.reply_json({"object": "response.input_tokens",
                          "input_tokens": estimate_tokens(body, model.is_claude)})
 
-def stored_response(exchange: Exchange) -> None:
+async def stored_response(exchange: Exchange) -> None:
     """GET and DELETE /responses/ID, GET /responses/ID/input_items: from the local store."""
     exchange.dialect = RESPONSES
-    store, owner = exchange.app.store, owner_of(exchange, account_for(exchange))
+    store, owner = exchange.app.store, owner_of(exchange, await account_for(exchange))
     response_id, _, tail = exchange.argument.partition("/")
     if exchange.head.method == "DELETE" and not tail and store.delete(owner, response_id):
         exchange.reply_json({"id": response_id, "object": "response", "deleted": True})
@@ -12477,7 +12981,7 @@ def stored_response(exchange: Exchange) -> None:
                          "first_id": shown[0]["id"] if shown else None,
                          "last_id": shown[-1]["id"] if shown else None})
 
-def completions(exchange: Exchange) -> None:
+async def completions(exchange: Exchange) -> None:
     """POST /completions, the old shape: each prompt is a chat of its own."""
     body = exchange.json_object()
     given = body.pop("prompt", None)
@@ -12490,24 +12994,24 @@ def completions(exchange: Exchange) -> None:
         if body.get(key) and body[key] != 1:
             raise BadRequest("'%s' is not supported: no chat model can do it" % key, param=key)
         body.pop(key, None)
-    copilot, model = resolve(exchange, body)
+    copilot, model = await resolve(exchange, body)
     echo, streams = body.pop("echo", False) is True, body.get("stream") is True
     relays, whole, choices = streams and len(prompts) == 1, {}, []
     counts = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     if len(prompts) > 1:
-        admit(exchange, {"input": prompts[0]}, model, len(prompts))
+        await admit(exchange, {"input": prompts[0]}, model, len(prompts))
     for at, prompt in enumerate(prompts):
         if at:
-            admit_next(exchange)
+            await admit_next(exchange)
         one = dict(body, messages=[{"role": "user", "content": prompt}], stream=relays)
-        found = ask(exchange, CHAT, one, dumps(one), copilot, model)
+        found = await ask(exchange, CHAT, one, dumps(one), copilot, model)
         if found is None:
             return
         (plan, answer), text = found, prompt if echo else ""
         if plan.pipeline is not None:
-            exchange.hand_over(answer, CompletionStream(plan.pipeline, text))
+            await exchange.relay(answer, CompletionStream(plan.pipeline, text))
             return
-        plan.read(answer.read_all(exchange.client), plan.streams)
+        plan.read(await answer.read_all(), plan.streams)
         whole = as_completion(plan.answer, text, at)
         choices += whole["choices"]
         for key in counts:
@@ -12635,15 +13139,15 @@ def number_of(exchange: Exchange, name: str, usual: int, most: int) -> int:
         raise BadRequest("'%s' must be a number from 1 to %d" % (name, most), param=name)
     return int(text)
 
-def history(exchange: Exchange) -> None:
+async def history(exchange: Exchange) -> None:
     """GET /history: the newest rows, or those before row `before`."""
     ledger, limit = exchange.app.ledger, number_of(exchange, "limit", 50, 500)
-    exchange.client.pause()
     names = own_names(exchange)
-    rows = ledger.history.query(
+    rows = await wait(InThread(functools.partial(
+        ledger.history.query,
         "SELECT * FROM requests WHERE n < ? AND (? OR account IN (?, ?)) ORDER BY n DESC LIMIT ?",
         number_of(exchange, "before", MAX_COUNT, MAX_COUNT), not names,
-        *(names or ("", "")), limit) if len(names) != 1 else []
+        *(names or ("", "")), limit))) if len(names) != 1 else []
     found = rows
     if not ledger.history.path:
         found = [row for row in list(ledger.recent)[:limit]
@@ -12651,41 +13155,43 @@ def history(exchange: Exchange) -> None:
     exchange.reply_json(dict(ledger.history_state(), rows=[shown(row) for row in found],
                              next=rows[-1]["n"] if len(rows) == limit else None))
 
-def summary(exchange: Exchange) -> None:
+async def summary(exchange: Exchange) -> None:
     """GET /history/summary: sums by local day, by model and by client."""
     check_operator(exchange)
     days = number_of(exchange, "days", 30, 366)
-    exchange.client.pause()
     year, month, day = time.localtime(exchange.app.clock()[1])[:3]
     since = time.mktime((year, month, day - days + 1, 0, 0, 0, 0, 0, -1))
 
-    def sums(key: str, order: str) -> list[Json]:
-        return [with_credits(row) for row in exchange.app.ledger.history.query(
-            "SELECT %s, %s FROM requests WHERE at >= ? GROUP BY 1 ORDER BY %s" % (key, SUMS, order),
-            since)]
+    async def sums(key: str, order: str) -> list[Json]:
+        sql = f"SELECT {key}, {SUMS} FROM requests WHERE at >= ? GROUP BY 1 ORDER BY {order}"
+        query = functools.partial(exchange.app.ledger.history.query, sql, since)
+        rows = await wait(InThread(query))
+        return [with_credits(row) for row in rows]
 
-    total = (sums("'' AS day", "1") or [with_credits({**NO_COUNTS, "requests": 0, "errors": 0})])[0]
+    total = await sums("'' AS day", "1")
+    none = with_credits({**NO_COUNTS, "requests": 0, "errors": 0})
     exchange.reply_json(dict(
-        exchange.app.ledger.history_state(), days=days, total=total,
-        by_day=sums("strftime('%Y-%m-%d', at, 'unixepoch', 'localtime') AS day", "1"),
-        by_model=sums("model", "requests DESC"), by_client=sums("client", "requests DESC")))
+        exchange.app.ledger.history_state(), days=days, total=total[0] if total else none,
+        by_day=await sums("strftime('%Y-%m-%d', at, 'unixepoch', 'localtime') AS day", "1"),
+        by_model=await sums("model", "requests DESC"),
+        by_client=await sums("client", "requests DESC")))
 
-def events(exchange: Exchange) -> None:
+async def events(exchange: Exchange) -> None:
     """GET /history/events: what happens, as server-sent events; first of all /stats."""
     check_operator(exchange)
-    feed, heard_at = exchange.app.ledger.events, time.monotonic()
-    reader = feed.open()
+    reader = exchange.app.ledger.events.open()
     try:
         exchange.expect_stream(CHAT.keepalive)
         exchange.write(Frame("hello", dumps(stats_report(exchange))).encode())
-        while reader in feed.readers and not exchange.client.is_gone():
-            silent = time.monotonic() - heard_at >= exchange.client.keepalive_s
-            with contextlib.suppress(queue.Empty):
-                exchange.write(exchange.keepalive if silent else reader.get(timeout=EVENT_LOOK_S))
-                heard_at = time.monotonic()
+        while True:
+            frame = await reader.get()
+            if not frame:
+                break
+            exchange.write(frame)
+            await exchange.client.room()
         exchange.finish()
     finally:
-        feed.close(reader)
+        exchange.app.ledger.events.close(reader)
 
 def approvals(exchange: Exchange) -> None:
     """GET /approvals: what waits; POST /approvals/ID: a person's answer."""
@@ -12718,10 +13224,10 @@ def read_embeddings(answer: bytes, wanted: int, counts: Json, meter: Meter) -> l
         counts[key] += as_int(as_object(value.get("usage")).get(key))
     return sorted(items, key=lambda item: as_int(item.get("index")))
 
-def embeddings(exchange: Exchange) -> None:
+async def embeddings(exchange: Exchange) -> None:
     """Strings only upstream, floats only back: wrapped, split, merged and packed here."""
     body = exchange.json_object()
-    copilot, model = resolve(exchange, body)
+    copilot, model = await resolve(exchange, body)
     check_endpoint(model, "/embeddings")
     given = body.get("input")
     texts = [given] if isinstance(given, str) else given
@@ -12737,20 +13243,20 @@ def embeddings(exchange: Exchange) -> None:
     batch = model.limit("max_inputs")
     if batch < 1:
         batch = EMBEDDING_BATCH
-    admit(exchange, {"input": texts[0]}, model, -(-len(texts) // batch))
+    await admit(exchange, {"input": texts[0]}, model, -(-len(texts) // batch))
 
     items: list[bytes] = []
     counts = {"prompt_tokens": 0, "total_tokens": 0}
     for at in range(0, len(texts), batch):
         if at:
-            admit_next(exchange)
+            await admit_next(exchange)
         part = dict(body, model=model.id, input=texts[at:at + batch])
-        answer = copilot.send(Call("/embeddings", dumps(part), {}, exchange.client,
-                                   request_id=exchange.id, model=model.id))
+        call = Call("/embeddings", dumps(part), {}, exchange.id, model=model.id)
+        answer = await copilot.send(call)
         exchange.headers.update(passed_headers(answer.headers))
         meter = Meter()
         exchange.record.hear(answer.headers, meter)
-        for item in read_embeddings(answer.read_all(exchange.client), len(part["input"]),
+        for item in read_embeddings(await answer.read_all(), len(part["input"]),
                                     counts, meter):
             item.update(object="embedding", index=len(items))
             if packing == "base64":
@@ -12784,12 +13290,12 @@ def price_entry(model: Model) -> Json | None:
     return dict(dict.fromkeys(("input", "cache_read", "cache_write", "output")), **prices,
                 multiplier=multiplier) if prices or multiplier is not None else None
 
-def models(exchange: Exchange) -> None:
+async def models(exchange: Exchange) -> None:
     """The models meant for users; `?all=1` shows hidden and disabled ones, too.  Codex asks with
     `client_version` and takes an empty `models` as: use your own list."""
-    copilot = account_for(exchange)
+    copilot = await account_for(exchange)
     everything = exchange.parameter("all") not in (None, "0")
-    shown = [m for m in copilot.models(exchange.client) if m.is_listed or everything]
+    shown = [m for m in await copilot.models() if m.is_listed or everything]
     data = [model_entry(m) for m in shown if m.kind in ("chat", "embeddings")]
     answer: Json = {"object": "list", "data": data, "has_more": False,
                     "first_id": data[0]["id"] if data else None,
@@ -12798,34 +13304,33 @@ def models(exchange: Exchange) -> None:
         answer["models"] = []
     exchange.reply_json(answer)
 
-def one_model(exchange: Exchange) -> None:
+async def one_model(exchange: Exchange) -> None:
     """One entry of the list; any spelling that finds a model will do.  Its id is then the one
     that was asked for, unless another model answers for it."""
     exchange.dialect = MESSAGES if "anthropic-version" in exchange.head.headers else CHAT
-    copilot = account_for(exchange)
-    model = copilot.find_model(exchange.argument, exchange.client)
+    copilot = await account_for(exchange)
+    model = await copilot.find_model(exchange.argument)
     name_model(exchange, model)
     shown = model.id if copilot.is_substitute(exchange.argument, model) else exchange.argument
     exchange.reply_json(dict(model_entry(model), id=shown))
 
-def usage(exchange: Exchange) -> None:
+async def usage(exchange: Exchange) -> None:
     """The upstream's usage answer, whole."""
-    app, copilot = exchange.app, account_for(exchange)
-    exchange.client.pause()
-    answer = copilot.fetch_usage()
+    app, copilot = exchange.app, await account_for(exchange)
+    answer = await copilot.fetch_usage()
     copilot.name = str(answer.get("login") or copilot.name)
     app.ledger.see_quotas(copilot, "usage", quotas_of(answer))
     exchange.reply_json(answer)
 
-def token(exchange: Exchange) -> None:
+async def token(exchange: Exchange) -> None:
     """The Copilot token, for this machine's own programs and only with --show-token."""
     if (not exchange.app.settings.show_token or "origin" in exchange.head.headers
             or "x-forwarded-for" in exchange.head.headers
             or not is_loopback(exchange.caller.address)):
         raise BadRequest("there is no route GET /token; it is off without --show-token", 404,
                          "unknown_url")
-    copilot = account_for(exchange)
-    value: CopilotToken = copilot.token.get()
+    copilot = await account_for(exchange)
+    value: CopilotToken = await copilot.token.get()
     exchange.headers["Cache-Control"] = "no-store"
     exchange.reply_json({"token": value.value})
 
@@ -12886,13 +13391,14 @@ def clear_limits(exchange: Exchange) -> None:
         if asked.get("account") in (None, account.name)
         for scope in account.limits.clear(asked.get("scope", ""))]})
 
-def begin_login(exchange: Exchange) -> None:
+async def begin_login(exchange: Exchange) -> None:
     """POST /auth/device/start: a code, and the state token that makes it this browser's login."""
     check_door(exchange)
     if not exchange.caller.is_operator:
         raise BadRequest("only the operator's key can begin a login", 403)
-    exchange.client.pause()
-    state, login = exchange.app.accounts.open_login(bool(exchange.caller.key_id))
+    by_key = bool(exchange.caller.key_id)
+    open_login = functools.partial(exchange.app.accounts.open_login, by_key)
+    state, login = await wait(InThread(open_login))
     if login.code is None:
         raise UpstreamError(login.problem or "GitHub gave no login code in time")
     exchange.reply_json(dict(health_report(exchange), state=state, user_code=login.code.user_code,
@@ -12906,12 +13412,13 @@ def poll_login(exchange: Exchange) -> None:
     exchange.reply_json({"status": "failed" if login.problem else "granted" if login.token
                          else "pending", "problem": login.problem or None})
 
-def claim_login(exchange: Exchange) -> None:
+async def claim_login(exchange: Exchange) -> None:
     """POST /auth/device/claim: the account's key, once; null for a default login that was begun
     without the operator's key."""
     check_door(exchange)
-    exchange.client.pause()
-    exchange.reply_json(exchange.app.accounts.claim_login(str(exchange.json_object().get("state"))))
+    state = str(exchange.json_object().get("state"))
+    claim = functools.partial(exchange.app.accounts.claim_login, state)
+    exchange.reply_json(await wait(InThread(claim)))
 
 def own_keys(exchange: Exchange) -> list[Key]:
     """The keys that the caller may see: the operator all, others their account's."""
@@ -13039,7 +13546,7 @@ def demo_response(request: Request, prompt_tokens: int) -> Response:
     return Response("", request.model, [part], "tool_use" if calls else "stop",
                     Usage(prompt_tokens, output=len(text.split())))
 
-def demo_answer(dialect: Dialect, exchange: Exchange) -> None:
+async def demo_answer(dialect: Dialect, exchange: Exchange) -> None:
     """A request of any dialect to the demo; streams come at a pace that can be seen."""
     body = exchange.json_object()
     request = dialect.decode_request(body)
@@ -13056,7 +13563,8 @@ def demo_answer(dialect: Dialect, exchange: Exchange) -> None:
             words = [PartDelta(event.index, w) for w in re.findall(r"\S+\s*", event.text)]
         for word_ in words:
             exchange.write(encoder.feed(word_))
-            time.sleep(DEMO_PAUSE_S if len(words) > 1 else 0)
+            if len(words) > 1:
+                await wait(Pause(DEMO_PAUSE_S))
     exchange.finish()
 
 def demo_embeddings(exchange: Exchange) -> None:
@@ -13469,29 +13977,27 @@ def probe_host(upstream: Upstream, url: str) -> Iterator[tuple[str, str, bool]]:
     far, near = urllib.parse.urlsplit(url), urllib.parse.urlsplit(proxy or url)
     host, gate = far.hostname or "", near.hostname or ""
     port, secure = near.port or (443 if near.scheme == "https" else 80), far.scheme == "https"
-    wire: Any = (SecureWire if secure else PlainWire)(gate, port)
-    if proxy and secure:
-        wire.set_tunnel(host, far.port or 443, proxy_login(proxy))
+    wire: Any = upstream.connection_to(url)
     hop = "DNS"
     try:
         found = socket.getaddrinfo(gate, port, type=socket.SOCK_STREAM)
         yield hop, "%s is %s" % (gate, found[0][4][0]), True
         hop = "TCP"
-        wire.sock = socket.create_connection((gate, port), CONNECT_TIMEOUT_S)
+        run(wire.connect())
         yield hop, "%s port %d is open" % (gate, port), True
         if proxy and secure:
             hop = "proxy"
-            wire._tunnel()
+            run(wire.ask_proxy())
             yield hop, "%s lets %s through" % (gate, host), True
         if secure:
             hop = "TLS"
-            wire.sock = upstream.tls_context().wrap_socket(wire.sock, server_hostname=host)
+            run(wire.secure())
             issuer = dict(pair for name in wire.sock.getpeercert()["issuer"] for pair in name)
             yield hop, "%s, certificate by %s" % (wire.sock.version(), printable(
                 " / ".join(issuer.get(n, "") for n in ("organizationName", "commonName")))), True
         hop = "HTTP"
-        answer = upstream.send(UpstreamRequest("GET", url, {"User-Agent": "debug"},
-                                               timeout_s=GITHUB_TIMEOUT_S))
+        answer = run(upstream.send_again(UpstreamRequest(
+            "GET", url, {"User-Agent": "debug"}, timeout_s=GITHUB_TIMEOUT_S)))
         answer.close()
         yield hop, "%d %s" % (answer.status, printable(answer.reason)), True
     except (ProxyError, OSError) as error:
@@ -13750,11 +14256,11 @@ def cmd_auth(app: App, flags: argparse.Namespace) -> int:
         login = DeviceLogin(app.github, settings.poll_margin_s, app.stop, print_code)
         github_token = login.run()
     github_token = check_github_token(github_token)
-    copilot = app.github.fetch_copilot_token(github_token)
+    copilot = run(app.github.fetch_copilot_token(github_token))
     app.login.file.save(github_token)
     if settings.show_token and sys.stdout.isatty():
         say("GitHub token: %s\nCopilot token: %s" % (github_token, copilot.value))
-    name = app.github.fetch_login(github_token)
+    name = run(app.github.fetch_login(github_token))
     say("logged in%s; kept in %s" % (" as " + printable(name) if name else "", app.login.file.path))
     return 0
 
@@ -13762,7 +14268,7 @@ def list_logins(app: App) -> int:
     """auth --list: who is logged in and which keys there are, never a token or key."""
     stored, keys = app.login.file.load(), app.accounts.keys.all()
     if stored:
-        name = app.github.fetch_login(stored) or "(the name could not be fetched)"
+        name = run(app.github.fetch_login(stored)) or "(the name could not be fetched)"
         say("%s  %s  %s" % (printable(name), host_of(app.settings.github_url),
                             app.login.file.path))
     for key in keys:
@@ -13778,7 +14284,8 @@ def log_out(app: App, name: str) -> int:
     keys = [key for key in app.accounts.keys.all() if key.made and name and wanted in (
         key.login.lower(), key.id)]
     app.accounts.forget(keys)
-    is_default = not name or bool(stored) and app.github.fetch_login(stored).lower() == wanted
+    is_default = not name or bool(stored) and run(
+        app.github.fetch_login(stored)).lower() == wanted
     if name and stored and not is_default and not keys:
         raise AuthError("%s is not logged in here" % printable(name))
     removed = is_default and app.login.file.delete()
@@ -13818,7 +14325,7 @@ def find_logins(app: App) -> Iterator[tuple[str, str]]:
 
 def cmd_check_usage(app: App, flags: argparse.Namespace) -> int:
     """Quota as bars, or the upstream's answer as JSON."""
-    answer = open_account(app).fetch_usage()
+    answer = run(open_account(app).fetch_usage())
     if flags.json:
         say(json.dumps(answer, indent=2))
         return 0
@@ -13844,7 +14351,7 @@ def quota_line(lane: Json) -> str:
 
 def cmd_models(app: App, flags: argparse.Namespace) -> int:
     """The catalogue as a table, or as JSON with the upstream's own entries."""
-    found = open_account(app).models()
+    found = run(open_account(app).models())
     shown = [m for m in found if flags.all or m.is_listed]
     notices = ["%s: %s" % (printable(m.id), printable(m.notice, 300)) for m in shown if m.notice]
     notices += missing_models(app, found)
@@ -13919,7 +14426,7 @@ def models_at_hand(app: App) -> list[Model]:
 
     def fetch() -> None:
         with contextlib.suppress(ProxyError):
-            models.extend(open_account(app).models())
+            models.extend(run(open_account(app).models()))
 
     if names:
         thread = threading.Thread(target=fetch, daemon=True)
@@ -13933,8 +14440,8 @@ def check_health(app: App, url: str) -> int:
     deadline = time.monotonic() + HEALTH_WAIT_S
     while True:
         try:
-            status, answer, _, _ = app.upstream.fetch_json(UpstreamRequest(
-                "GET", url, {}, timeout_s=HEALTH_WAIT_S))
+            status, answer, _, _ = run(app.upstream.fetch_json(UpstreamRequest(
+                "GET", url, {}, timeout_s=HEALTH_WAIT_S)))
             if status == 200:
                 say("%s: %s" % (url, printable(str(as_object(answer).get("status")))))
                 return 0
@@ -13994,11 +14501,11 @@ def probe_network(app: App) -> tuple[list[str], bool]:
     copilot_url = settings.copilot_url or settings.usual_copilot_url
     try:
         copilot = open_account(app)
-        value: CopilotToken = copilot.token.get()
+        value: CopilotToken = run(copilot.token.get())
         copilot_url = value.api_url
         end = "token for %s, good for %d s%s; it lists %d models" % (
             value.api_url, value.lifetime_s, " (direct mode)" if value.direct else "",
-            len(copilot.models()))
+            len(run(copilot.models())))
     except ProxyError as error:
         well, end = False, "copilot FAILED: %s" % error
     for url in dict.fromkeys((settings.github_url, settings.rest_url, copilot_url)):
@@ -14011,12 +14518,12 @@ def probe_network(app: App) -> tuple[list[str], bool]:
 def offered_models(app: App, url: str, key: str) -> list[Model]:
     """What the running server lists; without one, what the login's account has."""
     try:
-        status, answer, _, body = app.upstream.fetch_json(UpstreamRequest(
+        status, answer, _, body = run(app.upstream.fetch_json(UpstreamRequest(
             "GET", url + "/v1/models", {"Authorization": "Bearer " + key},
-            timeout_s=GITHUB_TIMEOUT_S))
+            timeout_s=GITHUB_TIMEOUT_S)))
     except UpstreamError as error:
         if app.login.load():
-            return [m for m in open_account(app).models() if m.is_listed]
+            return [m for m in run(open_account(app).models()) if m.is_listed]
         raise AuthError("%s: start the server first (if it has another port: setup --port), or "
                         "log in with auth" % error) from None
     if status != 200:
@@ -14132,10 +14639,10 @@ def try_client(app: App, recipe: Recipe, values: dict[str, str], model: Model) -
     url = values["url"] + "/v1" + dialect.path.replace("/v1", "")
     request = Request(values["main"], turns=[Turn("user", [Text("Say hello in one word.")])],
                       max_output_tokens=200, stream=True)
-    answer = app.upstream.send(UpstreamRequest("POST", url, {
+    answer = run(app.upstream.send_again(UpstreamRequest("POST", url, {
         "Content-Type": "application/json", "Authorization": "Bearer " + values["key"]},
-        dumps(dict(dialect.encode_request(request, model), model=values["main"]))))
-    data = answer.read_all()
+        dumps(dict(dialect.encode_request(request, model), model=values["main"])))))
+    data = run(answer.read_all())
     if answer.status != 200:
         raise UpstreamError("%s answered %d: %s" % (
             url, answer.status, unwrap_error(answer.status, data, "")[0]))
@@ -14149,7 +14656,8 @@ def offer_claude_code(app: App, url: str) -> None:
         pass                                         # the login is still under way
     recipe, chosen = CLIENTS["claude-code"], []
     try:
-        models = [m for m in app.login.copilot().models() if m.is_listed and m.kind == "chat"]
+        found = run(run(app.login.copilot()).models())
+        models = [m for m in found if m.is_listed and m.kind == "chat"]
         say("\n".join("%3d  %s" % (at, visible(m.id)) for at, m in enumerate(models, 1)))
         for what, patterns in (("main", recipe.main), ("small, fast", recipe.small)):
             say("%s model [%s]: " % (what, model_for(models, "", patterns).id))

@@ -156,7 +156,7 @@ class Proxy:
                 self.app.log.removeHandler(handler)
         self.app.log.addHandler(self._handler)
         self.app.log.setLevel(logging.DEBUG)
-        self.server.start(0.005)
+        self.server.start()
         token = self.app.login.load()
         if token:
             self.app.login.use(token)

@@ -10,18 +10,6 @@ from support import ProxyCase, cp, wait_until
 LOG = logging.getLogger("copilot_proxy")
 
 
-class Waiter:
-    """A client that is there, and waits in no time."""
-
-    keepalive_s = 1.0
-
-    def pause(self) -> None:
-        pass
-
-    def is_gone(self) -> bool:
-        return False
-
-
 class AdmissionTest(unittest.TestCase):
     def admission(self, **settings: Any) -> cp.Admission:
         values = cp.Settings(**settings).check()
@@ -38,13 +26,13 @@ class AdmissionTest(unittest.TestCase):
 
     def test_without_limits_nothing_is_held(self) -> None:
         admission, ticket = self.admission(), self.ticket()
-        self.assertEqual(admission.admit(ticket, Waiter()), {})       # type: ignore[arg-type]
+        self.assertEqual(cp.run(admission.admit(ticket)), {})
         self.assertEqual((ticket.is_admitted, ticket.has_slot), (True, False))
         admission.leave(ticket)
 
     def test_a_slot_is_given_back_once_whatever_is_said_twice(self) -> None:
         admission, ticket = self.admission(max_concurrency=1), self.ticket()
-        admission.admit(ticket, Waiter())                             # type: ignore[arg-type]
+        cp.run(admission.admit(ticket))
         self.assertEqual(admission.gate._running, 1)
         for _ in range(2):
             admission.leave(ticket)
@@ -54,23 +42,23 @@ class AdmissionTest(unittest.TestCase):
     def test_what_a_later_limit_refuses_is_not_admitted_and_gives_its_slot_back(self) -> None:
         admission, ticket = self.admission(max_concurrency=1, rate_limit=60.0), self.ticket()
         ticket.account.limiter = cp.RateLimiter(60.0, False)
-        ticket.account.limiter.admit(Waiter())                        # type: ignore[arg-type]
+        cp.run(ticket.account.limiter.admit())
         with self.assertRaises(cp.RateLimited):
-            admission.admit(ticket, Waiter())                         # type: ignore[arg-type]
+            cp.run(admission.admit(ticket))
         self.assertEqual((ticket.is_admitted, ticket.has_slot), (False, True))
         admission.leave(ticket)
         self.assertEqual(admission.gate._running, 0)
 
     def test_the_minute_says_what_is_left(self) -> None:
         admission = self.admission(requests_per_minute=2)
-        headers = admission.admit(self.ticket(), Waiter())            # type: ignore[arg-type]
+        headers = cp.run(admission.admit(self.ticket()))
         self.assertEqual(headers["x-ratelimit-remaining-requests"], "1")
 
     def test_nonsense_in_the_budget_header_is_refused_each_time(self) -> None:
         admission, ticket = self.admission(), self.ticket("much")
         for _ in range(2):
             with self.assertRaises(cp.BadRequest):
-                admission.admit(ticket, Waiter())                     # type: ignore[arg-type]
+                cp.run(admission.admit(ticket))
 
 
 class OnceTest(ProxyCase):

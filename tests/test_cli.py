@@ -820,7 +820,7 @@ class ForwardProxyTest(unittest.TestCase):
         port = self.fake.url.split(":")[-1]
         request = cp.UpstreamRequest("GET", url or "http://%s:%s%s" % (self.HOST, port, USER), {
             "Authorization": "token ghu_fake", "User-Agent": "t"}, timeout_s=10)
-        return upstream.fetch_json(request)[0]
+        return int(cp.run(upstream.fetch_json(request))[0])
 
     def test_the_proxy_gets_user_and_password(self) -> None:
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):

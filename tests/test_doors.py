@@ -880,9 +880,6 @@ class GateTest(SharedCase):
 
     settings = dict(max_concurrency=2, api_key=(KEY, OTHER_KEY))
 
-    def setUp(self) -> None:
-        self.enter(unittest.mock.patch.object(cp, "WAITING_LOOK_S", 0.02))
-
     def waiting(self) -> int:
         return sum(map(len, list(self.proxy.app.admission.gate._lines.values())))
 
@@ -1133,8 +1130,8 @@ class TlsTest(TlsCase):
         secure = self.wrapped()
         secure.sendall(post("/v1/chat/completions", chat("@@events=8000 size=1000@@", stream=True),
                             "Connection: close"))
-        relays = self.proxy.server.loop._relays
-        wait_until(lambda: any(relay.paused for relay in list(relays)), "it is paused")
+        clients = self.proxy.server.loop.clients
+        wait_until(lambda: any(client.is_slow for client in list(clients)), "it is paused")
         data = b"".join(iter(lambda: secure.recv(65536), b""))
         self.assertIn(b"data: [DONE]\n\n", data)
         self.assertTrue(data.endswith(b"0\r\n\r\n"))
@@ -1169,9 +1166,8 @@ class TlsTest(TlsCase):
             client.send(hello)
         with self.secure() as connection:
             self.assertEqual(send(connection, "GET", "/health").status, 200)
-        wait_until(lambda: len(self.proxy.server.loop._parked) >= 100, "all are parked")
-        wait_until(lambda: self.proxy.server._workers._idle >= len(set(workers()) - busy),
-                   "every thread that helped is free again")
+        wait_until(lambda: len(self.proxy.server.loop.clients) >= 100, "all are let in")
+        self.assertEqual(set(workers()) - busy, set())
 
     def test_a_handshake_has_a_deadline(self) -> None:
         with unittest.mock.patch.object(cp, "HANDSHAKE_S", 0.1):
@@ -1237,7 +1233,7 @@ class ThroughputOfIdleTest(SharedCase):
     def test_connections_that_say_nothing_cost_no_tls_memory(self) -> None:
         before = memory_bytes()
         clients = [self.client() for _ in range(1000)]
-        wait_until(lambda: len(self.proxy.server.loop._parked) == 1000)
+        wait_until(lambda: len(self.proxy.server.loop.clients) == 1000)
         self.assertLess(memory_bytes() - before, 20_000_000)
         del clients
 

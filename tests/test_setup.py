@@ -388,9 +388,9 @@ class ServiceTest(SetupCase):
                               (200, {"status": "ok"}, {}, b"")]
         real = cp.Upstream.fetch_json
 
-        def fetch(upstream: Any, request: Any, *more: Any) -> Any:
-            if ":1/" not in request.full_url:
-                return real(upstream, request, *more)        # of the proxy beside
+        async def fetch(upstream: Any, request: Any) -> Any:
+            if ":1/" not in request.url:
+                return await real(upstream, request)         # of the proxy beside
             answer = answers.pop(0)
             if isinstance(answer, Exception):
                 raise answer

@@ -60,7 +60,7 @@ class RawHeadTest(unittest.TestCase):
         upstream = cp.Upstream(cp.Settings(), {})
         self.addCleanup(upstream.pool.clear)
         url = "http://127.0.0.1:%d/" % listener.getsockname()[1]
-        found = upstream.send(cp.UpstreamRequest("GET", url, {}, timeout_s=DEADLINE_S))
+        found = cp.run(upstream.send(cp.UpstreamRequest("GET", url, {}, timeout_s=DEADLINE_S)))
         self.addCleanup(found.close)
         return found
 
