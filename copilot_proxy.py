@@ -966,6 +966,7 @@ class Request:
     key: str = field(default="", compare=False)
     turns: list[Turn] = field(default_factory=list)
     tools: list[Tool] = field(default_factory=list)
+    tool_names: set[str] = field(default_factory=set, compare=False)
     tool_choice: str | Named | None = None
     parallel_tool_calls: bool | None = None
     max_output_tokens: int | None = None
@@ -1932,6 +1933,7 @@ OUTPUT_TOOL = "structured_output"
 ERROR_PREFIX = "Error: "         # tells of is_error where the dialect has no field for it
 FALLBACK_MAX_TOKENS = 8192       # Messages demands a limit; for models that list none
 MAX_STOP_SEQUENCES = 4           # of OpenAI's models
+MAX_WATCHED_STOPS, MAX_STOP_CHARS = 32, 256      # that the proxy itself watches for
 EPHEMERAL = {"type": "ephemeral"}
 #: fields of one dialect whose absence in another changes nothing
 HARMLESS = frozenset((
@@ -2355,7 +2357,8 @@ def add_tool(request: Request, tool: Json, schema_key: str, **more: Any) -> None
     note_unknown(request, tool, "name", "description", "strict", "type", schema_key,
                  "cache_control", "defer_loading")
     name = str(tool.get("name"))
-    if name not in [known.name for known in request.tools]:
+    if name not in request.tool_names:
+        request.tool_names.add(name)
         request.tools.append(Tool(name, tool.get("description"), tool.get(schema_key),
                                   tool.get("strict"), **more))
 
@@ -2427,6 +2430,15 @@ def offered_tools(request: Request, model: Model, bare: bool
     return tools, choice if isinstance(choice, Named) else (
         Named(OUTPUT_TOOL) if alone else "required"), None
 
+def watch_stops(request: Request) -> None:
+    """The proxy itself is to end the answer at the stop sequences.  Every piece of the answer is
+    looked through for all of them, so their number and length are bounded."""
+    fitting = [stop for stop in request.stop if len(stop) <= MAX_STOP_CHARS]
+    request.cut_at = fitting[:MAX_WATCHED_STOPS]
+    if len(request.cut_at) < len(request.stop):
+        request.lose("stop", "more than %d sequences, or one of more than %d characters"
+                     % (MAX_WATCHED_STOPS, MAX_STOP_CHARS))
+
 def upstream_stops(dialect: Dialect, request: Request, model: Model) -> list[str]:
     """The stop sequences that go upstream: all or none, since an upstream that stops at one of them
     may not say at which.  The proxy watches for the others itself."""
@@ -2434,7 +2446,7 @@ def upstream_stops(dialect: Dialect, request: Request, model: Model) -> list[str
     wants_to_know = request.dialect == "messages"
     if dialect.takes_stops(request.stop, model) and (tells_which or not wants_to_know):
         return request.stop
-    request.cut_at = request.stop
+    watch_stops(request)
     return []
 
 def openai_choice(choice: Any, request: Request) -> str | Named | None:
@@ -3239,7 +3251,7 @@ class ChatCompletions(Dialect):
         return {"id": call.id, "type": "function", "function": function}
 
     def encode_response(self, response: Response, request: Request) -> Json:
-        freeform = [tool.name for tool in request.tools if tool.kind == "custom"]
+        freeform = {tool.name for tool in request.tools if tool.kind == "custom"}
         message = self._write_assistant(response.parts, None, freeform)
         reason = self.finish_reason(response.stop, "refusal" in message)
         message.setdefault("refusal", None)
@@ -3320,7 +3332,7 @@ class ChatEncoder(StreamEncoder):
         self._head: Json = {}
         self._calls = 0
         self._refused = False
-        self._freeform = [tool.name for tool in request.tools if tool.kind == "custom"]
+        self._freeform = {tool.name for tool in request.tools if tool.kind == "custom"}
         self._inputs: dict[int, tuple[ToolCall, list[str]]] = {}     # of open freeform calls
 
     def _chunk(self, delta: Json, reason: str | None = None) -> bytes:
@@ -3791,10 +3803,11 @@ class Responses(Dialect):
     def _read_result(self, request: Request, item: Json, place: str) -> ToolResult:
         """The result of a tool; what a search found becomes callable."""
         call_id = str(item.get("call_id") or item.get("id") or "")
+        known = len(request.tools)
         for tool in dicts_in(item, "tools"):
             self.read_tool(tool, request)
         if "tools" in item:
-            names = [tool.name for tool in request.tools]
+            names = [tool.name for tool in request.tools[known:]]
             return ToolResult(call_id, [Text("These tools are loaded now: " + ", ".join(names))])
 
         output = item.get("output")
@@ -3807,7 +3820,7 @@ class Responses(Dialect):
         tools, choice, schema = offered_tools(request, model, True)
         system, turns = split_system(request.turns)
         instructions = [join_texts(turn.parts) for turn in system]
-        request.cut_at = request.stop
+        watch_stops(request)
         body = write_fields(self, request, model, effort=fit_effort(request, model),
                             output_schema=schema and dict({"name": "output"}, **schema))
         body["input"] = self.write_turns(turns, request, model)
@@ -4892,12 +4905,14 @@ class StopCutter:
 
     def _waiting(self, text: str) -> int:
         """How many characters at the end of the text may be the beginning of a sequence."""
-        longest = max(map(len, self._sequences), default=1) - 1
-        for size in range(min(longest, len(text)), 0, -1):
-            end = text[len(text) - size:]
-            if any(sequence.startswith(end) for sequence in self._sequences):
-                return size
-        return 0
+        most = 0
+        for sequence in self._sequences:
+            at = text.find(sequence[0], max(0, len(text) - len(sequence) + 1))
+            while at >= 0 and not sequence.startswith(text[at:]):
+                at = text.find(sequence[0], at + 1)
+            if at >= 0:
+                most = max(most, len(text) - at)
+        return most
 
     def _cut(self, index: int, text: str, place: int, sequence: str) -> list[Event]:
         self._is_cut = True
@@ -5161,22 +5176,23 @@ def convert_functions(edit: Edit, client: Dialect, model: Model) -> None:
         if body.get("tool_choice") is None:
             edit.set(body, "tool_choice", choice)
 
-    called: dict[str, list[str]] = {}          # name of a function -> ids of its open calls
+    called: dict[str, collections.deque[str]] = {}       # name -> ids of its open calls
     for at, item in enumerate(as_list(body.get(client.turns_key))):
         if not isinstance(item, dict):
             continue
         if isinstance(item.get("function_call"), dict):
             function = edit.drop(item, "function_call")
             call_id = "call_function_%d" % at
-            called.setdefault(str(function.get("name")), []).append(call_id)
+            name = str(function.get("name"))
+            called.setdefault(name, collections.deque()).append(call_id)
             if not item.get("tool_calls"):
                 call = {"id": call_id, "type": "function", "function": function}
                 edit.set(item, "tool_calls", [call])
         elif item.get("role") == "function":
             name = str(edit.drop(item, "name"))
-            open_calls = called.get(name) or ["call_function_%d" % at]
+            open_calls = called.get(name) or collections.deque(["call_function_%d" % at])
             edit.set(item, "role", "tool")
-            edit.set(item, "tool_call_id", open_calls.pop(0))
+            edit.set(item, "tool_call_id", open_calls.popleft())
 
 def shape_tools(edit: Edit, client: Dialect, model: Model) -> None:
     """Tools in the shape of another dialect, and nulls beside a schema, which strict ones refuse.
@@ -5196,16 +5212,18 @@ def _tool_key(tool: Json) -> tuple[str, str]:
     function = as_object(tool.get("function")) or as_object(tool.get("custom"))
     return str(tool.get("type")), str(function.get("name") or tool.get("name"))
 
-def merge_tools(tools: list[Json], more: list[Json]) -> list[Json]:
-    """Both lists without doubles; the tools of a namespace that is in both are joined."""
-    merged = {_tool_key(tool): tool for tool in tools}
-    for tool in more:
-        known = merged.get(_tool_key(tool))
-        if known is not None and tool.get("type") == "namespace":
-            inner = merge_tools(dicts_in(known, "tools"), dicts_in(tool, "tools"))
-            merged[_tool_key(tool)] = dict(known, tools=inner)
-        else:
-            merged.setdefault(_tool_key(tool), tool)
+def merge_tools(tools: Iterable[Json]) -> list[Json]:
+    """The tools without doubles; those of a namespace that comes more than once are joined."""
+    merged: dict[tuple[str, str], Json] = {}
+    joined: dict[tuple[str, str], list[Json]] = {}       # the tools of such a namespace
+    for tool in tools:
+        key = _tool_key(tool)
+        known = merged.setdefault(key, tool)
+        if known is not tool and tool.get("type") == "namespace":
+            inner = joined.setdefault(key, dicts_in(known, "tools"))
+            inner += dicts_in(tool, "tools")
+    for key, inner in joined.items():
+        merged[key] = dict(merged[key], tools=merge_tools(inner))
     return list(merged.values())
 
 def hoist_tools(edit: Edit, client: Dialect, model: Model) -> None:
@@ -5216,11 +5234,10 @@ def hoist_tools(edit: Edit, client: Dialect, model: Model) -> None:
                 if isinstance(item, dict) and item.get("type") == "additional_tools"]
     if not carriers:
         return
-    tools = dicts_in(edit.body, "tools")
-    for carrier in carriers:
-        tools = merge_tools(tools, dicts_in(carrier, "tools"))
-    edit.set(edit.body, "tools", tools)
-    kept = [item for item in as_list(items) if not any(item is carrier for carrier in carriers)]
+    tools = [tool for holder in [edit.body, *carriers] for tool in dicts_in(holder, "tools")]
+    edit.set(edit.body, "tools", merge_tools(tools))
+    hoisted = set(map(id, carriers))
+    kept = [item for item in as_list(items) if id(item) not in hoisted]
     edit.replace(edit.body, client.turns_key, kept)
 
 def narrow_tools(edit: Edit, client: Dialect, model: Model) -> None:
@@ -5231,7 +5248,7 @@ def narrow_tools(edit: Edit, client: Dialect, model: Model) -> None:
     if model.is_openai and client.knows_allowed_tools and client.path in model.endpoints:
         return
     inner = as_object(choice.get("allowed_tools")) or choice
-    allowed = [_tool_key(tool) for tool in dicts_in(inner, "tools")]
+    allowed = {_tool_key(tool) for tool in dicts_in(inner, "tools")}
     tools = [tool for tool in dicts_in(edit.body, "tools") if _tool_key(tool) in allowed]
     edit.set(edit.body, "tools", tools)
     mode = "required" if inner.get("mode") == "required" else "auto"

@@ -131,6 +131,19 @@ CHAT_CASES: dict[str, Make] = {
     "joined states of reasoning": lambda n: conversation(HELLO, assistant(
         "x", reasoning_text="t", reasoning_opaque="".join(
             cp.pack_opaque("responses", "rs_%d" % i, "b") for i in range(n))), HELLO),
+    "tools of other dialects": lambda n: chat_tools(
+        *[{"name": "f%d" % i, "input_schema": SCHEMA} for i in range(n)]),
+    "allowed tools": lambda n: dict(chat_tools(*[function("f%d" % i) for i in range(n)]),
+                                    tool_choice={"type": "allowed_tools", "allowed_tools": {
+                                        "mode": "auto", "tools": [
+                                            function("f%d" % i) for i in range(n)]}}),
+    "old calls of functions": lambda n: conversation(
+        HELLO, *[assistant(function_call={"name": "f", "arguments": "{}"}) for i in range(n)],
+        *[{"role": "function", "name": "f", "content": "r"} for i in range(n)]),
+    "parts of another dialect": lambda n: conversation(
+        user([{"type": "input_text", "text": "a%d" % i} for i in range(n)])),
+    "items of another dialect": lambda n: conversation(
+        HELLO, *[call("c%d" % i) for i in range(n)], *[output("c%d" % i) for i in range(n)]),
     "refusals": lambda n: conversation(
         HELLO, assistant([{"type": "refusal", "refusal": "r"} for i in range(n)]), HELLO),
 }
@@ -211,6 +224,20 @@ RESPONSES_CASES: dict[str, Make] = {
     "namespaces": lambda n: tools(*[
         {"type": "namespace", "name": "ns%d" % i, "tools": [flat("f")]} for i in range(n)]),
     "hosted tools": lambda n: tools(*[{"type": "kind_%d" % i} for i in range(n)]),
+    "items of tools": lambda n: items(HELLO, *[
+        {"type": "additional_tools", "tools": [flat("f%d" % i)]} for i in range(n)]),
+    "items of one namespace": lambda n: items(HELLO, *[
+        {"type": "additional_tools", "tools": [
+            {"type": "namespace", "name": "ns", "tools": [flat("f%d" % i)]}]} for i in range(n)]),
+    "tools that were searched for": lambda n: items(HELLO, *[item for i in range(n) for item in (
+        {"type": "tool_search_call", "call_id": "c%d" % i, "execution": "client",
+         "arguments": {}},
+        {"type": "tool_search_output", "call_id": "c%d" % i, "execution": "client",
+         "tools": [flat("f%d" % i)]})]),
+    "items of another dialect": lambda n: items(
+        HELLO, *[assistant(tool_calls=[chat_call("c%d" % i)]) for i in range(n)],
+        *[chat_result("c%d" % i) for i in range(n)]),
+    "stop sequences": lambda n: dict(items(HELLO), stop=["s%d" % i for i in range(n)]),
     "parts of a result": lambda n: items(HELLO, call("c"), output("c", [
         {"type": "input_text", "text": "x%d" % i} for i in range(n)])),
 }
@@ -331,6 +358,57 @@ class LinearTest(unittest.TestCase):
 
                 with self.subTest(dialect, many=name, model=model):
                     self.check(work, body)
+
+    def test_many_pieces_of_an_answer_do_not_cost_the_square_of_their_number(self) -> None:
+        def obscured(count: int) -> Json:
+            about = {"output_index": 0, "item_id": "fc_1"}
+            item = {"type": "function_call", "id": "fc_1", "call_id": "c", "name": "f",
+                    "arguments": ""}
+            stem = "response.function_call_arguments"
+            return [{"type": "response.output_item.added", "item": item, "output_index": 0}] + [
+                dict(about, type=stem + ".delta", delta="x" * 50, obfuscation="y")] * count + [
+                dict(about, type=stem + ".done", arguments="x" * 50 * count)]
+
+        def signed(count: int) -> Json:
+            delta = {"type": "signature_delta", "signature": "x" * 50}
+            return [{"type": "content_block_start", "index": 0, "content_block": {
+                "type": "thinking", "thinking": "", "signature": ""}}] + [
+                {"type": "content_block_delta", "index": 0, "delta": delta}] * count + [
+                {"type": "content_block_stop", "index": 0}]
+
+        def relay(events: Json) -> None:
+            stream = cp.RESPONSES.stream("m", {})
+            for event in events:
+                stream.feed(cp.Frame(event["type"], cp.dumps(event)).encode())
+
+        def decode(events: Json) -> None:
+            decoder = cp.MESSAGES.stream_decoder()
+            for event in events:
+                decoder.read(cp.dumps(event))
+
+        for work, make in ((relay, obscured), (decode, signed)):
+            with self.subTest(work=work.__name__):
+                self.check(work, make)
+
+    def test_stop_sequences_that_nearly_match_freeze_no_stream(self) -> None:
+        """The proxy watches for them itself where the upstream cannot, in the thread that relays
+        all streams."""
+        stops = ["a" * size + "b" for size in (1, 255, 2_000, 1_000_000)] + [
+            "s%d" % number for number in range(1000)]
+        request = cp.Request("m", stop=stops)
+        cp.watch_stops(request)
+        self.assertEqual(len(request.cut_at), 32)
+        self.assertLessEqual(max(map(len, request.cut_at)), 256)
+        self.assertEqual([name for name, _ in request.losses], ["stop"])
+
+        def watch(count: int) -> None:
+            cutter = cp.StopCutter(request.cut_at, cp.Meter())
+            cutter.feed(cp.PartStart(0, cp.Text("")))
+            for _ in range(count):
+                cutter.feed(cp.PartDelta(0, "a" * 10))
+
+        self.check(watch, lambda count: count, 50)
+        self.assertLess(cpu_s(watch, lambda: 100, 3), 1)
 
 
 class LossesTest(ProxyCase):
