@@ -442,6 +442,21 @@ def dumps(value: Any) -> bytes:
     except UnicodeEncodeError:
         return json.dumps(value, separators=(",", ":")).encode()
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_ESCAPES = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"      # a pair
+    rb"|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL)                   # half of one; others
+
+def valid_text(data: bytes) -> bytes:
+    """JSON whose texts are valid Unicode: half of a surrogate pair becomes U+FFFD, as clients cut
+    texts in the middle of an emoji.  The same object where there is none.
+
+    No upstream takes such a text, and a history that holds one would be refused for ever."""
+    if not _SURROGATE.search(data):
+        return data
+    mended = _ESCAPES.sub(lambda found: b"\\ufffd" if found.group(1) else found.group(), data)
+    return data if mended == data else mended
+
 def loads(data: bytes) -> Any:
     """A JSON value.  Raises ValueError for everything malformed, also too deep a nesting."""
     try:
@@ -5573,6 +5588,51 @@ def fit_names(edit: Edit, calls: list[Json]) -> None:
             edit.names[dumps(short)] = dumps(name)
             edit.set(tool, "name", short)
 
+# ---- Schemas of tools for OpenAI ----
+
+def fit_openai_schema(edit: Edit, schema: Json) -> bool:
+    """Give objects their `properties` and arrays their `items`, which OpenAI's validator demands.
+    Returns False when not every property is required, as strict tools must have it."""
+    is_strict = True
+    for node in schema_nodes(schema):
+        kind = node.get("type")
+        if kind == "array" and "items" not in node:
+            edit.set(node, "items", {})
+        if kind != "object":
+            continue
+        if not isinstance(node.get("properties"), dict):
+            edit.set(node, "properties", {})
+        if len(as_list(node.get("required"))) < len(node["properties"]):
+            is_strict = False
+    return is_strict
+
+def schema_nodes(schema: Json) -> Iterator[Json]:
+    """Every schema inside a schema, itself first.  A property may have any name, also that of a
+    word of JSON Schema."""
+    todo: list[Any] = [schema]
+    while todo:
+        node = todo.pop()
+        if not isinstance(node, dict):
+            continue
+        yield node
+        for word_ in ("items", "additionalProperties", "not"):
+            todo.append(node.get(word_))
+        for word_ in ("anyOf", "oneOf", "allOf", "prefixItems"):
+            todo.extend(as_list(node.get(word_)))
+        for word_ in ("properties", "$defs", "definitions"):
+            todo.extend(as_object(node.get(word_)).values())
+
+def fit_openai_tools(edit: Edit, upstream: Dialect) -> None:
+    """Tools as OpenAI's models take them."""
+    for tool in upstream.function_tools(edit.body):
+        schema = tool.get(upstream.schema_key)
+        if not isinstance(schema, dict):
+            continue
+        is_strict = fit_openai_schema(edit, schema)
+        if tool.get("strict") is True and not is_strict:
+            edit.set(tool, "strict", False)
+            edit.lose("strict", "not every property of the tool is required")
+
 # ---- Schemas of tools for Gemini ----
 
 _GEMINI_WORDS = (
@@ -5859,6 +5919,8 @@ def fit_body(edit: Edit, upstream: Dialect, model: Model) -> None:
     if model.is_claude and model.version >= (4, 6):
         end_with_user(edit)
     upstream.fit_cache(edit, model)
+    if model.is_openai:
+        fit_openai_tools(edit, upstream)
     if model.is_gemini:
         schemas = GeminiSchema()
         for holder, key in upstream.tool_schemas(edit.body):
@@ -6510,6 +6572,10 @@ def stop_thinking(plan: Plan) -> bool:
     fits = kinds[-1:] != ["tool_result"] or "thinking" in kinds[0]
     return not fits and bool(plan.edit.drop(plan.edit.body, "thinking", "the round began without"))
 
+def drop_thinking(plan: Plan) -> bool:
+    """Say nothing of thinking to a model that cannot be kept from it."""
+    return plan.edit.drop(plan.edit.body, "thinking", REFUSED) is not None
+
 def drop_state(plan: Plan, known: bool = False) -> bool:
     """Remove thinking and reasoning that only another model, account or route can read: all that
     is there, or only what was refused before, since new state is welcome."""
@@ -6584,6 +6650,8 @@ REPAIRS = (
     Repair("thinking", r"Expected .?thinking.? or .?redacted", stop_thinking, "Anthropic"),
     Repair("thinking", r"thinking\.type\.enabled.{0,3} is not supported", lambda plan:
            think_adaptively(plan.edit), "Claude from 4.7 on"),
+    Repair("thinking", r"thinking\.type\.disabled.{0,3} is not supported", lambda plan:
+           drop_thinking(plan), "Claude models that always think"),
     Repair("thinking", r"(?i)adaptive.{0,3} (?:thinking )?is not supported|tag 'adaptive'",
            lambda plan: think_within_budget(plan.edit, plan.model), "Claude before 4.6"),
     Repair("effort", r"(?s)effort\b" + _FAR + r"?(?:upported values|one of|must be)(.*)",
@@ -6612,6 +6680,7 @@ REPAIRS = (
     Repair("images", r"(?i)image (?:exceeds|dimensions|size)|could not process image", drop_images,
            "Anthropic: 5 MB, 8000 pixels"),
     Repair("images", r"\A", drop_images, "Copilot, of too large a body", (413,)),
+    Repair("field", r"does not support the " + _NAME + r" parameter", drop_field, "Copilot"),
     Repair("field", _NAME + r"(?:: Extra inputs|: range| is not supported| is deprecated| does not "
            r"support)|" + _UN + r"(?:parameter|argument|field|key)s?(?: supplied)?:? " + _NAME
            + r"|not allowed \(" + _NAME + " w", drop_field, "all, with each release of a client"),
@@ -11184,6 +11253,12 @@ class Exchange:
 
     def json_object(self) -> Json:
         """The body.  Raises BadRequest."""
+        text = valid_text(self.body)
+        if text is not self.body:
+            self.body = text
+            losses = Losses()
+            losses.add("text", "half of a character became U+FFFD")
+            self.headers.update(self.app.ledger.note_changes(self.record, losses, ()))
         try:
             value = loads(self.body)
         except ValueError as error:

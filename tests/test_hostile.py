@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import re
 import logging
 import random
 import socket
@@ -257,8 +258,8 @@ class BodyTest(HostileCase):
                             continue
                         self.assertEqual(answer.status, 200, answer.body)
                         self.assertIn(json.loads('"%s"' % text), strings_in(answer.json))
-                        self.assertIn(json.loads('"%s"' % text),
-                                      strings_in(self.fake.last(PATHS[path]).json))
+                        sent = re.sub("[\ud800-\udfff]", "\ufffd", json.loads('"%s"' % text))
+                        self.assertIn(sent, strings_in(self.fake.last(PATHS[path]).json))
 
     def test_lone_surrogates_pass_through_a_stream(self) -> None:
         for path, frames in STREAM_OF_A_SURROGATE.items():

@@ -367,6 +367,58 @@ class UpstreamRulesTest(ProxyCase):
         self.assertEqual(len(sent["messages"]), 1)
 
 
+class TextTest(ProxyCase):
+    """Text is valid Unicode at the edge."""
+
+    def test_half_of_an_emoji_becomes_one_character_and_is_recorded(self) -> None:
+        for path, body, upstream in (
+                ("/v1/chat/completions", chat("TEXT"), "/chat/completions"),
+                ("/v1/chat/completions", chat("TEXT", "gpt-5.3-codex"), "/responses"),
+                ("/v1/messages", message("TEXT", model="claude-sonnet-4.6"), "/v1/messages")):
+            for text, want in (("a\\ud83d", "a\ufffd"), ("\\uDE00b", "\ufffdb"),
+                               ("\\ud83d\\ud83d\\ude00", "\ufffd\U0001f600"),
+                               ("\\ud83d\\\\ude00", "\ufffd\\ude00")):
+                data = json.dumps(body).replace("TEXT", text).encode()
+                with self.subTest(path=path, text=text):
+                    reply = self.proxy.post(path, data)
+                    self.assertEqual(reply.status, 200, reply.body)
+                    sent = json.dumps(self.fake.last(upstream).json, ensure_ascii=False)
+                    self.assertIn(json.dumps(want, ensure_ascii=False)[1:-1], sent)
+                    self.assertIn("text", reply.headers["x-copilot-proxy-lossy"])
+
+    def test_whole_pairs_and_texts_about_escapes_go_up_as_the_clients_own_bytes(self) -> None:
+        for text in (b'"\\ud83d\\ude00"', b'"\\\\ud83d"', b'"\\n\\ud83D\\uDE00\\u0041"'):
+            self.assertIs(cp.valid_text(text), text)
+
+
+class SchemaTest(unittest.TestCase):
+    """Schemas of tools as OpenAI's validator wants them."""
+
+    def fitted(self, schema: Any, **more: Any) -> Any:
+        tool = {"type": "function", "name": "f", "parameters": copy.deepcopy(schema), **more}
+        edit = cp.Edit({"model": "m", "input": "hi", "tools": [tool]})
+        cp.fit_openai_tools(edit, cp.RESPONSES)
+        return edit
+
+    def test_objects_have_properties_and_arrays_have_items_at_any_depth(self) -> None:
+        deep = {"type": "object", "properties": {"properties": {"anyOf": [
+            {"type": "array"}, {"type": "object"}]}}, "$defs": {"d": {"type": "array"}}}
+        for given in ({"type": "object"}, {"type": "array"}, deep):
+            tool = self.fitted(given).body["tools"][0]
+            for node in cp.schema_nodes(tool["parameters"]):
+                self.assertTrue(node.get("type") != "object" or "properties" in node)
+                self.assertTrue(node.get("type") != "array" or "items" in node)
+
+    def test_a_strict_tool_with_optional_properties_is_not_strict(self) -> None:
+        edit = self.fitted(SCHEMA, strict=True)
+        self.assertEqual((edit.body["tools"][0]["strict"], edit.losses[0][0]), (False, "strict"))
+        self.assertTrue(self.fitted(dict(SCHEMA, required=["x"]), strict=True).body["tools"][0]
+                        ["strict"])
+
+    def test_a_schema_that_is_fine_is_left_alone(self) -> None:
+        self.assertFalse(self.fitted(SCHEMA).changed)
+
+
 class EndpointTest(ProxyCase):
     """The endpoint is chosen by what the request needs."""
 
