@@ -150,7 +150,8 @@ CASES = (
         "type": "adaptive"}), lambda ask: ask.body["thinking"]["type"] == "adaptive", bad_message(
             "adaptive thinking is not supported on this model")),
     Case("thinking", MESSAGES, message("hi", SONNET, thinking={"type": "disabled"}),
-         has("thinking"), bad_message("\"thinking.type.disabled\" is not supported for this model.")),
+         has("thinking"), bad_message(
+             "\"thinking.type.disabled\" is not supported for this model.")),
     Case("effort", RESPONSES, response("hi", CODEX, reasoning={"effort": "xhigh"}),
          lambda ask: ask.body["reasoning"]["effort"] == "xhigh", bad(
              "Unsupported value: 'xhigh' is not supported with the 'gpt-5.3-codex' model. Supported"
