@@ -10165,10 +10165,18 @@ class Account(Copilot):
         self.name = name or self.id
         self.limiter = RateLimiter(settings.rate_limit, settings.wait)
         self.stats = Stats()
+        self._ledger = ledger
         self.on_headers = lambda headers: ledger.see_quotas(
             self, "header", header_lanes(headers))
         if settings.show_token:
             self.on_token = show_token
+
+    async def fetch_usage(self) -> Json:
+        """The usage answer; the account's name and quotas in it are noted."""
+        answer = await super().fetch_usage()
+        self.name = str(answer.get("login") or self.name)
+        self._ledger.see_quotas(self, "usage", quotas_of(answer))
+        return answer
 
     async def _fetch_models(self) -> Catalogue:
         """The first time it warns of settings that name a model which this account lacks."""
@@ -10266,6 +10274,19 @@ class RequestRecord:
         return cls(new_request_id(), AskedFor(method, path, label, agent, at, time.monotonic()))
 
     # -- what happens to it
+
+    def serve_by(self, account: Account) -> Account:
+        """This account serves it."""
+        self.account = account
+        return account
+
+    def ask(self, model: Model) -> None:
+        """This model is asked."""
+        self.model = model
+
+    def begin_by(self, initiator: str) -> None:
+        """Known beforehand: who began it, 'user' or 'agent'."""
+        self.initiator = initiator
 
     def name(self, key: str, session: str | None, model: str, streamed: bool) -> None:
         """Its body has been read."""
@@ -10866,10 +10887,11 @@ class App:
     sessions: a caller's conversation -> the model that was asked for last."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str] | None = None,
-                 clock: Callable[[], tuple[float, float]] = read_clock) -> None:
+                 clock: Callable[[], tuple[float, float]] = read_clock,
+                 log: logging.Logger | None = None) -> None:
         self.settings, self.clock = settings, clock
         self.environ = os.environ if environ is None else environ
-        self.log = logging.getLogger("copilot_proxy")
+        self.log = log or logging.getLogger("copilot_proxy")
         self.stop = threading.Event()
         self.started = time.time()
         self.upstream = Upstream(settings, self.environ)
@@ -12652,9 +12674,9 @@ LOGIN_HEADERS = page_headers(LOGIN_STYLE, LOGIN_SCRIPT)
 async def account_for(exchange: Exchange) -> Account:
     """The account that serves this request.  Raises AuthError."""
     record = exchange.record
-    if record.account is None:
-        record.account = exchange.caller.account or await exchange.app.login.copilot()
-    return record.account
+    if record.account is not None:
+        return record.account
+    return record.serve_by(exchange.caller.account or await exchange.app.login.copilot())
 
 async def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
     """(account, model) of a request.  Raises AuthError, BadRequest."""
@@ -12684,7 +12706,7 @@ async def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
 
 def name_model(exchange: Exchange, model: Model) -> None:
     """Note the model that answers, for the log and for the header that always names it."""
-    exchange.record.model = model
+    exchange.record.ask(model)
     exchange.headers["x-copilot-proxy-model"] = printable(model.id)
 
 def fit_model(data: bytes, edit: Edit, model_id: str) -> bytes:
@@ -12907,7 +12929,7 @@ async def compact(exchange: Exchange, body: Json, copilot: Copilot, model: Model
     stands for the conversation so far."""
     is_route, now = exchange.path == COMPACT_PATH, int(time.time())
     if "x-initiator" not in exchange.head.headers:
-        exchange.record.initiator = "agent"                        # no human asks for this
+        exchange.record.begin_by("agent")                          # no human asks for this
     if body.get("stream") is True and not is_route:
         exchange.expect_stream(RESPONSES.keepalive)
     encoder = ResponsesEncoder(RESPONSES, Request(str(body["model"]), now=now, key=exchange.id))
@@ -13408,10 +13430,8 @@ async def one_model(exchange: Exchange) -> None:
 
 async def usage(exchange: Exchange) -> None:
     """The upstream's usage answer, whole."""
-    app, copilot = exchange.app, await account_for(exchange)
+    copilot = await account_for(exchange)
     answer = await copilot.fetch_usage()
-    copilot.name = str(answer.get("login") or copilot.name)
-    app.ledger.see_quotas(copilot, "usage", quotas_of(answer))
     exchange.reply_json(answer)
 
 async def token(exchange: Exchange) -> None:
@@ -13697,10 +13717,10 @@ DEMO_ROUTES: Routes = {
 
 def start_demo(settings: Settings) -> Server:
     """Start the make-believe upstream and point `settings` at it."""
-    app = App(Settings(no_history=True), {})
-    app.accounts.keys = KeyFile("", "", ())                           # everybody may ask it
-    app.log = logging.getLogger("copilot_proxy.demo")        # its requests are not the user's
-    app.log.disabled = True
+    log = logging.getLogger("copilot_proxy.demo")            # its requests are not the user's
+    log.disabled = True
+    app = App(Settings(no_history=True), {}, log=log)
+    app.accounts.keys = KeyFile("", "", ())                  # everybody may ask it
     server = Server(app, DEMO_ROUTES, "127.0.0.1", 0)
     server.start()
     settings.github_url, settings.copilot_url = server.url, ""

@@ -1,11 +1,13 @@
 """What is kept of requests and quotas, by one owner (section 17)."""
 from __future__ import annotations
 
+import http.client
 import logging
 import unittest
+import unittest.mock
 from typing import Any
 
-from support import TestClock, cp
+from support import ProxyCase, TestClock, cp, send, wait_until
 
 
 class FakeAccount:
@@ -13,6 +15,7 @@ class FakeAccount:
         self.id = "id-" + name
         self.name = name
         self.stats = cp.Stats()
+        self.limits = unittest.mock.Mock(see=lambda lanes, source: [])
 
 
 class LedgerTest(unittest.TestCase):
@@ -85,6 +88,33 @@ class LedgerTest(unittest.TestCase):
         self.assertEqual(self.ledger.stats.group("lossy"), {"seed": 1})
         row = record.row()
         self.assertEqual((row["losses"], row["repairs"]), ("seed", "images"))
+
+
+class DemoTest(unittest.TestCase):
+    def test_requests_to_the_make_believe_upstream_are_not_in_the_users_log(self) -> None:
+        settings = cp.Settings(demo=True)
+        with self.assertLogs("copilot_proxy", "DEBUG") as logged:
+            logging.getLogger("copilot_proxy").info("the only line")
+            server = cp.start_demo(settings)
+            self.addCleanup(server.app.close)
+            self.addCleanup(server.finish, 0.0)
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+            self.addCleanup(connection.close)
+            for path in ("/copilot_internal/user", "/nowhere"):
+                send(connection, "GET", path)
+            wait_until(lambda: not server.app.ledger.running)
+        self.assertEqual([record.getMessage() for record in logged.records], ["the only line"])
+
+
+class AccountTest(ProxyCase):
+    def test_the_usage_answer_names_the_account_and_its_quotas(self) -> None:
+        account = self.proxy.app.login.account
+        self.assertEqual(account.name, account.id)
+        self.assertEqual(self.proxy.get("/usage").status, 200)
+        self.assertEqual(account.name, "octocat")
+        lanes = self.proxy.app.ledger.lanes(account.id)
+        self.assertTrue(lanes)
+        self.assertEqual({lane["account"] for lane in lanes}, {"octocat"})
 
 
 if __name__ == "__main__":
