@@ -8137,6 +8137,11 @@ class Pool:
         for gone in old:
             gone.close()
 
+    def close(self) -> None:
+        """Keep nothing from now on, not even what is still under way."""
+        self.closed = True
+        self.clear()
+
     def clear(self) -> None:
         """Close all."""
         with self._lock:
@@ -10919,8 +10924,7 @@ class App:
         """Stop the threads and close the pool."""
         self.stop.set()
         self.login.close()
-        self.upstream.pool.closed = True             # also for what is still under way
-        self.upstream.pool.clear()
+        self.upstream.pool.close()
         self.ledger.history.close()
 
 
@@ -11240,7 +11244,8 @@ class Exchange:
 
     It knows bytes, head and answer, but no model and no account: those are in `record`.  The
     Handler sets caller, is_same_origin, argument, body and keep_alive before the endpoint runs;
-    the endpoint may set dialect, body, ticket and keep_alive.  Nobody else sets anything."""
+    the endpoint may set ticket, keepalive and keep_alive, and the rest by methods.  Nobody else
+    sets anything."""
 
     def __init__(self, client: ClientConnection, head: RequestHead, app: App) -> None:
         self.client, self.head, self.app = client, head, app
@@ -11272,6 +11277,14 @@ class Exchange:
         return self.record.status != 0
 
     # -- the request
+
+    def answer_in(self, dialect: Dialect) -> None:
+        """Errors, too, are told in this dialect from here on."""
+        self.dialect = dialect
+
+    def put_body(self, body: bytes) -> None:
+        """What the endpoint makes of the body; nothing, when nobody needs it any more."""
+        self.body = body
 
     def json_object(self) -> Json:
         """The body.  Raises BadRequest."""
@@ -12685,7 +12698,7 @@ async def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
     session = key and "%s %s" % (exchange.caller.key_id, key)
     if asked is None and session:                  # Codex's desktop app leaves it out at times
         asked = body["model"] = sessions.get(session)
-        exchange.body = dumps(body)
+        exchange.put_body(dumps(body))
     if not isinstance(asked, str) or not asked:
         raise BadRequest("'model' is required: the id of a model, see /v1/models", param="model")
     exchange.record.name(exchange.caller.key_id, key, asked, body.get("stream") is True)
@@ -12700,7 +12713,7 @@ async def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
         model = wider_sibling(model, betas, await copilot.models())
     name_model(exchange, model)
     if copilot.is_substitute(asked, model):        # the answer then names the real one
-        exchange.body = fit_model(exchange.body, Edit(body), model.id)
+        exchange.put_body(fit_model(exchange.body, Edit(body), model.id))
         body["model"] = model.id
     return copilot, model
 
@@ -12796,24 +12809,24 @@ async def inline_images(exchange: Exchange, body: Json) -> None:
         check_expanded(size_bytes)
         link.put(media_type, data)
     tell_losses(exchange, losses)
-    exchange.body = dumps(body)
+    exchange.put_body(dumps(body))
 
 async def complete(dialect: Dialect, exchange: Exchange) -> None:
     """A request of any dialect to any model."""
-    exchange.dialect = dialect
+    exchange.answer_in(dialect)
     body = exchange.json_object()
     copilot, model = await resolve(exchange, body)
     if dialect is CHAT and "input" in body and "messages" not in body:
         request = RESPONSES.decode_request(body)         # Cursor asks so, and reads a chat answer
         tell_losses(exchange, request.losses)
         body = dict(CHAT.encode_request(request, model), model=body["model"])
-        exchange.body = dumps(body)
+        exchange.put_body(dumps(body))
     await inline_images(exchange, body)
     keep: Callable[[str, bytes], None] | None = None
     if dialect is RESPONSES:
         owner = owner_of(exchange, copilot)
         if exchange.app.store.expand(owner, body, len(exchange.body)):
-            exchange.body = dumps(body)
+            exchange.put_body(dumps(body))
         if body.get("store") is not False:
             keep = functools.partial(exchange.app.store.put, owner, exchange.body)
         last = as_object((as_list(body.get("input")) or [None])[-1])
@@ -12824,7 +12837,7 @@ async def complete(dialect: Dialect, exchange: Exchange) -> None:
     if found is None:
         return
     plan, answer = found
-    exchange.body = b""                            # several MB that nobody needs any more
+    exchange.put_body(b"")                            # several MB that nobody needs any more
     is_stream = "event-stream" in answer.headers.get("content-type", "")
     if plan.pipeline is not None and (is_stream or exchange.started):
         await exchange.relay(answer, plan.pipeline)
@@ -13032,7 +13045,7 @@ def refuse_websocket(exchange: Exchange) -> None:
 async def count_tokens(exchange: Exchange) -> None:
     """The upstream's own count for models with /v1/messages, else an estimate, always 200: Claude
     Code waits for it."""
-    exchange.dialect = MESSAGES
+    exchange.answer_in(MESSAGES)
     body = exchange.json_object()
     check_list(body, "messages")
     counted, is_claude = 0, True                   # the higher estimate until the model is known
@@ -13059,7 +13072,7 @@ async def count_tokens(exchange: Exchange) -> None:
 
 async def count_input(exchange: Exchange) -> None:
     """POST /responses/input_tokens: an estimate."""
-    exchange.dialect = RESPONSES
+    exchange.answer_in(RESPONSES)
     body = exchange.json_object()
     copilot, model = await resolve(exchange, body)
     exchange.app.store.expand(owner_of(exchange, copilot), body, len(exchange.body))
@@ -13068,7 +13081,7 @@ async def count_input(exchange: Exchange) -> None:
 
 async def stored_response(exchange: Exchange) -> None:
     """GET and DELETE /responses/ID, GET /responses/ID/input_items: from the local store."""
-    exchange.dialect = RESPONSES
+    exchange.answer_in(RESPONSES)
     store, owner = exchange.app.store, owner_of(exchange, await account_for(exchange))
     response_id, _, tail = exchange.argument.partition("/")
     if exchange.head.method == "DELETE" and not tail and store.delete(owner, response_id):
@@ -13421,7 +13434,7 @@ async def models(exchange: Exchange) -> None:
 async def one_model(exchange: Exchange) -> None:
     """One entry of the list; any spelling that finds a model will do.  Its id is then the one
     that was asked for, unless another model answers for it."""
-    exchange.dialect = MESSAGES if "anthropic-version" in exchange.head.headers else CHAT
+    exchange.answer_in(MESSAGES if "anthropic-version" in exchange.head.headers else CHAT)
     copilot = await account_for(exchange)
     model = await copilot.find_model(exchange.argument)
     name_model(exchange, model)
