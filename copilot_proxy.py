@@ -317,7 +317,7 @@ ERROR_CLASSES = (
 
 def status_of(name: Any) -> int:
     """The HTTP status that an upstream's code, type or status means, 0 for what has no meaning.
-    'user_model_rate_limited:gpt-5' -> 429, 'overloaded_error' -> 529, 503 -> 503"""
+    'user_model_rate_limited:gpt-5-mini' -> 429, 'overloaded_error' -> 529, 503 -> 503"""
     if isinstance(name, int) and 400 <= name < 600:
         return name
     if not isinstance(name, str) or not name:
