@@ -5947,7 +5947,7 @@ def translate_request(client: Dialect, upstream: Dialect, before: Edit, model: M
 _FAMILIES = ("opus", "sonnet", "haiku", "fable")
 
 def _without_date(name: str) -> str:
-    """'gpt-5-mini-2025-08-07' -> 'gpt-5-mini', 'claude-haiku-4-5-20251001' -> 'claude-haiku-4-5'."""
+    """'gpt-5.4-2026-03-05' -> 'gpt-5.4', 'claude-haiku-4-5-20251001' -> 'claude-haiku-4-5'."""
     head, _, date = name.rpartition("-")
     if len(date) == 8 and date.startswith("20") and date.isdecimal():
         return head
