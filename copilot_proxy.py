@@ -66,7 +66,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import calendar
 import collections
 import contextlib
 import datetime
@@ -170,6 +169,12 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_TARGET_BYTES = 16 * 1024
 MAX_HEADER_FIELDS = 128
 MAX_BODY_BYTES = 32 * 1024 * 1024        # as the upstream's own services use
+JSON_CHECK_BYTES = 1024 * 1024           # smaller bodies are parsed without a look
+JSON_ROOM_BYTES = 64 * 1024 * 1024       # of values beside their texts: 1.8 million numbers
+VECTORS_ROOM_BYTES = 256 * 1024 * 1024   # of one batch of embeddings
+JSON_PIECE_BYTES = 128 * 1024            # looked at in one piece
+MAX_JSON_DEPTH = 200                     # some functions call themselves for each level
+MAX_INT_DIGITS = 4000                    # of an integer in JSON; Python's own limit is 4300
 MAX_ERROR_BYTES = 64 * 1024
 MAX_ERROR_TEXT = 2000                    # characters of an upstream message that are passed on
 MAX_SAID = 700                           # of it are looked through for what can be repaired
@@ -200,6 +205,9 @@ LINGER_S = 2.0                           # reading on after a refusal, so that i
 CONNECT_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 900.0                 # until the head, and between bytes: long silent reasoning
 GITHUB_TIMEOUT_S = 30.0
+CODE_LIFE_S, MAX_CODE_LIFE_S = 900.0, 86400.0        # of a login code: GitHub's, the longest
+POLL_S, MAX_POLL_S = 5.0, 3600.0         # between two questions whether a login was granted
+CODE_PAUSE_S = 5.0                       # between two login codes, however soon the first expires
 KEEPALIVE_S = 15.0                       # of silence, then a ping to the client
 POOL_IDLE_S = 50.0
 POOL_SIZE = 1024
@@ -212,6 +220,7 @@ CATALOGUE_AGE_S, CATALOGUE_RETRY_S = 600.0, 60.0
 HEALTH_WAIT_S = 10.0                     # that `debug --health` gives a starting server
 MODELS_WAIT_S = 5.0                      # that `debug` gives the list of models
 MAX_MODEL_CHARS = 200
+MAX_COMPARED, COMPARED_CHARS = 200, 64   # ids of models, for the text of a 404
 MAX_HOST_CHARS = 300                     # of a Host header: a DNS name ends at 253
 SESSION_HEADERS = ("session_id", "session-id", "x-session-id", "x-claude-code-session-id",
                    "x-session-affinity", "conversation_id")
@@ -254,6 +263,9 @@ IMAGE_BYTES, IMAGE_TIMEOUT_S = 5 * 1024 * 1024, 15.0     # of a fetched image
 IMAGE_CACHE_BYTES = 16 * 1024 * 1024     # of fetched images, as base64
 ATTACHMENTS_URL = "https://github.com/github-copilot/chat/attachments/"
 NANO, MAX_COUNT = 10 ** 9, 2 ** 53       # nano-AIU of a credit (USD 0.01); larger is no count
+MAX_NUMBER_CHARS = 24                    # of a number that is written as text
+MAX_DATE_CHARS = 64
+LAST_MOMENT_S = 253402300799.0           # the end of the year 9999, in Unix seconds
 #: what is known of an answer's cost: tokens, those of the prompt disjoint, and nano-AIU
 USAGE_FIELDS = ("input", "cache_read", "cache_write", "output", "reasoning")
 COUNTS = (*USAGE_FIELDS, "nano_aiu")
@@ -386,9 +398,11 @@ class RateLimited(ProxyError):
 
 #: what upstreams say of too long a prompt; two numbers are its tokens and the limit, in any order
 _OVERFLOW = re.compile(
-    r"token count of (\d+) exceeds the limit of (\d+)|prompt is too long(?:: (\d+) tokens > (\d+))?"
-    r"|context limit: (\d+ \+ \d+) > (\d+)|too large for model context window|input is too long"
-    r"|maximum context length is (\d+) tokens(?:.*?(?:resulted in|requested) (\d+))?"
+    r"token count of (\d{1,15}) exceeds the limit of (\d{1,15})"
+    r"|prompt is too long(?:: (\d{1,15}) tokens > (\d{1,15}))?"
+    r"|context limit: (\d{1,15} \+ \d{1,15}) > (\d{1,15})"
+    r"|too large for model context window|input is too long"
+    r"|maximum context length is (\d{1,15}) tokens(?:.*?(?:resulted in|requested) (\d{1,15}))?"
     r"|exceeds? (?:the|this) (?:model'?s? )?context (?:window|length|limit)", re.DOTALL)
 _OVERFLOW_CODE = "context_length_exceeded"
 
@@ -432,8 +446,20 @@ def _finite(text: str) -> float:
         raise ValueError("%s is too large a number" % text[:20])
     return value
 
+def _short_int(text: str) -> int:
+    if len(text) > MAX_INT_DIGITS:
+        raise ValueError("a number has more than %d digits" % MAX_INT_DIGITS)
+    return int(text)
+
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _decode = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite).decode
+_decode_digits = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite,
+                                  parse_int=_short_int).decode
+#: for long lists of floats, which may hold NaN: three times as fast
+decode_vectors = json.JSONDecoder().decode
+
+class TooManyValues(ValueError):
+    """A JSON text whose values would fill the memory."""
 
 def dumps(value: Any) -> bytes:
     """Compact UTF-8 JSON; key order is kept.  A lone surrogate falls back to ASCII escapes."""
@@ -457,12 +483,73 @@ def valid_text(data: bytes) -> bytes:
     mended = _ESCAPES.sub(lambda found: b"\\ufffd" if found.group(1) else found.group(), data)
     return data if mended == data else mended
 
-def loads(data: bytes) -> Any:
-    """A JSON value.  Raises ValueError for everything malformed, also too deep a nesting."""
+def _has_long_digits(data: bytes) -> bool:
+    """Are there so many digits in a row?  Python before 3.8.14 takes the square of their number
+    to make an integer of them.  Looks at pieces so short that one lies in any such row."""
+    step = MAX_INT_DIGITS // 2
+    return any(data[at:at + step].isdigit() for at in range(0, len(data), step))
+
+def _is_deep(value: Any, data: bytes) -> bool:
+    """Is the value nested more deeply than may be walked by functions that call themselves?"""
+    if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
+        return False
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [inner for outer in level
+                 for inner in (outer.values() if type(outer) is dict else outer)
+                 if type(inner) in (dict, list)]
+        if not level:
+            return False
+    return True
+
+def _room_of(data: bytes) -> int:
+    """About how many bytes the values between these marks take in a 64-bit Python, beside the
+    characters of texts: lists, objects, their entries, and what stands in them."""
+    return (data.count(b"[") * 72 + data.count(b"{") * 232 + data.count(b":") * 100
+            + data.count(b",") * 36 + data.count(b'"') * 14)
+
+def _outside_texts(data: bytes) -> Iterator[bytes]:
+    """A JSON text without its texts, piece by piece: of `{"a": "b[", "c": 1}` remains
+    `{"":"","":1}`."""
+    start, is_inside = 0, False
+    while start < len(data):
+        end = start + JSON_PIECE_BYTES
+        while data[end - 1:end] == b"\\":                # an escape is not cut
+            end += 1
+        piece = data[start:end].replace(b"\\\\", b"").replace(b'\\"', b"")
+        parts = piece.split(b'"')
+        yield b'""'.join(parts[is_inside::2])
+        is_inside ^= len(parts) % 2 == 0
+        start = end
+
+def _needs_more(data: bytes, room_bytes: int) -> bool:
+    """Do the values of a JSON text need more room than this?  By the marks between them: first by
+    all, also those inside texts, which takes no time; then by those that count."""
+    if _room_of(data) <= room_bytes:
+        return False
+    room = 0
+    for piece in _outside_texts(data):
+        room += _room_of(piece)
+        if room > room_bytes:
+            return True
+    return False
+
+def loads(data: bytes, decode: Callable[[str], Any] = _decode,
+          room_bytes: int = JSON_ROOM_BYTES) -> Any:
+    """A JSON value.  Raises ValueError for everything malformed, also for too deep a nesting, and
+    TooManyValues for one that would take far more than `room_bytes` beside its texts."""
+    if len(data) > JSON_CHECK_BYTES and _needs_more(data, room_bytes):
+        raise TooManyValues("it holds too many values")
+    if decode is _decode and len(data) > MAX_INT_DIGITS and _has_long_digits(data):
+        decode = _decode_digits
+
     try:
-        return _decode(data.decode("utf-8-sig" if data[:1] == b"\xef" else "utf-8"))
+        value = decode(data.decode("utf-8-sig" if data[:1] == b"\xef" else "utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    if len(data) > MAX_JSON_DEPTH and _is_deep(value, data):
+        raise ValueError("nested too deeply")
+    return value
 
 def as_object(value: Any) -> Json:
     """`value` if it is a JSON object, else an empty one: for reading answers leniently."""
@@ -476,21 +563,78 @@ def dicts_in(body: Json, key: str) -> list[Json]:
     """The objects in the list `body[key]`; [] where there is no list."""
     return [item for item in as_list(body.get(key)) if isinstance(item, dict)]
 
-def as_int(value: Any) -> int:
-    """`value` if it is a whole number, else 0 (JSON booleans are no numbers here)."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+# Numbers from outside, from a client, the upstream, a header, a file or the environment, pass one
+# of these: what comes out is finite and bounded, so that it can be compared, added, divided and
+# slept for.  The names say what nonsense becomes.  Booleans are no numbers here.
 
-def as_count(value: Any) -> int | None:
-    """`value` if it is a whole number that can be a count, else None."""
-    good = type(value) in (int, float) and 0 <= value < MAX_COUNT and value == int(value)
-    return int(value) if good else None
-
-def as_number(value: Any) -> float | None:
-    """A number, also one that is spelt as text: '75.5' -> 75.5"""
-    with contextlib.suppress(TypeError, ValueError):
-        number = float(value if not isinstance(value, bool) else "")
-        return number if abs(number) < MAX_COUNT else None
+def number_or_none(value: Any, least: float = -MAX_COUNT, most: float = MAX_COUNT
+                   ) -> float | None:
+    """A JSON number from `least` to `most` as it is; None for everything else."""
+    if type(value) in (int, float) and least <= value <= most:       # false for what is no number
+        return value                                          # type: ignore[no-any-return]
     return None
+
+def number_or(value: Any, default: float, least: float = 0, most: float = MAX_COUNT) -> float:
+    """A JSON number from `least` to `most`, else `default`."""
+    number = number_or_none(value, least, most)
+    return default if number is None else number
+
+def count_or_none(value: Any) -> int | None:
+    """A whole JSON number that can be a count, also one that is written 5.0; else None."""
+    if type(value) is int and 0 <= value < MAX_COUNT:
+        return value
+    number = number_or_none(value, 0, MAX_COUNT - 1)
+    return int(number) if number is not None and number == int(number) else None
+
+def count_or_zero(value: Any) -> int:
+    """A whole JSON number that can be a count, else 0."""
+    return count_or_none(value) or 0
+
+def text_number_or_none(value: Any, least: float = -MAX_COUNT, most: float = MAX_COUNT
+                        ) -> float | None:
+    """A number that may be written as text: '75.5' -> 75.5, '1e400' -> None"""
+    if isinstance(value, str):
+        text, value = value.strip(), None
+        if len(text) <= MAX_NUMBER_CHARS and text.isascii() and "_" not in text:
+            with contextlib.suppress(ValueError):
+                value = float(text)
+    return number_or_none(value, least, most)
+
+def digits_or_none(text: str | None, most: int = MAX_COUNT) -> int | None:
+    """A whole number of ASCII digits and nothing else, as HTTP writes it: '+5', '²' -> None"""
+    if not text or len(text) > MAX_NUMBER_CHARS or not text.isascii() or not text.isdigit():
+        return None
+    number = int(text)
+    return number if number <= most else None
+
+_MOMENT = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[Tt ](\d\d):(\d\d):(\d\d))?", re.ASCII)
+
+def moment_or_none(value: Any) -> float | None:
+    """Unix seconds of a moment in UTC: '2026-12-01', '2026-12-01T08:00:00Z', 1796083200, or the
+    milliseconds 1796083200000; None for what is no moment from 1970 to 9999: '2026-02-30'."""
+    number = text_number_or_none(value, 1)
+    if number is not None:
+        seconds = number / 1000 if number > LAST_MOMENT_S / 2 else number
+        return seconds if seconds <= LAST_MOMENT_S else None
+
+    found = _MOMENT.match(value) if isinstance(value, str) else None
+    if not found:
+        return None
+    parts = [int(part) for part in found.groups("0")]
+    with contextlib.suppress(ValueError):                # the 30th of February
+        moment = datetime.datetime(*parts, tzinfo=datetime.timezone.utc)      # type: ignore
+        return moment.timestamp() if moment.year >= 1970 else None
+    return None
+
+def http_moment_or_none(text: str) -> float | None:
+    """Unix seconds of a date as HTTP writes it, 'Fri, 27 Nov 2026 07:00:00 GMT'; else None."""
+    parts = email.utils.parsedate_tz(text) if len(text) <= MAX_DATE_CHARS else None
+    if parts is None:
+        return None
+    try:
+        return moment_or_none(email.utils.mktime_tz(parts))
+    except (ValueError, OverflowError):                  # in the year 99999
+        return None
 
 _SECRET = re.compile(
     r"gh[oprstu]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|sk-copilot-[\w-]{4,}|tid=[^\s\"']+"
@@ -610,8 +754,8 @@ def read_error_text(status: int, body: bytes, phrase: str) -> ErrorText:
     names: list[Any] = []
     for _ in range(4):
         try:
-            value = json.loads(text) if text[:1] == "{" else None
-        except (ValueError, RecursionError):
+            value = loads(text.encode("utf-8", "replace")) if text[:1] == "{" else None
+        except ValueError:
             value = None
         if not isinstance(value, dict):
             break
@@ -690,19 +834,20 @@ def read_usage(usage: Json) -> dict[str, int]:
                                          usage.get("input_tokens_details")))
     answer_details = as_object(usage.get("completion_tokens_details",
                                          usage.get("output_tokens_details")))
-    cached = as_count(prompt_details.get("cached_tokens"))
-    written = as_count(prompt_details.get("cache_write_tokens"))
-    prompt = as_count(usage.get("prompt_tokens", usage.get("input_tokens")))
+    cached = count_or_none(prompt_details.get("cached_tokens"))
+    written = count_or_none(prompt_details.get("cache_write_tokens"))
+    prompt = count_or_none(usage.get("prompt_tokens", usage.get("input_tokens")))
     if prompt is not None:
         prompt = max(prompt - (cached or 0) - (written or 0), 0)
     if cached is None:
-        cached = as_count(usage.get("cache_read_input_tokens"))
+        cached = count_or_none(usage.get("cache_read_input_tokens"))
     if written is None:
-        written = as_count(usage.get("cache_creation_input_tokens"))
+        written = count_or_none(usage.get("cache_creation_input_tokens"))
 
+    written_out = usage.get("completion_tokens", usage.get("output_tokens"))
     counts = {"input": prompt, "cache_read": cached, "cache_write": written,
-              "output": as_count(usage.get("completion_tokens", usage.get("output_tokens"))),
-              "reasoning": as_count(answer_details.get("reasoning_tokens"))}
+              "output": count_or_none(written_out),
+              "reasoning": count_or_none(answer_details.get("reasoning_tokens"))}
     return {name: count for name, count in counts.items() if count is not None}
 
 #: by these words a notice of the upstream is known to announce the end of a model
@@ -763,7 +908,7 @@ class Model:
     @property
     def version(self) -> tuple[int, ...]:
         """'claude-opus-4.6' -> (4, 6); () when the id has no number."""
-        found = re.search(r"(\d+)(?:\.(\d+))?", self.id)
+        found = re.search(r"(\d{1,9})(?:\.(\d{1,9}))?", self.id)
         return tuple(int(n) for n in found.groups() if n) if found else ()
 
     @property
@@ -788,20 +933,31 @@ class Model:
 
     def limit(self, name: str) -> int:
         """A limit in tokens, 0 when the upstream gives none."""
-        return as_int(self.limits.get(name))
+        return count_or_zero(self.limits.get(name))
 
     @functools.cached_property
     def prices(self) -> tuple[dict[str, float], dict[str, float], int]:
         """Listed credits per million tokens by kind, {} where the account lists none: usual ones,
         those of long prompts, and the tokens of a prompt from which on they hold."""
         told = as_object(as_object(self.entry.get("billing")).get("token_prices"))
-        usual, batch = as_object(told.get("default")), as_int(told.get("batch_size")) or 1
-        listed = [{name: as_number(tier.get(name + "_price", tier.get("cache_price")
-                                            if name == "cache_read" else None)) for name in COUNTS}
-                  for tier in (usual, {**usual, **as_object(told.get("long_context"))})]
-        short, long = ({name: price * 1e6 / batch for name, price in tier.items()
-                        if price is not None and told.get("batch_size")} for tier in listed)
-        return short, long, as_int(usual.get("context_max")) or MAX_COUNT
+        usual = as_object(told.get("default"))
+        long_context = {**usual, **as_object(told.get("long_context"))}
+        batch = count_or_zero(told.get("batch_size"))
+        short, long = (self._tier_prices(tier, batch) for tier in (usual, long_context))
+        return short, long, count_or_zero(usual.get("context_max")) or MAX_COUNT
+
+    @staticmethod
+    def _tier_prices(tier: Json, batch: int) -> dict[str, float]:
+        """Credits per million tokens by kind; the upstream lists them for `batch` tokens."""
+        prices: dict[str, float] = {}
+        for name in COUNTS:
+            listed = tier.get(name + "_price")
+            if listed is None and name == "cache_read":
+                listed = tier.get("cache_price")
+            price = text_number_or_none(listed, 0)
+            if price is not None and batch:
+                prices[name] = price * 1e6 / batch
+        return prices
 
     def estimate(self, counts: Mapping[str, int]) -> int | None:
         """What an answer costs by the listed prices, in nano-AIU; None when that is unknown."""
@@ -811,7 +967,7 @@ class Model:
             return None
         cost: float = sum(count * prices.get(name, prices["input"]) for name, count in prompt)
         cost += counts.get("output", 0) * prices["output"]
-        return as_count(round(cost * NANO / 1e6))
+        return count_or_none(round(cost * NANO / 1e6))
 
     def output_cap(self, stream: bool) -> int:
         """The largest max_tokens that the upstream takes for such a call, 0 when unknown."""
@@ -1167,9 +1323,10 @@ class RequestHead:
             return 0, True
         if length is None:
             return 0, False
-        if not re.fullmatch("[0-9]{1,15}", length):
+        size = digits_or_none(length)
+        if size is None:
             raise BadRequest("Content-Length is not a number")
-        return int(length), False
+        return size, False
 
 def _parse_fields(raw: bytes) -> Headers:
     if not _FIELDS.match(raw):
@@ -1241,6 +1398,19 @@ def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
         name = before.lower()
         headers[name] = headers[name] + ", " + value if name in headers else value
     return status, _CONTROLS.sub(" ", match.group(2) or "").strip(), headers
+
+def answer_length(headers: Headers) -> int | None:
+    """The length of an upstream's body, None where its end tells it.  One that stands there twice
+    counts once.  Raises UpstreamError for what is no number."""
+    text = headers.get("content-length")
+    if text is None or "chunked" in headers.get("transfer-encoding", "").lower():
+        return None
+
+    lengths = {digits_or_none(part.strip()) for part in text.split(",")}
+    length = lengths.pop()
+    if length is None or lengths:
+        raise UpstreamError("the upstream's Content-Length is not a number: " + printable(text, 40))
+    return length
 
 def render_head(start: str, fields_: Iterable[tuple[str, str]]) -> bytes:
     """A head as bytes, with its empty line.  Whatever is not printable ASCII is escaped: nothing
@@ -1512,7 +1682,8 @@ class Meter:
             if not isinstance(holder, dict) or holder.keys().isdisjoint(_REPORT_FIELDS):
                 continue
             self.counts.update(read_usage(as_object(holder.get("usage"))))
-            cost = as_count(as_object(holder.get("copilot_usage")).get("total_nano_aiu"))
+            copilot_usage = as_object(holder.get("copilot_usage"))
+            cost = count_or_none(copilot_usage.get("total_nano_aiu"))
             if cost is not None:
                 self.counts["nano_aiu"] = cost
             self.quotas.update(as_object(holder.get("copilot_quota_snapshots")))
@@ -1970,10 +2141,7 @@ def words(value: Any) -> list[str]:
 
 def positive(value: Any) -> int | None:
     """A limit in tokens; some clients say null or -1 for none."""
-    return value if as_int(value) > 0 else None
-
-def number(value: Any) -> float | None:
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    return count_or_none(value) or None
 
 def flag(value: Any) -> bool | None:
     return value if isinstance(value, bool) else None
@@ -2421,7 +2589,7 @@ def fit_effort(request: Request, model: Model) -> str | None:
 def fit_budget(wish: int | None, room: int | None, model: Model) -> int | None:
     """A thinking budget in tokens as the model takes it, `room` for all of the answer; None when
     it takes none or there is no room."""
-    least, most = (as_int(model.supports.get(k))
+    least, most = (count_or_zero(model.supports.get(k))
                    for k in ("min_thinking_budget", "max_thinking_budget"))
     least, room = max(least, 1024), room or most + 1
     return max(least, min(wish, most, room - 1)) if wish and most and room > least else None
@@ -2488,8 +2656,8 @@ def read_schema(layout: Any) -> Json | None:
 FIELDS = (
     ("", None, "chat", "responses", "messages"),
     ("stream", flag, "stream", "stream", "stream"),
-    ("temperature", number, "temperature", "temperature", "temperature"),
-    ("top_p", number, "top_p", "top_p", "top_p"),
+    ("temperature", number_or_none, "temperature", "temperature", "temperature"),
+    ("top_p", number_or_none, "top_p", "top_p", "top_p"),
     ("parallel_tool_calls", flag, "parallel_tool_calls", "parallel_tool_calls", ""),
     ("max_output_tokens", positive, "max_tokens", "max_output_tokens", "max_tokens"),
     ("stop", words, "stop", "", "stop_sequences"),
@@ -2648,7 +2816,7 @@ class StreamDecoder:
             self._started = True
             self._events.append(ResponseStart(
                 str(answer.get("id") or ""), str(answer.get("model") or ""),
-                as_int(answer.get("created", answer.get("created_at")))))
+                count_or_zero(answer.get("created", answer.get("created_at")))))
 
     def _begin(self, part: Part) -> int:
         if isinstance(part, ToolCall):
@@ -2778,7 +2946,7 @@ class ChatChunks:
             if name == "tool_calls":
                 for place, call in enumerate(as_list(value)):
                     if isinstance(call, dict):
-                        self._number(as_int(choice.get("index")), call, place)
+                        self._number(count_or_zero(choice.get("index")), call, place)
                         merged.setdefault(name, []).append(call)
             elif isinstance(value, str) and isinstance(merged.get(name), str) and name not in (
                     "role", "reasoning_opaque"):
@@ -2788,7 +2956,8 @@ class ChatChunks:
         return merged
 
     def _number(self, choice: int, call: Json, place: int) -> None:
-        index, call_id = as_int(call.get("index", place)), str(call.get("id") or "")
+        index = count_or_zero(call.get("index", place))
+        call_id = str(call.get("id") or "")
         slot, key = (choice, index), (choice, index, call_id)
         if call_id and key in self._calls:
             self._open[slot] = self._calls[key]
@@ -2909,7 +3078,7 @@ class ChatCompletions(Dialect):
         messages = check_list(body, "messages")
         if not messages:
             raise BadRequest("'messages' must not be empty", param="messages")
-        if as_int(body.get("n")) > 1:
+        if count_or_zero(body.get("n")) > 1:
             raise BadRequest("'n' above 1 is not offered: the upstream gives one answer a request",
                              param="n")
         for key in ("store", "service_tier"):
@@ -3111,7 +3280,7 @@ class ChatCompletions(Dialect):
     # -- order among them is lost in bodies, streams keep it.
 
     def decode_request(self, body: Json) -> Request:
-        if as_int(body.get("n")) > 1:
+        if count_or_zero(body.get("n")) > 1:
             raise BadRequest("'n' is not supported above 1", param="n")
         limit = positive(body.get("max_completion_tokens")) or body.get("max_tokens")
         request = read_fields(self, dict(body, max_tokens=limit), "messages max_completion_tokens "
@@ -3416,8 +3585,8 @@ _ITEM_PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_",
                   "tool_search_call": "tsc_", "local_shell_call": "lsh_", "shell_call": "sh_",
                   "apply_patch_call": "apc_", "computer_call": "cu_"}
 _ITEM_ID = re.compile(rb'"item_id":\s*"((?:[^"\\]|\\.)*)"')
-_SEQUENCE = re.compile(rb'"sequence_number":\s*(\d+)')
-_OUTPUT_INDEX = re.compile(rb'"output_index":\s*(\d+)')
+_SEQUENCE = re.compile(rb'"sequence_number":\s*(\d{1,15})(?!\d)')
+_OUTPUT_INDEX = re.compile(rb'"output_index":\s*(\d{1,15})(?!\d)')
 _TERMINAL = ("response.completed", "response.incomplete", "response.failed", "response.cancelled",
              "error")
 _REFUSED_TOOLS = ("image_generation", "code_interpreter")
@@ -3528,7 +3697,7 @@ class ResponsesStream(StreamRelay):
         kind = str(event.get("type"))
         drop_copilot_fields(event)
         obfuscated = event.pop("obfuscation", None) is not None
-        index = as_int(event.get("output_index"))
+        index = count_or_zero(event.get("output_index"))
         if isinstance(event.get("item"), dict):
             known = self._ids.setdefault(index, item_id(event["item"], index))
             if kind == "response.output_item.added":
@@ -3942,13 +4111,14 @@ class ResponsesDecoder(StreamDecoder):
         return super().read_whole({"type": "response." + status, "response": body})
 
     def _read_event(self, event: Json) -> None:
-        kind, at = str(event.get("type")), as_int(event.get("output_index"))
-        key = at, as_int(event.get("content_index"))
+        kind, at = str(event.get("type")), count_or_zero(event.get("output_index"))
+        key = at, count_or_zero(event.get("content_index"))
         if kind in _TEXT_EVENTS:
             self._text(kind, self._slot(key, Text("", "refusal" in kind)), event)
         elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
             self._delta(self._slot((at, 0), Reasoning()), event.get("delta"))
-        elif kind == "response.reasoning_summary_part.added" and as_int(event.get("summary_index")):
+        elif (kind == "response.reasoning_summary_part.added"
+              and count_or_zero(event.get("summary_index"))):
             self._delta(self._slots.get((at, 0), -1), "\n\n")
         elif kind.startswith(_ARGUMENT_EVENTS):
             self._arguments(kind, self._slots.get((at, 0), -1), event)
@@ -4177,7 +4347,8 @@ def think_adaptively(edit: Edit) -> bool:
     """Thinking with a budget as adaptive thinking with an effort -> was there any?"""
     body, thinking = edit.body, as_object(edit.body.get("thinking"))
     config = as_object(body.get("output_config"))
-    effort = config.get("effort") or budget_to_effort(as_int(thinking.get("budget_tokens")))
+    budget = count_or_zero(thinking.get("budget_tokens"))
+    effort = config.get("effort") or budget_to_effort(budget)
     if thinking.get("type") == "enabled":
         edit.set(body, "thinking", given(type="adaptive", display=thinking.get("display")))
         edit.set(body, "output_config", dict(config, effort=effort))
@@ -4188,7 +4359,8 @@ def think_within_budget(edit: Edit, model: Model) -> bool:
     body, thinking = edit.body, as_object(edit.body.get("thinking"))
     effort = str(as_object(body.get("output_config")).get("effort"))
     wish = thinking.get("budget_tokens") or dict(EFFORT_BUDGETS).get(effort, 8192)
-    fitting = fit_budget(as_int(wish), as_int(body.get("max_tokens")), model)
+    room = count_or_zero(body.get("max_tokens"))
+    fitting = fit_budget(count_or_zero(wish), room, model)
     if fitting is None:
         edit.drop(body, "thinking", "max_tokens leaves no room for it")
     elif thinking:
@@ -4425,7 +4597,7 @@ class Messages(Dialect):
         kind = thinking.get("type")
         edit.drop(thinking, "budget_tokens_max")
         adaptive = model.supports.get("adaptive_thinking") is True
-        most = as_int(model.supports.get("max_thinking_budget"))
+        most = count_or_zero(model.supports.get("max_thinking_budget"))
         only_adaptive = adaptive and (model.version >= (4, 7) or not most)
         if not (adaptive or most):
             edit.drop(body, "thinking", "the model does not think" if thinking else "")
@@ -4721,14 +4893,15 @@ class MessagesDecoder(StreamDecoder):
 
     def _read_event(self, event: Json) -> None:
         kind, delta = event.get("type"), as_object(event.get("delta"))
-        index = self._slots.get(as_int(event.get("index")), -1)
+        index = self._slots.get(count_or_zero(event.get("index")), -1)
         if kind == "content_block_delta" and index in self._open:
             if delta.get("type") == "signature_delta":
                 self._states[index].append(str(delta.get("signature")))
             else:
                 self._delta(index, delta.get(self.DELTAS.get(str(delta.get("type")), "")))
         elif kind == "content_block_start":
-            self._block(as_int(event.get("index")), as_object(event.get("content_block")))
+            at = count_or_zero(event.get("index"))
+            self._block(at, as_object(event.get("content_block")))
         elif kind == "content_block_stop":
             self._end(index, "".join(self._states.get(index, ())), "messages")
         elif kind in ("message_start", "message"):
@@ -6157,12 +6330,21 @@ def is_same_model(asked: str, model: Model) -> bool:
     names = normalise_model(asked)
     return model.id in names or re.sub(r"\Aclaude-", "", names[-1]) in _FAMILIES
 
+def _most_alike(name: str, ids: list[str], most: int) -> list[str]:
+    """The ids that share most pieces of three letters with `name`: a quick choice of those that
+    are worth a closer look."""
+    pieces = {name[at:at + 3] for at in range(max(len(name) - 2, 1))}
+    return sorted(ids, key=lambda one: sum(piece in one for piece in pieces), reverse=True)[:most]
+
 def nearest_ids(asked: str, models: list[Model], count: int = 3) -> list[str]:
     """Ids that come nearest to `asked`, for the text of a 404: first the one that would answer for
     it, then those that look most like it."""
     import difflib
     ids = [m.id for m in models if m.is_listed] or [m.id for m in models]
-    name = normalise_model(asked[:MAX_MODEL_CHARS])[-1] if asked else ""
+    name = normalise_model(asked[:COMPARED_CHARS])[-1] if asked else ""
+    ids = [one for one in ids if len(one) <= COMPARED_CHARS] or ids[:count]
+    if len(ids) > MAX_COMPARED:
+        ids = _most_alike(name, ids, MAX_COMPARED)
     near = difflib.get_close_matches(name, ids, count, 0.0)
     model = resolve_model(asked, models, {})
     if model is not None:
@@ -6235,7 +6417,7 @@ def needs_hub(client: Dialect, body: Json, model: Model) -> bool:
 def fold_long_answer(edit: Edit, upstream: Dialect, model: Model) -> None:
     """Ask for a stream where a whole answer as long as the client allows would be refused."""
     cap = model.limit("max_non_streaming_output_tokens")
-    wish = max(as_int(edit.body.get(key)) for key in ("max_tokens", "max_completion_tokens"))
+    wish = max(count_or_zero(edit.body.get(key)) for key in ("max_tokens", "max_completion_tokens"))
     if 0 < cap < wish and upstream.has_whole_answer_limit:
         edit.set(edit.body, "stream", True)
 
@@ -6663,9 +6845,9 @@ REPAIRS = (
            + _UN + r"[^:]{0,80}: ['\"`]{0,8}(max\w*_tokens)\b", rename_limit,
            "OpenAI, Anthropic"),
     Repair("limit", r"\b(max_\w*tokens)(?:: \d+ (>)| is too large: " + _FAR
-           + r" (at most)) (\d+)", clamp, "Anthropic, OpenAI"),
+           + r" (at most)) (\d{1,15})", clamp, "Anthropic, OpenAI"),
     Repair("limit", _NAME + r": (?:Input" + _FAR + r" (less|greater) than or equal to|" + _FAR
-           + r"Expected a value ([<>]=)) (\d+)", clamp, "Anthropic, OpenAI"),
+           + r"Expected a value ([<>]=)) (\d{1,15})", clamp, "Anthropic, OpenAI"),
     Repair("sampling", r"temperature.? and .?(top_p).? cannot both", lambda plan, name:
            "temperature" in plan.edit.body and drop_field(plan, name), "Claude from 4.5 on"),
     Repair("tool", r"[Tt]ool (?:type )?" + _NAME + r" is not (?:supported|available)|nsupported "
@@ -6675,7 +6857,7 @@ REPAIRS = (
            r"(?:invalid|unknown) beta(.*)", drop_betas, "Anthropic, Bedrock"),
     Repair("prefill", r"not support assistant message prefill|must end with a user message",
            lambda plan: end_with_user(plan.edit), "Claude from 4.6 on"),
-    Repair("images", r"many-image requests()|too many .{0,9}images" + _FAR + r"?(\d+)",
+    Repair("images", r"many-image requests()|too many .{0,9}images" + _FAR + r"?(\d{1,15})",
            lambda plan, *most: drop_images(plan, "", most[-1] or "20"), "Anthropic, Copilot"),
     Repair("images", r"(?i)image (?:exceeds|dimensions|size)|could not process image", drop_images,
            "Anthropic: 5 MB, 8000 pixels"),
@@ -6755,21 +6937,17 @@ def is_limit(error: ProxyError) -> bool:
     """Must nobody ask again for a while?"""
     return error.status == 429 or is_quota(error)
 
-def as_time(value: Any) -> float | None:
-    """Unix seconds of a date or time in UTC: '2026-12-01', '2026-12-01T00:00:00Z', 1796083200."""
-    with contextlib.suppress(ValueError):
-        return as_number(value) or float(calendar.timegm(
-            datetime.datetime.fromisoformat(str(value)[:19]).timetuple()))
-    return None
-
 def quota_lane(name: str, said: Any) -> Json:
     """One lane for people, out of a snapshot or a header (ent=300&rem=75.5&ov=0.0&rst=2026-12-01,
     `rem` in percent).  Numbers are None where the account tells none.  More than all may be used:
     then what is left is negative, or the overage says so."""
     said = dict(urllib.parse.parse_qsl(said)) if isinstance(said, str) else as_object(said)
-    total, percent, over, left = (as_number(said.get(one, said.get(other))) for one, other in (
-        ("entitlement", "ent"), ("percent_remaining", "rem"), ("overage_count", "ov"),
-        ("quota_remaining", "remaining")))
+    total = text_number_or_none(said.get("entitlement", said.get("ent")))
+    percent = text_number_or_none(said.get("percent_remaining", said.get("rem")))
+    over = text_number_or_none(said.get("overage_count", said.get("ov")))
+    left = text_number_or_none(said.get("quota_remaining", said.get("remaining")))
+    if total is not None and 0 < total < 1e-3:
+        total = None                                     # nothing can be divided by it
     unlimited = said.get("unlimited") in (True, "true") or total == -1
     if unlimited:
         total = left = percent = None
@@ -6784,7 +6962,7 @@ def quota_lane(name: str, said: Any) -> Json:
             "overage": said.get("overage_permitted", said.get("ovPerm")) in (True, "true"),
             "used": None if total is None or left is None else total - left,
             "percent_left": percent, "percent_used": None if percent is None else 100 - percent,
-            "resets_at": as_time(said.get("quota_reset_at", said.get("rst")))}
+            "resets_at": moment_or_none(said.get("quota_reset_at", said.get("rst")))}
 
 def lane_rooms(lanes: Mapping[str, Any]) -> dict[str, float]:
     """Lane -> percent left, infinity where overage is permitted; of the lanes that limit something
@@ -6816,21 +6994,26 @@ def named_limit_s(error: ProxyError, now: float) -> float | None:
     """Seconds until a limit ends, from the unix time `now`, where the upstream names its end: by
     retry-after (seconds or a date), else in its text ('try again in 2 hours', 'resets at
     2026-12-01T00:00:00Z'), else by the reset of the lanes that are used up."""
-    after, text = error.headers.get("retry-after", "").strip(), str(error).lower()
-    after_ms = error.headers.get("retry-after-ms", "").strip()
-    if re.fullmatch(r"[0-9]{1,15}(?:\.[0-9]+)?", after_ms):
-        return float(after_ms) / 1000
-    if re.fullmatch(r"-?[0-9]+(?:\.[0-9]+)?", after):
-        return float(after)
-    with contextlib.suppress(ValueError, OverflowError, TypeError, IndexError):
-        return email.utils.mktime_tz(email.utils.parsedate_tz(after)) - now       # type: ignore
+    text = str(error).lower()
+    after = error.headers.get("retry-after", "").strip()
+    after_s = text_number_or_none(after)
+    after_ms = text_number_or_none(error.headers.get("retry-after-ms"), 0)
+    moment = http_moment_or_none(after)
+    if after_ms is not None:
+        return after_ms / 1000
+    if after_s is not None:
+        return after_s
+    if after.isdigit():
+        return QUOTA_LIMIT_S                             # more digits than any number has
+    if moment is not None:
+        return moment - now
 
     spans = _WAIT.search(text)
     if spans:
         return sum(float(number) * _SECONDS[unit]
                    for number, unit in re.findall(_SPAN, spans.group(1)))
 
-    for ends in map(as_time, _UNTIL.findall(text)), exhausted_lanes(error).values():
+    for ends in map(moment_or_none, _UNTIL.findall(text)), exhausted_lanes(error).values():
         left = [end - now for end in ends if end is not None and end > now]
         if left:
             return max(left)
@@ -6943,13 +7126,11 @@ _GUARDED_HEADERS = ("authorization", "host", "content-length", "transfer-encodin
 
 def parse_value(option: Option, text: str, source: str) -> Any:
     """A value from the environment or the command line.  Raises ConfigError naming its source."""
-    try:
-        if option.kind == "int":
-            return int(text)
-        if option.kind == "float":
-            return float(text)
-    except ValueError:
-        raise ConfigError("%s: '%s' is not a number" % (source, printable(text, 40))) from None
+    if option.kind in ("int", "float"):
+        number = text_number_or_none(text)
+        if number is None or option.kind == "int" and number != int(number):
+            raise ConfigError("%s: '%s' is not a number" % (source, printable(text, 40)))
+        return int(number) if option.kind == "int" else number
     if option.kind in ("switch", "either"):
         if text.strip().lower() not in _YES + _NO:
             raise ConfigError("%s: '%s' is neither yes nor no" % (source, printable(text, 40)))
@@ -7989,7 +8170,7 @@ class HttpConnection(Connection):
         """Send a request, wait for the head of its answer.  Raises StaleConnection when a kept
         connection proves closed before a byte came, else UpstreamError."""
         try:
-            head = await self._ask(request)
+            return UpstreamResponse(await self._ask(request), self, request.method, pool)
         except StaleConnection as error:
             is_kept = self.idle_since > 0
             self.close()
@@ -8001,7 +8182,6 @@ class HttpConnection(Connection):
         except BaseException:
             self.close()
             raise
-        return UpstreamResponse(head, self, request.method, pool)
 
     async def _ask(self, request: UpstreamRequest) -> tuple[int, str, Headers]:
         head, body = request.head(), request.body or b""
@@ -8161,12 +8341,11 @@ class UpstreamResponse:
         self.status, self.reason, self.headers = head
         self.connection: HttpConnection | None = connection
         self._pool = pool
-        length = self.headers.get("content-length")
         chunked = "chunked" in self.headers.get("transfer-encoding", "").lower()
         if method == "HEAD" or self.status in (204, 304):
-            length, chunked = "0", False
-        known = int(length) if length and length.isdigit() and not chunked else None
-        self._body = BodyDecoder(known, chunked)
+            self._body = BodyDecoder(0)
+        else:
+            self._body = BodyDecoder(answer_length(self.headers), chunked)
         wish = self.headers.get("connection", "").lower()
         self._keep = self._body.delimited and "close" not in wish
 
@@ -8556,11 +8735,6 @@ class CopilotToken:
     def age_s(self, now: tuple[float, float]) -> float:
         return max(now[0] - self.obtained[0], now[1] - self.obtained[1])
 
-def as_seconds(value: Any, default: float) -> float:
-    """A duration out of an answer; whatever is none is the default."""
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
-    return float(value) if usable else default
-
 def read_clock() -> tuple[float, float]:
     """(monotonic, wall) in seconds."""
     return time.monotonic(), time.time()
@@ -8620,8 +8794,8 @@ class GitHub:
                                                                printable(str(text))))
         uri = str(answer.get("verification_uri") or self._settings.github_url + "/login/device")
         return DeviceCode(str(answer["device_code"]), str(answer["user_code"]), uri,
-                          as_seconds(answer.get("expires_in"), 900),
-                          as_seconds(answer.get("interval"), 5))
+                          number_or(answer.get("expires_in"), CODE_LIFE_S, 1, MAX_CODE_LIFE_S),
+                          number_or(answer.get("interval"), POLL_S, 0, MAX_POLL_S))
 
     async def poll(self, code: DeviceCode) -> Json:
         """GitHub's words on a running login; {} for a passing fault."""
@@ -8667,16 +8841,13 @@ class GitHub:
         named = as_object(answer.get("endpoints")).get("api")
         proxy = parts.get("proxy-ep", "")
         fallback = "https://api." + proxy[6:] if proxy.startswith("proxy.") else ""
-        refresh = answer.get("refresh_in")
-        if not isinstance(refresh, (int, float)) or isinstance(refresh, bool) or not refresh:
-            refresh = TOKEN_FALLBACK_S
+        refresh = number_or(answer.get("refresh_in"), TOKEN_FALLBACK_S, 1)
         due = min(max(refresh - TOKEN_MARGIN_S, 60.0), 86400.0)
         lifetime = due + 2 * TOKEN_MARGIN_S
-        with contextlib.suppress(TypeError, ValueError, KeyError):   # by the server's own clock
-            sent = email.utils.parsedate_to_datetime(headers["date"]).timestamp()
-            expires = float(answer["expires_at"])
-            left = (expires / 1000 if expires > 1e11 else expires) - sent
-            lifetime = max(left, due) if 0 < left < 86400 else lifetime
+        expires = moment_or_none(answer.get("expires_at"))
+        sent = http_moment_or_none(headers.get("date", ""))          # by the server's own clock
+        if expires is not None and sent is not None and 0 < expires - sent < 86400:
+            lifetime = max(expires - sent, due)
         return CopilotToken(value, self._api_url(named, fallback), due, lifetime, self._clock(),
                             details={k: v for k, v in answer.items() if k != "token"})
 
@@ -8730,6 +8901,7 @@ class DeviceLogin:
         """The GitHub token.  Raises AuthError (denied, refused, expired), UpstreamError (no code
         to be had); returns '' when stopped."""
         while not self.stop.is_set():
+            earliest = time.monotonic() + CODE_PAUSE_S
             self.code = run(self._github.request_code())
             self.ready.set()
             self._announce(self.code)
@@ -8738,6 +8910,7 @@ class DeviceLogin:
                 return token
             if not self.renews:
                 raise AuthError("the code has expired: start the login again")
+            self.stop.wait(max(earliest - time.monotonic(), 0))
         return ""
 
     def start(self, keep: Callable[[str], Any], log: logging.Logger) -> None:
@@ -8762,14 +8935,16 @@ class DeviceLogin:
         deadline = time.monotonic() + code.expires_in
         interval = code.interval
         while time.monotonic() < deadline:
-            if self.stop.wait(interval + self._margin_s):      # first sleep, then ask
+            left = deadline - time.monotonic()
+            if self.stop.wait(min(interval + self._margin_s, left)):      # first sleep, then ask
                 return ""
             answer = run(self._github.poll(code))
             problem = answer.get("error")
             if answer.get("access_token"):
                 return str(answer["access_token"])
             if problem == "slow_down":
-                interval = max(interval + 5, as_seconds(answer.get("interval"), 0))
+                wish = number_or(answer.get("interval"), 0, 0, MAX_POLL_S)
+                interval = min(max(interval + 5, wish), MAX_POLL_S)
             elif problem == "expired_token":
                 return None
             elif problem == "access_denied":
@@ -9353,17 +9528,21 @@ class Copilot:
                 answer.close()
                 raise
         try:
-            body = await answer.read_all(timeout_s=GITHUB_TIMEOUT_S)
+            body = await answer.read_all(MAX_BODY_BYTES, GITHUB_TIMEOUT_S)
             entries = as_list(as_object(loads(body)).get("data"))
         except ValueError:
             raise UpstreamError("the model list is not JSON") from None
         models: dict[str, Model] = {}
         for entry in entries:
-            if isinstance(entry, dict) and isinstance(entry.get("id"), str):
+            model_id = as_object(entry).get("id")
+            if isinstance(model_id, str) and len(model_id) <= MAX_MODEL_CHARS:
                 model = Model.from_entry(entry)
                 if model.id not in models or (model.picker and not models[model.id].picker):
                     models[model.id] = model
         self.log.debug("catalogue: %d models", len(models))
+        last = self.catalogue.value
+        if not models and last is not None and last.models:
+            raise UpstreamError("the upstream's list of models is empty: the last one is kept")
         return Catalogue(time.monotonic(), list(models.values()))
 
     async def models(self) -> list[Model]:
@@ -9872,7 +10051,7 @@ class Budget:
         its request has spent so far.  Raises RateLimited, BadRequest."""
         if wish is None and not self._limits:
             return
-        limit = as_number(wish)
+        limit = text_number_or_none(wish)
         if wish is not None and (limit is None or limit < 0):
             raise BadRequest("x-copilot-proxy-budget: say how many credits this session may spend")
         with self._lock:
@@ -11296,6 +11475,8 @@ class Exchange:
             self.headers.update(self.app.ledger.note_changes(self.record, losses, ()))
         try:
             value = loads(self.body)
+        except TooManyValues as error:
+            raise BadRequest("the body is too large: %s" % error, 413) from None
         except ValueError as error:
             raise BadRequest("the body is not valid JSON: %s" % printable(str(error))) from None
         if not isinstance(value, dict):
@@ -13063,7 +13244,7 @@ async def count_tokens(exchange: Exchange) -> None:
         answer = await copilot.send(Call("/v1/messages/count_tokens",
                                          fit_model(exchange.body, edit, model.id), headers,
                                          exchange.id, GITHUB_TIMEOUT_S))
-        counted = as_int(as_object(loads(await answer.read_all())).get("input_tokens"))
+        counted = count_or_zero(as_object(loads(await answer.read_all())).get("input_tokens"))
         exchange.record.go_up("passthrough", "")
     except (ProxyError, ValueError) as error:
         if isinstance(error, BadRequest) and error.code != "unsupported_api_for_model":
@@ -13099,11 +13280,11 @@ async def stored_response(exchange: Exchange) -> None:
     order, limit = exchange.parameter("order") or "desc", exchange.parameter("limit") or "20"
     left, after = items if order == "asc" else items[::-1], exchange.parameter("after")
     ids = [None, *(item["id"] for item in left)]
-    if order not in ("asc", "desc") or not re.fullmatch("[1-9][0-9]?|100", limit) \
-            or after not in ids:
+    most = digits_or_none(limit, 100)
+    if order not in ("asc", "desc") or not most or after not in ids:
         raise BadRequest("'order' must be asc or desc, 'limit' 1 to 100, 'after' an item's id")
     left = left[ids.index(after):]
-    shown = left[:int(limit)]
+    shown = left[:most]
     exchange.reply_json({"object": "list", "data": shown, "has_more": len(shown) < len(left),
                          "first_id": shown[0]["id"] if shown else None,
                          "last_id": shown[-1]["id"] if shown else None})
@@ -13142,7 +13323,7 @@ async def completions(exchange: Exchange) -> None:
         whole = as_completion(plan.answer, text, at)
         choices += whole["choices"]
         for key in counts:
-            counts[key] += as_int(as_object(whole.get("usage")).get(key))
+            counts[key] += count_or_zero(as_object(whole.get("usage")).get(key))
     whole.update(choices=choices, usage=counts)
     if streams:
         exchange.expect_stream(CHAT.keepalive)
@@ -13262,9 +13443,10 @@ def metrics(exchange: Exchange) -> None:
 def number_of(exchange: Exchange, name: str, usual: int, most: int) -> int:
     """A whole number of the query string.  Raises BadRequest."""
     text = exchange.parameter(name) or str(usual)
-    if not re.fullmatch("[0-9]{1,17}", text) or not 1 <= int(text) <= most:
+    number = digits_or_none(text, most)
+    if not number:
         raise BadRequest("'%s' must be a number from 1 to %d" % (name, most), param=name)
-    return int(text)
+    return number
 
 async def history(exchange: Exchange) -> None:
     """GET /history: the newest rows, or those before row `before`."""
@@ -13336,8 +13518,8 @@ def read_embeddings(answer: bytes, wanted: int, counts: Json, meter: Meter) -> l
     """One batch's vectors in their order; its counts are added to `counts` and told to the meter.
     Raises UpstreamError."""
     try:
-        value = as_object(json.loads(answer))          # thousands of floats: checked below
-    except (ValueError, RecursionError):
+        value = as_object(loads(answer, decode_vectors, VECTORS_ROOM_BYTES))
+    except ValueError:
         value = {}
     items = [item for item in as_list(value.get("data"))
              if isinstance(item, dict) and isinstance(item.get("embedding"), list)
@@ -13348,8 +13530,8 @@ def read_embeddings(answer: bytes, wanted: int, counts: Json, meter: Meter) -> l
 
     meter.take(value)
     for key in counts:
-        counts[key] += as_int(as_object(value.get("usage")).get(key))
-    return sorted(items, key=lambda item: as_int(item.get("index")))
+        counts[key] += count_or_zero(as_object(value.get("usage")).get(key))
+    return sorted(items, key=lambda item: count_or_zero(item.get("index")))
 
 async def embeddings(exchange: Exchange) -> None:
     """Strings only upstream, floats only back: wrapped, split, merged and packed here."""
@@ -13397,9 +13579,9 @@ async def embeddings(exchange: Exchange) -> None:
 def model_entry(model: Model) -> Json:
     """One model so that the OpenAI and the Anthropic SDKs both parse it."""
     found = re.search(r"(20\d\d)-(\d\d)-(\d\d)", str(model.entry.get("version") or ""))
-    date = found.group(0) if found else "1970-01-01"        # unknown, as Anthropic's API says it
-    created = int(time.mktime(time.strptime(date, "%Y-%m-%d")) - time.timezone) if found else 0
-    return {"id": model.id, "object": "model", "type": "model", "created": created,
+    created = moment_or_none(found.group()) if found else None
+    date = found.group() if found and created else "1970-01-01"     # unknown, as Anthropic says it
+    return {"id": model.id, "object": "model", "type": "model", "created": int(created or 0),
             "created_at": date + "T00:00:00Z", "owned_by": model.vendor.lower() or "unknown",
             "display_name": model.name, "kind": model.kind, "state": model.state,
             "picker_enabled": model.picker, "supported_endpoints": list(model.endpoints),
@@ -13413,7 +13595,8 @@ def model_entry(model: Model) -> Json:
 def price_entry(model: Model) -> Json | None:
     """USD per million tokens, or the multiplier of a request; None where nothing is listed."""
     prices = {name: price / 100 for name, price in model.prices[0].items()}
-    multiplier = as_number(as_object(model.entry.get("billing")).get("multiplier"))
+    billing = as_object(model.entry.get("billing"))
+    multiplier = text_number_or_none(billing.get("multiplier"))
     return dict(dict.fromkeys(("input", "cache_read", "cache_write", "output")), **prices,
                 multiplier=multiplier) if prices or multiplier is not None else None
 
@@ -13695,7 +13878,7 @@ async def demo_answer(dialect: Dialect, exchange: Exchange) -> None:
 def demo_embeddings(exchange: Exchange) -> None:
     """Vectors made from a hash: equal texts have equal vectors, no more is promised."""
     body = exchange.json_object()
-    size = min(as_int(body.get("dimensions")) or 8, 1536)
+    size = min(count_or_zero(body.get("dimensions")) or 8, 1536)
     data = []
     for at, text in enumerate(as_list(body.get("input"))):
         digest = (hashlib.sha256(str(text).encode("utf-8", "replace")).digest() * 48)[:size]
@@ -14015,7 +14198,7 @@ def merge_file(path: str, text: str) -> tuple[str, str]:
         with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8-sig") as file:
             old = file.read()
         if path.endswith(".json"):
-            merged = merge_json(json.loads(old or "{}"), json.loads(text))
+            merged = merge_json(loads((old or "{}").encode()), json.loads(text))
             return old, json.dumps(merged, indent=2, ensure_ascii=False) + "\n"
     except (OSError, ValueError) as error:
         raise ConfigError("cannot merge into %s (%s): put this into it by hand:\n%s"
@@ -14787,8 +14970,9 @@ def offer_claude_code(app: App, url: str) -> None:
         for what, patterns in (("main", recipe.main), ("small, fast", recipe.small)):
             say("%s model [%s]: " % (what, model_for(models, "", patterns).id))
             typed = sys.stdin.readline().strip() if sys.stdin.isatty() else ""
-            if typed.isdigit() and 0 < int(typed) <= len(models):
-                typed = models[int(typed) - 1].id
+            number = digits_or_none(typed, len(models))
+            if number:
+                typed = models[number - 1].id
             chosen.append(model_for(models, typed, patterns))
         values = fill(recipe, models, url, client_key(app.settings), *chosen)
         line = command_line(recipe, values, shell_of(app.environ), True)

@@ -438,7 +438,7 @@ class JsonValues(unittest.TestCase):
 
     def test_leniency_helpers_never_raise(self) -> None:
         checks: tuple[tuple[Callable[[Any], Any], Any, Any], ...] = (
-            (cp.as_object, {"a": 1}, {}), (cp.as_list, [1], []), (cp.as_int, 3, 0))
+            (cp.as_object, {"a": 1}, {}), (cp.as_list, [1], []), (cp.count_or_zero, 3, 0))
         for read, good, fallback in checks:
             self.assertEqual(read(good), good)
             for value in (None, True, 1.5, "a", object()):

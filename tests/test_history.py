@@ -326,7 +326,7 @@ class QuotaTest(ProxyCase):
         for text, wanted in (("2026-12-01", 1796083200.0), ("2026-12-01T00:00:00Z", 1796083200.0),
                              ("2026-12-01T00:00:00.000Z", 1796083200.0), (1796083200, 1796083200.0),
                              ("soon", None), (None, None), ({}, None), (True, None)):
-            self.assertEqual(cp.as_time(text), wanted, text)
+            self.assertEqual(cp.moment_or_none(text), wanted, text)
 
 
 class DatabaseTest(HistoryCase):
