@@ -1,12 +1,20 @@
 """When a request may go up: one ticket, all limits in order, one leave (section 17)."""
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
+import time
 import unittest
 from typing import Any
+from unittest import mock
 
-from support import ProxyCase, cp, wait_until
+from support import (PATHS, REQUESTS, ProxyCase, RawClient, chat, cp, post, said, second_proxy,
+                     wait_until)
+from fake_upstream import CHAT
+from cases import SharedCase
 
+GONE_S = 1.0                       # in which a client's leaving must reach the upstream
 LOG = logging.getLogger("copilot_proxy")
 
 
@@ -75,6 +83,80 @@ class OnceTest(ProxyCase):
                                 **{"x-copilot-proxy-budget": "much"})
         self.assertEqual(reply.status, 400, reply.body)
         self.assertEqual(self.fake.count("/responses"), 0)
+
+
+class PolicyTest(SharedCase):
+    def setUp(self) -> None:
+        self.sent = self.new_sent()
+
+    def asked(self) -> list[str]:
+        """What went up to a model."""
+        return [record.path for record in self.sent() if record.path in PATHS.values()]
+
+    def test_too_early_is_429_with_retry_after_and_nothing_goes_up(self) -> None:
+        with second_proxy(self, rate_limit=60.0) as proxy:  # type: ignore[arg-type]
+            self.assertEqual(proxy.post("/v1/chat/completions", chat("a")).status, 200)
+            for path, make in REQUESTS:
+                reply = proxy.post(path, make("b"))
+                self.assertEqual(reply.status, 429, reply.body)
+                self.assertEqual(reply.json["error"]["type"], "rate_limit_error")
+                self.assertTrue(1 <= int(reply.headers["retry-after"]) <= 61)
+            self.assertEqual(proxy.get("/v1/models").status, 200)       # not limited
+            self.assertEqual(self.asked(), [CHAT])
+
+    def test_waiting_requests_go_up_in_their_order_and_apart(self) -> None:
+        interval = 0.06
+        with second_proxy(self, rate_limit=interval, wait=True) as proxy:  # type: ignore[arg-type]
+            proxy.get("/v1/models")
+            times: list[float] = []
+            limiter = proxy.app.login.account.limiter
+            real = limiter.admit
+            arrived: list[int] = []
+
+            async def admit() -> None:
+                arrived.append(len(arrived))
+                await real()
+                times.append(time.monotonic())
+
+            with mock.patch.object(limiter, "admit", admit):
+                clients = [self.enter(RawClient(proxy.port)) for _ in range(4)]
+                for number, client in enumerate(clients):
+                    client.send(post("/v1/chat/completions", chat("turn %d" % number)))
+                    wait_until(lambda: len(arrived) > number, "the request at the limiter")
+                for number, client in enumerate(clients):
+                    self.assertEqual(said(client.answer()), "Echo: turn %d" % number)
+            texts = [record.json["messages"][0]["content"] for record in self.sent()
+                     if record.path == CHAT]
+            self.assertEqual(texts, ["turn %d" % number for number in range(4)])
+            # three pauses in all, of which the first caller may have noted its start late
+            self.assertGreater(times[-1] - times[0], interval * 2)
+
+    def test_a_client_that_leaves_while_waiting_sends_nothing_up(self) -> None:
+        with second_proxy(self, rate_limit=30.0, wait=True) as proxy:  # type: ignore[arg-type]
+            self.assertEqual(proxy.post("/v1/chat/completions", chat("a")).status, 200)
+            with RawClient(proxy.port) as client:
+                client.send(post("/v1/chat/completions", chat("b")))
+                wait_until(lambda: len(proxy.server._running) == 1, "the request waits")
+            wait_until(lambda: not proxy.server._running, "the client's leaving", GONE_S)
+            self.assertEqual(self.asked(), [CHAT])
+
+    def test_manual_asks_with_client_model_and_text(self) -> None:
+        class Terminal(io.StringIO):
+            def isatty(self) -> bool:
+                return True
+
+        self.enter(mock.patch("sys.stdin", Terminal("y\nn\n\n")))
+        stderr = self.enter(contextlib.redirect_stderr(io.StringIO()))
+        with second_proxy(self, manual=True) as proxy:  # type: ignore[arg-type]
+            text = "what is\nthe \x1b[31mweather " + "x" * 100
+            statuses = [proxy.post("/v1/chat/completions", chat(text),
+                                   **{"User-Agent": "my-client"}).status for _ in range(3)]
+        self.assertEqual(statuses, [200, 403, 403])
+        asked = stderr.getvalue()
+        self.assertIn("my-client", asked)
+        self.assertIn("gpt-4.1", asked)
+        self.assertNotIn("\x1b", asked)
+        self.assertNotIn("x" * 60, asked)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from support import (DEADLINE_S, SLOW, Proxy, ProxyCase, Reply, chat, message, r
                      wait_until)
 import copilot_proxy as cp
 from fake_upstream import CHAT, EMBEDDINGS, RESPONSES, Answer, default_models
+from wire import assistant, user
 
 Json = Any
 Make = Callable[[int], Json]            # how many -> a body without its model
@@ -29,14 +30,6 @@ SCHEMA = {"type": "object", "properties": {}}
 MODELS = {entry["id"]: cp.Model.from_entry(entry) for entry in default_models()}
 #: a model of each family: chat only, responses only, Claude, Gemini
 FAMILIES = ("gpt-4.1", "gpt-5.3-codex", "claude-sonnet-4.6", "gemini-3.1-pro-preview")
-
-
-def user(content: Any, **more: Any) -> Json:
-    return dict({"role": "user", "content": content}, **more)
-
-
-def assistant(content: Any = None, **more: Any) -> Json:
-    return dict({"role": "assistant", "content": content}, **more)
 
 
 def system(number: int) -> Json:

@@ -167,43 +167,6 @@ class BadValueTest(CliCase):
         self.assertEqual(code, 0, output)
 
 
-class SettingsTest(unittest.TestCase):
-    """Flag over environment over default."""
-
-    def test_flag_beats_variable_beats_default(self) -> None:
-        merge = cp.Settings.merge
-        self.assertEqual(merge({}, {}).port, cp.DEFAULT_PORT)
-        self.assertEqual(merge({}, {"PORT": "1"}).port, 1)
-        self.assertEqual(merge({}, {"PORT": "1", "COPILOT_PROXY_PORT": "2"}).port, 2)
-        self.assertEqual(merge({"port": 0}, {"PORT": "1", "COPILOT_PROXY_PORT": "2"}).port, 0)
-        self.assertEqual(merge({}, {"HOST": "localhost"}).host, "localhost")
-        self.assertEqual(merge({}, {"PORT": "", "HOST": ""}).port, cp.DEFAULT_PORT)
-
-    def test_every_setting_has_a_variable(self) -> None:
-        samples = {"int": "7", "float": "7", "switch": "yes", "either": "no", "list": "A=b,C=d"}
-        special = {"host": "127.0.0.2", "account_type": "business",
-                   "github_url": "https://octo.ghe.com", "copilot_url": "https://relay.example",
-                   "api_key": "made-up-key", "trusted_proxy": "10.0.0.0/8",
-                   "allow_host": "proxy.lan", "cors_origin": "https://app.example"}
-        for option in cp.OPTIONS:
-            text = special.get(option.field, samples.get(option.kind, "some"))
-            with self.subTest(option=option.name):
-                for variable in option.variables:
-                    environ = {"COPILOT_PROXY_TLS_CERT": "a.pem", variable: text}
-                    value = getattr(cp.Settings.merge({}, environ), option.field)
-                    self.assertNotEqual(value, option.default)
-
-    def test_github_tokens_come_from_three_variables_in_order(self) -> None:
-        environ = {"GITHUB_TOKEN": "ghu_c", "GH_TOKEN": "ghu_b",
-                   "COPILOT_PROXY_GITHUB_TOKEN": "ghu_a"}
-        for name in ("COPILOT_PROXY_GITHUB_TOKEN", "GH_TOKEN", "GITHUB_TOKEN"):
-            self.assertEqual(cp.Settings.merge({}, environ).github_token, environ.pop(name))
-
-    def test_settings_and_options_name_the_same_fields_and_defaults(self) -> None:
-        for option in cp.OPTIONS:
-            self.assertEqual(getattr(cp.Settings(), option.field), option.default, option.name)
-
-
 class DemoTest(unittest.TestCase):
     """`start --demo` from an empty folder with a lone copy of the file."""
 

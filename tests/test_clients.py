@@ -18,7 +18,7 @@ from typing import Any
 
 from support import Proxy, ProxyCase, Reply, chat, cp, message, response, wait_until
 from fake_upstream import CHAT, COUNT_TOKENS, MESSAGES, RESPONSES, Answer
-from wire import chunk, read_body, sse, whole_of
+from wire import chunk, read_body, sse, user, whole_of
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": SCHEMA}}
@@ -27,11 +27,6 @@ CODEX, SONNET = "gpt-5.3-codex", "claude-sonnet-4.6"
 #: a model of every family, and each way to be reached
 FAMILIES = ("gpt-4.1", CODEX, "gpt-5-mini", SONNET, "claude-haiku-4.5", "claude-opus-4.7",
             "gemini-3.1-pro-preview", "grok-code-fast-1")
-
-
-def user(content: Any) -> dict[str, Any]:
-    """One user turn, in any dialect."""
-    return {"role": "user", "content": content}
 
 
 def finished(reply: Reply) -> Any:

@@ -16,6 +16,7 @@ from support import SLOW, Proxy, ProxyCase, Reply, TestClock, chat, message, res
 import copilot_proxy as cp
 from fake_upstream import (CHAT, ENABLED_REFUSED, MESSAGES, PREFILL, RESPONSES, Answer, Ask,
                            FakeUpstream, Refuse, bad, bad_message, default_models)
+from wire import assistant, user
 
 PATHS = {CHAT: "/v1/chat/completions", RESPONSES: "/v1/responses", MESSAGES: "/v1/messages"}
 MAKERS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -25,14 +26,6 @@ SONNET, HAIKU, MINI, CODEX = ("claude-sonnet-4.6", "claude-haiku-4.5", "gpt-5-mi
 TERMINAL = {CHAT: b"data: [DONE]\n\n", RESPONSES: b"event: response.completed",
             MESSAGES: b"event: message_stop"}
 LONG_ID = "call_" + "x" * 55
-
-
-def user(content: Any) -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: Any, **more: Any) -> dict[str, Any]:
-    return dict({"role": "assistant", "content": content}, **more)
 
 
 def text(words: str) -> dict[str, Any]:

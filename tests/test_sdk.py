@@ -19,6 +19,7 @@ from typing import Any, AsyncIterator, Awaitable, Callable, Iterable
 import fake_upstream
 from fake_upstream import CHAT, EMBEDDINGS, MESSAGES, RESPONSES, Answer, make_vector
 from support import Proxy, ProxyCase
+from wire import user
 
 try:
     import anthropic
@@ -53,11 +54,6 @@ class City(pydantic.BaseModel):
     """What the typed parsers ask for."""
 
     city: str
-
-
-def user(content: Any) -> Any:
-    """One user turn, in any dialect."""
-    return {"role": "user", "content": content}
 
 
 def field(item: Any, name: str) -> Any:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import base64
 import json
 import random
-from typing import Iterable, Iterator
+from typing import Any, Iterable, Iterator
 
 from support import SLOW
 import copilot_proxy as cp
+from fake_upstream import default_models
 from copilot_proxy import (DIALECTS, Document, Frame, Image, Model, Named, Reasoning, Request,
                            Response, Text, Tool, ToolCall, ToolResult, TranslatedStream, Turn,
                            Usage, dumps)
@@ -24,6 +25,39 @@ SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "require
 STOPS = {"chat": {"stop": "stop", "tool": "tool_calls", "length": "length"},
          "responses": {"stop": "completed", "tool": "completed", "length": "max_output_tokens"},
          "messages": {"stop": "end_turn", "tool": "tool_use", "length": "max_tokens"}}
+
+
+#: the fake's catalogue: id -> model; of an id that is listed twice the first
+CATALOGUE: dict[str, Model] = {}
+for _entry in default_models():
+    CATALOGUE.setdefault(_entry["id"], Model.from_entry(_entry))
+
+
+# ---- Turns and bodies as clients send them ----
+
+def user(content: Any, **more: Any) -> dict[str, Any]:
+    """One user turn, in any dialect."""
+    return dict({"role": "user", "content": content}, **more)
+
+
+def assistant(content: Any = None, **more: Any) -> dict[str, Any]:
+    return dict({"role": "assistant", "content": content}, **more)
+
+
+def chat_of(*messages: Any, **more: Any) -> dict[str, Any]:
+    """A chat request of these turns."""
+    return dict({"model": "m", "messages": list(messages) or [user("Hi")]}, **more)
+
+
+def response_of(*items: Any, **more: Any) -> dict[str, Any]:
+    """A responses request of these items."""
+    return dict({"model": "m", "input": list(items) or "Hi"}, **more)
+
+
+def message_of(*messages: Any, **more: Any) -> dict[str, Any]:
+    """A messages request of these turns."""
+    return dict({"model": "m", "max_tokens": 1000, "messages": list(messages) or [user("Hi")]},
+                **more)
 
 
 # ---- Requests, in each client's own words ----
