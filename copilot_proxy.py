@@ -62,7 +62,19 @@ As a library: `from copilot_proxy import App, DIALECTS` has no side effect; the 
 `__all__` are the promise, everything else may change.
 """
 # ==== 1. Imports ==================================================================================
-from __future__ import annotations
+# Python 3.7 stops at the check.  Older ones stop at the first line that they cannot read, and print
+# it: Python 3.6 at the first of these, Python 2 at OLDEST_PYTHON.
+from __future__ import annotations  # SyntaxError?  copilot_proxy.py needs Python 3.8 or newer
+
+import sys
+
+OLDEST_PYTHON: tuple = (3, 8)       # SyntaxError?  copilot_proxy.py needs Python 3.8 or newer
+if sys.version_info < OLDEST_PYTHON:
+    TOO_OLD = "copilot_proxy.py needs Python %d.%d or newer, this is Python %d.%d" % (
+        OLDEST_PYTHON + sys.version_info[:2])
+    if __name__ == "__main__":
+        sys.exit(TOO_OLD)
+    raise ImportError(TOO_OLD)
 
 import argparse
 import base64
@@ -91,7 +103,6 @@ import signal
 import socket
 import socketserver
 import struct
-import sys
 import tempfile
 import threading
 import time
