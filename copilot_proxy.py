@@ -188,6 +188,7 @@ MAX_JSON_DEPTH = 200                     # some functions call themselves for ea
 MAX_INT_DIGITS = 4000                    # of an integer in JSON; Python's own limit is 4300
 MAX_ERROR_BYTES = 64 * 1024
 MAX_ERROR_TEXT = 2000                    # characters of an upstream message that are passed on
+MAX_LOGGED_CHARS = 1000                  # of what is listed in one line of the log
 MAX_SAID = 700                           # of it are looked through for what can be repaired
 MAX_ANSWER_BYTES = 256 * 1024 * 1024     # a whole body that must be looked at
 MAX_FRAME_BYTES = 32 * 1024 * 1024       # one server-sent event
@@ -232,7 +233,7 @@ HEALTH_WAIT_S = 10.0                     # that `debug --health` gives a startin
 MODELS_WAIT_S = 5.0                      # that `debug` gives the list of models
 MAX_MODEL_CHARS = 200
 MAX_COMPARED, COMPARED_CHARS = 200, 64   # ids of models, for the text of a 404
-MAX_HOST_CHARS = 300                     # of a Host header: a DNS name ends at 253
+MAX_HOST_CHARS, MAX_LABEL_CHARS = 300, 63     # of a Host header, and of a part of a DNS name
 SESSION_HEADERS = ("session_id", "session-id", "x-session-id", "x-claude-code-session-id",
                    "x-session-affinity", "conversation_id")
 MAX_SESSIONS = 1000                      # whose last model and spendings are remembered
@@ -713,7 +714,10 @@ def split_host(text: str) -> tuple[str, int]:
         name = short_ipv6(name[1:-1])
     elif name[-1] == ".":
         name = name[:-1]
-    return (name, port) if name and ".." not in name and name[0] != "." else _NO_HOST
+    labels = name.split(".")
+    if not all(labels) or max(map(len, labels)) > MAX_LABEL_CHARS:
+        return _NO_HOST
+    return name, port
 
 def short_ipv6(text: str) -> str:
     """'0:0::1' -> '::1', '::ffff:127.0.0.1' -> '127.0.0.1', '' for what is no IPv6 address."""
@@ -7198,12 +7202,13 @@ def is_allowed_origin(origin: str, allowed: Container[str]) -> bool:
     known = origin_of(origin)
     return bool(known) and (known in allowed or known.partition("://")[0] + "://*" in allowed)
 
-def check_host_name(value: str) -> str:
-    """A value of --allow-host as `split_host` gives it.  Raises ConfigError."""
-    name, port = split_host("[%s]" % value if value.count(":") > 1 and value[0] != "[" else value)
+def check_host_name(flag: str, value: str) -> str:
+    """A name or address alone, as `split_host` gives it.  Raises ConfigError."""
+    is_ipv6 = value.count(":") > 1 and value[0] != "["
+    name, port = split_host("[%s]" % value if is_ipv6 else value)
     if not name or port:
-        raise ConfigError("--allow-host %s: give the name alone, without scheme, port or *"
-                          % printable(value, 80))
+        raise ConfigError("%s %s: give the name alone, without scheme, port or *"
+                          % (flag, printable(value, 80)))
     return name
 
 _SERVER_URL = re.compile(r"(https?)://([^/]*)(?:/[!-~]*)?\Z", re.IGNORECASE)
@@ -7307,6 +7312,7 @@ class Settings:
             self.copilot_url = check_url(self.copilot_url, "--copilot-url")
         if self.account_type not in COPILOT_URLS:
             raise ConfigError("--account-type: choose individual, business or enterprise")
+        check_host_name("--host", self.host.partition("%")[0])       # fe80::1%eth0
         if not 0 <= self.port <= 65535:
             raise ConfigError("--port: %d is not a port (0 to 65535)" % self.port)
         if not 0 <= self.rate_limit <= 86400 or not 0 <= self.grace <= 86400:
@@ -7327,7 +7333,8 @@ class Settings:
                 raise ConfigError("--header %s: the value must be printable ASCII" % name)
         parse_pairs(self.model_alias, "--model-alias")
         self.cors_origin = tuple(map(check_origin, self.cors_origin))
-        self.allow_host = tuple(map(check_host_name, self.allow_host))
+        self.allow_host = tuple(
+            check_host_name("--allow-host", name) for name in self.allow_host)
         _ = self.trusted_networks
         return self
 
@@ -10676,7 +10683,9 @@ class Ledger:
             fresh = notes.add(found, more)
             if str(notes) != before:
                 headers["x-copilot-proxy-" + group] = str(notes)
-                self._log.debug("%s %s: %s", record.id, group, losses or repairs)
+                words = ["%s (%s)" % loss for loss in losses] or sorted(repairs)
+                self._log.debug("%s %s: %s", record.id, group,
+                                printable(", ".join(words), MAX_LOGGED_CHARS))
                 self.stats.count({group: dict.fromkeys(fresh, 1)})
         return headers
 
@@ -11733,7 +11742,7 @@ def check_host(text: str, settings: Settings, own_address: str) -> None:
     if not name:
         raise BadRequest("the host %s is malformed" % printable(text, 60), 403, "host_not_allowed")
     if not (is_loopback(name) or name in settings.allow_host
-            or name in (settings.host.lower(), own_address)):
+            or name in (settings.host.strip("[]").lower(), own_address)):
         raise BadRequest("the host name %s is not served here; allow it with --allow-host"
                          % printable(name, 60), 403, "host_not_allowed")
 
@@ -14471,7 +14480,7 @@ def open_server(app: App) -> Server:
     """Bind the port.  Raises ProxyError that says what is in the way."""
     settings = app.settings
     try:
-        return Server(app, ROUTES, settings.host, settings.port)
+        return Server(app, ROUTES, settings.host.strip("[]"), settings.port)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             hint = "another program (this one, too?) uses it; choose one with --port, 0 takes a " \
@@ -14493,6 +14502,13 @@ def banner(server: Server) -> str:
         "  set up a client    copilot_proxy.py setup claude-code (or codex, aider, ...)",
         "Ctrl-C ends it."))
 
+def json_banner(server: Server, notice: str) -> str:
+    """The same with --log-json: a line like those of the log."""
+    return json.dumps({
+        "level": "info", "time": time.time(), "version": __version__,
+        "message": "OpenAI clients %s/v1, Anthropic clients %s" % (server.url, server.url),
+        "url": server.url, "demo": server.app.settings.demo, "notice": notice.strip() or None})
+
 def guard_door(app: App) -> str:
     """Before the port opens: the key of --api-key auto -> what to tell of it, the key itself when
     it is new.  Raises ConfigError where strangers could come in."""
@@ -14509,11 +14525,33 @@ def guard_door(app: App) -> str:
                           "--api-key auto (or --api-key KEY)" % printable(app.settings.host, 60))
     return text
 
+def check_folder(path: str, flag: str) -> None:
+    """Make it where it is missing.  Raises ConfigError when nothing can be written there."""
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ConfigError("%s %s: %s" % (flag, printable(path), plain_reason(error))) from None
+
+def wait_for_login(app: App) -> None:
+    """Until somebody is logged in, or the server ends."""
+    while app.login.account is None and not app.stop.wait(0.2):
+        pass
+
+def look_up_models(app: App) -> None:
+    """The list of models ahead of the first request, where a flag names one: the log then tells
+    at the start of a name that is wrong, not when the quota is used up."""
+    wait_for_login(app)
+    with contextlib.suppress(ProxyError):
+        app.login.copilot().models()
+
 def cmd_start(app: App, flags: argparse.Namespace) -> int:
     """Serve.  The port opens before anything is asked of GitHub."""
     settings = app.settings
     if settings.github_token:
         check_github_token(settings.github_token)
+    if settings.log_bodies:
+        check_folder(settings.log_bodies, "--log-bodies")
     raise_file_limit()
     app.accounts.log_keys()
     new_key = guard_door(app)
@@ -14523,13 +14561,16 @@ def cmd_start(app: App, flags: argparse.Namespace) -> int:
     github_token = app.login.load()
     if github_token:
         app.login.use(github_token)
-    say(banner(server) + new_key)
+    say(json_banner(server, new_key) if settings.log_json else banner(server) + new_key)
     if not github_token:
-        app.login.announce = print_code if sys.stdout.isatty() else app.login.announce
+        if sys.stdout.isatty() and not settings.log_json:
+            app.login.announce = print_code
         app.login.begin()
     if settings.open:
         import webbrowser
         threading.Thread(target=webbrowser.open, args=(server.url + "/",), daemon=True).start()
+    if settings.fallback or settings.model_alias:
+        threading.Thread(target=look_up_models, args=(app,), daemon=True).start()
     if settings.claude_code:
         threading.Thread(target=offer_claude_code, args=(app, server.url), daemon=True).start()
     time.sleep(0.1)
@@ -14791,7 +14832,7 @@ def debug_report(app: App) -> Json:
         "api_version": API_VERSIONS[0]}
 
 def write_bundle(app: App, report: Json, path: str) -> None:
-    """debug --bundle: all of it in one file for a bug report; no secret, no words of anybody."""
+    """debug --bundle: all of it in a new file for a bug report; no secret, no words of anybody."""
     given = {option.name: getattr(app.settings, option.field) for option in OPTIONS
              if getattr(app.settings, option.field) != option.default}
     for name in given:
@@ -14803,7 +14844,8 @@ def write_bundle(app: App, report: Json, path: str) -> None:
                   requests=[shown(row) for row in rows])
     bundle.setdefault("network", probe_network(app)[0])
     try:
-        write_file(os.path.abspath(path), redact(json.dumps(bundle, indent=1)).encode())
+        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(redact(json.dumps(bundle, indent=1)))
     except OSError as error:
         raise ProxyError("cannot write %s: %s" % (path, plain_reason(error))) from None
     say("wrote %s: read it before you attach it to a report" % path)
@@ -14969,22 +15011,35 @@ def try_client(app: App, recipe: Recipe, values: dict[str, str], model: Model) -
         values["main"], url, time.monotonic() - began,
         printable(join_texts(read_answer(dialect, data, True, request).parts)))
 
+def ask_model(what: str, models: list[Model], patterns: tuple[str, ...]) -> Model:
+    """By number or name, until the answer can be used; an empty one takes the best.  Raises
+    ConfigError where there is no chat model."""
+    best = model_for(models, "", patterns)
+    while True:
+        say("%s model [%s]: " % (what, best.id))
+        typed = sys.stdin.readline().strip() if sys.stdin.isatty() else ""
+        if not typed:
+            return best
+        if re.fullmatch("[0-9]{1,9}", typed):
+            if 0 < int(typed) <= len(models):
+                return models[int(typed) - 1]
+            say("there is no number %s: 1 to %d" % (typed, len(models)))
+            continue
+        try:
+            return model_for(models, typed, patterns)
+        except ConfigError as error:
+            say(str(error))
+
 def offer_claude_code(app: App, url: str) -> None:
     """start --claude-code: ask for the models, then print and copy the launch command."""
-    while app.login.account is None and not app.stop.wait(0.2):
-        pass                                         # the login is still under way
+    wait_for_login(app)
     recipe, chosen = CLIENTS["claude-code"], []
     try:
         found = run(run(app.login.copilot()).models())
         models = [m for m in found if m.is_listed and m.kind == "chat"]
         say("\n".join("%3d  %s" % (at, visible(m.id)) for at, m in enumerate(models, 1)))
         for what, patterns in (("main", recipe.main), ("small, fast", recipe.small)):
-            say("%s model [%s]: " % (what, model_for(models, "", patterns).id))
-            typed = sys.stdin.readline().strip() if sys.stdin.isatty() else ""
-            number = digits_or_none(typed, len(models))
-            if number:
-                typed = models[number - 1].id
-            chosen.append(model_for(models, typed, patterns))
+            chosen.append(ask_model(what, models, patterns))
         values = fill(recipe, models, url, client_key(app.settings), *chosen)
         line = command_line(recipe, values, shell_of(app.environ), True)
         say("\nTo start Claude Code, paste:\n\n%s\n\n%s" % (line, copy_text(line)))

@@ -447,7 +447,8 @@ class Command:
 
     def wait_for_url(self) -> str:
         """The server's base URL, from its first lines."""
-        return self.wait_for("Anthropic clients").split()[-1]
+        line = self.wait_for("Anthropic clients")
+        return line.partition("Anthropic clients")[2].split()[0].rstrip('",')
 
     def wait(self, timeout_s: float = 20.0) -> int:
         code = self.process.wait(timeout_s)
