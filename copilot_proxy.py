@@ -68,7 +68,7 @@ from __future__ import annotations  # SyntaxError?  copilot_proxy.py needs Pytho
 
 import sys
 
-OLDEST_PYTHON: tuple = (3, 8)       # SyntaxError?  copilot_proxy.py needs Python 3.8 or newer
+OLDEST_PYTHON: tuple[int, int] = (3, 8)  # SyntaxError?  copilot_proxy.py needs Python 3.8 or newer
 if sys.version_info < OLDEST_PYTHON:
     TOO_OLD = "copilot_proxy.py needs Python %d.%d or newer, this is Python %d.%d" % (
         OLDEST_PYTHON + sys.version_info[:2])
@@ -7312,7 +7312,6 @@ class Settings:
             self.copilot_url = check_url(self.copilot_url, "--copilot-url")
         if self.account_type not in COPILOT_URLS:
             raise ConfigError("--account-type: choose individual, business or enterprise")
-        check_host_name("--host", self.host.partition("%")[0])       # fe80::1%eth0
         if not 0 <= self.port <= 65535:
             raise ConfigError("--port: %d is not a port (0 to 65535)" % self.port)
         if not 0 <= self.rate_limit <= 86400 or not 0 <= self.grace <= 86400:
@@ -14523,6 +14522,8 @@ def guard_door(app: App) -> str:
     if not is_loopback(app.settings.host) and not app.accounts.keys.is_closed:
         raise ConfigError("--host %s can be reached by others, and no key keeps them out: add "
                           "--api-key auto (or --api-key KEY)" % printable(app.settings.host, 60))
+    if app.settings.host:
+        check_host_name("--host", app.settings.host.partition("%")[0])     # fe80::1%eth0
     return text
 
 def check_folder(path: str, flag: str) -> None:
@@ -14543,7 +14544,7 @@ def look_up_models(app: App) -> None:
     at the start of a name that is wrong, not when the quota is used up."""
     wait_for_login(app)
     with contextlib.suppress(ProxyError):
-        app.login.copilot().models()
+        run(run(app.login.copilot()).models())
 
 def cmd_start(app: App, flags: argparse.Namespace) -> int:
     """Serve.  The port opens before anything is asked of GitHub."""
@@ -14931,7 +14932,8 @@ def cmd_setup(app: App, flags: argparse.Namespace) -> int:
                               "[%s]" % host if ":" in host else host,
                               settings.port or DEFAULT_PORT)
     if flags.url:
-        url = re.sub("(/v1)?/?$", "", check_own_url(flags.url, "--url"))
+        url = re.sub("(/v1)?/?$", "", flags.url)
+    url = check_own_url(url, "--url" if flags.url else "--host")
     if flags.client in SERVICES:
         given = ["--%s=%s" % (o.name, getattr(settings, o.field)) for o in OPTIONS if o.name in (
             "port", "host", "data-dir", "grace") and getattr(settings, o.field) != o.default]

@@ -8,13 +8,14 @@ import signal
 import unittest
 import unittest.mock
 
-from support import Proxy, ProxyCase, chat, cp, run_main, wait_until
-from test_cli import CliCase, ask
+from support import Proxy, ProxyCase, ask, chat, cp, run_main, wait_until
+from cases import CliCase
 
-NOT_URLS = ("foo", "http://", "http://x:99999", "http://x:port", "http://[::1", "file:///etc/passwd",
-            "http://a b", "ftp://localhost", "99999", "user@localhost:1", "http://user@localhost",
-            "http://localhost?a", "http://localhost#a", "http://localhost\\x", "", " ",
-            "javascript:alert(1)", "http://\u00fc", "http://" + "a" * 64 + ".example")
+NOT_URLS = (
+    "foo", "http://", "http://x:99999", "http://x:port", "http://[::1", "file:///etc/passwd",
+    "http://a b", "ftp://localhost", "99999", "user@localhost:1", "http://user@localhost",
+    "http://localhost?a", "http://localhost#a", "http://localhost\\x", "", " ",
+    "javascript:alert(1)", "http://\u00fc", "http://" + "a" * 64 + ".example")
 
 
 class UrlTest(CliCase):
@@ -60,14 +61,23 @@ class ValueTest(CliCase):
         for args in (("--cors-origin", "foo"), ("--cors-origin", "*"), ("--allow-host", "*"),
                      ("--allow-host", "http://box"), ("--host", "[::1"), ("--host", "http://a"),
                      ("--host", "localhost:80"), ("--host", "a" * 64), ("--host", "a b"),
+                     ("--host", "a b", "--api-key", "auto"),
                      ("--log-bodies", plain), ("--log-bodies", os.path.join(plain, "below"))):
             with self.subTest(args=args):
                 self.refused(*args)
 
     def test_a_bind_address_may_have_brackets_or_a_zone(self) -> None:
-        for value, want in (("[::1]", "::1"), ("::1", "::1"), ("fe80::1%lo", "fe80::1%lo"),
-                            ("localhost", "localhost"), ("127.0.0.2", "127.0.0.2")):
-            self.assertEqual(cp.Settings(host=value).check().host, want)
+        for value in ("[::1]", "::1", "fe80::1%lo", "localhost", "127.0.0.2"):
+            self.assertTrue(cp.check_host_name("--host", value.partition("%")[0]))
+        with self.start("--host", "[::1]") as server:
+            if "cannot serve" not in server.wait_for(":"):        # a machine without IPv6
+                self.assertEqual(ask(server.wait_for_url(), "GET", "/health").status, 200)
+
+    def test_setup_names_a_host_that_cannot_be_one(self) -> None:
+        for value in ("http://a", "[::1", "a" * 64):
+            code, output = run_main(self.home, "setup", "curl", "--host", value)
+            self.assertEqual((code, output.count("\n")), (2, 1), output)
+            self.assertIn("--host", output)
 
 
 class ModelNameTest(ProxyCase):
