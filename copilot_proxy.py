@@ -251,6 +251,8 @@ BUDGET_WAIT_S, BUDGET_LOOK_S = 2.0, 0.02     # for the history at the start
 HICCUP_STATUS = (500, 502, 503, 504, 529)
 MAX_CALLS, MAX_REPAIRS = 5, 3            # upstream calls of one request; repairs among them
 MAX_LEARNED, MAX_MARKS = 500, 5000       # remembered: models with repairs, refused state
+MAX_LESSONS = 50                         # of facts, and of refused values, of one model
+MAX_MARKED_IMAGES, MARKED_CHARS = 50, 200    # of one refusal; of each end of a value
 LIMIT_S, QUOTA_LIMIT_S = 7 * 86400.0, 32 * 86400.0   # the longest rest that is believed
 LIMIT_PAUSE_S, QUOTA_PAUSE_S = 10.0, 3600.0          # a rest whose length nobody said
 LIMIT_PAUSE_MAX_S = 300.0                # the first doubles up to this while the limit repeats
@@ -1998,6 +2000,19 @@ def walk_objects(value: Any) -> Iterator[Json]:
 _OPENAI_ONLY = ("logit_bias", "logprobs", "top_logprobs", "metadata", "prediction", "verbosity",
                 "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
                 "web_search_options")
+def strings_in(value: Any) -> Iterator[str]:
+    """Every text and every key inside `value`, without recursion."""
+    todo = [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            yield from item
+            todo.extend(item.values())
+        elif isinstance(item, list):
+            todo.extend(item)
+
 SYSTEM_ROLES = ("system", "developer")
 REMINDER_START, REMINDER_END = "<system-reminder>", "</system-reminder>"
 
@@ -6029,6 +6044,10 @@ def last_turn(body: Json) -> Json:
     turns = as_list(body.get("messages")) or as_list(body.get("input"))
     return {"messages": turns[-1:]}
 
+def image_parts(body: Json) -> list[Json]:
+    """The images of a conversation, in order."""
+    return [part for part in content_parts(body) if part.get("type") in IMAGE_TYPES]
+
 def put_note(part: Json) -> None:
     """Turn an image into a few words that say that it was left out."""
     note = given(type="input_text" if part["type"] == "input_image" else "text",
@@ -6039,8 +6058,7 @@ def put_note(part: Json) -> None:
 def shed_images(edit: Edit, size: int, limit: int = MAX_SENT_BYTES, most: int = MAX_IMAGES) -> bool:
     """A note instead of the oldest images until at most `most` are left in a body of `size` bytes,
     now within the limit; never of those in the last turn.  Was there one?"""
-    images, asked = ([part for part in content_parts(body) if part.get("type") in IMAGE_TYPES]
-                     for body in (edit.body, last_turn(edit.body)))
+    images, asked = image_parts(edit.body), image_parts(last_turn(edit.body))
     left = len(images)
     for part in images[:len(images) - len(asked)]:
         if left <= most and size <= limit:
@@ -6092,9 +6110,11 @@ def expand_compactions(edit: Edit, upstream: Dialect) -> None:
 def compaction_request(body: Json, native: bool) -> Json:
     """The request for a compaction item, or for a summary; its items are those of `body`."""
     items = [item for item in input_items(body) if item.get("type") != COMPACTION_TRIGGER]
+    # both leave out the same, so that a bad value there is not taken for a refusal to compact
+    asked = {key: value for key, value in body.items()
+             if key not in ("text", "max_output_tokens", "tool_choice")}
     if native:
-        return dict(body, stream=False, input=[*items, {"type": COMPACTION_TRIGGER}])
-    asked = {k: v for k, v in body.items() if k not in ("text", "max_output_tokens")}
+        return dict(asked, stream=False, input=[*items, {"type": COMPACTION_TRIGGER}])
     if body.get("tools"):
         asked["tool_choice"] = "none"                    # they stay: the history may name them
     return dict(asked, stream=False, input=[*items, {"role": "user", "content": SUMMARY_PROMPT}])
@@ -6717,28 +6737,54 @@ def avoid(plan: Plan, what: str) -> bool:
     plan.repairs.memory.refused.add((plan.model.id, what))
     return plan.repairs.is_stale
 
-def drop_field(plan: Plan, path: str) -> bool:
-    """Remove a field, unless it carries the meaning."""
-    body = plan.edit.body
-    found = next(filter(None, (places(body, root + path) for root in _ROOTS)), [])
+def drop_places(plan: Plan, found: list[tuple[Json, str]]) -> bool:
+    """Remove these fields, unless one of them carries the meaning."""
     for holder, key in found:
         if _MEANT.fullmatch(key) or "format" in as_object(holder[key]) or (
                 key == "tool_choice" and holder[key] not in ("auto", {"type": "auto"})):
             return False
+    for holder, key in found:
         plan.edit.drop(holder, key, REFUSED)
-    if body.get("output_config") == {}:
-        del body["output_config"]
+    if plan.edit.body.get("output_config") == {}:
+        del plan.edit.body["output_config"]
     return bool(found)
+
+def drop_field(plan: Plan, path: str) -> bool:
+    """Remove a field that the upstream does not know."""
+    body = plan.edit.body
+    return drop_places(plan, next(filter(None, (places(body, root + path) for root in _ROOTS)), []))
+
+def value_mark(value: Any) -> str:
+    """What tells a value from others, in constant time; '' for objects and lists."""
+    if isinstance(value, (dict, list)):
+        return ""
+    text = value if isinstance(value, str) else repr(value)
+    return stable_id("", "%d %s %s" % (len(text), text[:MARKED_CHARS], text[-MARKED_CHARS:]))
+
+def drop_value(plan: Plan, path: str, mark: str = "") -> bool:
+    """Remove a field whose value is refused: another value may be good.  mark: only that one.
+
+    A field inside a list is not remembered, since each element has a value of its own."""
+    body = plan.edit.body
+    whole_path = next((root + path for root in _ROOTS if places(body, root + path)), path)
+    found = places(body, whole_path)
+    marks = [value_mark(holder[key]) for holder, key in found]
+    if mark:
+        return marks == [mark] and drop_places(plan, found)
+    is_single = len(marks) == 1 and marks[0] and not re.search(r"[.\[]\d", whole_path)
+    plan.repairs.words = (whole_path, marks[0]) if is_single else ()
+    return drop_places(plan, found)
 
 def clamp(plan: Plan, path: str, side: str, limit: str) -> bool:
     """A number within the upstream's limit, the highest one or by these words the least.  One
     below zero is no wish at all: its sender is told."""
     sign = -1 if side in ("greater", ">=") else 1
+    most = float(limit) if "." in limit else int(limit)
     found = [(holder, key) for holder, key in places(plan.edit.body, path)
              if isinstance(holder[key], (int, float)) and holder[key] >= 0
-             and sign * (holder[key] - int(limit)) > 0]
+             and sign * (holder[key] - most) > 0]
     for holder, key in found:
-        holder[key] = int(limit)
+        holder[key] = most
         plan.edit.lose(key, "the limit is " + limit)
     return bool(found)
 
@@ -6792,15 +6838,45 @@ def drop_state(plan: Plan, known: bool = False) -> bool:
         plan.edit.lose("reasoning", REFUSED)
     return bad
 
-def drop_images(plan: Plan, limit: str = "", keep: str = "") -> bool:
-    """A note instead of the oldest images until the newest `keep` are left, else until the body
-    has `limit` bytes (half of what was refused); never of those that the user asks about now."""
-    size = len(dumps(plan.edit.body))
-    most, plan.repairs.words = int(limit or size // 2), (limit or str(size // 2), keep)
-    gone = shed_images(plan.edit, size, *((size, int(keep)) if keep else (most, size)))
-    if gone and not plan.upstream.has_images(plan.edit.body):
+def image_mark(part: Json) -> str:
+    """What tells an image from others."""
+    holder = as_object(part.get("source") or part.get("image_url")) or part
+    return value_mark(str(holder.get("data") or holder.get("url") or holder.get("image_url")))
+
+def note_images_left(plan: Plan) -> None:
+    """The header that tells of images goes with the last of them."""
+    if not plan.upstream.has_images(plan.edit.body):
         plan.headers.pop("Copilot-Vision-Request", None)
-    return gone
+
+def keep_images(plan: Plan, most: str) -> bool:
+    """A note instead of the oldest images until the newest `most` are left; never of those that
+    the user asks about now."""
+    size = len(dumps(plan.edit.body))
+    is_changed = shed_images(plan.edit, size, size, int(most))
+    note_images_left(plan)
+    return is_changed
+
+def drop_images(plan: Plan, marks: str = "") -> bool:
+    """A note instead of the oldest images until the body has half its size; marks: of these
+    images.  Never of those that the user asks about now.
+
+    What is remembered are the images: one that cannot be read says nothing of others."""
+    body = plan.edit.body
+    asked = {id(part) for part in image_parts(last_turn(body))}
+    images = [(part, image_mark(part)) for part in image_parts(body)]
+    if marks:
+        refused = set(marks.split())
+        for part, mark in images:
+            if mark in refused and id(part) not in asked:
+                put_note(part)
+                plan.edit.lose("images", REFUSED)
+    else:
+        size = len(dumps(body))
+        shed_images(plan.edit, size, size // 2)
+    gone = [mark for part, mark in images if part.get("type") not in IMAGE_TYPES]
+    plan.repairs.words = (" ".join(gone[-MAX_MARKED_IMAGES:]),)
+    note_images_left(plan)
+    return bool(gone)
 
 def drop_tool(plan: Plan, name: str) -> bool:
     """A hosted tool goes unless its call is demanded; freeform ones become functions."""
@@ -6819,31 +6895,50 @@ def drop_tool(plan: Plan, name: str) -> bool:
     return True
 
 def drop_betas(plan: Plan, names: str) -> bool:
-    """Take what the upstream does not know out of `anthropic-beta`; all of it if it names none."""
-    sent = plan.headers.pop("anthropic-beta", "")
+    """Take the betas that the upstream names out of `anthropic-beta`."""
+    sent = plan.headers.get("anthropic-beta", "")
     named = [word for word in re.findall(r"[\w-]+", names) if re.search(r".-\d", word)]
-    kept = ",".join(beta for beta in sent.split(",") if named and beta not in named)
-    plan.headers.update({"anthropic-beta": kept} if kept else {})
-    if kept != sent:
-        plan.edit.lose("anthropic-beta", REFUSED)
-    return kept != sent
+    kept = ",".join(beta for beta in sent.split(",") if beta not in named)
+    if kept == sent:
+        return False
+    del plan.headers["anthropic-beta"]
+    if kept:
+        plan.headers["anthropic-beta"] = kept
+    plan.edit.lose("anthropic-beta", REFUSED)
+    return True
+
+def drop_all_betas(plan: Plan, refused: str = "") -> bool:
+    """Where the upstream names none, all go.  refused: only if the header is this one."""
+    sent = plan.headers.get("anthropic-beta", "")
+    if not sent or refused not in ("", sent):
+        return False
+    plan.repairs.words = (sent,)
+    del plan.headers["anthropic-beta"]
+    plan.edit.lose("anthropic-beta", REFUSED)
+    return True
+
+# What is learned of a refusal.  A fact about the model holds for everybody.  That a value was
+# refused says nothing of other values: it is remembered together with the value, else one client's
+# nonsense would take a field from all others.
+ONCE, WITH_VALUE, FOR_MODEL = range(3)
 
 # pattern: searched in "code=C param=P MESSAGE", its groups are what `patch` gets; source: whose
-# words these are; keeps: is the patch remembered, else it is of this request only.
-Repair = collections.namedtuple("Repair", "name pattern patch source statuses keeps",
-                                defaults=((400,), True))
+# words these are; unless: not where the error has one of these codes.
+Repair = collections.namedtuple("Repair", "name pattern patch source statuses keeps unless",
+                                defaults=((400,), FOR_MODEL, ()))
 # No pattern may look further ahead than a fixed number of characters, or try a name again from
 # each of its letters: that would take the square of the text's length.
 _FAR = r".{0,%d}" % MAX_SAID
 _QUOTES = r"['\"`\\]{0,8}"
 _NAME = _QUOTES + r"(?<![\w.$\[\]-])([\w.$\[\]-]+)" + _QUOTES     # a field, a path or a tool
 _UN = r"n(?:supported|known|recognized)(?: request)? "
+VALUE_CODES = ("unsupported_value", "invalid_value")      # not the field: what stands in it
 REPAIRS = (
-    Repair("endpoint", r"code=unsupported_api_for_model", lambda plan: avoid(
-        plan, plan.upstream.path), "Copilot, where its list is wrong", keeps=False),
+    Repair("endpoint", r"\Acode=unsupported_api_for_model", lambda plan: avoid(
+        plan, plan.upstream.path), "Copilot, where its list is wrong", keeps=ONCE),
     Repair("reasoning state", r"(?i)encrypted (?:function output )?content|invalid .?signature.? in"
            r"|input item id does not belong|thinking.{0,40}blocks.{0,60}cannot be modified|without "
-           r"its required following item", drop_state, "OpenAI, Anthropic", (400, 401), False),
+           r"its required following item", drop_state, "OpenAI, Anthropic", (400, 401), ONCE),
     Repair("thinking", r"Expected .?thinking.? or .?redacted", stop_thinking, "Anthropic"),
     Repair("thinking", r"thinking\.type\.enabled.{0,3} is not supported", lambda plan:
            think_adaptively(plan.edit), "Claude from 4.7 on"),
@@ -6853,37 +6948,58 @@ REPAIRS = (
            lambda plan: think_within_budget(plan.edit, plan.model), "Claude before 4.6"),
     Repair("effort", r"(?s)effort\b" + _FAR + r"?(?:upported values|one of|must be)(.*)",
            lower_effort, "all"),
-    Repair("effort", r"code=invalid_reasoning_effort()", lower_effort, "Copilot"),
+    Repair("effort", r"\Acode=invalid_reasoning_effort()", lower_effort, "Copilot"),
     Repair("effort", r"not support the (effort) parameter", lambda plan, word: drop_field(
         plan, "output_config." + word), "Anthropic"),
     Repair("limit", r"\b(max_tokens|max_completion_tokens)\b['\"`]*(?: is not support|: Extra)|"
-           + _UN + r"[^:]{0,80}: ['\"`]{0,8}(max\w*_tokens)\b", rename_limit,
+           + _UN + r"(?!value)[^:]{0,80}: ['\"`]{0,8}(max\w*_tokens)\b", rename_limit,
            "OpenAI, Anthropic"),
     Repair("limit", r"\b(max_\w*tokens)(?:: \d+ (>)| is too large: " + _FAR
-           + r" (at most)) (\d{1,15})", clamp, "Anthropic, OpenAI"),
+           + r" (at most)) (\d{1,15}(?:\.\d{1,15})?)", clamp, "Anthropic, OpenAI"),
     Repair("limit", _NAME + r": (?:Input" + _FAR + r" (less|greater) than or equal to|" + _FAR
-           + r"Expected a value ([<>]=)) (\d{1,15})", clamp, "Anthropic, OpenAI"),
+           + r"Expected a value ([<>]=)) (\d{1,15}(?:\.\d{1,15})?)", clamp, "Anthropic, OpenAI"),
     Repair("sampling", r"temperature.? and .?(top_p).? cannot both", lambda plan, name:
            "temperature" in plan.edit.body and drop_field(plan, name), "Claude from 4.5 on"),
     Repair("tool", r"[Tt]ool (?:type )?" + _NAME + r" is not (?:supported|available)|nsupported "
            r"tool(?: type)?:? " + _NAME + r"|tag '([\w-]+)' found using|param=tools\S{0,200} "
            + _FAR + r"nvalid value: " + _NAME, drop_tool, "Copilot, OpenAI, Anthropic"),
     Repair("beta", r"(?i)value\(s\) (" + _FAR + r"?) for the .?anthropic-beta|"
-           r"(?:invalid|unknown) beta(.*)", drop_betas, "Anthropic, Bedrock"),
+           r"(?:invalid|unknown) beta(.*-\d.*)", drop_betas, "Anthropic, Bedrock"),
+    Repair("beta", r"(?i)(?:invalid|unknown) beta", lambda plan, *sent: drop_all_betas(
+        plan, *sent), "Bedrock, which names none", keeps=WITH_VALUE),
     Repair("prefill", r"not support assistant message prefill|must end with a user message",
            lambda plan: end_with_user(plan.edit), "Claude from 4.6 on"),
     Repair("images", r"many-image requests()|too many .{0,9}images" + _FAR + r"?(\d{1,15})",
-           lambda plan, *most: drop_images(plan, "", most[-1] or "20"), "Anthropic, Copilot"),
+           lambda plan, *most: keep_images(plan, most[-1] or "20"), "Anthropic, Copilot"),
     Repair("images", r"(?i)image (?:exceeds|dimensions|size)|could not process image", drop_images,
-           "Anthropic: 5 MB, 8000 pixels"),
-    Repair("images", r"\A", drop_images, "Copilot, of too large a body", (413,)),
-    Repair("field", r"does not support the " + _NAME + r" parameter", drop_field, "Copilot"),
-    Repair("field", _NAME + r"(?:: Extra inputs|: range| is not supported| is deprecated| does not "
-           r"support)|" + _UN + r"(?:parameter|argument|field|key)s?(?: supplied)?:? " + _NAME
-           + r"|not allowed \(" + _NAME + " w", drop_field, "all, with each release of a client"),
-    Repair("field", r"param=(\S{1,200}) " + _FAR + r"(?:not support|nsupported|nvalid value|"
-           r"string too long)", drop_field, "OpenAI, of a value that the field cannot have"),
+           "Anthropic: 5 MB, 8000 pixels", keeps=WITH_VALUE),
+    Repair("images", r"\A", drop_images, "Copilot, of too large a body", (413,), WITH_VALUE),
+    Repair("field", r"param=(\S{1,200}) " + _FAR + r"(?:nsupported value|nvalid value|string too "
+           r"long)|\Acode=(?:unsupported|invalid)_value param=(\S{1,200}) ", drop_value,
+           "OpenAI, of a value that the field cannot have", keeps=WITH_VALUE),
+    Repair("field", _NAME + r"(?:: range| does not support (?!th))", drop_value, "Bedrock, OpenAI",
+           keeps=WITH_VALUE, unless=VALUE_CODES),
+    Repair("field", r"does not support the " + _NAME + r" parameter", drop_field, "Copilot",
+           unless=VALUE_CODES),
+    Repair("field", _NAME + r"(?:: Extra inputs| is not supported| is deprecated)|" + _UN
+           + r"(?:parameter|argument|field|key)s?(?: supplied)?:? " + _NAME + r"|not allowed \("
+           + _NAME + " w", drop_field, "all, with each release of a client", unless=VALUE_CODES),
+    Repair("field", r"param=(\S{1,200}) " + _FAR + r"(?:not support|nsupported)", drop_field,
+           "OpenAI", unless=VALUE_CODES),
 )
+
+# such a refusal holds beside other fields only, and those are another client's to send
+_CONDITION = re.compile(r"\b(?:when|while|without|unless|if|together|combin\w*|requires?)\b")
+
+_QUOTE = re.compile(r"['\"`\\]+")
+
+def is_echo(words: str, body: Json) -> bool:
+    """Do these words of a refusal stand in the request, quotes aside?  Then the upstream may have
+    done no more than repeat them, and whoever wrote them there must teach the proxy nothing."""
+    plain = _QUOTE.sub("", words)
+    longest = max(_QUOTE.split(words), key=len)
+    return bool(longest) and any(longest in text and plain in _QUOTE.sub("", text)
+                                 for text in strings_in(body))
 
 class Memory:
     """What one account's upstream has refused, for the life of the process and bounded.
@@ -6891,7 +7007,9 @@ class Memory:
 
     def __init__(self) -> None:
         self.refused: set[tuple[str, str]] = set()
-        self._patches: dict[tuple[str, str], tuple[tuple[Repair, tuple[str, ...]], ...]] = {}
+        #: plan's key -> (row, words), the latest last: facts of a model, and refused values
+        self._facts: dict[tuple[str, str], tuple[tuple[Repair, tuple[str, ...]], ...]] = {}
+        self._values: dict[tuple[str, str], tuple[tuple[Repair, tuple[str, ...]], ...]] = {}
         self._bad: set[str] = set()                          # marks of refused state
 
     def is_bad(self, data: str, known: bool) -> bool:
@@ -6904,31 +7022,49 @@ class Memory:
     def prepare(self, plan: Plan) -> None:
         """Change a plan by what was learned before."""
         plan.repairs.memory = self
-        plan.repairs.names += ["reasoning state"] if self._bad and drop_state(plan, True) else []
-        plan.repairs.names += [repair.name for repair, words in self._patches.get(plan.key, ())
-                          if repair.patch(plan, *words)]
+        if self._bad and drop_state(plan, True):
+            plan.repairs.names.append("reasoning state")
+        for store in (self._facts, self._values):
+            for repair, words in store.get(plan.key, ()):
+                if repair.patch(plan, *words):
+                    plan.repairs.names.append(repair.name)
 
     def repair(self, plan: Plan, error: ProxyError) -> bool:
         """Change a refused plan so that it can be asked again; False: no row knows how."""
+        if not isinstance(error, UpstreamError) or not error.answered:
+            return False
         said = "code=%s param=%s %s" % (error.code or "", error.param or "-", error)
         said = said[:MAX_SAID]                               # patterns may look far ahead
-        for repair in REPAIRS if isinstance(error, UpstreamError) and error.answered else ():
-            fits, before = error.status in repair.statuses, len(plan.repairs.names)
-            for found in re.finditer(repair.pattern, said) if fits else ():
-                plan.repairs.words = tuple(group for group in found.groups() if group is not None)
-                if repair.patch(plan, *plan.repairs.words):
-                    plan.repairs.names.append(repair.name)
-                    plan.repairs.lessons += [(repair, plan.repairs.words)] if repair.keeps else []
-            if len(plan.repairs.names) > before:
-                return True
-        return False
+        return any(self._apply(repair, plan, said) for repair in REPAIRS
+                   if error.status in repair.statuses and error.code not in repair.unless)
+
+    @staticmethod
+    def _apply(repair: Repair, plan: Plan, said: str) -> bool:
+        """Change the plan as one row knows -> was there anything?"""
+        is_changed = False
+        for found in re.finditer(repair.pattern, said):
+            doubtful = is_echo(found.group(), plan.edit.body)
+            if doubtful and repair.name == "tool":           # it may teach at once, see `avoid`
+                continue
+            plan.repairs.words = tuple(group for group in found.groups() if group is not None)
+            if not repair.patch(plan, *plan.repairs.words):
+                continue
+
+            is_changed = True
+            plan.repairs.names.append(repair.name)
+            doubtful = doubtful or repair.name == "field" and bool(_CONDITION.search(said))
+            has_words = repair.keeps == FOR_MODEL or bool(plan.repairs.words)
+            if repair.keeps != ONCE and has_words and not doubtful:
+                plan.repairs.lessons.append((repair, plan.repairs.words))
+        return is_changed
 
     def learn(self, plan: Plan) -> None:
         """What helped is remembered: the plan was accepted."""
-        known = self._patches.get(plan.key, ())
-        fresh = tuple(lesson for lesson in plan.repairs.lessons if lesson not in known)
-        if fresh and len(known) + len(self._patches) < MAX_LEARNED:
-            self._patches[plan.key] = known + fresh
+        for lesson in plan.repairs.lessons:
+            store = self._facts if lesson[0].keeps == FOR_MODEL else self._values
+            known = store.get(plan.key, ())
+            if lesson not in known and (known or len(store) < MAX_LEARNED):
+                store[plan.key] = (*known, lesson)[-MAX_LESSONS:]
 
 # ---- How long a limit lasts ----
 

@@ -13,13 +13,14 @@ import threading
 import time
 import unittest
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 from unittest import mock
 
 from support import (DEADLINE_S, SLOW, Proxy, ProxyCase, Reply, chat, message, response,
                      wait_until)
 import copilot_proxy as cp
-from fake_upstream import CHAT, EMBEDDINGS, RESPONSES, Answer, default_models
+from fake_upstream import (CHAT, EMBEDDINGS, MESSAGES, RESPONSES, Answer, Ask, Refuse, bad,
+                           bad_message, default_models)
 from wire import assistant, user
 
 Json = Any
@@ -760,6 +761,171 @@ class SessionBudgetTest(ProxyCase):
                 self.assertEqual([row["id"] == "old" for row in rows], [False, True])
                 self.assertEqual(os.listdir(folder).count("history.sqlite3"), 1)
                 self.assertFalse([name for name in os.listdir(folder) if ".bad" in name])
+
+
+class Taught(NamedTuple):
+    """One client sends `refused` beside the usual body, which the upstream refuses, and another
+    one `good`, which it takes."""
+    path: str
+    body: Json
+    refused: Json
+    good: Json
+    refusal: Refuse
+
+
+def refused_value(name: str, value: str, code: str = "invalid_value") -> Refuse:
+    return bad("Invalid value: '%s'. Supported values are: 'low', 'medium', and 'high'." % value,
+               code, name)
+
+
+LONG_KEY = "k" * 100
+TAUGHT = {
+    "a cache key that is too long": Taught(
+        RESPONSES, response("hi"), {"prompt_cache_key": LONG_KEY}, {"prompt_cache_key": "short"},
+        bad("Invalid 'prompt_cache_key': string too long. Expected a string with maximum length 64,"
+            " but got a string with length 100 instead.", "string_above_max_length",
+            "prompt_cache_key")),
+    "verbosity of chat": Taught(
+        CHAT, chat("hi", "gpt-5-mini"), {"verbosity": "loud"}, {"verbosity": "low"},
+        refused_value("verbosity", "loud")),
+    "verbosity of responses": Taught(
+        RESPONSES, response("hi"), {"text": {"verbosity": "loud"}}, {"text": {"verbosity": "low"}},
+        refused_value("text.verbosity", "loud")),
+    "a summary of reasoning": Taught(
+        RESPONSES, response("hi"), {"reasoning": {"summary": "long"}},
+        {"reasoning": {"summary": "auto"}}, refused_value("reasoning.summary", "long")),
+    "a temperature in OpenAI's words": Taught(
+        CHAT, chat("hi"), {"temperature": 1.75}, {"temperature": 0.5},
+        bad("Unsupported value: 'temperature' does not support 1.75 with this model. Only values "
+            "up to 1 are supported.", "unsupported_value", "temperature")),
+    "a temperature without a code": Taught(
+        CHAT, chat("hi"), {"temperature": 1.75}, {"temperature": 0.5},
+        bad_message("'temperature' does not support 1.75 with this model.")),
+    "a temperature in Bedrock's words": Taught(
+        MESSAGES, message("hi"), {"temperature": 1.75}, {"temperature": 0.5},
+        bad_message("temperature: range: 0..1")),
+    "a limit that is no field of tokens": Taught(
+        CHAT, chat("hi"), {"top_p": 1.75}, {"top_p": 0.5},
+        bad_message("top_p: Input should be less than or equal to 1.5")),
+    "what holds beside other fields only": Taught(
+        CHAT, chat("hi"), {"logprobs": True, "seed": 1}, {"logprobs": True, "seed": 2},
+        bad_message("'logprobs' is not supported when seed is 1.")),
+    "the name of a field as a value": Taught(
+        CHAT, chat("hi"), {"user": "temperature", "temperature": 0.5}, {"temperature": 0.5},
+        bad("Unsupported value: 'temperature' is not supported with this model.",
+            "unsupported_value", "user")),
+    "a value that reads like a refusal": Taught(
+        CHAT, chat("hi"),
+        {"user": "x' `temperature`: Extra inputs are not permitted", "temperature": 0.5},
+        {"temperature": 0.5},
+        bad_message("user: got 'x\\' `temperature`: Extra inputs are not permitted'")),
+    "a field that reads like a refusal": Taught(
+        CHAT, chat("hi"), {"temperature: Extra inputs, the rest": 1, "temperature": 0.5},
+        {"temperature": 0.5},
+        bad_message("temperature: Extra inputs, the rest: Extra inputs are not permitted")),
+}
+
+
+class LearningTest(ProxyCase):
+    """What one client's value taught changes nothing of what another client sends."""
+
+    def ask(self, path: str, body: Json, **headers: str) -> int:
+        """Calls upstream that it took."""
+        before = self.fake.count(path)
+        route = path if path.startswith("/v1") else "/v1" + path
+        reply = self.proxy.post(route, body, **headers)
+        self.assertEqual(reply.status, 200, reply)
+        return int(self.fake.count(path) - before)
+
+    def refuse(self, refusal: Refuse, holds: Callable[[Ask], Any]) -> None:
+        def check(ask: Ask) -> None:
+            if holds(ask):
+                raise refusal
+        self.fake.refusals = [check]
+
+    def test_a_refused_value_takes_the_field_from_nobody_else(self) -> None:
+        self.fake.lenient = {"fields"}
+        for name, case in TAUGHT.items():
+            with self.subTest(name):
+                self.proxy.app.login.account.memory = cp.Memory()    # type: ignore[union-attr]
+                self.refuse(case.refusal, lambda ask, case=case: all(    # type: ignore[misc]
+                    ask.body.get(key) == value for key, value in case.refused.items()))
+                self.assertEqual(self.ask(case.path, dict(case.body, **case.refused)), 2)
+                self.assertEqual(self.ask(case.path, dict(case.body, **case.good)), 1)
+                sent = self.fake.last(case.path).json
+                self.assertEqual({key: sent.get(key) for key in case.good}, case.good)
+
+    def test_the_same_value_is_left_out_at_once_the_next_time(self) -> None:
+        for name in ("a cache key that is too long", "verbosity of chat",
+                     "a temperature in OpenAI's words", "a temperature in Bedrock's words"):
+            case = TAUGHT[name]
+            with self.subTest(name):
+                self.refuse(case.refusal, lambda ask, case=case: all(    # type: ignore[misc]
+                    ask.body.get(key) == value for key, value in case.refused.items()))
+                calls = [self.ask(case.path, dict(case.body, **case.refused)) for _ in range(3)]
+                self.assertEqual(calls, [2, 1, 1])
+
+    def turns(self, *marks: str) -> Json:
+        images = [{"type": "image_url", "image_url": {
+            "url": "data:image/png;base64," + mark * 40}} for mark in marks]
+        return [user(images), assistant("b"), user("and?")]
+
+    def test_one_bad_image_takes_those_of_nobody_else(self) -> None:
+        for refusal in (bad_message("Could not process image"),
+                        Refuse(413, "Request Entity Too Large")):
+            with self.subTest(refusal.status):
+                self.refuse(refusal, lambda ask: b"aaaa" in ask.record.body)
+                self.proxy.app.login.account.memory = cp.Memory()    # type: ignore[union-attr]
+                calls = [self.ask(CHAT, chat("", messages=self.turns("a"))) for _ in range(2)]
+                self.assertEqual(calls, [2, 1])
+                self.assertEqual(self.ask(CHAT, chat("", messages=self.turns("b", "c"))), 1)
+                self.assertEqual(self.fake.last(CHAT).body.count(b"base64"), 2)
+
+    def test_one_unknown_beta_takes_those_of_nobody_else(self) -> None:
+        first, second = "advanced-tool-use-2025-01-01", "interleaved-thinking-2025-05-14"
+        self.refuse(bad_message("invalid beta flag"),
+                    lambda ask: first in ask.headers.get("anthropic-beta", ""))
+        calls = [self.ask(MESSAGES, message("hi"), **{"anthropic-beta": first}) for _ in range(2)]
+        self.assertEqual(calls, [2, 1])
+        self.assertEqual(self.ask(MESSAGES, message("hi"), **{"anthropic-beta": second}), 1)
+        self.assertEqual(self.fake.last(MESSAGES).headers.get("anthropic-beta"), second)
+
+    def test_words_of_a_client_close_no_endpoint(self) -> None:
+        words = "x code=unsupported_api_for_model"
+        self.refuse(bad("Invalid value: '%s'" % words, "invalid_value", "verbosity"),
+                    lambda ask: ask.body.get("verbosity") == words)
+        self.assertEqual(self.ask(CHAT, chat("hi", "gpt-5-mini", verbosity=words)), 2)
+        self.assertEqual(self.ask(CHAT, chat("hi", "gpt-5-mini")), 1)
+
+    def test_a_thousand_refused_values_push_out_no_fact(self) -> None:
+        self.fake.lenient = {"fields"}
+        key = ("gpt-5-mini", CHAT)
+        self.refuse(bad_message("odd: Extra inputs are not permitted"),
+                    lambda ask: "odd" in ask.body)
+        self.assertEqual(self.ask(CHAT, chat("hi", "gpt-5-mini", odd=1)), 2)
+        for number in range(120):
+            value = "loud_%d" % number
+            self.refuse(refused_value("verbosity", value),
+                        lambda ask, value=value: ask.body.get("verbosity") == value)
+            self.assertEqual(self.ask(CHAT, chat("hi", "gpt-5-mini", verbosity=value)), 2)
+        memory = self.proxy.app.login.account.memory             # type: ignore[union-attr]
+        self.assertLessEqual(len(memory._values[key]), 50)
+        self.assertEqual(self.ask(CHAT, chat("hi", "gpt-5-mini", odd=1)), 1)
+        self.assertNotIn("odd", self.fake.last(CHAT).json)
+
+    def test_a_bad_value_in_a_compaction_closes_compaction_for_nobody(self) -> None:
+        self.fake.compacts = True
+        self.refuse(bad("no such choice", "bad_choice", "tool_choice"),
+                    lambda ask: ask.body.get("tool_choice") == {"type": "function", "name": "no"})
+        first = response("hi", tools=[flat("f")], tool_choice={"type": "function", "name": "no"})
+        for body in (first, response("hi")):
+            self.ask_compaction(body)
+            self.assertEqual(self.fake.last(RESPONSES).json["input"][-1]["type"],
+                             "compaction_trigger")
+
+    def ask_compaction(self, body: Json) -> None:
+        reply = self.proxy.post("/v1/responses/compact", body)
+        self.assertEqual(reply.status, 200, reply)
 
 
 if __name__ == "__main__":

@@ -185,6 +185,8 @@ CASES = (
              "one.")),
     Case("field", MESSAGES, message("hi", SONNET, temperature=0.5), has("temperature"),
          bad_message("`temperature` is deprecated for this model.")),
+    Case("field", MESSAGES, message("hi", SONNET, top_p=3.5), has("top_p"),
+         bad_message("top_p: range: 0..1")),
     Case("field", CHAT, chat("hi", temperature=0.5), has("temperature"), bad(
         "Unsupported value: 'temperature' does not support 0.5 with this model. Only the default "
         "(1) value is supported.", "unsupported_value", "temperature")),
@@ -245,6 +247,8 @@ CASES = (
          bad("Additional properties are not allowed ('logit_bias' was unexpected)")),
     Case("field", CHAT, chat("hi", logprobs=True), has("logprobs"),
          bad("logprobs is not supported")),
+    Case("field", CHAT, chat("hi", logprobs=True), has("logprobs"),
+         bad("Log probabilities are not supported here.", "unsupported_parameter", "logprobs")),
     Case("field", RESPONSES, response("hi", CODEX, context_management=[{"type": "compaction"}]),
          has("context_management"), bad("context_management is not supported",
                                         "unsupported_parameter", "context_management")),
