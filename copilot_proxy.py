@@ -171,8 +171,8 @@ QUOTA_PREFIXES = ("x-quota-snapshot-", "x-usage-ratelimit-")
 PASSED_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-", *QUOTA_PREFIXES)
 EXPOSED_HEADERS = (              # that pages of --cors-origin may read, beside those of the answer
     "x-request-id", "request-id", "retry-after", "retry-after-ms", "x-should-retry",
-    "x-copilot-proxy-credits",
-    "x-copilot-proxy-fallback", "x-copilot-proxy-lossy", "x-copilot-proxy-repaired")
+    "x-copilot-proxy-credits", "x-copilot-proxy-fallback", "x-copilot-proxy-lossy",
+    "x-copilot-proxy-model", "x-copilot-proxy-repaired")
 
 DEFAULT_PORT = 4399
 BACKLOG = 1024
@@ -7311,12 +7311,13 @@ def parse_networks(values: Iterable[str]) -> list[Any]:
 
 def check_origin(value: str) -> str:
     """A value of --cors-origin as browsers write it.  Raises ConfigError with the reason."""
-    origin, shown_ = origin_of(value), printable(value, 80)
-    scheme, _, rest = value.partition("://")
-    is_site = scheme.lower() in ("http", "https")
+    origin = origin_of(value)
     if origin:
         return origin
 
+    as_text = printable(value, 80)
+    scheme, _, rest = value.partition("://")
+    is_site = scheme.lower() in ("http", "https")
     if value == "*":
         reason = "every web page could then use this account: name each origin that may"
     elif value.lower() == "null":
@@ -7328,10 +7329,10 @@ def check_origin(value: str) -> str:
         reason = "an origin has no path: write %s" % (
             origin_of("%s://%s" % (scheme, rest.partition("/")[0])) or "https://HOST")
     elif not rest and origin_of("http://" + value):
-        reason = "its scheme is missing: write http://%s or https://%s" % (shown_, shown_)
+        reason = "its scheme is missing: write http://%s or https://%s" % (as_text, as_text)
     else:
         reason = "this is no origin, which is written scheme://host or scheme://host:port"
-    raise ConfigError("--cors-origin %s: %s" % (shown_, reason))
+    raise ConfigError("--cors-origin %s: %s" % (as_text, reason))
 
 def is_allowed_origin(origin: str, allowed: Container[str]) -> bool:
     """Is this Origin header one of them, or of a scheme that is allowed as a whole?"""
