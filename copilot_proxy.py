@@ -195,6 +195,7 @@ MAX_FRAME_BYTES = 32 * 1024 * 1024       # one server-sent event
 MAX_CHUNK_LINE_BYTES = 1024
 MAX_ID_CHARS = 64                        # of item and call ids, OpenAI's own validator
 MAX_WHITESPACE_RUN = 2000                # in streamed tool arguments: a model gone astray
+MAX_UNNAMED_CHARS = 64 * 1024            # of arguments before the name of their tool
 READ_BYTES = 64 * 1024                   # of one look at a socket
 RECORD_BYTES = 16 * 1024                 # of a TLS record, at most
 NAME_AGE_S = 60.0                        # of the addresses of a host
@@ -762,8 +763,8 @@ class ErrorText(NamedTuple):
     param: str | None
     names: tuple[Any, ...]
 
-def read_error_text(status: int, body: bytes, phrase: str) -> ErrorText:
-    """Read any error body that the upstream is known to send.
+def read_error_text(body: bytes, phrase: str) -> ErrorText:
+    """Read any error body that the upstream is known to send; phrase: where it has no words.
     Shapes: {"error":{message,code,param,type}}, {"error":"text"}, {"message","code"}, plain text,
     HTML, nothing, and JSON inside `message`."""
     text = body[:MAX_ERROR_BYTES].decode("utf-8", "replace").strip()
@@ -791,18 +792,22 @@ def read_error_text(status: int, body: bytes, phrase: str) -> ErrorText:
             text += " (%s)" % details["url"]
 
     if not text or text[:1] == "<":
-        text = "%d %s" % (status, phrase or http.client.responses.get(status, "error"))
+        text = phrase
     return ErrorText(redact(text[:MAX_ERROR_TEXT]), code[:200] if isinstance(code, str) else None,
                      param if isinstance(param, str) else None, tuple(names))
 
 def unwrap_error(status: int, body: bytes, phrase: str) -> tuple[str, str | None, str | None]:
     """(message, code, param) out of any error body.  -> ("no quota", "quota_exceeded", None)"""
-    return read_error_text(status, body, phrase)[:3]
+    return read_error_text(body, status_phrase(status, phrase))[:3]
+
+def status_phrase(status: int, phrase: str = "") -> str:
+    """The words for an error without any: (503, "") -> '503 Service Unavailable'."""
+    return "%d %s" % (status, phrase or http.client.responses.get(status, "error"))
 
 def told_error(answer: Json) -> UpstreamError:
     """The failure that an event, or a whole answer with status 200, tells in any dialect's shape.
     {"error": {"code": "rate_limited", "message": "slow down"}} -> one with status 429"""
-    found = read_error_text(502, dumps(answer), "")
+    found = read_error_text(dumps(answer), "the model failed")
     status = next(filter(None, map(status_of, found.names)), 502)
     error = UpstreamError(found.message, status, found.code, found.param)
     error.answered = True
@@ -1143,7 +1148,7 @@ class Request:
     model: as the client wrote it; now: unix seconds; key: of no other request.  tool_choice: None,
     "auto", "none", "required" or Named.  effort: a word of EFFORT_BUDGETS, "minimal" or "none".
     output_schema: as in Responses' text.format.  openai: fields that both of OpenAI's shapes have.
-    wants_usage: a chat client asked for usage.
+    wants_usage: a chat client asked for usage.  echo: what a response object repeats of it.
     output_tool: set when a forced call stands for `output_schema`, see `Unwrapper`.
     cut_at: stop sequences that the upstream cannot watch for, see `StopCutter`.
     hides_thinking: the client wants none, or has no place for it, see `ThinkingFilter`."""
@@ -1168,6 +1173,7 @@ class Request:
     user: str | None = None
     openai: Json = field(default_factory=dict)
     wants_usage: bool = field(default=False, compare=False)
+    echo: Json = field(default_factory=dict, compare=False)
     output_tool: str = field(default="", compare=False)
     cut_at: list[str] = field(default_factory=list, compare=False)
     hides_thinking: bool = field(default=False, compare=False)
@@ -1245,6 +1251,12 @@ class ResponseEnd(Event):
 @dataclass
 class StreamError(Event):
     error: UpstreamError
+
+def shows(event: Event) -> bool:
+    """Is this an event of which a user sees something?"""
+    if isinstance(event, PartStart):
+        return not isinstance(event.part, (Text, Reasoning))
+    return isinstance(event, (PartDelta, ResponseEnd))
 
 CUT_SHORT = "the upstream ended the stream before its end"
 _TEXT_FIELDS = {Text: "text", Reasoning: "text", ToolCall: "arguments"}
@@ -1693,17 +1705,52 @@ class Meter:
         return Usage.of(self.counts) if self.counts else None
 
     def take(self, answer: Json) -> None:
-        """Record what an answer or event reports; later values replace earlier ones, but an empty
-        report wipes nothing."""
+        """Record what an answer or event reports; later values replace earlier ones, but a report
+        without a count wipes nothing."""
         for holder in (answer, answer.get("response"), answer.get("message")):
             if not isinstance(holder, dict) or holder.keys().isdisjoint(_REPORT_FIELDS):
                 continue
-            self.counts.update(read_usage(as_object(holder.get("usage"))))
+            reported = read_usage(as_object(holder.get("usage")))
+            if any(reported.values()) or not self.counts:
+                self.counts.update(reported)
             copilot_usage = as_object(holder.get("copilot_usage"))
             cost = count_or_none(copilot_usage.get("total_nano_aiu"))
             if cost is not None:
                 self.counts["nano_aiu"] = cost
             self.quotas.update(as_object(holder.get("copilot_quota_snapshots")))
+
+_JSON_TEXT = re.compile(rb'(?:[^"\\]|\\.)*\Z')      # the inside of one JSON string
+
+class DeltaTemplate:
+    """What stands around the text of a frequent event.  It is learned from one of them: an event
+    that differs from it in nothing but the text needs no JSON parser."""
+
+    def __init__(self) -> None:
+        self._before = self._behind = b""
+
+    def learn(self, raw: bytes, text: str, keys: tuple[bytes, ...] = (b"",)) -> bool:
+        """Take `raw`, which holds `text` behind one of `keys`, as the pattern for the next ones.
+        False: it holds the text in two places, or none."""
+        quoted = dumps(text)
+        before, _, behind = raw.partition(quoted)
+        if raw.count(quoted) != 1 or not before.endswith(keys):
+            return False
+        self._before, self._behind = before + b'"', b'"' + behind
+        return True
+
+    def forget(self) -> None:
+        """Nothing matches any more."""
+        self._before = b""
+
+    def match(self, raw: bytes) -> bytes | None:
+        """The text of such an event, still as JSON without its quotes; None: it is another."""
+        before, behind = self._before, self._behind
+        if not before or not raw.startswith(before) or not raw.endswith(behind):
+            return None
+        start, stop = len(before), len(raw) - len(behind)
+        if raw.find(b'"', start) == stop or _JSON_TEXT.match(raw, start, stop):
+            return raw[start:stop]
+        return None
 
 class StreamRelay:
     """A pure pipeline for one streamed answer: upstream bytes in, client bytes out.
@@ -1711,54 +1758,71 @@ class StreamRelay:
     `feed(data)` may be called with any cut of the stream and gives the same bytes in all;
     `close(error)` gives the last bytes: nothing after a proper end, else the dialect's error
     event, so that a cut stream never ends politely.  `ended` is True once the terminal event went
-    through; `failure` then holds the upstream's own message if it was an error."""
+    through; `error` then holds the failure, if it was one.
 
-    def __init__(self, dialect: Dialect, asked: str, body: Json) -> None:
-        self.dialect, self.asked = dialect, asked
-        self.ended = False
-        self.failure: str | None = None
+    Until `has_content` is True the bytes so far show nothing to a user.  Who keeps them back may
+    drop them when the stream fails, and ask again or answer with the status of `error`.
+
+    A finished thinking comes out together with what follows it: Claude Code starts a failed turn
+    again by itself as long as no block of it is closed, and Codex keeps what is done."""
+
+    def __init__(self, dialect: Dialect, asked: str, body: Json,
+                 request: Request | None = None) -> None:
+        self.dialect = dialect
+        self.request = request or Request(asked)       # for a client of `dialect`
+        self.ended = self.has_content = False
+        self.error: ProxyError | None = None
         self.on_final: Callable[[str, bytes], None] | None = None   # (id, frame of the whole)
         self.names: Mapping[bytes, bytes] = {}                      # see Edit
         self.meter = Meter()
         self._cutter = FrameCutter()
+        self._held = b""                               # the end of a thinking
+
+    @property
+    def asked(self) -> str:
+        """The model as the client wrote it."""
+        return self.request.model
+
+    @property
+    def failure(self) -> str | None:
+        """What the client was told of a failure, None when there was none."""
+        return str(self.error) if self.error else None
 
     def feed(self, data: bytes) -> bytes:
         """Client bytes for these upstream bytes, b'' while no event is whole."""
         if self.ended:
             return b""
         block = self._cutter.feed(data)
-        return self._block(restore_names(block, self.names)) if block else b""
+        if self.names:
+            block = restore_names(block, self.names)
+        return self._quick(block) or self._block(block) if block else b""
 
     def close(self, error: ProxyError | None = None) -> bytes:
         """The end of the upstream's body; `error` says that it was no regular one."""
+        if self.ended:
+            return b""
         out = b""
-        if error is None and not self.ended:
+        if error is None:
             rest = self._cutter.flush()
-            out = self._block(restore_names(rest, self.names)) if is_whole_event(rest) else b""
-            out += self._finish() if not self.ended else b""
+            if is_whole_event(rest):
+                out = self._block(restore_names(rest, self.names))
+        if error is None and not self.ended:
+            out += self._finish()
         if not self.ended:
-            self.ended = True
-            error = error or StreamCut(CUT_SHORT, code="upstream_stream_ended")
-            self.failure = str(error)
-            out += self._error(error)
+            out += self._fail(error or StreamCut(CUT_SHORT, code="upstream_stream_ended"))
         return out
 
     def _block(self, block: bytes) -> bytes:
-        """Whole frames: those that need no look pass in one piece, found by halving."""
-        if self.ended:
-            return b""
-        if self._is_plain(block):
-            return block
-        middle = block.find(b"\n\n", len(block) // 2) + 2
-        if middle >= len(block) or middle < 2:
-            middle = block.rfind(b"\n\n", 0, -2) + 2
-        if middle < 3:
-            return self._mend(block) if block.strip(b"\n") else b""
-        return self._block(block[:middle]) + self._block(block[middle:])
+        """Whole frames: those that need no look pass as they are."""
+        out: list[bytes] = []
+        for raw in split_frames(block):
+            if not self.ended:
+                out.append(self._quick(raw) or self._mend(raw))
+        return b"".join(out)
 
-    def _is_plain(self, block: bytes) -> bool:
-        """Is there nothing in these frames that must be seen or changed?"""
-        return False
+    def _quick(self, block: bytes) -> bytes:
+        """Client bytes for frames that need no parser, b'' for all others."""
+        return b""
 
     def _mend(self, raw: bytes) -> bytes:
         """One frame, looked into."""
@@ -1768,19 +1832,24 @@ class StreamRelay:
         if frame.data.strip() == b"[DONE]":
             return self._done()
         try:
-            mended = self._mend_delta(frame)
-            event = as_object(loads(frame.data)) if mended is None else {}
+            event = as_object(loads(frame.data))
         except ValueError:
             return self._fail(UpstreamError(NOT_JSON))
         self.meter.take(event)
-        return self._mend_event(event, raw) if mended is None else mended
-
-    def _mend_delta(self, frame: Frame) -> bytes | None:
-        """A frequent event, mended without a parser; None: look closer."""
-        return None
+        return self._mend_event(event, raw)
 
     def _mend_event(self, event: Json, raw: bytes) -> bytes:
         raise NotImplementedError
+
+    def _hold(self, out: bytes) -> bytes:
+        """Keep the end of a thinking back until the next event."""
+        self._held += out
+        return b""
+
+    def _release(self) -> bytes:
+        """What was kept back, as the next event is there."""
+        held, self._held = self._held, b""
+        return held
 
     def _done(self) -> bytes:
         """The upstream said [DONE]; for most dialects that means nothing."""
@@ -1793,9 +1862,10 @@ class StreamRelay:
     def _error(self, error: ProxyError) -> bytes:
         return self.dialect.error_frame(error)
 
-    def _fail(self, error: UpstreamError) -> bytes:
-        self.ended, self.failure = True, str(error)
-        return self._error(error)
+    def _fail(self, error: ProxyError, out: bytes = b"") -> bytes:
+        """The end; out: the error as it came, where it is good enough for the client."""
+        self.ended, self.error = True, error
+        return out or self._error(error)
 
 #: fields that both of OpenAI's shapes have under the same name
 OPENAI_FIELDS = ("metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
@@ -1849,11 +1919,10 @@ class Dialect:
         """The same as an event that ends a stream."""
         return b"data: %b\n\n" % dumps(self.error_body(error, ""))
 
-    # `prepare` makes a body fit for the upstream in place, raising BadRequest; `mend` mends a whole
-    # answer in place -> was it changed?  The others serve clients of models in another dialect:
-    # both ways between a body and neutral words, unknown fields are losses.
+    # `prepare` makes a body fit for the upstream in place, raising BadRequest.  The others serve
+    # clients of models in another dialect: both ways between a body and neutral words, unknown
+    # fields are losses.
     prepare: Callable[[Edit, Model], None]
-    mend: Callable[[Json, str], bool]
     decode_request: Callable[[Json], Request]
     read_tool: Callable[[Json, Request], None]
     read_turn: Callable[[Request, Json, str], None]      # one item of the conversation; its place
@@ -1865,15 +1934,29 @@ class Dialect:
                  encoder: type[StreamEncoder]) -> None:
         self._relay, self._decoder, self._encoder = relay, decoder, encoder
 
-    def stream(self, asked: str, body: Json) -> StreamRelay:
+    def stream(self, asked: str, body: Json, request: Request | None = None) -> StreamRelay:
         """The pipeline of a streamed answer; `body`: the request before `prepare`."""
-        return self._relay(self, asked, body)
+        return self._relay(self, asked, body, request)
+
+    def mend(self, answer: Json, asked: str, request: Request | None = None) -> bool:
+        """Mend a whole answer in place -> was it changed?  asked: the model in the client's words;
+        request: what the answer repeats of it."""
+        raise NotImplementedError
+
+    def check_answer(self, answer: Json) -> None:
+        """Raises UpstreamError for a failure that is told in a whole answer with status 200."""
+        if answer.get("error") or answer.get("type") == "error":
+            raise told_error(answer)
 
     def stream_decoder(self) -> StreamDecoder:
         return self._decoder(self)
 
     def stream_encoder(self, request: Request) -> StreamEncoder:
         return self._encoder(self, request)
+
+    def echo_of(self, body: Json) -> Json:
+        """What of a request its answer repeats."""
+        return {}
 
     def initiator(self, body: Json) -> str:
         """"user" for a human turn, "agent" for a follow-up of the tool loop."""
@@ -2936,70 +3019,155 @@ class StreamEncoder:
 
 # ---- Chat Completions ----
 
-_JSON_TEXT = re.compile(rb'(?:[^"\\]|\\.)*\Z')      # the inside of one JSON string
+@dataclass
+class ChatCall:
+    """A tool call of a streamed turn.  number: ours, in the order in which the calls were named,
+    -1 before; waiting: its delta so far, while it has no name.  ChatChunks alone changes it."""
+    id: str = ""
+    name: str = ""
+    number: int = -1
+    waiting: Json = field(default_factory=dict)
+
+    @staticmethod
+    def function_of(delta: Json) -> Json:
+        """Where a delta of a call has name and arguments."""
+        return as_object(delta.get("function")) or as_object(delta.get("custom"))
+
+    def add(self, delta: Json) -> Json:
+        """A delta joined to what waits, {} while there is still no name to begin with."""
+        if self.number >= 0:
+            return delta
+        if not self.waiting:
+            self.waiting = delta
+        else:
+            self._append(delta)
+        size = len(str(self.function_of(self.waiting).get("arguments") or ""))
+        return self.waiting if self.name or size > MAX_UNNAMED_CHARS else {}
+
+    def _append(self, delta: Json) -> None:
+        inner, more = self.function_of(self.waiting), self.function_of(delta)
+        for key in ("arguments", "input"):
+            if isinstance(more.get(key), str):
+                inner[key] = str(inner.get(key) or "") + more[key]
+        if more.get("name"):
+            inner["name"] = more["name"]
+        kind = "custom" if "custom" in delta or "custom" in self.waiting else "function"
+        self.waiting[kind] = inner
+        for key, value in delta.items():
+            self.waiting.setdefault(key, value)
 
 class ChatChunks:
     """Chat's chunks made uniform: Claude's turns come split over several choices, so the deltas of
     all are one, tool calls are numbered from 0 by first appearance, and the finish reason waits
-    for the end: a client stops reading tool calls at the first one it sees."""
+    for the end: a client stops reading tool calls at the first one it sees.
+
+    A call begins when its name is known: clients take the name of its first delta only."""
 
     def __init__(self) -> None:
         self.reason = ""
         self.usage: Json | None = None
-        self._calls: dict[tuple[int, int, str], int] = {}    # (choice, index, id) -> our index
-        self._open: dict[tuple[int, int], int] = {}          # (choice, index) -> our index
-        self._names: dict[int, Any] = {}                     # our index -> name of the function
+        self.logprobs: Json | None = None                    # of the delta read last
+        self._calls: dict[tuple[int, int, str], ChatCall] = {}    # (choice, index, id)
+        self._open: dict[tuple[int, int], ChatCall] = {}          # (choice, index)
+        self._count = 0                                      # calls that have begun
 
     def read(self, answer: Json) -> Json | None:
         """The delta of a chunk or the message of an answer, None without choices.
         Raises UpstreamError for an error told in it."""
-        if isinstance(answer.get("usage"), dict):
-            self.usage = answer["usage"]
+        usage = answer.get("usage")
+        if isinstance(usage, dict) and (self.usage is None or any(read_usage(usage).values())):
+            self.usage = usage or None
         if answer.get("error"):
             raise told_error(answer)
+
         merged: Json | None = None
+        self.logprobs = None
         for choice in as_list(answer.get("choices")):
             if isinstance(choice, dict):
-                merged = self._merge(merged or {}, choice)
+                merged = merged or {}
+                self._read_choice(choice, merged)
         if merged and isinstance(merged.get("reasoning_text"), str):
             merged.setdefault("reasoning_content", merged["reasoning_text"])
         return merged
 
-    def _merge(self, merged: Json, choice: Json) -> Json:
-        """Join texts, put tool calls in a row."""
+    def _read_choice(self, choice: Json, merged: Json) -> None:
+        """Join the delta of a choice to those before it."""
         reason = choice.get("finish_reason")
-        if reason:
-            if reason == "error":
-                raise UpstreamError("the model failed")
-            self.reason = word(reason) or self.reason
+        if reason == "error":
+            raise told_error({})
+        self.reason = word(reason) or self.reason
+
+        place = count_or_zero(choice.get("index"))
         for name, value in as_object(choice.get("delta") or choice.get("message")).items():
             if name == "tool_calls":
-                for place, call in enumerate(as_list(value)):
-                    if isinstance(call, dict):
-                        self._number(count_or_zero(choice.get("index")), call, place)
-                        merged.setdefault(name, []).append(call)
-            elif isinstance(value, str) and isinstance(merged.get(name), str) and name not in (
-                    "role", "reasoning_opaque"):
-                merged[name] += value
-            elif value is not None:
-                merged[name] = value
-        return merged
+                self._read_calls(place, value, merged)
+            else:
+                self._join(merged, name, value)
+        for name, tokens in as_object(choice.get("logprobs")).items():
+            self.logprobs = self.logprobs or {}
+            self._join(self.logprobs, name, tokens)
 
-    def _number(self, choice: int, call: Json, place: int) -> None:
-        index = count_or_zero(call.get("index", place))
-        call_id = str(call.get("id") or "")
-        slot, key = (choice, index), (choice, index, call_id)
-        if call_id and key in self._calls:
-            self._open[slot] = self._calls[key]
-            del call["id"]
-        elif call_id or slot not in self._open:
-            self._open[slot] = self._calls[key] = len(self._calls)
-            call.setdefault("type", "function")              # openai's Node SDK insists
-        number = call["index"] = self._open[slot]
-        function = as_object(call.get("function"))
-        if function.get("name") and function["name"] == self._names.get(number):
+    @staticmethod
+    def _join(target: Json, name: str, value: Any) -> None:
+        """Texts and lists of several choices become one; of the rest the last one counts."""
+        old = target.get(name)
+        is_last = name in ("role", "reasoning_opaque")
+        if isinstance(old, str) and isinstance(value, str) and not is_last:
+            target[name] = old + value
+        elif isinstance(old, list) and isinstance(value, list):
+            target[name] = old + value
+        elif value is not None:
+            target[name] = value
+
+    def _read_calls(self, choice: int, deltas: Any, merged: Json) -> None:
+        for place, delta in enumerate(as_list(deltas)):
+            found = self._read_call(choice, place, delta) if isinstance(delta, dict) else {}
+            if found:
+                merged.setdefault("tool_calls", []).append(found)
+
+    def _read_call(self, choice: int, place: int, delta: Json) -> Json:
+        """A delta of a call as clients get it, {} while its name is not known."""
+        index, call_id = count_or_zero(delta.get("index", place)), str(delta.get("id") or "")
+        call = self._find_call(choice, index, call_id)
+        if call_id and call.id == call_id:
+            del delta["id"]                                  # said before
+        call.id = call.id or call_id
+
+        function = ChatCall.function_of(delta)
+        if function.get("name") and function["name"] == call.name:
             del function["name"]
-        self._names[number] = self._names.get(number) or function.get("name")
+        call.name = call.name or str(function.get("name") or "")
+        found = call.add(delta)
+        return self._begin(call, found) if found else {}
+
+    def _find_call(self, choice: int, index: int, call_id: str) -> ChatCall:
+        """The call that a delta belongs to; a new one for an id that was not seen in its place,
+        unless the call there has had none so far."""
+        slot, key = (choice, index), (choice, index, call_id)
+        before = self._open.get(slot)
+        if call_id and key in self._calls:
+            call = self._calls[key]
+        elif before is not None and not (call_id and before.id):
+            call = before
+        else:
+            call = ChatCall()
+        self._open[slot] = self._calls[key] = call
+        return call
+
+    def _begin(self, call: ChatCall, delta: Json) -> Json:
+        """Number a delta; the first one has all that clients look for."""
+        if call.number < 0:
+            call.number, self._count = self._count, self._count + 1
+            if call.id:
+                delta["id"] = call.id
+            delta.setdefault("type", "function")             # openai's Node SDK insists
+        delta["index"] = call.number
+        return delta
+
+    def rest(self) -> list[Json]:
+        """At the end: calls that were never named."""
+        nameless = [call for call in self._open.values() if call.number < 0 and call.waiting]
+        return [self._begin(call, call.waiting) for call in nameless]
 
     def end(self) -> str:
         """The finish reason, at the end."""
@@ -3009,43 +3177,32 @@ class ChatChunks:
 class ChatStream(StreamRelay):
     """Chunks with one choice of index 0, `object`, `id` and `model` filled, one finish chunk, and
     usage only for a client that asked for it."""
+    HEAD_FIELDS = ("id", "created", "system_fingerprint", "service_tier")
 
-    def __init__(self, dialect: Dialect, asked: str, body: Json) -> None:
-        super().__init__(dialect, asked, body)
-        self._wants_usage = as_object(body.get("stream_options")).get("include_usage") is True
-        self._head: Json = {}                 # id, created and what else every chunk repeats
+    def __init__(self, dialect: Dialect, asked: str, body: Json,
+                 request: Request | None = None) -> None:
+        super().__init__(dialect, asked, body, request)
+        options = as_object(body.get("stream_options"))
+        self._wants_usage = options.get("include_usage") is True
+        self._head: Json = {}                 # of HEAD_FIELDS, what every chunk repeats
         self._chunks = ChatChunks()
         self._started = False
-        self._template: tuple[bytes, bytes, bytes, bytes] | None = None   # around the text
+        self._template = DeltaTemplate()      # of text chunks
+        self._around = [b"", b""]             # the text in such a chunk as it goes out
         self._blanks: dict[int, int] = {}     # index of a call -> run of white space
 
-    def _block(self, block: bytes) -> bytes:
-        if block.find(b"\n\n") == len(block) - 2:               # one frame
-            return self._from_template(block) or self._mend(block)
-        out = []
-        for raw in split_frames(block):
-            if self.ended:
-                break
-            out.append(self._from_template(raw) or self._mend(raw))
-        return b"".join(out)
-
-    def _from_template(self, raw: bytes) -> bytes:
-        """The frame if it differs from an earlier text chunk in its text alone, else b''."""
-        if self._template is None:
+    def _quick(self, block: bytes) -> bytes:
+        text = self._template.match(block)
+        if text is None:
             return b""
-        prefix, suffix, new_prefix, new_suffix = self._template
-        start, stop = len(prefix), len(raw) - len(suffix)
-        if not (raw.startswith(prefix) and raw.endswith(suffix)
-                and (raw.find(b'"', start) == stop or _JSON_TEXT.match(raw, start, stop))):
-            return b""
-        return new_prefix + raw[start:stop] + new_suffix
+        before, behind = self._around
+        return before + text + behind
 
     def _learn(self, raw: bytes, out: bytes, text: str) -> None:
-        """A mended text chunk is the pattern for the next ones: they need no JSON parser."""
-        needle = dumps(text)
-        if raw.count(needle) == 1 and out.count(needle) == 1:
-            at, to, size = raw.index(needle) + 1, out.index(needle) + 1, len(needle) - 2
-            self._template = raw[:at], raw[at + size:], out[:to], out[to + size:]
+        """A mended text chunk is the pattern for the next ones."""
+        around = out.split(dumps(text))
+        if len(around) == 2 and self._template.learn(raw, text):
+            self._around = [around[0] + b'"', b'"' + around[1]]
 
     def _mend_event(self, answer: Json, raw: bytes) -> bytes:
         try:
@@ -3054,23 +3211,34 @@ class ChatStream(StreamRelay):
             return self._fail(error)
         if delta is None:
             return b""
-        for key in ("id", "created", "system_fingerprint"):
+
+        for key in self.HEAD_FIELDS:
             if answer.get(key):
                 self._head.setdefault(key, answer[key])
         for call in delta.get("tool_calls", ()):
             text = as_object(call.get("function")).get("arguments")
             if isinstance(text, str) and text and is_astray(self._blanks, call["index"], text):
                 return self._fail(UpstreamError(ASTRAY))
+
         delta.pop("role", None)
-        if not delta and self._started:
+        if not delta and self._started and not self._chunks.logprobs:
             return b""
-        if not self._started:
-            delta = dict({"role": "assistant"}, **delta)     # once: SDKs join what chunks repeat
-        self._started = True
-        out = self._render([{"index": 0, "delta": delta, "finish_reason": None}])
+        out = self._chunk(delta)
         if list(delta) == ["content"] and delta["content"] and not self._chunks.reason:
             self._learn(raw, out, delta["content"])
         return out
+
+    def _chunk(self, delta: Json) -> bytes:
+        """A chunk with this delta.  The first one has role and content; no other has the role,
+        since SDKs join what chunks repeat."""
+        self.has_content = self.has_content or bool(self._chunks.reason) or any(delta.values())
+        if not self._started:
+            delta = dict({"role": "assistant", "content": ""}, **delta)
+        self._started = True
+        choice = {"index": 0, "delta": delta, "finish_reason": None}
+        if self._chunks.logprobs:
+            choice["logprobs"] = self._chunks.logprobs
+        return self._render([choice])
 
     def _finish(self) -> bytes:
         return self._done() if self._chunks.reason else b""
@@ -3078,16 +3246,20 @@ class ChatStream(StreamRelay):
     def _done(self) -> bytes:
         if not self._started:
             return b""
-        self.ended = True
-        out = self._render([{"index": 0, "delta": {}, "finish_reason": self._chunks.end()}])
+        rest = self._chunks.rest()
+        self._chunks.logprobs = None
+        out = self._chunk({"tool_calls": rest}) if rest else b""
+
+        self.ended = self.has_content = True
+        out += self._render([{"index": 0, "delta": {}, "finish_reason": self._chunks.end()}])
         if self._wants_usage and self._chunks.usage is not None:
             out += self._render([], usage=self._chunks.usage)
         return out + b"data: [DONE]\n\n"
 
     def _render(self, choices: list[Json], **more: Json) -> bytes:
-        answer = dict({"id": "chatcmpl", "object": "chat.completion.chunk", "created": 0,
-                       "model": self.asked}, **self._head, choices=choices, **more)
-        return b"data: %b\n\n" % dumps(answer)
+        head = {"id": client_id("chatcmpl-", "", self.request), "object": "chat.completion.chunk",
+                "created": self.request.now, "model": self.asked}
+        return b"data: %b\n\n" % dumps(dict(head, **self._head, choices=choices, **more))
 
 class ChatCompletions(Dialect):
     """POST /chat/completions, OpenAI's older shape and the one that most models speak."""
@@ -3280,22 +3452,40 @@ class ChatCompletions(Dialect):
         for target in [*tools[-1:], *head[-1:], *last_user_turns(messages)]:
             edit.set(target, self.cache_mark, EPHEMERAL)
 
-    def mend(self, answer: Json, asked: str) -> bool:
-        choices = [c for c in as_list(answer.get("choices")) if isinstance(c, dict)]
-        whole = (len(choices) == 1 and self._is_whole(choices[0]) and answer.get("model") == asked
-                 and all(answer.get(key) for key in ("id", "object", "created")))
-        if choices and not whole:
-            chunks = ChatChunks()
-            message = dict({"role": "assistant", "content": None}, **chunks.read(answer) or {})
-            for call in message.get("tool_calls", ()):
-                del call["index"]                                  # for chunks only
-            choices[0].pop("delta", None)
-            answer["choices"] = [dict(choices[0], index=0, message=message,
-                                      finish_reason=chunks.end())]
-        for key, value in (("id", "chatcmpl"), ("object", "chat.completion"), ("created", 0)):
-            answer.setdefault(key, value)
+    def mend(self, answer: Json, asked: str, request: Request | None = None) -> bool:
+        choices = dicts_in(answer, "choices")
+        is_whole = (len(choices) == 1 and self._is_whole(choices[0])
+                    and answer.get("model") == asked
+                    and all(answer.get(key) for key in ("id", "object", "created")))
+        if choices and not is_whole:
+            answer["choices"] = [self._join_choices(answer, choices[0])]
+
+        request = request or Request(asked)
+        answer["id"] = answer.get("id") or client_id("chatcmpl-", "", request)
+        answer["object"] = answer.get("object") or "chat.completion"
+        answer["created"] = answer.get("created") or request.now
         answer["model"] = asked
-        return not whole
+        return not is_whole
+
+    @staticmethod
+    def _join_choices(answer: Json, first: Json) -> Json:
+        """All choices of an answer as one."""
+        chunks = ChatChunks()
+        message = dict({"role": "assistant", "content": None}, **chunks.read(answer) or {})
+        rest = chunks.rest()
+        if rest:
+            message.setdefault("tool_calls", []).extend(rest)
+        for call in message.get("tool_calls", ()):
+            del call["index"]                                  # for chunks only
+        joined = {key: value for key, value in first.items() if key != "delta"}
+        if chunks.logprobs:
+            joined["logprobs"] = chunks.logprobs
+        return dict(joined, index=0, message=message, finish_reason=chunks.end())
+
+    def check_answer(self, answer: Json) -> None:
+        super().check_answer(answer)
+        if any(choice.get("finish_reason") == "error" for choice in dicts_in(answer, "choices")):
+            raise told_error({})
 
     @staticmethod
     def _is_whole(choice: Json) -> bool:
@@ -3643,9 +3833,14 @@ def item_id(item: Json, place: int) -> str:
         return given
     return stable_id(_ITEM_PREFIXES.get(str(item.get("type")), "item_"), given or str(place))
 
-def response_id(given: Any) -> str:
+def response_id(given: Any, key: str = "") -> str:
+    """The upstream's id if it is short, else one of our own; key: makes it differ from others."""
     text = str(given or "")
-    return text if 0 < len(text) <= MAX_ID_CHARS else stable_id("resp_", text)
+    return text if 0 < len(text) <= MAX_ID_CHARS else stable_id("resp_", key + text)
+
+def is_blank(value: Any) -> bool:
+    """Does a field of a response object say nothing?  0 and False do."""
+    return value is None or value == "" or value == [] or value == {}
 
 def mend_item(item: Json, new_id: str) -> None:
     """Give an output item the id that the client knows."""
@@ -3680,27 +3875,63 @@ def _vendor_output(output: Any) -> Any:
         return output
     return dumps(output).decode("utf-8", "replace")
 
+#: events that show nothing to a user; of an item: if it is one of the second row
+_SILENT_EVENTS = ("response.created", "response.queued", "response.in_progress",
+                  "response.content_part.added", "response.reasoning_summary_part.added")
+_SILENT_ITEMS = ("message", "reasoning")
+#: fields of a request that its response object repeats, with what they are when they were not said
+ECHOED_FIELDS: Mapping[str, Any] = {
+    "background": False, "instructions": None, "max_output_tokens": None, "max_tool_calls": None,
+    "metadata": {}, "parallel_tool_calls": True, "previous_response_id": None,
+    "prompt_cache_key": None, "reasoning": {"effort": None, "summary": None},
+    "safety_identifier": None, "service_tier": None, "store": False, "temperature": None,
+    "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_logprobs": None,
+    "top_p": None, "truncation": "disabled", "user": None}
+_UNSAID_FIELDS = ("max_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier",
+                  "top_logprobs")        # left out where they were not said
+_KEPT_BACK = ("background", "store", "service_tier")      # not as the client asked
+
+def empty_response(request: Request, response_id: str, created_at: int) -> Json:
+    """A response object of which nothing is known but its request."""
+    fields_ = {name: value for name, value in ECHOED_FIELDS.items() if name not in _UNSAID_FIELDS}
+    return dict(fields_, **request.echo, id=response_id, object="response",
+                created_at=created_at or request.now, status="in_progress", error=None,
+                incomplete_details=None, model=request.model, output=[], usage=None)
+
 class ResponsesStream(StreamRelay):
     """Response events with ids that stay: the upstream gives one item another id in every event,
     and strict clients give up on a mismatch.  The first id per `output_index` is kept.
 
     Argument deltas that come with `obfuscation` may be ciphertext: they are held until the `.done`
-    event, whose text is the truth, and then sent as one delta."""
+    event, whose text is the truth, and then sent as one delta.  A call without a name is held
+    until an event names it."""
 
-    def __init__(self, dialect: Dialect, asked: str, body: Json) -> None:
-        super().__init__(dialect, asked, body)
+    def __init__(self, dialect: Dialect, asked: str, body: Json,
+                 request: Request | None = None) -> None:
+        super().__init__(dialect, asked, body, request)
         self._response: Json = {}              # id and created_at, once known
         self._ids: dict[int, str] = {}         # output_index -> the id that the client knows
         self._items: dict[int, Json] = {}      # output_index -> the finished item
-        self._held: dict[int, list[str]] = {}  # output_index -> obfuscated argument deltas
+        self._ciphered: dict[int, str] = {}    # output_index -> obfuscated argument deltas
+        self._nameless: dict[int, list[Json]] = {}      # output_index -> events of such a call
         self._sequence = 0                     # the next number
         self._marker = b""                     # what every frame of the open item must hold
 
+    # -- without a parser
+
+    def _quick(self, block: bytes) -> bytes:
+        if not self.has_content or self._held or self._nameless or b'"obfuscation"' in block:
+            return b""
+        if self._is_plain(block):
+            return block
+        return self._with_known_id(block)
+
     def _is_plain(self, block: bytes) -> bool:
+        """Are these all events of the open item, under its one id?"""
         count = block.count(b"\n\n")
         return bool(self._marker and block.count(self._marker) == count
-                    and block.count(b'"sequence_number":') == count and not self._held
-                    and b'"obfuscation"' not in block and self._count_on(block))
+                    and block.count(b'"sequence_number":') == count and not self._ciphered
+                    and self._count_on(block))
 
     def _count_on(self, block: bytes) -> bool:
         """Do these frames go on with higher sequence numbers than those that went out?"""
@@ -3710,71 +3941,129 @@ class ResponsesStream(StreamRelay):
         self._sequence = int(last.group(1)) + 1
         return True
 
-    def _mend_delta(self, frame: Frame) -> bytes | None:
-        """The many small events: only the id is exchanged, in the bytes."""
-        if not frame.event.endswith(".delta") or b'"obfuscation"' in frame.data:
-            return None
-        found, index = _ITEM_ID.search(frame.data), _OUTPUT_INDEX.search(frame.data)
+    def _with_known_id(self, raw: bytes) -> bytes:
+        """One delta: only the id is exchanged, in the bytes.  b'': it must be looked into."""
+        name_end = raw.find(b".delta\ndata: ")
+        if name_end < 0 or raw.count(b"\n") != 3 or not raw.startswith(b"event: "):
+            return b""
+        found, index = _ITEM_ID.search(raw), _OUTPUT_INDEX.search(raw)
         known = self._ids.get(int(index.group(1))) if index else None
-        if not found or known is None or not self._count_on(frame.data):
-            return None
-        if found.group(1) == known.encode():
-            return frame.encode()
-        data = frame.data[:found.start(1)] + known.encode() + frame.data[found.end(1):]
-        return Frame(frame.event, data).encode()
+        if not found or known is None or not self._count_on(raw):
+            return b""
+        return raw[:found.start(1)] + known.encode() + raw[found.end(1):]
+
+    # -- with one
 
     def _mend_event(self, event: Json, raw: bytes) -> bytes:
-        kind = str(event.get("type"))
+        kind, index = str(event.get("type")), count_or_zero(event.get("output_index"))
         drop_copilot_fields(event)
-        obfuscated = event.pop("obfuscation", None) is not None
-        index = count_or_zero(event.get("output_index"))
-        if isinstance(event.get("item"), dict):
-            known = self._ids.setdefault(index, item_id(event["item"], index))
-            if kind == "response.output_item.added":
-                same = event["item"].get("id") == known
-                self._marker = b'"item_id":' + dumps(known) if same else b""
-            elif kind == "response.output_item.done":
-                self._items[index] = event["item"]
-            mend_item(event["item"], known)
-        if "item_id" in event:
-            event["item_id"] = self._ids.setdefault(index, item_id({"id": event["item_id"]}, index))
+        is_ciphered = event.pop("obfuscation", None) is not None
+        self._mend_ids(event, kind, index)
         if isinstance(event.get("response"), dict):
             self.mend_response(event["response"], kind)
-        if kind in _TERMINAL:
-            self.ended = True
-            inner = as_object(event.get("response")).get("error") or event.get("error") or event
-            if kind in ("error", "response.failed"):
-                error = UpstreamError(str(as_object(inner).get("message") or kind),
-                                      code=word(as_object(inner).get("code")))
-                self.failure = str(error)
-                if error.overflow:                 # as the event and code that clients act on
-                    return self._error(error)
+
+        if kind in ("error", "response.failed", "response.cancelled"):
+            return self._told_failure(event, kind)
+        if self._is_nameless(event, kind, index):
+            return b""
+        if kind == "response.output_item.done" and _is_reasoning(event.get("item")):
+            return self._hold(self._render(event))
+
+        out = self._release()
+        self.has_content = self.has_content or self._shows(event, kind)
         stem, _, last = kind.rpartition(".")
         if stem in _ARGUMENT_EVENTS:
-            if last == "delta" and (obfuscated or index in self._held):
-                self._held.setdefault(index, []).append(str(event.get("delta") or ""))
-                return b""
-            if last == "done" and index in self._held:
-                return self._release(event, stem, index)
-        out = self._render(event)
-        if self.on_final and kind in ("response.completed", "response.incomplete"):
-            self.on_final(str(self._response.get("id")), out)
-        return out
+            return out + self._mend_arguments(event, stem, last, is_ciphered)
+        final = self._render(event)
+        if kind in _TERMINAL:
+            self.ended = True
+            if self.on_final:
+                self.on_final(str(self._response.get("id")), final)
+        return out + final
 
-    def _release(self, event: Json, stem: str, index: int) -> bytes:
-        held = "".join(self._held.pop(index))
+    @staticmethod
+    def _shows(event: Json, kind: str) -> bool:
+        """Is this an event of which a user sees something?"""
+        item = as_object(event.get("item"))
+        if kind == "response.output_item.added":
+            return item.get("type") not in _SILENT_ITEMS
+        return kind not in _SILENT_EVENTS
+
+    def _mend_ids(self, event: Json, kind: str, index: int) -> None:
+        """The ids that the client knows, in an event about an item."""
+        item = event.get("item")
+        if isinstance(item, dict):
+            known = self._ids.setdefault(index, item_id(item, index))
+            if kind == "response.output_item.added":
+                is_same = item.get("id") == known
+                self._marker = b'"item_id":' + dumps(known) if is_same else b""
+            elif kind == "response.output_item.done":
+                self._items[index] = item
+            mend_item(item, known)
+        if "item_id" in event:
+            event["item_id"] = self._ids.setdefault(index, item_id({"id": event["item_id"]}, index))
+
+    def _is_nameless(self, event: Json, kind: str, index: int) -> bool:
+        """Is this an event of a call whose name is not known?  Then it waits; with its name they
+        all come out, in their order."""
+        item = as_object(event.get("item"))
+        is_call = item.get("type") in ("function_call", "custom_tool_call")
+        if kind == "response.output_item.added" and is_call and not item.get("name"):
+            self._nameless[index] = []
+        waiting = self._nameless.get(index)
+        if waiting is None:
+            return False
+        name = item.get("name") or event.get("name")
+        if not name and kind != "response.output_item.done":
+            waiting.append(event)
+            return True
+
+        del self._nameless[index]
+        for held in waiting:
+            if isinstance(held.get("item"), dict):
+                held["item"]["name"] = name or ""
+            self._held += self._render(held)
+        return False
+
+    def _mend_arguments(self, event: Json, stem: str, last: str, is_ciphered: bool) -> bytes:
+        """An event about a call's arguments; a ciphered delta waits for the whole."""
+        index = count_or_zero(event.get("output_index"))
+        if last == "delta" and (is_ciphered or index in self._ciphered):
+            held = self._ciphered.get(index, "")
+            self._ciphered[index] = held + str(event.get("delta") or "")
+            return b""
+        if last != "done" or index not in self._ciphered:
+            return self._render(event)
+
+        held = self._ciphered.pop(index)
         text = event.get("arguments", event.get("input"))
         delta = {"type": stem + ".delta", "sequence_number": self._sequence,
                  "item_id": event.get("item_id"), "output_index": index,
                  "delta": text if isinstance(text, str) else held}
         return self._render(delta) + self._render(event)
 
+    def _told_failure(self, event: Json, kind: str) -> bytes:
+        """A failure that the upstream tells: in its own words, under the code that Codex knows."""
+        answer = as_object(event.get("response"))
+        error = told_error(answer or event)
+        if error.overflow:                     # as the event and code that clients act on
+            return self._fail(error)
+        if isinstance(answer.get("error"), dict):
+            answer["error"]["code"] = error.response_code
+        return self._fail(error, self._render(event))
+
     def mend_response(self, answer: Json, kind: str = "") -> None:
         """The whole, inside an event of this kind or by itself."""
         if not self._response:
-            self._response = {"id": response_id(answer.get("id")),
-                              "created_at": answer.get("created_at") or 0}
+            created_at = count_or_zero(answer.get("created_at")) or self.request.now
+            self._response = {"created_at": created_at, "id": response_id(
+                answer.get("id"), self.request.key)}
         answer["id"], answer["model"] = self._response["id"], self.asked
+        answer["created_at"] = answer.get("created_at") or self._response["created_at"]
+        for name, value in self.request.echo.items():
+            if is_blank(answer.get(name)):
+                answer[name] = value
+
         drop_copilot_fields(answer)
         output = as_list(answer.get("output"))
         if kind in _TERMINAL and not output and self._items:
@@ -3782,6 +4071,8 @@ class ResponsesStream(StreamRelay):
         for at, item in enumerate(output):
             if isinstance(item, dict):
                 mend_item(item, self._ids.get(at) or item_id(item, at))
+        if not as_object(answer.get("usage")) and self.meter.usage:
+            answer["usage"] = openai_usage(self.meter.usage, "input", "output")
         mend_response_usage(answer)
 
     def _render(self, event: Json) -> bytes:
@@ -3791,11 +4082,13 @@ class ResponsesStream(StreamRelay):
         return Frame(str(event.get("type")), dumps(event)).encode()
 
     def _error(self, error: ProxyError) -> bytes:
-        answer = dict({"id": response_id(None), "created_at": 0, "parallel_tool_calls": True,
-                       "tool_choice": "auto", "tools": []}, **self._response)
-        answer.update(object="response", status="failed", model=self.asked, output=[], usage=None,
-                      error={"code": error.code or error.types()[0], "message": str(error)})
+        answer = empty_response(self.request, response_id(None, self.request.key), 0)
+        answer.update(self._response)
+        answer.update(status="failed", error={"code": error.response_code, "message": str(error)})
         return self._render({"type": "response.failed", "response": answer})
+
+def _is_reasoning(item: Any) -> bool:
+    return as_object(item).get("type") == "reasoning"
 
 class Responses(Dialect):
     """POST /responses, OpenAI's newer shape.  Upstream it is stateless: nothing is stored."""
@@ -3831,6 +4124,14 @@ class Responses(Dialect):
             items = check_list(body, "input")
             kept = [item for at, item in enumerate(items) if self._prepare_item(edit, item, at)]
             edit.replace(body, "input", kept)
+
+    def echo_of(self, body: Json) -> Json:
+        echo = {name: body[name] for name in ECHOED_FIELDS
+                if body.get(name) is not None and name not in _KEPT_BACK}
+        for name in ("reasoning", "text"):
+            if name in echo:
+                echo[name] = dict(ECHOED_FIELDS[name], **as_object(echo[name]))
+        return echo
 
     @staticmethod
     def _refuse_state(body: Json) -> None:
@@ -3922,9 +4223,14 @@ class Responses(Dialect):
         if not edit.body.get("prompt_cache_key"):
             edit.set(edit.body, "prompt_cache_key", conversation_key(edit.body, model))
 
-    def mend(self, answer: Json, asked: str) -> bool:
-        ResponsesStream(self, asked, {}).mend_response(answer)
+    def mend(self, answer: Json, asked: str, request: Request | None = None) -> bool:
+        ResponsesStream(self, asked, {}, request).mend_response(answer)
         return True
+
+    def check_answer(self, answer: Json) -> None:
+        super().check_answer(answer)
+        if answer.get("status") in ("failed", "cancelled"):
+            raise told_error(answer)
 
     # -- to and from neutral words.  A turn of the assistant is a run of items, each text a message
     # -- item of its own; system turns at the head are `instructions`.
@@ -4420,25 +4726,73 @@ def client_tool(tool: Json) -> Json | None:
     return None
 
 class MessagesStream(StreamRelay):
-    """Anthropic's events as they come; only the model's name in `message_start` is exchanged."""
+    """Anthropic's events as they come.  Exchanged are the model's name in `message_start`, counts
+    that SDKs cannot do without, and the names of errors that Anthropic does not have."""
 
-    def _is_plain(self, block: bytes) -> bool:
-        return b'"message_' not in block and b'"error"' not in block
+    def __init__(self, dialect: Dialect, asked: str, body: Json,
+                 request: Request | None = None) -> None:
+        super().__init__(dialect, asked, body, request)
+        self._kind = ""                                # of the open block
+
+    def _quick(self, block: bytes) -> bytes:
+        if self.has_content and b'"content_block_s' not in block and (
+                b'"message_' not in block and b'"error"' not in block):
+            return block
+        return b""
 
     def _mend_event(self, event: Json, raw: bytes) -> bytes:
-        kind = event.get("type")
-        if kind == "message_start":
-            message = as_object(event.get("message"))
-            if message.get("model") != self.asked:
-                message["model"] = self.asked
-                return Frame("message_start", dumps(event)).encode()
-        if kind == "message_stop":
+        kind = str(event.get("type"))
+        if kind == "error" or isinstance(event.get("error"), dict):
+            return self._told_failure(event, raw)
+        if kind == "ping":
+            return raw
+        if kind == "content_block_stop" and "thinking" in self._kind:
+            return self._hold(raw)
+
+        held = self._release()
+        self.has_content = self.has_content or self._shows(kind, event)
+        if kind == "content_block_start":
+            self._kind = str(as_object(event.get("content_block")).get("type"))
+        elif kind in ("message_start", "message_delta") and self._complete(kind, event):
+            raw = Frame(kind, dumps(event)).encode()
+        elif kind == "message_stop":
             self.ended = True
-        elif kind == "error":
-            error = UpstreamError(str(as_object(event.get("error")).get("message") or "error"))
-            self.ended, self.failure = True, str(error)
-            return self._error(error) if error.overflow else raw
-        return raw
+        return held + raw
+
+    @staticmethod
+    def _shows(kind: str, event: Json) -> bool:
+        """Is this an event of which a user sees something?"""
+        if kind == "content_block_start":
+            block = as_object(event.get("content_block"))
+            words = block.get("text") or block.get("thinking")
+            return bool(words) or block.get("type") not in (
+                "text", "thinking", "redacted_thinking")
+        if kind == "content_block_delta":
+            delta = as_object(event.get("delta"))
+            return delta.get("type") != "signature_delta" and any(
+                value for key, value in delta.items() if key != "type")
+        return kind in ("message_delta", "message_stop")
+
+    def _complete(self, kind: str, event: Json) -> bool:
+        """Exchange the model's name, fill counts that are missing -> was there anything to do?"""
+        holder = as_object(event.get("message")) if kind == "message_start" else event
+        before = holder.get("model"), holder.get("usage")
+        if kind == "message_start":
+            holder["model"] = self.asked
+        usage = as_object(holder.get("usage"))
+        if count_or_none(usage.get("output_tokens")) is None:
+            known = self.meter.usage or Usage()
+            holder["usage"] = dict(given(**usage), output_tokens=known.output)
+            if kind == "message_start":
+                holder["usage"].setdefault("input_tokens", known.input)
+        return before != (holder.get("model"), holder.get("usage"))
+
+    def _told_failure(self, event: Json, raw: bytes) -> bytes:
+        """The upstream's own words stay where its type is the one of Anthropic."""
+        error = told_error(event)
+        inner = as_object(event.get("error"))
+        is_own = event.get("type") == "error" and inner.get("type") == error.types()[1]
+        return self._fail(error, raw if is_own and not error.overflow else b"")
 
 class Messages(Dialect):
     """POST /v1/messages, Anthropic's shape.  The backend behind a model changes from request to
@@ -4752,7 +5106,7 @@ class Messages(Dialect):
         for target in [*tools[-1:], *system[-1:], *ends]:
             edit.set(target, self.cache_mark, EPHEMERAL)
 
-    def mend(self, answer: Json, asked: str) -> bool:
+    def mend(self, answer: Json, asked: str, request: Request | None = None) -> bool:
         changed = answer.get("model") != asked
         answer["model"] = asked
         return changed
@@ -5162,23 +5516,32 @@ class TranslatedStream(StreamRelay):
     another out."""
 
     def __init__(self, client: Dialect, upstream: Dialect, request: Request) -> None:
-        super().__init__(client, request.model, {})
+        super().__init__(client, request.model, {}, request)
         self._decoder, self._encoder = upstream.stream_decoder(), client.stream_encoder(request)
         self.meter = self._decoder.meter
         self._filters = event_filters(request, self.meter)
 
     def tell(self, events: Iterable[Event]) -> bytes:
         """Client bytes for neutral events."""
+        encoder = self._encoder
+        if self._filters:
+            events = pass_through(self._filters, events)
         out: list[bytes] = []
-        for event in pass_through(self._filters, events) if self._filters else events:
-            out.append(self._encoder.feed(event))
+        for event in events:
+            if not self.has_content:
+                self.has_content = shows(event)
+            out.append(encoder.feed(event))
             if isinstance(event, StreamError):
-                self.failure = str(event.error)
-        self.ended = self._encoder.ended
+                self.error = event.error
+        if encoder.ended:
+            self._end()
+        return b"".join(out)
+
+    def _end(self) -> None:
+        self.ended = True
         if self.on_final and self._encoder.final:
             self.on_final(*self._encoder.final)
             self._encoder.final = ()
-        return b"".join(out)
 
     def _block(self, block: bytes) -> bytes:
         out: list[Event] = []
@@ -5237,7 +5600,7 @@ class CompletionStream(StreamRelay):
 
     def _told(self, data: bytes) -> bytes:
         inner, out = self._inner, []
-        self.ended, self.failure = inner.ended, inner.failure
+        self.ended, self.error, self.has_content = inner.ended, inner.error, inner.has_content
         for raw in split_frames(data):
             value = loads(Frame.parse(raw).data) if raw.startswith(b"data: {") else {}
             if "choices" in value:
@@ -6493,6 +6856,7 @@ class Plan:
         """Translate the body or fit it.  An answer longer than the model gives in one piece is
         asked for as a stream and folded.  by_hub: translate even where the dialects are the same.
         `body` may be changed.  Raises BadRequest."""
+        echo = client.echo_of(body)                      # as the client wrote it
         edit = Edit(body)
         normalise(edit, client, model)
         is_translated = client is not upstream or by_hub or needs_hub(client, body, model)
@@ -6506,12 +6870,12 @@ class Plan:
                 pipeline = TranslatedStream(client, upstream, request)
         else:
             if wants_stream:
-                pipeline = client.stream(request.model, body)
+                pipeline = client.stream(request.model, body, request)
             drop_nonce(edit)
             expand_compactions(edit, upstream)
             fit_body(edit, upstream, model)
 
-        request.now, request.key = now, key
+        request.now, request.key, request.echo = now, key, echo
         if pipeline is not None:
             pipeline.names = edit.names
         if not wants_stream:
@@ -6542,7 +6906,8 @@ class Plan:
         if not self.is_translated and not is_stream:
             self.answer = parse_answer(data)
             self.meter.take(self.answer)
-            changed = self.client.mend(self.answer, self.request.model)
+            self.client.check_answer(self.answer)
+            changed = self.client.mend(self.answer, self.request.model, self.request)
             return dumps(self.answer) if changed else data
         response = read_answer(self.upstream, data, is_stream, self.request, self.meter)
         if isinstance(self.pipeline, TranslatedStream):
@@ -9396,7 +9761,7 @@ async def read_error(answer: UpstreamResponse) -> UpstreamError:
         body = b""
 
     status = answer.status if answer.status >= 400 else 502
-    text, code, param, names = read_error_text(status, body, answer.reason)
+    text, code, param, names = read_error_text(body, status_phrase(status, answer.reason))
     if answer.status < 400:
         text = f"the upstream wants to redirect elsewhere ({answer.status}), which is not followed"
 
