@@ -1061,11 +1061,24 @@ class Part:
     cache: bool = False      # True: the prompt cache may end here; a field of those that can say it
 
 @dataclass
+class Citation:
+    """Where words of an answer come from.  start, end: which characters of the text are meant, None
+    when nobody said; quote: the words of the source."""
+    url: str = ""
+    title: str | None = None
+    start: int | None = None
+    end: int | None = None
+    quote: str | None = None
+
+@dataclass
 class Text(Part):
-    """Words.  `refusal`: the model says why it will not answer."""
+    """Words.  `refusal`: the model says why it will not answer.  Of an answer: its citations, and
+    the log probabilities of its tokens as both of OpenAI's dialects write them."""
     text: str
     refusal: bool = False
     cache: bool = False
+    citations: tuple[Citation, ...] = ()
+    logprobs: tuple[Json, ...] = ()
 
 @dataclass
 class Image(Part):
@@ -1149,6 +1162,7 @@ class Request:
     "auto", "none", "required" or Named.  effort: a word of EFFORT_BUDGETS, "minimal" or "none".
     output_schema: as in Responses' text.format.  openai: fields that both of OpenAI's shapes have.
     wants_usage: a chat client asked for usage.  echo: what a response object repeats of it.
+    prompt_tokens: an estimate, 0 where nobody needs it.
     output_tool: set when a forced call stands for `output_schema`, see `Unwrapper`.
     cut_at: stop sequences that the upstream cannot watch for, see `StopCutter`.
     hides_thinking: the client wants none, or has no place for it, see `ThinkingFilter`."""
@@ -1174,6 +1188,7 @@ class Request:
     openai: Json = field(default_factory=dict)
     wants_usage: bool = field(default=False, compare=False)
     echo: Json = field(default_factory=dict, compare=False)
+    prompt_tokens: int = field(default=0, compare=False)
     output_tool: str = field(default="", compare=False)
     cut_at: list[str] = field(default_factory=list, compare=False)
     hides_thinking: bool = field(default=False, compare=False)
@@ -1196,7 +1211,7 @@ class Request:
 @dataclass
 class Response:
     """A whole answer.  stop: stop, length, tool_use, stop_sequence, refusal or pause.  created:
-    unix seconds, 0 when unknown."""
+    unix seconds, 0 when unknown; fingerprint, tier: OpenAI's system_fingerprint, service_tier."""
     id: str
     model: str
     parts: list[Part] = field(default_factory=list)
@@ -1204,18 +1219,22 @@ class Response:
     usage: Usage | None = None
     created: int = 0
     stop_sequence: str | None = None
+    fingerprint: str | None = None
+    tier: str | None = None
 
 class Event:
     """A piece of a streamed answer.  Legal order: ResponseStart, then for each index PartStart
-    (PartDelta | PartSignature)* PartEnd, then ResponseEnd; StreamError ends all.  Parts may
+    (PartDelta | PartCitation | PartSignature)* PartEnd, then ResponseEnd; StreamError ends all.  Parts may
     interleave; their indexes rise in the order of their starts."""
 
 @dataclass
 class ResponseStart(Event):
-    """`created`: unix seconds, 0 when unknown."""
+    """For the fields see Response."""
     id: str
     model: str
     created: int = 0
+    fingerprint: str | None = None
+    tier: str | None = None
 
 @dataclass
 class PartStart(Event):
@@ -1225,9 +1244,17 @@ class PartStart(Event):
 
 @dataclass
 class PartDelta(Event):
-    """More of the text, the readable thinking, or the arguments: as the started part says."""
+    """More of the text, the readable thinking, or the arguments: as the started part says.
+    logprobs: of the tokens of this piece of a text, None where nobody asked for them."""
     index: int
     text: str
+    logprobs: list[Json] | None = None
+
+@dataclass
+class PartCitation(Event):
+    """Where words of a text come from."""
+    index: int
+    citation: Citation
 
 @dataclass
 class PartSignature(Event):
@@ -1256,7 +1283,7 @@ def shows(event: Event) -> bool:
     """Is this an event of which a user sees something?"""
     if isinstance(event, PartStart):
         return not isinstance(event.part, (Text, Reasoning))
-    return isinstance(event, (PartDelta, ResponseEnd))
+    return isinstance(event, (PartDelta, PartCitation, ResponseEnd))
 
 CUT_SHORT = "the upstream ended the stream before its end"
 _TEXT_FIELDS = {Text: "text", Reasoning: "text", ToolCall: "arguments"}
@@ -1274,44 +1301,72 @@ def skeleton(part: Part) -> Part:
     """The part without what comes as deltas and signature."""
     if isinstance(part, Reasoning):
         return part if part.redacted else replace(part, text="", signature=None)
+    if isinstance(part, Text):
+        return replace(part, text="", citations=(), logprobs=())
     return with_text(part, "")
 
 def unfold(response: Response) -> Iterator[Event]:
     """The events that tell a whole answer: fold(unfold(r)) == r."""
-    yield ResponseStart(response.id, response.model, response.created)
+    yield ResponseStart(response.id, response.model, response.created, response.fingerprint,
+                        response.tier)
     for index, part in enumerate(response.parts):
         yield PartStart(index, skeleton(part))
-        if text_in(part):
-            yield PartDelta(index, text_in(part))
+        logprobs = list(part.logprobs) if isinstance(part, Text) else []
+        if text_in(part) or logprobs:
+            yield PartDelta(index, text_in(part), logprobs or None)
+        if isinstance(part, Text):
+            for citation in part.citations:
+                yield PartCitation(index, citation)
         if isinstance(part, Reasoning) and part.signature is not None and not part.redacted:
             yield PartSignature(index, part.signature, part.minted_by or "", part.id)
         yield PartEnd(index)
     yield ResponseEnd(response.stop, response.usage, response.stop_sequence)
 
+class PartBuilder:
+    """A part of an answer that is put together from its events."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self.texts: list[str] = []
+        self.logprobs: list[Json] = []
+        self.citations: list[Citation] = []
+
+    def add(self, event: Event) -> None:
+        """One more event of this part."""
+        if isinstance(event, PartDelta):
+            self.texts.append(event.text)
+            self.logprobs += event.logprobs or ()
+        elif isinstance(event, PartCitation):
+            self.citations.append(event.citation)
+        elif isinstance(event, PartSignature) and isinstance(self.part, Reasoning):
+            self.part = replace(self.part, signature=event.signature, id=event.id,
+                                minted_by=event.minted_by or None)
+
+    def build(self) -> Part:
+        """The part with all that was added."""
+        part = with_text(self.part, text_in(self.part) + "".join(self.texts))
+        if isinstance(part, Text) and (self.logprobs or self.citations):
+            return replace(part, logprobs=tuple(self.logprobs), citations=tuple(self.citations))
+        return part
+
 def fold(events: Iterable[Event]) -> Response:
     """The whole answer that events tell.  Raises UpstreamError for a StreamError or no end."""
     response = Response("", "")
-    parts: dict[int, Part] = {}
-    texts: dict[int, list[str]] = {}
+    parts: dict[int, PartBuilder] = {}
     for event in events:
-        if isinstance(event, PartDelta):
-            texts[event.index].append(event.text)
-        elif isinstance(event, PartStart):
-            parts[event.index], texts[event.index] = event.part, []
-        elif isinstance(event, PartSignature):
-            part = parts[event.index]
-            if isinstance(part, Reasoning):
-                parts[event.index] = replace(part, signature=event.signature, id=event.id,
-                                             minted_by=event.minted_by or None)
+        if isinstance(event, PartStart):
+            parts[event.index] = PartBuilder(event.part)
+        elif isinstance(event, (PartDelta, PartCitation, PartSignature)):
+            parts[event.index].add(event)
         elif isinstance(event, ResponseStart):
             response.id, response.model, response.created = event.id, event.model, event.created
+            response.fingerprint, response.tier = event.fingerprint, event.tier
         elif isinstance(event, StreamError):
             raise event.error
         elif isinstance(event, ResponseEnd):
             response.stop, response.usage = event.stop, event.usage
             response.stop_sequence = event.stop_sequence
-            response.parts = [with_text(p, text_in(p) + "".join(texts[at]))
-                              for at, p in parts.items()]
+            response.parts = [part.build() for part in parts.values()]
             return response
     raise UpstreamError(CUT_SHORT)
 
@@ -2313,6 +2368,13 @@ def split_system(turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
     head = next(at for at, role in enumerate(roles) if role != "system")
     return turns[:head], turns[head:]
 
+def join_states(states: list[str]) -> str | None:
+    """Several states for the one slot that Chat has.  Packed ones can be told apart again; of the
+    others the last one counts, as it does upstream."""
+    if not states:
+        return None
+    return "".join(states) if is_packed(states[0]) else states[-1]
+
 def usable_parts(turn: Turn, request: Request, dialect: str) -> list[Part]:
     """The parts of a turn that may go upstream: foreign reasoning never does."""
     kept: list[Part] = []
@@ -2839,7 +2901,9 @@ def is_astray(blanks: dict[int, int], index: int, text: str) -> bool:
 class StreamDecoder:
     """Upstream events in, neutral events out: `read(data of a frame)`, then `close()`.
     `ended` is True behind a ResponseEnd or StreamError.  `close` never is polite on its own: a
-    stream without its terminal event becomes a StreamError."""
+    stream without its terminal event becomes a StreamError.
+
+    The end of a Reasoning is told together with the next event: see StreamRelay."""
     TEXT_KEYS: tuple[bytes, ...] = ()          # JSON keys of the text of a delta
 
     def __init__(self, dialect: Any) -> None:
@@ -2848,29 +2912,26 @@ class StreamDecoder:
         self.meter = Meter()
         self._started = False
         self._events: list[Event] = []
+        self._held: list[Event] = []              # the end of a Reasoning
         self._next = 0
         self._slots: dict[Any, int] = {}          # the upstream's name of a part -> our index
         self._open: dict[int, Part] = {}          # index -> skeleton
         self._empty: set[int] = set()             # parts without any delta so far
         self._blanks: dict[int, int] = {}         # index -> run of white space in arguments
-        self._said = "stop"                       # why it stopped, as the parts so far tell it
-        self._head = self._tail = b""             # around the text of the last text delta
-        self._quick = -1                          # ... and its part
+        self._stop_word = "stop"                  # why it stopped, as the parts so far tell it
+        self._template = DeltaTemplate()          # of the last delta
+        self._template_index = -1                 # ... and its part
 
     def read(self, data: bytes) -> list[Event]:
         """Events of one frame's data.  A frame that equals the last delta but for one JSON string
         is not parsed: the rest of it means the same as last time."""
         steady = self._steady(data)
-        if self._head and steady.startswith(self._head) and steady.endswith(self._tail):
-            text = steady[len(self._head):-len(self._tail)]
-            try:
-                plain = text.decode() if b"\\" not in text and b'"' not in text else (
-                    _decode('"%s"' % text.decode()))
-                if plain and not plain.isspace():
-                    self._blanks.pop(self._quick, None)
-                    return [PartDelta(self._quick, plain)]
-            except ValueError:
-                pass                              # more than one string: look at the whole
+        text = self._template.match(steady)
+        if text:
+            quick = self._read_text(text)
+            if quick:
+                return quick
+
         self._events = []
         if self.ended or not data:
             return self._events
@@ -2882,11 +2943,31 @@ class StreamDecoder:
         except ValueError:
             self._fail(UpstreamError(NOT_JSON))
             return self._events
+
         self.meter.take(event)
         self._read_event(event)
         if len(self._events) == 1 and isinstance(self._events[0], PartDelta):
             self._learn(self._events[0], steady)
         return self._events
+
+    def _read_text(self, text: bytes) -> list[Event]:
+        """A delta of the part that the last one was of; [] for what must be looked into."""
+        try:
+            plain = text.decode() if b"\\" not in text else _decode('"%s"' % text.decode())
+        except ValueError:
+            return []
+        if plain.isspace():
+            return []
+        self._blanks.pop(self._template_index, None)
+        return [PartDelta(self._template_index, plain)]
+
+    def _learn(self, event: PartDelta, steady: bytes) -> None:
+        if event.logprobs is None and self._template.learn(steady, event.text, self.TEXT_KEYS):
+            self._template_index = event.index
+
+    def _steady(self, data: bytes) -> bytes:
+        """The frame without what differs from delta to delta but means nothing."""
+        return data
 
     def read_whole(self, body: Json) -> list[Event]:
         """The events of an answer that is no stream."""
@@ -2904,17 +2985,6 @@ class StreamDecoder:
             self._fail(UpstreamError(CUT_SHORT, code="upstream_stream_ended"))
         return self._events
 
-    def _steady(self, data: bytes) -> bytes:
-        """The frame without what differs from delta to delta but means nothing."""
-        return data
-
-    def _learn(self, event: PartDelta, data: bytes) -> None:
-        quoted = dumps(event.text)
-        at = data.find(quoted)
-        if data.count(quoted) == 1 and data[:at].endswith(self.TEXT_KEYS):
-            self._head, self._tail = data[:at + 1], data[at + len(quoted) - 1:]
-            self._quick = event.index
-
     def _read_event(self, event: Json) -> None:
         raise NotImplementedError
 
@@ -2924,24 +2994,36 @@ class StreamDecoder:
     def _finish(self) -> None:
         """A regular end of the body: may still give a ResponseEnd."""
 
+    # -- events
+
+    def _emit(self, event: Event) -> None:
+        """Tell an event, behind what was held for it."""
+        if self._held:
+            self._events += self._held
+            self._held = []
+        self._events.append(event)
+
     def _start(self, answer: Json) -> None:
-        if not self._started:
-            self._started = True
-            self._events.append(ResponseStart(
-                str(answer.get("id") or ""), str(answer.get("model") or ""),
-                count_or_zero(answer.get("created", answer.get("created_at")))))
+        if self._started:
+            return
+        self._started = True
+        self._emit(ResponseStart(
+            str(answer.get("id") or ""), str(answer.get("model") or ""),
+            count_or_zero(answer.get("created", answer.get("created_at"))),
+            word(answer.get("system_fingerprint")), word(answer.get("service_tier"))))
 
     def _begin(self, part: Part) -> int:
+        """A part begins -> its index."""
         if isinstance(part, ToolCall):
-            self._said = "tool_use"
-        elif isinstance(part, Text) and part.refusal and self._said == "stop":
-            self._said = "refusal"
+            self._stop_word = "tool_use"
+        elif isinstance(part, Text) and part.refusal and self._stop_word == "stop":
+            self._stop_word = "refusal"
         self._start({})
         index, self._next = self._next, self._next + 1
-        self._head = b""
+        self._template.forget()
         self._open[index] = part
         self._empty.add(index)
-        self._events.append(PartStart(index, part))
+        self._emit(PartStart(index, part))
         return index
 
     def _slot(self, key: Any, part: Part) -> int:
@@ -2950,29 +3032,43 @@ class StreamDecoder:
             self._slots[key] = self._begin(part)
         return self._slots[key]
 
-    def _delta(self, index: int, text: Any) -> None:
+    def _delta(self, index: int, text: Any, logprobs: Any = None) -> None:
+        """More of a part; nothing for one that is not open."""
         part = self._open.get(index)
-        if not isinstance(text, str) or not text or part is None:
+        tokens = [token for token in as_list(logprobs) if isinstance(token, dict)]
+        text = text if isinstance(text, str) else ""
+        if part is None or not (text or tokens):
             return
         self._empty.discard(index)
         if isinstance(part, ToolCall) and is_astray(self._blanks, index, text):
             self._fail(UpstreamError(ASTRAY))
         else:
-            self._events.append(PartDelta(index, text))
+            self._emit(PartDelta(index, text, tokens or None))
+
+    def _cite(self, index: int, citations: Iterable[Citation]) -> None:
+        """Sources of a text that is open."""
+        if isinstance(self._open.get(index), Text):
+            for citation in citations:
+                self._emit(PartCitation(index, citation))
 
     def _end(self, index: int, signature: str | None = None, minted_by: str = "") -> None:
+        """A part ends; signature: of a Reasoning, made by the dialect `minted_by`."""
         part = self._open.pop(index, None)
         if part is None or self.ended:
             return
-        self._head = b""
+        self._template.forget()
         if isinstance(part, ToolCall) and index in self._empty:
-            self._events.append(PartDelta(index, "{}"))
-        if signature and isinstance(part, Reasoning):
+            self._emit(PartDelta(index, "{}"))
+        if not isinstance(part, Reasoning):
+            self._emit(PartEnd(index))
+            return
+
+        if signature:
             state_id, packed = None, unpack_opaque(signature)     # a proxy behind this proxy
             if packed:
                 minted_by, state_id, signature = packed[0]
-            self._events.append(PartSignature(index, signature, minted_by, state_id))
-        self._events.append(PartEnd(index))
+            self._held.append(PartSignature(index, signature, minted_by, state_id))
+        self._held.append(PartEnd(index))
 
     def _stop(self, raw: str, stop_sequence: str | None = None) -> None:
         """`raw`: why, in the dialect's word; a plain stop may be more, as the parts tell it."""
@@ -2981,19 +3077,46 @@ class StreamDecoder:
             self._end(index)
         self.ended = True
         stop = self.dialect.TO_NEUTRAL.get(raw, "stop")
-        self._events.append(ResponseEnd(self._said if stop == "stop" else stop, self.meter.usage,
-                                        stop_sequence))
+        if stop == "stop":
+            stop = self._stop_word
+        self._emit(ResponseEnd(stop, self.meter.usage, stop_sequence))
 
     def _fail(self, error: UpstreamError) -> None:
-        self.ended, self._head = True, b""
+        """The end; what was held is not told."""
+        self.ended = True
+        self._held = []
+        self._template.forget()
         self._events.append(StreamError(error))
+
+def citation_of(annotation: Any) -> list[Citation]:
+    """The citation that an annotation of OpenAI's or a citation of Anthropic's stands for; [] for
+    one that names no source."""
+    source = as_object(annotation)
+    source = as_object(source.get("url_citation")) or source
+    title = source.get("title") or source.get("document_title") or source.get("filename")
+    url = source.get("url") or source.get("source")
+    start = source.get("start_index", source.get("start_char_index"))
+    end = source.get("end_index", source.get("end_char_index"))
+    if not word(url) and not word(title):
+        return []
+    return [Citation(word(url) or "", word(title), count_or_none(start), count_or_none(end),
+                     word(source.get("cited_text")))]
+
+def citations_of(annotations: Any) -> list[Citation]:
+    """Those that a list stands for."""
+    return [citation for one in as_list(annotations) for citation in citation_of(one)]
+
+def url_citation(citation: Citation) -> Json:
+    """As OpenAI writes it: its SDKs want every field."""
+    return {"url": citation.url, "title": citation.title or "", "end_index": citation.end or 0,
+            "start_index": citation.start or 0}
 
 class StreamEncoder:
     """Neutral events in, bytes of the client's dialect out: `feed(event)`; `ended` is True behind
     the terminal event.  A delta is the part's frame, cut where the text belongs."""
     MARK, QUOTED_MARK = "\0", dumps("\0")
     METHODS = ((ResponseStart, "_start"), (PartStart, "_begin"), (PartDelta, "_delta"),
-               (PartSignature, "_sign"), (PartEnd, "_end"), (ResponseEnd, "_stop"),
+               (PartCitation, "_cite"), (PartSignature, "_sign"), (PartEnd, "_end"), (ResponseEnd, "_stop"),
                (StreamError, "_fail"))
 
     def __init__(self, dialect: Any, request: Request) -> None:
@@ -3011,6 +3134,9 @@ class StreamEncoder:
         return dumps(event.text).join(self._frames[event.index])
 
     def _end(self, event: PartEnd) -> bytes:
+        return b""
+
+    def _cite(self, event: PartCitation) -> bytes:
         return b""
 
     def _fail(self, event: StreamError) -> bytes:
@@ -3231,7 +3357,9 @@ class ChatStream(StreamRelay):
     def _chunk(self, delta: Json) -> bytes:
         """A chunk with this delta.  The first one has role and content; no other has the role,
         since SDKs join what chunks repeat."""
-        self.has_content = self.has_content or bool(self._chunks.reason) or any(delta.values())
+        if self._chunks.reason or any(
+                value for key, value in delta.items() if key != "reasoning_opaque"):
+            self.has_content = True
         if not self._started:
             delta = dict({"role": "assistant", "content": ""}, **delta)
         self._started = True
@@ -3628,16 +3756,16 @@ class ChatCompletions(Dialect):
         of its freeform tools."""
         thoughts = [p for p in parts if isinstance(p, Reasoning)]
         texts = [p for p in parts if isinstance(p, Text)]
-        message: Json = {"role": "assistant",
-                         "content": "".join(p.text for p in texts if not p.refusal) or None}
+        said = "".join(p.text for p in texts if not p.refusal)
+        refusal = "".join(p.text for p in texts if p.refusal)
         thought = "".join(p.text for p in thoughts)
-        states = [s for s in (client_state(p, self.name) for p in thoughts) if s]
-        message.update(given(
-            refusal="".join(p.text for p in texts if p.refusal) or None,
-            reasoning_text=thought or None, reasoning_opaque=(
-                "".join(states) if is_packed(states[0]) else states[-1]) if states else None))
+        states = [client_state(p, self.name) for p in thoughts]
+        message: Json = {"role": "assistant", "content": said or None}
+        message.update(given(refusal=refusal or None, reasoning_text=thought or None,
+                             reasoning_opaque=join_states(list(filter(None, states)))))
         if request is None and thought:
             message["reasoning_content"] = thought
+
         calls = [p for p in parts if isinstance(p, ToolCall)]
         if calls:
             if request:
@@ -3659,26 +3787,46 @@ class ChatCompletions(Dialect):
         message = self._write_assistant(response.parts, None, freeform)
         reason = self.finish_reason(response.stop, "refusal" in message)
         message.setdefault("refusal", None)
-        return {"id": client_id("chatcmpl-", response.id, request), "object": "chat.completion",
-                "created": response.created or request.now, "model": request.model,
-                "choices": [{"index": 0, "message": message, "logprobs": None,
-                             "finish_reason": reason}],
-                "usage": openai_usage(response.usage, "prompt", "completion")}
+        texts = [part for part in response.parts if isinstance(part, Text)]
+        notes = [self.annotation(citation) for text in texts for citation in text.citations]
+        if notes:
+            message["annotations"] = notes
+        choice = {"index": 0, "message": message, "logprobs": self._logprobs(texts),
+                  "finish_reason": reason}
+        answer = {"id": client_id("chatcmpl-", response.id, request), "object": "chat.completion",
+                  "created": response.created or request.now, "model": request.model,
+                  "choices": [choice],
+                  "usage": openai_usage(response.usage, "prompt", "completion")}
+        return dict(answer, **given(system_fingerprint=response.fingerprint,
+                                    service_tier=response.tier))
+
+    @staticmethod
+    def annotation(citation: Citation) -> Json:
+        return {"type": "url_citation", "url_citation": url_citation(citation)}
+
+    @staticmethod
+    def _logprobs(texts: list[Text]) -> Json | None:
+        content = [token for text in texts if not text.refusal for token in text.logprobs]
+        refusal = [token for text in texts if text.refusal for token in text.logprobs]
+        if not content and not refusal:
+            return None
+        return {"content": content or None, "refusal": refusal or None}
 
     def finish_reason(self, stop: str, refused: bool) -> str:
         """A refusal that was put into words ends with `stop`, as OpenAI's own do."""
         return "stop" if stop == "refusal" and refused else self.TO_WIRE.get(stop, "stop")
 
 class ChatDecoder(StreamDecoder):
-    """A part ends where another kind begins, calls at the end."""
+    """A text and a thinking may be open, and calls, which end with the answer.  A thinking ends
+    where a text begins.  One that comes later goes on beside the text: deltas that alternate must
+    not cut the words into pieces."""
     TEXT_KEYS = (b'"content":', b'"reasoning_text":', b'"arguments":')
 
     def __init__(self, dialect: Any) -> None:
         super().__init__(dialect)
         self._chunks = ChatChunks()
-        self._key = ""                                       # of the open text or thought
-        self._index = -1                                     # ... and our index of it
-        self._state = ""                                     # reasoning_opaque so far
+        self._places: dict[str, int] = {}      # field of a delta -> index of its open part
+        self._state = ""                       # reasoning_opaque so far
 
     def _read_event(self, event: Json) -> None:
         try:
@@ -3688,40 +3836,60 @@ class ChatDecoder(StreamDecoder):
             return
         if delta is None:
             return
+
         self._start(event)
+        self._read_thinking(delta)
+        logprobs = self._chunks.logprobs or {}
+        for key in ("content", "refusal"):
+            if delta.get(key) or logprobs.get(key):
+                self._read_words(key, delta.get(key), logprobs.get(key))
+        citations = citations_of(delta.get("annotations"))
+        if citations:
+            self._read_words("content", "", None)
+            self._cite(self._places["content"], citations)
+        for call in delta.get("tool_calls", ()):
+            self._read_call(call)
+
+    def _read_thinking(self, delta: Json) -> None:
         state = word(delta.get("reasoning_opaque"))
         thought = delta.get("reasoning_text") or delta.get("reasoning_content")
-        if thought or state:
-            self._say("reasoning", Reasoning(), thought)
-            self._state = state or self._state               # the last one counts
-        for key in ("content", "refusal"):
-            if delta.get(key):
-                self._say(key, Text("", key == "refusal"), delta[key])
-        for call in delta.get("tool_calls", ()):
-            self._close()
-            number, function = call["index"], as_object(call.get("function"))
-            if number not in self._slots:
-                self._slots[number] = self._begin(ToolCall(
-                    str(call.get("id") or "call_%d" % self._next), str(function.get("name") or ""),
-                    ""))
-            self._delta(self._slots[number], function.get("arguments"))
-            if self.ended:
-                return
+        if not thought and not state:
+            return
+        if "reasoning" not in self._places:
+            self._places["reasoning"] = self._begin(Reasoning())
+        self._delta(self._places["reasoning"], thought)
+        self._state = state or self._state     # the last one counts
 
-    def _say(self, key: str, part: Part, text: Any) -> None:
-        if self._key != key:
+    def _read_words(self, key: str, text: Any, logprobs: Any) -> None:
+        if key not in self._places:
             self._close()
-            self._key, self._index = key, self._begin(part)
-        self._delta(self._index, text)
+            self._places[key] = self._begin(Text("", key == "refusal"))
+        self._delta(self._places[key], text, logprobs)
+
+    def _read_call(self, call: Json) -> None:
+        if self.ended:
+            return
+        number = call["index"]
+        function = as_object(call.get("function"))
+        if number not in self._slots:
+            self._close()
+            call_id = str(call.get("id") or "call_%d" % self._next)
+            name = str(function.get("name") or "")
+            self._slots[number] = self._begin(ToolCall(call_id, name, ""))
+        self._delta(self._slots[number], function.get("arguments"))
 
     def _close(self) -> None:
-        if self._key:
-            self._end(self._index, self._state, "chat")
-            self._key, self._state = "", ""
+        """End text and thinking, in the order in which they began."""
+        for key in sorted(self._places, key=self._places.__getitem__):
+            self._end(self._places[key], self._state, "chat")
+        self._places = {}
+        self._state = ""
 
     def _done(self) -> None:
         if not self._started:
-            return                                           # _finish makes an error of it
+            return                             # _finish makes an error of it
+        for call in self._chunks.rest():
+            self._read_call(call)
         self._close()
         self._stop(self._chunks.reason)
 
@@ -3736,25 +3904,29 @@ class ChatEncoder(StreamEncoder):
         self._head: Json = {}
         self._calls = 0
         self._refused = False
+        self._words: dict[int, str] = {}                  # index of a text -> its field
         self._freeform = {tool.name for tool in request.tools if tool.kind == "custom"}
         self._inputs: dict[int, tuple[ToolCall, list[str]]] = {}     # of open freeform calls
 
-    def _chunk(self, delta: Json, reason: str | None = None) -> bytes:
-        return b"data: %b\n\n" % dumps(dict(self._head, choices=[
-            {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]))
+    def _chunk(self, delta: Json, reason: str | None = None, logprobs: Json | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return b"data: %b\n\n" % dumps(dict(self._head, choices=[choice]))
 
     def _start(self, event: ResponseStart) -> bytes:
         request = self.request
         self._head = {"id": client_id("chatcmpl-", event.id, request),
                       "object": "chat.completion.chunk",
                       "created": event.created or request.now, "model": request.model}
+        self._head.update(given(system_fingerprint=event.fingerprint, service_tier=event.tier))
         return self._chunk({"role": "assistant", "content": ""})
 
     def _begin(self, event: PartStart) -> bytes:
         part, out, mark = event.part, b"", self.MARK
         delta: Json = {"content": mark}
-        if isinstance(part, Text) and part.refusal:
-            delta, self._refused = {"refusal": mark}, True
+        if isinstance(part, Text):
+            self._refused = self._refused or part.refusal
+            key = self._words[event.index] = "refusal" if part.refusal else "content"
+            delta = {key: mark}
         elif isinstance(part, Reasoning):
             delta = {"reasoning_content": mark, "reasoning_text": mark}
             if part.redacted:
@@ -3775,7 +3947,14 @@ class ChatEncoder(StreamEncoder):
         if event.index in self._inputs:
             self._inputs[event.index][1].append(event.text)
             return b""
-        return super()._delta(event)
+        if event.logprobs is None:
+            return super()._delta(event)
+        key = self._words[event.index]
+        logprobs = dict({"content": None, "refusal": None}, **{key: event.logprobs})
+        return self._chunk({key: event.text}, None, logprobs)
+
+    def _cite(self, event: PartCitation) -> bytes:
+        return self._chunk({"annotations": [self.dialect.annotation(event.citation)]})
 
     def _end(self, event: PartEnd) -> bytes:
         if event.index not in self._inputs:
@@ -4301,8 +4480,8 @@ class Responses(Dialect):
         if kind == "message":
             content = item.get("content")
             parts = [{"text": content}] if isinstance(content, str) else as_list(content)
-            return [Text(str(p.get("refusal") or p.get("text") or ""), bool(p.get("refusal")))
-                    for p in parts if isinstance(p, dict) and (p.get("refusal") or p.get("text"))]
+            return [self._read_words(p) for p in parts
+                    if isinstance(p, dict) and (p.get("refusal") or p.get("text"))]
         if kind == "reasoning":
             text = "\n\n".join(str(p.get("text") or "") for key in ("summary", "content")
                                for p in as_list(item.get(key)) if isinstance(p, dict))
@@ -4319,6 +4498,15 @@ class Responses(Dialect):
             arguments = dumps(given_arguments).decode("utf-8", "replace")
         call_id = item.get("call_id") or item.get("id")      # local_shell once had ids alone
         return [ToolCall(str(call_id or ""), name, str(arguments or "{}"))]
+
+    @staticmethod
+    def _read_words(block: Json) -> Text:
+        """A text or a refusal that a model wrote."""
+        citations = tuple(citations_of(block.get("annotations")))
+        logprobs = tuple(dicts_in(block, "logprobs"))
+        if block.get("refusal"):
+            return Text(str(block["refusal"]), True)
+        return Text(str(block.get("text") or ""), citations=citations, logprobs=logprobs)
 
     def _read_result(self, request: Request, item: Json, place: str) -> ToolResult:
         """The result of a tool; what a search found becomes callable."""
@@ -4393,8 +4581,9 @@ class Responses(Dialect):
         head = {} if given_id is None else {"id": given_id}
         status = {} if given_id is None else {"status": "completed"}
         if isinstance(part, Text):
-            block: Json = {"type": "output_text", "text": part.text, "annotations": [],
-                           "logprobs": []}
+            notes = [self.annotation(citation) for citation in part.citations]
+            block: Json = {"type": "output_text", "text": part.text, "annotations": notes,
+                           "logprobs": list(part.logprobs)}
             if part.refusal:
                 block = {"type": "refusal", "refusal": part.text}
             return dict(head, type="message", **status, role="assistant", content=[block])
@@ -4405,6 +4594,10 @@ class Responses(Dialect):
         if not isinstance(part, ToolCall):
             return {}
         return self._call_item(part, dict(head, **status), tools.get(part.name, Tool(part.name)))
+
+    @staticmethod
+    def annotation(citation: Citation) -> Json:
+        return dict({"type": "url_citation"}, **url_citation(citation))
 
     @staticmethod
     def _call_item(call: ToolCall, head: Json, tool: Tool) -> Json:
@@ -4437,7 +4630,8 @@ class ResponsesDecoder(StreamDecoder):
 
     def __init__(self, dialect: Any) -> None:
         super().__init__(dialect)
-        self._obscured: set[int] = set()
+        self._obscured: set[int] = set()       # calls whose deltas may be ciphertext
+        self._cited: dict[int, int] = {}       # index of a text -> how many sources were told
 
     def read_whole(self, body: Json) -> list[Event]:
         status = "incomplete" if body.get("status") == "incomplete" else "completed"
@@ -4449,47 +4643,49 @@ class ResponsesDecoder(StreamDecoder):
     def _read_event(self, event: Json) -> None:
         kind, at = str(event.get("type")), count_or_zero(event.get("output_index"))
         key = at, count_or_zero(event.get("content_index"))
+        answer = as_object(event.get("response"))
         if kind in _TEXT_EVENTS:
-            self._text(kind, self._slot(key, Text("", "refusal" in kind)), event)
+            self._read_words(kind, self._slot(key, Text("", "refusal" in kind)), event)
+        elif kind == "response.output_text.annotation.added":
+            self._cite(self._slot(key, Text("")), citation_of(event.get("annotation")))
         elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
             self._delta(self._slot((at, 0), Reasoning()), event.get("delta"))
         elif (kind == "response.reasoning_summary_part.added"
               and count_or_zero(event.get("summary_index"))):
             self._delta(self._slots.get((at, 0), -1), "\n\n")
         elif kind.startswith(_ARGUMENT_EVENTS):
-            self._arguments(kind, self._slots.get((at, 0), -1), event)
+            self._read_arguments(kind, self._slots.get((at, 0), -1), event)
         elif kind == "response.output_item.added":
-            item = as_object(event.get("item"))
-            if item.get("type") == "reasoning":
-                self._slot(key, Reasoning())
-            elif item.get("type") in ("function_call", "custom_tool_call"):
-                self._slot(key, skeleton(self.dialect.read_output(item)[0]))
+            self._read_item(key, as_object(event.get("item")))
         elif kind == "response.content_part.done":
-            self._end(self._slots.get(key, -1))
+            self._read_part_end(key, as_object(event.get("part")))
         elif kind == "response.output_item.done":
-            self._finished(at, as_object(event.get("item")))
+            self._read_item_end(at, as_object(event.get("item")))
         elif kind in ("response.created", "response.in_progress"):
-            self._start(as_object(event.get("response")))
+            self._start(answer)
         elif kind in ("response.completed", "response.incomplete"):
-            self._completed(kind, as_object(event.get("response")))
+            self._read_end(kind, answer)
         elif kind in ("response.failed", "response.cancelled", "error"):
-            self._fail(told_error(as_object(event.get("response")) or event))
+            self._fail(told_error(answer or event))
 
     def _steady(self, data: bytes) -> bytes:
         """An unescaped quote cannot be inside a text, so what is found here are the keys."""
-        at = data.find(b'"item_id":"') + 11
-        if at > 10:
-            data = data[:at] + data[data.find(b'"', at):]
-        at = data.find(b'"sequence_number":') + 18
-        return data[:at] + data[at:].lstrip(b"0123456789") if at > 17 else data
+        before, key, behind = data.partition(b'"item_id":"')
+        if key:
+            data = before + key + behind[behind.find(b'"'):]
+        before, key, behind = data.partition(b'"sequence_number":')
+        if key:
+            data = before + key + behind.lstrip(b"0123456789")
+        return data
 
-    def _text(self, kind: str, index: int, event: Json) -> None:
+    def _read_words(self, kind: str, index: int, event: Json) -> None:
         if kind.endswith(".delta"):
-            self._delta(index, event.get("delta"))
+            self._delta(index, event.get("delta"), event.get("logprobs"))
         elif index in self._empty:
-            self._delta(index, event.get("refusal" if "refusal" in kind else "text"))
+            text = event.get("refusal" if "refusal" in kind else "text")
+            self._delta(index, text, event.get("logprobs"))
 
-    def _arguments(self, kind: str, index: int, event: Json) -> None:
+    def _read_arguments(self, kind: str, index: int, event: Json) -> None:
         if kind.endswith(".delta"):
             if "obfuscation" in event or "custom" in kind:
                 self._obscured.add(index)
@@ -4497,52 +4693,94 @@ class ResponsesDecoder(StreamDecoder):
                 self._delta(index, event.get("delta"))
         elif index in self._empty:
             text = event.get("arguments")
-            self._delta(index, text if "custom" not in kind else dumps(
-                {"input": str(event.get("input") or "")}).decode())
+            if "custom" in kind:
+                text = dumps({"input": str(event.get("input") or "")}).decode()
+            self._delta(index, text)
 
-    def _finished(self, at: int, item: Json) -> None:
+    def _read_item(self, key: tuple[int, int], item: Json) -> None:
+        """An item begins; a call without a name waits for its end, which has one."""
+        if item.get("type") == "reasoning":
+            self._slot(key, Reasoning())
+        elif item.get("type") in ("function_call", "custom_tool_call") and item.get("name"):
+            self._slot(key, skeleton(self.dialect.read_output(item)[0]))
+
+    def _read_part_end(self, key: tuple[int, int], part: Json) -> None:
+        index = self._slots.get(key, -1)
+        self._cite_rest(index, citations_of(part.get("annotations")))
+        self._end(index)
+
+    def _cite_rest(self, index: int, citations: Sequence[Citation]) -> None:
+        """Sources that no event of their own has told."""
+        if index in self._open:
+            self._cite(index, citations[self._cited.get(index, 0):])
+
+    def _cite(self, index: int, citations: Iterable[Citation]) -> None:
+        told = list(citations)
+        self._cited[index] = self._cited.get(index, 0) + len(told)
+        super()._cite(index, told)
+
+    def _read_item_end(self, at: int, item: Json) -> None:
         """The whole item: what of it was not told by deltas is told now."""
         parts = self.dialect.read_output(item)
         if not parts:
             self._end(self._slots.get((at, 0), -1))
         for place, part in enumerate(parts):
-            state = part if isinstance(part, Reasoning) else Reasoning()
             index = self._slot((at, place), skeleton(part))
-            if index in self._empty:
-                self._delta(index, text_in(part))
-            self._end(index, state.signature, state.minted_by or "")
+            self._read_rest(index, part)
+            if isinstance(part, Reasoning):
+                self._end(index, part.signature, part.minted_by or "")
+            else:
+                self._end(index)
 
-    def _completed(self, kind: str, answer: Json) -> None:
+    def _read_rest(self, index: int, part: Part) -> None:
+        if isinstance(part, Text):
+            if index in self._empty:
+                self._delta(index, part.text, list(part.logprobs))
+            self._cite_rest(index, part.citations)
+        elif index in self._empty:
+            self._delta(index, text_in(part))
+
+    def _read_end(self, kind: str, answer: Json) -> None:
         self._start(answer)
         if not self._slots:                              # nothing was streamed: take the whole
             for at, item in enumerate(as_list(answer.get("output"))):
-                self._finished(at, as_object(item))
+                self._read_item_end(at, as_object(item))
         reason = as_object(answer.get("incomplete_details")).get("reason") or "max_output_tokens"
         self._stop(str(reason) if kind == "response.incomplete" else "completed")
+
+class ItemKind(NamedTuple):
+    """How the events of an item, or of its block, are called.  stem: of its deltas; field: of the
+    whole text in `.done`; around: the stem of the events around them, "" for none."""
+    stem: str
+    field: str
+    around: str
+
+_NO_KIND = ItemKind("", "", "")
+
+class ResponseItem(NamedTuple):
+    """An output item while it is open.  place: item_id, output_index and the index of the block."""
+    builder: PartBuilder
+    place: Json
+    kind: ItemKind
 
 class ResponsesEncoder(StreamEncoder):
     """The whole choreography: created, in_progress, for each item added, its deltas and dones,
     item done, and completed with the full output.  One id for each item, one for the response."""
-    #: type of an item or its block -> the stem of its deltas' events, the field of the whole text
-    #: in `.done`, the stem of the events around
     KINDS: ClassVar = {
-        "output_text": ("response.output_text", "text", "response.content_part"),
-        "refusal": ("response.refusal", "refusal", "response.content_part"),
-        "reasoning": ("response.reasoning_summary_text", "text", "response.reasoning_summary_part"),
-        "function_call": ("response.function_call_arguments", "arguments", ""),
-        "custom_tool_call": ("response.custom_tool_call_input", "input", "")}
+        "output_text": ItemKind("response.output_text", "text", "response.content_part"),
+        "refusal": ItemKind("response.refusal", "refusal", "response.content_part"),
+        "reasoning": ItemKind("response.reasoning_summary_text", "text",
+                              "response.reasoning_summary_part"),
+        "function_call": ItemKind("response.function_call_arguments", "arguments", ""),
+        "custom_tool_call": ItemKind("response.custom_tool_call_input", "input", "")}
 
     def __init__(self, dialect: Responses, request: Request) -> None:
         super().__init__(dialect, request)
         self.answer: Json = {}                           # the response object so far
         self._tools = {tool.name: tool for tool in request.tools}
-        self._sequence = 0
-        self._parts: dict[int, Part] = {}
-        self._kinds: dict[int, tuple[str, str, str]] = {}
-        self._texts: dict[int, list[str]] = {}
-        self._places: dict[int, Json] = {}               # index -> item_id and output_index
+        self._sequence = 0                               # the next number
+        self._items: dict[int, ResponseItem] = {}        # of each part
         self._output: dict[int, Json] = {}               # output_index -> finished item
-        self._summarised: set[int] = set()               # reasoning whose summary has begun
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         event = dict({"type": kind, "sequence_number": self._sequence}, **fields)
@@ -4550,78 +4788,86 @@ class ResponsesEncoder(StreamEncoder):
         return Frame(kind, dumps(event)).encode()
 
     def _start(self, event: ResponseStart) -> bytes:
-        self.answer = {
-            "id": client_id("resp_", event.id, self.request), "object": "response",
-            "created_at": event.created or self.request.now, "status": "in_progress",
-            "background": False, "error": None, "incomplete_details": None, "instructions": None,
-            "max_output_tokens": None, "model": self.request.model, "output": [],
-            "parallel_tool_calls": True, "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None}, "store": False, "temperature": None,
-            "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [],
-            "top_p": None, "truncation": "disabled", "usage": None, "user": None, "metadata": {}}
+        response_id = client_id("resp_", event.id, self.request)
+        self.answer = empty_response(self.request, response_id, event.created)
+        self.answer.update(given(service_tier=event.tier))
         return (self._event("response.created", response=self.answer)
                 + self._event("response.in_progress", response=self.answer))
 
     def _begin(self, event: PartStart) -> bytes:
-        part, index, at = event.part, event.index, len(self._places)
+        part, index, at = event.part, event.index, len(self._items)
         item = self.dialect.item(part, "", self._tools)
         prefix = _ITEM_PREFIXES.get(item["type"], "item_")
         item["id"] = stable_id(prefix, "%s %d" % (self.answer["id"], index))
-        self._parts[index], self._texts[index] = part, []
-        place = self._places[index] = {"item_id": item["id"], "output_index": at}
         (block,) = item.get("content", [item])
-        stem, _, around = self._kinds[index] = self.KINDS.get(block["type"], ("", "", ""))
+        place = {"item_id": item["id"], "output_index": at}
+        begun = self._items[index] = ResponseItem(
+            PartBuilder(part), place, self.KINDS.get(block["type"], _NO_KIND))
+
         hollow = {"content": [], "arguments": "", "input": "", "summary": [],
                   "status": "in_progress"}
-        out = self._event("response.output_item.added", output_index=at, item=dict(
-            item, **{k: v for k, v in hollow.items() if k in item}))
+        shown = {key: hollow.get(key, value) for key, value in item.items()}
+        out = self._event("response.output_item.added", output_index=at, item=shown)
         if isinstance(part, Text):
             place["content_index"] = 0
-            out += self._event(around + ".added", part=block, **place)
+            out += self._event(begun.kind.around + ".added", part=block, **place)
         elif isinstance(part, Reasoning):
             place["summary_index"] = 0
-        if stem and item["type"] != "custom_tool_call":
-            delta = dict({"type": stem + ".delta", "sequence_number": self.MARK}, **place,
-                         delta=self.MARK, **given(logprobs=block.get("logprobs")))
-            self._frames[index] = Frame(stem + ".delta", dumps(delta)).encode().split(
-                self.QUOTED_MARK)
+        if begun.kind.stem and item["type"] != "custom_tool_call":
+            self._frames[index] = self._delta_frame(begun, block.get("logprobs"))
         return out
 
+    def _delta_frame(self, item: ResponseItem, logprobs: Any) -> list[bytes]:
+        """A delta of this item, cut where number and text belong."""
+        kind = item.kind.stem + ".delta"
+        delta = dict({"type": kind, "sequence_number": self.MARK}, **item.place, delta=self.MARK,
+                     **given(logprobs=logprobs))
+        return Frame(kind, dumps(delta)).encode().split(self.QUOTED_MARK)
+
     def _delta(self, event: PartDelta) -> bytes:
-        index = event.index
-        self._texts[index].append(event.text)
-        frame = self._frames.get(index)
+        item = self._items[event.index]
+        is_first = not item.builder.texts
+        item.builder.add(event)
+        frame = self._frames.get(event.index)
         if frame is None:
             return b""                                   # a freeform input: whole at its end
+        if event.logprobs is not None:
+            return self._event(item.kind.stem + ".delta", **item.place, delta=event.text,
+                               logprobs=event.logprobs)
+
         out = b""
-        if index not in self._summarised and isinstance(self._parts[index], Reasoning):
-            self._summarised.add(index)
+        if is_first and isinstance(item.builder.part, Reasoning):
             out = self._event("response.reasoning_summary_part.added",
-                              part={"type": "summary_text", "text": ""}, **self._places[index])
+                              part={"type": "summary_text", "text": ""}, **item.place)
         number, self._sequence = self._sequence, self._sequence + 1
         return b"%b%b%d%b%b%b" % (out, frame[0], number, frame[1], dumps(event.text), frame[2])
 
+    def _cite(self, event: PartCitation) -> bytes:
+        item = self._items[event.index]
+        number = len(item.builder.citations)
+        item.builder.add(event)
+        return self._event("response.output_text.annotation.added", **item.place,
+                           annotation_index=number,
+                           annotation=self.dialect.annotation(event.citation))
+
     def _sign(self, event: PartSignature) -> bytes:
-        part = self._parts[event.index]
-        if isinstance(part, Reasoning):
-            self._parts[event.index] = replace(part, signature=event.signature, id=event.id,
-                                               minted_by=event.minted_by)
+        self._items[event.index].builder.add(event)
         return b""
 
     def _end(self, event: PartEnd) -> bytes:
-        index = event.index
-        place, (stem, field_, around), out = self._places[index], self._kinds[index], b""
-        part = with_text(self._parts[index], "".join(self._texts[index]))
-        item = self.dialect.item(part, place["item_id"], self._tools)
+        begun = self._items[event.index]
+        kind, place, out = begun.kind, begun.place, b""
+        item = self.dialect.item(begun.builder.build(), place["item_id"], self._tools)
         (block,) = item.get("content") or item.get("summary") or [item]
         if item["type"] == "custom_tool_call":
-            out = self._event(stem + ".delta", delta=item["input"], **place)
-        if field_ in block:
+            out = self._event(kind.stem + ".delta", delta=item["input"], **place)
+        if kind.field in block:
             name = item["name"] if item["type"] == "function_call" else None
-            out += self._event(stem + ".done", **{field_: block[field_]}, **place,
+            whole = {kind.field: block[kind.field]}
+            out += self._event(kind.stem + ".done", **whole, **place,
                                **given(logprobs=block.get("logprobs"), name=name))
-            if around:
-                out += self._event(around + ".done", part=block, **place)
+            if kind.around:
+                out += self._event(kind.around + ".done", part=block, **place)
         self._output[place["output_index"]] = item
         return out + self._event("response.output_item.done", item=item,
                                  output_index=place["output_index"])
@@ -4637,8 +4883,8 @@ class ResponsesEncoder(StreamEncoder):
         self.ended = True
         output = [self._output[at] for at in sorted(self._output)]
         raw = self.dialect.TO_WIRE.get(event.stop, "completed")
-        if event.stop == "refusal" and any(isinstance(p, Text) and p.refusal
-                                           for p in self._parts.values()):
+        parts = [item.builder.part for item in self._items.values()]
+        if event.stop == "refusal" and any(isinstance(p, Text) and p.refusal for p in parts):
             raw = "completed"                            # said in words, as OpenAI's own do
         whole = raw == "completed"
         self.answer.update(output=output, status="completed" if whole else "incomplete",
@@ -4649,10 +4895,10 @@ class ResponsesEncoder(StreamEncoder):
         return out
 
     def _fail(self, event: StreamError) -> bytes:
-        out, error = b"" if self.answer else self._start(ResponseStart("", "", 0)), event.error
+        out = b"" if self.answer else self._start(ResponseStart("", ""))
         self.ended = True
-        self.answer.update(status="failed", error={"code": error.code or error.types()[0],
-                                                   "message": str(error)})
+        self.answer.update(status="failed", error={
+            "code": event.error.response_code, "message": str(event.error)})
         return out + self._event("response.failed", response=self.answer)
 
 # ---- Messages ----
@@ -5153,7 +5399,8 @@ class Messages(Dialect):
         if block.get("type") not in ("text", "thinking", "redacted_thinking", "tool_use"):
             return []
         if block.get("type") == "text":                  # also an empty one, which deltas fill
-            return [Text(str(block.get("text") or ""))]
+            citations = tuple(citations_of(block.get("citations")))
+            return [Text(str(block.get("text") or ""), citations=citations)]
         return read_part(block, "content", Request(""))
 
     def encode_request(self, request: Request, model: Model) -> Json:
@@ -5241,7 +5488,9 @@ class Messages(Dialect):
             return given(type="tool_result", tool_use_id=fit_call_id(part.call_id),
                          content=content or None, is_error=part.is_error or None)
         if not isinstance(part, (Image, Document)):
-            return {"type": "text", "text": plain_text(part)}
+            citations = part.citations if isinstance(part, Text) else ()
+            return given(type="text", text=plain_text(part),
+                         citations=[self.citation(one) for one in citations] or None)
         source = {"type": "base64", "media_type": part.media_type, "data": part.data}
         if part.url:
             source = {"type": "url", "url": part.url}
@@ -5260,6 +5509,12 @@ class Messages(Dialect):
                 "usage": self.usage(response.usage or Usage())}
 
     @staticmethod
+    def citation(citation: Citation) -> Json:
+        """As the upstream's own search would cite it."""
+        return {"type": "web_search_result_location", "url": citation.url, "encrypted_index": "",
+                "title": citation.title, "cited_text": citation.quote or ""}
+
+    @staticmethod
     def usage(usage: Usage) -> Json:
         return {"input_tokens": usage.input, "cache_read_input_tokens": usage.cache_read,
                 "cache_creation_input_tokens": usage.cache_write, "output_tokens": usage.output}
@@ -5276,40 +5531,64 @@ class MessagesDecoder(StreamDecoder):
         self._ending: Json = {}                          # stop_reason and stop_sequence
 
     def _read_event(self, event: Json) -> None:
-        kind, delta = event.get("type"), as_object(event.get("delta"))
-        index = self._slots.get(count_or_zero(event.get("index")), -1)
-        if kind == "content_block_delta" and index in self._open:
-            if delta.get("type") == "signature_delta":
-                self._states[index].append(str(delta.get("signature")))
-            else:
-                self._delta(index, delta.get(self.DELTAS.get(str(delta.get("type")), "")))
+        kind, at = event.get("type"), count_or_zero(event.get("index"))
+        if kind == "content_block_delta":
+            self._read_delta(self._slots.get(at, -1), as_object(event.get("delta")))
         elif kind == "content_block_start":
-            at = count_or_zero(event.get("index"))
-            self._block(at, as_object(event.get("content_block")))
+            self._read_block(at, as_object(event.get("content_block")))
         elif kind == "content_block_stop":
-            self._end(index, "".join(self._states.get(index, ())), "messages")
-        elif kind in ("message_start", "message"):
-            message = event if kind == "message" else as_object(event.get("message"))
-            self._start(message)
-            for at, block in enumerate(as_list(message.get("content"))):
-                self._block(at, as_object(block))
-                self._read_event({"type": "content_block_stop", "index": at})
-            self._ending = message
+            self._read_block_end(at)
+        elif kind == "message_start":
+            self._read_message(as_object(event.get("message")))
         elif kind == "message_delta":
-            self._ending = delta
-        elif kind == "error":
+            self._ending = as_object(event.get("delta"))
+        elif kind == "message":                          # a whole answer
+            self._read_message(event)
+            self._read_end()
+        elif kind == "message_stop":
+            self._read_end()
+        elif kind == "error" or isinstance(event.get("error"), dict):
             self._fail(told_error(event))
-        if kind in ("message_stop", "message"):
-            self._stop(str(self._ending.get("stop_reason")),
-                       word(self._ending.get("stop_sequence")))
 
-    def _block(self, at: int, block: Json) -> None:
-        found = [Reasoning(str(block.get("thinking") or ""))] if block.get("type") == (
-            "thinking") else self.dialect.read_answer_block(block)
-        self._slots[at] = index = self._begin(skeleton(found[0])) if found else -1
+    def _read_message(self, message: Json) -> None:
+        self._start(message)
+        for at, block in enumerate(as_list(message.get("content"))):
+            self._read_block(at, as_object(block))
+            self._read_block_end(at)
+        self._ending = message
+
+    def _read_delta(self, index: int, delta: Json) -> None:
+        kind = delta.get("type")
+        if index not in self._open:
+            return
+        if kind == "signature_delta":
+            self._states[index].append(str(delta.get("signature")))
+        elif kind == "citations_delta":
+            self._cite(index, citation_of(delta.get("citation")))
+        else:
+            self._delta(index, delta.get(self.DELTAS.get(str(kind), "")))
+
+    def _read_block(self, at: int, block: Json) -> None:
+        """A block begins; one that neither text nor thinking nor call is has no part."""
+        parts = self.dialect.read_answer_block(block)
+        if block.get("type") == "thinking":              # also an empty one, which deltas fill
+            parts = [Reasoning(str(block.get("thinking") or ""))]
+        self._slots[at] = index = self._begin(skeleton(parts[0])) if parts else -1
         self._states[index] = [str(block.get("signature") or "")]
-        if found and (block.get("type") != "tool_use" or block.get("input")):
-            self._delta(index, text_in(found[0]))
+        if not parts:
+            return
+
+        has_words = block.get("type") != "tool_use" or block.get("input")
+        self._delta(index, text_in(parts[0]) if has_words else "")
+        if isinstance(parts[0], Text):
+            self._cite(index, parts[0].citations)
+
+    def _read_block_end(self, at: int) -> None:
+        index = self._slots.get(at, -1)
+        self._end(index, "".join(self._states.get(index, ())), "messages")
+
+    def _read_end(self) -> None:
+        self._stop(str(self._ending.get("stop_reason")), word(self._ending.get("stop_sequence")))
 
 class MessagesEncoder(StreamEncoder):
     """One block after another: while one is open the events of others wait.  A thinking block has
@@ -5328,7 +5607,11 @@ class MessagesEncoder(StreamEncoder):
         return self._event("message_start", message={
             "id": client_id("msg_", event.id, self.request), "type": "message", "role": "assistant",
             "model": self.request.model, "content": [], "stop_reason": None,
-            "stop_sequence": None, "usage": self.dialect.usage(Usage())})
+            "stop_sequence": None, "usage": self.dialect.usage(self._usage(None))})
+
+    def _usage(self, reported: Usage | None) -> Usage:
+        """What was reported, else what can be foreseen: Claude Code shows it from the start."""
+        return reported or Usage(input=self.request.prompt_tokens)
 
     def feed(self, event: Event) -> bytes:
         """Bytes for an event, none while it has to wait."""
@@ -5358,6 +5641,10 @@ class MessagesEncoder(StreamEncoder):
         self._frames[event.index] = delta.split(self.QUOTED_MARK)
         return self._event("content_block_start", index=at, content_block=block)
 
+    def _cite(self, event: PartCitation) -> bytes:
+        return self._event("content_block_delta", index=self._count - 1, delta={
+            "type": "citations_delta", "citation": self.dialect.citation(event.citation)})
+
     def _sign(self, event: PartSignature) -> bytes:
         self._thinking = Reasoning("", event.signature, event.id, event.minted_by)
         return b""
@@ -5373,10 +5660,11 @@ class MessagesEncoder(StreamEncoder):
 
     def _stop(self, event: ResponseEnd) -> bytes:
         self.ended = True
-        return self._event(
-            "message_delta", usage=self.dialect.usage(event.usage or Usage()), delta={
-                "stop_reason": self.dialect.TO_WIRE.get(event.stop, "end_turn"),
-                "stop_sequence": event.stop_sequence}) + self._event("message_stop")
+        delta = {"stop_reason": self.dialect.TO_WIRE.get(event.stop, "end_turn"),
+                 "stop_sequence": event.stop_sequence}
+        usage = self.dialect.usage(self._usage(event.usage))
+        return (self._event("message_delta", delta=delta, usage=usage)
+                + self._event("message_stop"))
 
 def _as_blocks(content: Any) -> list[Any]:
     """'a' -> [{"type": "text", "text": "a"}]; a list stays."""
@@ -5411,7 +5699,8 @@ class Unwrapper:
                 return [PartStart(event.index, Text(""))]
         elif isinstance(event, PartStart) and isinstance(event.part, Text):
             self._texts.add(event.index)
-        if isinstance(event, (PartStart, PartDelta, PartEnd)) and event.index in self._texts:
+        is_of_part = isinstance(event, (PartStart, PartDelta, PartCitation, PartEnd))
+        if is_of_part and getattr(event, "index", -1) in self._texts:
             self._held.append(event)
             return []
         if not isinstance(event, ResponseEnd):

@@ -2,9 +2,136 @@
 streamed, for every dialect of the client and of the upstream."""
 from __future__ import annotations
 
+import json
 import unittest
+from typing import Any, Iterator
 
 from support import cp
+
+CHAT_MODEL = "gpt-4.1"
+
+
+def sse(*events: Any) -> list[bytes]:
+    """Each event as a frame; those with a type are named by it."""
+    frames = []
+    for event in events:
+        data = event if isinstance(event, str) else json.dumps(event)
+        kind = event.get("type", "") if isinstance(event, dict) else ""
+        frames.append(("event: %s\n" % kind if kind else "").encode()
+                      + b"data: " + data.encode() + b"\n\n")
+    return frames
+
+
+def events_in(data: bytes) -> list[Any]:
+    decoder = cp.SSEDecoder()
+    return [json.loads(frame.data) for frame in decoder.feed(data) + decoder.close()
+            if frame.data != b"[DONE]"]
+
+
+def chunk(delta: Any = None, reason: Any = None, **more: Any) -> dict[str, Any]:
+    """A chat chunk; delta None: without choices."""
+    choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": reason}]
+    beside = {key: more.pop(key) for key in list(more) if key == "logprobs"}
+    for choice in choices:
+        choice.update(beside)
+    return dict({"id": "c1", "object": "chat.completion.chunk", "created": 5,
+                 "model": CHAT_MODEL, "choices": choices}, **more)
+
+
+def call(index: int, **fields: Any) -> dict[str, Any]:
+    inner = {key: fields.pop(key) for key in ("name", "arguments") if key in fields}
+    return {"tool_calls": [dict({"index": index, "function": inner}, **fields)]}
+
+
+def response(kind: str, **more: Any) -> dict[str, Any]:
+    """An event of /responses."""
+    return dict({"type": "response." + kind}, **more)
+
+
+def block(kind: str, **more: Any) -> dict[str, Any]:
+    """An event of /v1/messages about the block 0, unless it says another."""
+    return dict({"type": "content_block_" + kind, "index": 0}, **more)
+
+
+START = {
+    "chat": [chunk({"role": "assistant", "content": ""})],
+    "messages": [{"type": "message_start", "message": {
+        "id": "msg_1", "type": "message", "role": "assistant", "model": "m", "content": [],
+        "usage": {"input_tokens": 7, "output_tokens": 1}}}, {"type": "ping"}],
+    "responses": [response("created", response={"id": "resp_1", "status": "in_progress"}),
+                  response("in_progress", response={"id": "resp_1", "status": "in_progress"})]}
+#: a finished thinking, without and with words that a user sees
+REASONING_ITEM = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "E"}
+HIDDEN = {
+    "chat": [chunk({"reasoning_opaque": "E"})],
+    "messages": [block("start", content_block={"type": "thinking", "thinking": ""}),
+                 block("delta", delta={"type": "signature_delta", "signature": "E"}),
+                 block("stop")],
+    "responses": [response("output_item.added", output_index=0, item=REASONING_ITEM),
+                  response("output_item.done", output_index=0, item=REASONING_ITEM)]}
+SHOWN = {
+    "chat": [chunk({"reasoning_text": "Hm"}), chunk({"reasoning_opaque": "E"})],
+    "messages": [HIDDEN["messages"][0],
+                 block("delta", delta={"type": "thinking_delta", "thinking": "Hm"}),
+                 *HIDDEN["messages"][1:]],
+    "responses": [HIDDEN["responses"][0],
+                  response("reasoning_summary_text.delta", output_index=0, item_id="rs_1",
+                           summary_index=0, delta="Hm"), HIDDEN["responses"][1]]}
+TEXT = {
+    "chat": [chunk({"content": "Hi"})],
+    "messages": [block("start", index=1, content_block={"type": "text", "text": ""}),
+                 block("delta", index=1, delta={"type": "text_delta", "text": "Hi"}),
+                 block("stop", index=1)],
+    "responses": [response("output_item.added", output_index=1, item={
+        "type": "message", "id": "msg_1", "role": "assistant", "content": []}),
+        response("output_text.delta", output_index=1, item_id="msg_1", content_index=0,
+                 delta="Hi")]}
+END = {
+    "chat": [chunk({}, "stop"), "[DONE]"],
+    "messages": [{"type": "message_delta", "delta": {"stop_reason": "end_turn"},
+                  "usage": {"output_tokens": 3}}, {"type": "message_stop"}],
+    "responses": [response("completed", response={
+        "id": "resp_1", "status": "completed", "output": [],
+        "usage": {"input_tokens": 7, "output_tokens": 3, "total_tokens": 10}})]}
+CLOSES = {"chat": (), "messages": ("content_block_stop",),
+          "responses": ("response.output_item.done",)}
+NAMES = tuple(START)
+CELLS = [(client, upstream) for client in NAMES for upstream in NAMES]
+
+
+def failing(upstream: str, code: str, message: str = "no") -> list[bytes]:
+    """The event by which an upstream tells a failure inside a stream."""
+    error = {"code": code, "message": message}
+    return sse({"chat": {"error": error},
+                "messages": {"type": "error", "error": {"type": code, "message": message}},
+                "responses": response("failed", response={
+                    "id": "resp_1", "status": "failed", "error": error})}[upstream])
+
+
+def open_relay(client: str, upstream: str, **fields: Any) -> cp.StreamRelay:
+    """The pipeline from an upstream to a client, fields: of the client's request."""
+    request = cp.Request("asked", client, now=1790000000, key="k", **fields)
+    if client == upstream:
+        return cp.DIALECTS[client].stream("asked", {}, request)
+    return cp.TranslatedStream(cp.DIALECTS[client], cp.DIALECTS[upstream], request)
+
+
+def relayed(client: str, upstream: str, frames: list[bytes], **fields: Any
+            ) -> tuple[list[Any], cp.StreamRelay]:
+    """What a client gets of whole frames; asserts that every cut gives the same."""
+    data = b"".join(frames)
+    found = []
+    for size in (len(data), 1, 7):
+        relay = open_relay(client, upstream, **fields)
+        out = b"".join([relay.feed(data[at:at + size]) for at in range(0, len(data), size)])
+        found.append(out + relay.close())
+    assert found[0] == found[1] == found[2], found
+    return events_in(found[0]), relay
+
+
+def kinds_of(events: list[Any]) -> Iterator[str]:
+    for event in events:
+        yield str(event.get("type"))
 
 
 class NamedFailures(unittest.TestCase):
@@ -58,6 +185,253 @@ class NamedFailures(unittest.TestCase):
                            ("model_overloaded", "server_is_overloaded"), ("other", "other")):
             error = cp.told_error({"error": {"code": name, "message": "no"}})
             self.assertEqual(error.response_code, code)
+
+
+class HeldEnds(unittest.TestCase):
+    """A client can recover from a failure right behind a finished thinking."""
+
+    def test_a_thinking_is_closed_together_with_what_follows(self) -> None:
+        for client, upstream in CELLS:
+            with self.subTest(client=client, upstream=upstream):
+                relay = open_relay(client, upstream)
+                out = relay.feed(b"".join(sse(*START[upstream], *SHOWN[upstream])))
+                for kind in CLOSES[client]:
+                    self.assertNotIn(kind, list(kinds_of(events_in(out))))
+                out = relay.feed(b"".join(sse(*TEXT[upstream])))
+                for kind in CLOSES[client]:
+                    self.assertIn(kind, list(kinds_of(events_in(out))))
+
+    def test_a_failure_behind_a_thinking_leaves_it_open(self) -> None:
+        for client, upstream in CELLS:
+            for thinking in (HIDDEN, SHOWN):
+                for last in (failing(upstream, "server_error"), []):
+                    with self.subTest(client=client, upstream=upstream, last=last):
+                        events, relay = relayed(client, upstream, sse(
+                            *START[upstream], *thinking[upstream]) + last)
+                        self.assertTrue(relay.failure)
+                        for kind in CLOSES[client]:
+                            self.assertNotIn(kind, list(kinds_of(events)))
+
+    def test_nothing_is_lost_of_a_stream_that_ends_well(self) -> None:
+        for client, upstream in CELLS:
+            with self.subTest(client=client, upstream=upstream):
+                events, relay = relayed(client, upstream, sse(
+                    *START[upstream], *SHOWN[upstream], *TEXT[upstream], *END[upstream]))
+                self.assertIsNone(relay.failure)
+                text = json.dumps(events)
+                self.assertIn('"Hm"', text)
+                self.assertIn('"Hi"', text)
+                for kind in CLOSES[client]:
+                    self.assertEqual(list(kinds_of(events)).count(kind),
+                                     2 if client != upstream or client == "messages" else 1)
+
+    def test_a_relay_knows_whether_it_has_shown_anything(self) -> None:
+        for client, upstream in CELLS:
+            with self.subTest(client=client, upstream=upstream):
+                relay = open_relay(client, upstream)
+                relay.feed(b"".join(sse(*START[upstream], *HIDDEN[upstream])))
+                self.assertFalse(relay.has_content)
+                relay.feed(b"".join(sse(*TEXT[upstream])))
+                self.assertTrue(relay.has_content)
+
+                relay = open_relay(client, upstream)
+                relay.feed(b"".join(sse(*START[upstream], *SHOWN[upstream])))
+                self.assertTrue(relay.has_content)
+
+    def test_a_failure_before_any_content_is_there_as_an_error(self) -> None:
+        for client, upstream in CELLS:
+            for code, status in (("rate_limited", 429), ("overloaded_error", 529),
+                                 ("quota_exceeded", 402), ("server_error", 500)):
+                with self.subTest(client=client, upstream=upstream, code=code):
+                    _, relay = relayed(client, upstream, sse(
+                        *START[upstream], *HIDDEN[upstream]) + failing(upstream, code))
+                    self.assertFalse(relay.has_content)
+                    assert relay.error is not None
+                    self.assertEqual((relay.error.status, str(relay.error)), (status, "no"))
+
+
+class FailuresInStreams(unittest.TestCase):
+    def test_the_event_has_the_type_of_the_clients_dialect(self) -> None:
+        types = {"rate_limited": ("rate_limit_error", "rate_limit_error", "rate_limit_exceeded"),
+                 "user_model_rate_limited:x": (
+                     "rate_limit_error", "rate_limit_error", "rate_limit_exceeded"),
+                 "model_overloaded": ("server_error", "overloaded_error", "server_is_overloaded"),
+                 "quota_exceeded": (
+                     "insufficient_quota", "permission_error", "insufficient_quota"),
+                 "server_error": ("server_error", "api_error", "server_error")}
+        for client, upstream in CELLS:
+            for code, (chat, messages, responses) in types.items():
+                with self.subTest(client=client, upstream=upstream, code=code):
+                    events, relay = relayed(client, upstream, sse(
+                        *START[upstream], *TEXT[upstream]) + failing(upstream, code))
+                    last = events[-1]
+                    if client == "responses":
+                        self.assertEqual(last["type"], "response.failed")
+                        self.assertEqual(last["response"]["error"]["code"], responses)
+                    else:
+                        self.assertEqual(last["error"]["type"],
+                                         chat if client == "chat" else messages)
+                    self.assertEqual(relay.failure, "no")
+
+    def test_a_failure_in_a_whole_answer_is_one(self) -> None:
+        for name in NAMES:
+            for code, status in (("rate_limited", 429), ("server_error", 500)):
+                (frame,) = failing(name, code)
+                body = json.loads(cp.Frame.parse(frame).data)
+                with self.assertRaises(cp.UpstreamError) as caught:
+                    cp.DIALECTS[name].check_answer(body.get("response", body))
+                self.assertEqual(caught.exception.status, status)
+        with self.assertRaises(cp.UpstreamError):
+            cp.CHAT.check_answer({"choices": [{"finish_reason": "error", "message": {}}]})
+
+    def test_errors_before_the_stream_have_ids_and_times_of_their_own(self) -> None:
+        ids = set()
+        for key in ("one", "two"):
+            request = cp.Request("asked", now=1790000001, key=key, echo={"instructions": "Be"})
+            for relay in (cp.RESPONSES.stream("asked", {}, request),
+                          cp.TranslatedStream(cp.RESPONSES, cp.CHAT, request)):
+                answer = events_in(relay.close(cp.UpstreamError("no")))[-1]["response"]
+                self.assertEqual(answer["created_at"], 1790000001)
+                ids.add(answer["id"])
+        self.assertEqual(len(ids), 2)
+
+
+class ChatDiagonal(unittest.TestCase):
+    """Chat client, chat model."""
+
+    def read(self, *events: Any, wants_usage: bool = True) -> list[Any]:
+        body = {"stream_options": {"include_usage": wants_usage}}
+        relay = cp.CHAT.stream("asked", body, cp.Request("asked", now=9, key="k"))
+        found = events_in(relay.feed(b"".join(sse(*events, "[DONE]"))) + relay.close())
+        self.assertIsNone(relay.failure)
+        return found
+
+    def test_the_first_delta_has_role_and_content(self) -> None:
+        for delta in ({"content": "Hi"}, {"role": "assistant"}, {"content": None},
+                      {"reasoning_text": "Hm"}, call(0, id="a", name="f", arguments="")):
+            first = self.read(chunk(delta), chunk({}, "stop"))[0]["choices"][0]["delta"]
+            self.assertEqual((first["role"], first["content"]),
+                             ("assistant", delta.get("content") or ""), delta)
+
+    def test_usage_without_a_count_wipes_nothing(self) -> None:
+        real = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+        for empty in ({}, None, {"prompt_tokens": 0, "completion_tokens": 0}, [], "x"):
+            events = self.read(chunk({"content": "Hi"}), chunk(None, usage=real),
+                               chunk({}, "stop", usage=empty))
+            self.assertEqual(events[-1]["usage"], real, empty)
+
+    def test_logprobs_fingerprint_and_tier_stay(self) -> None:
+        tokens = [{"token": "Hi", "logprob": -0.1, "bytes": None, "top_logprobs": []}]
+        more = {"system_fingerprint": "fp_1", "service_tier": "default"}
+        events = self.read(chunk({"content": "Hi"}, logprobs={"content": tokens}, **more),
+                           chunk({}, logprobs={"content": tokens}), chunk({}, "stop"))
+        for event in events:
+            self.assertEqual((event["system_fingerprint"], event["service_tier"]),
+                             ("fp_1", "default"))
+        found = [event["choices"][0].get("logprobs") for event in events]
+        self.assertEqual(found, [{"content": tokens}, {"content": tokens}, None])
+
+    def test_annotations_and_refusals_stay(self) -> None:
+        note = {"type": "url_citation", "url_citation": {"url": "u", "title": "t"}}
+        events = self.read(chunk({"content": "Hi"}), chunk({"annotations": [note]}),
+                           chunk({"refusal": "No"}), chunk({}, "stop"))
+        deltas = [event["choices"][0]["delta"] for event in events]
+        self.assertEqual(deltas[1:3], [{"annotations": [note]}, {"refusal": "No"}])
+
+    def test_a_call_begins_when_its_name_is_known(self) -> None:
+        late = [call(0, id="a"), call(0, arguments='{"x"'), call(0, name="f"),
+                call(0, arguments=":1}")]
+        for deltas in (late, [call(0, id="a", name=None), *late[1:]],
+                       [call(0, id="a", name=""), *late[1:]],
+                       [call(0, arguments='{"x"'), call(0, id="a"), *late[2:]]):
+            events = self.read(*map(chunk, deltas), chunk({}, "tool_calls"))
+            calls = [one for event in events
+                     for one in event["choices"][0]["delta"].get("tool_calls", ())]
+            self.assertEqual((calls[0]["id"], calls[0]["function"]["name"], calls[0]["type"]),
+                             ("a", "f", "function"))
+            self.assertEqual("".join(one["function"].get("arguments", "") for one in calls),
+                             '{"x":1}')
+            self.assertTrue(all("name" not in one["function"] for one in calls[1:]))
+
+    def test_a_call_that_is_never_named_is_not_lost(self) -> None:
+        events = self.read(chunk(call(0, id="a", arguments="{}")), chunk({}, "tool_calls"))
+        calls = [one for event in events
+                 for one in event["choices"][0]["delta"].get("tool_calls", ())]
+        self.assertEqual(calls, [{"index": 0, "id": "a", "type": "function",
+                                  "function": {"arguments": "{}"}}])
+        self.assertEqual(events[-1]["choices"][0]["finish_reason"], "tool_calls")
+
+    def test_logprobs_of_split_choices_are_joined_in_a_whole_answer(self) -> None:
+        tokens = [{"token": name, "logprob": 0} for name in "ab"]
+        answer = {"choices": [{"message": {"content": "a"}, "logprobs": {"content": tokens[:1]}},
+                              {"message": {"content": "b"}, "logprobs": {"content": tokens[1:]}}]}
+        cp.CHAT.mend(answer, "asked")
+        (choice,) = answer["choices"]
+        self.assertEqual(choice["message"]["content"], "ab")
+        self.assertEqual(choice["logprobs"], {"content": tokens})
+
+    def test_what_lacks_an_id_and_a_time_gets_fresh_ones(self) -> None:
+        for key in ("one", "two"):
+            answer = {"choices": [{"index": 0, "finish_reason": "stop",
+                                   "message": {"role": "assistant", "content": "a"}}]}
+            cp.CHAT.mend(answer, "asked", cp.Request("asked", now=9, key=key))
+            self.assertEqual(answer["created"], 9)
+            self.assertEqual(answer["id"], cp.stable_id("chatcmpl-", key))
+
+
+class MessagesDiagonal(unittest.TestCase):
+    def test_usage_without_counts_is_filled(self) -> None:
+        for usage in (None, {}, {"output_tokens": None}):
+            events, relay = relayed("messages", "messages", sse(
+                *START["messages"], *TEXT["messages"],
+                {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": usage},
+                {"type": "message_stop"}))
+            self.assertEqual(events[-2]["usage"]["output_tokens"], 1)
+            self.assertEqual(relay.meter.counts, {"input": 7, "output": 1})
+
+    def test_a_failure_in_anothers_shape_becomes_anthropics(self) -> None:
+        frames = sse(*START["messages"], {"error": {"code": "rate_limited", "message": "no"}})
+        events, relay = relayed("messages", "messages", frames)
+        self.assertEqual(events[-1], {"type": "error", "error": {
+            "type": "rate_limit_error", "message": "no"}})
+        self.assertTrue(relay.ended)
+
+
+class ResponsesDiagonal(unittest.TestCase):
+    def test_a_call_begins_when_its_name_is_known(self) -> None:
+        item = {"type": "function_call", "id": "fc_1", "call_id": "a", "arguments": ""}
+        delta = response("function_call_arguments.delta", output_index=0, item_id="fc_1",
+                         delta="{}")
+        done = response("function_call_arguments.done", output_index=0, item_id="fc_1",
+                        arguments="{}")
+        whole = response("output_item.done", output_index=0,
+                         item=dict(item, name="f", arguments="{}"))
+        for name in ({}, {"name": ""}, {"name": None}):
+            for named in ([done, whole], [dict(done, name="f"), whole]):
+                added = response("output_item.added", output_index=0, item=dict(item, **name))
+                events, _ = relayed("responses", "responses", sse(
+                    *START["responses"], added, delta, *named, *END["responses"]))
+                found = [event for event in events if event["type"] == added["type"]]
+                self.assertEqual([event["item"]["name"] for event in found], ["f"])
+                kinds = list(kinds_of(events))
+                self.assertLess(kinds.index(added["type"]), kinds.index(delta["type"]))
+                numbers = [event["sequence_number"] for event in events]
+                self.assertEqual(numbers, sorted(set(numbers)))
+
+    def test_what_the_upstream_does_not_echo_is_filled(self) -> None:
+        body = {"instructions": "Be", "metadata": {"a": "b"}, "temperature": 0.5,
+                "tools": [{"type": "function", "name": "f"}], "tool_choice": "required",
+                "reasoning": {"effort": "low"}, "previous_response_id": "resp_0"}
+        echo = cp.RESPONSES.echo_of(body)
+        events, _ = relayed("responses", "responses", sse(
+            *START["responses"], *TEXT["responses"], *END["responses"]), echo=echo)
+        for at in (0, 1, -1):
+            for name, value in dict(body, reasoning={"effort": "low", "summary": None}).items():
+                self.assertEqual(events[at]["response"][name], value, (at, name))
+
+        answer = {"id": "resp_1", "status": "completed", "output": [], "instructions": "Other"}
+        cp.RESPONSES.mend(answer, "asked", cp.Request("asked", echo=echo))
+        self.assertEqual((answer["instructions"], answer["metadata"]), ("Other", {"a": "b"}))
 
 
 if __name__ == "__main__":
