@@ -1224,8 +1224,8 @@ class Response:
 
 class Event:
     """A piece of a streamed answer.  Legal order: ResponseStart, then for each index PartStart
-    (PartDelta | PartCitation | PartSignature)* PartEnd, then ResponseEnd; StreamError ends all.  Parts may
-    interleave; their indexes rise in the order of their starts."""
+    (PartDelta | PartCitation | PartSignature)* PartEnd, then ResponseEnd; StreamError ends all.
+    Parts may interleave; their indexes rise in the order of their starts."""
 
 @dataclass
 class ResponseStart(Event):
@@ -3115,9 +3115,10 @@ class StreamEncoder:
     """Neutral events in, bytes of the client's dialect out: `feed(event)`; `ended` is True behind
     the terminal event.  A delta is the part's frame, cut where the text belongs."""
     MARK, QUOTED_MARK = "\0", dumps("\0")
-    METHODS = ((ResponseStart, "_start"), (PartStart, "_begin"), (PartDelta, "_delta"),
-               (PartCitation, "_cite"), (PartSignature, "_sign"), (PartEnd, "_end"), (ResponseEnd, "_stop"),
-               (StreamError, "_fail"))
+    METHODS = (
+        (ResponseStart, "_start"), (PartStart, "_begin"), (PartDelta, "_delta"),
+        (PartCitation, "_cite"), (PartSignature, "_sign"), (PartEnd, "_end"),
+        (ResponseEnd, "_stop"), (StreamError, "_fail"))
 
     def __init__(self, dialect: Any, request: Request) -> None:
         self.dialect, self.request = dialect, request
@@ -3236,11 +3237,10 @@ class ChatChunks:
     @staticmethod
     def _join(target: Json, name: str, value: Any) -> None:
         """Texts and lists of several choices become one; of the rest the last one counts."""
-        old = target.get(name)
-        is_last = name in ("role", "reasoning_opaque")
-        if isinstance(old, str) and isinstance(value, str) and not is_last:
-            target[name] = old + value
-        elif isinstance(old, list) and isinstance(value, list):
+        old: Any = target.get(name)
+        are_texts = isinstance(old, str) and isinstance(value, str)
+        are_lists = isinstance(old, list) and isinstance(value, list)
+        if are_lists or are_texts and name not in ("role", "reasoning_opaque"):
             target[name] = old + value
         elif value is not None:
             target[name] = value
