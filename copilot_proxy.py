@@ -277,12 +277,14 @@ MAX_REFERENCES, MAX_KEPT_IDS = 4096, 5000    # to kept items in one request; of 
 IMAGE_BYTES, IMAGE_TIMEOUT_S = 5 * 1024 * 1024, 15.0     # of a fetched image
 IMAGE_CACHE_BYTES = 16 * 1024 * 1024     # of fetched images, as base64
 ATTACHMENTS_URL = "https://github.com/github-copilot/chat/attachments/"
-NANO, MAX_COUNT = 10 ** 9, 2 ** 53       # nano-AIU of a credit (USD 0.01); larger is no count
+NANO, MILLION = 10 ** 9, 10 ** 6         # nano-AIU of a credit (USD 0.01)
+MAX_COUNT = 2 ** 53                      # larger is no count
 MAX_NUMBER_CHARS = 24                    # of a number that is written as text
 MAX_DATE_CHARS = 64
 LAST_MOMENT_S = 253402300799.0           # the end of the year 9999, in Unix seconds
 #: what is known of an answer's cost: tokens, those of the prompt disjoint, and nano-AIU
 USAGE_FIELDS = ("input", "cache_read", "cache_write", "output", "reasoning")
+PRICED = ("input", "cache_read", "cache_write", "cache_write_1h", "output")  # kinds with a price
 COUNTS = (*USAGE_FIELDS, "nano_aiu")
 HISTORY_ROWS, HISTORY_AGE_S = 200000, 400 * 86400.0
 HISTORY_QUEUE = 5000                     # rows that wait while the file cannot be written
@@ -851,7 +853,7 @@ def read_usage(usage: Json) -> dict[str, int]:
 
     {"prompt_tokens": 100, "prompt_tokens_details": {"cached_tokens": 30}} ->
     {"input": 70, "cache_read": 30}: what was not reported is absent.  OpenAI counts cached tokens
-    inside the prompt, Anthropic beside it."""
+    inside the prompt, Anthropic beside it.  cache_write_1h is a part of cache_write."""
     prompt_details = as_object(usage.get("prompt_tokens_details",
                                          usage.get("input_tokens_details")))
     answer_details = as_object(usage.get("completion_tokens_details",
@@ -865,12 +867,108 @@ def read_usage(usage: Json) -> dict[str, int]:
         cached = count_or_none(usage.get("cache_read_input_tokens"))
     if written is None:
         written = count_or_none(usage.get("cache_creation_input_tokens"))
+    created = as_object(usage.get("cache_creation"))
+    for_an_hour = count_or_none(created.get("ephemeral_1h_input_tokens"))
 
     written_out = usage.get("completion_tokens", usage.get("output_tokens"))
     counts = {"input": prompt, "cache_read": cached, "cache_write": written,
+              "cache_write_1h": for_an_hour,
               "output": count_or_none(written_out),
               "reasoning": count_or_none(answer_details.get("reasoning_tokens"))}
     return {name: count for name, count in counts.items() if count is not None}
+
+class PriceTier(NamedTuple):
+    """Prices of prompts up to a length.  most_tokens: of such a prompt; nano: kind of token ->
+    nano-AIU for `Prices.batch` of them."""
+    most_tokens: int
+    nano: dict[str, int]
+
+    @classmethod
+    def read(cls, listed: Json) -> PriceTier:
+        """One object of `token_prices`.  The names changed with the API version 2026-08-01:
+        context_max became max_prompt_tokens, cache_price became cache_read_price."""
+        newer = count_or_zero(listed.get("max_prompt_tokens"))
+        most = newer or count_or_zero(listed.get("context_max"))
+        nano: dict[str, int] = {}
+        for kind in PRICED:
+            price = text_number_or_none(listed.get(kind + "_price"))
+            if price is None and kind == "cache_read":
+                price = text_number_or_none(listed.get("cache_price"))
+            if price is not None and price >= 0:
+                nano[kind] = round(price * NANO)
+        return cls(most if most > 0 else MAX_COUNT, nano)
+
+    def price_of(self, kind: str) -> int:
+        """A kind without a price of its own costs what the next plainer kind does."""
+        plainer = {"cache_write_1h": "cache_write"}.get(kind, "input")
+        if kind in self.nano:
+            return self.nano[kind]
+        return self.nano.get(plainer, self.nano["input"])
+
+@dataclass
+class Prices:
+    """Listed prices of a model; whole numbers, so that sums are exact.
+
+    batch: tokens that a price is for; tiers: by the length of the prompt, the shortest first, []
+    where the account lists none; promo: (parts of a million that a promotion takes off, unix time
+    of its end); auto_discount: parts of a million that the choice by `auto` takes off."""
+    batch: int
+    tiers: list[PriceTier]
+    promo: tuple[int, float] = (0, 0.0)
+    auto_discount: int = 0
+
+    @classmethod
+    def read(cls, billing: Json) -> Prices:
+        """From the entry's `billing`.  A tier that leaves a price out has the usual one."""
+        listed = as_object(billing.get("token_prices"))
+        batch = count_or_zero(listed.get("batch_size"))
+        usual = as_object(listed.get("default"))
+        tiers = [PriceTier.read(usual)]
+        for name, value in listed.items():
+            if name != "default" and isinstance(value, dict):
+                more = PriceTier.read(value)
+                tiers.append(PriceTier(more.most_tokens, {**tiers[0].nano, **more.nano}))
+
+        tiers = sorted(tiers, key=lambda tier: tier.most_tokens)
+        if batch <= 0 or any({"input", "output"} - set(tier.nano) for tier in tiers):
+            tiers = []
+        promo = as_object(billing.get("promo"))
+        percent = text_number_or_none(promo.get("discount_percent")) or 0.0
+        ends_at = moment_or_none(promo.get("ends_at")) or math.inf
+        discount = text_number_or_none(billing.get("auto_discount")) or 0.0
+        return cls(batch, tiers, (parts_of(percent / 100), ends_at), parts_of(discount))
+
+    def cost(self, counts: Mapping[str, int], now: float = 0.0, by_auto: bool = False
+             ) -> int | None:
+        """What one answer costs, in nano-AIU; None when that is unknown.  now: unix seconds."""
+        if not self.tiers or "input" not in counts:
+            return None
+        prompt = sum(counts.get(kind, 0) for kind in ("input", "cache_read", "cache_write"))
+        fits = [tier for tier in self.tiers if prompt <= tier.most_tokens]
+        tier = (fits or self.tiers[-1:])[0]
+
+        amounts = {kind: counts.get(kind, 0) for kind in PRICED}
+        amounts["cache_write_1h"] = min(amounts["cache_write_1h"], amounts["cache_write"])
+        amounts["cache_write"] -= amounts["cache_write_1h"]
+        cost = sum(amount * tier.price_of(kind) for kind, amount in amounts.items())
+
+        divisor = self.batch
+        promo, ends_at = self.promo
+        for discount in (promo if now < ends_at else 0, self.auto_discount if by_auto else 0):
+            cost *= MILLION - discount
+            divisor *= MILLION
+        return count_or_none((2 * cost + divisor) // (2 * divisor))
+
+    def per_million(self) -> dict[str, float]:
+        """Kind of token -> credits for a million of them in a short prompt; {} if unknown."""
+        if not self.tiers:
+            return {}
+        return {kind: price * MILLION / self.batch / NANO
+                for kind, price in self.tiers[0].nano.items()}
+
+def parts_of(share: float) -> int:
+    """0.1 -> 100000 of a million; what is no share is 0."""
+    return round(share * MILLION) if 0 < share < 1 else 0
 
 #: by these words a notice of the upstream is known to announce the end of a model
 _ENDING_WORDS = re.compile("deprecat|retir|sunset|clos(?:e|es|ing|ed) down|end[- ]of[- ]life|"
@@ -890,6 +988,7 @@ class Model:
     picker: bool = False                     # meant to be shown to users
     state: str = "enabled"                   # enabled, disabled, unconfigured, ...
     entry: Json = field(default_factory=dict)   # as the upstream sent it
+    by_auto: bool = False                    # chosen by the upstream, which costs less
 
     @classmethod
     def from_entry(cls, entry: Json) -> Model:
@@ -958,38 +1057,9 @@ class Model:
         return count_or_zero(self.limits.get(name))
 
     @functools.cached_property
-    def prices(self) -> tuple[dict[str, float], dict[str, float], int]:
-        """Listed credits per million tokens by kind, {} where the account lists none: usual ones,
-        those of long prompts, and the tokens of a prompt from which on they hold."""
-        told = as_object(as_object(self.entry.get("billing")).get("token_prices"))
-        usual = as_object(told.get("default"))
-        long_context = {**usual, **as_object(told.get("long_context"))}
-        batch = count_or_zero(told.get("batch_size"))
-        short, long = (self._tier_prices(tier, batch) for tier in (usual, long_context))
-        return short, long, count_or_zero(usual.get("context_max")) or MAX_COUNT
-
-    @staticmethod
-    def _tier_prices(tier: Json, batch: int) -> dict[str, float]:
-        """Credits per million tokens by kind; the upstream lists them for `batch` tokens."""
-        prices: dict[str, float] = {}
-        for name in COUNTS:
-            listed = tier.get(name + "_price")
-            if listed is None and name == "cache_read":
-                listed = tier.get("cache_price")
-            price = text_number_or_none(listed, 0)
-            if price is not None and batch:
-                prices[name] = price * 1e6 / batch
-        return prices
-
-    def estimate(self, counts: Mapping[str, int]) -> int | None:
-        """What an answer costs by the listed prices, in nano-AIU; None when that is unknown."""
-        prompt = [(name, counts.get(name, 0)) for name in COUNTS[:3]]
-        prices: Any = self.prices[sum(count for _, count in prompt) > self.prices[2]]
-        if "input" not in prices or "output" not in prices or "input" not in counts:
-            return None
-        cost: float = sum(count * prices.get(name, prices["input"]) for name, count in prompt)
-        cost += counts.get("output", 0) * prices["output"]
-        return count_or_none(round(cost * NANO / 1e6))
+    def prices(self) -> Prices:
+        """What the account pays for this model's tokens, as far as it is listed."""
+        return Prices.read(as_object(self.entry.get("billing")))
 
     def output_cap(self, stream: bool) -> int:
         """The largest max_tokens that the upstream takes for such a call, 0 when unknown."""
@@ -11337,12 +11407,22 @@ class RequestRecord:
             total.update(meter.counts)
         return total
 
+    def estimate(self) -> int | None:
+        """Nano-AIU by the listed prices, each answer for itself, since tiers go by the length of
+        one prompt; None when that is unknown."""
+        if self.model is None:
+            return None
+        prices, by_auto = self.model.prices, self.model.by_auto
+        found = [prices.cost(meter.counts, self.asked.at, by_auto) for meter in self.meters]
+        known = [cost for cost in found if cost is not None]
+        return sum(known) if known else None
+
     def cost(self) -> int:
         """Nano-AIU so far; by the listed prices where the upstream told none, 0 when unknown."""
         counts = self.counts()
         if "nano_aiu" in counts:
             return counts["nano_aiu"]
-        return self.model and self.model.estimate(counts) or 0
+        return self.estimate() or 0
 
     def row(self) -> Json:
         """This request as a row of the history."""
@@ -11363,8 +11443,8 @@ class RequestRecord:
             "status": self.status or None,
             "error": self.error or None,
             "initiator": self.initiator or None,
-            **NO_COUNTS, **counts,
-            "estimate": self.model.estimate(counts) if self.model else None,
+            **{name: counts.get(name) for name in COUNTS},
+            "estimate": self.estimate(),
             "first_ms": self.first_byte_ms or None,
             "total_ms": self.elapsed_ms(),
             "repairs": str(self.repairs) or None,
@@ -11449,11 +11529,17 @@ class Ledger:
     def _record_row(self, row: Json, message: str, sinks: list[Stats]) -> None:
         counts = {name: row[name] for name in COUNTS if row[name] is not None}
         tokens = {(row["model"], name): number for name, number in counts.items()}
+        compared: dict[Any, int] = {}
+        if row["nano_aiu"] is not None and row["estimate"] is not None:
+            compared = {(row["model"], "requests"): 1,
+                        (row["model"], "reported"): row["nano_aiu"],
+                        (row["model"], "estimated"): row["estimate"]}
         if row["nano_aiu"] is None and row["estimate"] is not None:
             counts["estimate"] = row["estimate"]
         errors = int(row["error"] not in (None, "client_left"))
         for stats in sinks:
-            stats.count({"tokens": tokens, "totals": dict(counts, requests=1, errors=errors)})
+            stats.count({"tokens": tokens, "totals": dict(counts, requests=1, errors=errors),
+                         "compared": compared})
 
         self.budget.spend(row)
         self.history.put(row)
@@ -13301,6 +13387,7 @@ const when = s => clock(s, { dateStyle: 'medium', timeStyle: 'short' })
   + (s * 1000 > Date.now() ? ', in ' + span(s * 1000 - Date.now()) : '');
 const cost = c => join([known(c.credits) && fine(c.credits), known(c.estimated_credits)
   && '~' + fine(c.estimated_credits)], ' + ') || 'unknown';
+const rowCost = row => known(row.credits) ? fine(row.credits) : cost(row);
 const prompt = c => total([c.input, c.cache_read, c.cache_write]);
 const hits = c => percent(known(c.cache_read) ? 100 * c.cache_read / prompt(c) : null);
 const inOut = c => total([prompt(c), c.output]) === null ? 'unknown'
@@ -13510,7 +13597,7 @@ function requestLine(row) {
     two(row.route, row.dialect, row.streamed && 'streamed', ...row.repairs || [],
       ...(row.losses || []).map(field => 'without ' + field)),
     two(yet(span(row.first_ms)), span(age) + ' in all'), two(yet(inOut(row)), row.cache_read
-      && hits(row) + ' from cache'), yet(cost(row))); }
+      && hits(row) + ' from cache'), yet(rowCost(row))); }
 const lineOf = row => !isOpen(row) && made.get(row) || made.set(row, requestLine(row)).get(row);
 function showRequests() {
   const rank = row => isOpen(row) * 1e12 + row.at;
@@ -14148,6 +14235,20 @@ def by_route(stats: Stats) -> dict[str, Json]:
         found.setdefault(route, {})[status] = count
     return found
 
+def price_check(stats: Stats) -> list[Json]:
+    """For each model with both: the credits that the upstream told beside those of its listed
+    prices, of the same requests."""
+    found: dict[str, Json] = {}
+    for (model, name), amount in stats.group("compared").items():
+        found.setdefault(model, {"model": model})[name] = amount
+
+    lines = []
+    for line in found.values():
+        reported, estimated = line["reported"] / NANO, line["estimated"] / NANO
+        line.update(reported=reported, estimated=estimated, difference=reported - estimated)
+        lines.append(line)
+    return lines
+
 def account_entry(account: Account) -> Json:
     """How it stands with one account; no secret."""
     token: CopilotToken | None = account.token.value
@@ -14194,6 +14295,7 @@ def stats_report(exchange: Exchange) -> Json:
                           for rest in one.limits.report()),
         "accounts": visible(map(account_entry, app.accounts.all())),
         "totals": {**NO_COUNTS, "requests": 0, "errors": 0, **stats.group("totals")},
+        "price_check": price_check(stats),
         "approvals": [],
         "budget": None,
         "history": ledger.history_state(),
@@ -14404,7 +14506,7 @@ def model_entry(model: Model) -> Json:
 
 def price_entry(model: Model) -> Json | None:
     """USD per million tokens, or the multiplier of a request; None where nothing is listed."""
-    prices = {name: price / 100 for name, price in model.prices[0].items()}
+    prices = {name: price / 100 for name, price in model.prices.per_million().items()}
     billing = as_object(model.entry.get("billing"))
     multiplier = text_number_or_none(billing.get("multiplier"))
     return dict(dict.fromkeys(("input", "cache_read", "cache_write", "output")), **prices,
@@ -14615,6 +14717,10 @@ ROUTES: Routes = {
 
 DEMO_TEXT = "This is the copilot_proxy demo; no model was asked."
 DEMO_PAUSE_S = 0.02                          # between two words, so that streaming can be seen
+#: credits for a million tokens, in the upstream's own shape; the same for all models
+DEMO_PRICES = {"batch_size": MILLION, "default": {
+    "input_price": 100, "cache_read_price": 10, "cache_write_price": 125, "output_price": 500,
+    "max_prompt_tokens": 136000}, "long_context": {"input_price": 200, "output_price": 750}}
 
 def demo_model(name: str, vendor: str, endpoints: str, efforts: str = "") -> Json:
     """A catalogue entry in the upstream's own shape."""
@@ -14627,7 +14733,7 @@ def demo_model(name: str, vendor: str, endpoints: str, efforts: str = "") -> Jso
     entry: Json = {
         "id": name, "name": name + " (demo)", "object": "model", "vendor": vendor,
         "version": name, "model_picker_enabled": kind == "chat",
-        "is_chat_default": name == CHEAP_MODEL,
+        "is_chat_default": name == CHEAP_MODEL, "billing": {"token_prices": DEMO_PRICES},
         "capabilities": {"type": kind, "family": name, "tokenizer": "o200k_base", "limits": {
             "max_context_window_tokens": 200000, "max_prompt_tokens": 168000,
             "max_output_tokens": 32000, "max_inputs": 512}, "supports": supports}}

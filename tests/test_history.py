@@ -268,19 +268,19 @@ class MeterTest(unittest.TestCase):
         usual = {"input_price": 100, "cache_price": 10, "output_price": 500}
         counts = {"input": 1000, "cache_read": 2000, "output": 10}
         priced = model(batch_size=1000000, default=usual)
-        self.assertEqual(priced.estimate(counts), (1000 * 100 + 2000 * 10 + 10 * 500) * 1000)
-        self.assertEqual(priced.estimate(dict(counts, cache_write=100)),
+        self.assertEqual(priced.prices.cost(counts), (1000 * 100 + 2000 * 10 + 10 * 500) * 1000)
+        self.assertEqual(priced.prices.cost(dict(counts, cache_write=100)),
                          (1100 * 100 + 2000 * 10 + 10 * 500) * 1000)
         newer = model(batch_size=1000000, default=dict(
             usual, cache_read_price=20, cache_write_price=125, context_max=3000),
             long_context={"input_price": 200})
-        self.assertEqual(newer.estimate(counts), (1000 * 100 + 2000 * 20 + 10 * 500) * 1000)
-        self.assertEqual(newer.estimate(dict(counts, cache_write=100)),
+        self.assertEqual(newer.prices.cost(counts), (1000 * 100 + 2000 * 20 + 10 * 500) * 1000)
+        self.assertEqual(newer.prices.cost(dict(counts, cache_write=100)),
                          (1000 * 200 + 2000 * 20 + 100 * 125 + 10 * 500) * 1000)
         for unknown in (model(), model(batch_size=0, default=usual), model(batch_size=1000),
                         model(batch_size=1000, default={"input_price": "1"})):
-            self.assertIsNone(unknown.estimate(counts))
-        self.assertIsNone(priced.estimate({"output": 5}))
+            self.assertIsNone(unknown.prices.cost(counts))
+        self.assertIsNone(priced.prices.cost({"output": 5}))
 
 
 class QuotaTest(ProxyCase):
