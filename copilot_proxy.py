@@ -1096,6 +1096,7 @@ class Edit:
         self.body = body
         self.changed = False
         self.losses = Losses() if losses is None else losses
+        self.is_words = False                  # a conversation of roles and texts, nothing else
         self.names: dict[bytes, bytes] = {}    # a shortened tool's name as JSON -> the client's
 
     def set(self, target: Json, key: str, value: Any) -> None:
@@ -1999,6 +2000,15 @@ OPENAI_FIELDS = ("metadata", "prompt_cache_key", "prompt_cache_retention", "safe
 INTERRUPTED = "The tool call was interrupted: there is no result."
 ORPHAN = "[result of a tool call that is not part of this conversation]\n"
 
+_PLAIN_ROLES = ("system", "user", "assistant")
+
+def is_words(item: Any) -> bool:
+    """Is this a turn with a role and a text, and nothing else?  Most turns of most clients are."""
+    if type(item) is not dict or len(item) != 2 or item.get("role") not in _PLAIN_ROLES:
+        return False
+    content = item.get("content")
+    return type(content) is str and not content.isspace() and content != ""
+
 class ToolStep(NamedTuple):
     """One piece of a conversation, as far as tool calls and their results are concerned.
     calls: ids of the calls in it; answers: id of the call whose result it is; may_stand_between:
@@ -2122,6 +2132,11 @@ class Dialect:
         """Is this an item of a conversation that the dialect knows, whatever parts it has?"""
         return item.get("role") is not None
 
+    def is_in_shape(self, item: Any) -> bool:
+        """Is there nothing in this item that normalising would change?  A quick look, which may
+        say False of an item that is."""
+        return False
+
     def write_part(self, part: Part, by_model: bool) -> Json:
         """A content part in this dialect.  by_model: in a turn of the assistant."""
         raise NotImplementedError
@@ -2170,6 +2185,18 @@ class Dialect:
     def function_tools(self, body: Json) -> list[Json]:
         """The objects in `tools` that hold a function's name and schema."""
         return dicts_in(body, "tools")
+
+def _has_parts(content: Any, kinds: Container[Any]) -> bool:
+    """Is this a text, or a list of parts of these kinds alone?"""
+    if type(content) is str:
+        return True
+    if type(content) is not list:
+        return False
+    for part in content:
+        kind = part.get("type") if type(part) is dict else None
+        if type(kind) is not str or kind not in kinds:
+            return False
+    return True
 
 IMAGE_TYPES = ("image", "image_url", "input_image")
 FILE_TYPES = ("file", "input_file", "document")
@@ -3459,6 +3486,8 @@ class ChatStream(StreamRelay):
                 "created": self.request.now, "model": self.asked}
         return b"data: %b\n\n" % dumps(dict(head, **self._head, choices=choices, **more))
 
+_CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
+
 class ChatCompletions(Dialect):
     """POST /chat/completions, OpenAI's older shape and the one that most models speak."""
     name, path = "chat", "/chat/completions"
@@ -3488,9 +3517,10 @@ class ChatCompletions(Dialect):
             edit.set(body, "stream_options", options)
         if not model.is_openai and all(m.get("role") in SYSTEM_ROLES for m in messages):
             edit.set(messages[-1], "role", "user")       # Claude and Gemini want a turn
-        for at, message in enumerate(messages):
-            self._prepare_message(edit, model, message, "messages[%d]" % at)
-        self._move_tool_images(edit)
+        if not edit.is_words:
+            for at, message in enumerate(messages):
+                self._prepare_message(edit, model, message, "messages[%d]" % at)
+            self._move_tool_images(edit)
         prepare_tools(edit, lambda tool: True)
         self._prepare_max_tokens(edit, model)
 
@@ -3504,8 +3534,10 @@ class ChatCompletions(Dialect):
             if is_packed(message.get("reasoning_opaque")):
                 edit.drop(message, "reasoning_opaque", FOREIGN_STATE)
                 edit.drop(message, "reasoning_text")
-        refuse_image_urls(message.get("content"), place)
-        for part in as_list(message.get("content")):
+        if type(message.get("content")) is not list:
+            return
+        refuse_image_urls(message["content"], place)
+        for part in message["content"]:
             image = as_object(as_object(part).get("image_url"))
             if image.get("detail") == "original":        # a word of Responses alone
                 edit.set(image, "detail", "high")
@@ -3514,9 +3546,14 @@ class ChatCompletions(Dialect):
     def _move_tool_images(edit: Edit) -> None:
         """Messages of tools take text only: their images and files move into a message of the user
         behind the results of the round."""
+        messages = edit.body["messages"]
+        if not any(message.get("role") == "tool" and type(message.get("content")) is list
+                   for message in messages):
+            return
+
         moved: list[Json] = []
         shaped: list[Json] = []
-        for message in edit.body["messages"]:
+        for message in messages:
             if moved and message.get("role") != "tool":
                 shaped.append({"role": "user", "content": moved})
                 moved = []
@@ -3550,10 +3587,16 @@ class ChatCompletions(Dialect):
         if not model.is_openai and cap and "max_tokens" not in body:
             edit.set(body, "max_tokens", cap)           # Claude and Gemini stop early without
 
+    def is_in_shape(self, item: Any) -> bool:
+        if type(item) is not dict or "type" in item or "function_call" in item:
+            return False
+        content = item.get("content")
+        return (content is None or type(content) is str) and item.get("role") in _CHAT_ROLES
+
     def own_tool(self, tool: Json) -> Json:
-        freeform, function = freeform_of(tool), function_of(tool)
         if isinstance(tool.get("function"), dict) and tool.get("type") == "function":
             return tool
+        freeform, function = freeform_of(tool), function_of(tool)
         if freeform:
             return tool if "custom" in tool else {"type": "custom", "custom": freeform}
         if not function:
@@ -3592,14 +3635,17 @@ class ChatCompletions(Dialect):
             edit.drop(edit.body, name, "" if name in HARMLESS else "the model is not OpenAI's")
 
     def tidy_item(self, edit: Edit, item: Json, model: Model) -> bool:
-        if not item.get("annotations"):                  # [], as SDKs write an answer down
+        if "annotations" in item and not item["annotations"]:    # [], as SDKs write answers down
             edit.drop(item, "annotations")
-        if item.get("tool_calls") == []:
-            edit.drop(item, "tool_calls")
-        for call in as_list(item.get("tool_calls")):
-            fit_id(edit, call, "id")
+        if "tool_calls" in item:
+            if item["tool_calls"] == []:
+                edit.drop(item, "tool_calls")
+            for call in as_list(item.get("tool_calls")):
+                fit_id(edit, call, "id")
         if item.get("role") == "tool":
             fit_id(edit, item, "tool_call_id")
+        if type(item.get("content")) is str and item["content"]:
+            return True
         had_content = item.get("content") is not None
         if isinstance(item.get("content"), list):
             self._tidy_parts(edit, item, model)
@@ -4059,6 +4105,9 @@ _OUTPUT_INDEX = re.compile(rb'"output_index":\s*(\d{1,15})(?!\d)')
 _TERMINAL = ("response.completed", "response.incomplete", "response.failed", "response.cancelled",
              "error")
 _REFUSED_TOOLS = ("image_generation", "code_interpreter")
+_SHAPED_ITEMS = ("function_call", "function_call_output", "reasoning", "custom_tool_call",
+                 "custom_tool_call_output")
+_SHAPED_PARTS = frozenset(("input_text", "output_text", "refusal"))
 #: the items that hold the result of a tool which the client ran
 _RESULT_ITEMS = ("function_call_output", "custom_tool_call_output", "tool_search_output",
                  "local_shell_call_output", "shell_call_output", "apply_patch_call_output",
@@ -4419,6 +4468,15 @@ class Responses(Dialect):
                     detail = part.get("detail") or "auto"
                     edit.set(part, "detail", "high" if detail == "original" else detail)
         return True
+
+    def is_in_shape(self, item: Any) -> bool:
+        if type(item) is not dict:
+            return False
+        if item.get("role") is None:
+            return (item.get("type") in _SHAPED_ITEMS and type(item.get("output", "")) is str)
+        if "tool_calls" in item or item["role"] == "tool":
+            return False
+        return _has_parts(item.get("content"), _SHAPED_PARTS)
 
     def own_tool(self, tool: Json) -> Json:
         freeform, function = freeform_of(tool), function_of(tool)
@@ -5041,6 +5099,8 @@ def client_tool(tool: Json) -> Json | None:
                          cache_control=tool.get("cache_control"))
     return None
 
+_SHAPED_BLOCKS = frozenset(("text", "tool_use", "tool_result", "thinking", "redacted_thinking"))
+
 class MessagesStream(StreamRelay):
     """Anthropic's events as they come.  Exchanged are the model's name in `message_start`, counts
     that SDKs cannot do without, and the names of errors that Anthropic does not have."""
@@ -5353,6 +5413,16 @@ class Messages(Dialect):
         if isinstance(wish, Named):
             return {"type": "tool", "name": wish.name}
         return {"type": "any" if wish == "required" else wish}
+
+    def is_in_shape(self, item: Any) -> bool:
+        if type(item) is not dict or "tool_calls" in item or item.get("role") not in _PLAIN_ROLES:
+            return False
+        content = item.get("content")
+        if not _has_parts(content, _SHAPED_BLOCKS):
+            return False
+        return type(content) is str or all(
+            _has_parts(block.get("content", ""), ("text",)) for block in content
+            if block["type"] == "tool_result")
 
     def takes_stops(self, stops: list[str], model: Model) -> bool:
         return all(stop.strip() for stop in stops)       # white space alone is refused
@@ -6062,8 +6132,13 @@ def _place_of(body: Json, path: str, make: bool = False) -> tuple[Json, str]:
         body[outer] = {}
     return as_object(body.get(outer)), inner
 
+_OLD_NAMES = {dialect: frozenset(old.partition(".")[0] for old, _, _ in rows)
+              for dialect, rows in OLD_FIELDS.items()}
+
 def rename_old_fields(edit: Edit, client: Dialect, model: Model) -> None:
     """Older spellings, fields that were betas once, and the sister dialects' names of a field."""
+    if _OLD_NAMES[client.name].isdisjoint(edit.body):
+        return
     for old, own, convert in OLD_FIELDS[client.name]:
         holder, key = _place_of(edit.body, old)
         if holder.get(key) is None:
@@ -6116,23 +6191,24 @@ def convert_functions(edit: Edit, client: Dialect, model: Model) -> None:
         if body.get("tool_choice") is None:
             edit.set(body, "tool_choice", choice)
 
-    called: dict[str, collections.deque[str]] = {}       # name -> ids of its open calls
-    for at, item in enumerate(as_list(body.get(client.turns_key))):
+def convert_function_turns(edit: Edit, client: Dialect, model: Model) -> None:
+    """Calls and results of `functions`: they have names, tools have ids."""
+    called: dict[str, list[str]] = {}          # name of a function -> ids of its open calls
+    for at, item in enumerate(as_list(edit.body.get(client.turns_key))):
         if not isinstance(item, dict):
             continue
         if isinstance(item.get("function_call"), dict):
             function = edit.drop(item, "function_call")
             call_id = "call_function_%d" % at
-            name = str(function.get("name"))
-            called.setdefault(name, collections.deque()).append(call_id)
+            called.setdefault(str(function.get("name")), []).append(call_id)
             if not item.get("tool_calls"):
                 call = {"id": call_id, "type": "function", "function": function}
                 edit.set(item, "tool_calls", [call])
         elif item.get("role") == "function":
             name = str(edit.drop(item, "name"))
-            open_calls = called.get(name) or collections.deque(["call_function_%d" % at])
+            open_calls = called.get(name) or ["call_function_%d" % at]
             edit.set(item, "role", "tool")
-            edit.set(item, "tool_call_id", open_calls.popleft())
+            edit.set(item, "tool_call_id", open_calls.pop(0))
 
 def shape_tools(edit: Edit, client: Dialect, model: Model) -> None:
     """Tools in the shape of another dialect, and nulls beside a schema, which strict ones refuse.
@@ -6310,15 +6386,27 @@ def shape_turns(edit: Edit, client: Dialect, model: Model) -> None:
             shaped += rewrite_item(edit, client, item, model, place)
     edit.replace(edit.body, key, shaped)
 
-#: what is done to every request, in this order
-NORMALISING: tuple[Callable[[Edit, Dialect, Model], None], ...] = (
+#: what is done to every request, in this order: to its fields, then to its turns
+FIELD_STEPS: tuple[Callable[[Edit, Dialect, Model], None], ...] = (
     name_the_turns, rename_old_fields, convert_functions, hoist_tools, shape_tools, narrow_tools,
-    shape_choice, shape_turns)
+    shape_choice)
+TURN_STEPS: tuple[Callable[[Edit, Dialect, Model], None], ...] = (
+    convert_function_turns, shape_turns)
 
 def normalise(edit: Edit, client: Dialect, model: Model) -> None:
-    """Make a request uniform in its own dialect.  Raises BadRequest."""
-    for step in NORMALISING:
+    """Make a request uniform in its own dialect.  Raises BadRequest.
+
+    Most conversations are in shape and are looked at once; those of words alone need no care
+    behind it either."""
+    for step in FIELD_STEPS:
         step(edit, client, model)
+    turns = edit.body.get(client.turns_key)
+    if not isinstance(turns, list):
+        return
+    edit.is_words = all(map(is_words, turns))
+    if not edit.is_words and not all(map(client.is_in_shape, turns)):
+        for step in TURN_STEPS:
+            step(edit, client, model)
 
 # ---- Each call and its result ----
 
@@ -6345,6 +6433,8 @@ def is_paired(steps: Iterable[ToolStep], once: bool) -> bool:
 def pair_calls(edit: Edit, dialect: Dialect) -> None:
     """Put each result directly behind its call: a missing one is told as an error, one without a
     call as text, one that comes twice is told once."""
+    if edit.is_words:
+        return
     key = dialect.turns_key
     try:          # nothing is kept of what is read: thousands of pieces would wake the collector
         if is_paired((step for item in edit.body[key] for step in dialect.tool_steps(item)),
@@ -6462,6 +6552,10 @@ def tidy_history(edit: Edit, dialect: Dialect, model: Model) -> None:
     body, key = edit.body, dialect.turns_key
     drop_nulls(edit, body)
     dialect.drop_foreign_fields(edit, model)
+
+    if edit.is_words:
+        fit_names(edit, [])
+        return
 
     calls: list[Json] = []
     kept: list[Json] = []

@@ -278,7 +278,7 @@ class NormaliseTest(unittest.TestCase):
                 self.assertEqual((edit.changed, edit.body), (False, body))
 
     def test_every_step_says_why_it_is_there(self) -> None:
-        for step in cp.NORMALISING:
+        for step in (*cp.FIELD_STEPS, *cp.TURN_STEPS):
             self.assertGreater(len(step.__doc__ or ""), 40, step.__name__)
 
 
