@@ -5420,9 +5420,8 @@ class Messages(Dialect):
         content = item.get("content")
         if not _has_parts(content, _SHAPED_BLOCKS):
             return False
-        return type(content) is str or all(
-            _has_parts(block.get("content", ""), ("text",)) for block in content
-            if block["type"] == "tool_result")
+        results = [block for block in as_list(content) if block["type"] == "tool_result"]
+        return all(_has_parts(result.get("content", ""), ("text",)) for result in results)
 
     def takes_stops(self, stops: list[str], model: Model) -> bool:
         return all(stop.strip() for stop in stops)       # white space alone is refused
