@@ -12864,10 +12864,20 @@ class EventLoop:
         self.watch(self._alarm, selectors.EVENT_READ)
         self._thread.start()
 
+    @property
+    def is_running(self) -> bool:
+        """Has it begun, and not ended?"""
+        return self._thread.is_alive()
+
     def stop(self) -> None:
         """End all coroutines and the thread."""
         self.post(self._stop)
         self._thread.join(5)
+
+    def close(self) -> None:
+        """Give up what it waits with; it does not run, or runs no more."""
+        self._selector.close()
+        self._alarm.close()
 
     def post(self, work: Callable[..., None], *items: Any) -> None:
         """Have the loop call `work`."""
@@ -12943,8 +12953,7 @@ class EventLoop:
             if self._now - self._ticked_at >= self._tick_s:
                 self._ticked_at = self._now
                 self._tick()
-        self._selector.close()
-        self._alarm.close()
+        self.close()
 
     def _pause_s(self) -> float:
         """How long nothing can happen but in sockets."""
@@ -13222,6 +13231,12 @@ class Server(ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]   # type: ignore[assignment]
 
+    def server_close(self) -> None:
+        """Listen no more.  The base class calls it, too, where the port cannot be had."""
+        super().server_close()
+        if not self.loop.is_running:
+            self.loop.close()
+
     @property
     def url(self) -> str:
         """Of this server, as a client on this machine may write it."""
@@ -13344,7 +13359,12 @@ class Server(ThreadingHTTPServer):
         self.loop.post(self.loop.watch, self._listener, selectors.EVENT_READ)
 
     def finish(self, grace_s: float) -> None:
-        """Accept nothing more, give running answers `grace_s`, then end them with an error."""
+        """Accept nothing more, give running answers `grace_s`, then end them with an error.
+
+        A second call has nothing left to do."""
+        if not self.loop.is_running:
+            self.server_close()
+            return
         self.app.stop.set()
         self.app.ledger.events.close(*self.app.ledger.events.readers)
         self._stop_listening()

@@ -75,10 +75,10 @@ def interrupts_on() -> Iterator[None]:
 
 
 def patient(test: Callable[[Any], None]) -> Callable[[Any], None]:
-    """For a test whose subject is time: run it at its own speed, then 4 and 16 times slower.
+    """For a test whose subject is time: it has three tries.
 
-    The test multiplies its times by `self.slower`.  On a quiet machine the first run decides; on a
-    busy one a law that holds shows at a slower speed, while a broken one shows at none.
+    Other work may spoil one, a fault spoils all.  A test whose times are those of the machine, not
+    of the law, multiplies them by `self.slower`: 1, then 4 and 16.
     """
     @functools.wraps(test)
     def run(self: Any) -> None:

@@ -23,7 +23,7 @@ from typing import Any, Iterator
 
 import support
 from support import (SCRIPT, SLOW, Command, Reply, accepts, ask, chat, clean_environment,
-                     interrupts_on, message, response, run_command, run_main, wait_until)
+                     interrupts_on, message, patient, response, run_command, run_main, wait_until)
 import copilot_proxy as cp
 from fake_upstream import CHAT, EXCHANGE, MODELS, USAGE, USER, Answer, FakeUpstream, Token
 from cases import CliCase, MappingProxy
@@ -290,13 +290,16 @@ class DemoTest(unittest.TestCase):
 class EndTest(CliCase):
     """Signals and the port."""
 
+    @patient
     def test_ctrl_c_ends_an_idle_server_at_once_whatever_the_grace(self) -> None:
         command = self.start("--grace", "3000")
         url = command.wait_for_url()
         self.assertEqual(ask(url, "GET", "/health").status, 200)
         idle = socket.create_connection(("127.0.0.1", int(url.split(":")[-1])))
         self.addCleanup(idle.close)
+        began = time.monotonic()
         self.assertEqual(command.stop(signal.SIGINT), 130, command.output())
+        self.assertLess(time.monotonic() - began, 1.5)       # a second and a bit
         self.assertNotIn("Traceback", command.output())
 
     def test_sigterm_ends_with_0_and_ctrl_c_in_a_login_with_130(self) -> None:

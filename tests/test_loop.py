@@ -905,13 +905,16 @@ class FinishTest(LoopCase):
             wait_until(lambda: not proxy.server.loop.clients, "no client is left")
             wait_until(lambda: not proxy.server._running, "no exchange is left")
 
+    @patient
     def test_without_work_it_is_over_at_once(self) -> None:
         with second_proxy(self) as proxy:                             # type: ignore[arg-type]
             self.assertEqual(proxy.get("/v1/models").status, 200)
             clients = [self.client(proxy) for _ in range(50)]
             began = time.monotonic()
             proxy.server.finish(60.0)
-            self.assertLess(time.monotonic() - began, DEADLINE_S)
+            self.assertLess(time.monotonic() - began, 1.0)
+            proxy.server.finish(60.0)                        # a second one has nothing to do
+            self.assertLess(time.monotonic() - began, 1.0)
             for client in clients:
                 self.assertTrue(client.is_closed())
 
@@ -939,6 +942,7 @@ class FinishTest(LoopCase):
                 proxy.server.finish(0.1)
                 self.assertIsNone(connection.sock, "it is still open")
 
+    @patient
     def test_a_stream_that_ends_in_the_grace_ends_the_waiting(self) -> None:
         with second_proxy(self) as proxy:                             # type: ignore[arg-type]
             stream = self.open(response("@@events=4 stall=2@@", stream=True), "/v1/responses",
@@ -949,7 +953,7 @@ class FinishTest(LoopCase):
             release(self.fake)
             self.assertIn(ENDINGS["/v1/responses"], stream.rest())
             thread.join(DEADLINE_S)
-            self.assertLess(time.monotonic() - began, 2 * DEADLINE_S)
+            self.assertLess(time.monotonic() - began, 3.0)
             self.assertTrue(stream.client.is_closed())
 
 

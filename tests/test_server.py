@@ -710,7 +710,7 @@ class UnreachableTest(ProxyCase):
                 self.assertEqual("type" in reply.json, path == "/v1/messages")
 
     def test_an_upstream_that_is_too_slow_is_504_in_the_dialect(self) -> None:
-        with second_proxy(self, answer_timeout_s=0.05) as proxy:
+        with second_proxy(self, answer_timeout_s=0.05, head_timeout_s=0.2) as proxy:
             proxy.get("/v1/models")
             for path, make in REQUESTS:
                 for stream in (False, True):
