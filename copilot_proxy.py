@@ -132,8 +132,8 @@ from typing import (
 )
 
 __version__ = "0.1.0"
-__all__ = ["DIALECTS", "App", "BodyDecoder", "Model", "ProxyError", "SSEDecoder", "Settings",
-           "Usage", "__version__", "main"]
+__all__ = ["CLIENT_DIALECTS", "DIALECTS", "App", "BodyDecoder", "Model", "ProxyError",
+           "SSEDecoder", "Settings", "Usage", "__version__", "main"]
 
 Json = Dict[str, Any]            # a JSON object
 Headers = Dict[str, str]         # header names in lower case, doubled ones joined by ", "
@@ -301,17 +301,18 @@ OUTPUT_LOOK_S, OUTPUT_END_S = 0.1, 0.5   # how often a full pipe is looked at; a
 # Whose fault it is decides the class; the status decides the name on the wire.  An error is raised
 # where the fact is known and rendered once, by the dialect of the route that was called.
 
-#: status -> (type in OpenAI's shape, type in Anthropic's shape)
+#: status -> (type in OpenAI's shape, type in Anthropic's shape, status in Google's shape)
 ERROR_TYPES = {
-    400: ("invalid_request_error", "invalid_request_error"),
-    401: ("authentication_error", "authentication_error"),
-    402: ("insufficient_quota", "permission_error"),
-    403: ("permission_error", "permission_error"),
-    404: ("invalid_request_error", "not_found_error"),
-    413: ("invalid_request_error", "request_too_large"),
-    429: ("rate_limit_error", "rate_limit_error"),
-    503: ("server_error", "overloaded_error"),
-    529: ("server_error", "overloaded_error"),
+    400: ("invalid_request_error", "invalid_request_error", "INVALID_ARGUMENT"),
+    401: ("authentication_error", "authentication_error", "UNAUTHENTICATED"),
+    402: ("insufficient_quota", "permission_error", "RESOURCE_EXHAUSTED"),
+    403: ("permission_error", "permission_error", "PERMISSION_DENIED"),
+    404: ("invalid_request_error", "not_found_error", "NOT_FOUND"),
+    413: ("invalid_request_error", "request_too_large", "INVALID_ARGUMENT"),
+    429: ("rate_limit_error", "rate_limit_error", "RESOURCE_EXHAUSTED"),
+    503: ("server_error", "overloaded_error", "UNAVAILABLE"),
+    504: ("server_error", "api_error", "DEADLINE_EXCEEDED"),
+    529: ("server_error", "overloaded_error", "UNAVAILABLE"),
 }
 
 class ErrorClass(NamedTuple):
@@ -384,11 +385,13 @@ class ProxyError(Exception):
         self.code, self.param, self.details = code, param, details
         self.headers: Headers = headers or {}
 
-    def types(self) -> tuple[str, str]:
-        """(OpenAI's, Anthropic's) type for this status."""
+    def types(self) -> tuple[str, str, str]:
+        """(OpenAI's type, Anthropic's type, Google's status) for this HTTP status."""
         if self.status in ERROR_TYPES:
             return ERROR_TYPES[self.status]
-        return ERROR_TYPES[400] if self.status < 500 else ("server_error", "api_error")
+        if self.status < 500:
+            return ERROR_TYPES[400]
+        return "server_error", "api_error", "INTERNAL"
 
     @property
     def response_code(self) -> str:
@@ -1192,11 +1195,13 @@ class ToolCall(Part):
 
 @dataclass
 class ToolResult(Part):
-    """What a tool gave back; always in a user turn."""
+    """What a tool gave back; always in a user turn.  name: of the tool, for clients whose calls
+    have no ids, see `pair_by_order`."""
     call_id: str
     parts: list[Part]
     is_error: bool = False
     cache: bool = False
+    name: str = field(default="", compare=False)
 
 @dataclass
 class Turn:
@@ -1236,7 +1241,10 @@ class Request:
     prompt_tokens: an estimate, 0 where nobody needs it.
     output_tool: set when a forced call stands for `output_schema`, see `Unwrapper`.
     cut_at: stop sequences that the upstream cannot watch for, see `StopCutter`.
-    hides_thinking: the client wants none, or has no place for it, see `ThinkingFilter`."""
+    hides_thinking: the client wants none, or has no place for it, see `ThinkingFilter`.
+    wants_thoughts: a Gemini client wants to read the thinking; its state it gets in any case.
+    elapsed_ns: gives the time since the request came, for clients that are told how long it took.
+    """
     model: str
     dialect: str = field(default="", compare=False)
     turns_key: str = field(default="messages", compare=False)    # in the client's body
@@ -1250,6 +1258,10 @@ class Request:
     max_output_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    top_k: float | None = None
+    seed: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     stop: list[str] = field(default_factory=list)
     effort: str | None = None
     thinking_budget: int | None = None
@@ -1263,6 +1275,8 @@ class Request:
     output_tool: str = field(default="", compare=False)
     cut_at: list[str] = field(default_factory=list, compare=False)
     hides_thinking: bool = field(default=False, compare=False)
+    wants_thoughts: bool = field(default=False, compare=False)
+    elapsed_ns: Callable[[], int] = field(default=lambda: 0, compare=False)
     losses: Losses = field(default_factory=Losses, compare=False)
 
     def lose(self, name: str, reason: str) -> None:
@@ -2021,7 +2035,7 @@ class ToolStep(NamedTuple):
 class Dialect:
     """What all dialects have in common.  Stateless: a stream's state lives in its StreamRelay."""
     name = ""
-    path = ""                         # of the upstream, as in `supported_endpoints`
+    path = ""                         # as in `supported_endpoints`; "": for clients alone
     turns_key = "messages"            # where a request's body holds the conversation
     unique_call_ids = False           # True: the id of a tool call may not come twice
     cache_mark = ""                   # the field that marks where the prompt cache may end
@@ -2037,6 +2051,7 @@ class Dialect:
     knows_allowed_tools = False       # True: OpenAI's models take such a tool_choice here
     has_whole_answer_limit = True     # True: longer answers must be streamed, see Model.output_cap
     keepalive = b": keepalive\n\n"    # an event that clients of this dialect ignore
+    stream_type = "text/event-stream"
     STOP_REASONS: tuple[tuple[str, str], ...] = ()       # (wire, neutral), first of a word wins
     TO_NEUTRAL: ClassVar[dict[str, str]]                 # both made of it
     TO_WIRE: ClassVar[dict[str, str]]
@@ -2380,6 +2395,7 @@ def refuse_image_urls(content: Any, place: str) -> None:
 
 OPAQUE_TAG = "cpx1."             # marks state that this proxy packed; a dot never is in base64
 FOREIGN_STATE = "minted by another dialect"
+NO_COUNTERPART = "no counterpart in the model's dialect"
 OUTPUT_TOOL = "structured_output"
 ERROR_PREFIX = "Error: "         # tells of is_error where the dialect has no field for it
 FALLBACK_MAX_TOKENS = 8192       # Messages demands a limit; for models that list none
@@ -2540,6 +2556,18 @@ def client_id(prefix: str, text: str, request: Request) -> str:
     """The upstream's response id if it fits the client's dialect, else a short one of our own."""
     fits = text.startswith(prefix) and len(prefix) < len(text) <= MAX_ID_CHARS
     return text if fits else stable_id(prefix, request.key + text)
+
+#: how the base64 of an image begins
+_IMAGE_MARKS = (("iVBORw0KGgo", "image/png"), ("/9j/", "image/jpeg"), ("R0lGOD", "image/gif"),
+                ("UklGR", "image/webp"))
+
+def image_type(data: str, label: str) -> str:
+    """The media type of base64 `data`: by its first bytes, else by its label, spelt as usual."""
+    for mark, kind in _IMAGE_MARKS:
+        if data.startswith(mark):
+            return kind
+    label = label.strip().lower()
+    return {"image/jpg": "image/jpeg", "image/x-png": "image/png"}.get(label, label)
 
 def data_url(part: Image | Document) -> str:
     return part.url or "data:%s;base64,%s" % (part.media_type, part.data)
@@ -2830,7 +2858,73 @@ def note_unknown(request: Request, source: Json, *known: str) -> None:
     """Record the fields that no other dialect has; nulls mean nothing."""
     for name in source.keys() - HARMLESS - set(known):
         if source[name] is not None:
-            request.lose(name[:60], "no counterpart in the model's dialect")
+            request.lose(name[:60], NO_COUNTERPART)
+
+def join_thoughts(turns: list[Turn]) -> None:
+    """Thinking that came in pieces, with its state behind the last one, becomes one part again.
+    A piece that has state and words of its own takes the place of those before it."""
+    for turn in turns:
+        joined: list[Part] = []
+        for part in turn.parts:
+            last = next(reversed(joined), None)
+            if (isinstance(part, Reasoning) and isinstance(last, Reasoning)
+                    and not last.signature and not part.redacted):
+                if not (part.signature and part.text):
+                    part = replace(part, text=last.text + part.text)
+                joined[-1] = part
+            else:
+                joined.append(part)
+        turn.parts[:] = joined
+
+class UnansweredCalls:
+    """The calls of one round that wait for their results, for clients that write no ids."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, None] = {}                      # ids, in order
+        self._by_name: dict[str, collections.deque[str]] = {}
+
+    def add(self, call: ToolCall) -> None:
+        self._waiting[call.id] = None
+        self._by_name.setdefault(call.name, collections.deque()).append(call.id)
+
+    def take(self, result: ToolResult) -> str:
+        """The id of the call that a result answers: by its id, else the first one of its name, or
+        the very first where it names none; "" when there is no such call."""
+        call_id = result.call_id
+        if call_id not in self._waiting:
+            call_id = self._first_of(result.name)
+        self._waiting.pop(call_id, None)
+        return call_id
+
+    def _first_of(self, name: str) -> str:
+        if not name:
+            return next(iter(self._waiting), "")
+        ids = self._by_name.get(name, collections.deque())
+        while ids:
+            call_id = ids.popleft()
+            if call_id in self._waiting:
+                return call_id
+        return ""
+
+def pair_by_order(turns: list[Turn]) -> None:
+    """Give each call and result an id: calls without one get theirs by their place, so that it is
+    the same in each request of a conversation; a result gets that of its call."""
+    parts = [part for turn in turns for part in turn.parts]
+    used = {part.id for part in parts if isinstance(part, ToolCall)}
+    used.update(part.call_id for part in parts if isinstance(part, ToolResult))
+    fresh = (name for name in map("call_{}".format, range(len(parts) + len(used) + 1))
+             if name not in used)
+    waiting = UnansweredCalls()
+    for turn in turns:
+        if turn.role == "assistant":
+            waiting = UnansweredCalls()
+        for at, part in enumerate(turn.parts):
+            if isinstance(part, ToolCall):
+                turn.parts[at] = call = replace(part, id=part.id or next(fresh))
+                waiting.add(call)
+            elif isinstance(part, ToolResult):
+                call_id = waiting.take(part) or part.call_id or next(fresh)
+                turn.parts[at] = replace(part, call_id=call_id)
 
 def preflight(request: Request, model: Model) -> None:
     """Refuse images for a model without eyes, leave fields of OpenAI's own to its models."""
@@ -2926,17 +3020,31 @@ def read_schema(layout: Any) -> Json | None:
 
 #: a field of Request, what makes sense of it, and its place in a body of each dialect
 FIELDS = (
-    ("", None, "chat", "responses", "messages"),
-    ("stream", flag, "stream", "stream", "stream"),
-    ("temperature", number_or_none, "temperature", "temperature", "temperature"),
-    ("top_p", number_or_none, "top_p", "top_p", "top_p"),
-    ("parallel_tool_calls", flag, "parallel_tool_calls", "parallel_tool_calls", ""),
-    ("max_output_tokens", positive, "max_tokens", "max_output_tokens", "max_tokens"),
-    ("stop", words, "stop", "", "stop_sequences"),
-    ("user", word, "user", "user", "metadata.user_id"),
-    ("effort", word, "reasoning_effort", "reasoning.effort", "output_config.effort"),
-    ("thinking_budget", positive, "thinking_budget", "", "thinking.budget_tokens"),
-    ("output_schema", read_schema, "response_format", "text.format", "output_config.format"))
+    ("", None, "chat", "responses", "messages", "gemini", "ollama"),
+    ("stream", flag, "stream", "stream", "stream", "stream", "stream"),
+    ("temperature", number_or_none, "temperature", "temperature", "temperature",
+     "generationConfig.temperature", "options.temperature"),
+    ("top_p", number_or_none, "top_p", "top_p", "top_p", "generationConfig.topP", "options.top_p"),
+    ("top_k", number_or_none, "", "", "top_k", "generationConfig.topK", "options.top_k"),
+    ("seed", number_or_none, "seed", "", "", "generationConfig.seed", "options.seed"),
+    ("presence_penalty", number_or_none, "presence_penalty", "", "",
+     "generationConfig.presencePenalty", "options.presence_penalty"),
+    ("frequency_penalty", number_or_none, "frequency_penalty", "", "",
+     "generationConfig.frequencyPenalty", "options.frequency_penalty"),
+    ("parallel_tool_calls", flag, "parallel_tool_calls", "parallel_tool_calls", "", "", ""),
+    ("max_output_tokens", positive, "max_tokens", "max_output_tokens", "max_tokens",
+     "generationConfig.maxOutputTokens", "options.num_predict"),
+    ("stop", words, "stop", "", "stop_sequences", "generationConfig.stopSequences",
+     "options.stop"),
+    ("user", word, "user", "user", "metadata.user_id", "", ""),
+    ("effort", word, "reasoning_effort", "reasoning.effort", "output_config.effort",
+     "generationConfig.thinkingConfig.thinkingLevel", "think"),
+    ("thinking_budget", positive, "thinking_budget", "", "thinking.budget_tokens",
+     "generationConfig.thinkingConfig.thinkingBudget", ""),
+    ("output_schema", read_schema, "response_format", "text.format", "output_config.format", "",
+     ""))
+#: fields of FIELDS that not every dialect has and whose absence is a loss
+SAMPLING_FIELDS = ("top_k", "seed", "presence_penalty", "frequency_penalty")
 
 def fields_of(dialect: str) -> list[tuple[str, Callable[[Any], Any], list[str]]]:
     """[(field, what makes sense of it, path to it)]"""
@@ -2970,7 +3078,11 @@ def write_fields(dialect: Dialect, request: Request, model: Model, **fitted: Any
     if dialect.shared_fields:
         fitted["user"] = request.user and request.user[:MAX_ID_CHARS]
         body.update(request.openai)
-    for name, _, (*outer, last) in fields_of(dialect.name):
+    fields = fields_of(dialect.name)
+    for name in set(SAMPLING_FIELDS) - {row[0] for row in fields}:
+        if getattr(request, name) is not None:
+            request.lose(name, NO_COUNTERPART)
+    for name, _, (*outer, last) in fields:
         value = fitted[name] if name in fitted else getattr(request, name)
         if value is not None and value != []:
             target = functools.reduce(lambda inner, key: inner.setdefault(key, {}), outer, body)
@@ -5816,10 +5928,879 @@ def filter_betas(value: str) -> str:
     wanted = [beta.strip() for beta in value.split(",")]
     return ",".join(beta for beta in wanted if beta.startswith(BETA_PREFIXES))
 
+# ---- Gemini and Ollama: dialects of clients alone ----
+# No upstream speaks them: they read requests and write answers, and the hub does the rest.
+
+class ClientDialect(Dialect):
+    """What the dialects of clients alone have in common."""
+    shared_fields = ()
+    substitutes = ("messages", "responses", "chat")
+
+    def __init__(self, encoder: type[StreamEncoder]) -> None:
+        super().__init__(StreamRelay, StreamDecoder, encoder)
+
+class WholeCalls:
+    """Calls whose arguments come in pieces, for clients that read them in one piece: they are
+    given out in the order of their beginnings."""
+
+    def __init__(self) -> None:
+        self._calls: dict[int, ToolCall] = {}
+        self._pieces: dict[int, list[str]] = {}
+        self._is_open: set[int] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._calls)
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._calls
+
+    def begin(self, index: int, call: ToolCall) -> None:
+        self._calls[index], self._pieces[index] = call, []
+        self._is_open.add(index)
+
+    def add(self, index: int, text: str) -> None:
+        self._pieces[index].append(text)
+
+    def end(self, index: int) -> list[ToolCall]:
+        """The calls that are whole by now and behind no open one."""
+        self._is_open.discard(index)
+        whole: list[ToolCall] = []
+        while self._calls:
+            first = next(iter(self._calls))
+            if first in self._is_open:
+                break
+            call, pieces = self._calls.pop(first), self._pieces.pop(first)
+            whole.append(replace(call, arguments="".join(pieces)))
+        return whole
+
+def standard_base64(text: str) -> str:
+    """Base64 of the alphabet for URLs, which Google's SDKs write, in the usual one, and padded."""
+    text = text.strip().rstrip("=").replace("-", "+").replace("_", "/")
+    return text + "=" * (-len(text) % 4)
+
+def decode_base64(text: str, place: str) -> str:
+    """The text inside.  Raises BadRequest."""
+    try:
+        return base64.b64decode(standard_base64(text)).decode("utf-8", "replace")
+    except ValueError:
+        raise BadRequest("'%s' is not valid base64" % place, param=place) from None
+
+def media_parts(media_type: str, data: str, title: str | None, place: str) -> list[Part]:
+    """An image or a document that came as base64.  Raises BadRequest for sound and film."""
+    data = standard_base64(data)
+    kind = image_type(data, media_type)
+    if not data or not kind:
+        raise BadRequest("'%s' must hold a media type and base64 data" % place, param=place)
+    if kind.startswith("image/"):
+        return [Image(kind, data)]
+    if kind.startswith(("audio/", "video/")):
+        raise BadRequest("'%s': content of type '%s' cannot be given to this model"
+                         % (place, printable(kind, 60)), param=place)
+    if kind.startswith("text/") or kind == "application/json":
+        return [Document(kind, text=decode_base64(data, place), title=title)]
+    return [Document(kind, data, title=title)]
+
+def text_parts(text: Any) -> list[Part]:
+    """One text, none for '' and what is no text."""
+    words_ = word(text)
+    if words_ is None:
+        return []
+    return [Text(words_)]
+
+def camel_case(name: str) -> str:
+    """'generation_config' -> 'generationConfig'"""
+    if "_" not in name or name.startswith("_"):
+        return name
+    head, *rest = name.split("_")
+    return head + "".join(piece[:1].upper() + piece[1:] for piece in rest)
+
+#: fields of Gemini's requests whose keys are the client's own
+_OWN_KEYS = frozenset(("args", "response", "parameters", "parametersJsonSchema", "responseSchema",
+                       "responseJsonSchema", "labels"))
+
+def camel_keys(body: Json) -> Json:
+    """A copy with keys in camelCase: Google's API takes them in snake_case, too."""
+    whole: Json = {}
+    todo: list[tuple[Any, Any]] = [(body, whole)]
+
+    def copy_of(value: Any) -> Any:
+        if not isinstance(value, (dict, list)):
+            return value
+        made = type(value)()
+        todo.append((value, made))
+        return made
+
+    while todo:
+        source, target = todo.pop()
+        if isinstance(source, list):
+            target.extend(map(copy_of, source))
+            continue
+        for key, value in source.items():
+            name = camel_case(key)
+            if name in _OWN_KEYS:
+                target.setdefault(name, value)
+            elif name not in target:
+                target[name] = copy_of(value)
+    return whole
+
+_SCHEMA_COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties",
+                  "maxProperties")
+
+def json_schema_of(schema: Json) -> Json:
+    """Google's schema, a piece of OpenAPI, as a JSON schema: types in lower case, `nullable` as a
+    type, counts as numbers.  {"type": "STRING", "nullable": true} -> {"type": ["string", "null"]}
+    """
+    whole: Json = {}
+    todo: list[tuple[Json, Json]] = [(schema, whole)]
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        made: Json = {}
+        todo.append((value, made))
+        return made
+
+    while todo:
+        source, target = todo.pop()
+        for key, value in source.items():
+            name = camel_case(key)
+            if name in ("nullable", "propertyOrdering", "example") or value is None:
+                continue
+            if name == "type":
+                target.update(given(type=_schema_type(value)))
+            elif name in ("properties", "defs", "$defs") and isinstance(value, dict):
+                target[name] = {own: convert(inner) for own, inner in value.items()}
+            elif name in ("anyOf", "oneOf", "allOf", "prefixItems"):
+                target[name] = [convert(inner) for inner in as_list(value)]
+            elif name in ("items", "additionalProperties", "not"):
+                target[name] = convert(value)
+            elif name in _SCHEMA_COUNTS and isinstance(value, str):
+                target.update(given(**{name: digits_or_none(value)}))
+            elif (name, value) != ("format", "enum"):
+                target[name] = value
+        if source.get("nullable") is True:
+            _allow_null(target)
+    return whole
+
+def _schema_type(value: Any) -> Any:
+    """'STRING' -> 'string'; None for the type that says nothing."""
+    if isinstance(value, list):
+        return [str(kind).lower() for kind in value]
+    kind = str(value).lower()
+    if kind == "type_unspecified":
+        return None
+    return kind
+
+def _allow_null(schema: Json) -> None:
+    if isinstance(schema.get("type"), str):
+        schema["type"] = [schema["type"], "null"]
+    elif isinstance(schema.get("anyOf"), list):
+        schema["anyOf"].append({"type": "null"})
+    if isinstance(schema.get("enum"), list):
+        schema["enum"] = [*schema["enum"], None]
+
+# ---- Gemini ----
+
+NO_SIGNATURE = "skip_thought_signature_validator"    # what Google has clients write for: none
+SIGNED_TEXT = "text"                 # in a packed state: the words that the state before it signs
+_GEMINI_ROLES = {"user": "user", "function": "user", "tool": "user", "model": "assistant",
+                 "assistant": "assistant", "system": "system"}
+_GEMINI_CONFIG = ("temperature", "topP", "topK", "maxOutputTokens", "stopSequences",
+                  "candidateCount", "responseMimeType", "responseSchema", "responseJsonSchema",
+                  "seed", "presencePenalty", "frequencyPenalty", "thinkingConfig",
+                  "responseModalities")
+_GEMINI_BESIDE = frozenset(("thought", "thoughtSignature", "videoMetadata", "mediaResolution",
+                            "partMetadata"))         # in a part, beside what it holds
+_GEMINI_LEVELS = ("minimal", *(name for name, _ in EFFORT_BUDGETS))
+USUAL_EFFORT = "medium"              # for a client that wants thinking and does not say how much
+
+def gemini_parts(content: Any) -> list[Any]:
+    """The parts of a content: an object with `parts`, a list of parts, one part or a text."""
+    if isinstance(content, dict):
+        usual = [content]
+        if content.keys() <= {"role"}:
+            usual = []
+        content = content.get("parts", usual)
+    if not isinstance(content, list):
+        content = [content]
+    parts: list[Any] = []
+    for piece in content:
+        if isinstance(piece, str):
+            parts.append({"text": piece})
+        elif piece is not None:
+            parts.append(piece)
+    return parts
+
+def _read_inline(blob: Json, place: str, request: Request) -> list[Part]:
+    return media_parts(str(blob.get("mimeType") or ""), str(blob.get("data") or ""),
+                       word(blob.get("displayName")), place + ".inlineData")
+
+def _read_linked(file: Json, place: str, request: Request) -> list[Part]:
+    """A file by its address.  Only images can be fetched, and only if the user allows that."""
+    address, kind = str(file.get("fileUri") or ""), str(file.get("mimeType") or "image/")
+    inline = _DATA_URL.match(address)
+    if inline:
+        return media_parts(inline.group(1), inline.group(2), None, place + ".fileData")
+    is_linked = address.lower().startswith(("https://", "http://"))
+    is_stored = "generativelanguage" in address[:MAX_HOST_CHARS]
+    if not is_linked or is_stored or not kind.lower().startswith("image/"):
+        raise BadRequest("'%s.fileData': files that are stored elsewhere cannot be read: send the "
+                         "file itself as inlineData" % place, param=place)
+    return [Image(url=address)]
+
+def _read_function_call(call: Json, place: str, request: Request) -> list[Part]:
+    arguments = dumps(as_object(call.get("args"))).decode("utf-8", "surrogatepass")
+    return [ToolCall(str(call.get("id") or ""), str(call.get("name") or ""), arguments)]
+
+def _read_function_response(answer: Json, place: str, request: Request) -> list[Part]:
+    """A result stands under `output`, a failure under `error`; many tools give another object."""
+    value, is_error = answer.get("response"), False
+    if isinstance(value, dict) and len(value) == 1:
+        (key, inner), = value.items()
+        if key in ("output", "result", "error"):
+            value, is_error = inner, key == "error"
+    text = value or ""
+    if not isinstance(text, str):
+        text = dumps(text).decode("utf-8", "surrogatepass")
+
+    parts = text_parts(text)
+    for part in dicts_in(answer, "parts"):
+        for key in ("inlineData", "fileData"):
+            if isinstance(part.get(key), dict):
+                parts += _GEMINI_READERS[key](part[key], place, request)
+    return [ToolResult(str(answer.get("id") or ""), parts, is_error,
+                       name=str(answer.get("name") or ""))]
+
+def _read_code(code: Json, place: str, request: Request) -> list[Part]:
+    """Code that Google has run, or what came out: no other vendor knows such parts."""
+    request.lose("executableCode", "sent as text")
+    text = word(code.get("code", code.get("output")))
+    if text is None:
+        return []
+    return [Text("```\n%s\n```" % text)]
+
+_GEMINI_READERS: dict[str, Callable[[Json, str, Request], list[Part]]] = {
+    "inlineData": _read_inline, "fileData": _read_linked, "functionCall": _read_function_call,
+    "functionResponse": _read_function_response, "executableCode": _read_code,
+    "codeExecutionResult": _read_code}
+
+class Gemini(ClientDialect):
+    """generateContent, Google's shape.
+
+    A model's opaque state goes into the `thoughtSignature` of the part behind the thinking, where
+    Google has it: clients drop the thinking itself, and most never ask for it."""
+    name, turns_key = "gemini", "contents"
+    STOP_REASONS = (("STOP", "stop"), ("MAX_TOKENS", "length"), ("STOP", "tool_use"),
+                    ("STOP", "stop_sequence"), ("SAFETY", "refusal"), ("STOP", "pause"))
+    keepalive = b"\n"                 # google-genai takes a comment for a broken event
+
+    def error_body(self, error: ProxyError, request_id: str) -> Json:
+        """{"error":{"code":429,"message","status":"RESOURCE_EXHAUSTED","details"?}}"""
+        text = str(error)
+        if error.overflow and error.overflow[0]:
+            text = "The input token count (%d) exceeds the maximum number of tokens allowed " \
+                   "(%d)." % error.overflow
+        inner: Json = {"code": error.status, "message": text, "status": error.types()[2]}
+        wait_s = digits_or_none(error.headers.get("retry-after"))
+        if wait_s is not None:
+            inner["details"] = [{"@type": "type.googleapis.com/google.rpc.RetryInfo",
+                                 "retryDelay": "%ds" % wait_s}]
+        return {"error": inner}
+
+    def error_frame(self, error: ProxyError) -> bytes:
+        return self.frame(dumps(self.error_body(error, "")))
+
+    def frame(self, data: bytes) -> bytes:
+        """One piece of a stream."""
+        return b"data: %b\n\n" % data
+
+    def initiator(self, body: Json) -> str:
+        last = next(reversed(self._contents(body)), None)
+        role = as_object(last).get("role") or "user"
+        blocks: list[Json] = []
+        for part in map(as_object, gemini_parts(last)):
+            block = {"type": "text", "text": part.get("text")}
+            if "functionResponse" in part or "function_response" in part:
+                block = {"type": "tool_result"}
+            blocks.append(block)
+        system = body.get("systemInstruction", body.get("system_instruction"))
+        return super().initiator({"system": gemini_parts(system),
+                                  "messages": [{"role": role, "content": blocks}]})
+
+    @staticmethod
+    def _contents(body: Json) -> list[Any]:
+        """The conversation; one text or one content alone will do, too."""
+        contents = body.get("contents")
+        if isinstance(contents, (str, dict)):
+            return [contents]
+        return as_list(contents)
+
+    @staticmethod
+    def has_images(body: Json) -> bool:
+        for content in Gemini._contents(body):
+            for part in map(as_object, gemini_parts(content)):
+                result = as_object(part.get("functionResponse", part.get("function_response")))
+                for holder in [part, *dicts_in(result, "parts")]:
+                    if not holder.keys().isdisjoint(
+                            ("inlineData", "inline_data", "fileData", "file_data")):
+                        return True
+        return False
+
+    # -- requests
+
+    def decode_request(self, body: Json) -> Request:
+        body = camel_keys(body)
+        config = as_object(body.get("generationConfig"))
+        if body.get("cachedContent"):
+            raise BadRequest("'cachedContent' names what is not stored here: send the whole "
+                             "conversation", param="cachedContent")
+        if count_or_zero(config.get("candidateCount")) > 1:
+            raise BadRequest("'candidateCount' above 1 is not offered: the upstream gives one "
+                             "answer a request", param="candidateCount")
+        if any(str(kind).upper() != "TEXT" for kind in as_list(config.get("responseModalities"))):
+            raise BadRequest("'responseModalities': only TEXT is offered",
+                             param="responseModalities")
+        if isinstance(body.get("tools"), dict):
+            body["tools"] = [body["tools"]]
+
+        request = read_fields(self, body, "contents systemInstruction toolConfig generationConfig")
+        note_unknown(request, config, *_GEMINI_CONFIG)
+        thinking = self._thinking(as_object(config.get("thinkingConfig")), request)
+        tools, choice = self._choice(as_object(body.get("toolConfig")), request)
+        request = replace(request, tools=tools, tool_choice=choice, hides_thinking=False,
+                          output_schema=self._format(config, request), **thinking)
+        self._read_turns(body, request)
+        return request
+
+    def _read_turns(self, body: Json, request: Request) -> None:
+        system: list[Part] = []
+        for part in gemini_parts(body.get("systemInstruction")):
+            system += self._read_part(part, "systemInstruction", request)
+        if system:
+            request.add_turn("system", system)
+
+        contents = self._contents(body)
+        if not contents:
+            raise BadRequest("'contents' must be a non-empty array", param="contents")
+        for at, item in enumerate(contents):
+            place = "contents[%d]" % at
+            if isinstance(item, str):
+                item = {"parts": [item]}
+            if not isinstance(item, dict):
+                raise BadRequest("'%s' must be an object" % place, param=place)
+            self.read_turn(request, item, place)
+        join_thoughts(request.turns)
+        pair_by_order(request.turns)
+
+    @staticmethod
+    def _thinking(config: Json, request: Request) -> Json:
+        """The fields about it.  -1 as budget leaves it to the model, 0 forbids it."""
+        effort: str | None = (request.effort or "").lower()
+        wants_thoughts = config.get("includeThoughts") is True
+        if effort not in _GEMINI_LEVELS:
+            effort = None
+        if config.get("thinkingBudget") == 0:
+            effort = "none"
+        elif wants_thoughts and not (effort or request.thinking_budget):
+            effort = USUAL_EFFORT
+        return {"effort": effort, "wants_thoughts": wants_thoughts}
+
+    @staticmethod
+    def _format(config: Json, request: Request) -> Json | None:
+        """The schema of the answer, if it is to be JSON."""
+        kind = str(config.get("responseMimeType") or "text/plain").lower()
+        if kind != "application/json":
+            if kind != "text/plain":
+                request.lose("responseMimeType", NO_COUNTERPART)
+            return None
+        schema = config.get("responseJsonSchema")
+        if not isinstance(schema, dict) and isinstance(config.get("responseSchema"), dict):
+            schema = json_schema_of(config["responseSchema"])
+        if not isinstance(schema, dict):
+            return {"type": "json_object"}
+        return {"type": "json_schema", "name": "output", "schema": schema}
+
+    @staticmethod
+    def _choice(config: Json, request: Request) -> tuple[list[Tool], str | Named | None]:
+        """(tools, tool_choice).  A list of allowed functions leaves the others out: it must not
+        widen to all."""
+        note_unknown(request, config, "functionCallingConfig")
+        wish = as_object(config.get("functionCallingConfig"))
+        mode = str(wish.get("mode") or "").upper()
+        allowed = set(words(wish.get("allowedFunctionNames")))
+        choice: str | Named | None = {"ANY": "required", "NONE": "none", "AUTO": "auto",
+                                      "VALIDATED": "auto"}.get(mode)
+        if mode == "ANY" and not request.tools:
+            request.lose("toolConfig", "there are no tools")
+        if not allowed or mode == "NONE":
+            return request.tools, choice
+
+        tools = [tool for tool in request.tools if tool.name in allowed]
+        if not tools:
+            raise BadRequest("'allowedFunctionNames' names none of the functions",
+                             param="allowedFunctionNames")
+        if mode == "ANY" and len(tools) == 1:
+            choice = Named(tools[0].name)
+        return tools, choice
+
+    def read_tool(self, tool: Json, request: Request) -> None:
+        for declaration in dicts_in(tool, "functionDeclarations"):
+            shown = dict(declaration)
+            schema = shown.pop("parametersJsonSchema", None)
+            if not isinstance(schema, dict) and isinstance(shown.get("parameters"), dict):
+                schema = json_schema_of(shown["parameters"])
+            shown["parameters"] = as_object(schema) or None
+            add_tool(request, shown, "parameters")
+        for kind in tool:
+            if kind != "functionDeclarations":
+                drop_hosted_tool(request, {"type": kind})
+
+    def read_turn(self, request: Request, item: Json, place: str) -> None:
+        role = _GEMINI_ROLES.get(str(item.get("role") or "user"))
+        if role is None:
+            raise BadRequest("'%s.role' must be user or model" % place, param=place)
+        turns: list[Turn] = []
+        for piece in gemini_parts(item):
+            for part in self._read_part(piece, place, request):
+                side = role
+                if isinstance(part, (ToolCall, Reasoning)):
+                    side = "assistant"
+                elif isinstance(part, ToolResult):
+                    side = "user"
+                if not turns or turns[-1].role != side:
+                    turns.append(Turn(side, []))
+                turns[-1].parts.append(part)
+        for turn in turns:
+            request.add_turn(turn.role, turn.parts)
+
+    def _read_part(self, part: Any, place: str, request: Request) -> list[Part]:
+        """Of a part that is thinking the words; of another the state behind the thinking, then
+        what it holds."""
+        if not isinstance(part, dict):
+            raise BadRequest("'%s.parts' must hold objects" % place, param=place)
+        texts = text_parts(part.get("text"))
+        state = self._read_signature(part.get("thoughtSignature"), request)
+        if part.get("thought") is True:
+            return [Reasoning(text_in(text)) for text in texts] + state
+
+        found = state + texts
+        for key, value in part.items():
+            if key == "text" or key in _GEMINI_BESIDE:
+                continue
+            if key in _GEMINI_READERS and isinstance(value, dict):
+                found += _GEMINI_READERS[key](value, place, request)
+            elif value is not None:
+                found.append(block_as_text({"type": key, key: value}, request))
+        return found
+
+    @staticmethod
+    def _read_signature(value: Any, request: Request) -> list[Part]:
+        """What `pack` has packed; a signature of Google's own is of no use to anybody here."""
+        signature = word(value)
+        if signature is None or signature == NO_SIGNATURE:
+            return []
+        try:
+            packed = base64.b64decode(standard_base64(signature)).decode("ascii")
+        except ValueError:
+            packed = ""
+        parts: list[Part] = []
+        for minted_by, state_id, blob in unpack_opaque(packed):
+            last = next(reversed(parts), None)
+            if minted_by == SIGNED_TEXT and isinstance(last, Reasoning):
+                parts[-1] = replace(last, text=blob)
+            elif blob and state_id == "redacted":
+                parts.append(Reasoning("", blob, None, minted_by, True))
+            elif blob and minted_by in DIALECTS:
+                parts.append(Reasoning("", blob, state_id, minted_by))
+        if not parts and packed != NO_SIGNATURE:
+            request.lose("thoughtSignature", FOREIGN_STATE)
+        return parts
+
+    # -- answers
+
+    def pack(self, part: Reasoning) -> str:
+        """The state of a thinking, "" when it has none.  Anthropic's signs the words, which a
+        client may drop, so they go with it."""
+        packed = client_state(part, self.name) or ""
+        if packed and part.minted_by == "messages" and part.text and not part.redacted:
+            packed += pack_opaque(SIGNED_TEXT, None, part.text)
+        return packed
+
+    def block(self, part: Part, packed: str = "") -> Json:
+        """A part of the answer, with the state that is behind the thinking before it."""
+        if isinstance(part, ToolCall):
+            call = {"id": part.id, "name": part.name, "args": arguments_object(part.arguments)}
+            block: Json = {"functionCall": call}
+        else:
+            block = {"text": plain_text(part)}
+        if packed:
+            # a dot is no base64, which strict SDKs want to decode
+            block["thoughtSignature"] = base64.b64encode(packed.encode()).decode()
+        return block
+
+    def answer(self, blocks: list[Json], request: Request, answer_id: str, reason: str = "",
+               usage: Usage | None = None) -> Json:
+        """A whole answer, or a piece of one."""
+        candidate: Json = {"content": {"role": "model", "parts": blocks}}
+        if reason:
+            candidate["finishReason"] = reason
+        candidate["index"] = 0
+        answer: Json = {"candidates": [candidate]}
+        if usage is not None:
+            answer["usageMetadata"] = self.usage(usage)
+        answer.update(modelVersion=request.model, responseId=answer_id)
+        return answer
+
+    @staticmethod
+    def usage(usage: Usage) -> Json:
+        """`usageMetadata`: the candidates' count is without the thoughts."""
+        prompt = usage.input + usage.cache_read + usage.cache_write
+        return {"promptTokenCount": prompt, "cachedContentTokenCount": usage.cache_read,
+                "candidatesTokenCount": max(usage.output - usage.reasoning, 0),
+                "thoughtsTokenCount": usage.reasoning, "totalTokenCount": prompt + usage.output}
+
+    def encode_response(self, response: Response, request: Request) -> Json:
+        blocks: list[Json] = []
+        packed = ""
+        for part in response.parts:
+            if isinstance(part, Reasoning):
+                packed += self.pack(part)
+                if part.text and request.wants_thoughts:
+                    blocks.append({"text": part.text, "thought": True})
+            else:
+                blocks.append(self.block(part, packed))
+                packed = ""
+        if packed or not blocks:
+            blocks.append(self.block(Text(""), packed))
+        return self.answer(blocks, request, client_id("", response.id, request),
+                           self.TO_WIRE.get(response.stop, "STOP"), response.usage or Usage())
+
+class GeminiEncoder(StreamEncoder):
+    """Calls go out whole, the reason of the end with the last piece alone: clients take it for the
+    end.  The state of a thinking waits for the part behind it."""
+
+    def __init__(self, dialect: Gemini, request: Request) -> None:
+        super().__init__(dialect, request)
+        self._id = ""
+        self._packed = ""                                # state that no part has carried yet
+        self._thoughts: dict[int, list[str]] = {}        # index of an open thinking -> its words
+        self._calls = WholeCalls()
+
+    def _piece(self, blocks: list[Json], reason: str = "", usage: Usage | None = None) -> bytes:
+        answer = self.dialect.answer(blocks, self.request, self._id, reason, usage)
+        return bytes(self.dialect.frame(dumps(answer)))
+
+    def _block(self, part: Part) -> Json:
+        packed, self._packed = self._packed, ""
+        block: Json = self.dialect.block(part, packed)
+        return block
+
+    def _start(self, event: ResponseStart) -> bytes:
+        self._id = client_id("", event.id, self.request)
+        return b""
+
+    def _begin(self, event: PartStart) -> bytes:
+        part = event.part
+        if isinstance(part, ToolCall):
+            self._calls.begin(event.index, part)
+            return b""
+        block: Json = {"text": self.MARK}
+        if isinstance(part, Reasoning):
+            block["thought"] = True
+            self._thoughts[event.index] = []
+            if part.redacted:
+                self._packed += self.dialect.pack(part)
+        self._frames[event.index] = self._piece([block]).split(self.QUOTED_MARK)
+        return b""
+
+    def _delta(self, event: PartDelta) -> bytes:
+        index = event.index
+        if self._calls and index in self._calls:
+            self._calls.add(index, event.text)
+            return b""
+        if self._thoughts and index in self._thoughts:
+            self._thoughts[index].append(event.text)
+            if not self.request.wants_thoughts:
+                return b""
+        elif self._packed:
+            return self._piece([self._block(Text(event.text))])
+        return dumps(event.text).join(self._frames[index])
+
+    def _sign(self, event: PartSignature) -> bytes:
+        text = "".join(self._thoughts.get(event.index, ()))
+        self._packed += self.dialect.pack(
+            Reasoning(text, event.signature, event.id, event.minted_by))
+        return b""
+
+    def _end(self, event: PartEnd) -> bytes:
+        self._thoughts.pop(event.index, None)
+        if event.index not in self._calls:
+            return b""
+        calls = self._calls.end(event.index)
+        if not calls:
+            return b""
+        return self._piece([self._block(call) for call in calls])
+
+    def _stop(self, event: ResponseEnd) -> bytes:
+        self.ended = True
+        return self._piece([self._block(Text(""))], self.dialect.TO_WIRE.get(event.stop, "STOP"),
+                           event.usage or Usage())
+
+class GeminiArray(Gemini):
+    """A stream without `alt=sse`: one JSON array, element by element."""
+    stream_type = "application/json"
+
+    def frame(self, data: bytes) -> bytes:
+        return b",%b\n" % data
+
+class GeminiArrayEncoder(GeminiEncoder):
+    """Opens the array with the first element and closes it behind the last."""
+
+    def __init__(self, dialect: GeminiArray, request: Request) -> None:
+        super().__init__(dialect, request)
+        self._is_open = False
+
+    def feed(self, event: Event) -> bytes:
+        """Bytes for an event, with the brackets around them all."""
+        was_ended = self.ended
+        out = super().feed(event)
+        if out and not self._is_open:
+            self._is_open = True
+            out = b"[" + out[1:]
+        if self.ended and not was_ended:
+            out += b"]\n"
+        return out
+
+# ---- Ollama ----
+
+#: options about the machine that a model runs on, which mean nothing here
+_OLLAMA_MACHINE = ("num_ctx", "num_gpu", "num_thread", "num_keep", "num_batch", "main_gpu",
+                   "low_vram", "use_mmap", "use_mlock", "numa", "f16_kv", "vocab_only",
+                   "logits_all", "embedding_only")
+_OLLAMA_OPTIONS = ("temperature", "top_p", "top_k", "seed", "presence_penalty", "num_predict",
+                   "frequency_penalty", "stop")
+
+def utc_time(second: int) -> str:
+    """1790000000 -> '2026-09-21T14:13:20Z'"""
+    at = datetime.datetime.fromtimestamp(second, datetime.timezone.utc)
+    return at.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+class Ollama(ClientDialect):
+    """/api/chat.  Its calls have no ids, or ids that its SDKs drop: results are paired by order."""
+    name = "ollama"
+    STOP_REASONS = (("stop", "stop"), ("length", "length"), ("stop", "tool_use"),
+                    ("stop", "stop_sequence"), ("stop", "refusal"), ("stop", "pause"))
+    keepalive = b" "                  # before a line: JSON parsers skip it
+    stream_type = "application/x-ndjson"
+
+    def error_body(self, error: ProxyError, request_id: str) -> Json:
+        return {"error": str(error)}
+
+    def error_frame(self, error: ProxyError) -> bytes:
+        return dumps(self.error_body(error, "")) + b"\n"
+
+    @staticmethod
+    def has_images(body: Json) -> bool:
+        return bool(body.get("images")) or any(
+            message.get("images") for message in dicts_in(body, "messages"))
+
+    # -- requests
+
+    def decode_request(self, body: Json) -> Request:
+        think = {True: USUAL_EFFORT, False: "none"}
+        if isinstance(body.get("think"), bool):          # else a word for how much
+            body = dict(body, think=think[body["think"]])
+        request = read_fields(self, body, "messages options format keep_alive truncate shift")
+        options = as_object(body.get("options"))
+        note_unknown(request, options, *_OLLAMA_OPTIONS, *_OLLAMA_MACHINE)
+        request = replace(request, output_schema=self._format(body.get("format")))
+        for at, message in enumerate(check_list(body, "messages")):
+            self.read_turn(request, message, "messages[%d]" % at)
+        pair_by_order(request.turns)
+        return request
+
+    @staticmethod
+    def _format(layout: Any) -> Json | None:
+        """"json", or a JSON schema.  Raises BadRequest."""
+        if isinstance(layout, dict):
+            return {"type": "json_schema", "name": "output", "schema": layout}
+        if layout not in (None, "", "json"):
+            raise BadRequest("'format' must be \"json\" or a JSON schema", param="format")
+        return {"type": "json_object"} if layout else None
+
+    def read_tool(self, tool: Json, request: Request) -> None:
+        function = tool.get("function")
+        if isinstance(function, dict):
+            add_tool(request, function, "parameters")
+        else:
+            drop_hosted_tool(request, tool)
+
+    def read_turn(self, request: Request, item: Json, place: str) -> None:
+        role = str(item.get("role"))
+        if role not in ("system", "user", "assistant", "tool"):
+            raise BadRequest("'%s.role' must be system, user, assistant or tool" % place,
+                             param=place)
+        note_unknown(request, item, "content", "images", "tool_calls", "tool_name", "name",
+                     "tool_call_id")
+        parts: list[Part] = [Reasoning(thought) for thought in words(item.get("thinking"))]
+        parts += read_content(item.get("content"), place, request)
+        for data in as_list(item.get("images")):
+            parts += self._read_image(data, place)
+        for call in dicts_in(item, "tool_calls"):
+            parts.append(self._read_call(call))
+
+        if role == "tool":
+            name = word(item.get("tool_name")) or word(item.get("name")) or ""
+            parts = [ToolResult(str(item.get("tool_call_id") or ""), parts, name=name)]
+            role = "user"
+        if parts:
+            request.add_turn(role, parts)
+
+    @staticmethod
+    def _read_image(data: Any, place: str) -> list[Part]:
+        """Base64 without a label, or a data: URL."""
+        text, label = str(data), ""
+        split = _DATA_URL.match(text)
+        if split:
+            label, text = split.groups()
+        text = standard_base64(text)
+        kind = image_type(text, label)
+        if not kind:
+            raise BadRequest("'%s.images' must hold PNG, JPEG, GIF or WebP images as base64"
+                             % place, param=place)
+        return [Image(kind, text)]
+
+    @staticmethod
+    def _read_call(call: Json) -> ToolCall:
+        function = as_object(call.get("function"))
+        arguments = function.get("arguments")
+        if not isinstance(arguments, str):
+            arguments = dumps(as_object(arguments)).decode("utf-8", "surrogatepass")
+        return ToolCall(str(call.get("id") or ""), str(function.get("name") or ""),
+                        arguments or "{}")
+
+    # -- answers
+
+    def line(self, message: Json, request: Request, **more: Any) -> Json:
+        """One object of a stream, or the whole answer."""
+        return {"model": request.model, "created_at": utc_time(request.now),
+                "message": dict({"role": "assistant"}, **message), "done": False, **more}
+
+    @staticmethod
+    def call(call: ToolCall) -> Json:
+        return {"id": call.id, "function": {"name": call.name,
+                                            "arguments": arguments_object(call.arguments)}}
+
+    def ending(self, stop: str, usage: Usage | None, request: Request, first_ns: int) -> Json:
+        """What the last object has.  first_ns: until the first piece of the answer."""
+        usage = usage or Usage()
+        total_ns = max(request.elapsed_ns(), first_ns)
+        return {"done": True, "done_reason": self.TO_WIRE.get(stop, "stop"),
+                "total_duration": total_ns, "load_duration": 0,
+                "prompt_eval_count": usage.input + usage.cache_read + usage.cache_write,
+                "prompt_eval_duration": first_ns,
+                "eval_count": usage.output, "eval_duration": total_ns - first_ns}
+
+    def encode_response(self, response: Response, request: Request) -> Json:
+        texts: dict[type[Part], str] = {Text: "", Reasoning: ""}
+        calls = []
+        for part in response.parts:
+            if isinstance(part, ToolCall):
+                calls.append(self.call(part))
+            else:
+                texts[type(part)] += text_in(part)
+        message = given(content=texts[Text], thinking=texts[Reasoning] or None,
+                        tool_calls=calls or None)
+        return self.line(message, request, **self.ending(response.stop, response.usage, request, 0))
+
+class OllamaGenerate(Ollama):
+    """/api/generate: a prompt instead of messages, a text instead of a message."""
+
+    def as_chat(self, body: Json) -> Json:
+        """The same request as /api/chat has it.  Raises BadRequest."""
+        if body.get("suffix"):
+            raise BadRequest("'suffix' is not supported: no chat model can do it", param="suffix")
+        left = {key: value for key, value in body.items()
+                if key not in ("prompt", "system", "images", "suffix")
+                and (value or key not in ("template", "raw", "context"))}
+        left["messages"] = [{"role": "system", "content": system}
+                            for system in words(body.get("system"))]
+        left["messages"].append(given(role="user", content=body.get("prompt") or "",
+                                      images=body.get("images")))
+        return left
+
+    def initiator(self, body: Json) -> str:
+        system = word(body.get("system")) or ""
+        return super().initiator({"system": system, "messages": [
+            {"role": "user", "content": word(body.get("prompt")) or ""}]})
+
+    def decode_request(self, body: Json) -> Request:
+        return super().decode_request(self.as_chat(body))
+
+    def line(self, message: Json, request: Request, **more: Any) -> Json:
+        shown = dict(message)
+        text = shown.pop("content")
+        return {"model": request.model, "created_at": utc_time(request.now), "response": text,
+                **shown, "done": False, **more}
+
+class OllamaEncoder(StreamEncoder):
+    """One JSON object a line; calls go out whole."""
+
+    def __init__(self, dialect: Ollama, request: Request) -> None:
+        super().__init__(dialect, request)
+        self._calls = WholeCalls()
+        self._first_ns = -1                              # -1: no piece of the answer so far
+
+    def _line(self, message: Json, **more: Any) -> bytes:
+        return dumps(self.dialect.line(message, self.request, **more)) + b"\n"
+
+    def _start(self, event: ResponseStart) -> bytes:
+        return b""
+
+    def _begin(self, event: PartStart) -> bytes:
+        if self._first_ns < 0:
+            self._first_ns = self.request.elapsed_ns()
+        if isinstance(event.part, ToolCall):
+            self._calls.begin(event.index, event.part)
+            return b""
+        message = {"content": self.MARK}
+        if isinstance(event.part, Reasoning):
+            message = {"content": "", "thinking": self.MARK}
+        self._frames[event.index] = self._line(message).split(self.QUOTED_MARK)
+        return b""
+
+    def _delta(self, event: PartDelta) -> bytes:
+        if self._calls and event.index in self._calls:
+            self._calls.add(event.index, event.text)
+            return b""
+        return dumps(event.text).join(self._frames[event.index])
+
+    def _sign(self, event: PartSignature) -> bytes:
+        return b""                                       # there is no place for it
+
+    def _end(self, event: PartEnd) -> bytes:
+        if event.index not in self._calls:
+            return b""
+        calls = [self.dialect.call(call) for call in self._calls.end(event.index)]
+        if not calls:
+            return b""
+        return self._line({"content": "", "tool_calls": calls})
+
+    def _stop(self, event: ResponseEnd) -> bytes:
+        self.ended = True
+        return self._line({"content": ""}, **self.dialect.ending(
+            event.stop, event.usage, self.request, max(self._first_ns, 0)))
+
 CHAT = ChatCompletions(ChatStream, ChatDecoder, ChatEncoder)
 RESPONSES = Responses(ResponsesStream, ResponsesDecoder, ResponsesEncoder)
 MESSAGES = Messages(MessagesStream, MessagesDecoder, MessagesEncoder)
+GEMINI = Gemini(GeminiEncoder)
+GEMINI_ARRAY = GeminiArray(GeminiArrayEncoder)
+OLLAMA = Ollama(OllamaEncoder)
+OLLAMA_GENERATE = OllamaGenerate(OllamaEncoder)
+#: those that models are asked in, and all that clients speak
 DIALECTS: dict[str, Dialect] = {d.name: d for d in (CHAT, RESPONSES, MESSAGES)}
+CLIENT_DIALECTS: dict[str, Dialect] = {**DIALECTS, GEMINI.name: GEMINI, OLLAMA.name: OLLAMA}
 
 class Unwrapper:
     """Turns the forced call of OUTPUT_TOOL back into the text that the client asked for.  Other
@@ -6289,18 +7270,7 @@ def _reader_of(item: Json, client: Dialect) -> Dialect:
             return MESSAGES
     return client
 
-#: how the base64 of an image begins
-_IMAGE_MARKS = (("iVBORw0KGgo", "image/png"), ("/9j/", "image/jpeg"), ("R0lGOD", "image/gif"),
-                ("UklGR", "image/webp"))
 _LONGEST_LABEL = 200                     # characters of a data: URL before its data
-
-def image_type(data: str, label: str) -> str:
-    """The media type of base64 `data`: by its first bytes, else by its label, spelt as usual."""
-    for mark, kind in _IMAGE_MARKS:
-        if data.startswith(mark):
-            return kind
-    label = label.strip().lower()
-    return {"image/jpg": "image/jpeg", "image/x-png": "image/png"}.get(label, label)
 
 def label_image(edit: Edit, part: Json) -> None:
     """Give an image the label that its first bytes tell: every vendor refuses a wrong one."""
@@ -6396,7 +7366,10 @@ def normalise(edit: Edit, client: Dialect, model: Model) -> None:
     """Make a request uniform in its own dialect.  Raises BadRequest.
 
     Most conversations are in shape and are looked at once; those of words alone need no care
-    behind it either."""
+    behind it either.  A dialect of clients alone is translated in any case, by a reader that is
+    lenient enough."""
+    if not client.path:
+        return
     for step in FIELD_STEPS:
         step(edit, client, model)
     turns = edit.body.get(client.turns_key)
@@ -7235,16 +8208,18 @@ def choose_upstream(client: Dialect, model: Model, refused: Container[tuple[str,
     in the request and another of the model's dialects takes them.
     refused: (model id, path) that the upstream did not serve though its list says so; such a model
     is tried in what it does not list, too.  Raises BadRequest when nothing is left."""
-    known = [client, *(DIALECTS[name] for name in client.substitutes)]
+    known = [DIALECTS[name] for name in client.substitutes]
+    if client.path:
+        known.insert(0, client)
     if has_files:
         known.sort(key=lambda dialect: not dialect.takes_files)      # stable: the order stays
     left = [d for d in known if (model.id, d.path) not in refused]
     found = [d for d in left if d.path in model.endpoints]
-    if not found and len(left) < 3:
+    if not found and len(left) < len(known):
         found = [d for d in (RESPONSES, CHAT, MESSAGES) if d in left]
     if not found:
-        check_endpoint(model, client.path)
-    return (found or [client])[0]
+        check_endpoint(model, known[0].path)
+    return (found or known)[0]
 
 def check_endpoint(model: Model, path: str) -> None:
     """Raises BadRequest when the model cannot be asked at this upstream path."""
