@@ -6046,6 +6046,23 @@ def camel_keys(body: Json) -> Json:
 _SCHEMA_COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties",
                   "maxProperties")
 
+def _schema_type(value: Any) -> Any:
+    """'STRING' -> 'string'; None for the type that says nothing."""
+    if isinstance(value, list):
+        return [str(kind).lower() for kind in value]
+    kind = str(value).lower()
+    if kind == "type_unspecified":
+        return None
+    return kind
+
+def _allow_null(schema: Json) -> None:
+    if isinstance(schema.get("type"), str):
+        schema["type"] = [schema["type"], "null"]
+    elif isinstance(schema.get("anyOf"), list):
+        schema["anyOf"].append({"type": "null"})
+    if isinstance(schema.get("enum"), list):
+        schema["enum"] = [*schema["enum"], None]
+
 def json_schema_of(schema: Json) -> Json:
     """Google's schema, a piece of OpenAPI, as a JSON schema: types in lower case, `nullable` as a
     type, counts as numbers.  {"type": "STRING", "nullable": true} -> {"type": ["string", "null"]}
@@ -6082,27 +6099,11 @@ def json_schema_of(schema: Json) -> Json:
             _allow_null(target)
     return whole
 
-def _schema_type(value: Any) -> Any:
-    """'STRING' -> 'string'; None for the type that says nothing."""
-    if isinstance(value, list):
-        return [str(kind).lower() for kind in value]
-    kind = str(value).lower()
-    if kind == "type_unspecified":
-        return None
-    return kind
-
-def _allow_null(schema: Json) -> None:
-    if isinstance(schema.get("type"), str):
-        schema["type"] = [schema["type"], "null"]
-    elif isinstance(schema.get("anyOf"), list):
-        schema["anyOf"].append({"type": "null"})
-    if isinstance(schema.get("enum"), list):
-        schema["enum"] = [*schema["enum"], None]
-
 # ---- Gemini ----
 
 NO_SIGNATURE = "skip_thought_signature_validator"    # what Google has clients write for: none
 SIGNED_TEXT = "text"                 # in a packed state: the words that the state before it signs
+_UPSTREAM_NAMES = ("chat", "responses", "messages")      # of the dialects that mint state
 _GEMINI_ROLES = {"user": "user", "function": "user", "tool": "user", "model": "assistant",
                  "assistant": "assistant", "system": "system"}
 _GEMINI_CONFIG = ("temperature", "topP", "topK", "maxOutputTokens", "stopSequences",
@@ -6165,9 +6166,10 @@ def _read_function_response(answer: Json, place: str, request: Request) -> list[
 
     parts = text_parts(text)
     for part in dicts_in(answer, "parts"):
-        for key in ("inlineData", "fileData"):
-            if isinstance(part.get(key), dict):
-                parts += _GEMINI_READERS[key](part[key], place, request)
+        if isinstance(part.get("inlineData"), dict):
+            parts += _read_inline(part["inlineData"], place, request)
+        if isinstance(part.get("fileData"), dict):
+            parts += _read_linked(part["fileData"], place, request)
     return [ToolResult(str(answer.get("id") or ""), parts, is_error,
                        name=str(answer.get("name") or ""))]
 
@@ -6410,7 +6412,7 @@ class Gemini(ClientDialect):
                 parts[-1] = replace(last, text=blob)
             elif blob and state_id == "redacted":
                 parts.append(Reasoning("", blob, None, minted_by, True))
-            elif blob and minted_by in DIALECTS:
+            elif blob and minted_by in _UPSTREAM_NAMES:
                 parts.append(Reasoning("", blob, state_id, minted_by))
         if not parts and packed != NO_SIGNATURE:
             request.lose("thoughtSignature", FOREIGN_STATE)
@@ -6707,7 +6709,7 @@ class Ollama(ClientDialect):
         for part in response.parts:
             if isinstance(part, ToolCall):
                 calls.append(self.call(part))
-            else:
+            elif type(part) in texts:
                 texts[type(part)] += text_in(part)
         message = given(content=texts[Text], thinking=texts[Reasoning] or None,
                         tool_calls=calls or None)
