@@ -1537,13 +1537,14 @@ def parse_request_head(raw: bytes) -> RequestHead:
 _STATUS_LINE = re.compile(r"HTTP/1\.[0-9] ([0-9]{3})(?: (.*))?\r?\Z", re.DOTALL)
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f]+")
 _RESPONSE_STATUS = range(100, 600)
+_PLAIN_FIELD = re.compile(r"(?m)^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x1f\x7f]*)\r?$")
 
 def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
     """(status, phrase, headers).  Lenient: the upstream is trusted not to smuggle, but may fold
     lines, repeat fields or send what is no field, which is left out.  Control characters become
     spaces, because the values go on to clients.  Raises UpstreamError when it is no HTTP head."""
-    lines = raw.decode("latin-1").split("\n")
-    match = _STATUS_LINE.match(lines[0])
+    line, _, rest = raw.decode("latin-1").partition("\n")
+    match = _STATUS_LINE.match(line)
     if not match:
         raise UpstreamError("the upstream's answer is not HTTP/1.x")
     status = int(match.group(1))
@@ -1551,9 +1552,15 @@ def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
         raise UpstreamError("the upstream answered with the status %d, which HTTP does not have"
                             % status)
 
-    headers: Headers = {}
+    reason = _CONTROLS.sub(" ", match.group(2) or "").strip()
+    fields_ = _PLAIN_FIELD.findall(rest)
+    headers: Headers = {name.lower(): value.strip() for name, value in fields_}
+    if len(headers) == rest.count("\n") + bool(rest):  # nearly always: each line is a field
+        return status, reason, headers
+
+    headers = {}
     name = ""
-    for line in lines[1:]:
+    for line in rest.split("\n"):
         before, colon, value = line.partition(":")
         if line[:1] in (" ", "\t"):
             before, value = "", line               # goes on with the line above
@@ -1566,7 +1573,7 @@ def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
             continue
         name = before.lower()
         headers[name] = headers[name] + ", " + value if name in headers else value
-    return status, _CONTROLS.sub(" ", match.group(2) or "").strip(), headers
+    return status, reason, headers
 
 def answer_length(headers: Headers) -> int | None:
     """The length of an upstream's body, None where its end tells it.  One that stands there twice
@@ -9556,10 +9563,10 @@ def wait(what: Wait) -> Generator[Wait, Any, Any]:
     """`await wait(what)`: the one place where a coroutine hands over to its driver."""
     return (yield what)
 
-def outcome(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+def outcome(work: Callable[..., Any], *items: Any) -> tuple[Any, BaseException | None]:
     """(what it returns, None) or (None, what it raises), for somebody else."""
     try:
-        return work(), None
+        return work(*items), None
     except Exception as error:                       # noqa: BLE001
         return None, error
 
@@ -9849,27 +9856,27 @@ class Connection:
         if self.loop is not None and self.watched:
             self.loop.watch(self, 0)
 
+def split_origin(url: str) -> tuple[str, str, str]:
+    """'https://me@a:1/b?c' -> ('https://a:1', 'a:1', '/b?c')"""
+    scheme, _, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    host = host.rpartition("@")[2]
+    return f"{scheme}://{host}", host, slash + path or "/"
+
 class UpstreamRequest:
     """A request to GitHub or Copilot.
-    origin: "https://host:port"; is_fresh: not over a connection that was kept."""
+    origin: "https://host:port"; head: as it goes over the wire, with the empty line; is_fresh: not
+    over a connection that was kept."""
 
     def __init__(self, method: str, url: str, headers: Mapping[str, str],
                  body: bytes | None = None, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
-        scheme, _, rest = url.partition("://")
-        host, slash, path = rest.partition("/")
-        self.method, self.url, self.headers, self.body = method, url, headers, body
-        self.host = host.rpartition("@")[2]
-        self.origin = f"{scheme}://{self.host}"
-        self.target = slash + path or "/"
-        self.timeout_s = timeout_s
+        self.origin, host, target = split_origin(url)
+        self.method, self.url, self.body, self.timeout_s = method, url, body, timeout_s
         self.is_fresh = False
-
-    def head(self) -> bytes:
-        """As it goes over the wire, with the empty line."""
-        fields_ = {"Host": self.host, **self.headers}
-        if self.body is not None:
-            fields_["Content-Length"] = str(len(self.body))
-        return render_head(f"{self.method} {self.target} HTTP/1.1", fields_.items())
+        fields_ = {"Host": host, **headers}
+        if body is not None:
+            fields_["Content-Length"] = str(len(body))
+        self.head = render_head(f"{method} {target} HTTP/1.1", fields_.items())
 
 class ProxyRefusal(OSError):
     """What a company proxy answered to CONNECT."""
@@ -10132,7 +10139,7 @@ class HttpConnection(Connection):
             raise
 
     async def _ask(self, request: UpstreamRequest) -> tuple[int, str, Headers]:
-        head, body = request.head(), request.body or b""
+        head, body = request.head, request.body or b""
         if self.forward:
             head = self._for_proxy(head)
         broken: OSError | None = None
@@ -13168,7 +13175,7 @@ class ClientConnection(Connection):
 
         if self._news is not None:
             (what, task), self._news = self._news, None
-            self.loop.wake(task, what, True)
+            self.loop.resume(task, what, True)
 
     def expect(self, what: News, task: Any) -> None:
         """The coroutine waits for news."""
@@ -13875,7 +13882,7 @@ class EventLoop:
     def wake(self, task: Task, what: Wait, value: Any = None,
              error: BaseException | None = None) -> None:
         """Resume the task if it still waits for `what`."""
-        self.post(self._wake, task, what, value, error)
+        self.post(self.resume, task, what, value, error)
 
     # -- for coroutines, in the loop's thread
 
@@ -13951,7 +13958,7 @@ class EventLoop:
 
     def _guard(self, work: Callable[..., None], *items: Any) -> bool:
         """Call `work` -> did it go well?  A fault of ours is logged, and the loop goes on."""
-        _, error = outcome(functools.partial(work, *items))
+        _, error = outcome(work, *items)
         if error is not None:
             self.log.error("the loop failed", exc_info=error)
         return error is None
@@ -13974,14 +13981,14 @@ class EventLoop:
         until = time.monotonic()
         until += min(max(SLICE_S, until - self._now), 2 * SLICE_S)
         while self._turns:
-            self._wake(*self._turns.popleft(), None, None)
+            self.resume(*self._turns.popleft())
             if time.monotonic() >= until:
                 break
 
     def _run_timers(self) -> None:
         while self._timers and self._timers[0][0] <= self._now:
             _, _, task, what = heapq.heappop(self._timers)
-            self._wake(task, what, None, None)
+            self.resume(task, what)
 
     def _tick(self) -> None:
         """Deadlines, and what clients are sent in a silence."""
@@ -13994,7 +14001,9 @@ class EventLoop:
 
     # -- coroutines
 
-    def _wake(self, task: Task, what: Wait, value: Any, error: BaseException | None) -> None:
+    def resume(self, task: Task, what: Wait, value: Any = None,
+               error: BaseException | None = None) -> None:
+        """At once, if the task still waits for `what`."""
         if task.what is what:                    # else it was resumed by something else
             self._resume(task, value, error)
 
@@ -14321,7 +14330,7 @@ class Server(ThreadingHTTPServer):
         """The exchange is over: one log line."""
         self._running.pop(exchange, None)
         self.app.admission.leave(exchange.ticket)
-        _, error = outcome(functools.partial(self.app.ledger.record, exchange.record))
+        _, error = outcome(self.app.ledger.record, exchange.record)
         if error is not None:
             self.app.log.error("%s could not be counted", exchange.id, exc_info=error)
 
