@@ -208,6 +208,7 @@ BODY_BYTES_PER_S = 16 * 1024             # and the slowest whole that is waited 
 SEND_TIMEOUT_S = 60.0                    # a client that takes nothing
 WORKER_IDLE_S = 10.0                     # then an idle worker thread ends
 MAX_WORKERS, WORKER_QUEUE = 6, 256       # threads for what may block; what may wait for one
+INLINE_BYTES = 128 * 1024                # a larger body is parsed in a thread
 SLICE_S = 0.001                          # of computing between two looks at the streams
 ACCEPTED_AT_ONCE = 16                    # connections in one round of the loop
 SPARE_FILES = 32                         # kept free for logins, history, the pool
@@ -13438,6 +13439,12 @@ class Exchange:
         """What the endpoint makes of the body; nothing, when nobody needs it any more."""
         self.body = body
 
+    async def read_json(self) -> Json:
+        """The same; a large body is parsed in a thread, since streams would stand still."""
+        if len(self.body) <= INLINE_BYTES:
+            return self.json_object()
+        return await wait(InThread(self.json_object))    # type: ignore[no-any-return]
+
     def json_object(self) -> Json:
         """The body.  Raises BadRequest."""
         text = valid_text(self.body)
@@ -13513,6 +13520,10 @@ class Exchange:
         self.keepalive = keepalive
         self.keep_alive = self.keep_alive and self.is_chunked
         self.client.sent_at = time.monotonic()
+
+    def expect_whole(self) -> None:
+        """No keep-alive before a whole answer."""
+        self.keepalive = b""
 
     def ping(self) -> None:
         """A keep-alive, where a stream is expected.  Raises ClientGone."""
@@ -14988,192 +14999,6 @@ async def inline_images(exchange: Exchange, body: Json) -> None:
     tell_losses(exchange, losses)
     exchange.put_body(dumps(body))
 
-async def complete(dialect: Dialect, exchange: Exchange) -> None:
-    """A request of any dialect to any model."""
-    exchange.answer_in(dialect)
-    body = exchange.json_object()
-    copilot, model = await resolve(exchange, body)
-    if dialect is CHAT and "input" in body and "messages" not in body:
-        request = RESPONSES.decode_request(body)         # Cursor asks so, and reads a chat answer
-        tell_losses(exchange, request.losses)
-        body = dict(CHAT.encode_request(request, model), model=body["model"])
-        exchange.put_body(dumps(body))
-    await inline_images(exchange, body)
-    keep: Callable[[str, bytes], None] | None = None
-    if dialect is RESPONSES:
-        owner = owner_of(exchange, copilot)
-        if exchange.app.store.expand(owner, body, len(exchange.body)):
-            exchange.put_body(dumps(body))
-        if body.get("store") is not False:
-            keep = functools.partial(exchange.app.store.put, owner, exchange.body)
-        last = as_object((as_list(body.get("input")) or [None])[-1])
-        if exchange.path == COMPACT_PATH or last.get("type") == COMPACTION_TRIGGER:
-            await compact(exchange, body, copilot, model, keep)
-            return
-    found = await ask(exchange, dialect, body, exchange.body, copilot, model, keep)
-    if found is None:
-        return
-    plan, answer = found
-    exchange.put_body(b"")                            # several MB that nobody needs any more
-    is_stream = "event-stream" in answer.headers.get("content-type", "")
-    if plan.pipeline is not None and (is_stream or exchange.started):
-        await exchange.relay(answer, plan.pipeline)
-        return
-    if not plan.is_translated:                     # a whole answer: no keep-alive before it
-        exchange.keepalive = b""
-    data = await answer.read_all(timeout_s=exchange.app.settings.answer_timeout_s)
-    data = plan.read(data, is_stream)
-    if plan.pipeline is not None and plan.is_translated:
-        exchange.finish(data)
-        return
-    if keep is not None:
-        keep(str(plan.answer.get("id")), data)
-    exchange.reply(data)
-
-def make_plan(exchange: Exchange, client: Dialect, body: Json, copilot: Copilot, model: Model,
-              repaired: list[str]) -> Plan | None:
-    """How to ask a model, with all that was learned of it; None: its client was told that there
-    is no search.  Raises BadRequest."""
-    refused = copilot.memory.refused
-    upstream = choose_upstream(client, model, refused, client.has_files(body))
-    kinds = [str(as_object(tool).get("type")) for tool in as_list(body.get("tools"))]
-    has_search = upstream is MESSAGES and (model.id, SEARCH_TOOLS) not in refused
-    if client is MESSAGES and kinds and not has_search and all(
-            kind.startswith(SEARCH_TOOLS) for kind in kinds):
-        tell_no_search(exchange, body, model)
-        return None
-    headers = upstream_headers(exchange, client, upstream, body)     # as the client wrote it
-    plan = Plan.make(client, upstream, body, model, int(time.time()), exchange.id,
-                     (model.id, BY_HUB + upstream.path) in refused)
-    plan.attach(headers, repaired)
-    copilot.memory.prepare(plan)
-    return plan
-
-async def ask(exchange: Exchange, client: Dialect, body: Json, data: bytes, copilot: Copilot,
-        model: Model, keep: Callable[[str, bytes], None] | None = None
-        ) -> tuple[Plan, UpstreamResponse] | None:
-    """Send a request, `data` parsed, in a dialect that the model speaks -> (plan, answer), None
-    when the client was told otherwise.  What the upstream refuses is repaired, see Repairs;
-    when the quota is used up another model may be asked (--fallback)."""
-    if not isinstance(body.get("stream"), (bool, type(None))):
-        raise BadRequest("'stream' must be true or false", param="stream")
-    call = Call("", b"", {}, exchange.id, exchange.app.settings.answer_timeout_s)
-    attempts = Attempts(copilot, lambda: exchange.started)
-    plan: Plan | None = None
-    repaired: list[str] = []
-    while True:
-        plan = plan or make_plan(exchange, client, body, copilot, model, repaired)
-        if plan is None:
-            return None
-        call.path, call.headers, call.model = plan.upstream.path, plan.headers, model.id
-        call.body = dumps(plan.edit.body) if plan.is_translated else fit_model(
-            data, plan.edit, model.id)
-        if (len(call.body) > MAX_SENT_BYTES and "Copilot-Vision-Request" in plan.headers
-                and shed_images(plan.edit, len(call.body))):
-            call.body = fit_model(data, plan.edit, model.id)
-        tell_losses(exchange, plan.edit.losses, repaired)
-        name_model(exchange, model)
-        exchange.record.go_up("translated" if plan.is_translated else "passthrough",
-                              plan.upstream.path, plan.headers["X-Initiator"])
-        await admit(exchange, plan.edit.body, model)
-        exchange.log_body("sent", call.body)
-        if plan.pipeline is not None:
-            plan.pipeline.on_final = keep
-            exchange.expect_stream(client.keepalive)
-        try:
-            answer = await attempts.send(call)
-            copilot.memory.learn(plan)
-            exchange.headers.update(passed_headers(answer.headers))
-            exchange.record.hear(answer.headers, plan.meter)
-            return plan, answer
-        except ProxyError as error:
-            other = None
-            if attempts.may("fallback"):
-                other = await fall_back(exchange, copilot, model, error)
-            if other is not None:
-                attempts.take("fallback")
-                model, body, plan = other, dict(loads(data), model=other.id), None
-                data = dumps(body)
-                continue
-            if attempts.may("repair") and copilot.memory.repair(plan, error):
-                attempts.take("repair")
-                if plan.repairs.is_stale:
-                    body, plan = loads(data), None
-                continue
-            if error.overflow == (0, 0):
-                size = estimate_tokens(loads(data), model.is_claude)
-                most = model.limit("max_prompt_tokens") or size - 1
-                error.overflow = max(size, most + 1), most
-            is_told = error.overflow and client is RESPONSES     # Codex reads it in a stream only
-            if plan.pipeline is None or not (exchange.started or is_told):
-                raise
-            exchange.record.fail(error)
-            exchange.finish(plan.pipeline.close(error))
-            return None
-
-COMPACT_PATH = "/responses/compact"
-
-async def compact(exchange: Exchange, body: Json, copilot: Copilot, model: Model,
-            keep: Callable[[str, bytes], None] | None) -> None:
-    """POST /responses/compact, or a request that ends with a `compaction_trigger`: one item that
-    stands for the conversation so far."""
-    is_route, now = exchange.path == COMPACT_PATH, int(time.time())
-    if "x-initiator" not in exchange.head.headers:
-        exchange.record.begin_by("agent")                          # no human asks for this
-    if body.get("stream") is True and not is_route:
-        exchange.expect_stream(RESPONSES.keepalive)
-    encoder = ResponsesEncoder(RESPONSES, Request(str(body["model"]), now=now, key=exchange.id))
-    out, answer = encoder.feed(ResponseStart("", "")), encoder.answer
-    try:
-        item, usage = await make_compaction(exchange, body, copilot, model)
-        out += encoder.whole_item(dict(item, id=stable_id("cmp_", exchange.id)))
-        out += encoder.feed(ResponseEnd("stop", usage))
-    except ProxyError as error:
-        if not exchange.started:
-            raise
-        exchange.record.fail(error)
-        out += encoder.feed(StreamError(UpstreamError(str(error), error.status, error.code)))
-    if is_route:
-        answer = {name: answer[name] for name in ("id", "created_at", "output", "usage")}
-        answer["object"] = "response.compaction"
-    elif keep is not None:
-        keep(str(answer["id"]), dumps(answer))
-    if exchange.keepalive:
-        exchange.finish(out)
-    else:
-        exchange.reply_json(answer)
-
-async def make_compaction(exchange: Exchange, body: Json, copilot: Copilot, model: Model
-                    ) -> tuple[Json, Usage | None]:
-    """(a compaction item, token counts): the upstream's own where it makes one, else a summary by
-    the same model, packed.  Raises ProxyError."""
-    refusal = model.id, COMPACTION_TRIGGER
-    can = RESPONSES.path in model.endpoints and refusal not in copilot.memory.refused
-    for native in (True, False) if can else (False,):
-        asked = compaction_request(body, native)
-        try:
-            found = await ask(exchange, RESPONSES, asked, dumps(asked), copilot, model)
-        except (UpstreamError, BadRequest) as error:     # the latter of a --fallback without it
-            if native and error.status in (400, 404, 422):
-                continue
-            raise
-        if found is None:
-            break                                        # it was told already
-        plan, answer = found
-        plan.read(await answer.read_all(), plan.streams)
-        usage = Usage.of(plan.meter.counts)
-        output = [as_object(item) for item in as_list(plan.answer.get("output"))]
-        own = [item for item in output if item.get("type") in COMPACTIONS]
-        if native and len(own) == 1 and own[0].get("encrypted_content"):
-            return dict(own[0], type="compaction"), usage
-        text = "\n\n".join(text_of(item.get("content")) for item in output).strip()
-        if text and not native:
-            if can and exchange.record.model is model:
-                copilot.memory.refused.add(refusal)
-            return {"type": "compaction",
-                    "encrypted_content": pack_opaque("compaction", None, text)}, usage
-    raise UpstreamError("the model gave no summary of the conversation")
-
 async def fall_back(exchange: Exchange, copilot: Copilot, model: Model, error: ProxyError
               ) -> Model | None:
     """The model of --fallback where a quota is used up, told in header and log; else None."""
@@ -15211,6 +15036,295 @@ def tell_no_search(exchange: Exchange, body: Json, model: Model) -> None:
     exchange.expect_stream(MESSAGES.keepalive)
     exchange.finish(b"".join([encoder.feed(ResponseStart(exchange.id, "")), *frames,
                               encoder.feed(ResponseEnd("stop"))]))
+
+COMPACT_PATH = "/responses/compact"
+
+class Job:
+    """A request to a model, from its body to its answer.  Its life, top to bottom:
+
+        stage      does                                               in section
+        read       parse the body; a large one in a thread            20, Exchange
+        identify   which account serves it                            18, account_for
+        resolve    which model its name means                         15, Copilot.find_model
+        expand     put in what it names by id or by URL               17, ResponseStore; 13
+        plan       the dialect, body and headers to ask with          9, Plan; 8, care
+        admit      wait for budget, limits, a person's approval       17, Admission
+        send       to the upstream; what fails is tried again         15, Attempts
+        answer     to the client: whole, or relayed as it comes       18, Exchange
+        record     one row, one log line, whatever happened           18, Server.end
+
+    Each stage calls down into its section and comes back.  Where one waits (`await`) the loop
+    serves others; a client that leaves ends the job there, with ClientGone.
+
+    A remedy of Attempts goes back to `plan`: a repaired body, or the model of --fallback.
+    data: the body as bytes, parsed in `body`; keep: stores the answer under its id."""
+
+    def __init__(self, exchange: Exchange, client: Dialect) -> None:
+        self.exchange, self.client = exchange, client
+        self.body: Json = {}
+        self.data = b""
+        self.keep: Callable[[str, bytes], None] | None = None
+        self.plan: Plan | None = None
+        self.repaired: list[str] = []
+        self.copilot: Account
+        self.model: Model
+        self.attempts: Attempts
+
+    @classmethod
+    def part(cls, whole: Job, client: Dialect, body: Json) -> Job:
+        """One call of a request that takes several; admitted once, with attempts of its own."""
+        job = cls(whole.exchange, client)
+        job.take(whole.copilot, whole.model, body)
+        return job
+
+    def take(self, copilot: Account, model: Model, body: Json, data: bytes = b"") -> None:
+        """What the first stages have found."""
+        self.copilot, self.model = copilot, model
+        self.body, self.data = body, data or dumps(body)
+        self.attempts = Attempts(copilot, lambda: self.exchange.started)
+
+    async def run(self) -> None:
+        """All stages.  Raises ProxyError, ClientGone."""
+        exchange = self.exchange
+        body = await exchange.read_json()
+        copilot, model = await resolve(exchange, body)
+        body = await self.expand(body, copilot, model)
+        self.take(copilot, model, body, exchange.body)
+
+        if self.is_compaction():
+            await compact(self)
+            return
+        answer = await self.ask()
+        if answer is not None:
+            await self.answer(answer)
+
+    async def expand(self, body: Json, copilot: Account, model: Model) -> Json:
+        """The body with all that it only names, in the shape of its dialect."""
+        exchange = self.exchange
+        if self.client is CHAT and "input" in body and "messages" not in body:
+            request = RESPONSES.decode_request(body)     # Cursor asks so, and reads a chat answer
+            tell_losses(exchange, request.losses)
+            body = dict(CHAT.encode_request(request, model), model=body["model"])
+            exchange.put_body(dumps(body))
+        await inline_images(exchange, body)
+        if self.client is RESPONSES:
+            owner = owner_of(exchange, copilot)
+            if exchange.app.store.expand(owner, body, len(exchange.body)):
+                exchange.put_body(dumps(body))
+            if body.get("store") is not False:
+                self.keep = functools.partial(exchange.app.store.put, owner, exchange.body)
+        return body
+
+    def is_compaction(self) -> bool:
+        """Does it ask for one item in the place of the conversation so far?"""
+        last = as_object((as_list(self.body.get("input")) or [None])[-1])
+        return self.client is RESPONSES and (
+            self.exchange.path == COMPACT_PATH or last.get("type") == COMPACTION_TRIGGER)
+
+    async def ask(self) -> UpstreamResponse | None:
+        """Plan, admit, send, and again after each remedy; None when the client has its answer
+        already.  Raises ProxyError, ClientGone."""
+        if not isinstance(self.body.get("stream"), (bool, type(None))):
+            raise BadRequest("'stream' must be true or false", param="stream")
+        while True:
+            if self.plan is None:
+                self.plan = await self.compute(self.make_plan)
+            plan = self.plan
+            if plan is None:
+                tell_no_search(self.exchange, self.body, self.model)
+                return None
+
+            data = await self.compute(functools.partial(self.body_for, plan))
+            call = self.call_for(plan, data)
+            await admit(self.exchange, plan.edit.body, self.model)
+            try:
+                return await self.send(plan, call)
+            except ProxyError as error:
+                if await self.remedy(plan, error):
+                    continue
+                if not self.tell(plan, error):
+                    raise
+                return None
+
+    async def compute(self, work: Callable[[], Any]) -> Any:
+        """`work()`, with a large body in a thread: streams would stand still meanwhile."""
+        if len(self.data) <= INLINE_BYTES:
+            return work()
+        return await wait(InThread(work))
+
+    def make_plan(self) -> Plan | None:
+        """How to ask the model, with all that was learned of it; None for a search where there is
+        none.  Raises BadRequest."""
+        exchange, client, body, model = self.exchange, self.client, self.body, self.model
+        refused = self.copilot.memory.refused
+        upstream = choose_upstream(client, model, refused, client.has_files(body))
+        kinds = [str(as_object(tool).get("type")) for tool in as_list(body.get("tools"))]
+        has_search = upstream is MESSAGES and (model.id, SEARCH_TOOLS) not in refused
+        if client is MESSAGES and kinds and not has_search and all(
+                kind.startswith(SEARCH_TOOLS) for kind in kinds):
+            return None
+
+        headers = upstream_headers(exchange, client, upstream, body)     # as the client wrote it
+        plan = Plan.make(client, upstream, body, model, int(time.time()), exchange.id,
+                         (model.id, BY_HUB + upstream.path) in refused)
+        plan.attach(headers, self.repaired)
+        self.copilot.memory.prepare(plan)
+        return plan
+
+    def body_for(self, plan: Plan) -> bytes:
+        """What is sent: the client's own bytes as far as possible."""
+        if plan.is_translated:
+            data = dumps(plan.edit.body)
+        else:
+            data = fit_model(self.data, plan.edit, self.model.id)
+        if (len(data) > MAX_SENT_BYTES and "Copilot-Vision-Request" in plan.headers
+                and shed_images(plan.edit, len(data))):
+            data = fit_model(self.data, plan.edit, self.model.id)
+        return data
+
+    def call_for(self, plan: Plan, data: bytes) -> Call:
+        """The call that a plan means; its losses are told, its way is recorded."""
+        exchange, model = self.exchange, self.model
+        tell_losses(exchange, plan.edit.losses, self.repaired)
+        name_model(exchange, model)
+        exchange.record.go_up("translated" if plan.is_translated else "passthrough",
+                              plan.upstream.path, plan.headers["X-Initiator"])
+        return Call(plan.upstream.path, data, plan.headers, exchange.id,
+                    exchange.app.settings.answer_timeout_s, model.id)
+
+    async def send(self, plan: Plan, call: Call) -> UpstreamResponse:
+        """The head of a good answer.  Raises ProxyError."""
+        exchange = self.exchange
+        exchange.log_body("sent", call.body or b"")
+        if plan.pipeline is not None:
+            plan.pipeline.on_final = self.keep
+            exchange.expect_stream(self.client.keepalive)
+
+        answer = await self.attempts.send(call)
+        self.copilot.memory.learn(plan)
+        exchange.headers.update(passed_headers(answer.headers))
+        exchange.record.hear(answer.headers, plan.meter)
+        return answer
+
+    async def remedy(self, plan: Plan, error: ProxyError) -> bool:
+        """The last two rows of the retry ladder, see Attempts -> is another try prepared?"""
+        other = None
+        if self.attempts.may("fallback"):
+            other = await fall_back(self.exchange, self.copilot, self.model, error)
+        if other is not None:
+            self.attempts.take("fallback")
+            self.model, self.plan = other, None
+            self.body = dict(loads(self.data), model=other.id)
+            self.data = dumps(self.body)
+            return True
+
+        if not self.attempts.may("repair") or not self.copilot.memory.repair(plan, error):
+            return False
+        self.attempts.take("repair")
+        if plan.repairs.is_stale:
+            self.body, self.plan = loads(self.data), None
+        return True
+
+    def tell(self, plan: Plan, error: ProxyError) -> bool:
+        """Could the client be told of the error inside a stream?  Else it is raised."""
+        if error.overflow == (0, 0):
+            size = estimate_tokens(loads(self.data), self.model.is_claude)
+            most = self.model.limit("max_prompt_tokens") or size - 1
+            error.overflow = max(size, most + 1), most
+        is_wanted = error.overflow and self.client is RESPONSES     # Codex reads it there only
+        if plan.pipeline is None or not (self.exchange.started or is_wanted):
+            return False
+        self.exchange.record.fail(error)
+        self.exchange.finish(plan.pipeline.close(error))
+        return True
+
+    async def answer(self, answer: UpstreamResponse) -> None:
+        """Whole, or as it comes.  Raises ProxyError, ClientGone."""
+        exchange, plan = self.exchange, self.plan
+        assert plan is not None
+        self.data = b""                                # several MB that nobody needs any more
+        exchange.put_body(b"")
+        is_stream = "event-stream" in answer.headers.get("content-type", "")
+        if plan.pipeline is not None and (is_stream or exchange.started):
+            await exchange.relay(answer, plan.pipeline)
+            return
+
+        if not plan.is_translated:                     # a whole answer: no keep-alive before it
+            exchange.expect_whole()
+        data = await answer.read_all(timeout_s=exchange.app.settings.answer_timeout_s)
+        data = plan.read(data, is_stream)
+        if plan.pipeline is not None and plan.is_translated:
+            exchange.finish(data)
+            return
+        if self.keep is not None:
+            self.keep(str(plan.answer.get("id")), data)
+        exchange.reply(data)
+
+async def compact(job: Job) -> None:
+    """POST /responses/compact, or a request that ends with a `compaction_trigger`: one item that
+    stands for the conversation so far."""
+    exchange, body, keep = job.exchange, job.body, job.keep
+    is_route, now = exchange.path == COMPACT_PATH, int(time.time())
+    if "x-initiator" not in exchange.head.headers:
+        exchange.record.begin_by("agent")                          # no human asks for this
+    if body.get("stream") is True and not is_route:
+        exchange.expect_stream(RESPONSES.keepalive)
+    encoder = ResponsesEncoder(RESPONSES, Request(str(body["model"]), now=now, key=exchange.id))
+    out, answer = encoder.feed(ResponseStart("", "")), encoder.answer
+    try:
+        item, usage = await make_compaction(job)
+        out += encoder.whole_item(dict(item, id=stable_id("cmp_", exchange.id)))
+        out += encoder.feed(ResponseEnd("stop", usage))
+    except ProxyError as error:
+        if not exchange.started:
+            raise
+        exchange.record.fail(error)
+        out += encoder.feed(StreamError(UpstreamError(str(error), error.status, error.code)))
+    if is_route:
+        answer = {name: answer[name] for name in ("id", "created_at", "output", "usage")}
+        answer["object"] = "response.compaction"
+    elif keep is not None:
+        keep(str(answer["id"]), dumps(answer))
+    if exchange.keepalive:
+        exchange.finish(out)
+    else:
+        exchange.reply_json(answer)
+
+async def make_compaction(job: Job) -> tuple[Json, Usage | None]:
+    """(a compaction item, token counts): the upstream's own where it makes one, else a summary by
+    the same model, packed.  Raises ProxyError."""
+    copilot, model = job.copilot, job.model
+    refusal = model.id, COMPACTION_TRIGGER
+    can = RESPONSES.path in model.endpoints and refusal not in copilot.memory.refused
+    for native in (True, False) if can else (False,):
+        part = Job.part(job, RESPONSES, compaction_request(job.body, native))
+        try:
+            answer = await part.ask()
+        except (UpstreamError, BadRequest) as error:     # the latter of a --fallback without it
+            if native and error.status in (400, 404, 422):
+                continue
+            raise
+        plan = part.plan
+        if answer is None or plan is None:
+            break                                        # it was told already
+        plan.read(await answer.read_all(), plan.streams)
+        usage = Usage.of(plan.meter.counts)
+        output = [as_object(item) for item in as_list(plan.answer.get("output"))]
+        own = [item for item in output if item.get("type") in COMPACTIONS]
+        if native and len(own) == 1 and own[0].get("encrypted_content"):
+            return dict(own[0], type="compaction"), usage
+        text = "\n\n".join(text_of(item.get("content")) for item in output).strip()
+        if text and not native:
+            if can and job.exchange.record.model is model:
+                copilot.memory.refused.add(refusal)
+            return {"type": "compaction",
+                    "encrypted_content": pack_opaque("compaction", None, text)}, usage
+    raise UpstreamError("the model gave no summary of the conversation")
+
+async def complete(dialect: Dialect, exchange: Exchange) -> None:
+    """A request of any dialect to any model."""
+    exchange.answer_in(dialect)
+    await Job(exchange, dialect).run()
 
 def refuse_websocket(exchange: Exchange) -> None:
     """Codex asks for a WebSocket first and falls back to HTTP when told so at once."""
@@ -15308,10 +15422,13 @@ async def completions(exchange: Exchange) -> None:
         if at:
             await admit_next(exchange)
         one = dict(body, messages=[{"role": "user", "content": prompt}], stream=relays)
-        found = await ask(exchange, CHAT, one, dumps(one), copilot, model)
-        if found is None:
+        part = Job(exchange, CHAT)
+        part.take(copilot, model, one)
+        answer = await part.ask()
+        plan = part.plan
+        if answer is None or plan is None:
             return
-        (plan, answer), text = found, prompt if echo else ""
+        text = prompt if echo else ""
         if plan.pipeline is not None:
             await exchange.relay(answer, CompletionStream(plan.pipeline, text))
             return
