@@ -61,17 +61,24 @@ they belong to, and none of all this to a log, an error text or another host.
 As a library: `from copilot_proxy import App, DIALECTS` has no side effect; the names in
 `__all__` are the promise, everything else may change.
 """
+
 # ==== 1. Imports ==================================================================================
 # Python 3.7 stops at the check.  Older ones stop at the first line that they cannot read, and print
 # it: Python 3.6 at the first of these, Python 2 at OLDEST_PYTHON.
-from __future__ import annotations  # SyntaxError?  copilot_proxy.py needs Python 3.8 or newer
+from __future__ import (
+    annotations,
+)  # SyntaxError?  copilot_proxy.py needs Python 3.8 or newer
 
 import sys
 
-OLDEST_PYTHON: tuple[int, int] = (3, 8)  # SyntaxError?  copilot_proxy.py needs Python 3.8 or newer
+OLDEST_PYTHON: tuple[int, int] = (
+    3,
+    8,
+)  # SyntaxError?  copilot_proxy.py needs Python 3.8 or newer
 if sys.version_info < OLDEST_PYTHON:
     TOO_OLD = "copilot_proxy.py needs Python %d.%d or newer, this is Python %d.%d" % (
-        OLDEST_PYTHON + sys.version_info[:2])
+        OLDEST_PYTHON + sys.version_info[:2]
+    )
     if __name__ == "__main__":
         sys.exit(TOO_OLD)
     raise ImportError(TOO_OLD)
@@ -132,171 +139,243 @@ from typing import (
 )
 
 __version__ = "0.1.0"
-__all__ = ["CLIENT_DIALECTS", "DIALECTS", "App", "BodyDecoder", "Model", "ProxyError",
-           "SSEDecoder", "Settings", "Usage", "__version__", "main"]
+__all__ = [
+    "CLIENT_DIALECTS",
+    "DIALECTS",
+    "App",
+    "BodyDecoder",
+    "Model",
+    "ProxyError",
+    "SSEDecoder",
+    "Settings",
+    "Usage",
+    "__version__",
+    "main",
+]
 
-Json = Dict[str, Any]            # a JSON object
-Headers = Dict[str, str]         # header names in lower case, doubled ones joined by ", "
+Json = Dict[str, Any]  # a JSON object
+Headers = Dict[str, str]  # header names in lower case, doubled ones joined by ", "
 
 # ==== 2. Constants ================================================================================
 # Every number has its unit in the name.  Version values age: each is overridable by --header.
 
 GITHUB_URL = "https://github.com"
-COPILOT_URLS = {                 # used only when neither the exchange nor a flag names a host
+COPILOT_URLS = {  # used only when neither the exchange nor a flag names a host
     "individual": "https://api.githubcopilot.com",
     "business": "https://api.business.githubcopilot.com",
     "enterprise": "https://api.enterprise.githubcopilot.com",
 }
-COPILOT_HOSTS = (".githubcopilot.com", ".ghe.com")   # a server-given API host must end so
-CLIENT_ID = "Iv1.b507a08c87ecfe98"                   # the editor's Copilot app: tokens ghu_...
+COPILOT_HOSTS = (
+    ".githubcopilot.com",
+    ".ghe.com",
+)  # a server-given API host must end so
+CLIENT_ID = "Iv1.b507a08c87ecfe98"  # the editor's Copilot app: tokens ghu_...
 SCOPE = "read:user"
 DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
-PAT_PREFIXES = ("ghp_", "github_pat_")               # never accepted by Copilot
+PAT_PREFIXES = ("ghp_", "github_pat_")  # never accepted by Copilot
 
-API_VERSIONS = ("2026-06-01", "2026-08-01", "2025-05-01")   # first one is sent, rest after a 466
-INTERNAL_API_VERSION = "2025-04-01"                         # for /copilot_internal/*
+API_VERSIONS = (
+    "2026-06-01",
+    "2026-08-01",
+    "2025-05-01",
+)  # first one is sent, rest after a 466
+INTERNAL_API_VERSION = "2025-04-01"  # for /copilot_internal/*
 EDITOR_HEADERS = {
     "Copilot-Integration-Id": "vscode-chat",
     "Editor-Version": "vscode/1.130.0",
     "Editor-Plugin-Version": "copilot-chat/0.58.0",
     "User-Agent": "GitHubCopilotChat/0.58.0",
 }
-CLI_INTEGRATION = "copilot-developer-cli"   # identity for /models with the GitHub token itself
+CLI_INTEGRATION = (
+    "copilot-developer-cli"  # identity for /models with the GitHub token itself
+)
 INTENT, MODEL_INTENT = "conversation-agent", "model-access"
 ANTHROPIC_VERSION = "2023-06-01"
-BETA_PREFIXES = ("interleaved-thinking-", "advanced-tool-use-")   # others are refused upstream
-PASSED_HEADERS = ("retry-after", "retry-after-ms", "x-should-retry", "x-github-request-id",
-                  "x-copilot-service-request-id", "openai-processing-ms")
+BETA_PREFIXES = (
+    "interleaved-thinking-",
+    "advanced-tool-use-",
+)  # others are refused upstream
+PASSED_HEADERS = (
+    "retry-after",
+    "retry-after-ms",
+    "x-should-retry",
+    "x-github-request-id",
+    "x-copilot-service-request-id",
+    "openai-processing-ms",
+)
 QUOTA_PREFIXES = ("x-quota-snapshot-", "x-usage-ratelimit-")
 PASSED_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-", *QUOTA_PREFIXES)
-EXPOSED_HEADERS = (              # that pages of --cors-origin may read, beside those of the answer
-    "x-request-id", "request-id", "retry-after", "retry-after-ms", "x-should-retry",
-    "x-copilot-proxy-credits", "x-copilot-proxy-fallback", "x-copilot-proxy-lossy",
-    "x-copilot-proxy-model", "x-copilot-proxy-repaired")
+EXPOSED_HEADERS = (  # that pages of --cors-origin may read, beside those of the answer
+    "x-request-id",
+    "request-id",
+    "retry-after",
+    "retry-after-ms",
+    "x-should-retry",
+    "x-copilot-proxy-credits",
+    "x-copilot-proxy-fallback",
+    "x-copilot-proxy-lossy",
+    "x-copilot-proxy-model",
+    "x-copilot-proxy-repaired",
+)
 
 DEFAULT_PORT = 4399
 BACKLOG = 1024
 MAX_HEAD_BYTES = 64 * 1024
 MAX_TARGET_BYTES = 16 * 1024
 MAX_HEADER_FIELDS = 128
-MAX_BODY_BYTES = 32 * 1024 * 1024        # as the upstream's own services use
-JSON_CHECK_BYTES = 1024 * 1024           # smaller bodies are parsed without a look
-JSON_ROOM_BYTES = 64 * 1024 * 1024       # of values beside their texts: 1.8 million numbers
-VECTORS_ROOM_BYTES = 256 * 1024 * 1024   # of one batch of embeddings
-JSON_PIECE_BYTES = 128 * 1024            # looked at in one piece
-MAX_JSON_DEPTH = 200                     # some functions call themselves for each level
-MAX_INT_DIGITS = 4000                    # of an integer in JSON; Python's own limit is 4300
+MAX_BODY_BYTES = 32 * 1024 * 1024  # as the upstream's own services use
+JSON_CHECK_BYTES = 1024 * 1024  # smaller bodies are parsed without a look
+JSON_ROOM_BYTES = 64 * 1024 * 1024  # of values beside their texts: 1.8 million numbers
+VECTORS_ROOM_BYTES = 256 * 1024 * 1024  # of one batch of embeddings
+JSON_PIECE_BYTES = 128 * 1024  # looked at in one piece
+MAX_JSON_DEPTH = 200  # some functions call themselves for each level
+MAX_INT_DIGITS = 4000  # of an integer in JSON; Python's own limit is 4300
 MAX_ERROR_BYTES = 64 * 1024
-MAX_ERROR_TEXT = 2000                    # characters of an upstream message that are passed on
-MAX_LOGGED_CHARS = 1000                  # of what is listed in one line of the log
-MAX_SAID = 700                           # of it are looked through for what can be repaired
-MAX_ANSWER_BYTES = 256 * 1024 * 1024     # a whole body that must be looked at
-MAX_FRAME_BYTES = 32 * 1024 * 1024       # one server-sent event
+MAX_ERROR_TEXT = 2000  # characters of an upstream message that are passed on
+MAX_LOGGED_CHARS = 1000  # of what is listed in one line of the log
+MAX_SAID = 700  # of it are looked through for what can be repaired
+MAX_ANSWER_BYTES = 256 * 1024 * 1024  # a whole body that must be looked at
+MAX_FRAME_BYTES = 32 * 1024 * 1024  # one server-sent event
 MAX_CHUNK_LINE_BYTES = 1024
-MAX_ID_CHARS = 64                        # of item and call ids, OpenAI's own validator
-MAX_WHITESPACE_RUN = 2000                # in streamed tool arguments: a model gone astray
-MAX_UNNAMED_CHARS = 64 * 1024            # of arguments before the name of their tool
-READ_BYTES = 64 * 1024                   # of one look at a socket
-RECORD_BYTES = 16 * 1024                 # of a TLS record, at most
-NAME_AGE_S = 60.0                        # of the addresses of a host
+MAX_ID_CHARS = 64  # of item and call ids, OpenAI's own validator
+MAX_WHITESPACE_RUN = 2000  # in streamed tool arguments: a model gone astray
+MAX_UNNAMED_CHARS = 64 * 1024  # of arguments before the name of their tool
+READ_BYTES = 64 * 1024  # of one look at a socket
+RECORD_BYTES = 16 * 1024  # of a TLS record, at most
+NAME_AGE_S = 60.0  # of the addresses of a host
 
-HANDSHAKE_S = 10.0                       # of TLS, from the connection's beginning
-HEAD_TIMEOUT_S = 30.0                    # a request head, from its first byte
-IDLE_CLIENT_S = 75.0                     # between two requests of one connection
-BODY_STALL_S = 30.0                      # a request body without any progress
-BODY_BYTES_PER_S = 16 * 1024             # and the slowest whole that is waited for
-SEND_TIMEOUT_S = 60.0                    # a client that takes nothing
-WORKER_IDLE_S = 10.0                     # then an idle worker thread ends
-MAX_WORKERS, WORKER_QUEUE = 6, 256       # threads for what may block; what may wait for one
-INLINE_BYTES = 128 * 1024                # a larger body is parsed in a thread
-SLICE_S = 0.001                          # of computing between two looks at the streams
-ACCEPTED_AT_ONCE = 16                    # connections in one round of the loop
-SPARE_FILES = 32                         # kept free for logins, history, the pool
-FIRST_REQUEST_S = 0.1                    # at shutdown, for a connection that has just come
-DRAIN_S = 0.5                            # for the last chunk behind a terminal event
-MAX_OUT_BYTES = 256 * 1024               # not taken by a slow client: its upstream is paused
-LINGER_S = 2.0                           # reading on after a refusal, so that it can be read
+HANDSHAKE_S = 10.0  # of TLS, from the connection's beginning
+HEAD_TIMEOUT_S = 30.0  # a request head, from its first byte
+IDLE_CLIENT_S = 75.0  # between two requests of one connection
+BODY_STALL_S = 30.0  # a request body without any progress
+BODY_BYTES_PER_S = 16 * 1024  # and the slowest whole that is waited for
+SEND_TIMEOUT_S = 60.0  # a client that takes nothing
+WORKER_IDLE_S = 10.0  # then an idle worker thread ends
+MAX_WORKERS, WORKER_QUEUE = 6, 256  # threads for what may block; what may wait for one
+INLINE_BYTES = 128 * 1024  # a larger body is parsed in a thread
+SLICE_S = 0.001  # of computing between two looks at the streams
+ACCEPTED_AT_ONCE = 16  # connections in one round of the loop
+SPARE_FILES = 32  # kept free for logins, history, the pool
+FIRST_REQUEST_S = 0.1  # at shutdown, for a connection that has just come
+DRAIN_S = 0.5  # for the last chunk behind a terminal event
+MAX_OUT_BYTES = 256 * 1024  # not taken by a slow client: its upstream is paused
+LINGER_S = 2.0  # reading on after a refusal, so that it can be read
 CONNECT_TIMEOUT_S = 30.0
-ANSWER_TIMEOUT_S = 900.0                 # until the head, and between bytes: long silent reasoning
+ANSWER_TIMEOUT_S = 900.0  # until the head, and between bytes: long silent reasoning
 GITHUB_TIMEOUT_S = 30.0
-CODE_LIFE_S, MAX_CODE_LIFE_S = 900.0, 86400.0        # of a login code: GitHub's, the longest
-POLL_S, MAX_POLL_S = 5.0, 3600.0         # between two questions whether a login was granted
-CODE_PAUSE_S = 5.0                       # between two login codes, however soon the first expires
-KEEPALIVE_S = 15.0                       # of silence, then a ping to the client
+CODE_LIFE_S, MAX_CODE_LIFE_S = 900.0, 86400.0  # of a login code: GitHub's, the longest
+POLL_S, MAX_POLL_S = 5.0, 3600.0  # between two questions whether a login was granted
+CODE_PAUSE_S = 5.0  # between two login codes, however soon the first expires
+KEEPALIVE_S = 15.0  # of silence, then a ping to the client
 POOL_IDLE_S = 50.0
 POOL_SIZE = 1024
 TOKEN_MARGIN_S, TOKEN_FALLBACK_S = 60.0, 1500.0
-TOKEN_RETRY_S = (1.0, 5.0, 15.0, 60.0)   # pauses after failed refreshes, the last one repeats
-CODE_WAIT_S, CODE_LOOK_S = 5.0, 0.005    # a refused call waits so long for the code to name
-REACTIVE_PAUSE_S = 60.0                  # after a refresh that did not cure an opaque 403
-LOGIN_RETRY_S = 180.0                    # between tries of a login that GitHub has refused
+TOKEN_RETRY_S = (
+    1.0,
+    5.0,
+    15.0,
+    60.0,
+)  # pauses after failed refreshes, the last one repeats
+CODE_WAIT_S, CODE_LOOK_S = (
+    5.0,
+    0.005,
+)  # a refused call waits so long for the code to name
+REACTIVE_PAUSE_S = 60.0  # after a refresh that did not cure an opaque 403
+LOGIN_RETRY_S = 180.0  # between tries of a login that GitHub has refused
 CATALOGUE_AGE_S, CATALOGUE_RETRY_S = 600.0, 60.0
-HEALTH_WAIT_S = 10.0                     # that `debug --health` gives a starting server
-MODELS_WAIT_S = 5.0                      # that `debug` gives the list of models
+HEALTH_WAIT_S = 10.0  # that `debug --health` gives a starting server
+MODELS_WAIT_S = 5.0  # that `debug` gives the list of models
 MAX_MODEL_CHARS = 200
-MAX_COMPARED, COMPARED_CHARS = 200, 64   # ids of models, for the text of a 404
-MAX_HOST_CHARS, MAX_LABEL_CHARS = 300, 63     # of a Host header, and of a part of a DNS name
-SESSION_HEADERS = ("session_id", "session-id", "x-session-id", "x-claude-code-session-id",
-                   "x-session-affinity", "conversation_id")
-MAX_SESSIONS = 1000                      # whose last model and spendings are remembered
-MAX_SPELLINGS = 1000                     # of model names that are remembered
-RATE_QUEUE = 100                         # callers that may wait for --rate-limit or --manual
-WAITING_MAX = 256                        # callers that may wait for --max-concurrency
-WRONG_KEYS_PER_MINUTE = 60               # of one address, then 429
-KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")      # and Authorization: Bearer
+MAX_COMPARED, COMPARED_CHARS = 200, 64  # ids of models, for the text of a 404
+MAX_HOST_CHARS, MAX_LABEL_CHARS = (
+    300,
+    63,
+)  # of a Host header, and of a part of a DNS name
+SESSION_HEADERS = (
+    "session_id",
+    "session-id",
+    "x-session-id",
+    "x-claude-code-session-id",
+    "x-session-affinity",
+    "conversation_id",
+)
+MAX_SESSIONS = 1000  # whose last model and spendings are remembered
+MAX_SPELLINGS = 1000  # of model names that are remembered
+RATE_QUEUE = 100  # callers that may wait for --rate-limit or --manual
+WAITING_MAX = 256  # callers that may wait for --max-concurrency
+WRONG_KEYS_PER_MINUTE = 60  # of one address, then 429
+KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")  # and Authorization: Bearer
 KEY_PREFIX, KEY_MIN_CHARS = "sk-copilot-", 8
-STALE_FILE_S = 600.0                     # then a half-written one is swept away
-MAX_ACCOUNTS = 1000                      # in memory; as many keys are kept in the file
-KEYS_LISTED = 50                         # in the log at the start
-MAX_LOGINS, LOGIN_AGE_S = 32, 1800.0     # begun by browsers
-BUDGET_WAIT_S, BUDGET_LOOK_S = 2.0, 0.02     # for the history at the start
+STALE_FILE_S = 600.0  # then a half-written one is swept away
+MAX_ACCOUNTS = 1000  # in memory; as many keys are kept in the file
+KEYS_LISTED = 50  # in the log at the start
+MAX_LOGINS, LOGIN_AGE_S = 32, 1800.0  # begun by browsers
+BUDGET_WAIT_S, BUDGET_LOOK_S = 2.0, 0.02  # for the history at the start
 HICCUP_STATUS = (500, 502, 503, 504, 529)
-MAX_CALLS, MAX_REPAIRS = 5, 3            # upstream calls of one request; repairs among them
-MAX_LEARNED, MAX_MARKS = 500, 5000       # remembered: models with repairs, refused state
-MAX_LESSONS = 50                         # of facts, and of refused values, of one model
-MAX_MARKED_IMAGES, MARKED_CHARS = 50, 200    # of one refusal; of each end of a value
-LIMIT_S, QUOTA_LIMIT_S = 7 * 86400.0, 32 * 86400.0   # the longest rest that is believed
-LIMIT_PAUSE_S, QUOTA_PAUSE_S = 10.0, 3600.0          # a rest whose length nobody said
-LIMIT_PAUSE_MAX_S = 300.0                # the first doubles up to this while the limit repeats
-PROBE_S, PROBE_MAX_S = 60.0, 300.0       # the first pause between two probes, and the longest
-LONG_REST_S, LONG_PROBE_MAX_S = 86400.0, 900.0       # the longest one in a rest beyond a day
-TRIAL_S = 5.0                            # after a rest the first request is alone for so long
-MAX_DEAD_PROBES = 5                      # in a row, then the next one waits its pause
-MAX_SCOPES = 200                         # that can rest at once, for each account
-OVERLOAD_PAUSE_S = 2.0                   # after an overload that was told inside an answer
-EMBEDDING_BATCH = 512                    # upstream's max_inputs
-MAX_EMBEDDINGS = 2048                    # of one request, as OpenAI takes them
-MAX_PROMPTS = 128                        # of one completion
-CALLS_WAIT_S = 30.0                      # a request of several calls waits so long for --rate-limit
+MAX_CALLS, MAX_REPAIRS = 5, 3  # upstream calls of one request; repairs among them
+MAX_LEARNED, MAX_MARKS = 500, 5000  # remembered: models with repairs, refused state
+MAX_LESSONS = 50  # of facts, and of refused values, of one model
+MAX_MARKED_IMAGES, MARKED_CHARS = 50, 200  # of one refusal; of each end of a value
+LIMIT_S, QUOTA_LIMIT_S = 7 * 86400.0, 32 * 86400.0  # the longest rest that is believed
+LIMIT_PAUSE_S, QUOTA_PAUSE_S = 10.0, 3600.0  # a rest whose length nobody said
+LIMIT_PAUSE_MAX_S = 300.0  # the first doubles up to this while the limit repeats
+PROBE_S, PROBE_MAX_S = (
+    60.0,
+    300.0,
+)  # the first pause between two probes, and the longest
+LONG_REST_S, LONG_PROBE_MAX_S = 86400.0, 900.0  # the longest one in a rest beyond a day
+TRIAL_S = 5.0  # after a rest the first request is alone for so long
+MAX_DEAD_PROBES = 5  # in a row, then the next one waits its pause
+MAX_SCOPES = 200  # that can rest at once, for each account
+OVERLOAD_PAUSE_S = 2.0  # after an overload that was told inside an answer
+EMBEDDING_BATCH = 512  # upstream's max_inputs
+MAX_EMBEDDINGS = 2048  # of one request, as OpenAI takes them
+MAX_PROMPTS = 128  # of one completion
+CALLS_WAIT_S = 30.0  # a request of several calls waits so long for --rate-limit
 MAX_NAMES = 1000
-MAX_SETTINGS_CHARS = 1024 * 1024         # of a client's file that are looked through
-MAX_LOSSES, MAX_LOSS_CHARS = 200, 60     # recorded for one request; of a field's name
-MAX_NOTE_CHARS = 2048                    # of the headers that list losses and repairs
-STORE_COUNT, STORE_BYTES = 2000, 64 * 1024 * 1024    # of answers that clients may name later
+MAX_SETTINGS_CHARS = 1024 * 1024  # of a client's file that are looked through
+MAX_LOSSES, MAX_LOSS_CHARS = 200, 60  # recorded for one request; of a field's name
+MAX_NOTE_CHARS = 2048  # of the headers that list losses and repairs
+STORE_COUNT, STORE_BYTES = (
+    2000,
+    64 * 1024 * 1024,
+)  # of answers that clients may name later
 STORE_AGE_S = 6 * 3600.0
-MAX_REFERENCES, MAX_KEPT_IDS = 4096, 5000    # to kept items in one request; of items of an answer
-IMAGE_BYTES, IMAGE_TIMEOUT_S = 5 * 1024 * 1024, 15.0     # of a fetched image
-IMAGE_CACHE_BYTES = 16 * 1024 * 1024     # of fetched images, as base64
+MAX_REFERENCES, MAX_KEPT_IDS = (
+    4096,
+    5000,
+)  # to kept items in one request; of items of an answer
+IMAGE_BYTES, IMAGE_TIMEOUT_S = 5 * 1024 * 1024, 15.0  # of a fetched image
+IMAGE_CACHE_BYTES = 16 * 1024 * 1024  # of fetched images, as base64
 ATTACHMENTS_URL = "https://github.com/github-copilot/chat/attachments/"
-NANO, MILLION = 10 ** 9, 10 ** 6         # nano-AIU of a credit (USD 0.01)
-MAX_COUNT = 2 ** 53                      # larger is no count
-MAX_NUMBER_CHARS = 24                    # of a number that is written as text
+NANO, MILLION = 10**9, 10**6  # nano-AIU of a credit (USD 0.01)
+MAX_COUNT = 2**53  # larger is no count
+MAX_NUMBER_CHARS = 24  # of a number that is written as text
 MAX_DATE_CHARS = 64
-LAST_MOMENT_S = 253402300799.0           # the end of the year 9999, in Unix seconds
+LAST_MOMENT_S = 253402300799.0  # the end of the year 9999, in Unix seconds
 #: what is known of an answer's cost: tokens, those of the prompt disjoint, and nano-AIU
 USAGE_FIELDS = ("input", "cache_read", "cache_write", "output", "reasoning")
-PRICED = ("input", "cache_read", "cache_write", "cache_write_1h", "output")  # kinds with a price
+PRICED = (
+    "input",
+    "cache_read",
+    "cache_write",
+    "cache_write_1h",
+    "output",
+)  # kinds with a price
 COUNTS = (*USAGE_FIELDS, "nano_aiu")
 HISTORY_ROWS, HISTORY_AGE_S = 200000, 400 * 86400.0
-HISTORY_QUEUE = 5000                     # rows that wait while the file cannot be written
-HISTORY_PAUSE_S, HISTORY_RETRY_S = 0.25, 5.0         # between two writes; after a failed one
-HISTORY_BUSY_S, HISTORY_WAIT_S = 1.0, 2.0            # for other processes' locks; for an answer
-MAX_READERS, READER_QUEUE = 32, 500      # of /history/events
-RECENT, BODIES_KEPT = 50, 3000           # requests in memory; files in the folder of --log-bodies
-BUDGET_WARNING = 0.8                     # of the budget
-OUTPUT_QUEUE_CHARS = 512 * 1024          # of log and terminal, while nobody takes them
-OUTPUT_PAUSE_S = 0.02                    # between two writes: many lines are one write then
-OUTPUT_LOOK_S, OUTPUT_END_S = 0.1, 0.5   # how often a full pipe is looked at; at the end
+HISTORY_QUEUE = 5000  # rows that wait while the file cannot be written
+HISTORY_PAUSE_S, HISTORY_RETRY_S = 0.25, 5.0  # between two writes; after a failed one
+HISTORY_BUSY_S, HISTORY_WAIT_S = 1.0, 2.0  # for other processes' locks; for an answer
+MAX_READERS, READER_QUEUE = 32, 500  # of /history/events
+RECENT, BODIES_KEPT = (
+    50,
+    3000,
+)  # requests in memory; files in the folder of --log-bodies
+BUDGET_WARNING = 0.8  # of the budget
+OUTPUT_QUEUE_CHARS = 512 * 1024  # of log and terminal, while nobody takes them
+OUTPUT_PAUSE_S = 0.02  # between two writes: many lines are one write then
+OUTPUT_LOOK_S, OUTPUT_END_S = 0.1, 0.5  # how often a full pipe is looked at; at the end
 
 # ==== 3. Errors ===================================================================================
 # Whose fault it is decides the class; the status decides the name on the wire.  An error is raised
@@ -316,23 +395,47 @@ ERROR_TYPES = {
     529: ("server_error", "overloaded_error", "UNAVAILABLE"),
 }
 
+
 class ErrorClass(NamedTuple):
     """A kind of failure: its HTTP status, the code of it in a failed Responses object ("": the
     upstream's own code stays), and how its names end: codes, types and statuses of upstreams."""
+
     status: int
     response_code: str
     endings: tuple[str, ...]
 
+
 #: The one table of failures that have a name.  A limit or a used-up quota makes the model rest.
 #: Codex acts on the codes of the second column.
 ERROR_CLASSES = (
-    ErrorClass(402, "insufficient_quota", (
-        "quota_exceeded", "insufficient_quota", "overage_limit_reached", "billing_not_configured",
-        "billing_error", "payment_required")),
-    ErrorClass(429, "rate_limit_exceeded", (
-        "rate_limited", "rate_limit_exceeded", "rate_limit_error", "mode_limit_exceeded",
-        "resource_exhausted", "too_many_requests", "extension_blocked")),
-    ErrorClass(529, "server_is_overloaded", ("overloaded", "overloaded_error", "slow_down")),
+    ErrorClass(
+        402,
+        "insufficient_quota",
+        (
+            "quota_exceeded",
+            "insufficient_quota",
+            "overage_limit_reached",
+            "billing_not_configured",
+            "billing_error",
+            "payment_required",
+        ),
+    ),
+    ErrorClass(
+        429,
+        "rate_limit_exceeded",
+        (
+            "rate_limited",
+            "rate_limit_exceeded",
+            "rate_limit_error",
+            "mode_limit_exceeded",
+            "resource_exhausted",
+            "too_many_requests",
+            "extension_blocked",
+        ),
+    ),
+    ErrorClass(
+        529, "server_is_overloaded", ("overloaded", "overloaded_error", "slow_down")
+    ),
     ErrorClass(503, "server_is_overloaded", ("unavailable", "unavailable_error")),
     ErrorClass(504, "", ("timeout", "timeout_error", "deadline_exceeded")),
     ErrorClass(500, "", ("server_error", "internal_error", "internal", "api_error")),
@@ -340,11 +443,26 @@ ERROR_CLASSES = (
     ErrorClass(404, "", ("not_found_error", "not_found")),
     ErrorClass(403, "", ("permission_error", "permission_denied")),
     ErrorClass(401, "", ("authentication_error", "unauthenticated")),
-    ErrorClass(400, "", (
-        "invalid_request_error", "invalid_request", "invalid_request_body", "invalid_argument",
-        "invalid_prompt", "failed_precondition", "content_filter", "policy", "policy_violation",
-        "context_length_exceeded", "model_not_supported", "unsupported_value")),
+    ErrorClass(
+        400,
+        "",
+        (
+            "invalid_request_error",
+            "invalid_request",
+            "invalid_request_body",
+            "invalid_argument",
+            "invalid_prompt",
+            "failed_precondition",
+            "content_filter",
+            "policy",
+            "policy_violation",
+            "context_length_exceeded",
+            "model_not_supported",
+            "unsupported_value",
+        ),
+    ),
 )
+
 
 def status_of(name: Any) -> int:
     """The HTTP status that an upstream's code, type or status means, 0 for what has no meaning.
@@ -361,26 +479,40 @@ def status_of(name: Any) -> int:
             return row.status
     return 0
 
+
 def true_status(status: int, names: Iterable[Any]) -> int:
     """The status of a failure by its names; a limit, a quota or an overload counts whatever the
     status it was sent with.  (400, ["rate_limited"]) -> 429, (404, ["not_found"]) -> 404"""
     named = next(filter(None, map(status_of, names)), 0)
     is_limit = status in (402, 429)
-    if named in (402, 429) and not is_limit or named == 529 and status in (400, 500, 502):
+    if (
+        named in (402, 429)
+        and not is_limit
+        or named == 529
+        and status in (400, 500, 502)
+    ):
         return named
     return status
+
 
 class ProxyError(Exception):
     """A failure that the caller is told about; `str(error)` says what happened and what to do.
     status: HTTP status; code, param: OpenAI's fields, None when unknown; headers: to be added to
     the answer; details: Anthropic's `error.details`, None when there are none.
     overflow: (tokens, limit) of too long a prompt, both 0 when nobody said; else None."""
+
     status = 500
     overflow: tuple[int, int] | None = None
 
-    def __init__(self, message: str, status: int | None = None, code: str | None = None,
-                 param: str | None = None, headers: Headers | None = None,
-                 details: Json | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        status: int | None = None,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Headers | None = None,
+        details: Json | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status or self.status
         self.code, self.param, self.details = code, param, details
@@ -402,20 +534,28 @@ class ProxyError(Exception):
                 return row.response_code
         return self.code or self.types()[0]
 
+
 class ConfigError(ProxyError):
     """A flag, variable or file that cannot be used; ends a command with exit code 2."""
 
+
 class BadRequest(ProxyError):
     """The client's request cannot be served as it is."""
+
     status = 400
+
 
 class AuthError(ProxyError):
     """Nobody is logged in, or GitHub refuses the login."""
+
     status = 401
+
 
 class RateLimited(ProxyError):
     """Too early; `Retry-After` is among the headers."""
+
     status = 429
+
 
 #: what upstreams say of too long a prompt; two numbers are its tokens and the limit, in any order
 _OVERFLOW = re.compile(
@@ -424,32 +564,48 @@ _OVERFLOW = re.compile(
     r"|context limit: (\d{1,15} \+ \d{1,15}) > (\d{1,15})"
     r"|too large for model context window|input is too long"
     r"|maximum context length is (\d{1,15}) tokens(?:.*?(?:resulted in|requested) (\d{1,15}))?"
-    r"|exceeds? (?:the|this) (?:model'?s? )?context (?:window|length|limit)", re.DOTALL)
+    r"|exceeds? (?:the|this) (?:model'?s? )?context (?:window|length|limit)",
+    re.DOTALL,
+)
 _OVERFLOW_CODE = "context_length_exceeded"
+
 
 class UpstreamError(ProxyError):
     """GitHub or Copilot could not be reached, or answered with an error.  Too long a prompt gets
     the status and code that clients act on, whatever the upstream's were."""
-    status = 502
-    answered = False        # the status is the upstream's own
-    unsent = False          # the whole request cannot have been seen by the upstream
-    opaque = False          # a 403 without any reason: perhaps the token
 
-    def __init__(self, message: str, status: int | None = None, code: str | None = None,
-                 param: str | None = None, headers: Headers | None = None) -> None:
+    status = 502
+    answered = False  # the status is the upstream's own
+    unsent = False  # the whole request cannot have been seen by the upstream
+    opaque = False  # a 403 without any reason: perhaps the token
+
+    def __init__(
+        self,
+        message: str,
+        status: int | None = None,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Headers | None = None,
+    ) -> None:
         super().__init__(message, status, code, param, headers)
         found = _OVERFLOW.search(message.lower())
         if found or code in (_OVERFLOW_CODE, "model_max_prompt_tokens_exceeded"):
             self.status, self.code = 400, _OVERFLOW_CODE
-            counts = sorted(sum(map(int, text.split(" + "))) for text in (
-                found.groups() if found else ()) if text)
+            counts = sorted(
+                sum(map(int, text.split(" + ")))
+                for text in (found.groups() if found else ())
+                if text
+            )
             self.overflow = (counts[1], counts[0]) if len(counts) == 2 else (0, 0)
+
 
 class StreamCut(UpstreamError):
     """The upstream's body ended before its end."""
 
+
 class StaleConnection(UpstreamError):
     """A kept-alive connection turned out to be closed before a byte of the answer came."""
+
 
 class ClientGone(Exception):
     """The client has hung up: nobody is left to answer."""
@@ -458,8 +614,10 @@ class ClientGone(Exception):
 # ==== 4. Helpers ==================================================================================
 # Small pure functions that several sections need.
 
+
 def _no_constant(name: str) -> Any:
     raise ValueError("%s is not JSON" % name)
+
 
 def _finite(text: str) -> float:
     value = float(text)
@@ -467,20 +625,25 @@ def _finite(text: str) -> float:
         raise ValueError("%s is too large a number" % text[:20])
     return value
 
+
 def _short_int(text: str) -> int:
     if len(text) > MAX_INT_DIGITS:
         raise ValueError("a number has more than %d digits" % MAX_INT_DIGITS)
     return int(text)
 
+
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _decode = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite).decode
-_decode_digits = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite,
-                                  parse_int=_short_int).decode
+_decode_digits = json.JSONDecoder(
+    parse_constant=_no_constant, parse_float=_finite, parse_int=_short_int
+).decode
 #: for long lists of floats, which may hold NaN: three times as fast
 decode_vectors = json.JSONDecoder().decode
 
+
 class TooManyValues(ValueError):
     """A JSON text whose values would fill the memory."""
+
 
 def dumps(value: Any) -> bytes:
     """Compact UTF-8 JSON; key order is kept.  A lone surrogate falls back to ASCII escapes."""
@@ -489,10 +652,14 @@ def dumps(value: Any) -> bytes:
     except UnicodeEncodeError:
         return json.dumps(value, separators=(",", ":")).encode()
 
+
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _ESCAPES = re.compile(
-    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"      # a pair
-    rb"|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL)                   # half of one; others
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"  # a pair
+    rb"|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
+    re.DOTALL,
+)  # half of one; others
+
 
 def valid_text(data: bytes) -> bytes:
     """JSON whose texts are valid Unicode: half of a surrogate pair becomes U+FFFD, as clients cut
@@ -501,14 +668,18 @@ def valid_text(data: bytes) -> bytes:
     No upstream takes such a text, and a history that holds one would be refused for ever."""
     if not _SURROGATE.search(data):
         return data
-    mended = _ESCAPES.sub(lambda found: b"\\ufffd" if found.group(1) else found.group(), data)
+    mended = _ESCAPES.sub(
+        lambda found: b"\\ufffd" if found.group(1) else found.group(), data
+    )
     return data if mended == data else mended
+
 
 def _has_long_digits(data: bytes) -> bool:
     """Are there so many digits in a row?  Python before 3.8.14 takes the square of their number
     to make an integer of them.  Looks at pieces so short that one lies in any such row."""
     step = MAX_INT_DIGITS // 2
-    return any(data[at:at + step].isdigit() for at in range(0, len(data), step))
+    return any(data[at : at + step].isdigit() for at in range(0, len(data), step))
+
 
 def _is_deep(value: Any, data: bytes) -> bool:
     """Is the value nested more deeply than may be walked by functions that call themselves?"""
@@ -516,18 +687,28 @@ def _is_deep(value: Any, data: bytes) -> bool:
         return False
     level = [value]
     for _ in range(MAX_JSON_DEPTH):
-        level = [inner for outer in level
-                 for inner in (outer.values() if type(outer) is dict else outer)
-                 if type(inner) in (dict, list)]
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) in (dict, list)
+        ]
         if not level:
             return False
     return True
 
+
 def _room_of(data: bytes) -> int:
     """About how many bytes the values between these marks take in a 64-bit Python, beside the
     characters of texts: lists, objects, their entries, and what stands in them."""
-    return (data.count(b"[") * 72 + data.count(b"{") * 232 + data.count(b":") * 100
-            + data.count(b",") * 36 + data.count(b'"') * 14)
+    return (
+        data.count(b"[") * 72
+        + data.count(b"{") * 232
+        + data.count(b":") * 100
+        + data.count(b",") * 36
+        + data.count(b'"') * 14
+    )
+
 
 def _outside_texts(data: bytes) -> Iterator[bytes]:
     """A JSON text without its texts, piece by piece: of `{"a": "b[", "c": 1}` remains
@@ -535,13 +716,14 @@ def _outside_texts(data: bytes) -> Iterator[bytes]:
     start, is_inside = 0, False
     while start < len(data):
         end = start + JSON_PIECE_BYTES
-        while data[end - 1:end] == b"\\":                # an escape is not cut
+        while data[end - 1 : end] == b"\\":  # an escape is not cut
             end += 1
         piece = data[start:end].replace(b"\\\\", b"").replace(b'\\"', b"")
         parts = piece.split(b'"')
         yield b'""'.join(parts[is_inside::2])
         is_inside ^= len(parts) % 2 == 0
         start = end
+
 
 def _needs_more(data: bytes, room_bytes: int) -> bool:
     """Do the values of a JSON text need more room than this?  By the marks between them: first by
@@ -555,8 +737,12 @@ def _needs_more(data: bytes, room_bytes: int) -> bool:
             return True
     return False
 
-def loads(data: bytes, decode: Callable[[str], Any] = _decode,
-          room_bytes: int = JSON_ROOM_BYTES) -> Any:
+
+def loads(
+    data: bytes,
+    decode: Callable[[str], Any] = _decode,
+    room_bytes: int = JSON_ROOM_BYTES,
+) -> Any:
     """A JSON value.  Raises ValueError for everything malformed, also for too deep a nesting, and
     TooManyValues for one that would take far more than `room_bytes` beside its texts."""
     if len(data) > JSON_CHECK_BYTES and _needs_more(data, room_bytes):
@@ -572,33 +758,45 @@ def loads(data: bytes, decode: Callable[[str], Any] = _decode,
         raise ValueError("nested too deeply")
     return value
 
+
 def as_object(value: Any) -> Json:
     """`value` if it is a JSON object, else an empty one: for reading answers leniently."""
     return value if isinstance(value, dict) else {}
+
 
 def as_list(value: Any) -> list[Any]:
     """`value` if it is a JSON array, else an empty one."""
     return value if isinstance(value, list) else []
 
+
 def dicts_in(body: Json, key: str) -> list[Json]:
     """The objects in the list `body[key]`; [] where there is no list."""
     return [item for item in as_list(body.get(key)) if isinstance(item, dict)]
+
 
 # Numbers from outside, from a client, the upstream, a header, a file or the environment, pass one
 # of these: what comes out is finite and bounded, so that it can be compared, added, divided and
 # slept for.  The names say what nonsense becomes.  Booleans are no numbers here.
 
-def number_or_none(value: Any, least: float = -MAX_COUNT, most: float = MAX_COUNT
-                   ) -> float | None:
+
+def number_or_none(
+    value: Any, least: float = -MAX_COUNT, most: float = MAX_COUNT
+) -> float | None:
     """A JSON number from `least` to `most` as it is; None for everything else."""
-    if type(value) in (int, float) and least <= value <= most:       # false for what is no number
-        return value                                          # type: ignore[no-any-return]
+    if (
+        type(value) in (int, float) and least <= value <= most
+    ):  # false for what is no number
+        return value  # type: ignore[no-any-return]
     return None
 
-def number_or(value: Any, default: float, least: float = 0, most: float = MAX_COUNT) -> float:
+
+def number_or(
+    value: Any, default: float, least: float = 0, most: float = MAX_COUNT
+) -> float:
     """A JSON number from `least` to `most`, else `default`."""
     number = number_or_none(value, least, most)
     return default if number is None else number
+
 
 def count_or_none(value: Any) -> int | None:
     """A whole JSON number that can be a count, also one that is written 5.0; else None."""
@@ -607,12 +805,15 @@ def count_or_none(value: Any) -> int | None:
     number = number_or_none(value, 0, MAX_COUNT - 1)
     return int(number) if number is not None and number == int(number) else None
 
+
 def count_or_zero(value: Any) -> int:
     """A whole JSON number that can be a count, else 0."""
     return count_or_none(value) or 0
 
-def text_number_or_none(value: Any, least: float = -MAX_COUNT, most: float = MAX_COUNT
-                        ) -> float | None:
+
+def text_number_or_none(
+    value: Any, least: float = -MAX_COUNT, most: float = MAX_COUNT
+) -> float | None:
     """A number that may be written as text: '75.5' -> 75.5, '1e400' -> None"""
     if isinstance(value, str):
         text, value = value.strip(), None
@@ -621,14 +822,22 @@ def text_number_or_none(value: Any, least: float = -MAX_COUNT, most: float = MAX
                 value = float(text)
     return number_or_none(value, least, most)
 
+
 def digits_or_none(text: str | None, most: int = MAX_COUNT) -> int | None:
     """A whole number of ASCII digits and nothing else, as HTTP writes it: '+5', '²' -> None"""
-    if not text or len(text) > MAX_NUMBER_CHARS or not text.isascii() or not text.isdigit():
+    if (
+        not text
+        or len(text) > MAX_NUMBER_CHARS
+        or not text.isascii()
+        or not text.isdigit()
+    ):
         return None
     number = int(text)
     return number if number <= most else None
 
+
 _MOMENT = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[Tt ](\d\d):(\d\d):(\d\d))?", re.ASCII)
+
 
 def moment_or_none(value: Any) -> float | None:
     """Unix seconds of a moment in UTC: '2026-12-01', '2026-12-01T08:00:00Z', 1796083200, or the
@@ -642,10 +851,11 @@ def moment_or_none(value: Any) -> float | None:
     if not found:
         return None
     parts = [int(part) for part in found.groups("0")]
-    with contextlib.suppress(ValueError):                # the 30th of February
-        moment = datetime.datetime(*parts, tzinfo=datetime.timezone.utc)      # type: ignore
+    with contextlib.suppress(ValueError):  # the 30th of February
+        moment = datetime.datetime(*parts, tzinfo=datetime.timezone.utc)  # type: ignore
         return moment.timestamp() if moment.year >= 1970 else None
     return None
+
 
 def http_moment_or_none(text: str) -> float | None:
     """Unix seconds of a date as HTTP writes it, 'Fri, 27 Nov 2026 07:00:00 GMT'; else None."""
@@ -654,17 +864,32 @@ def http_moment_or_none(text: str) -> float | None:
         return None
     try:
         return moment_or_none(email.utils.mktime_tz(parts))
-    except (ValueError, OverflowError):                  # in the year 99999
+    except (ValueError, OverflowError):  # in the year 99999
         return None
+
 
 _SECRET = re.compile(
     r"gh[oprstu]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|sk-copilot-[\w-]{4,}|tid=[^\s\"']+"
     r"|(?<=[Bb]earer )[^\s\"',]+|(?<=[Tt]oken )(?=[\w.]*[_\d])[\w.~+/=:;-]{8,}"
-    r"|(?<=://)[^/\s\"']+(?=@)")
+    r"|(?<=://)[^/\s\"']+(?=@)"
+)
 
 #: one of these is in every secret: a look before the pattern is tried
-_SECRET_SIGNS = ("ghu_", "gho_", "ghp_", "ghr_", "ghs_", "ght_", "github_pat_", "sk-copilot-",
-                 "tid=", "earer ", "oken ", "://")
+_SECRET_SIGNS = (
+    "ghu_",
+    "gho_",
+    "ghp_",
+    "ghr_",
+    "ghs_",
+    "ght_",
+    "github_pat_",
+    "sk-copilot-",
+    "tid=",
+    "earer ",
+    "oken ",
+    "://",
+)
+
 
 def redact(text: str) -> str:
     """`text` without tokens and URL passwords.  'Bearer ghu_abcd' -> 'Bearer [redacted]'."""
@@ -673,22 +898,33 @@ def redact(text: str) -> str:
             return _SECRET.sub("[redacted]", text)
     return text
 
+
 #: Python counts these as printable, but they show nothing: fillers, variation selectors
-_INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164"
-                        "\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+_INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164"
+    "\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+
 
 def visible(text: str, keep: str = "") -> str:
     """`text` with all escaped that a terminal would obey or not show: control characters, C1,
     bidi overrides, zero width.  keep: those of them that stay.  'a\\x1b[2J' -> 'a\\\\x1b[2J'"""
     if text.isprintable() and not _INVISIBLE.search(text):
         return text
-    return "".join([
-        char if char in keep or char.isprintable() and not _INVISIBLE.match(char)
-        else char.encode("unicode_escape").decode() for char in text])
+    return "".join(
+        [
+            char
+            if char in keep or char.isprintable() and not _INVISIBLE.match(char)
+            else char.encode("unicode_escape").decode()
+            for char in text
+        ]
+    )
+
 
 def printable(text: str, limit: int = 200) -> str:
     """`text` on one ASCII line, safe for any console: control and other characters escaped."""
     return ascii(text[:limit])[1:-1]
+
 
 def host_of(url: str) -> str:
     """'https://X.GHE.com:8443/a' -> 'x.ghe.com' ('' when there is none)."""
@@ -697,14 +933,20 @@ def host_of(url: str) -> str:
     except ValueError:
         return ""
 
+
 def is_loopback(host: str) -> bool:
     """Is `host` this machine by name or address?  '127.8.0.1' -> True, '127.evil.com' -> False."""
     host = host.lower().strip("[]")
-    return (host in ("localhost", "::1", "::ffff:127.0.0.1") or host.endswith(".localhost")
-            or bool(re.fullmatch(r"127\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}", host)))
+    return (
+        host in ("localhost", "::1", "::ffff:127.0.0.1")
+        or host.endswith(".localhost")
+        or bool(re.fullmatch(r"127\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}", host))
+    )
+
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z_.-]+)(?::([0-9]{0,5}))?\Z")
 _NO_HOST = ("", 0)
+
 
 @functools.lru_cache(maxsize=256)
 def split_host(text: str) -> tuple[str, int]:
@@ -728,19 +970,23 @@ def split_host(text: str) -> tuple[str, int]:
         return _NO_HOST
     return name, port
 
+
 def short_ipv6(text: str) -> str:
     """'0:0::1' -> '::1', '::ffff:127.0.0.1' -> '127.0.0.1', '' for what is no IPv6 address."""
     if text == "::1":
         return text
     import ipaddress
+
     try:
         address = ipaddress.IPv6Address(text)
     except ValueError:
         return ""
     return str(address.ipv4_mapped or address)
 
+
 _ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)/?\Z")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+
 
 def origin_of(text: str) -> str:
     """An origin as browsers write it, '' for what is none.  Schemes of programs may have any host,
@@ -762,12 +1008,15 @@ def origin_of(text: str) -> str:
         return "%s://%s" % (scheme, name)
     return "%s://%s:%d" % (scheme, name, port)
 
+
 class ErrorText(NamedTuple):
     """What an error body says.  names: its codes, types and statuses, the innermost first."""
+
     message: str
     code: str | None
     param: str | None
     names: tuple[Any, ...]
+
 
 def read_error_text(body: bytes, phrase: str) -> ErrorText:
     """Read any error body that the upstream is known to send; phrase: where it has no words.
@@ -791,24 +1040,36 @@ def read_error_text(body: bytes, phrase: str) -> ErrorText:
         names = [source.get("code"), source.get("type"), source.get("status"), *names]
 
         details = as_object(value.get("error_details"))
-        text = details.get("message") or source.get("message") or (
-            inner if isinstance(inner, str) else "")
+        text = (
+            details.get("message")
+            or source.get("message")
+            or (inner if isinstance(inner, str) else "")
+        )
         text = text.strip() if isinstance(text, str) else dumps(text).decode()
         if details.get("url"):
             text += " (%s)" % details["url"]
 
     if not text or text[:1] == "<":
         text = phrase
-    return ErrorText(redact(text[:MAX_ERROR_TEXT]), code[:200] if isinstance(code, str) else None,
-                     param if isinstance(param, str) else None, tuple(names))
+    return ErrorText(
+        redact(text[:MAX_ERROR_TEXT]),
+        code[:200] if isinstance(code, str) else None,
+        param if isinstance(param, str) else None,
+        tuple(names),
+    )
 
-def unwrap_error(status: int, body: bytes, phrase: str) -> tuple[str, str | None, str | None]:
+
+def unwrap_error(
+    status: int, body: bytes, phrase: str
+) -> tuple[str, str | None, str | None]:
     """(message, code, param) out of any error body.  -> ("no quota", "quota_exceeded", None)"""
     return read_error_text(body, status_phrase(status, phrase))[:3]
+
 
 def status_phrase(status: int, phrase: str = "") -> str:
     """The words for an error without any: (503, "") -> '503 Service Unavailable'."""
     return "%d %s" % (status, phrase or http.client.responses.get(status, "error"))
+
 
 def told_error(answer: Json) -> UpstreamError:
     """The failure that an event, or a whole answer with status 200, tells in any dialect's shape.
@@ -821,16 +1082,20 @@ def told_error(answer: Json) -> UpstreamError:
         error.headers["retry-after"] = "%d" % OVERLOAD_PAUSE_S
     return error
 
+
 def stable_id(prefix: str, text: str) -> str:
     """A short id made from a long one, always the same: 'rs_' + 32 hex digits."""
     return prefix + hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
+
 
 def floats_to_base64(vector: list[float]) -> str:
     """Little-endian float32 in base64, as the OpenAI SDKs ask for.  Raises UpstreamError."""
     try:
         return base64.b64encode(struct.pack("<%df" % len(vector), *vector)).decode()
     except (struct.error, OverflowError):
-        raise UpstreamError("the upstream's embedding holds something that is no number") from None
+        raise UpstreamError(
+            "the upstream's embedding holds something that is no number"
+        ) from None
 
 
 # ==== 5. Vocabulary ===============================================================================
@@ -838,9 +1103,11 @@ def floats_to_base64(vector: list[float]) -> str:
 # shapes; model = an entry of the upstream's catalogue; asked = the model id that the client wrote;
 # loss = something of the request that did not go upstream, and why.
 
+
 @dataclass
 class Usage:
     """Token counts of one answer.  The three input counts are disjoint and add up to the prompt."""
+
     input: int = 0
     cache_read: int = 0
     cache_write: int = 0
@@ -852,16 +1119,19 @@ class Usage:
         """From counts by the names of `read_usage`; those that are absent are 0."""
         return cls(*(counts.get(name, 0) for name in USAGE_FIELDS))
 
+
 def read_usage(usage: Json) -> dict[str, int]:
     """Read a `usage` object of any dialect; the only place where that is done.
 
     {"prompt_tokens": 100, "prompt_tokens_details": {"cached_tokens": 30}} ->
     {"input": 70, "cache_read": 30}: what was not reported is absent.  OpenAI counts cached tokens
     inside the prompt, Anthropic beside it.  cache_write_1h is a part of cache_write."""
-    prompt_details = as_object(usage.get("prompt_tokens_details",
-                                         usage.get("input_tokens_details")))
-    answer_details = as_object(usage.get("completion_tokens_details",
-                                         usage.get("output_tokens_details")))
+    prompt_details = as_object(
+        usage.get("prompt_tokens_details", usage.get("input_tokens_details"))
+    )
+    answer_details = as_object(
+        usage.get("completion_tokens_details", usage.get("output_tokens_details"))
+    )
     cached = count_or_none(prompt_details.get("cached_tokens"))
     written = count_or_none(prompt_details.get("cache_write_tokens"))
     prompt = count_or_none(usage.get("prompt_tokens", usage.get("input_tokens")))
@@ -875,15 +1145,21 @@ def read_usage(usage: Json) -> dict[str, int]:
     for_an_hour = count_or_none(created.get("ephemeral_1h_input_tokens"))
 
     written_out = usage.get("completion_tokens", usage.get("output_tokens"))
-    counts = {"input": prompt, "cache_read": cached, "cache_write": written,
-              "cache_write_1h": for_an_hour,
-              "output": count_or_none(written_out),
-              "reasoning": count_or_none(answer_details.get("reasoning_tokens"))}
+    counts = {
+        "input": prompt,
+        "cache_read": cached,
+        "cache_write": written,
+        "cache_write_1h": for_an_hour,
+        "output": count_or_none(written_out),
+        "reasoning": count_or_none(answer_details.get("reasoning_tokens")),
+    }
     return {name: count for name, count in counts.items() if count is not None}
+
 
 class PriceTier(NamedTuple):
     """Prices of prompts up to a length.  most_tokens: of such a prompt; nano: kind of token ->
     nano-AIU for `Prices.batch` of them."""
+
     most_tokens: int
     nano: dict[str, int]
 
@@ -909,6 +1185,7 @@ class PriceTier(NamedTuple):
             return self.nano[kind]
         return self.nano.get(plainer, self.nano["input"])
 
+
 @dataclass
 class Prices:
     """Listed prices of a model; whole numbers, so that sums are exact.
@@ -916,6 +1193,7 @@ class Prices:
     batch: tokens that a price is for; tiers: by the length of the prompt, the shortest first, []
     where the account lists none; promo: (parts of a million that a promotion takes off, unix time
     of its end); auto_discount: parts of a million that the choice by `auto` takes off."""
+
     batch: int
     tiers: list[PriceTier]
     promo: tuple[int, float] = (0, 0.0)
@@ -931,7 +1209,9 @@ class Prices:
         for name, value in listed.items():
             if name != "default" and isinstance(value, dict):
                 more = PriceTier.read(value)
-                tiers.append(PriceTier(more.most_tokens, {**tiers[0].nano, **more.nano}))
+                tiers.append(
+                    PriceTier(more.most_tokens, {**tiers[0].nano, **more.nano})
+                )
 
         tiers = sorted(tiers, key=lambda tier: tier.most_tokens)
         if batch <= 0 or any({"input", "output"} - set(tier.nano) for tier in tiers):
@@ -942,23 +1222,31 @@ class Prices:
         discount = text_number_or_none(billing.get("auto_discount")) or 0.0
         return cls(batch, tiers, (parts_of(percent / 100), ends_at), parts_of(discount))
 
-    def cost(self, counts: Mapping[str, int], now: float = 0.0, by_auto: bool = False
-             ) -> int | None:
+    def cost(
+        self, counts: Mapping[str, int], now: float = 0.0, by_auto: bool = False
+    ) -> int | None:
         """What one answer costs, in nano-AIU; None when that is unknown.  now: unix seconds."""
         if not self.tiers or "input" not in counts:
             return None
-        prompt = sum(counts.get(kind, 0) for kind in ("input", "cache_read", "cache_write"))
+        prompt = sum(
+            counts.get(kind, 0) for kind in ("input", "cache_read", "cache_write")
+        )
         fits = [tier for tier in self.tiers if prompt <= tier.most_tokens]
         tier = (fits or self.tiers[-1:])[0]
 
         amounts = {kind: counts.get(kind, 0) for kind in PRICED}
-        amounts["cache_write_1h"] = min(amounts["cache_write_1h"], amounts["cache_write"])
+        amounts["cache_write_1h"] = min(
+            amounts["cache_write_1h"], amounts["cache_write"]
+        )
         amounts["cache_write"] -= amounts["cache_write_1h"]
         cost = sum(amount * tier.price_of(kind) for kind, amount in amounts.items())
 
         divisor = self.batch
         promo, ends_at = self.promo
-        for discount in (promo if now < ends_at else 0, self.auto_discount if by_auto else 0):
+        for discount in (
+            promo if now < ends_at else 0,
+            self.auto_discount if by_auto else 0,
+        ):
             cost *= MILLION - discount
             divisor *= MILLION
         return count_or_none((2 * cost + divisor) // (2 * divisor))
@@ -967,45 +1255,65 @@ class Prices:
         """Kind of token -> credits for a million of them in a short prompt; {} if unknown."""
         if not self.tiers:
             return {}
-        return {kind: price * MILLION / self.batch / NANO
-                for kind, price in self.tiers[0].nano.items()}
+        return {
+            kind: price * MILLION / self.batch / NANO
+            for kind, price in self.tiers[0].nano.items()
+        }
+
 
 def parts_of(share: float) -> int:
     """0.1 -> 100000 of a million; what is no share is 0."""
     return round(share * MILLION) if 0 < share < 1 else 0
 
+
 #: by these words a notice of the upstream is known to announce the end of a model
-_ENDING_WORDS = re.compile("deprecat|retir|sunset|clos(?:e|es|ing|ed) down|end[- ]of[- ]life|"
-                           "discontinu|remov|replac|no longer|go(?:es|ing) away|shut",
-                           re.IGNORECASE)
+_ENDING_WORDS = re.compile(
+    "deprecat|retir|sunset|clos(?:e|es|ing|ed) down|end[- ]of[- ]life|"
+    "discontinu|remov|replac|no longer|go(?:es|ing) away|shut",
+    re.IGNORECASE,
+)
+
 
 @dataclass
 class Model:
     """One entry of the catalogue, read leniently: every field may be missing upstream."""
+
     id: str
     name: str = ""
     vendor: str = ""
-    kind: str = "chat"                       # chat, embeddings, completion
-    endpoints: tuple[str, ...] = ()          # /chat/completions, /responses, /v1/messages
+    kind: str = "chat"  # chat, embeddings, completion
+    endpoints: tuple[str, ...] = ()  # /chat/completions, /responses, /v1/messages
     limits: Json = field(default_factory=dict)
     supports: Json = field(default_factory=dict)
-    picker: bool = False                     # meant to be shown to users
-    state: str = "enabled"                   # enabled, disabled, unconfigured, ...
-    entry: Json = field(default_factory=dict)   # as the upstream sent it
-    by_auto: bool = False                    # chosen by the upstream, which costs less
+    picker: bool = False  # meant to be shown to users
+    state: str = "enabled"  # enabled, disabled, unconfigured, ...
+    entry: Json = field(default_factory=dict)  # as the upstream sent it
+    by_auto: bool = False  # chosen by the upstream, which costs less
 
     @classmethod
     def from_entry(cls, entry: Json) -> Model:
         """Absent `supported_endpoints` means chat only (older models) or embeddings."""
         about = as_object(entry.get("capabilities"))
         kind = str(about.get("type") or "chat")
-        usual = {"chat": ("/chat/completions",), "embeddings": ("/embeddings",)}.get(kind, ())
-        listed = tuple(e for e in as_list(entry.get("supported_endpoints")) if isinstance(e, str))
-        return cls(str(entry.get("id")), str(entry.get("name") or entry.get("id")),
-                   str(entry.get("vendor") or ""), kind, listed or usual,
-                   as_object(about.get("limits")), as_object(about.get("supports")),
-                   entry.get("model_picker_enabled") is True,
-                   str(as_object(entry.get("policy")).get("state") or "enabled"), entry)
+        usual = {"chat": ("/chat/completions",), "embeddings": ("/embeddings",)}.get(
+            kind, ()
+        )
+        listed = tuple(
+            e for e in as_list(entry.get("supported_endpoints")) if isinstance(e, str)
+        )
+
+        return cls(
+            str(entry.get("id")),
+            str(entry.get("name") or entry.get("id")),
+            str(entry.get("vendor") or ""),
+            kind,
+            listed or usual,
+            as_object(about.get("limits")),
+            as_object(about.get("supports")),
+            entry.get("model_picker_enabled") is True,
+            str(as_object(entry.get("policy")).get("state") or "enabled"),
+            entry,
+        )
 
     @property
     def is_openai(self) -> bool:
@@ -1022,13 +1330,18 @@ class Model:
     @property
     def is_listed(self) -> bool:
         """Shown by default: embeddings, and chat models that are meant for users and allowed."""
-        return self.kind == "embeddings" or (self.kind == "chat" and self.picker
-                                             and self.state != "disabled")
+        return self.kind == "embeddings" or (
+            self.kind == "chat" and self.picker and self.state != "disabled"
+        )
 
     @property
     def efforts(self) -> list[str]:
         """Reasoning efforts that the model lists, in its own order."""
-        return [e for e in as_list(self.supports.get("reasoning_effort")) if isinstance(e, str)]
+        return [
+            e
+            for e in as_list(self.supports.get("reasoning_effort"))
+            if isinstance(e, str)
+        ]
 
     @property
     def version(self) -> tuple[int, ...]:
@@ -1067,8 +1380,12 @@ class Model:
 
     def output_cap(self, stream: bool) -> int:
         """The largest max_tokens that the upstream takes for such a call, 0 when unknown."""
-        most, whole = self.limit("max_output_tokens"), self.limit("max_non_streaming_output_tokens")
+        most, whole = (
+            self.limit("max_output_tokens"),
+            self.limit("max_non_streaming_output_tokens"),
+        )
         return min(most or whole, whole) if whole and not stream else most
+
 
 class Losses(List[Tuple[str, str]]):
     """What of a request did not go upstream: (field, reason), each once.
@@ -1092,6 +1409,7 @@ class Losses(List[Tuple[str, str]]):
         self._known.add(loss)
         self.append(loss)
 
+
 class Edit:
     """A request body that is being made fit for the upstream, and the record of what was done.
     As long as `changed` is False the bytes that the client sent go upstream as they are."""
@@ -1100,12 +1418,18 @@ class Edit:
         self.body = body
         self.changed = False
         self.losses = Losses() if losses is None else losses
-        self.is_words = False                  # a conversation of roles and texts, nothing else
-        self.names: dict[bytes, bytes] = {}    # a shortened tool's name as JSON -> the client's
+        self.is_words = False  # a conversation of roles and texts, nothing else
+        self.names: dict[
+            bytes, bytes
+        ] = {}  # a shortened tool's name as JSON -> the client's
 
     def set(self, target: Json, key: str, value: Any) -> None:
         """Set `key` where it is not `value` already; its place among the keys stays."""
-        if key not in target or target[key] != value or type(target[key]) is not type(value):
+        if (
+            key not in target
+            or target[key] != value
+            or type(target[key]) is not type(value)
+        ):
             target[key] = value
             self.changed = True
 
@@ -1131,48 +1455,61 @@ class Edit:
         self.changed = True
         self.losses.add(name, reason)
 
+
 class Part:
     """A piece of a turn or of an answer: one of the classes below."""
-    cache: bool = False      # True: the prompt cache may end here; a field of those that can say it
+
+    cache: bool = (
+        False  # True: the prompt cache may end here; a field of those that can say it
+    )
+
 
 @dataclass
 class Citation:
     """Where words of an answer come from.  start, end: which characters of the text are meant, None
     when nobody said; quote: the words of the source."""
+
     url: str = ""
     title: str | None = None
     start: int | None = None
     end: int | None = None
     quote: str | None = None
 
+
 @dataclass
 class Text(Part):
     """Words.  `refusal`: the model says why it will not answer.  Of an answer: its citations, and
     the log probabilities of its tokens as both of OpenAI's dialects write them."""
+
     text: str
     refusal: bool = False
     cache: bool = False
     citations: tuple[Citation, ...] = ()
     logprobs: tuple[Json, ...] = ()
 
+
 @dataclass
 class Image(Part):
     """Either base64 `data` of a `media_type`, or a `url`.  `detail`: low, high, auto."""
+
     media_type: str = ""
     data: str = ""
     url: str = ""
     detail: str | None = None
     cache: bool = False
 
+
 @dataclass
 class Document(Part):
     """One of base64 `data`, `url` or plain `text`."""
+
     media_type: str = ""
     data: str = ""
     url: str = ""
     text: str = ""
     title: str | None = None
     cache: bool = False
+
 
 @dataclass
 class Reasoning(Part):
@@ -1180,36 +1517,44 @@ class Reasoning(Part):
     signature: Messages' signature, Responses' encrypted content or Copilot's reasoning_opaque, as
     `minted_by` (a dialect's name) says; it means nothing to any other.  redacted: no text at all.
     """
+
     text: str = ""
     signature: str | None = None
     id: str | None = None
     minted_by: str | None = None
     redacted: bool = False
 
+
 @dataclass
 class ToolCall(Part):
     """`arguments` stay JSON text, parsed only where a dialect demands an object."""
+
     id: str
     name: str
     arguments: str = "{}"
     cache: bool = False
 
+
 @dataclass
 class ToolResult(Part):
     """What a tool gave back; always in a user turn.  name: of the tool, for clients whose calls
     have no ids, see `pair_by_order`."""
+
     call_id: str
     parts: list[Part]
     is_error: bool = False
     cache: bool = False
     name: str = field(default="", compare=False)
 
+
 @dataclass
 class Turn:
     """role: system (OpenAI's developer, too), user or assistant."""
+
     role: str
     parts: list[Part]
-    is_all_results: bool = field(default=False, compare=False)     # of tools, see add_turn
+    is_all_results: bool = field(default=False, compare=False)  # of tools, see add_turn
+
 
 @dataclass
 class Tool:
@@ -1217,6 +1562,7 @@ class Tool:
     kind: how its client knows it, which decides the form of its calls: "function", "custom"
     (freeform: the client gives and gets bare text) or a type of CLIENT_TOOLS.  namespace,
     short_name: of a tool that its client knows under two names."""
+
     name: str
     description: str | None = None
     parameters: Json | None = None
@@ -1226,10 +1572,13 @@ class Tool:
     short_name: str = ""
     cache: bool = False
 
+
 @dataclass
 class Named:
     """tool_choice: this tool and no other."""
+
     name: str
+
 
 @dataclass
 class Request:
@@ -1246,9 +1595,10 @@ class Request:
     wants_thoughts: a Gemini client wants to read the thinking; its state it gets in any case.
     elapsed_ns: gives the time since the request came, for clients that are told how long it took.
     """
+
     model: str
     dialect: str = field(default="", compare=False)
-    turns_key: str = field(default="messages", compare=False)    # in the client's body
+    turns_key: str = field(default="messages", compare=False)  # in the client's body
     now: int = field(default=0, compare=False)
     key: str = field(default="", compare=False)
     turns: list[Turn] = field(default_factory=list)
@@ -1287,17 +1637,26 @@ class Request:
     def add_turn(self, role: str, parts: list[Part]) -> None:
         """Results of one round of tools belong into one user turn, a model's parts into one."""
         last = self.turns[-1] if self.turns else None
-        is_all_results = bool(parts) and all(isinstance(part, ToolResult) for part in parts)
-        joins = role == "assistant" or is_all_results and last is not None and last.is_all_results
+        is_all_results = bool(parts) and all(
+            isinstance(part, ToolResult) for part in parts
+        )
+        joins = (
+            role == "assistant"
+            or is_all_results
+            and last is not None
+            and last.is_all_results
+        )
         if last is not None and parts and last.role == role and joins:
             last.parts += parts
         else:
             self.turns.append(Turn(role, parts, is_all_results))
 
+
 @dataclass
 class Response:
     """A whole answer.  stop: stop, length, tool_use, stop_sequence, refusal or pause.  created:
     unix seconds, 0 when unknown; fingerprint, tier: OpenAI's system_fingerprint, service_tier."""
+
     id: str
     model: str
     parts: list[Part] = field(default_factory=list)
@@ -1308,62 +1667,78 @@ class Response:
     fingerprint: str | None = None
     tier: str | None = None
 
+
 class Event:
     """A piece of a streamed answer.  Legal order: ResponseStart, then for each index PartStart
     (PartDelta | PartCitation | PartSignature)* PartEnd, then ResponseEnd; StreamError ends all.
     Parts may interleave; their indexes rise in the order of their starts."""
 
+
 @dataclass
 class ResponseStart(Event):
     """For the fields see Response."""
+
     id: str
     model: str
     created: int = 0
     fingerprint: str | None = None
     tier: str | None = None
 
+
 @dataclass
 class PartStart(Event):
     """`part`: a skeleton; its text or arguments come as deltas."""
+
     index: int
     part: Part
+
 
 @dataclass
 class PartDelta(Event):
     """More of the text, the readable thinking, or the arguments: as the started part says.
     logprobs: of the tokens of this piece of a text, None where nobody asked for them."""
+
     index: int
     text: str
     logprobs: list[Json] | None = None
 
+
 @dataclass
 class PartCitation(Event):
     """Where words of a text come from."""
+
     index: int
     citation: Citation
+
 
 @dataclass
 class PartSignature(Event):
     """The opaque state of a Reasoning, at most once and behind its text."""
+
     index: int
     signature: str
     minted_by: str
     id: str | None
 
+
 @dataclass
 class PartEnd(Event):
     index: int
 
+
 @dataclass
 class ResponseEnd(Event):
     """`stop`: see Response."""
+
     stop: str
     usage: Usage | None = None
     stop_sequence: str | None = None
 
+
 @dataclass
 class StreamError(Event):
     error: UpstreamError
+
 
 def shows(event: Event) -> bool:
     """Is this an event of which a user sees something?"""
@@ -1371,17 +1746,21 @@ def shows(event: Event) -> bool:
         return not isinstance(event.part, (Text, Reasoning))
     return isinstance(event, (PartDelta, PartCitation, ResponseEnd))
 
+
 CUT_SHORT = "the upstream ended the stream before its end"
 _TEXT_FIELDS = {Text: "text", Reasoning: "text", ToolCall: "arguments"}
+
 
 def text_in(part: Part) -> str:
     """What of a part comes as deltas."""
     return str(getattr(part, _TEXT_FIELDS.get(type(part), ""), ""))
 
+
 def with_text(part: Part, text: str) -> Part:
     """The part with other words, as far as it has any."""
     name = _TEXT_FIELDS.get(type(part))
-    return replace(part, **{name: text}) if name else part      # type: ignore[type-var]
+    return replace(part, **{name: text}) if name else part  # type: ignore[type-var]
+
 
 def skeleton(part: Part) -> Part:
     """The part without what comes as deltas and signature."""
@@ -1391,10 +1770,17 @@ def skeleton(part: Part) -> Part:
         return replace(part, text="", citations=(), logprobs=())
     return with_text(part, "")
 
+
 def unfold(response: Response) -> Iterator[Event]:
     """The events that tell a whole answer: fold(unfold(r)) == r."""
-    yield ResponseStart(response.id, response.model, response.created, response.fingerprint,
-                        response.tier)
+    yield ResponseStart(
+        response.id,
+        response.model,
+        response.created,
+        response.fingerprint,
+        response.tier,
+    )
+
     for index, part in enumerate(response.parts):
         yield PartStart(index, skeleton(part))
         logprobs = list(part.logprobs) if isinstance(part, Text) else []
@@ -1403,10 +1789,18 @@ def unfold(response: Response) -> Iterator[Event]:
         if isinstance(part, Text):
             for citation in part.citations:
                 yield PartCitation(index, citation)
-        if isinstance(part, Reasoning) and part.signature is not None and not part.redacted:
+
+        if (
+            isinstance(part, Reasoning)
+            and part.signature is not None
+            and not part.redacted
+        ):
             yield PartSignature(index, part.signature, part.minted_by or "", part.id)
+
         yield PartEnd(index)
+
     yield ResponseEnd(response.stop, response.usage, response.stop_sequence)
+
 
 class PartBuilder:
     """A part of an answer that is put together from its events."""
@@ -1425,27 +1819,40 @@ class PartBuilder:
         elif isinstance(event, PartCitation):
             self.citations.append(event.citation)
         elif isinstance(event, PartSignature) and isinstance(self.part, Reasoning):
-            self.part = replace(self.part, signature=event.signature, id=event.id,
-                                minted_by=event.minted_by or None)
+            self.part = replace(
+                self.part,
+                signature=event.signature,
+                id=event.id,
+                minted_by=event.minted_by or None,
+            )
 
     def build(self) -> Part:
         """The part with all that was added."""
         part = with_text(self.part, text_in(self.part) + "".join(self.texts))
         if isinstance(part, Text) and (self.logprobs or self.citations):
-            return replace(part, logprobs=tuple(self.logprobs), citations=tuple(self.citations))
+            return replace(
+                part, logprobs=tuple(self.logprobs), citations=tuple(self.citations)
+            )
         return part
+
 
 def fold(events: Iterable[Event]) -> Response:
     """The whole answer that events tell.  Raises UpstreamError for a StreamError or no end."""
     response = Response("", "")
     parts: dict[int, PartBuilder] = {}
+
     for event in events:
         if isinstance(event, PartStart):
             parts[event.index] = PartBuilder(event.part)
         elif isinstance(event, (PartDelta, PartCitation, PartSignature)):
             parts[event.index].add(event)
         elif isinstance(event, ResponseStart):
-            response.id, response.model, response.created = event.id, event.model, event.created
+            response.id, response.model, response.created = (
+                event.id,
+                event.model,
+                event.created,
+            )
+
             response.fingerprint, response.tier = event.fingerprint, event.tier
         elif isinstance(event, StreamError):
             raise event.error
@@ -1454,6 +1861,7 @@ def fold(events: Iterable[Event]) -> Response:
             response.stop_sequence = event.stop_sequence
             response.parts = [part.build() for part in parts.values()]
             return response
+
     raise UpstreamError(CUT_SHORT)
 
 
@@ -1469,12 +1877,14 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00\r\n]*)?\Z")
 _TARGET = re.compile(rb"[\x21-\x7e]+\Z")
 _SINGLE_FIELDS = ("host", "content-length", "transfer-encoding", "content-type")
 
+
 @dataclass
 class RequestHead:
     """`POST /v1/messages?beta=true HTTP/1.1` and the header fields."""
+
     method: str
     target: str
-    minor: int                # 1 for HTTP/1.1, 0 for HTTP/1.0
+    minor: int  # 1 for HTTP/1.1, 0 for HTTP/1.0
     headers: Headers
 
     @property
@@ -1484,19 +1894,29 @@ class RequestHead:
 
     def body_form(self) -> tuple[int, bool]:
         """(length, is chunked); every form that could be read in two ways is a 400."""
-        coding, length = self.headers.get("transfer-encoding"), self.headers.get("content-length")
+        coding, length = (
+            self.headers.get("transfer-encoding"),
+            self.headers.get("content-length"),
+        )
+
         if coding is not None:
             if length is not None or self.minor == 0:
-                raise BadRequest("Transfer-Encoding beside Content-Length or in HTTP/1.0")
+                raise BadRequest(
+                    "Transfer-Encoding beside Content-Length or in HTTP/1.0"
+                )
             if coding.lower() != "chunked":
-                raise BadRequest("Transfer-Encoding %r is not known here" % coding[:40], 501)
+                raise BadRequest(
+                    "Transfer-Encoding %r is not known here" % coding[:40], 501
+                )
             return 0, True
+
         if length is None:
             return 0, False
         size = digits_or_none(length)
         if size is None:
             raise BadRequest("Content-Length is not a number")
         return size, False
+
 
 def _parse_fields(raw: bytes) -> Headers:
     if not _FIELDS.match(raw):
@@ -1515,6 +1935,7 @@ def _parse_fields(raw: bytes) -> Headers:
         headers[name] = value
     return headers
 
+
 def parse_request_head(raw: bytes) -> RequestHead:
     """A request head without its closing empty line.  Raises BadRequest (400, 414, 431, 505).
     b"GET / HTTP/1.1\\r\\nHost: a" -> RequestHead("GET", "/", 1, {"host": "a"})"""
@@ -1524,21 +1945,28 @@ def parse_request_head(raw: bytes) -> RequestHead:
         raise BadRequest("malformed request line")
     method, target, version = words
     if version not in (b"HTTP/1.1", b"HTTP/1.0"):
-        raise BadRequest("only HTTP/1.0 and HTTP/1.1 are spoken here",
-                         505 if version.startswith(b"HTTP/") else 400)
+        raise BadRequest(
+            "only HTTP/1.0 and HTTP/1.1 are spoken here",
+            505 if version.startswith(b"HTTP/") else 400,
+        )
+
     if len(target) > MAX_TARGET_BYTES:
         raise BadRequest("the URL is longer than %d bytes" % MAX_TARGET_BYTES, 414)
     if not _TARGET.match(target):
         raise BadRequest("the URL holds control or non-ASCII characters")
-    head = RequestHead(method.decode(), target.decode(), int(version[-1:]), _parse_fields(rest))
+    head = RequestHead(
+        method.decode(), target.decode(), int(version[-1:]), _parse_fields(rest)
+    )
     if head.minor == 1 and "host" not in head.headers:
         raise BadRequest("the Host header is missing")
     return head
+
 
 _STATUS_LINE = re.compile(r"HTTP/1\.[0-9] ([0-9]{3})(?: (.*))?\r?\Z", re.DOTALL)
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f]+")
 _RESPONSE_STATUS = range(100, 600)
 _PLAIN_FIELD = re.compile(r"(?m)^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x1f\x7f]*)\r?$")
+
 
 def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
     """(status, phrase, headers).  Lenient: the upstream is trusted not to smuggle, but may fold
@@ -1550,13 +1978,17 @@ def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
         raise UpstreamError("the upstream's answer is not HTTP/1.x")
     status = int(match.group(1))
     if status not in _RESPONSE_STATUS:
-        raise UpstreamError("the upstream answered with the status %d, which HTTP does not have"
-                            % status)
+        raise UpstreamError(
+            "the upstream answered with the status %d, which HTTP does not have"
+            % status
+        )
 
     reason = _CONTROLS.sub(" ", match.group(2) or "").strip()
     fields_ = _PLAIN_FIELD.findall(rest)
     headers: Headers = {name.lower(): value.strip() for name, value in fields_}
-    if len(headers) == rest.count("\n") + bool(rest):  # nearly always: each line is a field
+    if len(headers) == rest.count("\n") + bool(
+        rest
+    ):  # nearly always: each line is a field
         return status, reason, headers
 
     headers = {}
@@ -1564,7 +1996,7 @@ def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
     for line in rest.split("\n"):
         before, colon, value = line.partition(":")
         if line[:1] in (" ", "\t"):
-            before, value = "", line               # goes on with the line above
+            before, value = "", line  # goes on with the line above
         elif not colon or not _TOKEN.match(before.encode("latin-1")):
             name = ""
             continue
@@ -1576,6 +2008,7 @@ def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
         headers[name] = headers[name] + ", " + value if name in headers else value
     return status, reason, headers
 
+
 def answer_length(headers: Headers) -> int | None:
     """The length of an upstream's body, None where its end tells it.  One that stands there twice
     counts once.  Raises UpstreamError for what is no number."""
@@ -1586,8 +2019,11 @@ def answer_length(headers: Headers) -> int | None:
     lengths = {digits_or_none(part.strip()) for part in text.split(",")}
     length = lengths.pop()
     if length is None or lengths:
-        raise UpstreamError("the upstream's Content-Length is not a number: " + printable(text, 40))
+        raise UpstreamError(
+            "the upstream's Content-Length is not a number: " + printable(text, 40)
+        )
     return length
+
 
 def render_head(start: str, fields_: Iterable[tuple[str, str]]) -> bytes:
     """A head as bytes, with its empty line.  Whatever is not printable ASCII is escaped: nothing
@@ -1595,11 +2031,15 @@ def render_head(start: str, fields_: Iterable[tuple[str, str]]) -> bytes:
     lines = [start]
     lines += [name + ": " + value for name, value in fields_]
     if not ("".join(lines).isprintable() and "".join(lines).isascii()):
-        lines = [visible(line).encode("ascii", "backslashreplace").decode() for line in lines]
+        lines = [
+            visible(line).encode("ascii", "backslashreplace").decode() for line in lines
+        ]
     return "\r\n".join(lines).encode() + b"\r\n\r\n"
+
 
 #: the usual chunk sizes as they are written: a look-up beats a check and a conversion
 _CHUNK_SIZES = {b"%x" % size: size for size in range(1, 2048)}
+
 
 class BodyDecoder:
     """A message body: of a known length, chunked, or ending with the connection (length None).
@@ -1612,9 +2052,9 @@ class BodyDecoder:
         self.delimited = chunked or length is not None
         self.done = length == 0 and not chunked
         self.rest = b""
-        self._left = length or 0         # payload bytes of the body or of the open chunk
-        self._tail = b""                 # an incomplete chunk line
-        self._state = "size"             # size, data, end (of a chunk), trailer
+        self._left = length or 0  # payload bytes of the body or of the open chunk
+        self._tail = b""  # an incomplete chunk line
+        self._state = "size"  # size, data, end (of a chunk), trailer
         self._trailer_bytes = 0
 
     def feed(self, data: bytes) -> bytes:
@@ -1626,10 +2066,10 @@ class BodyDecoder:
             return self._feed_chunked(data)
         if not self.delimited:
             return data
-        taken = data[:self._left]
+        taken = data[: self._left]
         self._left -= len(taken)
         if not self._left:
-            self.done, self.rest = True, data[len(taken):]
+            self.done, self.rest = True, data[len(taken) :]
         return taken
 
     def _feed_chunked(self, data: bytes) -> bytes:
@@ -1637,24 +2077,28 @@ class BodyDecoder:
         out: list[bytes] = []
         at = self._whole_chunks(data, 0, out) if self._state == "size" else 0
         end = len(data)
+
         while at < end and not self.done:
             if self._state == "data":
-                taken = data[at:at + self._left]
+                taken = data[at : at + self._left]
                 out.append(taken)
                 at += len(taken)
                 self._left -= len(taken)
                 if not self._left:
                     self._state = "end"
                 continue
+
             line_end = data.find(b"\r\n", at, at + MAX_CHUNK_LINE_BYTES)
             if line_end < 0:
                 if end - at >= MAX_CHUNK_LINE_BYTES or b"\n" in data[at:]:
                     raise BadRequest("malformed chunked body")
                 break
+
             self._take_line(data[at:line_end])
             at = line_end + 2
             if self._state == "size":
                 at = self._whole_chunks(data, at, out)
+
         self._tail = b"" if self.done else data[at:]
         self.rest = data[at:] if self.done else b""
         return out[0] if len(out) == 1 else b"".join(out)
@@ -1669,22 +2113,28 @@ class BodyDecoder:
             if size is None:
                 return at
             stop = line_end + 2 + size
-            if data[stop:stop + 2] != b"\r\n":
+            if data[stop : stop + 2] != b"\r\n":
                 return at
-            add(data[line_end + 2:stop])
+            add(data[line_end + 2 : stop])
             at = stop + 2
 
     def _take_line(self, line: bytes) -> None:
         if self._state == "end":
             if line:
-                raise BadRequest("malformed chunked body: a chunk is longer than its size")
+                raise BadRequest(
+                    "malformed chunked body: a chunk is longer than its size"
+                )
+
             self._state = "size"
         elif self._state == "trailer":
             self._trailer_bytes += len(line)
             if b"\n" in line or b"\r" in line:
                 raise BadRequest("malformed trailer of a chunked body")
             if self._trailer_bytes > MAX_HEAD_BYTES:
-                raise BadRequest("trailer fields larger than %d bytes" % MAX_HEAD_BYTES, 431)
+                raise BadRequest(
+                    "trailer fields larger than %d bytes" % MAX_HEAD_BYTES, 431
+                )
+
             self.done = not line
         else:
             found = _CHUNK_SIZE.match(line)
@@ -1693,11 +2143,14 @@ class BodyDecoder:
             self._left = int(found.group(1), 16)
             self._state = "data" if self._left else "trailer"
 
+
 def chunk(data: bytes) -> bytes:
     """b"abc" -> b"3\\r\\nabc\\r\\n"; nothing for b"", which would be the end of the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
+
 LAST_CHUNK = b"0\r\n\r\n"
+
 
 def inflate(data: bytes, coding: str) -> bytes:
     """Undo a Content-Encoding of a request.  Raises BadRequest: 415 unknown, 413 a bomb, 400."""
@@ -1705,18 +2158,27 @@ def inflate(data: bytes, coding: str) -> bytes:
     if coding.strip().lower() in ("", "identity"):
         return data
     if bits is None:
-        raise BadRequest("Content-Encoding %s is not understood here: send gzip or plain JSON"
-                         % printable(coding, 20), 415)
+        raise BadRequest(
+            "Content-Encoding %s is not understood here: send gzip or plain JSON"
+            % printable(coding, 20),
+            415,
+        )
+
     try:
         machine = zlib.decompressobj(bits)
         plain = machine.decompress(data, MAX_BODY_BYTES + 1)
     except zlib.error:
         raise BadRequest("the body is not valid %s" % coding) from None
+
     if len(plain) > MAX_BODY_BYTES:
-        raise BadRequest("the unpacked body is larger than %d bytes" % MAX_BODY_BYTES, 413)
+        raise BadRequest(
+            "the unpacked body is larger than %d bytes" % MAX_BODY_BYTES, 413
+        )
+
     if not machine.eof:
         raise BadRequest("the %s body is cut short" % coding)
     return plain
+
 
 class FrameCutter:
     """Cuts a byte stream into whole server-sent events without looking into them.
@@ -1726,24 +2188,35 @@ class FrameCutter:
     def __init__(self) -> None:
         self._parts: list[bytes] = []
         self._size = 0
-        self._last = b""                  # the last byte kept: a frame end may straddle two reads
-        self._carry = b""                 # a CR whose LF may be in the next read
+        self._last = b""  # the last byte kept: a frame end may straddle two reads
+        self._carry = b""  # a CR whose LF may be in the next read
 
     def feed(self, data: bytes) -> bytes:
         """Whole frames as one block, b'' while there is none."""
-        if data[-2:] == b"\n\n" and not self._size and not self._carry and b"\r" not in data:
-            return data                                        # nearly always
+        if (
+            data[-2:] == b"\n\n"
+            and not self._size
+            and not self._carry
+            and b"\r" not in data
+        ):
+            return data  # nearly always
+
         if b"\r" in data or self._carry:
             data = self._carry + data
             self._carry = b"\r" if data.endswith(b"\r") else b""
-            data = (data[:-1] if self._carry else data).replace(b"\r\n", b"\n").replace(b"\r",
-                                                                                        b"\n")
+            data = (
+                (data[:-1] if self._carry else data)
+                .replace(b"\r\n", b"\n")
+                .replace(b"\r", b"\n")
+            )
+
         end = data.rfind(b"\n\n") + 2
         if end < 2:
             if not (self._last == b"\n" and data[:1] == b"\n"):
                 self._keep(data)
                 return b""
             end = 1
+
         block = b"".join(self._parts) + data[:end]
         self._parts, self._size, self._last = [], 0, b""
         self._keep(data[end:])
@@ -1761,11 +2234,15 @@ class FrameCutter:
             self._size += len(data)
             self._last = data[-1:]
         if self._size > MAX_FRAME_BYTES:
-            raise UpstreamError("an event of the stream is larger than %d bytes" % MAX_FRAME_BYTES)
+            raise UpstreamError(
+                "an event of the stream is larger than %d bytes" % MAX_FRAME_BYTES
+            )
+
 
 @dataclass
 class Frame:
     """One server-sent event.  Raw b'event: a\\ndata: {}\\n\\n' -> Frame('a', b'{}')"""
+
     event: str
     data: bytes
 
@@ -1788,9 +2265,11 @@ class Frame:
         head = b"event: %b\n" % self.event.encode() if self.event else b""
         return b"%bdata: %b\n\n" % (head, self.data.replace(b"\n", b"\ndata: "))
 
+
 def split_frames(block: bytes) -> list[bytes]:
     """Whole frames, each still ending in its empty line."""
     return [raw + b"\n\n" for raw in block.split(b"\n\n") if raw.strip(b"\n")]
+
 
 class SSEDecoder:
     """`feed(bytes) -> list[Frame]`: the events that are complete by now, without empty ones.
@@ -1821,6 +2300,7 @@ class SSEDecoder:
 
 NOT_JSON = "the upstream sent an event that is not JSON"
 
+
 def is_whole_event(raw: bytes) -> bool:
     """Is the last event of a stream, whose empty line is missing, there to its end?"""
     data = Frame.parse(raw).data.strip()
@@ -1829,7 +2309,11 @@ def is_whole_event(raw: bytes) -> bool:
     except ValueError:
         return False
 
-_SHORT_NAME = re.compile(rb'"[A-Za-z0-9_-]{0,31}_[0-9a-f]{32}"')      # as `fit_names` makes them
+
+_SHORT_NAME = re.compile(
+    rb'"[A-Za-z0-9_-]{0,31}_[0-9a-f]{32}"'
+)  # as `fit_names` makes them
+
 
 def restore_names(data: bytes, names: Mapping[bytes, bytes]) -> bytes:
     """Whole frames or a whole answer with the names of tools as the client wrote them."""
@@ -1837,7 +2321,9 @@ def restore_names(data: bytes, names: Mapping[bytes, bytes]) -> bytes:
         return data
     return _SHORT_NAME.sub(lambda found: names.get(found.group(), found.group()), data)
 
+
 _REPORT_FIELDS = ("usage", "copilot_usage", "copilot_quota_snapshots")
+
 
 class Meter:
     """Usage and quotas that the upstream reported for one answer; what it did not is absent.
@@ -1867,7 +2353,9 @@ class Meter:
                 self.counts["nano_aiu"] = cost
             self.quotas.update(as_object(holder.get("copilot_quota_snapshots")))
 
-_JSON_TEXT = re.compile(rb'(?:[^"\\]|\\.)*\Z')      # the inside of one JSON string
+
+_JSON_TEXT = re.compile(rb'(?:[^"\\]|\\.)*\Z')  # the inside of one JSON string
+
 
 class DeltaTemplate:
     """What stands around the text of a frequent event.  It is learned from one of them: an event
@@ -1900,6 +2388,7 @@ class DeltaTemplate:
             return raw[start:stop]
         return None
 
+
 class StreamRelay:
     """A pure pipeline for one streamed answer: upstream bytes in, client bytes out.
 
@@ -1914,17 +2403,20 @@ class StreamRelay:
     A finished thinking comes out together with what follows it: Claude Code starts a failed turn
     again by itself as long as no block of it is closed, and Codex keeps what is done."""
 
-    def __init__(self, dialect: Dialect, asked: str, body: Json,
-                 request: Request | None = None) -> None:
+    def __init__(
+        self, dialect: Dialect, asked: str, body: Json, request: Request | None = None
+    ) -> None:
         self.dialect = dialect
-        self.request = request or Request(asked)       # for a client of `dialect`
+        self.request = request or Request(asked)  # for a client of `dialect`
         self.ended = self.has_content = False
         self.error: ProxyError | None = None
-        self.on_final: Callable[[str, bytes], None] | None = None   # (id, frame of the whole)
-        self.names: Mapping[bytes, bytes] = {}                      # see Edit
+        self.on_final: Callable[[str, bytes], None] | None = (
+            None  # (id, frame of the whole)
+        )
+        self.names: Mapping[bytes, bytes] = {}  # see Edit
         self.meter = Meter()
         self._cutter = FrameCutter()
-        self._held = b""                               # the end of a thinking
+        self._held = b""  # the end of a thinking
 
     @property
     def asked(self) -> str:
@@ -1957,7 +2449,9 @@ class StreamRelay:
         if error is None and not self.ended:
             out += self._finish()
         if not self.ended:
-            out += self._fail(error or StreamCut(CUT_SHORT, code="upstream_stream_ended"))
+            out += self._fail(
+                error or StreamCut(CUT_SHORT, code="upstream_stream_ended")
+            )
         return out
 
     def _block(self, block: bytes) -> bytes:
@@ -1976,7 +2470,7 @@ class StreamRelay:
         """One frame, looked into."""
         frame = Frame.parse(raw)
         if not frame.data:
-            return raw                                       # a comment
+            return raw  # a comment
         if frame.data.strip() == b"[DONE]":
             return self._done()
         try:
@@ -2015,14 +2509,21 @@ class StreamRelay:
         self.ended, self.error = True, error
         return out or self._error(error)
 
+
 #: fields that both of OpenAI's shapes have under the same name
-OPENAI_FIELDS = ("metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
-                 "top_logprobs")
+OPENAI_FIELDS = (
+    "metadata",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "top_logprobs",
+)
 
 INTERRUPTED = "The tool call was interrupted: there is no result."
 ORPHAN = "[result of a tool call that is not part of this conversation]\n"
 
 _PLAIN_ROLES = ("system", "user", "assistant")
+
 
 def is_words(item: Any) -> bool:
     """Is this a turn with a role and a text, and nothing else?  Most turns of most clients are."""
@@ -2031,47 +2532,68 @@ def is_words(item: Any) -> bool:
     content = item.get("content")
     return type(content) is str and not content.isspace() and content != ""
 
+
 class ToolStep(NamedTuple):
     """One piece of a conversation, as far as tool calls and their results are concerned.
     calls: ids of the calls in it; answers: id of the call whose result it is; may_stand_between:
     such a piece may come between a call and its result."""
+
     item: Json
     calls: Sequence[str] = ()
     answers: str | None = None
     may_stand_between: bool = False
 
+
 class Dialect:
     """What all dialects have in common.  Stateless: a stream's state lives in its StreamRelay."""
+
     name = ""
-    path = ""                         # as in `supported_endpoints`; "": for clients alone
-    turns_key = "messages"            # where a request's body holds the conversation
-    unique_call_ids = False           # True: the id of a tool call may not come twice
-    cache_mark = ""                   # the field that marks where the prompt cache may end
-    schema_key = "parameters"         # of a tool: where its schema is
-    stop_key = ""                     # of the body: where stop sequences are; "": it has none
-    system_key = ""                   # of the body: where the system text is; "": in the turns
-    own_parts: frozenset[str] = frozenset()              # the kinds of its content parts
-    shared_fields: tuple[str, ...] = OPENAI_FIELDS       # top-level, the same in OpenAI's dialects
-    substitutes: tuple[str, ...] = ()  # dialects to ask in when a model lacks this one, best first
-    takes_files = True                # False: the upstream's endpoint refuses PDFs and the like
-    reads_compactions = False         # True: the upstream's own compaction items may go up
-    has_freeform_tools = False        # True: of OpenAI's, for its own models only
-    knows_allowed_tools = False       # True: OpenAI's models take such a tool_choice here
-    has_whole_answer_limit = True     # True: longer answers must be streamed, see Model.output_cap
-    keepalive = b": keepalive\n\n"    # an event that clients of this dialect ignore
+    path = ""  # as in `supported_endpoints`; "": for clients alone
+    turns_key = "messages"  # where a request's body holds the conversation
+    unique_call_ids = False  # True: the id of a tool call may not come twice
+    cache_mark = ""  # the field that marks where the prompt cache may end
+    schema_key = "parameters"  # of a tool: where its schema is
+    stop_key = ""  # of the body: where stop sequences are; "": it has none
+    system_key = ""  # of the body: where the system text is; "": in the turns
+    own_parts: frozenset[str] = frozenset()  # the kinds of its content parts
+    shared_fields: tuple[str, ...] = (
+        OPENAI_FIELDS  # top-level, the same in OpenAI's dialects
+    )
+    substitutes: tuple[
+        str, ...
+    ] = ()  # dialects to ask in when a model lacks this one, best first
+    takes_files = True  # False: the upstream's endpoint refuses PDFs and the like
+    reads_compactions = False  # True: the upstream's own compaction items may go up
+    has_freeform_tools = False  # True: of OpenAI's, for its own models only
+    knows_allowed_tools = False  # True: OpenAI's models take such a tool_choice here
+    has_whole_answer_limit = (
+        True  # True: longer answers must be streamed, see Model.output_cap
+    )
+    keepalive = b": keepalive\n\n"  # an event that clients of this dialect ignore
     stream_type = "text/event-stream"
-    STOP_REASONS: tuple[tuple[str, str], ...] = ()       # (wire, neutral), first of a word wins
-    TO_NEUTRAL: ClassVar[dict[str, str]]                 # both made of it
+    STOP_REASONS: tuple[
+        tuple[str, str], ...
+    ] = ()  # (wire, neutral), first of a word wins
+    TO_NEUTRAL: ClassVar[dict[str, str]]  # both made of it
     TO_WIRE: ClassVar[dict[str, str]]
 
     def __init_subclass__(cls) -> None:
         pairs = tuple(reversed(cls.STOP_REASONS))
-        cls.TO_NEUTRAL, cls.TO_WIRE = dict(pairs), {neutral: wire for wire, neutral in pairs}
+        cls.TO_NEUTRAL, cls.TO_WIRE = (
+            dict(pairs),
+            {neutral: wire for wire, neutral in pairs},
+        )
 
     def error_body(self, error: ProxyError, request_id: str) -> Json:
         """OpenAI's shape: {"error":{"message","type","param","code"}}"""
-        return {"error": {"message": str(error), "type": error.types()[0],
-                          "param": error.param, "code": error.code}}
+        return {
+            "error": {
+                "message": str(error),
+                "type": error.types()[0],
+                "param": error.param,
+                "code": error.code,
+            }
+        }
 
     def error_frame(self, error: ProxyError) -> bytes:
         """The same as an event that ends a stream."""
@@ -2083,16 +2605,24 @@ class Dialect:
     prepare: Callable[[Edit, Model], None]
     decode_request: Callable[[Json], Request]
     read_tool: Callable[[Json, Request], None]
-    read_turn: Callable[[Request, Json, str], None]      # one item of the conversation; its place
+    read_turn: Callable[
+        [Request, Json, str], None
+    ]  # one item of the conversation; its place
     write_turns: Callable[[list[Turn], Request, Model], list[Json]]
     encode_request: Callable[[Request, Model], Json]
     encode_response: Callable[[Response, Request], Json]
 
-    def __init__(self, relay: type[StreamRelay], decoder: type[StreamDecoder],
-                 encoder: type[StreamEncoder]) -> None:
+    def __init__(
+        self,
+        relay: type[StreamRelay],
+        decoder: type[StreamDecoder],
+        encoder: type[StreamEncoder],
+    ) -> None:
         self._relay, self._decoder, self._encoder = relay, decoder, encoder
 
-    def stream(self, asked: str, body: Json, request: Request | None = None) -> StreamRelay:
+    def stream(
+        self, asked: str, body: Json, request: Request | None = None
+    ) -> StreamRelay:
         """The pipeline of a streamed answer; `body`: the request before `prepare`."""
         return self._relay(self, asked, body, request)
 
@@ -2117,18 +2647,36 @@ class Dialect:
         return {}
 
     def initiator(self, body: Json) -> str:
-        """"user" for a human turn, "agent" for a follow-up of the tool loop."""
+        """ "user" for a human turn, "agent" for a follow-up of the tool loop."""
         turns = list(map(as_object, as_list(body.get("messages", body.get("input")))))
-        leading = [turn.get("content") for turn in turns[:1] if turn.get("role") in SYSTEM_ROLES]
+        leading = [
+            turn.get("content")
+            for turn in turns[:1]
+            if turn.get("role") in SYSTEM_ROLES
+        ]
+
         system = [body.get("system"), body.get("instructions"), *leading]
         said = [turn for turn in turns if turn.get("role") not in SYSTEM_ROLES] or [
-            {"role": "user" if "input" in body else ""}]
+            {"role": "user" if "input" in body else ""}
+        ]
         content = said[-1].get("content")
+
         if isinstance(content, list):
-            content = [part for part in content if as_object(part).get("type") != "tool_result"
-                       and not is_reminder(text_of([part]))]
-        is_human = said[-1].get("role") == "user" and content != [] and not is_machine_turn(
-            text_of(content), "\n".join(filter(None, map(text_of, system))))
+            content = [
+                part
+                for part in content
+                if as_object(part).get("type") != "tool_result"
+                and not is_reminder(text_of([part]))
+            ]
+
+        is_human = (
+            said[-1].get("role") == "user"
+            and content != []
+            and not is_machine_turn(
+                text_of(content), "\n".join(filter(None, map(text_of, system)))
+            )
+        )
+
         return "user" if is_human else "agent"
 
     @staticmethod
@@ -2139,7 +2687,8 @@ class Dialect:
     def has_files(self, body: Json) -> bool:
         """Are there files that this dialect's own endpoint refuses?"""
         return not self.takes_files and any(
-            part.get("type") in FILE_TYPES for part in content_parts(body))
+            part.get("type") in FILE_TYPES for part in content_parts(body)
+        )
 
     # What section 8 has to know of requests in this dialect.
 
@@ -2202,12 +2751,16 @@ class Dialect:
     def tool_schemas(self, body: Json) -> list[tuple[Json, str]]:
         """(object, key) of each schema of a tool's arguments that is there and not empty."""
         holders = self.function_tools(body)
-        return [(holder, self.schema_key) for holder in holders
-                if as_object(holder.get(self.schema_key))]
+        return [
+            (holder, self.schema_key)
+            for holder in holders
+            if as_object(holder.get(self.schema_key))
+        ]
 
     def function_tools(self, body: Json) -> list[Json]:
         """The objects in `tools` that hold a function's name and schema."""
         return dicts_in(body, "tools")
+
 
 def _has_parts(content: Any, kinds: Container[Any]) -> bool:
     """Is this a text, or a list of parts of these kinds alone?"""
@@ -2221,8 +2774,10 @@ def _has_parts(content: Any, kinds: Container[Any]) -> bool:
             return False
     return True
 
+
 IMAGE_TYPES = ("image", "image_url", "input_image")
 FILE_TYPES = ("file", "input_file", "document")
+
 
 def content_parts(body: Json) -> Iterator[Json]:
     """Every part of a conversation in any dialect, in order, also those of tools' results."""
@@ -2233,6 +2788,7 @@ def content_parts(body: Json) -> Iterator[Json]:
                     yield part
                     yield from filter(as_object, as_list(part.get("content")))
 
+
 def check_list(body: Json, key: str) -> list[Json]:
     """`body[key]` as a list of objects.  Raises BadRequest naming the place."""
     items = body.get(key)
@@ -2240,8 +2796,11 @@ def check_list(body: Json, key: str) -> list[Json]:
         raise BadRequest("'%s' must be an array" % key, param=key)
     for at, item in enumerate(items):
         if not isinstance(item, dict):
-            raise BadRequest("'%s[%d]' must be an object" % (key, at), param="%s[%d]" % (key, at))
+            raise BadRequest(
+                "'%s[%d]' must be an object" % (key, at), param="%s[%d]" % (key, at)
+            )
     return items
+
 
 def walk_objects(value: Any) -> Iterator[Json]:
     """Every JSON object inside `value`, outermost first, without recursion."""
@@ -2254,10 +2813,22 @@ def walk_objects(value: Any) -> Iterator[Json]:
         elif isinstance(item, list):
             todo.extend(reversed(item))
 
+
 #: what only OpenAI's models know
-_OPENAI_ONLY = ("logit_bias", "logprobs", "top_logprobs", "metadata", "prediction", "verbosity",
-                "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
-                "web_search_options")
+_OPENAI_ONLY = (
+    "logit_bias",
+    "logprobs",
+    "top_logprobs",
+    "metadata",
+    "prediction",
+    "verbosity",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "web_search_options",
+)
+
+
 def strings_in(value: Any) -> Iterator[str]:
     """Every text and every key inside `value`, without recursion."""
     todo = [value]
@@ -2271,47 +2842,106 @@ def strings_in(value: Any) -> Iterator[str]:
         elif isinstance(item, list):
             todo.extend(item)
 
+
 SYSTEM_ROLES = ("system", "developer")
 REMINDER_START, REMINDER_END = "<system-reminder>", "</system-reminder>"
+
 
 class SideRequest(NamedTuple):
     """How to know a request that a client makes by itself.  marks: all must be there; how: the
     text "starts" with it, it "begins" a line, stands anywhere ("holds"), or "is" the text."""
+
     client: str
-    place: str               # system, user
+    place: str  # system, user
     how: str
     marks: tuple[str, ...]
 
+
 #: requests that no human wrote: compaction, continuation, titles, topics, safety checks
 SIDE_REQUESTS = (
-    SideRequest("Claude Code", "user", "holds", (
-        "CRITICAL: Respond with TEXT ONLY. Do NOT call any tools.",
-        "Your task is to create a detailed summary of the conversation so far", "Pending Tasks:")),
-    SideRequest("Claude Code", "user", "holds", (
-        "CRITICAL: Respond with TEXT ONLY. Do NOT call any tools.",
-        "Your task is to create a detailed summary of the conversation so far", "Current Work:")),
-    SideRequest("Claude Code", "user", "starts", (
-        "This session is being continued from a previous conversation that ran out of context.",)),
-    SideRequest("Claude Code", "user", "starts", ("Please write a 5-10 word title for",)),
-    SideRequest("Claude Code", "system", "begins", (
-        "You are a helpful AI assistant tasked with summarizing conversations",)),
-    SideRequest("Claude Code", "system", "begins", (
-        "You are a security monitor for autonomous AI coding agents",)),
-    SideRequest("Claude Code", "system", "begins", (
-        "Analyze if this message indicates a new conversation topic",)),
-    SideRequest("Claude Code", "system", "begins", ("Generate a concise, sentence-case title",)),
-    SideRequest("Claude Code", "system", "begins", ("Summarize this coding conversation in",)),
-    SideRequest("opencode", "user", "starts", (
-        "The previous request exceeded the provider's size limit",)),
-    SideRequest("opencode", "user", "is", (
-        "Continue if you have next steps, or stop and ask for clarification",)),
-    SideRequest("opencode", "system", "begins", (
-        "You are an anchored context summarization assistant for coding sessions.",)),
+    SideRequest(
+        "Claude Code",
+        "user",
+        "holds",
+        (
+            "CRITICAL: Respond with TEXT ONLY. Do NOT call any tools.",
+            "Your task is to create a detailed summary of the conversation so far",
+            "Pending Tasks:",
+        ),
+    ),
+    SideRequest(
+        "Claude Code",
+        "user",
+        "holds",
+        (
+            "CRITICAL: Respond with TEXT ONLY. Do NOT call any tools.",
+            "Your task is to create a detailed summary of the conversation so far",
+            "Current Work:",
+        ),
+    ),
+    SideRequest(
+        "Claude Code",
+        "user",
+        "starts",
+        (
+            "This session is being continued from a previous conversation that ran out of context.",
+        ),
+    ),
+    SideRequest(
+        "Claude Code", "user", "starts", ("Please write a 5-10 word title for",)
+    ),
+    SideRequest(
+        "Claude Code",
+        "system",
+        "begins",
+        ("You are a helpful AI assistant tasked with summarizing conversations",),
+    ),
+    SideRequest(
+        "Claude Code",
+        "system",
+        "begins",
+        ("You are a security monitor for autonomous AI coding agents",),
+    ),
+    SideRequest(
+        "Claude Code",
+        "system",
+        "begins",
+        ("Analyze if this message indicates a new conversation topic",),
+    ),
+    SideRequest(
+        "Claude Code", "system", "begins", ("Generate a concise, sentence-case title",)
+    ),
+    SideRequest(
+        "Claude Code", "system", "begins", ("Summarize this coding conversation in",)
+    ),
+    SideRequest(
+        "opencode",
+        "user",
+        "starts",
+        ("The previous request exceeded the provider's size limit",),
+    ),
+    SideRequest(
+        "opencode",
+        "user",
+        "is",
+        ("Continue if you have next steps, or stop and ask for clarification",),
+    ),
+    SideRequest(
+        "opencode",
+        "system",
+        "begins",
+        ("You are an anchored context summarization assistant for coding sessions.",),
+    ),
     SideRequest("opencode", "system", "begins", ("You are a title generator.",)),
     SideRequest("Open WebUI", "user", "starts", ("### Task:\nGenerate a concise",)),
-    SideRequest("Open WebUI", "user", "starts", ("### Task:\nGenerate 1-3 broad tags",)),
-    SideRequest("Open WebUI", "user", "starts", ("### Task:\nSuggest 3-5 relevant follow-up",)),
+    SideRequest(
+        "Open WebUI", "user", "starts", ("### Task:\nGenerate 1-3 broad tags",)
+    ),
+    SideRequest(
+        "Open WebUI", "user", "starts", ("### Task:\nSuggest 3-5 relevant follow-up",)
+    ),
 )
+
 
 def _has_mark(text: str, mark: str, how: str) -> bool:
     if how == "is":
@@ -2322,31 +2952,46 @@ def _has_mark(text: str, mark: str, how: str) -> bool:
         return text.startswith(mark) or "\n" + mark in text
     return mark in text
 
+
 def is_reminder(text: str) -> bool:
     """Is this one reminder or several, and nothing else?  Claude Code puts such texts beside tool
     results; no human wrote them."""
     *reminders, rest = text.split(REMINDER_END)
-    return bool(reminders) and not rest.strip() and all(
-        reminder.lstrip().startswith(REMINDER_START) for reminder in reminders)
+    return (
+        bool(reminders)
+        and not rest.strip()
+        and all(reminder.lstrip().startswith(REMINDER_START) for reminder in reminders)
+    )
+
 
 def is_machine_turn(user_text: str, system_text: str) -> bool:
     """Was this request made by the client itself?  See SIDE_REQUESTS."""
     texts = {"user": user_text.strip(), "system": system_text.strip()}
-    return any(all(_has_mark(texts[row.place], mark, row.how) for mark in row.marks)
-               for row in SIDE_REQUESTS)
+    return any(
+        all(_has_mark(texts[row.place], mark, row.how) for mark in row.marks)
+        for row in SIDE_REQUESTS
+    )
+
 
 def text_of(content: Any) -> str:
     """The text of a content field in any dialect: a string, or parts with a `text`."""
     if isinstance(content, str):
         return content
-    return "\n".join(part["text"] for part in as_list(content)
-                     if isinstance(part, dict) and isinstance(part.get("text"), str))
+    return "\n".join(
+        part["text"]
+        for part in as_list(content)
+        if isinstance(part, dict) and isinstance(part.get("text"), str)
+    )
 
-def prepare_tools(edit: Edit, is_offered: Callable[[Json], bool], *refused: str) -> None:
+
+def prepare_tools(
+    edit: Edit, is_offered: Callable[[Json], bool], *refused: str
+) -> None:
     """Leave out tools that nobody runs upstream, and of the others what some backend refuses and
     no model needs.  Raises BadRequest when a tool that must be called was left out."""
     body = edit.body
     kept: list[Json] = []
+
     for tool in check_list(body, "tools") if body.get("tools") else ():
         if not is_offered(tool):
             kind = printable(str(tool.get("type")), 60)
@@ -2359,18 +3004,30 @@ def prepare_tools(edit: Edit, is_offered: Callable[[Json], bool], *refused: str)
         for holder in (tool, as_object(tool.get("function"))):
             for key in ("parameters", "input_schema"):
                 edit.drop(as_object(holder.get(key)), "$schema")
+
     if kept:
         edit.replace(body, "tools", kept)
     else:
         drop_tool_fields(edit)
 
+
 def refuse_forced_tool(body: Json, tool: Json) -> None:
     """Raises BadRequest when `tool_choice` demands the tool that was just left out."""
     choice = as_object(body.get("tool_choice"))
-    names = [name for name in (tool.get("name"), tool.get("type")) if isinstance(name, str)]
-    if choice and names and (choice.get("name") in names or choice.get("type") in names):
-        raise BadRequest("'tool_choice' demands the tool %s, which is not offered upstream"
-                         % printable(names[0], 60), param="tool_choice")
+    names = [
+        name for name in (tool.get("name"), tool.get("type")) if isinstance(name, str)
+    ]
+    if (
+        choice
+        and names
+        and (choice.get("name") in names or choice.get("type") in names)
+    ):
+        raise BadRequest(
+            "'tool_choice' demands the tool %s, which is not offered upstream"
+            % printable(names[0], 60),
+            param="tool_choice",
+        )
+
 
 def drop_tool_fields(edit: Edit) -> None:
     """Without tools every field about them is refused: an empty list, too."""
@@ -2382,9 +3039,11 @@ def drop_tool_fields(edit: Edit) -> None:
     if wish not in (None, "auto", "none"):
         edit.lose("tool_choice", "there are no tools")
 
+
 def is_inline_image(url: str) -> bool:
     """The upstream takes data: URLs and its own attachments only."""
     return url[:5].lower() == "data:" or url.startswith(ATTACHMENTS_URL)
+
 
 def refuse_image_urls(content: Any, place: str) -> None:
     """Raises BadRequest for an image that the upstream would have to fetch."""
@@ -2393,59 +3052,103 @@ def refuse_image_urls(content: Any, place: str) -> None:
         url = image.get("url") if isinstance(image, dict) else image
         if part.get("type") == "image_url" and not isinstance(url, str):
             raise BadRequest("'image_url.url' must be a string", param=place)
-        if part.get("type") in ("image_url", "input_image") and isinstance(
-                url, str) and not is_inline_image(url):
-            raise BadRequest("images by URL are not supported by the upstream: send the image "
-                             "itself as base64 (data:image/png;base64,...), or start the proxy "
-                             "with --fetch-images", param=place)
+        if (
+            part.get("type") in ("image_url", "input_image")
+            and isinstance(url, str)
+            and not is_inline_image(url)
+        ):
+            raise BadRequest(
+                "images by URL are not supported by the upstream: send the image "
+                "itself as base64 (data:image/png;base64,...), or start the proxy "
+                "with --fetch-images",
+                param=place,
+            )
+
 
 # ---- From one dialect to another: what all three share ----
 
-OPAQUE_TAG = "cpx1."             # marks state that this proxy packed; a dot never is in base64
+OPAQUE_TAG = "cpx1."  # marks state that this proxy packed; a dot never is in base64
 FOREIGN_STATE = "minted by another dialect"
 NO_COUNTERPART = "no counterpart in the model's dialect"
 OUTPUT_TOOL = "structured_output"
-ERROR_PREFIX = "Error: "         # tells of is_error where the dialect has no field for it
-FALLBACK_MAX_TOKENS = 8192       # Messages demands a limit; for models that list none
-MAX_STOP_SEQUENCES = 4           # of OpenAI's models
-MAX_WATCHED_STOPS, MAX_STOP_CHARS = 32, 256      # that the proxy itself watches for
+ERROR_PREFIX = "Error: "  # tells of is_error where the dialect has no field for it
+FALLBACK_MAX_TOKENS = 8192  # Messages demands a limit; for models that list none
+MAX_STOP_SEQUENCES = 4  # of OpenAI's models
+MAX_WATCHED_STOPS, MAX_STOP_CHARS = 32, 256  # that the proxy itself watches for
 EPHEMERAL = {"type": "ephemeral"}
 #: fields of one dialect whose absence in another changes nothing
-HARMLESS = frozenset((
-    "stream_options", "store", "service_tier", "include", "client_metadata", "truncation", "type",
-    "format", "id", "status", "phase", "annotations", "logprobs", "role", "thinking", "reasoning",
-    "citations", "caller", "index", "eager_input_streaming", "prediction", "background",
-    "internal_chat_message_metadata_passthrough", "previous_response_id", "prompt_cache_key",
-    "prompt_cache_retention", "safety_identifier"))
-_DATA_URL = re.compile(r"data:([\w.+/-]+)(?:;[^,;]*)*;base64,(.*)\Z", re.DOTALL | re.IGNORECASE)
-_CALL_ID = re.compile(r"[A-Za-z0-9_-]{1,40}\Z")   # 40: the least that a model was seen to take
+HARMLESS = frozenset(
+    (
+        "stream_options",
+        "store",
+        "service_tier",
+        "include",
+        "client_metadata",
+        "truncation",
+        "type",
+        "format",
+        "id",
+        "status",
+        "phase",
+        "annotations",
+        "logprobs",
+        "role",
+        "thinking",
+        "reasoning",
+        "citations",
+        "caller",
+        "index",
+        "eager_input_streaming",
+        "prediction",
+        "background",
+        "internal_chat_message_metadata_passthrough",
+        "previous_response_id",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+    )
+)
+_DATA_URL = re.compile(
+    r"data:([\w.+/-]+)(?:;[^,;]*)*;base64,(.*)\Z", re.DOTALL | re.IGNORECASE
+)
+_CALL_ID = re.compile(
+    r"[A-Za-z0-9_-]{1,40}\Z"
+)  # 40: the least that a model was seen to take
 _encode_text = json.JSONEncoder(ensure_ascii=False).encode
+
 
 def word(value: Any) -> str | None:
     """A string that says something; clients also send null and ""."""
     return value if isinstance(value, str) and value else None
 
+
 def words(value: Any) -> list[str]:
     return list(filter(word, [value] if isinstance(value, str) else as_list(value)))
+
 
 def positive(value: Any) -> int | None:
     """A limit in tokens; some clients say null or -1 for none."""
     return count_or_none(value) or None
 
+
 def flag(value: Any) -> bool | None:
     return value if isinstance(value, bool) else None
+
 
 def given(**fields: Any) -> Json:
     """The fields that have a value.  (a=1, b=None) -> {"a": 1}"""
     return {name: value for name, value in fields.items() if value is not None}
+
 
 def pack_opaque(dialect: str, state_id: str | None, blob: str) -> str:
     """Foreign state for a client's own slot: '<tag><base64 of [dialect, id, blob]>'."""
     kept = state_id if state_id and len(state_id) <= MAX_ID_CHARS else None
     return OPAQUE_TAG + base64.b64encode(dumps([dialect, kept, blob])).decode()
 
+
 def is_packed(state: Any) -> bool:
     return isinstance(state, str) and state.startswith(OPAQUE_TAG)
+
 
 def unpack_opaque(text: Any) -> list[tuple[str, str | None, str]]:
     """[(dialect, id, blob)] of one packed state, or of several that a client has joined; [] for
@@ -2459,35 +3162,55 @@ def unpack_opaque(text: Any) -> list[tuple[str, str | None, str]]:
             found.append(("", None, ""))
     return found
 
-def reasoning_parts(dialect: str, text: str, state: Any, state_id: Any = None) -> list[Part]:
+
+def reasoning_parts(
+    dialect: str, text: str, state: Any, state_id: Any = None
+) -> list[Part]:
     """What a slot of `dialect` holds: its own state, or packed ones of others.
     Anthropic signs the text, so states of several blocks whose texts were joined are worthless."""
     packed = unpack_opaque(state)
+
     if not packed:
         own = word(state)
-        return [Reasoning(text, own, word(state_id), dialect if own else None)] \
-            if text or own else []
+        return (
+            [Reasoning(text, own, word(state_id), dialect if own else None)]
+            if text or own
+            else []
+        )
+
     parts: list[Part] = []
     for minted_by, kept, blob in packed:
         redacted = kept == "redacted"
         if blob and (minted_by != "messages" or len(packed) == 1 or redacted):
-            parts.append(Reasoning("" if redacted else text, blob, None if redacted else kept,
-                                   minted_by, redacted))
+            parts.append(
+                Reasoning(
+                    "" if redacted else text,
+                    blob,
+                    None if redacted else kept,
+                    minted_by,
+                    redacted,
+                )
+            )
             text = text if redacted else ""
+
     return parts + [Reasoning(text)] if text else parts
+
 
 def client_state(part: Reasoning, dialect: str) -> str | None:
     """The opaque state as it goes into a client's slot: bare when it is of that dialect."""
     if part.signature is None or part.minted_by == dialect:
         return part.signature
-    return pack_opaque(part.minted_by or "", "redacted" if part.redacted else part.id,
-                       part.signature)
+    return pack_opaque(
+        part.minted_by or "", "redacted" if part.redacted else part.id, part.signature
+    )
+
 
 def split_system(turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
     """(the system turns at the head of a conversation, all other turns: at least one)."""
     roles = [turn.role for turn in turns[:-1]] + ["end"]
     head = next(at for at, role in enumerate(roles) if role != "system")
     return turns[:head], turns[head:]
+
 
 def join_states(states: list[str]) -> str | None:
     """Several states for the one slot that Chat has.  Packed ones can be told apart again; of the
@@ -2496,15 +3219,19 @@ def join_states(states: list[str]) -> str | None:
         return None
     return "".join(states) if is_packed(states[0]) else states[-1]
 
+
 def usable_parts(turn: Turn, request: Request, dialect: str) -> list[Part]:
     """The parts of a turn that may go upstream: foreign reasoning never does."""
     kept: list[Part] = []
     for part in turn.parts:
-        if not isinstance(part, Reasoning) or (part.signature and part.minted_by == dialect):
+        if not isinstance(part, Reasoning) or (
+            part.signature and part.minted_by == dialect
+        ):
             kept.append(part)
         elif part.signature:
             request.lose("reasoning", FOREIGN_STATE)
     return kept
+
 
 def arguments_object(text: str) -> Json:
     """'' -> {}, '{"a":1}' -> {"a": 1}; anything else is kept whole: '[1' -> {"_raw": "[1"}."""
@@ -2514,19 +3241,23 @@ def arguments_object(text: str) -> Json:
         value = None
     return value if isinstance(value, dict) else {"_raw": text}
 
+
 def fit_call_id(text: str) -> str:
     """A call id that every upstream takes; the same for a call and its result."""
     return text if _CALL_ID.match(text) else stable_id("call_", text)
+
 
 def drop_nulls(edit: Edit, target: Json, *keep: str) -> None:
     """Nulls mean nothing, and strict schemas refuse them."""
     for key in [k for k, value in target.items() if value is None and k not in keep]:
         edit.drop(target, key)
 
+
 def fit_id(edit: Edit, target: Any, name: str) -> None:
     """A call's id, in the call or in its result, as every upstream takes it."""
     if isinstance(target, dict) and not _CALL_ID.match(str(target.get(name) or "")):
         edit.set(target, name, fit_call_id(str(target.get(name))))
+
 
 def last_user_turns(messages: list[Json]) -> list[Json]:
     """The last two turns of the user; a run of results of tools counts once, as its last."""
@@ -2541,10 +3272,12 @@ def last_user_turns(messages: list[Json]) -> list[Json]:
         after = role
     return turns[::-1]
 
+
 def drop_surplus_marks(edit: Edit, marked: list[Json], mark: str) -> None:
     """The upstream takes four cache marks; the last ones save most."""
     for target in marked[:-4]:
         edit.drop(target, mark, "more than four marks")
+
 
 def input_items(body: Json) -> list[Json]:
     """The `input` of a request as items.  'a' -> [{"role": "user", "content": "a"}]"""
@@ -2553,21 +3286,37 @@ def input_items(body: Json) -> list[Json]:
         return [{"type": "message", "role": "user", "content": text}]
     return [item for item in as_list(text) if isinstance(item, dict)]
 
+
 def conversation_key(body: Json, model: Model) -> str:
     """The same for all requests of a conversation: made of what stays at its head."""
-    heads = [next((text_of(item.get("content")) for item in input_items(body)
-                   if item.get("role") in roles), "")
-             for roles in (("system", "developer"), ("user",))]
+    heads = [
+        next(
+            (
+                text_of(item.get("content"))
+                for item in input_items(body)
+                if item.get("role") in roles
+            ),
+            "",
+        )
+        for roles in (("system", "developer"), ("user",))
+    ]
     return stable_id("", dumps([model.id, body.get("instructions"), *heads]).decode())
+
 
 def client_id(prefix: str, text: str, request: Request) -> str:
     """The upstream's response id if it fits the client's dialect, else a short one of our own."""
     fits = text.startswith(prefix) and len(prefix) < len(text) <= MAX_ID_CHARS
     return text if fits else stable_id(prefix, request.key + text)
 
+
 #: how the base64 of an image begins
-_IMAGE_MARKS = (("iVBORw0KGgo", "image/png"), ("/9j/", "image/jpeg"), ("R0lGOD", "image/gif"),
-                ("UklGR", "image/webp"))
+_IMAGE_MARKS = (
+    ("iVBORw0KGgo", "image/png"),
+    ("/9j/", "image/jpeg"),
+    ("R0lGOD", "image/gif"),
+    ("UklGR", "image/webp"),
+)
+
 
 def image_type(data: str, label: str) -> str:
     """The media type of base64 `data`: by its first bytes, else by its label, spelt as usual."""
@@ -2577,19 +3326,28 @@ def image_type(data: str, label: str) -> str:
     label = label.strip().lower()
     return {"image/jpg": "image/jpeg", "image/x-png": "image/png"}.get(label, label)
 
+
 def data_url(part: Image | Document) -> str:
     return part.url or "data:%s;base64,%s" % (part.media_type, part.data)
+
 
 def document_from_file(source: Any, place: str) -> Document:
     """OpenAI's file part: `file_data` (a data: URL) or `file_url`; ids name what nobody stores."""
     source = as_object(source)
     found = _DATA_URL.match(str(source.get("file_data") or ""))
     if not found and not source.get("file_url"):
-        raise BadRequest("'%s': a file must come as file_data, a base64 data: URL" % place,
-                         param=place)
+        raise BadRequest(
+            "'%s': a file must come as file_data, a base64 data: URL" % place,
+            param=place,
+        )
     media, data = found.groups() if found else ("", "")
-    return Document(media, data, str(source.get("file_url") or ""),
-                    title=word(source.get("filename")))
+    return Document(
+        media,
+        data,
+        str(source.get("file_url") or ""),
+        title=word(source.get("filename")),
+    )
+
 
 def plain_text(part: Part) -> str:
     """The words of a text, or of a document that is text; '' for everything else."""
@@ -2597,29 +3355,47 @@ def plain_text(part: Part) -> str:
         return "%s:\n%s" % (part.title, part.text) if part.title else part.text
     return part.text if isinstance(part, Text) else ""
 
+
 def join_texts(parts: Iterable[Part]) -> str:
     return "\n\n".join(filter(None, map(plain_text, parts)))
+
 
 # ---- One lenient reader of content ----
 # A client writes its parts in the shape that it thinks the model's vendor wants, so each dialect
 # reads the parts of all three.
+
 
 def block_as_text(block: Json, request: Request) -> Text:
     """A block or item that the model's dialect has no word for, whole and in JSON: a session must
     not end because its history holds one."""
     kind = printable(str(block.get("type")), 60)
     request.lose(kind, "sent as text")
-    shown = {key: value for key, value in block.items() if key not in ("type", "id", "status")}
+    shown = {
+        key: value
+        for key, value in block.items()
+        if key not in ("type", "id", "status")
+    }
     return Text("[%s] %s" % (kind, dumps(shown).decode("utf-8", "replace")))
 
-_MEDIA_KINDS = ("input_audio", "audio", "input_video", "video", "video_url")    # no text is in them
+
+_MEDIA_KINDS = (
+    "input_audio",
+    "audio",
+    "input_video",
+    "video",
+    "video_url",
+)  # no text is in them
+
 
 def _read_unknown(part: Json, place: str, request: Request) -> list[Part]:
     kind = str(part.get("type"))
     if kind in _MEDIA_KINDS:
-        raise BadRequest("content of type '%s' cannot be given to this model" % kind,
-                         param=request.turns_key)
+        raise BadRequest(
+            "content of type '%s' cannot be given to this model" % kind,
+            param=request.turns_key,
+        )
     return [block_as_text(part, request)]
+
 
 def read_content(content: Any, place: str, request: Request) -> list[Part]:
     """The parts of a content field in any dialect: a string, a part, or an array of both."""
@@ -2631,6 +3407,7 @@ def read_content(content: Any, place: str, request: Request) -> list[Part]:
             parts += read_part(piece, place, request)
     return parts
 
+
 def read_part(part: Json, place: str, request: Request) -> list[Part]:
     """One part in any dialect; one of an unknown kind becomes text.  Raises BadRequest."""
     reader = _PART_READERS.get(str(part.get("type")), _read_unknown)
@@ -2639,11 +3416,14 @@ def read_part(part: Json, place: str, request: Request) -> list[Part]:
         found[-1].cache = True
     return found
 
+
 def _read_text(part: Json, place: str, request: Request) -> list[Part]:
     return [Text(str(part["text"]))] if part.get("text") else []
 
+
 def _read_refusal(part: Json, place: str, request: Request) -> list[Part]:
     return [Text(str(part["refusal"]), refusal=True)] if part.get("refusal") else []
+
 
 def _read_image_url(part: Json, place: str, request: Request) -> list[Part]:
     """OpenAI's image: `image_url` is an object in Chat, a string in Responses."""
@@ -2657,8 +3437,10 @@ def _read_image_url(part: Json, place: str, request: Request) -> list[Part]:
         return [Image(split.group(1), split.group(2), "", detail)]
     return [Image(url=url, detail=detail)]
 
+
 def _read_file(part: Json, place: str, request: Request) -> list[Part]:
     return [document_from_file(part.get("file", part), place)]
+
 
 def _read_source(part: Json, place: str, request: Request) -> list[Part]:
     """Anthropic's image or document: base64, a URL, plain text, or parts of its own."""
@@ -2668,9 +3450,13 @@ def _read_source(part: Json, place: str, request: Request) -> list[Part]:
         heading: list[Part] = [Text(title + ":")] if title else []
         return heading + read_content(source.get("content"), place, request)
     if source.get("type") not in ("base64", "url", "text"):
-        raise BadRequest("'%s': %ss must be sent as base64" % (place, kind), param=place)
+        raise BadRequest(
+            "'%s': %ss must be sent as base64" % (place, kind), param=place
+        )
 
-    media, data, url = (str(source.get(key) or "") for key in ("media_type", "data", "url"))
+    media, data, url = (
+        str(source.get(key) or "") for key in ("media_type", "data", "url")
+    )
     if kind == "image":
         return [Image(media, data, url)]
     title = word(part.get("title"))
@@ -2678,40 +3464,61 @@ def _read_source(part: Json, place: str, request: Request) -> list[Part]:
         return [Document(media, "", url, data, title)]
     return [Document(media, data, url, "", title)]
 
+
 def _read_tool_use(part: Json, place: str, request: Request) -> list[Part]:
     arguments = dumps(as_object(part.get("input"))).decode("utf-8", "surrogatepass")
     return [ToolCall(str(part.get("id") or ""), str(part.get("name") or ""), arguments)]
 
+
 def _read_tool_result(part: Json, place: str, request: Request) -> list[Part]:
     content = read_content(part.get("content"), place, request)
-    return [ToolResult(str(part.get("tool_use_id") or ""), content, part.get("is_error") is True)]
+    return [
+        ToolResult(
+            str(part.get("tool_use_id") or ""), content, part.get("is_error") is True
+        )
+    ]
+
 
 def _read_thinking(part: Json, place: str, request: Request) -> list[Part]:
     thought = str(part.get("thinking") or "")
     return reasoning_parts("messages", thought, part.get("signature"))
 
+
 def _read_redacted_thinking(part: Json, place: str, request: Request) -> list[Part]:
     return [Reasoning("", word(part.get("data")), None, "messages", True)]
 
+
 _PART_READERS: dict[str, Callable[[Json, str, Request], list[Part]]] = {
-    "text": _read_text, "input_text": _read_text, "output_text": _read_text,
+    "text": _read_text,
+    "input_text": _read_text,
+    "output_text": _read_text,
     "refusal": _read_refusal,
-    "image_url": _read_image_url, "input_image": _read_image_url, "image": _read_source,
-    "file": _read_file, "input_file": _read_file, "document": _read_source,
-    "tool_use": _read_tool_use, "tool_result": _read_tool_result,
-    "thinking": _read_thinking, "redacted_thinking": _read_redacted_thinking}
+    "image_url": _read_image_url,
+    "input_image": _read_image_url,
+    "image": _read_source,
+    "file": _read_file,
+    "input_file": _read_file,
+    "document": _read_source,
+    "tool_use": _read_tool_use,
+    "tool_result": _read_tool_result,
+    "thinking": _read_thinking,
+    "redacted_thinking": _read_redacted_thinking,
+}
 
 # ---- Tools that the client runs under a type of its vendor's ----
 # Other vendors' models know no such types: to them they are functions, and a call comes back in
 # the form in which the client knows it.
 
+
 class ClientTool(NamedTuple):
     """arguments: the field of a call's item that holds the arguments; fixed: what else is in the
     item, or, where it has the arguments' name, beside them."""
+
     arguments: str
     description: str
     schema: Json
     fixed: Mapping[str, Any] = types.MappingProxyType({})
+
 
 def _schema_of(required: str, **properties: Any) -> Json:
     """'a b', a="string", c=["string"] -> an object schema; a list stands for an array of it."""
@@ -2723,67 +3530,158 @@ def _schema_of(required: str, **properties: Any) -> Json:
             shown[name] = kind if isinstance(kind, dict) else {"type": kind}
     return {"type": "object", "properties": shown, "required": required.split()}
 
+
 def _one_of(*words: str) -> Json:
     return {"type": "string", "enum": list(words)}
+
 
 #: type of a tool in Responses -> how it becomes a function (OpenAI's API reference, tool types)
 CLIENT_TOOLS: dict[str, ClientTool] = {
     "tool_search": ClientTool(
-        "arguments", "Find tools that are not loaded yet, by what they do.",
-        _schema_of("query", query="string", limit="integer"), {"execution": "client"}),
+        "arguments",
+        "Find tools that are not loaded yet, by what they do.",
+        _schema_of("query", query="string", limit="integer"),
+        {"execution": "client"},
+    ),
     "local_shell": ClientTool(
-        "action", "Run a command on the user's machine.",
-        _schema_of("command", command=["string"], working_directory="string",
-                   timeout_ms="integer", env={"type": "object"}, user="string"),
-        {"action": {"type": "exec", "env": {}}}),
+        "action",
+        "Run a command on the user's machine.",
+        _schema_of(
+            "command",
+            command=["string"],
+            working_directory="string",
+            timeout_ms="integer",
+            env={"type": "object"},
+            user="string",
+        ),
+        {"action": {"type": "exec", "env": {}}},
+    ),
     "shell": ClientTool(
-        "action", "Run shell commands on the user's machine, one after the other.",
-        _schema_of("commands", commands=["string"], timeout_ms="integer",
-                   max_output_length="integer")),
+        "action",
+        "Run shell commands on the user's machine, one after the other.",
+        _schema_of(
+            "commands",
+            commands=["string"],
+            timeout_ms="integer",
+            max_output_length="integer",
+        ),
+    ),
     "apply_patch": ClientTool(
-        "operation", "Create, update or delete one file.  `diff` is a V4A diff.",
-        _schema_of("type path", type=_one_of("create_file", "update_file", "delete_file"),
-                   path="string", diff="string")),
+        "operation",
+        "Create, update or delete one file.  `diff` is a V4A diff.",
+        _schema_of(
+            "type path",
+            type=_one_of("create_file", "update_file", "delete_file"),
+            path="string",
+            diff="string",
+        ),
+    ),
     "computer_use_preview": ClientTool(
-        "action", "Use the mouse, the keyboard and the screen of a computer.",
-        _schema_of("type", type=_one_of("click", "double_click", "drag", "keypress", "move",
-                                        "screenshot", "scroll", "type", "wait"),
-                   x="integer", y="integer", button="string", text="string", keys=["string"],
-                   scroll_x="integer", scroll_y="integer", path={"type": "array"}),
-        {"pending_safety_checks": []})}
+        "action",
+        "Use the mouse, the keyboard and the screen of a computer.",
+        _schema_of(
+            "type",
+            type=_one_of(
+                "click",
+                "double_click",
+                "drag",
+                "keypress",
+                "move",
+                "screenshot",
+                "scroll",
+                "type",
+                "wait",
+            ),
+            x="integer",
+            y="integer",
+            button="string",
+            text="string",
+            keys=["string"],
+            scroll_x="integer",
+            scroll_y="integer",
+            path={"type": "array"},
+        ),
+        {"pending_safety_checks": []},
+    ),
+}
 #: type of the item of a call -> type of the tool
-CALL_ITEMS = {"tool_search_call": "tool_search", "local_shell_call": "local_shell",
-              "shell_call": "shell", "apply_patch_call": "apply_patch",
-              "computer_call": "computer_use_preview"}
+CALL_ITEMS = {
+    "tool_search_call": "tool_search",
+    "local_shell_call": "local_shell",
+    "shell_call": "shell",
+    "apply_patch_call": "apply_patch",
+    "computer_call": "computer_use_preview",
+}
 _ITEM_OF = {tool: item for item, tool in CALL_ITEMS.items()}
 
 _EDIT_COMMANDS = ("view", "create", "str_replace", "insert")
 _COORDINATE: Json = {"type": "array", "items": {"type": "integer"}}
 #: how the type of a tool of Messages begins, what it does, its schema (Anthropic's tool reference)
 ANTHROPIC_TOOLS: tuple[tuple[str, str, Json], ...] = (
-    ("bash_", "Run a command in a bash session that stays open; `restart` begins a new one.",
-     _schema_of("", command="string", restart="boolean")),
-    ("text_editor_", "View, create and edit files.",
-     _schema_of("command path", command=_one_of(*_EDIT_COMMANDS, "undo_edit"), path="string",
-                file_text="string", old_str="string", new_str="string", insert_line="integer",
-                insert_text="string", view_range=["integer"])),
-    ("memory_", "Keep notes in files below /memories that last beyond this conversation.",
-     _schema_of("command", command=_one_of(*_EDIT_COMMANDS, "delete", "rename"), path="string",
-                file_text="string", old_str="string", new_str="string", insert_line="integer",
-                insert_text="string", view_range=["integer"], old_path="string",
-                new_path="string")),
-    ("computer_", "Use the mouse, the keyboard and the screen of a computer.",
-     _schema_of("action", action="string", coordinate=_COORDINATE, start_coordinate=_COORDINATE,
-                text="string", duration="number", scroll_amount="integer",
-                scroll_direction=_one_of("up", "down", "left", "right"))))
+    (
+        "bash_",
+        "Run a command in a bash session that stays open; `restart` begins a new one.",
+        _schema_of("", command="string", restart="boolean"),
+    ),
+    (
+        "text_editor_",
+        "View, create and edit files.",
+        _schema_of(
+            "command path",
+            command=_one_of(*_EDIT_COMMANDS, "undo_edit"),
+            path="string",
+            file_text="string",
+            old_str="string",
+            new_str="string",
+            insert_line="integer",
+            insert_text="string",
+            view_range=["integer"],
+        ),
+    ),
+    (
+        "memory_",
+        "Keep notes in files below /memories that last beyond this conversation.",
+        _schema_of(
+            "command",
+            command=_one_of(*_EDIT_COMMANDS, "delete", "rename"),
+            path="string",
+            file_text="string",
+            old_str="string",
+            new_str="string",
+            insert_line="integer",
+            insert_text="string",
+            view_range=["integer"],
+            old_path="string",
+            new_path="string",
+        ),
+    ),
+    (
+        "computer_",
+        "Use the mouse, the keyboard and the screen of a computer.",
+        _schema_of(
+            "action",
+            action="string",
+            coordinate=_COORDINATE,
+            start_coordinate=_COORDINATE,
+            text="string",
+            duration="number",
+            scroll_amount="integer",
+            scroll_direction=_one_of("up", "down", "left", "right"),
+        ),
+    ),
+)
 
 FREEFORM_SCHEMA = _schema_of("input", input="string")
+
 
 def freeform_description(tool: Json) -> str:
     """What a freeform tool does, with the grammar of its input."""
     grammar = as_object(tool.get("format")).get("definition")
     about = str(tool.get("description") or "")
-    return f"{about}\n\n`input` must follow this grammar:\n{grammar}" if grammar else about
+    return (
+        f"{about}\n\n`input` must follow this grammar:\n{grammar}" if grammar else about
+    )
+
 
 def freeform_input(arguments: str) -> str:
     """'{"input": "a"}' -> 'a'; arguments of another shape stay as they are."""
@@ -2791,82 +3689,138 @@ def freeform_input(arguments: str) -> str:
     text = found.get("input", found.get("_raw"))
     return text if isinstance(text, str) else arguments
 
+
 def flat_name(namespace: str, name: str) -> str:
     """A tool of a namespace as a function of its own: ('fs', 'read') -> 'fs__read'."""
     return "%s__%s" % (namespace, name) if namespace else name
+
 
 def function_of(tool: Json) -> Json | None:
     """{name, description, parameters, strict} of a function in any dialect; None for others."""
     kind = tool.get("type")
     if isinstance(tool.get("function"), dict):
         tool = tool["function"]
-    elif kind not in (None, "function", "custom") or not isinstance(tool.get("name"), str):
+    elif kind not in (None, "function", "custom") or not isinstance(
+        tool.get("name"), str
+    ):
         return None
     elif kind == "custom" and "input_schema" not in tool:
-        return None                                      # OpenAI's freeform tool
-    return given(name=tool.get("name"), description=tool.get("description"),
-                 parameters=tool.get("parameters", tool.get("input_schema")),
-                 strict=tool.get("strict"))
+        return None  # OpenAI's freeform tool
+    return given(
+        name=tool.get("name"),
+        description=tool.get("description"),
+        parameters=tool.get("parameters", tool.get("input_schema")),
+        strict=tool.get("strict"),
+    )
+
 
 def freeform_of(tool: Json) -> Json | None:
     """{name, description, format} of a freeform tool in either of OpenAI's dialects, else None."""
     if tool.get("type") != "custom" or "input_schema" in tool:
         return None
     source = as_object(tool.get("custom")) or tool
-    return given(name=source.get("name"), description=source.get("description"),
-                 format=source.get("format"))
+    return given(
+        name=source.get("name"),
+        description=source.get("description"),
+        format=source.get("format"),
+    )
+
 
 def choice_of(choice: Any) -> str | Named | None:
-    """"auto", "none", "required" or a named function, in any dialect's shape; None for others."""
+    """ "auto", "none", "required" or a named function, in any dialect's shape; None for others."""
     if isinstance(choice, dict) and choice.get("type") in ("function", "tool"):
         name = as_object(choice.get("function")).get("name") or choice.get("name")
         return Named(name) if isinstance(name, str) else None
     word_of = choice.get("type") if isinstance(choice, dict) else choice
-    return {"auto": "auto", "none": "none", "required": "required", "any": "required"}.get(
-        str(word_of))
+    return {
+        "auto": "auto",
+        "none": "none",
+        "required": "required",
+        "any": "required",
+    }.get(str(word_of))
+
 
 def write_part(part: Part, prefix: str) -> Json:
     """A content part in Chat's words (no prefix) or in those of Responses ("input_")."""
     if isinstance(part, Image) and prefix:
-        return {"type": "input_image", "image_url": data_url(part), "detail": part.detail or "auto"}
+        return {
+            "type": "input_image",
+            "image_url": data_url(part),
+            "detail": part.detail or "auto",
+        }
     if isinstance(part, Image):
-        return {"type": "image_url", "image_url": given(url=data_url(part), detail=part.detail)}
+        return {
+            "type": "image_url",
+            "image_url": given(url=data_url(part), detail=part.detail),
+        }
     if isinstance(part, Document) and not part.text:
         file = {"filename": part.title or "document.pdf", "file_data": data_url(part)}
-        return dict(file, type="input_file") if prefix else {"type": "file", "file": file}
+        return (
+            dict(file, type="input_file") if prefix else {"type": "file", "file": file}
+        )
     return {"type": prefix + "text", "text": plain_text(part)}
+
 
 def result_text(result: ToolResult, request: Request) -> str:
     """The text of a tool's result, with the error told in words."""
     if result.is_error:
         request.lose("is_error", "told in the text")
     return (ERROR_PREFIX if result.is_error else "") + "\n".join(
-        filter(None, map(plain_text, result.parts)))
+        filter(None, map(plain_text, result.parts))
+    )
+
 
 def add_tool(request: Request, tool: Json, schema_key: str, **more: Any) -> None:
     """A function that the client offers, unless one of its name is there; more: of Tool."""
-    note_unknown(request, tool, "name", "description", "strict", "type", schema_key,
-                 "cache_control", "defer_loading")
+    note_unknown(
+        request,
+        tool,
+        "name",
+        "description",
+        "strict",
+        "type",
+        schema_key,
+        "cache_control",
+        "defer_loading",
+    )
+
     name = str(tool.get("name"))
+
     if name not in request.tool_names:
         request.tool_names.add(name)
-        request.tools.append(Tool(name, tool.get("description"), tool.get(schema_key),
-                                  tool.get("strict"), **more))
+        request.tools.append(
+            Tool(
+                name,
+                tool.get("description"),
+                tool.get(schema_key),
+                tool.get("strict"),
+                **more,
+            )
+        )
+
 
 def drop_hosted_tool(request: Request, tool: Json) -> None:
     """Leave out a tool that its vendor's servers run.  Raises BadRequest where it must be used."""
     kind = printable(str(tool.get("type")), 60)
     request.lose("tools", "the hosted tool %s has no counterpart" % kind)
     choice = request.tool_choice
-    if isinstance(choice, Named) and choice.name in (tool.get("name"), tool.get("type")):
-        raise BadRequest("'tool_choice' demands the tool %s, which the model's upstream does not "
-                         "run" % kind, param="tool_choice")
+    if isinstance(choice, Named) and choice.name in (
+        tool.get("name"),
+        tool.get("type"),
+    ):
+        raise BadRequest(
+            "'tool_choice' demands the tool %s, which the model's upstream does not "
+            "run" % kind,
+            param="tool_choice",
+        )
+
 
 def note_unknown(request: Request, source: Json, *known: str) -> None:
     """Record the fields that no other dialect has; nulls mean nothing."""
     for name in source.keys() - HARMLESS - set(known):
         if source[name] is not None:
             request.lose(name[:60], NO_COUNTERPART)
+
 
 def join_thoughts(turns: list[Turn]) -> None:
     """Thinking that came in pieces, with its state behind the last one, becomes one part again.
@@ -2875,8 +3829,12 @@ def join_thoughts(turns: list[Turn]) -> None:
         joined: list[Part] = []
         for part in turn.parts:
             last = next(reversed(joined), None)
-            if (isinstance(part, Reasoning) and isinstance(last, Reasoning)
-                    and not last.signature and not part.redacted):
+            if (
+                isinstance(part, Reasoning)
+                and isinstance(last, Reasoning)
+                and not last.signature
+                and not part.redacted
+            ):
                 if not (part.signature and part.text):
                     part = replace(part, text=last.text + part.text)
                 joined[-1] = part
@@ -2884,11 +3842,12 @@ def join_thoughts(turns: list[Turn]) -> None:
                 joined.append(part)
         turn.parts[:] = joined
 
+
 class UnansweredCalls:
     """The calls of one round that wait for their results, for clients that write no ids."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, None] = {}                      # ids, in order
+        self._waiting: dict[str, None] = {}  # ids, in order
         self._by_name: dict[str, collections.deque[str]] = {}
 
     def add(self, call: ToolCall) -> None:
@@ -2914,15 +3873,21 @@ class UnansweredCalls:
                 return call_id
         return ""
 
+
 def pair_by_order(turns: list[Turn]) -> None:
     """Give each call and result an id: calls without one get theirs by their place, so that it is
     the same in each request of a conversation; a result gets that of its call."""
     parts = [part for turn in turns for part in turn.parts]
     used = {part.id for part in parts if isinstance(part, ToolCall)}
     used.update(part.call_id for part in parts if isinstance(part, ToolResult))
-    fresh = (name for name in map("call_{}".format, range(len(parts) + len(used) + 1))
-             if name not in used)
+    fresh = (
+        name
+        for name in map("call_{}".format, range(len(parts) + len(used) + 1))
+        if name not in used
+    )
+
     waiting = UnansweredCalls()
+
     for turn in turns:
         if turn.role == "assistant":
             waiting = UnansweredCalls()
@@ -2934,24 +3899,31 @@ def pair_by_order(turns: list[Turn]) -> None:
                 call_id = waiting.take(part) or part.call_id or next(fresh)
                 turn.parts[at] = replace(part, call_id=call_id)
 
+
 def preflight(request: Request, model: Model) -> None:
     """Refuse images for a model without eyes, leave fields of OpenAI's own to its models."""
     if not model.is_openai:
         for key in request.openai.keys() - HARMLESS:
             request.lose(key, "the model is not OpenAI's")
         request.openai = {}
-    elif model.id.startswith(("gpt-4", "gpt-3")) and request.openai.pop("verbosity", None):
+    elif model.id.startswith(("gpt-4", "gpt-3")) and request.openai.pop(
+        "verbosity", None
+    ):
         request.lose("verbosity", "models before gpt-5 refuse it")
     parts = [part for turn in request.turns for part in turn.parts]
     parts += [p for r in parts if isinstance(r, ToolResult) for p in r.parts]
-    if model.supports.get("vision") is False and any(isinstance(p, Image) for p in parts):
+    if model.supports.get("vision") is False and any(
+        isinstance(p, Image) for p in parts
+    ):
         raise BadRequest("model %s takes no images" % model.id, param=request.turns_key)
+
 
 def fit_effort(request: Request, model: Model) -> str | None:
     """The wish for reasoning as an effort that the model lists; None: say nothing, which is a
     loss if there was a wish."""
-    wish = request.effort or (budget_to_effort(request.thinking_budget)
-                              if request.thinking_budget else None)
+    wish = request.effort or (
+        budget_to_effort(request.thinking_budget) if request.thinking_budget else None
+    )
     if wish is None or not model.efforts:
         if wish:
             request.lose("effort", "the model lists none")
@@ -2960,32 +3932,62 @@ def fit_effort(request: Request, model: Model) -> str | None:
         wish = EFFORT_BUDGETS[0][0]
     return clamp_effort(wish, model.efforts)
 
+
 def fit_budget(wish: int | None, room: int | None, model: Model) -> int | None:
     """A thinking budget in tokens as the model takes it, `room` for all of the answer; None when
     it takes none or there is no room."""
-    least, most = (count_or_zero(model.supports.get(k))
-                   for k in ("min_thinking_budget", "max_thinking_budget"))
+    least, most = (
+        count_or_zero(model.supports.get(k))
+        for k in ("min_thinking_budget", "max_thinking_budget")
+    )
     least, room = max(least, 1024), room or most + 1
-    return max(least, min(wish, most, room - 1)) if wish and most and room > least else None
+    return (
+        max(least, min(wish, most, room - 1))
+        if wish and most and room > least
+        else None
+    )
 
-def offered_tools(request: Request, model: Model, bare: bool
-                  ) -> tuple[list[Tool], str | Named | None, Json | None]:
+
+def offered_tools(
+    request: Request, model: Model, bare: bool
+) -> tuple[list[Tool], str | Named | None, Json | None]:
     """(tools, tool_choice, output schema) that go upstream.  A schema that the model cannot keep
     to by itself becomes a tool that must be called.  bare: the dialect has JSON without a schema.
     """
-    tools, choice, schema = list(request.tools), request.tool_choice, request.output_schema
+    tools, choice, schema = (
+        list(request.tools),
+        request.tool_choice,
+        request.output_schema,
+    )
+
     if isinstance(choice, Named) and choice.name not in [tool.name for tool in tools]:
-        raise BadRequest("'tool_choice' demands the tool %s, which is not among the tools"
-                         % printable(choice.name, 60), param="tool_choice")
-    if schema is None or (bare if schema["type"] == "json_object" else
-                          model.supports.get("structured_outputs") is True):
+        raise BadRequest(
+            "'tool_choice' demands the tool %s, which is not among the tools"
+            % printable(choice.name, 60),
+            param="tool_choice",
+        )
+
+    if schema is None or (
+        bare
+        if schema["type"] == "json_object"
+        else model.supports.get("structured_outputs") is True
+    ):
         return tools, choice if tools else None, schema
+
     request.output_tool = OUTPUT_TOOL
     about = schema.get("description") or "Give the final answer with this tool."
-    tools.append(Tool(OUTPUT_TOOL, about, as_object(schema.get("schema")) or {"type": "object"}))
+    tools.append(
+        Tool(OUTPUT_TOOL, about, as_object(schema.get("schema")) or {"type": "object"})
+    )
     alone = len(tools) == 1 or choice == "none"
-    return tools, choice if isinstance(choice, Named) else (
-        Named(OUTPUT_TOOL) if alone else "required"), None
+    return (
+        tools,
+        choice
+        if isinstance(choice, Named)
+        else (Named(OUTPUT_TOOL) if alone else "required"),
+        None,
+    )
+
 
 def watch_stops(request: Request) -> None:
     """The proxy itself is to end the answer at the stop sequences.  Every piece of the answer is
@@ -2993,18 +3995,25 @@ def watch_stops(request: Request) -> None:
     fitting = [stop for stop in request.stop if len(stop) <= MAX_STOP_CHARS]
     request.cut_at = fitting[:MAX_WATCHED_STOPS]
     if len(request.cut_at) < len(request.stop):
-        request.lose("stop", "more than %d sequences, or one of more than %d characters"
-                     % (MAX_WATCHED_STOPS, MAX_STOP_CHARS))
+        request.lose(
+            "stop",
+            "more than %d sequences, or one of more than %d characters"
+            % (MAX_WATCHED_STOPS, MAX_STOP_CHARS),
+        )
+
 
 def upstream_stops(dialect: Dialect, request: Request, model: Model) -> list[str]:
     """The stop sequences that go upstream: all or none, since an upstream that stops at one of them
     may not say at which.  The proxy watches for the others itself."""
-    tells_which = dialect.name == request.dialect or "stop_sequence" in dialect.TO_NEUTRAL
+    tells_which = (
+        dialect.name == request.dialect or "stop_sequence" in dialect.TO_NEUTRAL
+    )
     wants_to_know = request.dialect == "messages"
     if dialect.takes_stops(request.stop, model) and (tells_which or not wants_to_know):
         return request.stop
     watch_stops(request)
     return []
+
 
 def openai_choice(choice: Any, request: Request) -> str | Named | None:
     """tool_choice of either OpenAI shape."""
@@ -3012,11 +4021,14 @@ def openai_choice(choice: Any, request: Request) -> str | Named | None:
         return choice if choice in ("auto", "none", "required") else None
     source = as_object(choice)
     kind = str(source.get("type"))
-    inner = as_object(source.get("function")) or as_object(source.get("custom")) or source
+    inner = (
+        as_object(source.get("function")) or as_object(source.get("custom")) or source
+    )
     name = inner.get("name")
     if isinstance(name, str):
         return Named(flat_name(str(source.get("namespace") or ""), name))
-    return Named(kind) if source else None               # a vendor's tool has its type as name
+    return Named(kind) if source else None  # a vendor's tool has its type as name
+
 
 def read_schema(layout: Any) -> Json | None:
     """A `response_format` or `format` if it is one of JSON, its inner object flattened:
@@ -3024,90 +4036,212 @@ def read_schema(layout: Any) -> Json | None:
     layout = as_object(layout)
     if "json_schema" in layout:
         layout = dict(as_object(layout["json_schema"]), type=layout.get("type"))
-    return given(**layout) if layout.get("type") in ("json_schema", "json_object") else None
+    return (
+        given(**layout)
+        if layout.get("type") in ("json_schema", "json_object")
+        else None
+    )
+
 
 #: a field of Request, what makes sense of it, and its place in a body of each dialect
 FIELDS = (
     ("", None, "chat", "responses", "messages", "gemini", "ollama"),
     ("stream", flag, "stream", "stream", "stream", "stream", "stream"),
-    ("temperature", number_or_none, "temperature", "temperature", "temperature",
-     "generationConfig.temperature", "options.temperature"),
-    ("top_p", number_or_none, "top_p", "top_p", "top_p", "generationConfig.topP", "options.top_p"),
-    ("top_k", number_or_none, "", "", "top_k", "generationConfig.topK", "options.top_k"),
+    (
+        "temperature",
+        number_or_none,
+        "temperature",
+        "temperature",
+        "temperature",
+        "generationConfig.temperature",
+        "options.temperature",
+    ),
+    (
+        "top_p",
+        number_or_none,
+        "top_p",
+        "top_p",
+        "top_p",
+        "generationConfig.topP",
+        "options.top_p",
+    ),
+    (
+        "top_k",
+        number_or_none,
+        "",
+        "",
+        "top_k",
+        "generationConfig.topK",
+        "options.top_k",
+    ),
     ("seed", number_or_none, "seed", "", "", "generationConfig.seed", "options.seed"),
-    ("presence_penalty", number_or_none, "presence_penalty", "", "",
-     "generationConfig.presencePenalty", "options.presence_penalty"),
-    ("frequency_penalty", number_or_none, "frequency_penalty", "", "",
-     "generationConfig.frequencyPenalty", "options.frequency_penalty"),
-    ("parallel_tool_calls", flag, "parallel_tool_calls", "parallel_tool_calls", "", "", ""),
-    ("max_output_tokens", positive, "max_tokens", "max_output_tokens", "max_tokens",
-     "generationConfig.maxOutputTokens", "options.num_predict"),
-    ("stop", words, "stop", "", "stop_sequences", "generationConfig.stopSequences",
-     "options.stop"),
+    (
+        "presence_penalty",
+        number_or_none,
+        "presence_penalty",
+        "",
+        "",
+        "generationConfig.presencePenalty",
+        "options.presence_penalty",
+    ),
+    (
+        "frequency_penalty",
+        number_or_none,
+        "frequency_penalty",
+        "",
+        "",
+        "generationConfig.frequencyPenalty",
+        "options.frequency_penalty",
+    ),
+    (
+        "parallel_tool_calls",
+        flag,
+        "parallel_tool_calls",
+        "parallel_tool_calls",
+        "",
+        "",
+        "",
+    ),
+    (
+        "max_output_tokens",
+        positive,
+        "max_tokens",
+        "max_output_tokens",
+        "max_tokens",
+        "generationConfig.maxOutputTokens",
+        "options.num_predict",
+    ),
+    (
+        "stop",
+        words,
+        "stop",
+        "",
+        "stop_sequences",
+        "generationConfig.stopSequences",
+        "options.stop",
+    ),
     ("user", word, "user", "user", "metadata.user_id", "", ""),
-    ("effort", word, "reasoning_effort", "reasoning.effort", "output_config.effort",
-     "generationConfig.thinkingConfig.thinkingLevel", "think"),
-    ("thinking_budget", positive, "thinking_budget", "", "thinking.budget_tokens",
-     "generationConfig.thinkingConfig.thinkingBudget", ""),
-    ("output_schema", read_schema, "response_format", "text.format", "output_config.format", "",
-     ""))
+    (
+        "effort",
+        word,
+        "reasoning_effort",
+        "reasoning.effort",
+        "output_config.effort",
+        "generationConfig.thinkingConfig.thinkingLevel",
+        "think",
+    ),
+    (
+        "thinking_budget",
+        positive,
+        "thinking_budget",
+        "",
+        "thinking.budget_tokens",
+        "generationConfig.thinkingConfig.thinkingBudget",
+        "",
+    ),
+    (
+        "output_schema",
+        read_schema,
+        "response_format",
+        "text.format",
+        "output_config.format",
+        "",
+        "",
+    ),
+)
 #: fields of FIELDS that not every dialect has and whose absence is a loss
 SAMPLING_FIELDS = ("top_k", "seed", "presence_penalty", "frequency_penalty")
+
 
 def fields_of(dialect: str) -> list[tuple[str, Callable[[Any], Any], list[str]]]:
     """[(field, what makes sense of it, path to it)]"""
     column = FIELDS[0].index(dialect)
-    return [(row[0], row[1], str(row[column]).split(".")) for row in FIELDS[1:] if row[column]]
+    return [
+        (row[0], row[1], str(row[column]).split("."))
+        for row in FIELDS[1:]
+        if row[column]
+    ]
+
 
 def read_fields(dialect: Dialect, body: Json, known: str) -> Request:
     """The fields of FIELDS, those that OpenAI's two share, and the tools.  All others but
     the `known` ones are losses."""
     request = Request(str(body.get("model") or ""), dialect.name, dialect.turns_key)
     fields = fields_of(dialect.name)
+
     for name, reader, path in fields:
         value: Any = body
         for key in path:
             value = as_object(value).get(key)
         setattr(request, name, reader(value))
+
     shared = dialect.shared_fields
     if shared:
-        request.openai.update({name: body[name] for name in shared if body.get(name) is not None})
+        request.openai.update(
+            {name: body[name] for name in shared if body.get(name) is not None}
+        )
         request.tool_choice = openai_choice(body.get("tool_choice"), request)
+
     request.hides_thinking = request.effort == "none"
     for tool in check_list(body, "tools") if body.get("tools") else ():
         dialect.read_tool(tool, request)
-    note_unknown(request, body, "model", "tools", "tool_choice", *shared, *known.split(),
-                 *(path[0] for _, _, path in fields))
+    note_unknown(
+        request,
+        body,
+        "model",
+        "tools",
+        "tool_choice",
+        *shared,
+        *known.split(),
+        *(path[0] for _, _, path in fields),
+    )
+
     return request
 
-def write_fields(dialect: Dialect, request: Request, model: Model, **fitted: Any) -> Json:
+
+def write_fields(
+    dialect: Dialect, request: Request, model: Model, **fitted: Any
+) -> Json:
     """The way back, for fields that were said; `fitted`: those that the model takes otherwise."""
     body: Json = {"model": model.id}
     if dialect.shared_fields:
         fitted["user"] = request.user and request.user[:MAX_ID_CHARS]
         body.update(request.openai)
+
     fields = fields_of(dialect.name)
     for name in set(SAMPLING_FIELDS) - {row[0] for row in fields}:
         if getattr(request, name) is not None:
             request.lose(name, NO_COUNTERPART)
+
     for name, _, (*outer, last) in fields:
         value = fitted[name] if name in fitted else getattr(request, name)
         if value is not None and value != []:
-            target = functools.reduce(lambda inner, key: inner.setdefault(key, {}), outer, body)
+            target = functools.reduce(
+                lambda inner, key: inner.setdefault(key, {}), outer, body
+            )
             target[last] = value
+
     return body
+
 
 def openai_usage(usage: Usage | None, asked: str, made: str) -> Json:
     """`usage` in the words of Chat ("prompt", "completion") or Responses ("input", "output")."""
     usage = usage or Usage()
     prompt = usage.input + usage.cache_read + usage.cache_write
-    return {asked + "_tokens": prompt, made + "_tokens": usage.output,
-            "total_tokens": prompt + usage.output,
-            asked + "_tokens_details": {"cached_tokens": usage.cache_read,
-                                        "cache_write_tokens": usage.cache_write},
-            made + "_tokens_details": {"reasoning_tokens": usage.reasoning}}
+    return {
+        asked + "_tokens": prompt,
+        made + "_tokens": usage.output,
+        "total_tokens": prompt + usage.output,
+        asked + "_tokens_details": {
+            "cached_tokens": usage.cache_read,
+            "cache_write_tokens": usage.cache_write,
+        },
+        made + "_tokens_details": {"reasoning_tokens": usage.reasoning},
+    }
+
 
 ASTRAY = "the model sent endless white space as tool arguments"
+
 
 def is_astray(blanks: dict[int, int], index: int, text: str) -> bool:
     """Has call `index` with this piece got nothing but white space for too long?"""
@@ -3115,13 +4249,15 @@ def is_astray(blanks: dict[int, int], index: int, text: str) -> bool:
     run = blanks[index] = blank + (blanks.get(index, 0) if blank == len(text) else 0)
     return run > MAX_WHITESPACE_RUN
 
+
 class StreamDecoder:
     """Upstream events in, neutral events out: `read(data of a frame)`, then `close()`.
     `ended` is True behind a ResponseEnd or StreamError.  `close` never is polite on its own: a
     stream without its terminal event becomes a StreamError.
 
     The end of a Reasoning is told together with the next event: see StreamRelay."""
-    TEXT_KEYS: tuple[bytes, ...] = ()          # JSON keys of the text of a delta
+
+    TEXT_KEYS: tuple[bytes, ...] = ()  # JSON keys of the text of a delta
 
     def __init__(self, dialect: Any) -> None:
         self.dialect = dialect
@@ -3129,15 +4265,15 @@ class StreamDecoder:
         self.meter = Meter()
         self._started = False
         self._events: list[Event] = []
-        self._held: list[Event] = []              # the end of a Reasoning
+        self._held: list[Event] = []  # the end of a Reasoning
         self._next = 0
-        self._slots: dict[Any, int] = {}          # the upstream's name of a part -> our index
-        self._open: dict[int, Part] = {}          # index -> skeleton
-        self._empty: set[int] = set()             # parts without any delta so far
-        self._blanks: dict[int, int] = {}         # index -> run of white space in arguments
-        self._stop_word = "stop"                  # why it stopped, as the parts so far tell it
-        self._template = DeltaTemplate()          # of the last delta
-        self._template_index = -1                 # ... and its part
+        self._slots: dict[Any, int] = {}  # the upstream's name of a part -> our index
+        self._open: dict[int, Part] = {}  # index -> skeleton
+        self._empty: set[int] = set()  # parts without any delta so far
+        self._blanks: dict[int, int] = {}  # index -> run of white space in arguments
+        self._stop_word = "stop"  # why it stopped, as the parts so far tell it
+        self._template = DeltaTemplate()  # of the last delta
+        self._template_index = -1  # ... and its part
 
     def read(self, data: bytes) -> list[Event]:
         """Events of one frame's data.  A frame that equals the last delta but for one JSON string
@@ -3170,7 +4306,9 @@ class StreamDecoder:
     def _read_text(self, text: bytes) -> list[Event]:
         """A delta of the part that the last one was of; [] for what must be looked into."""
         try:
-            plain = text.decode() if b"\\" not in text else _decode('"%s"' % text.decode())
+            plain = (
+                text.decode() if b"\\" not in text else _decode('"%s"' % text.decode())
+            )
         except ValueError:
             return []
         if plain.isspace():
@@ -3179,7 +4317,9 @@ class StreamDecoder:
         return [PartDelta(self._template_index, plain)]
 
     def _learn(self, event: PartDelta, steady: bytes) -> None:
-        if event.logprobs is None and self._template.learn(steady, event.text, self.TEXT_KEYS):
+        if event.logprobs is None and self._template.learn(
+            steady, event.text, self.TEXT_KEYS
+        ):
             self._template_index = event.index
 
     def _steady(self, data: bytes) -> bytes:
@@ -3224,10 +4364,15 @@ class StreamDecoder:
         if self._started:
             return
         self._started = True
-        self._emit(ResponseStart(
-            str(answer.get("id") or ""), str(answer.get("model") or ""),
-            count_or_zero(answer.get("created", answer.get("created_at"))),
-            word(answer.get("system_fingerprint")), word(answer.get("service_tier"))))
+        self._emit(
+            ResponseStart(
+                str(answer.get("id") or ""),
+                str(answer.get("model") or ""),
+                count_or_zero(answer.get("created", answer.get("created_at"))),
+                word(answer.get("system_fingerprint")),
+                word(answer.get("service_tier")),
+            )
+        )
 
     def _begin(self, part: Part) -> int:
         """A part begins -> its index."""
@@ -3268,7 +4413,9 @@ class StreamDecoder:
             for citation in citations:
                 self._emit(PartCitation(index, citation))
 
-    def _end(self, index: int, signature: str | None = None, minted_by: str = "") -> None:
+    def _end(
+        self, index: int, signature: str | None = None, minted_by: str = ""
+    ) -> None:
         """A part ends; signature: of a Reasoning, made by the dialect `minted_by`."""
         part = self._open.pop(index, None)
         if part is None or self.ended:
@@ -3281,7 +4428,10 @@ class StreamDecoder:
             return
 
         if signature:
-            state_id, packed = None, unpack_opaque(signature)     # a proxy behind this proxy
+            state_id, packed = (
+                None,
+                unpack_opaque(signature),
+            )  # a proxy behind this proxy
             if packed:
                 minted_by, state_id, signature = packed[0]
             self._held.append(PartSignature(index, signature, minted_by, state_id))
@@ -3305,45 +4455,73 @@ class StreamDecoder:
         self._template.forget()
         self._events.append(StreamError(error))
 
+
 def citation_of(annotation: Any) -> list[Citation]:
     """The citation that an annotation of OpenAI's or a citation of Anthropic's stands for; [] for
     one that names no source."""
     source = as_object(annotation)
     source = as_object(source.get("url_citation")) or source
-    title = source.get("title") or source.get("document_title") or source.get("filename")
+    title = (
+        source.get("title") or source.get("document_title") or source.get("filename")
+    )
     url = source.get("url") or source.get("source")
     start = source.get("start_index", source.get("start_char_index"))
     end = source.get("end_index", source.get("end_char_index"))
     if not word(url) and not word(title):
         return []
-    return [Citation(word(url) or "", word(title), count_or_none(start), count_or_none(end),
-                     word(source.get("cited_text")))]
+
+    return [
+        Citation(
+            word(url) or "",
+            word(title),
+            count_or_none(start),
+            count_or_none(end),
+            word(source.get("cited_text")),
+        )
+    ]
+
 
 def citations_of(annotations: Any) -> list[Citation]:
     """Those that a list stands for."""
     return [citation for one in as_list(annotations) for citation in citation_of(one)]
 
+
 def url_citation(citation: Citation) -> Json:
     """As OpenAI writes it: its SDKs want every field."""
-    return {"url": citation.url, "title": citation.title or "", "end_index": citation.end or 0,
-            "start_index": citation.start or 0}
+    return {
+        "url": citation.url,
+        "title": citation.title or "",
+        "end_index": citation.end or 0,
+        "start_index": citation.start or 0,
+    }
+
 
 class StreamEncoder:
     """Neutral events in, bytes of the client's dialect out: `feed(event)`; `ended` is True behind
     the terminal event.  A delta is the part's frame, cut where the text belongs."""
+
     MARK, QUOTED_MARK = "\0", dumps("\0")
     METHODS = (
-        (ResponseStart, "_start"), (PartStart, "_begin"), (PartDelta, "_delta"),
-        (PartCitation, "_cite"), (PartSignature, "_sign"), (PartEnd, "_end"),
-        (ResponseEnd, "_stop"), (StreamError, "_fail"))
+        (ResponseStart, "_start"),
+        (PartStart, "_begin"),
+        (PartDelta, "_delta"),
+        (PartCitation, "_cite"),
+        (PartSignature, "_sign"),
+        (PartEnd, "_end"),
+        (ResponseEnd, "_stop"),
+        (StreamError, "_fail"),
+    )
 
     def __init__(self, dialect: Any, request: Request) -> None:
         self.dialect, self.request = dialect, request
         self.ended = False
-        self.final: tuple[()] | tuple[str, bytes] = ()    # id and frame of a whole response
-        self._frames: dict[int, list[bytes]] = {}         # index -> what stands around a text
+        self.final: (
+            tuple[()] | tuple[str, bytes]
+        ) = ()  # id and frame of a whole response
+        self._frames: dict[int, list[bytes]] = {}  # index -> what stands around a text
         self._on: dict[type[Event], Callable[[Any], bytes]] = {
-            kind: getattr(self, name) for kind, name in self.METHODS}
+            kind: getattr(self, name) for kind, name in self.METHODS
+        }
 
     def feed(self, event: Event) -> bytes:
         return b"" if self.ended else self._on[type(event)](event)
@@ -3361,12 +4539,15 @@ class StreamEncoder:
         self.ended = True
         return bytes(self.dialect.error_frame(event.error))
 
+
 # ---- Chat Completions ----
+
 
 @dataclass
 class ChatCall:
     """A tool call of a streamed turn.  number: ours, in the order in which the calls were named,
     -1 before; waiting: its delta so far, while it has no name.  ChatChunks alone changes it."""
+
     id: str = ""
     name: str = ""
     number: int = -1
@@ -3400,6 +4581,7 @@ class ChatCall:
         for key, value in delta.items():
             self.waiting.setdefault(key, value)
 
+
 class ChatChunks:
     """Chat's chunks made uniform: Claude's turns come split over several choices, so the deltas of
     all are one, tool calls are numbered from 0 by first appearance, and the finish reason waits
@@ -3410,16 +4592,18 @@ class ChatChunks:
     def __init__(self) -> None:
         self.reason = ""
         self.usage: Json | None = None
-        self.logprobs: Json | None = None                    # of the delta read last
-        self._calls: dict[tuple[int, int, str], ChatCall] = {}    # (choice, index, id)
-        self._open: dict[tuple[int, int], ChatCall] = {}          # (choice, index)
-        self._count = 0                                      # calls that have begun
+        self.logprobs: Json | None = None  # of the delta read last
+        self._calls: dict[tuple[int, int, str], ChatCall] = {}  # (choice, index, id)
+        self._open: dict[tuple[int, int], ChatCall] = {}  # (choice, index)
+        self._count = 0  # calls that have begun
 
     def read(self, answer: Json) -> Json | None:
         """The delta of a chunk or the message of an answer, None without choices.
         Raises UpstreamError for an error told in it."""
         usage = answer.get("usage")
-        if isinstance(usage, dict) and (self.usage is None or any(read_usage(usage).values())):
+        if isinstance(usage, dict) and (
+            self.usage is None or any(read_usage(usage).values())
+        ):
             self.usage = usage or None
         if answer.get("error"):
             raise told_error(answer)
@@ -3442,7 +4626,9 @@ class ChatChunks:
         self.reason = word(reason) or self.reason
 
         place = count_or_zero(choice.get("index"))
-        for name, value in as_object(choice.get("delta") or choice.get("message")).items():
+        for name, value in as_object(
+            choice.get("delta") or choice.get("message")
+        ).items():
             if name == "tool_calls":
                 self._read_calls(place, value, merged)
             else:
@@ -3464,16 +4650,21 @@ class ChatChunks:
 
     def _read_calls(self, choice: int, deltas: Any, merged: Json) -> None:
         for place, delta in enumerate(as_list(deltas)):
-            found = self._read_call(choice, place, delta) if isinstance(delta, dict) else {}
+            found = (
+                self._read_call(choice, place, delta) if isinstance(delta, dict) else {}
+            )
             if found:
                 merged.setdefault("tool_calls", []).append(found)
 
     def _read_call(self, choice: int, place: int, delta: Json) -> Json:
         """A delta of a call as clients get it, {} while its name is not known."""
-        index, call_id = count_or_zero(delta.get("index", place)), str(delta.get("id") or "")
+        index, call_id = (
+            count_or_zero(delta.get("index", place)),
+            str(delta.get("id") or ""),
+        )
         call = self._find_call(choice, index, call_id)
         if call_id and call.id == call_id:
-            del delta["id"]                                  # said before
+            del delta["id"]  # said before
         call.id = call.id or call_id
 
         function = ChatCall.function_of(delta)
@@ -3503,13 +4694,15 @@ class ChatChunks:
             call.number, self._count = self._count, self._count + 1
             if call.id:
                 delta["id"] = call.id
-            delta.setdefault("type", "function")             # openai's Node SDK insists
+            delta.setdefault("type", "function")  # openai's Node SDK insists
         delta["index"] = call.number
         return delta
 
     def rest(self) -> list[Json]:
         """At the end: calls that were never named."""
-        nameless = [call for call in self._open.values() if call.number < 0 and call.waiting]
+        nameless = [
+            call for call in self._open.values() if call.number < 0 and call.waiting
+        ]
         return [self._begin(call, call.waiting) for call in nameless]
 
     def end(self) -> str:
@@ -3517,22 +4710,25 @@ class ChatChunks:
         reason = self.reason or "stop"
         return "tool_calls" if self._calls and reason == "stop" else reason
 
+
 class ChatStream(StreamRelay):
     """Chunks with one choice of index 0, `object`, `id` and `model` filled, one finish chunk, and
     usage only for a client that asked for it."""
+
     HEAD_FIELDS = ("id", "created", "system_fingerprint", "service_tier")
 
-    def __init__(self, dialect: Dialect, asked: str, body: Json,
-                 request: Request | None = None) -> None:
+    def __init__(
+        self, dialect: Dialect, asked: str, body: Json, request: Request | None = None
+    ) -> None:
         super().__init__(dialect, asked, body, request)
         options = as_object(body.get("stream_options"))
         self._wants_usage = options.get("include_usage") is True
-        self._head: Json = {}                 # of HEAD_FIELDS, what every chunk repeats
+        self._head: Json = {}  # of HEAD_FIELDS, what every chunk repeats
         self._chunks = ChatChunks()
         self._started = False
-        self._template = DeltaTemplate()      # of text chunks
-        self._around = [b"", b""]             # the text in such a chunk as it goes out
-        self._blanks: dict[int, int] = {}     # index of a call -> run of white space
+        self._template = DeltaTemplate()  # of text chunks
+        self._around = [b"", b""]  # the text in such a chunk as it goes out
+        self._blanks: dict[int, int] = {}  # index of a call -> run of white space
 
     def _quick(self, block: bytes) -> bytes:
         text = self._template.match(block)
@@ -3560,7 +4756,11 @@ class ChatStream(StreamRelay):
                 self._head.setdefault(key, answer[key])
         for call in delta.get("tool_calls", ()):
             text = as_object(call.get("function")).get("arguments")
-            if isinstance(text, str) and text and is_astray(self._blanks, call["index"], text):
+            if (
+                isinstance(text, str)
+                and text
+                and is_astray(self._blanks, call["index"], text)
+            ):
                 return self._fail(UpstreamError(ASTRAY))
 
         delta.pop("role", None)
@@ -3575,7 +4775,8 @@ class ChatStream(StreamRelay):
         """A chunk with this delta.  The first one has role and content; no other has the role,
         since SDKs join what chunks repeat."""
         if self._chunks.reason or any(
-                value for key, value in delta.items() if key != "reasoning_opaque"):
+            value for key, value in delta.items() if key != "reasoning_opaque"
+        ):
             self.has_content = True
         if not self._started:
             delta = dict({"role": "assistant", "content": ""}, **delta)
@@ -3596,20 +4797,31 @@ class ChatStream(StreamRelay):
         out = self._chunk({"tool_calls": rest}) if rest else b""
 
         self.ended = self.has_content = True
-        out += self._render([{"index": 0, "delta": {}, "finish_reason": self._chunks.end()}])
+        out += self._render(
+            [{"index": 0, "delta": {}, "finish_reason": self._chunks.end()}]
+        )
         if self._wants_usage and self._chunks.usage is not None:
             out += self._render([], usage=self._chunks.usage)
         return out + b"data: [DONE]\n\n"
 
     def _render(self, choices: list[Json], **more: Json) -> bytes:
-        head = {"id": client_id("chatcmpl-", "", self.request), "object": "chat.completion.chunk",
-                "created": self.request.now, "model": self.asked}
-        return b"data: %b\n\n" % dumps(dict(head, **self._head, choices=choices, **more))
+        head = {
+            "id": client_id("chatcmpl-", "", self.request),
+            "object": "chat.completion.chunk",
+            "created": self.request.now,
+            "model": self.asked,
+        }
+        return b"data: %b\n\n" % dumps(
+            dict(head, **self._head, choices=choices, **more)
+        )
+
 
 _CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
 
+
 class ChatCompletions(Dialect):
     """POST /chat/completions, OpenAI's older shape and the one that most models speak."""
+
     name, path = "chat", "/chat/completions"
     cache_mark = "copilot_cache_control"
     takes_files = False
@@ -3618,9 +4830,15 @@ class ChatCompletions(Dialect):
     knows_allowed_tools = True
     has_freeform_tools = True
     substitutes = ("responses", "messages")
-    STOP_REASONS = (("stop", "stop"), ("length", "length"), ("tool_calls", "tool_use"),
-                    ("content_filter", "refusal"), ("function_call", "tool_use"),
-                    ("stop", "stop_sequence"), ("stop", "pause"))
+    STOP_REASONS = (
+        ("stop", "stop"),
+        ("length", "length"),
+        ("tool_calls", "tool_use"),
+        ("content_filter", "refusal"),
+        ("function_call", "tool_use"),
+        ("stop", "stop_sequence"),
+        ("stop", "pause"),
+    )
 
     def prepare(self, edit: Edit, model: Model) -> None:
         body = edit.body
@@ -3628,38 +4846,48 @@ class ChatCompletions(Dialect):
         if not messages:
             raise BadRequest("'messages' must not be empty", param="messages")
         if count_or_zero(body.get("n")) > 1:
-            raise BadRequest("'n' above 1 is not offered: the upstream gives one answer a request",
-                             param="n")
+            raise BadRequest(
+                "'n' above 1 is not offered: the upstream gives one answer a request",
+                param="n",
+            )
+
         for key in ("store", "service_tier"):
             edit.drop(body, key)
         if body.get("stream") is True:
             options = dict(as_object(body.get("stream_options")), include_usage=True)
             edit.set(body, "stream_options", options)
+
         if not model.is_openai and all(m.get("role") in SYSTEM_ROLES for m in messages):
-            edit.set(messages[-1], "role", "user")       # Claude and Gemini want a turn
+            edit.set(messages[-1], "role", "user")  # Claude and Gemini want a turn
         if not edit.is_words:
             for at, message in enumerate(messages):
                 self._prepare_message(edit, model, message, "messages[%d]" % at)
             self._move_tool_images(edit)
+
         prepare_tools(edit, lambda tool: True)
         self._prepare_max_tokens(edit, model)
 
     @staticmethod
     def _prepare_message(edit: Edit, model: Model, message: Json, place: str) -> None:
-        takes_developer = model.is_openai and not model.id.startswith(("gpt-4", "gpt-3"))
+        takes_developer = model.is_openai and not model.id.startswith(
+            ("gpt-4", "gpt-3")
+        )
         if message.get("role") == "developer" and not takes_developer:
             edit.set(message, "role", "system")
         if message.get("role") == "assistant":
-            edit.drop(message, "reasoning_content")     # ours, beside the native reasoning_text
+            edit.drop(
+                message, "reasoning_content"
+            )  # ours, beside the native reasoning_text
             if is_packed(message.get("reasoning_opaque")):
                 edit.drop(message, "reasoning_opaque", FOREIGN_STATE)
                 edit.drop(message, "reasoning_text")
+
         if type(message.get("content")) is not list:
             return
         refuse_image_urls(message["content"], place)
         for part in message["content"]:
             image = as_object(as_object(part).get("image_url"))
-            if image.get("detail") == "original":        # a word of Responses alone
+            if image.get("detail") == "original":  # a word of Responses alone
                 edit.set(image, "detail", "high")
 
     @staticmethod
@@ -3667,8 +4895,10 @@ class ChatCompletions(Dialect):
         """Messages of tools take text only: their images and files move into a message of the user
         behind the results of the round."""
         messages = edit.body["messages"]
-        if not any(message.get("role") == "tool" and type(message.get("content")) is list
-                   for message in messages):
+        if not any(
+            message.get("role") == "tool" and type(message.get("content")) is list
+            for message in messages
+        ):
             return
 
         moved: list[Json] = []
@@ -3679,11 +4909,17 @@ class ChatCompletions(Dialect):
                 moved = []
             shaped.append(message)
             parts = as_list(message.get("content"))
-            files = [part for part in parts
-                     if as_object(part).get("type") in ("image_url", "file")]
+            files = [
+                part
+                for part in parts
+                if as_object(part).get("type") in ("image_url", "file")
+            ]
             if message.get("role") == "tool" and files:
                 call_id = message.get("tool_call_id")
-                moved += [{"type": "text", "text": "[files of tool result %s]" % call_id}, *files]
+                moved += [
+                    {"type": "text", "text": "[files of tool result %s]" % call_id},
+                    *files,
+                ]
                 texts = [part for part in parts if part not in files]
                 edit.set(message, "content", texts or "[see the files below]")
         if moved:
@@ -3695,8 +4931,10 @@ class ChatCompletions(Dialect):
         body = edit.body
         for key in ("max_tokens", "max_completion_tokens"):
             if key in body and (body[key] is None or body[key] == -1):
-                edit.drop(body, key)                    # how some clients say: no limit
-        reasons = model.is_openai and bool(model.efforts or re.match(r"gpt-5|o\d", model.id))
+                edit.drop(body, key)  # how some clients say: no limit
+        reasons = model.is_openai and bool(
+            model.efforts or re.match(r"gpt-5|o\d", model.id)
+        )
         old, new = "max_tokens", "max_completion_tokens"
         if not model.is_openai:
             old, new = new, old
@@ -3705,13 +4943,15 @@ class ChatCompletions(Dialect):
             edit.set(body, new, body.get(new, limit))
         cap = model.output_cap(body.get("stream") is True)
         if not model.is_openai and cap and "max_tokens" not in body:
-            edit.set(body, "max_tokens", cap)           # Claude and Gemini stop early without
+            edit.set(body, "max_tokens", cap)  # Claude and Gemini stop early without
 
     def is_in_shape(self, item: Any) -> bool:
         if type(item) is not dict or "type" in item or "function_call" in item:
             return False
         content = item.get("content")
-        return (content is None or type(content) is str) and item.get("role") in _CHAT_ROLES
+        return (content is None or type(content) is str) and item.get(
+            "role"
+        ) in _CHAT_ROLES
 
     def own_tool(self, tool: Json) -> Json:
         if isinstance(tool.get("function"), dict) and tool.get("type") == "function":
@@ -3737,13 +4977,15 @@ class ChatCompletions(Dialect):
         return write_part(part, "")
 
     def takes_stops(self, stops: list[str], model: Model) -> bool:
-        refuses = re.match(r"gpt-[5-9]|o\d", model.id)       # OpenAI's reasoning models do
+        refuses = re.match(r"gpt-[5-9]|o\d", model.id)  # OpenAI's reasoning models do
         return len(stops) <= MAX_STOP_SEQUENCES and not (stops and refuses)
 
     def tool_steps(self, item: Json) -> list[ToolStep]:
         calls = [str(call.get("id")) for call in item.get("tool_calls") or ()]
         is_result = item.get("role") == "tool"
-        return [ToolStep(item, calls, str(item.get("tool_call_id")) if is_result else None)]
+        return [
+            ToolStep(item, calls, str(item.get("tool_call_id")) if is_result else None)
+        ]
 
     def missing_result(self, item: Json, call_id: str) -> Json:
         return {"role": "tool", "tool_call_id": call_id, "content": INTERRUPTED}
@@ -3752,10 +4994,14 @@ class ChatCompletions(Dialect):
         if model.is_openai:
             return
         for name in _OPENAI_ONLY:
-            edit.drop(edit.body, name, "" if name in HARMLESS else "the model is not OpenAI's")
+            edit.drop(
+                edit.body, name, "" if name in HARMLESS else "the model is not OpenAI's"
+            )
 
     def tidy_item(self, edit: Edit, item: Json, model: Model) -> bool:
-        if "annotations" in item and not item["annotations"]:    # [], as SDKs write answers down
+        if (
+            "annotations" in item and not item["annotations"]
+        ):  # [], as SDKs write answers down
             edit.drop(item, "annotations")
         if "tool_calls" in item:
             if item["tool_calls"] == []:
@@ -3772,11 +5018,17 @@ class ChatCompletions(Dialect):
             if not item["content"]:
                 edit.set(item, "content", None)
 
-        if item.get("content") or item.get("tool_calls") or item.get("reasoning_opaque"):
+        if (
+            item.get("content")
+            or item.get("tool_calls")
+            or item.get("reasoning_opaque")
+        ):
             return True
         is_result = item.get("role") == "tool"
         if is_result and not model.is_openai:
-            edit.set(item, "content", "(no output)")     # Claude and Gemini refuse empty results
+            edit.set(
+                item, "content", "(no output)"
+            )  # Claude and Gemini refuse empty results
         elif is_result or had_content:
             edit.set(item, "content", "")
         return is_result or model.is_openai
@@ -3791,7 +5043,11 @@ class ChatCompletions(Dialect):
                     edit.set(message, self.cache_mark, EPHEMERAL)
 
         def is_empty(part: Any) -> bool:
-            return isinstance(part, dict) and part.get("type") == "text" and not part.get("text")
+            return (
+                isinstance(part, dict)
+                and part.get("type") == "text"
+                and not part.get("text")
+            )
 
         edit.replace(message, "content", [part for part in parts if not is_empty(part)])
 
@@ -3812,15 +5068,18 @@ class ChatCompletions(Dialect):
             return
 
         is_system = [message.get("role") in SYSTEM_ROLES for message in messages]
-        head = messages[:(is_system + [False]).index(False)]
+        head = messages[: (is_system + [False]).index(False)]
         for target in [*tools[-1:], *head[-1:], *last_user_turns(messages)]:
             edit.set(target, self.cache_mark, EPHEMERAL)
 
     def mend(self, answer: Json, asked: str, request: Request | None = None) -> bool:
         choices = dicts_in(answer, "choices")
-        is_whole = (len(choices) == 1 and self._is_whole(choices[0])
-                    and answer.get("model") == asked
-                    and all(answer.get(key) for key in ("id", "object", "created")))
+        is_whole = (
+            len(choices) == 1
+            and self._is_whole(choices[0])
+            and answer.get("model") == asked
+            and all(answer.get(key) for key in ("id", "object", "created"))
+        )
         if choices and not is_whole:
             answer["choices"] = [self._join_choices(answer, choices[0])]
 
@@ -3835,12 +5094,14 @@ class ChatCompletions(Dialect):
     def _join_choices(answer: Json, first: Json) -> Json:
         """All choices of an answer as one."""
         chunks = ChatChunks()
-        message = dict({"role": "assistant", "content": None}, **chunks.read(answer) or {})
+        message = dict(
+            {"role": "assistant", "content": None}, **chunks.read(answer) or {}
+        )
         rest = chunks.rest()
         if rest:
             message.setdefault("tool_calls", []).extend(rest)
         for call in message.get("tool_calls", ()):
-            del call["index"]                                  # for chunks only
+            del call["index"]  # for chunks only
         joined = {key: value for key, value in first.items() if key != "delta"}
         if chunks.logprobs:
             joined["logprobs"] = chunks.logprobs
@@ -3848,7 +5109,10 @@ class ChatCompletions(Dialect):
 
     def check_answer(self, answer: Json) -> None:
         super().check_answer(answer)
-        if any(choice.get("finish_reason") == "error" for choice in dicts_in(answer, "choices")):
+        if any(
+            choice.get("finish_reason") == "error"
+            for choice in dicts_in(answer, "choices")
+        ):
             raise told_error({})
 
     @staticmethod
@@ -3856,9 +5120,14 @@ class ChatCompletions(Dialect):
         """Has it all that clients insist on, and nothing that they would not see?"""
         message = as_object(choice.get("message"))
         called = choice.get("finish_reason") == "tool_calls"
-        return (choice.get("index") == 0 and bool(choice.get("finish_reason"))
-                and "role" in message and "content" in message
-                and "reasoning_text" not in message and bool(message.get("tool_calls")) == called)
+        return (
+            choice.get("index") == 0
+            and bool(choice.get("finish_reason"))
+            and "role" in message
+            and "content" in message
+            and "reasoning_text" not in message
+            and bool(message.get("tool_calls")) == called
+        )
 
     # -- to and from neutral words.  One text, one reasoning and a list of calls in a message: the
     # -- order among them is lost in bodies, streams keep it.
@@ -3867,8 +5136,11 @@ class ChatCompletions(Dialect):
         if count_or_zero(body.get("n")) > 1:
             raise BadRequest("'n' is not supported above 1", param="n")
         limit = positive(body.get("max_completion_tokens")) or body.get("max_tokens")
-        request = read_fields(self, dict(body, max_tokens=limit), "messages max_completion_tokens "
-                              "n verbosity functions function_call")
+        request = read_fields(
+            self,
+            dict(body, max_tokens=limit),
+            "messages max_completion_tokens n verbosity functions function_call",
+        )
         options = as_object(body.get("stream_options"))
         request.wants_usage = options.get("include_usage") is True
         request.openai.update(given(verbosity=body.get("verbosity") or None))
@@ -3880,19 +5152,36 @@ class ChatCompletions(Dialect):
         function = tool.get("function")
         freeform = freeform_of(tool)
         if isinstance(function, dict):
-            add_tool(request, function, "parameters", cache=bool(tool.get(self.cache_mark)))
+            add_tool(
+                request, function, "parameters", cache=bool(tool.get(self.cache_mark))
+            )
         elif freeform:
-            shown = {"name": freeform.get("name"), "description": freeform_description(freeform),
-                     "parameters": FREEFORM_SCHEMA}
+            shown = {
+                "name": freeform.get("name"),
+                "description": freeform_description(freeform),
+                "parameters": FREEFORM_SCHEMA,
+            }
             add_tool(request, shown, "parameters", kind="custom")
         else:
             drop_hosted_tool(request, tool)
 
     def read_turn(self, request: Request, item: Json, place: str) -> None:
         message, role = item, str(item.get("role"))
-        note_unknown(request, message, "content", "tool_calls", "tool_call_id", "refusal",
-                     "reasoning_text", "reasoning_content", "reasoning_opaque", "audio",
-                     "copilot_cache_control", "function_call")
+        note_unknown(
+            request,
+            message,
+            "content",
+            "tool_calls",
+            "tool_call_id",
+            "refusal",
+            "reasoning_text",
+            "reasoning_content",
+            "reasoning_opaque",
+            "audio",
+            "copilot_cache_control",
+            "function_call",
+        )
+
         if role in ("system", "developer"):
             parts: list[Part] = [Text(text_of(message.get("content")))]
         elif role == "assistant":
@@ -3902,62 +5191,131 @@ class ChatCompletions(Dialect):
             if role == "tool":
                 parts = [ToolResult(str(message.get("tool_call_id") or ""), parts)]
         else:
-            raise BadRequest("'%s.role' must be system, developer, user, assistant or tool" % place,
-                             param=place)
+            raise BadRequest(
+                "'%s.role' must be system, developer, user, assistant or tool" % place,
+                param=place,
+            )
+
         if message.get("copilot_cache_control") and parts:
             parts[-1].cache = True
         request.add_turn({"developer": "system", "tool": "user"}.get(role, role), parts)
 
     def _read_assistant(self, message: Json) -> list[Part]:
-        thought = word(message.get("reasoning_text")) or word(
-            message.get("reasoning_content")) or word(message.get("reasoning")) or ""
+        thought = (
+            word(message.get("reasoning_text"))
+            or word(message.get("reasoning_content"))
+            or word(message.get("reasoning"))
+            or ""
+        )
+
         parts = reasoning_parts(self.name, thought, message.get("reasoning_opaque"))
         content = message.get("content")
         refusals = [p.get("refusal") for p in as_list(content) if isinstance(p, dict)]
-        said, refusal = text_of(content), message.get("refusal") or next(filter(None, refusals), "")
+        said, refusal = (
+            text_of(content),
+            message.get("refusal") or next(filter(None, refusals), ""),
+        )
         parts += [Text(said)] if said else []
         parts += [Text(str(refusal), refusal=True)] if refusal else []
+
         for call in map(as_object, as_list(message.get("tool_calls"))):
             function = as_object(call.get("function")) or as_object(call.get("custom"))
             arguments = str(function.get("arguments") or "{}")
+
             if "input" in function:
-                arguments = dumps({"input": str(function["input"])}).decode("utf-8", "replace")
-            parts.append(ToolCall(str(call.get("id") or ""), str(function.get("name") or ""),
-                                  arguments))
+                arguments = dumps({"input": str(function["input"])}).decode(
+                    "utf-8", "replace"
+                )
+
+            parts.append(
+                ToolCall(
+                    str(call.get("id") or ""),
+                    str(function.get("name") or ""),
+                    arguments,
+                )
+            )
+
         return parts
 
     def encode_request(self, request: Request, model: Model) -> Json:
         preflight(request, model)
         tools, choice, schema = offered_tools(request, model, True)
         stops = upstream_stops(self, request, model)
-        budget = None if model.efforts else fit_budget(request.thinking_budget or dict(
-            EFFORT_BUDGETS).get(request.effort or ""), request.max_output_tokens, model)
+        budget = (
+            None
+            if model.efforts
+            else fit_budget(
+                request.thinking_budget
+                or dict(EFFORT_BUDGETS).get(request.effort or ""),
+                request.max_output_tokens,
+                model,
+            )
+        )
+
         if schema:
             kind, inner = schema["type"], dict({"name": "output"}, **schema)
             del inner["type"]
-            schema = {"type": kind} if kind == "json_object" else {"type": kind, kind: inner}
-        body = write_fields(self, request, model, stop=stops,
-                            thinking_budget=budget, output_schema=schema,
-                            effort=None if budget else fit_effort(request, model))
+            schema = (
+                {"type": kind} if kind == "json_object" else {"type": kind, kind: inner}
+            )
+
+        body = write_fields(
+            self,
+            request,
+            model,
+            stop=stops,
+            thinking_budget=budget,
+            output_schema=schema,
+            effort=None if budget else fit_effort(request, model),
+        )
+
         body["messages"] = self.write_turns(request.turns, request, model)
+
         if tools:
-            body["tools"] = [given(
-                type="function", copilot_cache_control=EPHEMERAL if tool.cache and model.is_claude
-                else None, function=given(name=tool.name, description=tool.description,
-                                          parameters=tool.parameters, strict=tool.strict))
-                for tool in tools]
-            body.update(given(tool_choice={"type": "function", "function": {"name": choice.name}}
-                              if isinstance(choice, Named) else choice))
+            body["tools"] = [
+                given(
+                    type="function",
+                    copilot_cache_control=EPHEMERAL
+                    if tool.cache and model.is_claude
+                    else None,
+                    function=given(
+                        name=tool.name,
+                        description=tool.description,
+                        parameters=tool.parameters,
+                        strict=tool.strict,
+                    ),
+                )
+                for tool in tools
+            ]
+
+            body.update(
+                given(
+                    tool_choice={"type": "function", "function": {"name": choice.name}}
+                    if isinstance(choice, Named)
+                    else choice
+                )
+            )
+
         return body
 
-    def write_turns(self, turns: list[Turn], request: Request, model: Model) -> list[Json]:
-        return [message for turn in turns for message in self._write_turn(turn, request, model)]
+    def write_turns(
+        self, turns: list[Turn], request: Request, model: Model
+    ) -> list[Json]:
+        return [
+            message
+            for turn in turns
+            for message in self._write_turn(turn, request, model)
+        ]
 
     def _write_turn(self, turn: Turn, request: Request, model: Model) -> list[Json]:
         if turn.role == "system":
-            messages: list[Json] = [{"role": "system", "content": join_texts(turn.parts)}]
+            messages: list[Json] = [
+                {"role": "system", "content": join_texts(turn.parts)}
+            ]
         elif turn.role == "assistant":
-            message = self._write_assistant(usable_parts(turn, request, self.name), request)
+            message = self._write_assistant(
+                usable_parts(turn, request, self.name), request
+            )
             messages = [message] if len(message) > 2 or message["content"] else []
         else:
             messages = self._write_user(turn, request)
@@ -3969,25 +5327,46 @@ class ChatCompletions(Dialect):
         """All tool messages first; they take text only, so their images move behind them."""
         messages: list[Json] = []
         content: list[Json] = []
+
         for result in [p for p in turn.parts if isinstance(p, ToolResult)]:
             call_id = fit_call_id(result.call_id)
-            moved = [p for p in result.parts if isinstance(p, (Image, Document))
-                     and not plain_text(p)]
+            moved = [
+                p
+                for p in result.parts
+                if isinstance(p, (Image, Document)) and not plain_text(p)
+            ]
+
             if moved:
-                content.append({"type": "text", "text": "[files of tool result %s]" % call_id})
+                content.append(
+                    {"type": "text", "text": "[files of tool result %s]" % call_id}
+                )
                 content += [write_part(part, "") for part in moved]
-            messages.append({"role": "tool", "tool_call_id": call_id, "content": result_text(
-                result, request) or ("[see the files below]" if moved else "")})
-        content += [write_part(part, "") for part in turn.parts
-                    if isinstance(part, (Text, Image, Document))]
+
+            messages.append(
+                {
+                    "role": "tool",
+                    "tool_call_id": call_id,
+                    "content": result_text(result, request)
+                    or ("[see the files below]" if moved else ""),
+                }
+            )
+
+        content += [
+            write_part(part, "")
+            for part in turn.parts
+            if isinstance(part, (Text, Image, Document))
+        ]
+
         if len(content) == 1 and content[0]["type"] == "text":
             messages.append({"role": "user", "content": content[0]["text"]})
         elif content:
             messages.append({"role": "user", "content": content})
+
         return messages
 
-    def _write_assistant(self, parts: list[Part], request: Request | None,
-                         freeform: Container[str] = ()) -> Json:
+    def _write_assistant(
+        self, parts: list[Part], request: Request | None, freeform: Container[str] = ()
+    ) -> Json:
         """One message: for the upstream with a request, for a client without, then with the names
         of its freeform tools."""
         thoughts = [p for p in parts if isinstance(p, Reasoning)]
@@ -3997,8 +5376,13 @@ class ChatCompletions(Dialect):
         thought = "".join(p.text for p in thoughts)
         states = [client_state(p, self.name) for p in thoughts]
         message: Json = {"role": "assistant", "content": said or None}
-        message.update(given(refusal=refusal or None, reasoning_text=thought or None,
-                             reasoning_opaque=join_states(list(filter(None, states)))))
+        message.update(
+            given(
+                refusal=refusal or None,
+                reasoning_text=thought or None,
+                reasoning_opaque=join_states(list(filter(None, states))),
+            )
+        )
         if request is None and thought:
             message["reasoning_content"] = thought
 
@@ -4006,7 +5390,9 @@ class ChatCompletions(Dialect):
         if calls:
             if request:
                 calls = [replace(call, id=fit_call_id(call.id)) for call in calls]
-            message["tool_calls"] = [self.call(call, call.name in freeform) for call in calls]
+            message["tool_calls"] = [
+                self.call(call, call.name in freeform) for call in calls
+            ]
         return message
 
     @staticmethod
@@ -4024,17 +5410,33 @@ class ChatCompletions(Dialect):
         reason = self.finish_reason(response.stop, "refusal" in message)
         message.setdefault("refusal", None)
         texts = [part for part in response.parts if isinstance(part, Text)]
-        notes = [self.annotation(citation) for text in texts for citation in text.citations]
+        notes = [
+            self.annotation(citation) for text in texts for citation in text.citations
+        ]
         if notes:
             message["annotations"] = notes
-        choice = {"index": 0, "message": message, "logprobs": self._logprobs(texts),
-                  "finish_reason": reason}
-        answer = {"id": client_id("chatcmpl-", response.id, request), "object": "chat.completion",
-                  "created": response.created or request.now, "model": request.model,
-                  "choices": [choice],
-                  "usage": openai_usage(response.usage, "prompt", "completion")}
-        return dict(answer, **given(system_fingerprint=response.fingerprint,
-                                    service_tier=response.tier))
+        choice = {
+            "index": 0,
+            "message": message,
+            "logprobs": self._logprobs(texts),
+            "finish_reason": reason,
+        }
+
+        answer = {
+            "id": client_id("chatcmpl-", response.id, request),
+            "object": "chat.completion",
+            "created": response.created or request.now,
+            "model": request.model,
+            "choices": [choice],
+            "usage": openai_usage(response.usage, "prompt", "completion"),
+        }
+
+        return dict(
+            answer,
+            **given(
+                system_fingerprint=response.fingerprint, service_tier=response.tier
+            ),
+        )
 
     @staticmethod
     def annotation(citation: Citation) -> Json:
@@ -4042,7 +5444,9 @@ class ChatCompletions(Dialect):
 
     @staticmethod
     def _logprobs(texts: list[Text]) -> Json | None:
-        content = [token for text in texts if not text.refusal for token in text.logprobs]
+        content = [
+            token for text in texts if not text.refusal for token in text.logprobs
+        ]
         refusal = [token for text in texts if text.refusal for token in text.logprobs]
         if not content and not refusal:
             return None
@@ -4050,19 +5454,23 @@ class ChatCompletions(Dialect):
 
     def finish_reason(self, stop: str, refused: bool) -> str:
         """A refusal that was put into words ends with `stop`, as OpenAI's own do."""
-        return "stop" if stop == "refusal" and refused else self.TO_WIRE.get(stop, "stop")
+        return (
+            "stop" if stop == "refusal" and refused else self.TO_WIRE.get(stop, "stop")
+        )
+
 
 class ChatDecoder(StreamDecoder):
     """A text and a thinking may be open, and calls, which end with the answer.  A thinking ends
     where a text begins.  One that comes later goes on beside the text: deltas that alternate must
     not cut the words into pieces."""
+
     TEXT_KEYS = (b'"content":', b'"reasoning_text":', b'"arguments":')
 
     def __init__(self, dialect: Any) -> None:
         super().__init__(dialect)
         self._chunks = ChatChunks()
-        self._places: dict[str, int] = {}      # field of a delta -> index of its open part
-        self._state = ""                       # reasoning_opaque so far
+        self._places: dict[str, int] = {}  # field of a delta -> index of its open part
+        self._state = ""  # reasoning_opaque so far
 
     def _read_event(self, event: Json) -> None:
         try:
@@ -4094,7 +5502,7 @@ class ChatDecoder(StreamDecoder):
         if "reasoning" not in self._places:
             self._places["reasoning"] = self._begin(Reasoning())
         self._delta(self._places["reasoning"], thought)
-        self._state = state or self._state     # the last one counts
+        self._state = state or self._state  # the last one counts
 
     def _read_words(self, key: str, text: Any, logprobs: Any) -> None:
         if key not in self._places:
@@ -4123,7 +5531,7 @@ class ChatDecoder(StreamDecoder):
 
     def _done(self) -> None:
         if not self._started:
-            return                             # _finish makes an error of it
+            return  # _finish makes an error of it
         for call in self._chunks.rest():
             self._read_call(call)
         self._close()
@@ -4133,32 +5541,49 @@ class ChatDecoder(StreamDecoder):
         if self._chunks.reason:
             self._done()
 
+
 class ChatEncoder(StreamEncoder):
     """Chunks with everything that strict clients look for; usage only for who asked."""
+
     def __init__(self, dialect: ChatCompletions, request: Request) -> None:
         super().__init__(dialect, request)
         self._head: Json = {}
         self._calls = 0
         self._refused = False
-        self._words: dict[int, str] = {}                  # index of a text -> its field
+        self._words: dict[int, str] = {}  # index of a text -> its field
         self._freeform = {tool.name for tool in request.tools if tool.kind == "custom"}
-        self._inputs: dict[int, tuple[ToolCall, list[str]]] = {}     # of open freeform calls
+        self._inputs: dict[
+            int, tuple[ToolCall, list[str]]
+        ] = {}  # of open freeform calls
 
-    def _chunk(self, delta: Json, reason: str | None = None, logprobs: Json | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+    def _chunk(
+        self, delta: Json, reason: str | None = None, logprobs: Json | None = None
+    ) -> bytes:
+        choice = {
+            "index": 0,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": reason,
+        }
         return b"data: %b\n\n" % dumps(dict(self._head, choices=[choice]))
 
     def _start(self, event: ResponseStart) -> bytes:
         request = self.request
-        self._head = {"id": client_id("chatcmpl-", event.id, request),
-                      "object": "chat.completion.chunk",
-                      "created": event.created or request.now, "model": request.model}
-        self._head.update(given(system_fingerprint=event.fingerprint, service_tier=event.tier))
+        self._head = {
+            "id": client_id("chatcmpl-", event.id, request),
+            "object": "chat.completion.chunk",
+            "created": event.created or request.now,
+            "model": request.model,
+        }
+        self._head.update(
+            given(system_fingerprint=event.fingerprint, service_tier=event.tier)
+        )
         return self._chunk({"role": "assistant", "content": ""})
 
     def _begin(self, event: PartStart) -> bytes:
         part, out, mark = event.part, b"", self.MARK
         delta: Json = {"content": mark}
+
         if isinstance(part, Text):
             self._refused = self._refused or part.refusal
             key = self._words[event.index] = "refusal" if part.refusal else "content"
@@ -4166,16 +5591,31 @@ class ChatEncoder(StreamEncoder):
         elif isinstance(part, Reasoning):
             delta = {"reasoning_content": mark, "reasoning_text": mark}
             if part.redacted:
-                out = self._chunk({"reasoning_opaque": client_state(part, self.dialect.name)})
+                out = self._chunk(
+                    {"reasoning_opaque": client_state(part, self.dialect.name)}
+                )
         elif isinstance(part, ToolCall) and part.name in self._freeform:
-            self._inputs[event.index] = part, []         # its text is known at its end only
+            self._inputs[event.index] = part, []  # its text is known at its end only
             return b""
         elif isinstance(part, ToolCall):
-            out = self._chunk({"tool_calls": [{
-                "index": self._calls, "id": part.id, "type": "function",
-                "function": {"name": part.name, "arguments": ""}}]})
-            delta = {"tool_calls": [{"index": self._calls, "function": {"arguments": mark}}]}
+            out = self._chunk(
+                {
+                    "tool_calls": [
+                        {
+                            "index": self._calls,
+                            "id": part.id,
+                            "type": "function",
+                            "function": {"name": part.name, "arguments": ""},
+                        }
+                    ]
+                }
+            )
+
+            delta = {
+                "tool_calls": [{"index": self._calls, "function": {"arguments": mark}}]
+            }
             self._calls += 1
+
         self._frames[event.index] = self._chunk(delta).split(self.QUOTED_MARK)
         return out
 
@@ -4196,8 +5636,10 @@ class ChatEncoder(StreamEncoder):
         if event.index not in self._inputs:
             return b""
         part, texts = self._inputs.pop(event.index)
-        call = dict(self.dialect.call(replace(part, arguments="".join(texts)), True),
-                    index=self._calls)
+        call = dict(
+            self.dialect.call(replace(part, arguments="".join(texts)), True),
+            index=self._calls,
+        )
         self._calls += 1
         return self._chunk({"tool_calls": [call]})
 
@@ -4209,66 +5651,134 @@ class ChatEncoder(StreamEncoder):
         self.ended = True
         out = self._chunk({}, self.dialect.finish_reason(event.stop, self._refused))
         if self.request.wants_usage and event.usage is not None:
-            out += b"data: %b\n\n" % dumps(dict(
-                self._head, choices=[], usage=openai_usage(event.usage, "prompt", "completion")))
+            out += b"data: %b\n\n" % dumps(
+                dict(
+                    self._head,
+                    choices=[],
+                    usage=openai_usage(event.usage, "prompt", "completion"),
+                )
+            )
         return out + b"data: [DONE]\n\n"
+
 
 # ---- Responses ----
 
-_ITEM_PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_",
-                  "custom_tool_call": "ctc_", "web_search_call": "ws_", "compaction": "cmp_",
-                  "tool_search_call": "tsc_", "local_shell_call": "lsh_", "shell_call": "sh_",
-                  "apply_patch_call": "apc_", "computer_call": "cu_"}
+_ITEM_PREFIXES = {
+    "message": "msg_",
+    "reasoning": "rs_",
+    "function_call": "fc_",
+    "custom_tool_call": "ctc_",
+    "web_search_call": "ws_",
+    "compaction": "cmp_",
+    "tool_search_call": "tsc_",
+    "local_shell_call": "lsh_",
+    "shell_call": "sh_",
+    "apply_patch_call": "apc_",
+    "computer_call": "cu_",
+}
 _ITEM_ID = re.compile(rb'"item_id":\s*"((?:[^"\\]|\\.)*)"')
 _SEQUENCE = re.compile(rb'"sequence_number":\s*(\d{1,15})(?!\d)')
 _OUTPUT_INDEX = re.compile(rb'"output_index":\s*(\d{1,15})(?!\d)')
-_TERMINAL = ("response.completed", "response.incomplete", "response.failed", "response.cancelled",
-             "error")
+_TERMINAL = (
+    "response.completed",
+    "response.incomplete",
+    "response.failed",
+    "response.cancelled",
+    "error",
+)
 _REFUSED_TOOLS = ("image_generation", "code_interpreter")
-_SHAPED_ITEMS = ("function_call", "function_call_output", "reasoning", "custom_tool_call",
-                 "custom_tool_call_output")
+_SHAPED_ITEMS = (
+    "function_call",
+    "function_call_output",
+    "reasoning",
+    "custom_tool_call",
+    "custom_tool_call_output",
+)
 _SHAPED_PARTS = frozenset(("input_text", "output_text", "refusal"))
 #: the items that hold the result of a tool which the client ran
-_RESULT_ITEMS = ("function_call_output", "custom_tool_call_output", "tool_search_output",
-                 "local_shell_call_output", "shell_call_output", "apply_patch_call_output",
-                 "computer_call_output")
+_RESULT_ITEMS = (
+    "function_call_output",
+    "custom_tool_call_output",
+    "tool_search_output",
+    "local_shell_call_output",
+    "shell_call_output",
+    "apply_patch_call_output",
+    "computer_call_output",
+)
 #: the items that /responses itself has, beside messages
-_OWN_ITEMS = frozenset((
-    "reasoning", "item_reference", "compaction", "compaction_summary", "context_compaction",
-    "compaction_trigger", "function_call", "function_call_output", "custom_tool_call",
-    "custom_tool_call_output", "local_shell_call", "local_shell_call_output", "shell_call",
-    "shell_call_output", "apply_patch_call", "apply_patch_call_output", "computer_call",
-    "computer_call_output", "tool_search_call", "tool_search_output", "additional_tools",
-    "web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call"))
-_TEXT_EVENTS = ("response.output_text.delta", "response.output_text.done",
-                "response.refusal.delta", "response.refusal.done")
-_ARGUMENT_EVENTS = ("response.function_call_arguments", "response.custom_tool_call_input")
+_OWN_ITEMS = frozenset(
+    (
+        "reasoning",
+        "item_reference",
+        "compaction",
+        "compaction_summary",
+        "context_compaction",
+        "compaction_trigger",
+        "function_call",
+        "function_call_output",
+        "custom_tool_call",
+        "custom_tool_call_output",
+        "local_shell_call",
+        "local_shell_call_output",
+        "shell_call",
+        "shell_call_output",
+        "apply_patch_call",
+        "apply_patch_call_output",
+        "computer_call",
+        "computer_call_output",
+        "tool_search_call",
+        "tool_search_output",
+        "additional_tools",
+        "web_search_call",
+        "file_search_call",
+        "code_interpreter_call",
+        "image_generation_call",
+    )
+)
+_TEXT_EVENTS = (
+    "response.output_text.delta",
+    "response.output_text.done",
+    "response.refusal.delta",
+    "response.refusal.done",
+)
+_ARGUMENT_EVENTS = (
+    "response.function_call_arguments",
+    "response.custom_tool_call_input",
+)
+
 
 def item_id(item: Json, place: int) -> str:
     """The id under which a client sees an output item: the upstream's first one if it is short."""
     given = str(item.get("id") or "")
     if given and len(given) <= MAX_ID_CHARS:
         return given
-    return stable_id(_ITEM_PREFIXES.get(str(item.get("type")), "item_"), given or str(place))
+    return stable_id(
+        _ITEM_PREFIXES.get(str(item.get("type")), "item_"), given or str(place)
+    )
+
 
 def response_id(given: Any, key: str = "") -> str:
     """The upstream's id if it is short, else one of our own; key: makes it differ from others."""
     text = str(given or "")
     return text if 0 < len(text) <= MAX_ID_CHARS else stable_id("resp_", key + text)
 
+
 def is_blank(value: Any) -> bool:
     """Does a field of a response object say nothing?  0 and False do."""
     return value is None or value == "" or value == [] or value == {}
+
 
 def mend_item(item: Json, new_id: str) -> None:
     """Give an output item the id that the client knows."""
     item["id"] = new_id
     if item.get("type") == "reasoning" and not isinstance(item.get("summary"), list):
-        item["summary"] = []            # without it some clients show "thinking" for ever
+        item["summary"] = []  # without it some clients show "thinking" for ever
+
 
 def drop_copilot_fields(answer: Json) -> None:
     for key in [k for k in answer if k.startswith("copilot_")]:
         del answer[key]
+
 
 def mend_response_usage(answer: Json) -> None:
     """Fill what strict clients need (Codex: total_tokens)."""
@@ -4281,7 +5791,10 @@ def mend_response_usage(answer: Json) -> None:
     for key, usual in openai_usage(reported, "input", "output").items():
         if not isinstance(usage.get(key), type(usual)):
             usage[key] = usual
-    usage["input_tokens_details"].setdefault("cache_write_tokens", 0)     # openai 3.52 insists
+    usage["input_tokens_details"].setdefault(
+        "cache_write_tokens", 0
+    )  # openai 3.52 insists
+
 
 def _vendor_output(output: Any) -> Any:
     """The output of a vendor's tool as content: a screenshot as an image, the runs of a shell as
@@ -4293,28 +5806,71 @@ def _vendor_output(output: Any) -> Any:
         return output
     return dumps(output).decode("utf-8", "replace")
 
+
 #: events that show nothing to a user; of an item: if it is one of the second row
-_SILENT_EVENTS = ("response.created", "response.queued", "response.in_progress",
-                  "response.content_part.added", "response.reasoning_summary_part.added")
+_SILENT_EVENTS = (
+    "response.created",
+    "response.queued",
+    "response.in_progress",
+    "response.content_part.added",
+    "response.reasoning_summary_part.added",
+)
 _SILENT_ITEMS = ("message", "reasoning")
 #: fields of a request that its response object repeats, with what they are when they were not said
 ECHOED_FIELDS: Mapping[str, Any] = {
-    "background": False, "instructions": None, "max_output_tokens": None, "max_tool_calls": None,
-    "metadata": {}, "parallel_tool_calls": True, "previous_response_id": None,
-    "prompt_cache_key": None, "reasoning": {"effort": None, "summary": None},
-    "safety_identifier": None, "service_tier": None, "store": False, "temperature": None,
-    "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_logprobs": None,
-    "top_p": None, "truncation": "disabled", "user": None}
-_UNSAID_FIELDS = ("max_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier",
-                  "top_logprobs")        # left out where they were not said
-_KEPT_BACK = ("background", "store", "service_tier")      # not as the client asked
+    "background": False,
+    "instructions": None,
+    "max_output_tokens": None,
+    "max_tool_calls": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "prompt_cache_key": None,
+    "reasoning": {"effort": None, "summary": None},
+    "safety_identifier": None,
+    "service_tier": None,
+    "store": False,
+    "temperature": None,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_logprobs": None,
+    "top_p": None,
+    "truncation": "disabled",
+    "user": None,
+}
+_UNSAID_FIELDS = (
+    "max_tool_calls",
+    "prompt_cache_key",
+    "safety_identifier",
+    "service_tier",
+    "top_logprobs",
+)  # left out where they were not said
+_KEPT_BACK = ("background", "store", "service_tier")  # not as the client asked
+
 
 def empty_response(request: Request, response_id: str, created_at: int) -> Json:
     """A response object of which nothing is known but its request."""
-    fields_ = {name: value for name, value in ECHOED_FIELDS.items() if name not in _UNSAID_FIELDS}
-    return dict(fields_, **request.echo, id=response_id, object="response",
-                created_at=created_at or request.now, status="in_progress", error=None,
-                incomplete_details=None, model=request.model, output=[], usage=None)
+    fields_ = {
+        name: value
+        for name, value in ECHOED_FIELDS.items()
+        if name not in _UNSAID_FIELDS
+    }
+
+    return dict(
+        fields_,
+        **request.echo,
+        id=response_id,
+        object="response",
+        created_at=created_at or request.now,
+        status="in_progress",
+        error=None,
+        incomplete_details=None,
+        model=request.model,
+        output=[],
+        usage=None,
+    )
+
 
 class ResponsesStream(StreamRelay):
     """Response events with ids that stay: the upstream gives one item another id in every event,
@@ -4324,21 +5880,31 @@ class ResponsesStream(StreamRelay):
     event, whose text is the truth, and then sent as one delta.  A call without a name is held
     until an event names it."""
 
-    def __init__(self, dialect: Dialect, asked: str, body: Json,
-                 request: Request | None = None) -> None:
+    def __init__(
+        self, dialect: Dialect, asked: str, body: Json, request: Request | None = None
+    ) -> None:
         super().__init__(dialect, asked, body, request)
-        self._response: Json = {}              # id and created_at, once known
-        self._ids: dict[int, str] = {}         # output_index -> the id that the client knows
-        self._items: dict[int, Json] = {}      # output_index -> the finished item
-        self._ciphered: dict[int, str] = {}    # output_index -> obfuscated argument deltas
-        self._nameless: dict[int, list[Json]] = {}      # output_index -> events of such a call
-        self._sequence = 0                     # the next number
-        self._marker = b""                     # what every frame of the open item must hold
+        self._response: Json = {}  # id and created_at, once known
+        self._ids: dict[int, str] = {}  # output_index -> the id that the client knows
+        self._items: dict[int, Json] = {}  # output_index -> the finished item
+        self._ciphered: dict[
+            int, str
+        ] = {}  # output_index -> obfuscated argument deltas
+        self._nameless: dict[
+            int, list[Json]
+        ] = {}  # output_index -> events of such a call
+        self._sequence = 0  # the next number
+        self._marker = b""  # what every frame of the open item must hold
 
     # -- without a parser
 
     def _quick(self, block: bytes) -> bytes:
-        if not self.has_content or self._held or self._nameless or b'"obfuscation"' in block:
+        if (
+            not self.has_content
+            or self._held
+            or self._nameless
+            or b'"obfuscation"' in block
+        ):
             return b""
         if self._is_plain(block):
             return block
@@ -4347,13 +5913,20 @@ class ResponsesStream(StreamRelay):
     def _is_plain(self, block: bytes) -> bool:
         """Are these all events of the open item, under its one id?"""
         count = block.count(b"\n\n")
-        return bool(self._marker and block.count(self._marker) == count
-                    and block.count(b'"sequence_number":') == count and not self._ciphered
-                    and self._count_on(block))
+        return bool(
+            self._marker
+            and block.count(self._marker) == count
+            and block.count(b'"sequence_number":') == count
+            and not self._ciphered
+            and self._count_on(block)
+        )
 
     def _count_on(self, block: bytes) -> bool:
         """Do these frames go on with higher sequence numbers than those that went out?"""
-        first, last = _SEQUENCE.search(block), _SEQUENCE.search(block, block.rfind(b'"sequence_n'))
+        first, last = (
+            _SEQUENCE.search(block),
+            _SEQUENCE.search(block, block.rfind(b'"sequence_n')),
+        )
         if not first or not last or int(first.group(1)) < self._sequence:
             return False
         self._sequence = int(last.group(1)) + 1
@@ -4368,7 +5941,7 @@ class ResponsesStream(StreamRelay):
         known = self._ids.get(int(index.group(1))) if index else None
         if not found or known is None or not self._count_on(raw):
             return b""
-        return raw[:found.start(1)] + known.encode() + raw[found.end(1):]
+        return raw[: found.start(1)] + known.encode() + raw[found.end(1) :]
 
     # -- with one
 
@@ -4419,7 +5992,9 @@ class ResponsesStream(StreamRelay):
                 self._items[index] = item
             mend_item(item, known)
         if "item_id" in event:
-            event["item_id"] = self._ids.setdefault(index, item_id({"id": event["item_id"]}, index))
+            event["item_id"] = self._ids.setdefault(
+                index, item_id({"id": event["item_id"]}, index)
+            )
 
     def _is_nameless(self, event: Json, kind: str, index: int) -> bool:
         """Is this an event of a call whose name is not known?  Then it waits; with its name they
@@ -4443,7 +6018,9 @@ class ResponsesStream(StreamRelay):
             self._held += self._render(held)
         return False
 
-    def _mend_arguments(self, event: Json, stem: str, last: str, is_ciphered: bool) -> bytes:
+    def _mend_arguments(
+        self, event: Json, stem: str, last: str, is_ciphered: bool
+    ) -> bytes:
         """An event about a call's arguments; a ciphered delta waits for the whole."""
         index = count_or_zero(event.get("output_index"))
         if last == "delta" and (is_ciphered or index in self._ciphered):
@@ -4455,16 +6032,20 @@ class ResponsesStream(StreamRelay):
 
         held = self._ciphered.pop(index)
         text = event.get("arguments", event.get("input"))
-        delta = {"type": stem + ".delta", "sequence_number": self._sequence,
-                 "item_id": event.get("item_id"), "output_index": index,
-                 "delta": text if isinstance(text, str) else held}
+        delta = {
+            "type": stem + ".delta",
+            "sequence_number": self._sequence,
+            "item_id": event.get("item_id"),
+            "output_index": index,
+            "delta": text if isinstance(text, str) else held,
+        }
         return self._render(delta) + self._render(event)
 
     def _told_failure(self, event: Json, kind: str) -> bytes:
         """A failure that the upstream tells: in its own words, under the code that Codex knows."""
         answer = as_object(event.get("response"))
         error = told_error(answer or event)
-        if error.overflow:                     # as the event and code that clients act on
+        if error.overflow:  # as the event and code that clients act on
             return self._fail(error)
         if isinstance(answer.get("error"), dict):
             answer["error"]["code"] = error.response_code
@@ -4474,8 +6055,10 @@ class ResponsesStream(StreamRelay):
         """The whole, inside an event of this kind or by itself."""
         if not self._response:
             created_at = count_or_zero(answer.get("created_at")) or self.request.now
-            self._response = {"created_at": created_at, "id": response_id(
-                answer.get("id"), self.request.key)}
+            self._response = {
+                "created_at": created_at,
+                "id": response_id(answer.get("id"), self.request.key),
+            }
         answer["id"], answer["model"] = self._response["id"], self.asked
         answer["created_at"] = answer.get("created_at") or self._response["created_at"]
         for name, value in self.request.echo.items():
@@ -4495,36 +6078,59 @@ class ResponsesStream(StreamRelay):
 
     def _render(self, event: Json) -> bytes:
         given = event.get("sequence_number")
-        number = max(given, self._sequence) if isinstance(given, int) else self._sequence
+        number = (
+            max(given, self._sequence) if isinstance(given, int) else self._sequence
+        )
         event["sequence_number"], self._sequence = number, number + 1
         return Frame(str(event.get("type")), dumps(event)).encode()
 
     def _error(self, error: ProxyError) -> bytes:
         answer = empty_response(self.request, response_id(None, self.request.key), 0)
         answer.update(self._response)
-        answer.update(status="failed", error={"code": error.response_code, "message": str(error)})
+        answer.update(
+            status="failed", error={"code": error.response_code, "message": str(error)}
+        )
         return self._render({"type": "response.failed", "response": answer})
+
 
 def _is_reasoning(item: Any) -> bool:
     return as_object(item).get("type") == "reasoning"
 
+
 class Responses(Dialect):
     """POST /responses, OpenAI's newer shape.  Upstream it is stateless: nothing is stored."""
+
     name, path = "responses", "/responses"
     turns_key = "input"
     system_key = "instructions"
-    own_parts = frozenset(("input_text", "output_text", "input_image", "input_file", "input_audio",
-                           "refusal", "summary_text", "reasoning_text", "encrypted_content",
-                           "computer_screenshot"))
+    own_parts = frozenset(
+        (
+            "input_text",
+            "output_text",
+            "input_image",
+            "input_file",
+            "input_audio",
+            "refusal",
+            "summary_text",
+            "reasoning_text",
+            "encrypted_content",
+            "computer_screenshot",
+        )
+    )
     substitutes = ("chat", "messages")
     reads_compactions = True
     knows_allowed_tools = True
     has_freeform_tools = True
     has_whole_answer_limit = False
     #: incomplete_details.reason (for whole answers "completed") and the neutral word
-    STOP_REASONS = (("completed", "stop"), ("max_output_tokens", "length"),
-                    ("content_filter", "refusal"), ("completed", "tool_use"),
-                    ("completed", "stop_sequence"), ("completed", "pause"))
+    STOP_REASONS = (
+        ("completed", "stop"),
+        ("max_output_tokens", "length"),
+        ("content_filter", "refusal"),
+        ("completed", "tool_use"),
+        ("completed", "stop_sequence"),
+        ("completed", "pause"),
+    )
 
     def prepare(self, edit: Edit, model: Model) -> None:
         body = edit.body
@@ -4533,19 +6139,27 @@ class Responses(Dialect):
         edit.drop(body, "service_tier")
         limit = body.get("max_output_tokens")
         if isinstance(limit, int) and limit < 16:
-            edit.set(body, "max_output_tokens", 16)     # OpenAI's own minimum
+            edit.set(body, "max_output_tokens", 16)  # OpenAI's own minimum
         wanted, include = "reasoning.encrypted_content", as_list(body.get("include"))
-        if model.efforts and wanted not in include:     # needed to go on without a store
+        if model.efforts and wanted not in include:  # needed to go on without a store
             edit.set(body, "include", include + [wanted])
         prepare_tools(edit, lambda tool: tool.get("type") not in _REFUSED_TOOLS)
+
         if not isinstance(body.get("input"), str):
             items = check_list(body, "input")
-            kept = [item for at, item in enumerate(items) if self._prepare_item(edit, item, at)]
+            kept = [
+                item
+                for at, item in enumerate(items)
+                if self._prepare_item(edit, item, at)
+            ]
             edit.replace(body, "input", kept)
 
     def echo_of(self, body: Json) -> Json:
-        echo = {name: body[name] for name in ECHOED_FIELDS
-                if body.get(name) is not None and name not in _KEPT_BACK}
+        echo = {
+            name: body[name]
+            for name in ECHOED_FIELDS
+            if body.get(name) is not None and name not in _KEPT_BACK
+        }
         for name in ("reasoning", "text"):
             if name in echo:
                 echo[name] = dict(ECHOED_FIELDS[name], **as_object(echo[name]))
@@ -4555,13 +6169,19 @@ class Responses(Dialect):
     def _refuse_state(body: Json) -> None:
         for key in ("background", "conversation", "prompt"):
             if body.get(key):
-                raise BadRequest("'%s' is not supported: the upstream stores nothing" % key,
-                                 code="unsupported_parameter", param=key)
+                raise BadRequest(
+                    "'%s' is not supported: the upstream stores nothing" % key,
+                    code="unsupported_parameter",
+                    param=key,
+                )
         if body.get("previous_response_id"):
-            raise BadRequest("Previous response with id '%s' not found: the upstream stores "
-                             "nothing, send the whole input" % printable(
-                                 str(body["previous_response_id"]), 80),
-                             code="previous_response_not_found", param="previous_response_id")
+            raise BadRequest(
+                "Previous response with id '%s' not found: the upstream stores "
+                "nothing, send the whole input"
+                % printable(str(body["previous_response_id"]), 80),
+                code="previous_response_not_found",
+                param="previous_response_id",
+            )
 
     @staticmethod
     def _prepare_item(edit: Edit, item: Json, at: int) -> bool:
@@ -4570,13 +6190,19 @@ class Responses(Dialect):
         if kind == "item_reference":
             edit.lose("input[%d]" % at, "the upstream stores no items")
             return False
-        if kind == "reasoning" and not item.get("encrypted_content") and not text_of(
-                item.get("summary")).strip():
+
+        if (
+            kind == "reasoning"
+            and not item.get("encrypted_content")
+            and not text_of(item.get("summary")).strip()
+        ):
             edit.changed = True
             return False
+
         if is_packed(item.get("encrypted_content")):
             edit.lose("reasoning", FOREIGN_STATE)
             return False
+
         for key in ("id", "internal_chat_message_metadata_passthrough"):
             edit.drop(item, key)
         if isinstance(item.get("call_id"), str) and len(item["call_id"]) > MAX_ID_CHARS:
@@ -4584,16 +6210,20 @@ class Responses(Dialect):
         for key in ("content", "output"):
             refuse_image_urls(item.get(key), "input[%d]" % at)
             for part in map(as_object, as_list(item.get(key))):
-                if part.get("type") == "input_image":    # refused without a detail
+                if part.get("type") == "input_image":  # refused without a detail
                     detail = part.get("detail") or "auto"
                     edit.set(part, "detail", "high" if detail == "original" else detail)
+
         return True
 
     def is_in_shape(self, item: Any) -> bool:
         if type(item) is not dict:
             return False
         if item.get("role") is None:
-            return (item.get("type") in _SHAPED_ITEMS and type(item.get("output", "")) is str)
+            return (
+                item.get("type") in _SHAPED_ITEMS
+                and type(item.get("output", "")) is str
+            )
         if "tool_calls" in item or item["role"] == "tool":
             return False
         return _has_parts(item.get("content"), _SHAPED_PARTS)
@@ -4609,11 +6239,17 @@ class Responses(Dialect):
 
     def own_choice(self, choice: Any) -> Any:
         wish = choice_of(choice)
-        if isinstance(wish, Named) and "function" not in choice and choice["type"] == "function":
-            return choice                                # perhaps with a namespace
+        if (
+            isinstance(wish, Named)
+            and "function" not in choice
+            and choice["type"] == "function"
+        ):
+            return choice  # perhaps with a namespace
         if wish is None:
             return choice
-        return {"type": "function", "name": wish.name} if isinstance(wish, Named) else wish
+        return (
+            {"type": "function", "name": wish.name} if isinstance(wish, Named) else wish
+        )
 
     def is_own_item(self, item: Json) -> bool:
         if item.get("role") is not None:
@@ -4669,8 +6305,11 @@ class Responses(Dialect):
         request.openai.update(given(verbosity=verbosity or None))
         if body.get("instructions"):
             request.add_turn("system", [Text(str(body["instructions"]))])
-        items = [{"role": "user", "content": body["input"]}] if isinstance(
-            body.get("input"), str) else check_list(body, "input")
+        items = (
+            [{"role": "user", "content": body["input"]}]
+            if isinstance(body.get("input"), str)
+            else check_list(body, "input")
+        )
         for at, item in enumerate(items):
             self.read_turn(request, item, "input[%d]" % at)
         return request
@@ -4689,12 +6328,18 @@ class Responses(Dialect):
         if namespace:
             more = {"namespace": namespace, "short_name": name}
         if kind == "custom":
-            shown = {"name": shown["name"], "description": freeform_description(tool),
-                     "parameters": FREEFORM_SCHEMA}
+            shown = {
+                "name": shown["name"],
+                "description": freeform_description(tool),
+                "parameters": FREEFORM_SCHEMA,
+            }
         elif kind in CLIENT_TOOLS and tool.get("execution") != "server":
             row = CLIENT_TOOLS[kind]
-            shown = {"name": kind, "description": tool.get("description") or row.description,
-                     "parameters": as_object(tool.get("parameters")) or row.schema}
+            shown = {
+                "name": kind,
+                "description": tool.get("description") or row.description,
+                "parameters": as_object(tool.get("parameters")) or row.schema,
+            }
         elif kind != "function":
             drop_hosted_tool(request, tool)
             return
@@ -4702,49 +6347,75 @@ class Responses(Dialect):
 
     def read_turn(self, request: Request, item: Json, place: str) -> None:
         kind = str(item.get("type") or "message")
+
         if kind in _RESULT_ITEMS:
             request.add_turn("user", [self._read_result(request, item, place)])
         elif kind == "message" and item.get("role") in ("user", "system", "developer"):
             note_unknown(request, item, "content")
             if item["role"] == "user":
-                request.add_turn("user", read_content(item.get("content"), place, request))
+                request.add_turn(
+                    "user", read_content(item.get("content"), place, request)
+                )
             else:
                 request.add_turn("system", [Text(text_of(item.get("content")))])
         elif kind == "item_reference":
             request.lose(kind, "no such item is known here")
         elif kind in ("message", "reasoning", "function_call", "custom_tool_call") or (
-                kind in CALL_ITEMS and (item.get("call_id") or item.get("id"))):
+            kind in CALL_ITEMS and (item.get("call_id") or item.get("id"))
+        ):
             parts = self.read_output(item)
             if parts:
                 request.add_turn("assistant", parts)
         else:
-            request.add_turn("user" if kind.endswith("_output") else "assistant",
-                             [block_as_text(item, request)])
+            request.add_turn(
+                "user" if kind.endswith("_output") else "assistant",
+                [block_as_text(item, request)],
+            )
 
     def read_output(self, item: Json) -> list[Part]:
         """The parts of one item that a model made, in an answer or in a history; hosted tools'
         items have none."""
         kind = item.get("type") or "message"
+
         if kind == "message":
             content = item.get("content")
-            parts = [{"text": content}] if isinstance(content, str) else as_list(content)
-            return [self._read_words(p) for p in parts
-                    if isinstance(p, dict) and (p.get("refusal") or p.get("text"))]
+            parts = (
+                [{"text": content}] if isinstance(content, str) else as_list(content)
+            )
+            return [
+                self._read_words(p)
+                for p in parts
+                if isinstance(p, dict) and (p.get("refusal") or p.get("text"))
+            ]
+
         if kind == "reasoning":
-            text = "\n\n".join(str(p.get("text") or "") for key in ("summary", "content")
-                               for p in as_list(item.get(key)) if isinstance(p, dict))
-            return reasoning_parts(self.name, text, item.get("encrypted_content"), item.get("id"))
+            text = "\n\n".join(
+                str(p.get("text") or "")
+                for key in ("summary", "content")
+                for p in as_list(item.get(key))
+                if isinstance(p, dict)
+            )
+            return reasoning_parts(
+                self.name, text, item.get("encrypted_content"), item.get("id")
+            )
+
         if kind not in ("function_call", "custom_tool_call", *CALL_ITEMS):
             return []
         name = flat_name(str(item.get("namespace") or ""), str(item.get("name") or ""))
         arguments = item.get("arguments")
+
         if kind == "custom_tool_call":
-            arguments = dumps({"input": str(item.get("input") or "")}).decode("utf-8", "replace")
+            arguments = dumps({"input": str(item.get("input") or "")}).decode(
+                "utf-8", "replace"
+            )
         elif kind in CALL_ITEMS:
             name = CALL_ITEMS[kind]
             given_arguments = as_object(item.get(CLIENT_TOOLS[name].arguments))
             arguments = dumps(given_arguments).decode("utf-8", "replace")
-        call_id = item.get("call_id") or item.get("id")      # local_shell once had ids alone
+
+        call_id = item.get("call_id") or item.get(
+            "id"
+        )  # local_shell once had ids alone
         return [ToolCall(str(call_id or ""), name, str(arguments or "{}"))]
 
     @staticmethod
@@ -4754,7 +6425,9 @@ class Responses(Dialect):
         logprobs = tuple(dicts_in(block, "logprobs"))
         if block.get("refusal"):
             return Text(str(block["refusal"]), True)
-        return Text(str(block.get("text") or ""), citations=citations, logprobs=logprobs)
+        return Text(
+            str(block.get("text") or ""), citations=citations, logprobs=logprobs
+        )
 
     def _read_result(self, request: Request, item: Json, place: str) -> ToolResult:
         """The result of a tool; what a search found becomes callable."""
@@ -4764,7 +6437,9 @@ class Responses(Dialect):
             self.read_tool(tool, request)
         if "tools" in item:
             names = [tool.name for tool in request.tools[known:]]
-            return ToolResult(call_id, [Text("These tools are loaded now: " + ", ".join(names))])
+            return ToolResult(
+                call_id, [Text("These tools are loaded now: " + ", ".join(names))]
+            )
 
         output = item.get("output")
         if item["type"] not in ("function_call_output", "custom_tool_call_output"):
@@ -4777,8 +6452,14 @@ class Responses(Dialect):
         system, turns = split_system(request.turns)
         instructions = [join_texts(turn.parts) for turn in system]
         watch_stops(request)
-        body = write_fields(self, request, model, effort=fit_effort(request, model),
-                            output_schema=schema and dict({"name": "output"}, **schema))
+        body = write_fields(
+            self,
+            request,
+            model,
+            effort=fit_effort(request, model),
+            output_schema=schema and dict({"name": "output"}, **schema),
+        )
+
         body["input"] = self.write_turns(turns, request, model)
         body.update(given(instructions="\n\n".join(instructions) or None))
         if "verbosity" in body:
@@ -4786,62 +6467,118 @@ class Responses(Dialect):
         if model.efforts and not request.hides_thinking:
             # other dialects' clients have no word for the summary and want to see the thinking
             body.setdefault("reasoning", {})["summary"] = "auto"
+
         if tools:
             # `strict` is always said: what its absence means differs from Chat
-            body["tools"] = [dict(given(description=tool.description), type="function",
-                                  name=tool.name, strict=bool(tool.strict), parameters=(
-                                      tool.parameters or {"type": "object", "properties": {}}))
-                             for tool in tools]
-            body.update(given(tool_choice={"type": "function", "name": choice.name}
-                              if isinstance(choice, Named) else choice))
+            body["tools"] = [
+                dict(
+                    given(description=tool.description),
+                    type="function",
+                    name=tool.name,
+                    strict=bool(tool.strict),
+                    parameters=(
+                        tool.parameters or {"type": "object", "properties": {}}
+                    ),
+                )
+                for tool in tools
+            ]
+
+            body.update(
+                given(
+                    tool_choice={"type": "function", "name": choice.name}
+                    if isinstance(choice, Named)
+                    else choice
+                )
+            )
+
         return body
 
-    def write_turns(self, turns: list[Turn], request: Request, model: Model) -> list[Json]:
+    def write_turns(
+        self, turns: list[Turn], request: Request, model: Model
+    ) -> list[Json]:
         return [item for turn in turns for item in self._write_turn(turn, request)]
 
     def _write_turn(self, turn: Turn, request: Request) -> list[Json]:
         """Items of a history; without ids, which are bound to a connection upstream."""
         if turn.role == "assistant":
-            parts = [replace(p, id=fit_call_id(p.id)) if isinstance(p, ToolCall) else p
-                     for p in usable_parts(turn, request, self.name)]
+            parts = [
+                replace(p, id=fit_call_id(p.id)) if isinstance(p, ToolCall) else p
+                for p in usable_parts(turn, request, self.name)
+            ]
             return [self.item(part, None, {}) for part in parts]
+
         if turn.role == "system":
-            return [{"type": "message", "role": "developer", "content": [
-                {"type": "input_text", "text": join_texts(turn.parts)}]}]
-        items = [self._write_result(part, request) for part in turn.parts
-                 if isinstance(part, ToolResult)]
-        content = [write_part(part, "input_") for part in turn.parts
-                   if not isinstance(part, ToolResult)]
-        return items + [{"type": "message", "role": "user", "content": content}] \
-            if content else items
+            return [
+                {
+                    "type": "message",
+                    "role": "developer",
+                    "content": [{"type": "input_text", "text": join_texts(turn.parts)}],
+                }
+            ]
+
+        items = [
+            self._write_result(part, request)
+            for part in turn.parts
+            if isinstance(part, ToolResult)
+        ]
+
+        content = [
+            write_part(part, "input_")
+            for part in turn.parts
+            if not isinstance(part, ToolResult)
+        ]
+
+        return (
+            items + [{"type": "message", "role": "user", "content": content}]
+            if content
+            else items
+        )
 
     def _write_result(self, result: ToolResult, request: Request) -> Json:
         output: Any = result_text(result, request)
         if not all(isinstance(part, Text) for part in result.parts):
             prefix: list[Part] = [Text(ERROR_PREFIX)] if result.is_error else []
             output = [write_part(part, "input_") for part in prefix + result.parts]
-        return {"type": "function_call_output", "call_id": fit_call_id(result.call_id),
-                "output": output}
+        return {
+            "type": "function_call_output",
+            "call_id": fit_call_id(result.call_id),
+            "output": output,
+        }
 
     def item(self, part: Part, given_id: str | None, tools: dict[str, Tool]) -> Json:
         """An output item.  given_id: None in a history; tools: those of the request, for calls
         whose client side is a freeform tool or one of a namespace."""
         head = {} if given_id is None else {"id": given_id}
         status = {} if given_id is None else {"status": "completed"}
+
         if isinstance(part, Text):
             notes = [self.annotation(citation) for citation in part.citations]
-            block: Json = {"type": "output_text", "text": part.text, "annotations": notes,
-                           "logprobs": list(part.logprobs)}
+            block: Json = {
+                "type": "output_text",
+                "text": part.text,
+                "annotations": notes,
+                "logprobs": list(part.logprobs),
+            }
             if part.refusal:
                 block = {"type": "refusal", "refusal": part.text}
-            return dict(head, type="message", **status, role="assistant", content=[block])
+            return dict(
+                head, type="message", **status, role="assistant", content=[block]
+            )
+
         if isinstance(part, Reasoning):
             summary = [{"type": "summary_text", "text": part.text}] if part.text else []
-            return dict(head, type="reasoning", summary=summary, **given(
-                encrypted_content=client_state(part, self.name)))
+            return dict(
+                head,
+                type="reasoning",
+                summary=summary,
+                **given(encrypted_content=client_state(part, self.name)),
+            )
+
         if not isinstance(part, ToolCall):
             return {}
-        return self._call_item(part, dict(head, **status), tools.get(part.name, Tool(part.name)))
+        return self._call_item(
+            part, dict(head, **status), tools.get(part.name, Tool(part.name))
+        )
 
     @staticmethod
     def annotation(citation: Citation) -> Json:
@@ -4850,13 +6587,28 @@ class Responses(Dialect):
     @staticmethod
     def _call_item(call: ToolCall, head: Json, tool: Tool) -> Json:
         """A call in the form in which the client knows its tool."""
-        names = given(name=tool.short_name or call.name, namespace=tool.namespace or None)
+        names = given(
+            name=tool.short_name or call.name, namespace=tool.namespace or None
+        )
+
         if tool.kind == "function":
-            return dict(head, type="function_call", call_id=call.id, **names,
-                        arguments=call.arguments or "{}")
+            return dict(
+                head,
+                type="function_call",
+                call_id=call.id,
+                **names,
+                arguments=call.arguments or "{}",
+            )
+
         if tool.kind == "custom":
-            return dict(head, type="custom_tool_call", call_id=call.id, **names,
-                        input=freeform_input(call.arguments))
+            return dict(
+                head,
+                type="custom_tool_call",
+                call_id=call.id,
+                **names,
+                input=freeform_input(call.arguments),
+            )
+
         row = CLIENT_TOOLS[tool.kind]
         fixed = as_object(row.fixed.get(row.arguments))
         arguments = dict(fixed, **arguments_object(call.arguments))
@@ -4871,20 +6623,27 @@ class Responses(Dialect):
             encoder.feed(event)
         return encoder.answer
 
+
 class ResponsesDecoder(StreamDecoder):
     """Events of /responses.  Items are known by `output_index`: their ids change in every event.
     Argument deltas with `obfuscation` may be ciphertext, the text of `.done` counts."""
+
     TEXT_KEYS = (b'"delta":',)
 
     def __init__(self, dialect: Any) -> None:
         super().__init__(dialect)
-        self._obscured: set[int] = set()       # calls whose deltas may be ciphertext
-        self._cited: dict[int, int] = {}       # index of a text -> how many sources were told
+        self._obscured: set[int] = set()  # calls whose deltas may be ciphertext
+        self._cited: dict[
+            int, int
+        ] = {}  # index of a text -> how many sources were told
 
     def read_whole(self, body: Json) -> list[Event]:
         status = "incomplete" if body.get("status") == "incomplete" else "completed"
-        if body.get("error") or body.get("status") in ("failed", "cancelled") or (
-                "output" not in body):
+        if (
+            body.get("error")
+            or body.get("status") in ("failed", "cancelled")
+            or ("output" not in body)
+        ):
             status = "failed"
         return super().read_whole({"type": "response." + status, "response": body})
 
@@ -4892,14 +6651,19 @@ class ResponsesDecoder(StreamDecoder):
         kind, at = str(event.get("type")), count_or_zero(event.get("output_index"))
         key = at, count_or_zero(event.get("content_index"))
         answer = as_object(event.get("response"))
+
         if kind in _TEXT_EVENTS:
             self._read_words(kind, self._slot(key, Text("", "refusal" in kind)), event)
         elif kind == "response.output_text.annotation.added":
             self._cite(self._slot(key, Text("")), citation_of(event.get("annotation")))
-        elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
+        elif kind in (
+            "response.reasoning_summary_text.delta",
+            "response.reasoning_text.delta",
+        ):
             self._delta(self._slot((at, 0), Reasoning()), event.get("delta"))
-        elif (kind == "response.reasoning_summary_part.added"
-              and count_or_zero(event.get("summary_index"))):
+        elif kind == "response.reasoning_summary_part.added" and count_or_zero(
+            event.get("summary_index")
+        ):
             self._delta(self._slots.get((at, 0), -1), "\n\n")
         elif kind.startswith(_ARGUMENT_EVENTS):
             self._read_arguments(kind, self._slots.get((at, 0), -1), event)
@@ -4920,7 +6684,7 @@ class ResponsesDecoder(StreamDecoder):
         """An unescaped quote cannot be inside a text, so what is found here are the keys."""
         before, key, behind = data.partition(b'"item_id":"')
         if key:
-            data = before + key + behind[behind.find(b'"'):]
+            data = before + key + behind[behind.find(b'"') :]
         before, key, behind = data.partition(b'"sequence_number":')
         if key:
             data = before + key + behind.lstrip(b"0123456789")
@@ -4949,7 +6713,9 @@ class ResponsesDecoder(StreamDecoder):
         """An item begins; a call without a name waits for its end, which has one."""
         if item.get("type") == "reasoning":
             self._slot(key, Reasoning())
-        elif item.get("type") in ("function_call", "custom_tool_call") and item.get("name"):
+        elif item.get("type") in ("function_call", "custom_tool_call") and item.get(
+            "name"
+        ):
             self._slot(key, skeleton(self.dialect.read_output(item)[0]))
 
     def _read_part_end(self, key: tuple[int, int], part: Json) -> None:
@@ -4960,7 +6726,7 @@ class ResponsesDecoder(StreamDecoder):
     def _cite_rest(self, index: int, citations: Sequence[Citation]) -> None:
         """Sources that no event of their own has told."""
         if index in self._open:
-            self._cite(index, citations[self._cited.get(index, 0):])
+            self._cite(index, citations[self._cited.get(index, 0) :])
 
     def _cite(self, index: int, citations: Iterable[Citation]) -> None:
         told = list(citations)
@@ -4990,45 +6756,59 @@ class ResponsesDecoder(StreamDecoder):
 
     def _read_end(self, kind: str, answer: Json) -> None:
         self._start(answer)
-        if not self._slots:                              # nothing was streamed: take the whole
+        if not self._slots:  # nothing was streamed: take the whole
             for at, item in enumerate(as_list(answer.get("output"))):
                 self._read_item_end(at, as_object(item))
-        reason = as_object(answer.get("incomplete_details")).get("reason") or "max_output_tokens"
+        reason = (
+            as_object(answer.get("incomplete_details")).get("reason")
+            or "max_output_tokens"
+        )
         self._stop(str(reason) if kind == "response.incomplete" else "completed")
+
 
 class ItemKind(NamedTuple):
     """How the events of an item, or of its block, are called.  stem: of its deltas; field: of the
     whole text in `.done`; around: the stem of the events around them, "" for none."""
+
     stem: str
     field: str
     around: str
 
+
 _NO_KIND = ItemKind("", "", "")
+
 
 class ResponseItem(NamedTuple):
     """An output item while it is open.  place: item_id, output_index and the index of the block."""
+
     builder: PartBuilder
     place: Json
     kind: ItemKind
 
+
 class ResponsesEncoder(StreamEncoder):
     """The whole choreography: created, in_progress, for each item added, its deltas and dones,
     item done, and completed with the full output.  One id for each item, one for the response."""
+
     KINDS: ClassVar = {
-        "output_text": ItemKind("response.output_text", "text", "response.content_part"),
+        "output_text": ItemKind(
+            "response.output_text", "text", "response.content_part"
+        ),
         "refusal": ItemKind("response.refusal", "refusal", "response.content_part"),
-        "reasoning": ItemKind("response.reasoning_summary_text", "text",
-                              "response.reasoning_summary_part"),
+        "reasoning": ItemKind(
+            "response.reasoning_summary_text", "text", "response.reasoning_summary_part"
+        ),
         "function_call": ItemKind("response.function_call_arguments", "arguments", ""),
-        "custom_tool_call": ItemKind("response.custom_tool_call_input", "input", "")}
+        "custom_tool_call": ItemKind("response.custom_tool_call_input", "input", ""),
+    }
 
     def __init__(self, dialect: Responses, request: Request) -> None:
         super().__init__(dialect, request)
-        self.answer: Json = {}                           # the response object so far
+        self.answer: Json = {}  # the response object so far
         self._tools = {tool.name: tool for tool in request.tools}
-        self._sequence = 0                               # the next number
-        self._items: dict[int, ResponseItem] = {}        # of each part
-        self._output: dict[int, Json] = {}               # output_index -> finished item
+        self._sequence = 0  # the next number
+        self._items: dict[int, ResponseItem] = {}  # of each part
+        self._output: dict[int, Json] = {}  # output_index -> finished item
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         event = dict({"type": kind, "sequence_number": self._sequence}, **fields)
@@ -5039,8 +6819,9 @@ class ResponsesEncoder(StreamEncoder):
         response_id = client_id("resp_", event.id, self.request)
         self.answer = empty_response(self.request, response_id, event.created)
         self.answer.update(given(service_tier=event.tier))
-        return (self._event("response.created", response=self.answer)
-                + self._event("response.in_progress", response=self.answer))
+        return self._event("response.created", response=self.answer) + self._event(
+            "response.in_progress", response=self.answer
+        )
 
     def _begin(self, event: PartStart) -> bytes:
         part, index, at = event.part, event.index, len(self._items)
@@ -5050,10 +6831,16 @@ class ResponsesEncoder(StreamEncoder):
         (block,) = item.get("content", [item])
         place = {"item_id": item["id"], "output_index": at}
         begun = self._items[index] = ResponseItem(
-            PartBuilder(part), place, self.KINDS.get(block["type"], _NO_KIND))
+            PartBuilder(part), place, self.KINDS.get(block["type"], _NO_KIND)
+        )
 
-        hollow = {"content": [], "arguments": "", "input": "", "summary": [],
-                  "status": "in_progress"}
+        hollow = {
+            "content": [],
+            "arguments": "",
+            "input": "",
+            "summary": [],
+            "status": "in_progress",
+        }
         shown = {key: hollow.get(key, value) for key, value in item.items()}
         out = self._event("response.output_item.added", output_index=at, item=shown)
         if isinstance(part, Text):
@@ -5068,8 +6855,12 @@ class ResponsesEncoder(StreamEncoder):
     def _delta_frame(self, item: ResponseItem, logprobs: Any) -> list[bytes]:
         """A delta of this item, cut where number and text belong."""
         kind = item.kind.stem + ".delta"
-        delta = dict({"type": kind, "sequence_number": self.MARK}, **item.place, delta=self.MARK,
-                     **given(logprobs=logprobs))
+        delta = dict(
+            {"type": kind, "sequence_number": self.MARK},
+            **item.place,
+            delta=self.MARK,
+            **given(logprobs=logprobs),
+        )
         return Frame(kind, dumps(delta)).encode().split(self.QUOTED_MARK)
 
     def _delta(self, event: PartDelta) -> bytes:
@@ -5078,25 +6869,42 @@ class ResponsesEncoder(StreamEncoder):
         item.builder.add(event)
         frame = self._frames.get(event.index)
         if frame is None:
-            return b""                                   # a freeform input: whole at its end
+            return b""  # a freeform input: whole at its end
         if event.logprobs is not None:
-            return self._event(item.kind.stem + ".delta", **item.place, delta=event.text,
-                               logprobs=event.logprobs)
+            return self._event(
+                item.kind.stem + ".delta",
+                **item.place,
+                delta=event.text,
+                logprobs=event.logprobs,
+            )
 
         out = b""
         if is_first and isinstance(item.builder.part, Reasoning):
-            out = self._event("response.reasoning_summary_part.added",
-                              part={"type": "summary_text", "text": ""}, **item.place)
+            out = self._event(
+                "response.reasoning_summary_part.added",
+                part={"type": "summary_text", "text": ""},
+                **item.place,
+            )
         number, self._sequence = self._sequence, self._sequence + 1
-        return b"%b%b%d%b%b%b" % (out, frame[0], number, frame[1], dumps(event.text), frame[2])
+        return b"%b%b%d%b%b%b" % (
+            out,
+            frame[0],
+            number,
+            frame[1],
+            dumps(event.text),
+            frame[2],
+        )
 
     def _cite(self, event: PartCitation) -> bytes:
         item = self._items[event.index]
         number = len(item.builder.citations)
         item.builder.add(event)
-        return self._event("response.output_text.annotation.added", **item.place,
-                           annotation_index=number,
-                           annotation=self.dialect.annotation(event.citation))
+        return self._event(
+            "response.output_text.annotation.added",
+            **item.place,
+            annotation_index=number,
+            annotation=self.dialect.annotation(event.citation),
+        )
 
     def _sign(self, event: PartSignature) -> bytes:
         self._items[event.index].builder.add(event)
@@ -5112,32 +6920,45 @@ class ResponsesEncoder(StreamEncoder):
         if kind.field in block:
             name = item["name"] if item["type"] == "function_call" else None
             whole = {kind.field: block[kind.field]}
-            out += self._event(kind.stem + ".done", **whole, **place,
-                               **given(logprobs=block.get("logprobs"), name=name))
+            out += self._event(
+                kind.stem + ".done",
+                **whole,
+                **place,
+                **given(logprobs=block.get("logprobs"), name=name),
+            )
             if kind.around:
                 out += self._event(kind.around + ".done", part=block, **place)
+
         self._output[place["output_index"]] = item
-        return out + self._event("response.output_item.done", item=item,
-                                 output_index=place["output_index"])
+        return out + self._event(
+            "response.output_item.done", item=item, output_index=place["output_index"]
+        )
 
     def whole_item(self, item: Json) -> bytes:
         """The events of an output item that no part stands for."""
         at = len(self._output)
         self._output[at] = item
-        return b"".join(self._event("response.output_item." + kind, output_index=at, item=item)
-                        for kind in ("added", "done"))
+        return b"".join(
+            self._event("response.output_item." + kind, output_index=at, item=item)
+            for kind in ("added", "done")
+        )
 
     def _stop(self, event: ResponseEnd) -> bytes:
         self.ended = True
         output = [self._output[at] for at in sorted(self._output)]
         raw = self.dialect.TO_WIRE.get(event.stop, "completed")
         parts = [item.builder.part for item in self._items.values()]
-        if event.stop == "refusal" and any(isinstance(p, Text) and p.refusal for p in parts):
-            raw = "completed"                            # said in words, as OpenAI's own do
+        if event.stop == "refusal" and any(
+            isinstance(p, Text) and p.refusal for p in parts
+        ):
+            raw = "completed"  # said in words, as OpenAI's own do
         whole = raw == "completed"
-        self.answer.update(output=output, status="completed" if whole else "incomplete",
-                           incomplete_details=None if whole else {"reason": raw},
-                           usage=openai_usage(event.usage, "input", "output"))
+        self.answer.update(
+            output=output,
+            status="completed" if whole else "incomplete",
+            incomplete_details=None if whole else {"reason": raw},
+            usage=openai_usage(event.usage, "input", "output"),
+        )
         out = self._event("response." + self.answer["status"], response=self.answer)
         self.final = self.answer["id"], out
         return out
@@ -5145,25 +6966,49 @@ class ResponsesEncoder(StreamEncoder):
     def _fail(self, event: StreamError) -> bytes:
         out = b"" if self.answer else self._start(ResponseStart("", ""))
         self.ended = True
-        self.answer.update(status="failed", error={
-            "code": event.error.response_code, "message": str(event.error)})
+        self.answer.update(
+            status="failed",
+            error={"code": event.error.response_code, "message": str(event.error)},
+        )
         return out + self._event("response.failed", response=self.answer)
+
 
 # ---- Messages ----
 
 #: the effort words in order, and the thinking budget in tokens that each stands for
-EFFORT_BUDGETS = (("low", 2048), ("medium", 8192), ("high", 16384), ("xhigh", 24576),
-                  ("max", 32000))
-_REFUSED_FIELDS = ("context_management", "inference_geo", "speed", "container", "mcp_servers",
-                   "betas", "contextTier", "service_tier", "cache_control")
-_REFUSED_TOOL_FIELDS = ("eager_input_streaming", "defer_loading", "input_examples", "strict")
+EFFORT_BUDGETS = (
+    ("low", 2048),
+    ("medium", 8192),
+    ("high", 16384),
+    ("xhigh", 24576),
+    ("max", 32000),
+)
+_REFUSED_FIELDS = (
+    "context_management",
+    "inference_geo",
+    "speed",
+    "container",
+    "mcp_servers",
+    "betas",
+    "contextTier",
+    "service_tier",
+    "cache_control",
+)
+_REFUSED_TOOL_FIELDS = (
+    "eager_input_streaming",
+    "defer_loading",
+    "input_examples",
+    "strict",
+)
 _RESULT_PARTS = ("text", "image", "document")
-SEARCH_TOOLS = "web_search_"             # how the types of Anthropic's hosted search begin
+SEARCH_TOOLS = "web_search_"  # how the types of Anthropic's hosted search begin
 _COUNTED_FIELDS = ("model", "messages", "system", "tools", "tool_choice")
+
 
 def budget_to_effort(budget: int) -> str:
     """A thinking budget in tokens -> an effort: below 4k low, below 16k medium, else high."""
     return "low" if budget < 4096 else "medium" if budget < 16384 else "high"
+
 
 def clamp_effort(effort: str, listed: list[str]) -> str:
     """The listed effort nearest to the wish, the lower one where both are as near."""
@@ -5171,7 +7016,11 @@ def clamp_effort(effort: str, listed: list[str]) -> str:
     if effort in listed or not listed:
         return effort
     place = order.index(effort) if effort in order else 1
-    return min(listed, key=lambda name: abs((order.index(name) if name in order else -1) - place))
+    return min(
+        listed,
+        key=lambda name: abs((order.index(name) if name in order else -1) - place),
+    )
+
 
 def think_adaptively(edit: Edit) -> bool:
     """Thinking with a budget as adaptive thinking with an effort -> was there any?"""
@@ -5180,9 +7029,12 @@ def think_adaptively(edit: Edit) -> bool:
     budget = count_or_zero(thinking.get("budget_tokens"))
     effort = config.get("effort") or budget_to_effort(budget)
     if thinking.get("type") == "enabled":
-        edit.set(body, "thinking", given(type="adaptive", display=thinking.get("display")))
+        edit.set(
+            body, "thinking", given(type="adaptive", display=thinking.get("display"))
+        )
         edit.set(body, "output_config", dict(config, effort=effort))
     return thinking.get("type") == "enabled"
+
 
 def think_within_budget(edit: Edit, model: Model) -> bool:
     """Thinking with a budget that fits the model and max_tokens, else none -> a change?"""
@@ -5194,9 +7046,15 @@ def think_within_budget(edit: Edit, model: Model) -> bool:
     if fitting is None:
         edit.drop(body, "thinking", "max_tokens leaves no room for it")
     elif thinking:
-        edit.set(body, "thinking", given(type="enabled", budget_tokens=fitting,
-                                         display=thinking.get("display")))
+        edit.set(
+            body,
+            "thinking",
+            given(
+                type="enabled", budget_tokens=fitting, display=thinking.get("display")
+            ),
+        )
     return as_object(body.get("thinking")) != thinking
+
 
 def end_with_user(edit: Edit, key: str = "messages") -> bool:
     """An answer begun by the client (prefill) becomes a request to go on -> was there one?"""
@@ -5204,10 +7062,20 @@ def end_with_user(edit: Edit, key: str = "messages") -> bool:
     last = as_object(turns[-1]) if isinstance(turns, list) and turns else {}
     if last.get("role") != "assistant":
         return False
-    edit.replace(edit.body, key, as_list(turns) + [
-        {"role": "user", "content": "Continue your answer exactly where it stopped."}])
+    edit.replace(
+        edit.body,
+        key,
+        as_list(turns)
+        + [
+            {
+                "role": "user",
+                "content": "Continue your answer exactly where it stopped.",
+            }
+        ],
+    )
     edit.lose(key, "an answer begun by the client became a request to go on")
     return True
+
 
 def client_tool(tool: Json) -> Json | None:
     """Anthropic's tool that the client runs as a function with its published schema: a call of it
@@ -5215,24 +7083,36 @@ def client_tool(tool: Json) -> Json | None:
     kind = str(tool.get("type"))
     for prefix, description, schema in ANTHROPIC_TOOLS:
         if kind.startswith(prefix):
-            return given(name=tool.get("name"), description=description, input_schema=schema,
-                         cache_control=tool.get("cache_control"))
+            return given(
+                name=tool.get("name"),
+                description=description,
+                input_schema=schema,
+                cache_control=tool.get("cache_control"),
+            )
     return None
 
-_SHAPED_BLOCKS = frozenset(("text", "tool_use", "tool_result", "thinking", "redacted_thinking"))
+
+_SHAPED_BLOCKS = frozenset(
+    ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
+)
+
 
 class MessagesStream(StreamRelay):
     """Anthropic's events as they come.  Exchanged are the model's name in `message_start`, counts
     that SDKs cannot do without, and the names of errors that Anthropic does not have."""
 
-    def __init__(self, dialect: Dialect, asked: str, body: Json,
-                 request: Request | None = None) -> None:
+    def __init__(
+        self, dialect: Dialect, asked: str, body: Json, request: Request | None = None
+    ) -> None:
         super().__init__(dialect, asked, body, request)
-        self._kind = ""                                # of the open block
+        self._kind = ""  # of the open block
 
     def _quick(self, block: bytes) -> bytes:
-        if self.has_content and b'"content_block_s' not in block and (
-                b'"message_' not in block and b'"error"' not in block):
+        if (
+            self.has_content
+            and b'"content_block_s' not in block
+            and (b'"message_' not in block and b'"error"' not in block)
+        ):
             return block
         return b""
 
@@ -5262,11 +7142,15 @@ class MessagesStream(StreamRelay):
             block = as_object(event.get("content_block"))
             words = block.get("text") or block.get("thinking")
             return bool(words) or block.get("type") not in (
-                "text", "thinking", "redacted_thinking")
+                "text",
+                "thinking",
+                "redacted_thinking",
+            )
         if kind == "content_block_delta":
             delta = as_object(event.get("delta"))
             return delta.get("type") != "signature_delta" and any(
-                value for key, value in delta.items() if key != "type")
+                value for key, value in delta.items() if key != "type"
+            )
         return kind in ("message_delta", "message_stop")
 
     def _complete(self, kind: str, event: Json) -> bool:
@@ -5290,29 +7174,51 @@ class MessagesStream(StreamRelay):
         is_own = event.get("type") == "error" and inner.get("type") == error.types()[1]
         return self._fail(error, raw if is_own and not error.overflow else b"")
 
+
 class Messages(Dialect):
     """POST /v1/messages, Anthropic's shape.  The backend behind a model changes from request to
     request and differs in strictness, so everything that one of them refuses is left out."""
+
     name, path = "messages", "/v1/messages"
     unique_call_ids = True
     stop_key = "stop_sequences"
     system_key = "system"
-    own_parts = frozenset(("text", "image", "document", "tool_use", "tool_result", "thinking",
-                           "redacted_thinking", "server_tool_use", "web_search_tool_result"))
+    own_parts = frozenset(
+        (
+            "text",
+            "image",
+            "document",
+            "tool_use",
+            "tool_result",
+            "thinking",
+            "redacted_thinking",
+            "server_tool_use",
+            "web_search_tool_result",
+        )
+    )
     cache_mark = "cache_control"
     schema_key = "input_schema"
     shared_fields = ()
     substitutes = ("responses", "chat")
-    STOP_REASONS = (("end_turn", "stop"), ("max_tokens", "length"), ("tool_use", "tool_use"),
-                    ("stop_sequence", "stop_sequence"), ("refusal", "refusal"),
-                    ("pause_turn", "pause"), ("model_context_window_exceeded", "length"))
+    STOP_REASONS = (
+        ("end_turn", "stop"),
+        ("max_tokens", "length"),
+        ("tool_use", "tool_use"),
+        ("stop_sequence", "stop_sequence"),
+        ("refusal", "refusal"),
+        ("pause_turn", "pause"),
+        ("model_context_window_exceeded", "length"),
+    )
     keepalive = b'event: ping\ndata: {"type":"ping"}\n\n'
 
     def error_body(self, error: ProxyError, request_id: str) -> Json:
         text = str(error)
-        if error.overflow:                              # Claude Code compacts at these words
-            text = "prompt is too long: %d tokens > %d maximum" % error.overflow \
-                if error.overflow[0] else "prompt is too long (%s)" % text
+        if error.overflow:  # Claude Code compacts at these words
+            text = (
+                "prompt is too long: %d tokens > %d maximum" % error.overflow
+                if error.overflow[0]
+                else "prompt is too long (%s)" % text
+            )
         inner: Json = {"type": error.types()[1], "message": text}
         if error.details:
             inner["details"] = error.details
@@ -5327,8 +7233,11 @@ class Messages(Dialect):
     def prepare(self, edit: Edit, model: Model) -> None:
         body = edit.body
         if "thread" in body:
-            raise BadRequest("threads are not supported: send the full history",
-                             details={"error_code": "thread_unsupported_request"})
+            raise BadRequest(
+                "threads are not supported: send the full history",
+                details={"error_code": "thread_unsupported_request"},
+            )
+
         for key in _REFUSED_FIELDS:
             edit.drop(body, key, "refused upstream" if body.get(key) else "")
         messages = check_list(body, "messages")
@@ -5339,14 +7248,21 @@ class Messages(Dialect):
             if isinstance(message.get("content"), list):
                 blocks = [self._fit_block(edit, b, at) for b in message["content"]]
                 edit.replace(message, "content", [b for b in blocks if b is not None])
+
         self._drop_empty_turns(edit)
-        prepare_tools(edit, lambda tool: str(tool.get("type") or "custom").startswith(
-            ("custom", SEARCH_TOOLS)), *_REFUSED_TOOL_FIELDS)    # no search upstream: that is told
+        prepare_tools(
+            edit,
+            lambda tool: str(tool.get("type") or "custom").startswith(
+                ("custom", SEARCH_TOOLS)
+            ),
+            *_REFUSED_TOOL_FIELDS,
+        )  # no search upstream: that is told
+
         self._prepare_cache_marks(edit)
         self._prepare_max_tokens(edit, model)
         self._prepare_thinking(edit, model)
         self._prepare_sampling(edit, model)
-        if model.version >= (4, 6):                     # these refuse prefill
+        if model.version >= (4, 6):  # these refuse prefill
             end_with_user(edit)
 
     @staticmethod
@@ -5428,15 +7344,27 @@ class Messages(Dialect):
             if native and text != "Thinking..." and not is_packed(signature):
                 return block
             return None
-        for inner in walk_objects(block) if kind in ("image", "document", "tool_result") else ():
-            if inner.get("type") in ("url", "file") and ("url" in inner or "file_id" in inner):
-                raise BadRequest("images and documents by URL or file id are not supported by the "
-                                 "upstream: send them as base64, or start the proxy with "
-                                 "--fetch-images (images only)", param=place)
+
+        for inner in (
+            walk_objects(block) if kind in ("image", "document", "tool_result") else ()
+        ):
+            if inner.get("type") in ("url", "file") and (
+                "url" in inner or "file_id" in inner
+            ):
+                raise BadRequest(
+                    "images and documents by URL or file id are not supported by the "
+                    "upstream: send them as base64, or start the proxy with "
+                    "--fetch-images (images only)",
+                    param=place,
+                )
+
         if kind == "server_tool_use" or kind.endswith("_tool_result"):
             edit.lose(kind, "sent as text")
-            shown = dumps(block.get("input", block.get("content"))).decode("utf-8", "replace")
+            shown = dumps(block.get("input", block.get("content"))).decode(
+                "utf-8", "replace"
+            )
             return {"type": "text", "text": "[%s] %s" % (kind, shown)}
+
         if kind == "tool_result" and isinstance(block.get("content"), list):
             Messages._fit_result(edit, block)
         return block
@@ -5460,13 +7388,23 @@ class Messages(Dialect):
         """Every mark plain, none on thinking, the last four only: more is refused."""
         said = [b for m in edit.body["messages"] for b in as_list(m.get("content"))]
         said = [inner for b in said for inner in [b] + as_list(b.get("content"))]
-        marked = [b for b in as_list(edit.body.get("tools")) + as_list(edit.body.get("system"))
-                  + said if "cache_control" in as_object(b)]
+        marked = [
+            b
+            for b in as_list(edit.body.get("tools"))
+            + as_list(edit.body.get("system"))
+            + said
+            if "cache_control" in as_object(b)
+        ]
+
         for block in marked:
-            edit.set(block, "cache_control", EPHEMERAL if isinstance(
-                block["cache_control"], dict) else None)
+            edit.set(
+                block,
+                "cache_control",
+                EPHEMERAL if isinstance(block["cache_control"], dict) else None,
+            )
             if block["cache_control"] is None or "thinking" in str(block.get("type")):
                 edit.drop(block, "cache_control")
+
         for block in [b for b in marked if "cache_control" in b][:-4]:
             edit.drop(block, "cache_control", "more than four marks")
 
@@ -5479,15 +7417,19 @@ class Messages(Dialect):
         adaptive = model.supports.get("adaptive_thinking") is True
         most = count_or_zero(model.supports.get("max_thinking_budget"))
         only_adaptive = adaptive and (model.version >= (4, 7) or not most)
+
         if not (adaptive or most):
             edit.drop(body, "thinking", "the model does not think" if thinking else "")
         elif kind == "enabled" and only_adaptive:
             think_adaptively(edit)
         elif kind in ("enabled", "adaptive") and not (kind == "adaptive" and adaptive):
             think_within_budget(edit, model)
+
         config = as_object(body.get("output_config"))
         if "effort" in config and model.efforts:
-            edit.set(config, "effort", clamp_effort(str(config["effort"]), model.efforts))
+            edit.set(
+                config, "effort", clamp_effort(str(config["effort"]), model.efforts)
+            )
         elif "effort" in config:
             edit.drop(config, "effort", "the model has no efforts")
             if not config:
@@ -5517,17 +7459,26 @@ class Messages(Dialect):
     def own_tool(self, tool: Json) -> Json:
         freeform, function = freeform_of(tool), function_of(tool)
         if freeform:
-            return given(name=freeform.get("name"), input_schema=FREEFORM_SCHEMA,
-                         description=freeform_description(freeform) or None)
+            return given(
+                name=freeform.get("name"),
+                input_schema=FREEFORM_SCHEMA,
+                description=freeform_description(freeform) or None,
+            )
         if not function or "input_schema" in tool:
             return client_tool(tool) or tool
-        return given(name=function.get("name"), description=function.get("description"),
-                     input_schema=function.get("parameters") or {"type": "object"},
-                     cache_control=tool.get("cache_control"))
+        return given(
+            name=function.get("name"),
+            description=function.get("description"),
+            input_schema=function.get("parameters") or {"type": "object"},
+            cache_control=tool.get("cache_control"),
+        )
 
     def own_choice(self, choice: Any) -> Any:
         wish = choice_of(choice)
-        is_own = isinstance(choice, dict) and choice.get("type") not in ("function", "required")
+        is_own = isinstance(choice, dict) and choice.get("type") not in (
+            "function",
+            "required",
+        )
         if wish is None or is_own:
             return choice
         if isinstance(wish, Named):
@@ -5535,16 +7486,24 @@ class Messages(Dialect):
         return {"type": "any" if wish == "required" else wish}
 
     def is_in_shape(self, item: Any) -> bool:
-        if type(item) is not dict or "tool_calls" in item or item.get("role") not in _PLAIN_ROLES:
+        if (
+            type(item) is not dict
+            or "tool_calls" in item
+            or item.get("role") not in _PLAIN_ROLES
+        ):
             return False
         content = item.get("content")
         if not _has_parts(content, _SHAPED_BLOCKS):
             return False
-        results = [block for block in as_list(content) if block["type"] == "tool_result"]
-        return all(_has_parts(result.get("content", ""), ("text",)) for result in results)
+        results = [
+            block for block in as_list(content) if block["type"] == "tool_result"
+        ]
+        return all(
+            _has_parts(result.get("content", ""), ("text",)) for result in results
+        )
 
     def takes_stops(self, stops: list[str], model: Model) -> bool:
-        return all(stop.strip() for stop in stops)       # white space alone is refused
+        return all(stop.strip() for stop in stops)  # white space alone is refused
 
     def write_part(self, part: Part, by_model: bool) -> Json:
         block = self.block(part)
@@ -5555,23 +7514,37 @@ class Messages(Dialect):
         blocks = content if isinstance(content, list) else []
         has_results = any(block.get("type") == "tool_result" for block in blocks)
         if role != "user" or not has_results:
-            calls = [str(block.get("id")) for block in blocks if block.get("type") == "tool_use"]
+            calls = [
+                str(block.get("id"))
+                for block in blocks
+                if block.get("type") == "tool_use"
+            ]
             return [ToolStep(item, calls, None, role == "system")]
 
         # Each block of a turn with results is a step, and so is the end of the turn: all results
         # of one round must be in one turn.
-        steps = [ToolStep({"role": role, "content": [block]}, (), self._answered_call(block))
-                 for block in blocks]
+        steps = [
+            ToolStep({"role": role, "content": [block]}, (), self._answered_call(block))
+            for block in blocks
+        ]
         return steps + [ToolStep({})]
 
     @staticmethod
     def _answered_call(block: Json) -> str | None:
         """The id of the call whose result a block is."""
-        return str(block.get("tool_use_id")) if block.get("type") == "tool_result" else None
+        return (
+            str(block.get("tool_use_id"))
+            if block.get("type") == "tool_result"
+            else None
+        )
 
     def missing_result(self, item: Json, call_id: str) -> Json:
-        result = {"type": "tool_result", "tool_use_id": call_id, "content": INTERRUPTED,
-                  "is_error": True}
+        result = {
+            "type": "tool_result",
+            "tool_use_id": call_id,
+            "content": INTERRUPTED,
+            "is_error": True,
+        }
         return {"role": "user", "content": [result]}
 
     def result_content(self, item: Json) -> Any:
@@ -5579,9 +7552,13 @@ class Messages(Dialect):
 
     def join_user_turns(self, items: Iterable[Json]) -> list[Json]:
         joined: list[Json] = []
-        is_ours = False                                  # the last one: not the client's own list
+        is_ours = False  # the last one: not the client's own list
         for item in items:
-            if joined and item.get("role") == "user" and joined[-1].get("role") == "user":
+            if (
+                joined
+                and item.get("role") == "user"
+                and joined[-1].get("role") == "user"
+            ):
                 if not is_ours:
                     blocks = list(_as_blocks(joined[-1].get("content")))
                     joined[-1] = {"role": "user", "content": blocks}
@@ -5598,9 +7575,15 @@ class Messages(Dialect):
         messages = dicts_in(edit.body, "messages")
         tools = dicts_in(edit.body, "tools")
         system = dicts_in(edit.body, "system")
-        marked = [target for target in [*tools, *system, *messages] if self.cache_mark in target]
-        latest_first = {"messages": messages[::-1]}      # clients mark the end
-        if marked or any(self.cache_mark in part for part in content_parts(latest_first)):
+        marked = [
+            target
+            for target in [*tools, *system, *messages]
+            if self.cache_mark in target
+        ]
+        latest_first = {"messages": messages[::-1]}  # clients mark the end
+        if marked or any(
+            self.cache_mark in part for part in content_parts(latest_first)
+        ):
             drop_surplus_marks(edit, marked, self.cache_mark)
             return
 
@@ -5621,16 +7604,21 @@ class Messages(Dialect):
 
     def decode_request(self, body: Json) -> Request:
         if "thread" in body:
-            self.prepare(Edit(body), Model(""))                # refuses it as clients want
+            self.prepare(Edit(body), Model(""))  # refuses it as clients want
         request = read_fields(self, body, "messages system")
         thinking = as_object(body.get("thinking")).get("type")
         request.hides_thinking = thinking in (None, "disabled")
         if thinking == "disabled":
             request.effort = "none"
         choice = as_object(body.get("tool_choice"))
-        request.tool_choice = (Named(str(choice.get("name"))) if choice.get("type") == "tool"
-                               else {"auto": "auto", "any": "required", "none": "none"}.get(
-                                   str(choice.get("type"))))
+        request.tool_choice = (
+            Named(str(choice.get("name")))
+            if choice.get("type") == "tool"
+            else {"auto": "auto", "any": "required", "none": "none"}.get(
+                str(choice.get("type"))
+            )
+        )
+
         if choice.get("disable_parallel_tool_use"):
             request.parallel_tool_calls = False
         system = read_content(body.get("system"), "system", request)
@@ -5649,15 +7637,22 @@ class Messages(Dialect):
     def read_tool(self, tool: Json, request: Request) -> None:
         shown = client_tool(tool) or tool
         if shown.get("type") in (None, "custom"):
-            add_tool(request, shown, "input_schema", cache=bool(tool.get("cache_control")))
+            add_tool(
+                request, shown, "input_schema", cache=bool(tool.get("cache_control"))
+            )
         else:
             drop_hosted_tool(request, tool)
 
     def read_answer_block(self, block: Json) -> list[Part]:
         """The parts of one block of an answer; unknown ones have none."""
-        if block.get("type") not in ("text", "thinking", "redacted_thinking", "tool_use"):
+        if block.get("type") not in (
+            "text",
+            "thinking",
+            "redacted_thinking",
+            "tool_use",
+        ):
             return []
-        if block.get("type") == "text":                  # also an empty one, which deltas fill
+        if block.get("type") == "text":  # also an empty one, which deltas fill
             citations = tuple(citations_of(block.get("citations")))
             return [Text(str(block.get("text") or ""), citations=citations)]
         return read_part(block, "content", Request(""))
@@ -5666,26 +7661,49 @@ class Messages(Dialect):
         preflight(request, model)
         tools, choice, schema = offered_tools(request, model, False)
         leading, turns = split_system(request.turns)
-        system = [block for turn in leading for block in self._write_blocks(turn.parts, request)]
+        system = [
+            block
+            for turn in leading
+            for block in self._write_blocks(turn.parts, request)
+        ]
+
         cap = model.output_cap(request.stream is True) or FALLBACK_MAX_TOKENS
         temperature = request.temperature
         if temperature is not None and temperature > 1:
             request.lose("temperature", "above 1")
             temperature = 1
+
         thinking = self._write_thinking(request, model, choice)
         body = write_fields(
-            self, request, model, temperature=temperature, thinking_budget=None,
+            self,
+            request,
+            model,
+            temperature=temperature,
+            thinking_budget=None,
             stop=upstream_stops(self, request, model),
-            max_output_tokens=request.max_output_tokens or cap, output_schema=schema and {
-                "type": "json_schema", "schema": schema.get("schema")},
-            effort=fit_effort(request, model) if thinking and model.efforts else None)
-        body.update(given(system=system or None, thinking=thinking or None),
-                    messages=self.write_turns(turns, request, model))
+            max_output_tokens=request.max_output_tokens or cap,
+            output_schema=schema
+            and {"type": "json_schema", "schema": schema.get("schema")},
+            effort=fit_effort(request, model) if thinking and model.efforts else None,
+        )
+
+        body.update(
+            given(system=system or None, thinking=thinking or None),
+            messages=self.write_turns(turns, request, model),
+        )
+
         if tools:
-            body["tools"] = [given(
-                name=tool.name, description=tool.description, cache_control=EPHEMERAL
-                if tool.cache else None, input_schema=tool.parameters or {
-                    "type": "object", "properties": {}}) for tool in tools]
+            body["tools"] = [
+                given(
+                    name=tool.name,
+                    description=tool.description,
+                    cache_control=EPHEMERAL if tool.cache else None,
+                    input_schema=tool.parameters
+                    or {"type": "object", "properties": {}},
+                )
+                for tool in tools
+            ]
+
             written = {"type": {"required": "any"}.get(str(choice), choice or "auto")}
             if isinstance(choice, Named):
                 written = {"type": "tool", "name": choice.name}
@@ -5693,10 +7711,13 @@ class Messages(Dialect):
                 body["tool_choice"] = dict(written, disable_parallel_tool_use=True)
             elif choice:
                 body["tool_choice"] = written
+
         return body
 
     @staticmethod
-    def _write_thinking(request: Request, model: Model, choice: str | Named | None) -> Json:
+    def _write_thinking(
+        request: Request, model: Model, choice: str | Named | None
+    ) -> Json:
         """As the wish was; `prepare` makes it adaptive or a budget, as the model takes it."""
         thinking: Json = {}
         if request.thinking_budget:
@@ -5704,17 +7725,21 @@ class Messages(Dialect):
         elif request.effort not in (None, "none", "minimal"):
             thinking = {"type": "adaptive"}
             if model.version >= (4, 7):
-                thinking["display"] = "summarized"             # hidden otherwise
+                thinking["display"] = "summarized"  # hidden otherwise
         if thinking and (isinstance(choice, Named) or choice == "required"):
             request.lose("thinking", "not while a tool call is demanded")
             return {}
         return thinking
 
-    def write_turns(self, turns: list[Turn], request: Request, model: Model) -> list[Json]:
+    def write_turns(
+        self, turns: list[Turn], request: Request, model: Model
+    ) -> list[Json]:
         """Turns of one role in a row become one message."""
         messages: list[Json] = []
         for turn in turns:
-            content = self._write_blocks(usable_parts(turn, request, self.name), request)
+            content = self._write_blocks(
+                usable_parts(turn, request, self.name), request
+            )
             if messages and messages[-1]["role"] == turn.role:
                 messages[-1]["content"] += content
             elif content:
@@ -5734,22 +7759,40 @@ class Messages(Dialect):
     def block(self, part: Part, request: Request | None = None) -> Json:
         """One content block: for the upstream with a request, for a client without."""
         if isinstance(part, ToolCall):
-            return {"type": "tool_use", "id": fit_call_id(part.id) if request else part.id,
-                    "name": part.name, "input": arguments_object(part.arguments)}
+            return {
+                "type": "tool_use",
+                "id": fit_call_id(part.id) if request else part.id,
+                "name": part.name,
+                "input": arguments_object(part.arguments),
+            }
+
         if isinstance(part, Reasoning):
             state = client_state(part, self.name)
             if part.redacted and part.minted_by == self.name:
                 return {"type": "redacted_thinking", "data": state}
-            return {"type": "thinking", "thinking": part.text,
-                    "signature": state or pack_opaque("", None, "")}
+            return {
+                "type": "thinking",
+                "thinking": part.text,
+                "signature": state or pack_opaque("", None, ""),
+            }
+
         if isinstance(part, ToolResult) and request:
             content = self._write_blocks(part.parts, request)
-            return given(type="tool_result", tool_use_id=fit_call_id(part.call_id),
-                         content=content or None, is_error=part.is_error or None)
+            return given(
+                type="tool_result",
+                tool_use_id=fit_call_id(part.call_id),
+                content=content or None,
+                is_error=part.is_error or None,
+            )
+
         if not isinstance(part, (Image, Document)):
             citations = part.citations if isinstance(part, Text) else ()
-            return given(type="text", text=plain_text(part),
-                         citations=[self.citation(one) for one in citations] or None)
+            return given(
+                type="text",
+                text=plain_text(part),
+                citations=[self.citation(one) for one in citations] or None,
+            )
+
         source = {"type": "base64", "media_type": part.media_type, "data": part.data}
         if part.url:
             source = {"type": "url", "url": part.url}
@@ -5760,34 +7803,52 @@ class Messages(Dialect):
         return given(type="document", source=source, title=part.title)
 
     def encode_response(self, response: Response, request: Request) -> Json:
-        return {"id": client_id("msg_", response.id, request), "type": "message",
-                "role": "assistant", "model": request.model,
-                "content": [self.block(part) for part in response.parts],
-                "stop_reason": self.TO_WIRE.get(response.stop, "end_turn"),
-                "stop_sequence": response.stop_sequence,
-                "usage": self.usage(response.usage or Usage())}
+        return {
+            "id": client_id("msg_", response.id, request),
+            "type": "message",
+            "role": "assistant",
+            "model": request.model,
+            "content": [self.block(part) for part in response.parts],
+            "stop_reason": self.TO_WIRE.get(response.stop, "end_turn"),
+            "stop_sequence": response.stop_sequence,
+            "usage": self.usage(response.usage or Usage()),
+        }
 
     @staticmethod
     def citation(citation: Citation) -> Json:
         """As the upstream's own search would cite it."""
-        return {"type": "web_search_result_location", "url": citation.url, "encrypted_index": "",
-                "title": citation.title, "cited_text": citation.quote or ""}
+        return {
+            "type": "web_search_result_location",
+            "url": citation.url,
+            "encrypted_index": "",
+            "title": citation.title,
+            "cited_text": citation.quote or "",
+        }
 
     @staticmethod
     def usage(usage: Usage) -> Json:
-        return {"input_tokens": usage.input, "cache_read_input_tokens": usage.cache_read,
-                "cache_creation_input_tokens": usage.cache_write, "output_tokens": usage.output}
+        return {
+            "input_tokens": usage.input,
+            "cache_read_input_tokens": usage.cache_read,
+            "cache_creation_input_tokens": usage.cache_write,
+            "output_tokens": usage.output,
+        }
+
 
 class MessagesDecoder(StreamDecoder):
     """Anthropic's events.  Usage is cumulative: later counts replace earlier ones."""
+
     TEXT_KEYS = (b'"text":', b'"thinking":', b'"partial_json":')
-    DELTAS: ClassVar = {"text_delta": "text", "thinking_delta": "thinking",
-                        "input_json_delta": "partial_json"}
+    DELTAS: ClassVar = {
+        "text_delta": "text",
+        "thinking_delta": "thinking",
+        "input_json_delta": "partial_json",
+    }
 
     def __init__(self, dialect: Any) -> None:
         super().__init__(dialect)
-        self._states: dict[int, list[str]] = {}          # our index -> pieces of the signature
-        self._ending: Json = {}                          # stop_reason and stop_sequence
+        self._states: dict[int, list[str]] = {}  # our index -> pieces of the signature
+        self._ending: Json = {}  # stop_reason and stop_sequence
 
     def _read_event(self, event: Json) -> None:
         kind, at = event.get("type"), count_or_zero(event.get("index"))
@@ -5801,7 +7862,7 @@ class MessagesDecoder(StreamDecoder):
             self._read_message(as_object(event.get("message")))
         elif kind == "message_delta":
             self._ending = as_object(event.get("delta"))
-        elif kind == "message":                          # a whole answer
+        elif kind == "message":  # a whole answer
             self._read_message(event)
             self._read_end()
         elif kind == "message_stop":
@@ -5830,7 +7891,7 @@ class MessagesDecoder(StreamDecoder):
     def _read_block(self, at: int, block: Json) -> None:
         """A block begins; one that neither text nor thinking nor call is has no part."""
         parts = self.dialect.read_answer_block(block)
-        if block.get("type") == "thinking":              # also an empty one, which deltas fill
+        if block.get("type") == "thinking":  # also an empty one, which deltas fill
             parts = [Reasoning(str(block.get("thinking") or ""))]
         self._slots[at] = index = self._begin(skeleton(parts[0])) if parts else -1
         self._states[index] = [str(block.get("signature") or "")]
@@ -5847,26 +7908,42 @@ class MessagesDecoder(StreamDecoder):
         self._end(index, "".join(self._states.get(index, ())), "messages")
 
     def _read_end(self) -> None:
-        self._stop(str(self._ending.get("stop_reason")), word(self._ending.get("stop_sequence")))
+        self._stop(
+            str(self._ending.get("stop_reason")),
+            word(self._ending.get("stop_sequence")),
+        )
+
 
 class MessagesEncoder(StreamEncoder):
     """One block after another: while one is open the events of others wait.  A thinking block has
     exactly one signature, behind its text."""
+
     def __init__(self, dialect: Messages, request: Request) -> None:
         super().__init__(dialect, request)
-        self._active = -1                                # the part whose block is open
-        self._count = 0                                  # blocks so far
-        self._waiting: dict[int, list[Event]] = {}       # held back, in the order of their starts
-        self._thinking: Reasoning | None = None          # the open block, if it is one
+        self._active = -1  # the part whose block is open
+        self._count = 0  # blocks so far
+        self._waiting: dict[
+            int, list[Event]
+        ] = {}  # held back, in the order of their starts
+        self._thinking: Reasoning | None = None  # the open block, if it is one
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         return Frame(kind, dumps(dict({"type": kind}, **fields))).encode()
 
     def _start(self, event: ResponseStart) -> bytes:
-        return self._event("message_start", message={
-            "id": client_id("msg_", event.id, self.request), "type": "message", "role": "assistant",
-            "model": self.request.model, "content": [], "stop_reason": None,
-            "stop_sequence": None, "usage": self.dialect.usage(self._usage(None))})
+        return self._event(
+            "message_start",
+            message={
+                "id": client_id("msg_", event.id, self.request),
+                "type": "message",
+                "role": "assistant",
+                "model": self.request.model,
+                "content": [],
+                "stop_reason": None,
+                "stop_sequence": None,
+                "usage": self.dialect.usage(self._usage(None)),
+            },
+        )
 
     def _usage(self, reported: Usage | None) -> Usage:
         """What was reported, else what can be foreseen: Claude Code shows it from the start."""
@@ -5881,7 +7958,9 @@ class MessagesEncoder(StreamEncoder):
             self._waiting[index].append(event)
             return b""
         out = [super().feed(event)]
-        while self._waiting and self._active < 0:        # the next part, those behind it if whole
+        while (
+            self._waiting and self._active < 0
+        ):  # the next part, those behind it if whole
             out += map(super().feed, self._waiting.pop(next(iter(self._waiting))))
         return out[0] if len(out) == 1 else b"".join(out)
 
@@ -5896,13 +7975,21 @@ class MessagesEncoder(StreamEncoder):
             block["signature"] = ""
         elif block["type"] == "tool_use":
             kind, key, block["input"] = "input_json_delta", "partial_json", {}
-        delta = self._event("content_block_delta", index=at, delta={"type": kind, key: self.MARK})
+        delta = self._event(
+            "content_block_delta", index=at, delta={"type": kind, key: self.MARK}
+        )
         self._frames[event.index] = delta.split(self.QUOTED_MARK)
         return self._event("content_block_start", index=at, content_block=block)
 
     def _cite(self, event: PartCitation) -> bytes:
-        return self._event("content_block_delta", index=self._count - 1, delta={
-            "type": "citations_delta", "citation": self.dialect.citation(event.citation)})
+        return self._event(
+            "content_block_delta",
+            index=self._count - 1,
+            delta={
+                "type": "citations_delta",
+                "citation": self.dialect.citation(event.citation),
+            },
+        )
 
     def _sign(self, event: PartSignature) -> bytes:
         self._thinking = Reasoning("", event.signature, event.id, event.minted_by)
@@ -5912,18 +7999,25 @@ class MessagesEncoder(StreamEncoder):
         at, out = self._count - 1, b""
         if self._thinking is not None:
             signature = self.dialect.block(self._thinking)["signature"]
-            out = self._event("content_block_delta", index=at, delta={
-                "type": "signature_delta", "signature": signature})
+            out = self._event(
+                "content_block_delta",
+                index=at,
+                delta={"type": "signature_delta", "signature": signature},
+            )
         self._active = -1
         return out + self._event("content_block_stop", index=at)
 
     def _stop(self, event: ResponseEnd) -> bytes:
         self.ended = True
-        delta = {"stop_reason": self.dialect.TO_WIRE.get(event.stop, "end_turn"),
-                 "stop_sequence": event.stop_sequence}
+        delta = {
+            "stop_reason": self.dialect.TO_WIRE.get(event.stop, "end_turn"),
+            "stop_sequence": event.stop_sequence,
+        }
         usage = self.dialect.usage(self._usage(event.usage))
-        return (self._event("message_delta", delta=delta, usage=usage)
-                + self._event("message_stop"))
+        return self._event("message_delta", delta=delta, usage=usage) + self._event(
+            "message_stop"
+        )
+
 
 def _as_blocks(content: Any) -> list[Any]:
     """'a' -> [{"type": "text", "text": "a"}]; a list stays."""
@@ -5931,21 +8025,26 @@ def _as_blocks(content: Any) -> list[Any]:
         return [{"type": "text", "text": content}] if content else []
     return as_list(content)
 
+
 def filter_betas(value: str) -> str:
     """The `anthropic-beta` values that the upstream knows.  'a-1,interleaved-thinking-2' -> ..."""
     wanted = [beta.strip() for beta in value.split(",")]
     return ",".join(beta for beta in wanted if beta.startswith(BETA_PREFIXES))
 
+
 # ---- Gemini and Ollama: dialects of clients alone ----
 # No upstream speaks them: they read requests and write answers, and the hub does the rest.
 
+
 class ClientDialect(Dialect):
     """What the dialects of clients alone have in common."""
+
     shared_fields = ()
     substitutes = ("messages", "responses", "chat")
 
     def __init__(self, encoder: type[StreamEncoder]) -> None:
         super().__init__(StreamRelay, StreamDecoder, encoder)
+
 
 class WholeCalls:
     """Calls whose arguments come in pieces, for clients that read them in one piece: they are
@@ -5981,10 +8080,12 @@ class WholeCalls:
             whole.append(replace(call, arguments="".join(pieces)))
         return whole
 
+
 def standard_base64(text: str) -> str:
     """Base64 of the alphabet for URLs, which Google's SDKs write, in the usual one, and padded."""
     text = text.strip().rstrip("=").replace("-", "+").replace("_", "/")
     return text + "=" * (-len(text) % 4)
+
 
 def decode_base64(text: str, place: str) -> str:
     """The text inside.  Raises BadRequest."""
@@ -5993,20 +8094,32 @@ def decode_base64(text: str, place: str) -> str:
     except ValueError:
         raise BadRequest("'%s' is not valid base64" % place, param=place) from None
 
-def media_parts(media_type: str, data: str, title: str | None, place: str) -> list[Part]:
+
+def media_parts(
+    media_type: str, data: str, title: str | None, place: str
+) -> list[Part]:
     """An image or a document that came as base64.  Raises BadRequest for sound and film."""
     data = standard_base64(data)
     kind = image_type(data, media_type)
+
     if not data or not kind:
-        raise BadRequest("'%s' must hold a media type and base64 data" % place, param=place)
+        raise BadRequest(
+            "'%s' must hold a media type and base64 data" % place, param=place
+        )
+
     if kind.startswith("image/"):
         return [Image(kind, data)]
     if kind.startswith(("audio/", "video/")):
-        raise BadRequest("'%s': content of type '%s' cannot be given to this model"
-                         % (place, printable(kind, 60)), param=place)
+        raise BadRequest(
+            "'%s': content of type '%s' cannot be given to this model"
+            % (place, printable(kind, 60)),
+            param=place,
+        )
+
     if kind.startswith("text/") or kind == "application/json":
         return [Document(kind, text=decode_base64(data, place), title=title)]
     return [Document(kind, data, title=title)]
+
 
 def text_parts(text: Any) -> list[Part]:
     """One text, none for '' and what is no text."""
@@ -6015,6 +8128,7 @@ def text_parts(text: Any) -> list[Part]:
         return []
     return [Text(words_)]
 
+
 def camel_case(name: str) -> str:
     """'generation_config' -> 'generationConfig'"""
     if "_" not in name or name.startswith("_"):
@@ -6022,9 +8136,20 @@ def camel_case(name: str) -> str:
     head, *rest = name.split("_")
     return head + "".join(piece[:1].upper() + piece[1:] for piece in rest)
 
+
 #: fields of Gemini's requests whose keys are the client's own
-_OWN_KEYS = frozenset(("args", "response", "parameters", "parametersJsonSchema", "responseSchema",
-                       "responseJsonSchema", "labels"))
+_OWN_KEYS = frozenset(
+    (
+        "args",
+        "response",
+        "parameters",
+        "parametersJsonSchema",
+        "responseSchema",
+        "responseJsonSchema",
+        "labels",
+    )
+)
+
 
 def camel_keys(body: Json) -> Json:
     """A copy with keys in camelCase: Google's API takes them in snake_case, too."""
@@ -6051,8 +8176,16 @@ def camel_keys(body: Json) -> Json:
                 target[name] = copy_of(value)
     return whole
 
-_SCHEMA_COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties",
-                  "maxProperties")
+
+_SCHEMA_COUNTS = (
+    "minItems",
+    "maxItems",
+    "minLength",
+    "maxLength",
+    "minProperties",
+    "maxProperties",
+)
+
 
 def _schema_type(value: Any) -> Any:
     """'STRING' -> 'string'; None for the type that says nothing."""
@@ -6063,6 +8196,7 @@ def _schema_type(value: Any) -> Any:
         return None
     return kind
 
+
 def _allow_null(schema: Json) -> None:
     if isinstance(schema.get("type"), str):
         schema["type"] = [schema["type"], "null"]
@@ -6070,6 +8204,7 @@ def _allow_null(schema: Json) -> None:
         schema["anyOf"].append({"type": "null"})
     if isinstance(schema.get("enum"), list):
         schema["enum"] = [*schema["enum"], None]
+
 
 def json_schema_of(schema: Json) -> Json:
     """Google's schema, a piece of OpenAPI, as a JSON schema: types in lower case, `nullable` as a
@@ -6107,21 +8242,44 @@ def json_schema_of(schema: Json) -> Json:
             _allow_null(target)
     return whole
 
+
 # ---- Gemini ----
 
-NO_SIGNATURE = "skip_thought_signature_validator"    # what Google has clients write for: none
-SIGNED_TEXT = "text"                 # in a packed state: the words that the state before it signs
-_UPSTREAM_NAMES = ("chat", "responses", "messages")      # of the dialects that mint state
-_GEMINI_ROLES = {"user": "user", "function": "user", "tool": "user", "model": "assistant",
-                 "assistant": "assistant", "system": "system"}
-_GEMINI_CONFIG = ("temperature", "topP", "topK", "maxOutputTokens", "stopSequences",
-                  "candidateCount", "responseMimeType", "responseSchema", "responseJsonSchema",
-                  "seed", "presencePenalty", "frequencyPenalty", "thinkingConfig",
-                  "responseModalities")
-_GEMINI_BESIDE = frozenset(("thought", "thoughtSignature", "videoMetadata", "mediaResolution",
-                            "partMetadata"))         # in a part, beside what it holds
+NO_SIGNATURE = (
+    "skip_thought_signature_validator"  # what Google has clients write for: none
+)
+SIGNED_TEXT = "text"  # in a packed state: the words that the state before it signs
+_UPSTREAM_NAMES = ("chat", "responses", "messages")  # of the dialects that mint state
+_GEMINI_ROLES = {
+    "user": "user",
+    "function": "user",
+    "tool": "user",
+    "model": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+_GEMINI_CONFIG = (
+    "temperature",
+    "topP",
+    "topK",
+    "maxOutputTokens",
+    "stopSequences",
+    "candidateCount",
+    "responseMimeType",
+    "responseSchema",
+    "responseJsonSchema",
+    "seed",
+    "presencePenalty",
+    "frequencyPenalty",
+    "thinkingConfig",
+    "responseModalities",
+)
+_GEMINI_BESIDE = frozenset(
+    ("thought", "thoughtSignature", "videoMetadata", "mediaResolution", "partMetadata")
+)  # in a part, beside what it holds
 _GEMINI_LEVELS = ("minimal", *(name for name, _ in EFFORT_BUDGETS))
-USUAL_EFFORT = "medium"              # for a client that wants thinking and does not say how much
+USUAL_EFFORT = "medium"  # for a client that wants thinking and does not say how much
+
 
 def gemini_parts(content: Any) -> list[Any]:
     """The parts of a content: an object with `parts`, a list of parts, one part or a text."""
@@ -6140,32 +8298,46 @@ def gemini_parts(content: Any) -> list[Any]:
             parts.append(piece)
     return parts
 
+
 def _read_inline(blob: Json, place: str, request: Request) -> list[Part]:
-    return media_parts(str(blob.get("mimeType") or ""), str(blob.get("data") or ""),
-                       word(blob.get("displayName")), place + ".inlineData")
+    return media_parts(
+        str(blob.get("mimeType") or ""),
+        str(blob.get("data") or ""),
+        word(blob.get("displayName")),
+        place + ".inlineData",
+    )
+
 
 def _read_linked(file: Json, place: str, request: Request) -> list[Part]:
     """A file by its address.  Only images can be fetched, and only if the user allows that."""
-    address, kind = str(file.get("fileUri") or ""), str(file.get("mimeType") or "image/")
+    address, kind = (
+        str(file.get("fileUri") or ""),
+        str(file.get("mimeType") or "image/"),
+    )
     inline = _DATA_URL.match(address)
     if inline:
         return media_parts(inline.group(1), inline.group(2), None, place + ".fileData")
     is_linked = address.lower().startswith(("https://", "http://"))
     is_stored = "generativelanguage" in address[:MAX_HOST_CHARS]
     if not is_linked or is_stored or not kind.lower().startswith("image/"):
-        raise BadRequest("'%s.fileData': files that are stored elsewhere cannot be read: send the "
-                         "file itself as inlineData" % place, param=place)
+        raise BadRequest(
+            "'%s.fileData': files that are stored elsewhere cannot be read: send the "
+            "file itself as inlineData" % place,
+            param=place,
+        )
     return [Image(url=address)]
+
 
 def _read_function_call(call: Json, place: str, request: Request) -> list[Part]:
     arguments = dumps(as_object(call.get("args"))).decode("utf-8", "surrogatepass")
     return [ToolCall(str(call.get("id") or ""), str(call.get("name") or ""), arguments)]
 
+
 def _read_function_response(answer: Json, place: str, request: Request) -> list[Part]:
     """A result stands under `output`, a failure under `error`; many tools give another object."""
     value, is_error = answer.get("response"), False
     if isinstance(value, dict) and len(value) == 1:
-        (key, inner), = value.items()
+        ((key, inner),) = value.items()
         if key in ("output", "result", "error"):
             value, is_error = inner, key == "error"
     text = value or ""
@@ -6178,8 +8350,15 @@ def _read_function_response(answer: Json, place: str, request: Request) -> list[
             parts += _read_inline(part["inlineData"], place, request)
         if isinstance(part.get("fileData"), dict):
             parts += _read_linked(part["fileData"], place, request)
-    return [ToolResult(str(answer.get("id") or ""), parts, is_error,
-                       name=str(answer.get("name") or ""))]
+    return [
+        ToolResult(
+            str(answer.get("id") or ""),
+            parts,
+            is_error,
+            name=str(answer.get("name") or ""),
+        )
+    ]
+
 
 def _read_code(code: Json, place: str, request: Request) -> list[Part]:
     """Code that Google has run, or what came out: no other vendor knows such parts."""
@@ -6189,32 +8368,60 @@ def _read_code(code: Json, place: str, request: Request) -> list[Part]:
         return []
     return [Text("```\n%s\n```" % text)]
 
+
 _GEMINI_READERS: dict[str, Callable[[Json, str, Request], list[Part]]] = {
-    "inlineData": _read_inline, "fileData": _read_linked, "functionCall": _read_function_call,
-    "functionResponse": _read_function_response, "executableCode": _read_code,
-    "codeExecutionResult": _read_code}
+    "inlineData": _read_inline,
+    "fileData": _read_linked,
+    "functionCall": _read_function_call,
+    "functionResponse": _read_function_response,
+    "executableCode": _read_code,
+    "codeExecutionResult": _read_code,
+}
+
 
 class Gemini(ClientDialect):
     """generateContent, Google's shape.
 
     A model's opaque state goes into the `thoughtSignature` of the part behind the thinking, where
     Google has it: clients drop the thinking itself, and most never ask for it."""
+
     name, turns_key = "gemini", "contents"
-    STOP_REASONS = (("STOP", "stop"), ("MAX_TOKENS", "length"), ("STOP", "tool_use"),
-                    ("STOP", "stop_sequence"), ("SAFETY", "refusal"), ("STOP", "pause"))
-    keepalive = b"\n"                 # google-genai takes a comment for a broken event
+    STOP_REASONS = (
+        ("STOP", "stop"),
+        ("MAX_TOKENS", "length"),
+        ("STOP", "tool_use"),
+        ("STOP", "stop_sequence"),
+        ("SAFETY", "refusal"),
+        ("STOP", "pause"),
+    )
+    keepalive = b"\n"  # google-genai takes a comment for a broken event
 
     def error_body(self, error: ProxyError, request_id: str) -> Json:
         """{"error":{"code":429,"message","status":"RESOURCE_EXHAUSTED","details"?}}"""
         text = str(error)
+
         if error.overflow and error.overflow[0]:
-            text = "The input token count (%d) exceeds the maximum number of tokens allowed " \
-                   "(%d)." % error.overflow
-        inner: Json = {"code": error.status, "message": text, "status": error.types()[2]}
+            text = (
+                "The input token count (%d) exceeds the maximum number of tokens allowed "
+                "(%d)." % error.overflow
+            )
+
+        inner: Json = {
+            "code": error.status,
+            "message": text,
+            "status": error.types()[2],
+        }
+
         wait_s = digits_or_none(error.headers.get("retry-after"))
+
         if wait_s is not None:
-            inner["details"] = [{"@type": "type.googleapis.com/google.rpc.RetryInfo",
-                                 "retryDelay": "%ds" % wait_s}]
+            inner["details"] = [
+                {
+                    "@type": "type.googleapis.com/google.rpc.RetryInfo",
+                    "retryDelay": "%ds" % wait_s,
+                }
+            ]
+
         return {"error": inner}
 
     def error_frame(self, error: ProxyError) -> bytes:
@@ -6234,8 +8441,12 @@ class Gemini(ClientDialect):
                 block = {"type": "tool_result"}
             blocks.append(block)
         system = body.get("systemInstruction", body.get("system_instruction"))
-        return super().initiator({"system": gemini_parts(system),
-                                  "messages": [{"role": role, "content": blocks}]})
+        return super().initiator(
+            {
+                "system": gemini_parts(system),
+                "messages": [{"role": role, "content": blocks}],
+            }
+        )
 
     @staticmethod
     def _contents(body: Json) -> list[Any]:
@@ -6249,10 +8460,13 @@ class Gemini(ClientDialect):
     def has_images(body: Json) -> bool:
         for content in Gemini._contents(body):
             for part in map(as_object, gemini_parts(content)):
-                result = as_object(part.get("functionResponse", part.get("function_response")))
+                result = as_object(
+                    part.get("functionResponse", part.get("function_response"))
+                )
                 for holder in [part, *dicts_in(result, "parts")]:
                     if not holder.keys().isdisjoint(
-                            ("inlineData", "inline_data", "fileData", "file_data")):
+                        ("inlineData", "inline_data", "fileData", "file_data")
+                    ):
                         return True
         return False
 
@@ -6262,23 +8476,41 @@ class Gemini(ClientDialect):
         body = camel_keys(body)
         config = as_object(body.get("generationConfig"))
         if body.get("cachedContent"):
-            raise BadRequest("'cachedContent' names what is not stored here: send the whole "
-                             "conversation", param="cachedContent")
+            raise BadRequest(
+                "'cachedContent' names what is not stored here: send the whole "
+                "conversation",
+                param="cachedContent",
+            )
         if count_or_zero(config.get("candidateCount")) > 1:
-            raise BadRequest("'candidateCount' above 1 is not offered: the upstream gives one "
-                             "answer a request", param="candidateCount")
-        if any(str(kind).upper() != "TEXT" for kind in as_list(config.get("responseModalities"))):
-            raise BadRequest("'responseModalities': only TEXT is offered",
-                             param="responseModalities")
+            raise BadRequest(
+                "'candidateCount' above 1 is not offered: the upstream gives one "
+                "answer a request",
+                param="candidateCount",
+            )
+        if any(
+            str(kind).upper() != "TEXT"
+            for kind in as_list(config.get("responseModalities"))
+        ):
+            raise BadRequest(
+                "'responseModalities': only TEXT is offered", param="responseModalities"
+            )
         if isinstance(body.get("tools"), dict):
             body["tools"] = [body["tools"]]
 
-        request = read_fields(self, body, "contents systemInstruction toolConfig generationConfig")
+        request = read_fields(
+            self, body, "contents systemInstruction toolConfig generationConfig"
+        )
         note_unknown(request, config, *_GEMINI_CONFIG)
         thinking = self._thinking(as_object(config.get("thinkingConfig")), request)
         tools, choice = self._choice(as_object(body.get("toolConfig")), request)
-        request = replace(request, tools=tools, tool_choice=choice, hides_thinking=False,
-                          output_schema=self._format(config, request), **thinking)
+        request = replace(
+            request,
+            tools=tools,
+            tool_choice=choice,
+            hides_thinking=False,
+            output_schema=self._format(config, request),
+            **thinking,
+        )
         self._read_turns(body, request)
         return request
 
@@ -6324,22 +8556,30 @@ class Gemini(ClientDialect):
                 request.lose("responseMimeType", NO_COUNTERPART)
             return None
         schema = config.get("responseJsonSchema")
-        if not isinstance(schema, dict) and isinstance(config.get("responseSchema"), dict):
+        if not isinstance(schema, dict) and isinstance(
+            config.get("responseSchema"), dict
+        ):
             schema = json_schema_of(config["responseSchema"])
         if not isinstance(schema, dict):
             return {"type": "json_object"}
         return {"type": "json_schema", "name": "output", "schema": schema}
 
     @staticmethod
-    def _choice(config: Json, request: Request) -> tuple[list[Tool], str | Named | None]:
+    def _choice(
+        config: Json, request: Request
+    ) -> tuple[list[Tool], str | Named | None]:
         """(tools, tool_choice).  A list of allowed functions leaves the others out: it must not
         widen to all."""
         note_unknown(request, config, "functionCallingConfig")
         wish = as_object(config.get("functionCallingConfig"))
         mode = str(wish.get("mode") or "").upper()
         allowed = set(words(wish.get("allowedFunctionNames")))
-        choice: str | Named | None = {"ANY": "required", "NONE": "none", "AUTO": "auto",
-                                      "VALIDATED": "auto"}.get(mode)
+        choice: str | Named | None = {
+            "ANY": "required",
+            "NONE": "none",
+            "AUTO": "auto",
+            "VALIDATED": "auto",
+        }.get(mode)
         if mode == "ANY" and not request.tools:
             request.lose("toolConfig", "there are no tools")
         if not allowed or mode == "NONE":
@@ -6347,8 +8587,10 @@ class Gemini(ClientDialect):
 
         tools = [tool for tool in request.tools if tool.name in allowed]
         if not tools:
-            raise BadRequest("'allowedFunctionNames' names none of the functions",
-                             param="allowedFunctionNames")
+            raise BadRequest(
+                "'allowedFunctionNames' names none of the functions",
+                param="allowedFunctionNames",
+            )
         if mode == "ANY" and len(tools) == 1:
             choice = Named(tools[0].name)
         return tools, choice
@@ -6357,7 +8599,9 @@ class Gemini(ClientDialect):
         for declaration in dicts_in(tool, "functionDeclarations"):
             shown = dict(declaration)
             schema = shown.pop("parametersJsonSchema", None)
-            if not isinstance(schema, dict) and isinstance(shown.get("parameters"), dict):
+            if not isinstance(schema, dict) and isinstance(
+                shown.get("parameters"), dict
+            ):
                 schema = json_schema_of(shown["parameters"])
             shown["parameters"] = as_object(schema) or None
             add_tool(request, shown, "parameters")
@@ -6413,6 +8657,7 @@ class Gemini(ClientDialect):
             packed = base64.b64decode(standard_base64(signature)).decode("ascii")
         except ValueError:
             packed = ""
+
         parts: list[Part] = []
         for minted_by, state_id, blob in unpack_opaque(packed):
             last = next(reversed(parts), None)
@@ -6422,6 +8667,7 @@ class Gemini(ClientDialect):
                 parts.append(Reasoning("", blob, None, minted_by, True))
             elif blob and minted_by in _UPSTREAM_NAMES:
                 parts.append(Reasoning("", blob, state_id, minted_by))
+
         if not parts and packed != NO_SIGNATURE:
             request.lose("thoughtSignature", FOREIGN_STATE)
         return parts
@@ -6439,7 +8685,11 @@ class Gemini(ClientDialect):
     def block(self, part: Part, packed: str = "") -> Json:
         """A part of the answer, with the state that is behind the thinking before it."""
         if isinstance(part, ToolCall):
-            call = {"id": part.id, "name": part.name, "args": arguments_object(part.arguments)}
+            call = {
+                "id": part.id,
+                "name": part.name,
+                "args": arguments_object(part.arguments),
+            }
             block: Json = {"functionCall": call}
         else:
             block = {"text": plain_text(part)}
@@ -6448,8 +8698,14 @@ class Gemini(ClientDialect):
             block["thoughtSignature"] = base64.b64encode(packed.encode()).decode()
         return block
 
-    def answer(self, blocks: list[Json], request: Request, answer_id: str, reason: str = "",
-               usage: Usage | None = None) -> Json:
+    def answer(
+        self,
+        blocks: list[Json],
+        request: Request,
+        answer_id: str,
+        reason: str = "",
+        usage: Usage | None = None,
+    ) -> Json:
         """A whole answer, or a piece of one."""
         candidate: Json = {"content": {"role": "model", "parts": blocks}}
         if reason:
@@ -6465,13 +8721,18 @@ class Gemini(ClientDialect):
     def usage(usage: Usage) -> Json:
         """`usageMetadata`: the candidates' count is without the thoughts."""
         prompt = usage.input + usage.cache_read + usage.cache_write
-        return {"promptTokenCount": prompt, "cachedContentTokenCount": usage.cache_read,
-                "candidatesTokenCount": max(usage.output - usage.reasoning, 0),
-                "thoughtsTokenCount": usage.reasoning, "totalTokenCount": prompt + usage.output}
+        return {
+            "promptTokenCount": prompt,
+            "cachedContentTokenCount": usage.cache_read,
+            "candidatesTokenCount": max(usage.output - usage.reasoning, 0),
+            "thoughtsTokenCount": usage.reasoning,
+            "totalTokenCount": prompt + usage.output,
+        }
 
     def encode_response(self, response: Response, request: Request) -> Json:
         blocks: list[Json] = []
         packed = ""
+
         for part in response.parts:
             if isinstance(part, Reasoning):
                 packed += self.pack(part)
@@ -6480,10 +8741,17 @@ class Gemini(ClientDialect):
             else:
                 blocks.append(self.block(part, packed))
                 packed = ""
+
         if packed or not blocks:
             blocks.append(self.block(Text(""), packed))
-        return self.answer(blocks, request, client_id("", response.id, request),
-                           self.TO_WIRE.get(response.stop, "STOP"), response.usage or Usage())
+        return self.answer(
+            blocks,
+            request,
+            client_id("", response.id, request),
+            self.TO_WIRE.get(response.stop, "STOP"),
+            response.usage or Usage(),
+        )
+
 
 class GeminiEncoder(StreamEncoder):
     """Calls go out whole, the reason of the end with the last piece alone: clients take it for the
@@ -6492,11 +8760,15 @@ class GeminiEncoder(StreamEncoder):
     def __init__(self, dialect: Gemini, request: Request) -> None:
         super().__init__(dialect, request)
         self._id = ""
-        self._packed = ""                                # state that no part has carried yet
-        self._thoughts: dict[int, list[str]] = {}        # index of an open thinking -> its words
+        self._packed = ""  # state that no part has carried yet
+        self._thoughts: dict[
+            int, list[str]
+        ] = {}  # index of an open thinking -> its words
         self._calls = WholeCalls()
 
-    def _piece(self, blocks: list[Json], reason: str = "", usage: Usage | None = None) -> bytes:
+    def _piece(
+        self, blocks: list[Json], reason: str = "", usage: Usage | None = None
+    ) -> bytes:
         answer = self.dialect.answer(blocks, self.request, self._id, reason, usage)
         return bytes(self.dialect.frame(dumps(answer)))
 
@@ -6539,7 +8811,8 @@ class GeminiEncoder(StreamEncoder):
     def _sign(self, event: PartSignature) -> bytes:
         text = "".join(self._thoughts.get(event.index, ()))
         self._packed += self.dialect.pack(
-            Reasoning(text, event.signature, event.id, event.minted_by))
+            Reasoning(text, event.signature, event.id, event.minted_by)
+        )
         return b""
 
     def _end(self, event: PartEnd) -> bytes:
@@ -6553,15 +8826,21 @@ class GeminiEncoder(StreamEncoder):
 
     def _stop(self, event: ResponseEnd) -> bytes:
         self.ended = True
-        return self._piece([self._block(Text(""))], self.dialect.TO_WIRE.get(event.stop, "STOP"),
-                           event.usage or Usage())
+        return self._piece(
+            [self._block(Text(""))],
+            self.dialect.TO_WIRE.get(event.stop, "STOP"),
+            event.usage or Usage(),
+        )
+
 
 class GeminiArray(Gemini):
     """A stream without `alt=sse`: one JSON array, element by element."""
+
     stream_type = "application/json"
 
     def frame(self, data: bytes) -> bytes:
         return b",%b\n" % data
+
 
 class GeminiArrayEncoder(GeminiEncoder):
     """Opens the array with the first element and closes it behind the last."""
@@ -6581,26 +8860,57 @@ class GeminiArrayEncoder(GeminiEncoder):
             out += b"]\n"
         return out
 
+
 # ---- Ollama ----
 
 #: options about the machine that a model runs on, which mean nothing here
-_OLLAMA_MACHINE = ("num_ctx", "num_gpu", "num_thread", "num_keep", "num_batch", "main_gpu",
-                   "low_vram", "use_mmap", "use_mlock", "numa", "f16_kv", "vocab_only",
-                   "logits_all", "embedding_only")
-_OLLAMA_OPTIONS = ("temperature", "top_p", "top_k", "seed", "presence_penalty", "num_predict",
-                   "frequency_penalty", "stop")
+_OLLAMA_MACHINE = (
+    "num_ctx",
+    "num_gpu",
+    "num_thread",
+    "num_keep",
+    "num_batch",
+    "main_gpu",
+    "low_vram",
+    "use_mmap",
+    "use_mlock",
+    "numa",
+    "f16_kv",
+    "vocab_only",
+    "logits_all",
+    "embedding_only",
+)
+_OLLAMA_OPTIONS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+    "presence_penalty",
+    "num_predict",
+    "frequency_penalty",
+    "stop",
+)
+
 
 def utc_time(second: int) -> str:
     """1790000000 -> '2026-09-21T14:13:20Z'"""
     at = datetime.datetime.fromtimestamp(second, datetime.timezone.utc)
     return at.strftime("%Y-%m-%dT%H:%M:%SZ")
 
+
 class Ollama(ClientDialect):
     """/api/chat.  Its calls have no ids, or ids that its SDKs drop: results are paired by order."""
+
     name = "ollama"
-    STOP_REASONS = (("stop", "stop"), ("length", "length"), ("stop", "tool_use"),
-                    ("stop", "stop_sequence"), ("stop", "refusal"), ("stop", "pause"))
-    keepalive = b" "                  # before a line: JSON parsers skip it
+    STOP_REASONS = (
+        ("stop", "stop"),
+        ("length", "length"),
+        ("stop", "tool_use"),
+        ("stop", "stop_sequence"),
+        ("stop", "refusal"),
+        ("stop", "pause"),
+    )
+    keepalive = b" "  # before a line: JSON parsers skip it
     stream_type = "application/x-ndjson"
 
     def error_body(self, error: ProxyError, request_id: str) -> Json:
@@ -6612,15 +8922,18 @@ class Ollama(ClientDialect):
     @staticmethod
     def has_images(body: Json) -> bool:
         return bool(body.get("images")) or any(
-            message.get("images") for message in dicts_in(body, "messages"))
+            message.get("images") for message in dicts_in(body, "messages")
+        )
 
     # -- requests
 
     def decode_request(self, body: Json) -> Request:
         think = {True: USUAL_EFFORT, False: "none"}
-        if isinstance(body.get("think"), bool):          # else a word for how much
+        if isinstance(body.get("think"), bool):  # else a word for how much
             body = dict(body, think=think[body["think"]])
-        request = read_fields(self, body, "messages options format keep_alive truncate shift")
+        request = read_fields(
+            self, body, "messages options format keep_alive truncate shift"
+        )
         options = as_object(body.get("options"))
         note_unknown(request, options, *_OLLAMA_OPTIONS, *_OLLAMA_MACHINE)
         request = replace(request, output_schema=self._format(body.get("format")))
@@ -6631,11 +8944,13 @@ class Ollama(ClientDialect):
 
     @staticmethod
     def _format(layout: Any) -> Json | None:
-        """"json", or a JSON schema.  Raises BadRequest."""
+        """ "json", or a JSON schema.  Raises BadRequest."""
         if isinstance(layout, dict):
             return {"type": "json_schema", "name": "output", "schema": layout}
         if layout not in (None, "", "json"):
-            raise BadRequest("'format' must be \"json\" or a JSON schema", param="format")
+            raise BadRequest(
+                "'format' must be \"json\" or a JSON schema", param="format"
+            )
         return {"type": "json_object"} if layout else None
 
     def read_tool(self, tool: Json, request: Request) -> None:
@@ -6648,11 +8963,22 @@ class Ollama(ClientDialect):
     def read_turn(self, request: Request, item: Json, place: str) -> None:
         role = str(item.get("role"))
         if role not in ("system", "user", "assistant", "tool"):
-            raise BadRequest("'%s.role' must be system, user, assistant or tool" % place,
-                             param=place)
-        note_unknown(request, item, "content", "images", "tool_calls", "tool_name", "name",
-                     "tool_call_id")
-        parts: list[Part] = [Reasoning(thought) for thought in words(item.get("thinking"))]
+            raise BadRequest(
+                "'%s.role' must be system, user, assistant or tool" % place, param=place
+            )
+        note_unknown(
+            request,
+            item,
+            "content",
+            "images",
+            "tool_calls",
+            "tool_name",
+            "name",
+            "tool_call_id",
+        )
+        parts: list[Part] = [
+            Reasoning(thought) for thought in words(item.get("thinking"))
+        ]
         parts += read_content(item.get("content"), place, request)
         for data in as_list(item.get("images")):
             parts += self._read_image(data, place)
@@ -6676,8 +9002,10 @@ class Ollama(ClientDialect):
         text = standard_base64(text)
         kind = image_type(text, label)
         if not kind:
-            raise BadRequest("'%s.images' must hold PNG, JPEG, GIF or WebP images as base64"
-                             % place, param=place)
+            raise BadRequest(
+                "'%s.images' must hold PNG, JPEG, GIF or WebP images as base64" % place,
+                param=place,
+            )
         return [Image(kind, text)]
 
     @staticmethod
@@ -6686,30 +9014,50 @@ class Ollama(ClientDialect):
         arguments = function.get("arguments")
         if not isinstance(arguments, str):
             arguments = dumps(as_object(arguments)).decode("utf-8", "surrogatepass")
-        return ToolCall(str(call.get("id") or ""), str(function.get("name") or ""),
-                        arguments or "{}")
+        return ToolCall(
+            str(call.get("id") or ""),
+            str(function.get("name") or ""),
+            arguments or "{}",
+        )
 
     # -- answers
 
     def line(self, message: Json, request: Request, **more: Any) -> Json:
         """One object of a stream, or the whole answer."""
-        return {"model": request.model, "created_at": utc_time(request.now),
-                "message": dict({"role": "assistant"}, **message), "done": False, **more}
+        return {
+            "model": request.model,
+            "created_at": utc_time(request.now),
+            "message": dict({"role": "assistant"}, **message),
+            "done": False,
+            **more,
+        }
 
     @staticmethod
     def call(call: ToolCall) -> Json:
-        return {"id": call.id, "function": {"name": call.name,
-                                            "arguments": arguments_object(call.arguments)}}
+        return {
+            "id": call.id,
+            "function": {
+                "name": call.name,
+                "arguments": arguments_object(call.arguments),
+            },
+        }
 
-    def ending(self, stop: str, usage: Usage | None, request: Request, first_ns: int) -> Json:
+    def ending(
+        self, stop: str, usage: Usage | None, request: Request, first_ns: int
+    ) -> Json:
         """What the last object has.  first_ns: until the first piece of the answer."""
         usage = usage or Usage()
         total_ns = max(request.elapsed_ns(), first_ns)
-        return {"done": True, "done_reason": self.TO_WIRE.get(stop, "stop"),
-                "total_duration": total_ns, "load_duration": 0,
-                "prompt_eval_count": usage.input + usage.cache_read + usage.cache_write,
-                "prompt_eval_duration": first_ns,
-                "eval_count": usage.output, "eval_duration": total_ns - first_ns}
+        return {
+            "done": True,
+            "done_reason": self.TO_WIRE.get(stop, "stop"),
+            "total_duration": total_ns,
+            "load_duration": 0,
+            "prompt_eval_count": usage.input + usage.cache_read + usage.cache_write,
+            "prompt_eval_duration": first_ns,
+            "eval_count": usage.output,
+            "eval_duration": total_ns - first_ns,
+        }
 
     def encode_response(self, response: Response, request: Request) -> Json:
         texts: dict[type[Part], str] = {Text: "", Reasoning: ""}
@@ -6719,9 +9067,15 @@ class Ollama(ClientDialect):
                 calls.append(self.call(part))
             elif type(part) in texts:
                 texts[type(part)] += text_in(part)
-        message = given(content=texts[Text], thinking=texts[Reasoning] or None,
-                        tool_calls=calls or None)
-        return self.line(message, request, **self.ending(response.stop, response.usage, request, 0))
+        message = given(
+            content=texts[Text],
+            thinking=texts[Reasoning] or None,
+            tool_calls=calls or None,
+        )
+        return self.line(
+            message, request, **self.ending(response.stop, response.usage, request, 0)
+        )
+
 
 class OllamaGenerate(Ollama):
     """/api/generate: a prompt instead of messages, a text instead of a message."""
@@ -6729,20 +9083,39 @@ class OllamaGenerate(Ollama):
     def as_chat(self, body: Json) -> Json:
         """The same request as /api/chat has it.  Raises BadRequest."""
         if body.get("suffix"):
-            raise BadRequest("'suffix' is not supported: no chat model can do it", param="suffix")
-        left = {key: value for key, value in body.items()
-                if key not in ("prompt", "system", "images", "suffix")
-                and (value or key not in ("template", "raw", "context"))}
-        left["messages"] = [{"role": "system", "content": system}
-                            for system in words(body.get("system"))]
-        left["messages"].append(given(role="user", content=body.get("prompt") or "",
-                                      images=body.get("images")))
+            raise BadRequest(
+                "'suffix' is not supported: no chat model can do it", param="suffix"
+            )
+
+        left = {
+            key: value
+            for key, value in body.items()
+            if key not in ("prompt", "system", "images", "suffix")
+            and (value or key not in ("template", "raw", "context"))
+        }
+
+        left["messages"] = [
+            {"role": "system", "content": system}
+            for system in words(body.get("system"))
+        ]
+        left["messages"].append(
+            given(
+                role="user", content=body.get("prompt") or "", images=body.get("images")
+            )
+        )
+
         return left
 
     def initiator(self, body: Json) -> str:
         system = word(body.get("system")) or ""
-        return super().initiator({"system": system, "messages": [
-            {"role": "user", "content": word(body.get("prompt")) or ""}]})
+        return super().initiator(
+            {
+                "system": system,
+                "messages": [
+                    {"role": "user", "content": word(body.get("prompt")) or ""}
+                ],
+            }
+        )
 
     def decode_request(self, body: Json) -> Request:
         return super().decode_request(self.as_chat(body))
@@ -6750,8 +9123,15 @@ class OllamaGenerate(Ollama):
     def line(self, message: Json, request: Request, **more: Any) -> Json:
         shown = dict(message)
         text = shown.pop("content")
-        return {"model": request.model, "created_at": utc_time(request.now), "response": text,
-                **shown, "done": False, **more}
+        return {
+            "model": request.model,
+            "created_at": utc_time(request.now),
+            "response": text,
+            **shown,
+            "done": False,
+            **more,
+        }
+
 
 class OllamaEncoder(StreamEncoder):
     """One JSON object a line; calls go out whole."""
@@ -6759,7 +9139,7 @@ class OllamaEncoder(StreamEncoder):
     def __init__(self, dialect: Ollama, request: Request) -> None:
         super().__init__(dialect, request)
         self._calls = WholeCalls()
-        self._first_ns = -1                              # -1: no piece of the answer so far
+        self._first_ns = -1  # -1: no piece of the answer so far
 
     def _line(self, message: Json, **more: Any) -> bytes:
         return dumps(self.dialect.line(message, self.request, **more)) + b"\n"
@@ -6786,7 +9166,7 @@ class OllamaEncoder(StreamEncoder):
         return dumps(event.text).join(self._frames[event.index])
 
     def _sign(self, event: PartSignature) -> bytes:
-        return b""                                       # there is no place for it
+        return b""  # there is no place for it
 
     def _end(self, event: PartEnd) -> bytes:
         if event.index not in self._calls:
@@ -6798,8 +9178,13 @@ class OllamaEncoder(StreamEncoder):
 
     def _stop(self, event: ResponseEnd) -> bytes:
         self.ended = True
-        return self._line({"content": ""}, **self.dialect.ending(
-            event.stop, event.usage, self.request, max(self._first_ns, 0)))
+        return self._line(
+            {"content": ""},
+            **self.dialect.ending(
+                event.stop, event.usage, self.request, max(self._first_ns, 0)
+            ),
+        )
+
 
 CHAT = ChatCompletions(ChatStream, ChatDecoder, ChatEncoder)
 RESPONSES = Responses(ResponsesStream, ResponsesDecoder, ResponsesEncoder)
@@ -6810,7 +9195,12 @@ OLLAMA = Ollama(OllamaEncoder)
 OLLAMA_GENERATE = OllamaGenerate(OllamaEncoder)
 #: those that models are asked in, and all that clients speak
 DIALECTS: dict[str, Dialect] = {d.name: d for d in (CHAT, RESPONSES, MESSAGES)}
-CLIENT_DIALECTS: dict[str, Dialect] = {**DIALECTS, GEMINI.name: GEMINI, OLLAMA.name: OLLAMA}
+CLIENT_DIALECTS: dict[str, Dialect] = {
+    **DIALECTS,
+    GEMINI.name: GEMINI,
+    OLLAMA.name: OLLAMA,
+}
+
 
 class Unwrapper:
     """Turns the forced call of OUTPUT_TOOL back into the text that the client asked for.  Other
@@ -6839,6 +9229,7 @@ class Unwrapper:
             event = replace(event, stop="stop")
         return [event] if OUTPUT_TOOL in self._calls else [*self._held, event]
 
+
 class ThinkingFilter:
     """Leaves out the model's thinking for a client that wants none."""
 
@@ -6853,6 +9244,7 @@ class ThinkingFilter:
             return [] if event.index in self._hidden else [event]
         return [event]
 
+
 class StopCutter:
     """Ends an answer at a stop sequence where the upstream cannot.
 
@@ -6862,8 +9254,8 @@ class StopCutter:
     def __init__(self, sequences: list[str], meter: Meter) -> None:
         self._sequences = [sequence for sequence in sequences if sequence]
         self._meter = meter
-        self._held: dict[int, str] = {}        # index of an open text -> its end that waits
-        self._open: list[int] = []             # parts that have begun, in order
+        self._held: dict[int, str] = {}  # index of an open text -> its end that waits
+        self._open: list[int] = []  # parts that have begun, in order
         self._is_cut = False
 
     def feed(self, event: Event) -> list[Event]:
@@ -6890,8 +9282,8 @@ class StopCutter:
             return self._cut(event.index, text, *min(hits))
 
         waiting = self._waiting(text)
-        self._held[event.index] = text[len(text) - waiting:]
-        ready = text[:len(text) - waiting]
+        self._held[event.index] = text[len(text) - waiting :]
+        ready = text[: len(text) - waiting]
         return [PartDelta(event.index, ready)] if ready else []
 
     def _waiting(self, text: str) -> int:
@@ -6911,7 +9303,10 @@ class StopCutter:
         events += [PartEnd(at) for at in self._open]
         return [*events, ResponseEnd("stop_sequence", self._meter.usage, sequence)]
 
-def event_filters(request: Request, meter: Meter) -> list[Callable[[Event], list[Event]]]:
+
+def event_filters(
+    request: Request, meter: Meter
+) -> list[Callable[[Event], list[Event]]]:
     """What stands between decoder and encoder: the client's wishes that the proxy fulfils."""
     filters: list[Callable[[Event], list[Event]]] = []
     if request.output_tool:
@@ -6922,13 +9317,16 @@ def event_filters(request: Request, meter: Meter) -> list[Callable[[Event], list
         filters.append(StopCutter(request.cut_at, meter).feed)
     return filters
 
-def pass_through(filters: list[Callable[[Event], list[Event]]], events: Iterable[Event]
-                 ) -> list[Event]:
+
+def pass_through(
+    filters: list[Callable[[Event], list[Event]]], events: Iterable[Event]
+) -> list[Event]:
     """The events that come out behind all filters."""
     passed = list(events)
     for change in filters:
         passed = [out for event in passed for out in change(event)]
     return passed
+
 
 class TranslatedStream(StreamRelay):
     """StreamRelay's interface off the diagonal: upstream bytes of one dialect in, client bytes of
@@ -6936,7 +9334,10 @@ class TranslatedStream(StreamRelay):
 
     def __init__(self, client: Dialect, upstream: Dialect, request: Request) -> None:
         super().__init__(client, request.model, {}, request)
-        self._decoder, self._encoder = upstream.stream_decoder(), client.stream_encoder(request)
+        self._decoder, self._encoder = (
+            upstream.stream_decoder(),
+            client.stream_encoder(request),
+        )
         self.meter = self._decoder.meter
         self._filters = event_filters(request, self.meter)
 
@@ -6965,44 +9366,75 @@ class TranslatedStream(StreamRelay):
     def _block(self, block: bytes) -> bytes:
         out: list[Event] = []
         for raw in block.split(b"\n\n"):
-            at = raw.find(b"\n") + 1               # behind the event's name, if there is one
-            is_usual = raw.startswith(b"data: ", at) and raw.find(b"\n", at) < 0 and (
-                not at or raw.startswith(b"event: "))
-            data = raw[at + 6:] if is_usual else Frame.parse(raw).data
+            at = raw.find(b"\n") + 1  # behind the event's name, if there is one
+            is_usual = (
+                raw.startswith(b"data: ", at)
+                and raw.find(b"\n", at) < 0
+                and (not at or raw.startswith(b"event: "))
+            )
+            data = raw[at + 6 :] if is_usual else Frame.parse(raw).data
             if data:
                 out += self._decoder.read(data)
         return self.tell(out)
 
     def _finish(self) -> bytes:
-        events = self._decoder.close()         # an error among them is made by close()
-        return b"" if any(isinstance(e, StreamError) for e in events) else self.tell(events)
+        events = self._decoder.close()  # an error among them is made by close()
+        return (
+            b""
+            if any(isinstance(e, StreamError) for e in events)
+            else self.tell(events)
+        )
 
     def _error(self, error: ProxyError) -> bytes:
         told = UpstreamError(str(error), error.status, error.code)
         told.overflow = error.overflow
         return self.tell([StreamError(told)])
 
-def read_answer(upstream: Dialect, data: bytes, is_stream: bool, request: Request,
-                meter: Meter | None = None) -> Response:
+
+def read_answer(
+    upstream: Dialect,
+    data: bytes,
+    is_stream: bool,
+    request: Request,
+    meter: Meter | None = None,
+) -> Response:
     """A whole answer of the upstream, or one that it streamed.  Raises UpstreamError."""
     decoder = upstream.stream_decoder()
     decoder.meter = meter or decoder.meter
+
     if is_stream:
         splitter = SSEDecoder()
-        events = [event for frame in splitter.feed(data) + splitter.close()
-                  for event in decoder.read(frame.data)] + decoder.close()
+        events = [
+            event
+            for frame in splitter.feed(data) + splitter.close()
+            for event in decoder.read(frame.data)
+        ] + decoder.close()
     else:
         events = decoder.read_whole(parse_answer(data))
+
     events = pass_through(event_filters(request, decoder.meter), events)
     return fold(events)
 
+
 def as_completion(answer: Json, echo: str, at: int = 0) -> Json:
     """A chat answer or chunk in the shape of the old /completions; `at`: which prompt's it is."""
-    choices = [{"text": echo + (as_object(c.get("message") or c.get("delta")).get("content") or ""),
-                "index": at, "logprobs": None, "finish_reason": c.get("finish_reason")}
-               for c in as_list(answer.get("choices"))]
-    return dict(answer, id=str(answer.get("id")).replace("chatcmpl", "cmpl"),
-                object="text_completion", choices=choices)
+    choices = [
+        {
+            "text": echo
+            + (as_object(c.get("message") or c.get("delta")).get("content") or ""),
+            "index": at,
+            "logprobs": None,
+            "finish_reason": c.get("finish_reason"),
+        }
+        for c in as_list(answer.get("choices"))
+    ]
+    return dict(
+        answer,
+        id=str(answer.get("id")).replace("chatcmpl", "cmpl"),
+        object="text_completion",
+        choices=choices,
+    )
+
 
 class CompletionStream(StreamRelay):
     """A chat client's stream in the shape of /completions.  `echo`: to stand before the text."""
@@ -7019,7 +9451,11 @@ class CompletionStream(StreamRelay):
 
     def _told(self, data: bytes) -> bytes:
         inner, out = self._inner, []
-        self.ended, self.error, self.has_content = inner.ended, inner.error, inner.has_content
+        self.ended, self.error, self.has_content = (
+            inner.ended,
+            inner.error,
+            inner.has_content,
+        )
         for raw in split_frames(data):
             value = loads(Frame.parse(raw).data) if raw.startswith(b"data: {") else {}
             if "choices" in value:
@@ -7027,6 +9463,7 @@ class CompletionStream(StreamRelay):
                 self._echo = ""
             out.append(raw)
         return b"".join(out)
+
 
 def parse_answer(data: bytes) -> Json:
     """An upstream's whole body.  Raises UpstreamError."""
@@ -7046,8 +9483,8 @@ def parse_answer(data: bytes) -> Json:
 # needs nothing is looked at once and left alone.
 
 SHED_IMAGE = "[an image was left out: the upstream takes no more]"
-MAX_IMAGES = 20                          # the upstream's own limit
-MAX_SENT_BYTES = 5_000_000               # with images; larger bodies were met with 413
+MAX_IMAGES = 20  # the upstream's own limit
+MAX_SENT_BYTES = 5_000_000  # with images; larger bodies were met with 413
 _NONCE_LINE = "x-anthropic-billing-header:"
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 # ---- Normalising: one shape for what clients write in many ----
@@ -7059,6 +9496,7 @@ _TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 
 _FORMAT_KEYS = ("name", "schema", "strict", "description")
 
+
 def _as_chat_format(layout: Any) -> Any:
     """{"type": "json_schema", "schema": {}} -> {"type": "json_schema", "json_schema": {...}}"""
     if as_object(layout).get("type") != "json_schema" or "json_schema" in layout:
@@ -7067,17 +9505,21 @@ def _as_chat_format(layout: Any) -> Any:
     inner.setdefault("name", "output")
     return {"type": "json_schema", "json_schema": inner}
 
+
 def _as_flat_format(layout: Any) -> Any:
     """The way back, as Responses and Messages have it."""
     if "json_schema" not in as_object(layout):
         return layout
     return dict({"type": "json_schema"}, **as_object(layout["json_schema"]))
 
+
 def _as_stop_list(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
+
 def _unchanged(value: Any) -> Any:
     return value
+
 
 #: dialect -> (old or foreign field, the dialect's own, how its value changes).  The own one wins.
 OLD_FIELDS: dict[str, tuple[tuple[str, str, Callable[[Any], Any]], ...]] = {
@@ -7090,7 +9532,8 @@ OLD_FIELDS: dict[str, tuple[tuple[str, str, Callable[[Any], Any]], ...]] = {
         ("text.format", "response_format", _as_chat_format),
         ("output_config.format", "response_format", _as_chat_format),
         ("output_format", "response_format", _as_chat_format),
-        ("text.verbosity", "verbosity", _unchanged)),
+        ("text.verbosity", "verbosity", _unchanged),
+    ),
     "responses": (
         ("max_tokens", "max_output_tokens", _unchanged),
         ("max_completion_tokens", "max_output_tokens", _unchanged),
@@ -7100,7 +9543,8 @@ OLD_FIELDS: dict[str, tuple[tuple[str, str, Callable[[Any], Any]], ...]] = {
         ("response_format", "text.format", _as_flat_format),
         ("output_config.format", "text.format", _as_flat_format),
         ("output_format", "text.format", _as_flat_format),
-        ("verbosity", "text.verbosity", _unchanged)),
+        ("verbosity", "text.verbosity", _unchanged),
+    ),
     "messages": (
         ("max_tokens_to_sample", "max_tokens", _unchanged),
         ("max_completion_tokens", "max_tokens", _unchanged),
@@ -7111,7 +9555,10 @@ OLD_FIELDS: dict[str, tuple[tuple[str, str, Callable[[Any], Any]], ...]] = {
         ("output_config.format", "output_config.format", _as_flat_format),
         ("output_format", "output_config.format", _as_flat_format),
         ("response_format", "output_config.format", _as_flat_format),
-        ("text.format", "output_config.format", _as_flat_format))}
+        ("text.format", "output_config.format", _as_flat_format),
+    ),
+}
+
 
 def _place_of(body: Json, path: str, make: bool = False) -> tuple[Json, str]:
     """(object, key) of a dotted path of at most two steps; make: also create the object."""
@@ -7122,8 +9569,12 @@ def _place_of(body: Json, path: str, make: bool = False) -> tuple[Json, str]:
         body[outer] = {}
     return as_object(body.get(outer)), inner
 
-_OLD_NAMES = {dialect: frozenset(old.partition(".")[0] for old, _, _ in rows)
-              for dialect, rows in OLD_FIELDS.items()}
+
+_OLD_NAMES = {
+    dialect: frozenset(old.partition(".")[0] for old, _, _ in rows)
+    for dialect, rows in OLD_FIELDS.items()
+}
+
 
 def rename_old_fields(edit: Edit, client: Dialect, model: Model) -> None:
     """Older spellings, fields that were betas once, and the sister dialects' names of a field."""
@@ -7146,6 +9597,7 @@ def rename_old_fields(edit: Edit, client: Dialect, model: Model) -> None:
         if edit.body.get(outer) == {}:
             edit.drop(edit.body, outer)
 
+
 def name_the_turns(edit: Edit, client: Dialect, model: Model) -> None:
     """`messages` sent to a route that wants `input`, or the reverse, and a system text by the
     sister dialect's name."""
@@ -7166,6 +9618,7 @@ def name_the_turns(edit: Edit, client: Dialect, model: Model) -> None:
         elif text and isinstance(body.get(own), list):
             edit.set(body, own, [{"role": "system", "content": text}] + body[own])
 
+
 def convert_functions(edit: Edit, client: Dialect, model: Model) -> None:
     """`functions` and `function_call`, OpenAI's words before there were tools."""
     body = edit.body
@@ -7181,9 +9634,10 @@ def convert_functions(edit: Edit, client: Dialect, model: Model) -> None:
         if body.get("tool_choice") is None:
             edit.set(body, "tool_choice", choice)
 
+
 def convert_function_turns(edit: Edit, client: Dialect, model: Model) -> None:
     """Calls and results of `functions`: they have names, tools have ids."""
-    called: dict[str, list[str]] = {}          # name of a function -> ids of its open calls
+    called: dict[str, list[str]] = {}  # name of a function -> ids of its open calls
     for at, item in enumerate(as_list(edit.body.get(client.turns_key))):
         if not isinstance(item, dict):
             continue
@@ -7200,28 +9654,32 @@ def convert_function_turns(edit: Edit, client: Dialect, model: Model) -> None:
             edit.set(item, "role", "tool")
             edit.set(item, "tool_call_id", open_calls.pop(0))
 
+
 def shape_tools(edit: Edit, client: Dialect, model: Model) -> None:
-    """Tools in the shape of another dialect, and nulls beside a schema, which strict ones refuse.
-    """
+    """Tools in the shape of another dialect, and nulls beside a schema, which strict ones refuse."""
     tools = edit.body.get("tools")
     if not isinstance(tools, list):
         return
-    shaped = [client.own_tool(tool) if isinstance(tool, dict) else tool for tool in tools]
+    shaped = [
+        client.own_tool(tool) if isinstance(tool, dict) else tool for tool in tools
+    ]
     edit.replace(edit.body, "tools", shaped)
     for tool in shaped:
         if isinstance(tool, dict):
             drop_nulls(edit, tool)
             drop_nulls(edit, as_object(tool.get("function")))
 
+
 def _tool_key(tool: Json) -> tuple[str, str]:
     """What makes two entries of `tools` the same tool."""
     function = as_object(tool.get("function")) or as_object(tool.get("custom"))
     return str(tool.get("type")), str(function.get("name") or tool.get("name"))
 
+
 def merge_tools(tools: Iterable[Json]) -> list[Json]:
     """The tools without doubles; those of a namespace that comes more than once are joined."""
     merged: dict[tuple[str, str], Json] = {}
-    joined: dict[tuple[str, str], list[Json]] = {}       # the tools of such a namespace
+    joined: dict[tuple[str, str], list[Json]] = {}  # the tools of such a namespace
     for tool in tools:
         key = _tool_key(tool)
         known = merged.setdefault(key, tool)
@@ -7232,33 +9690,47 @@ def merge_tools(tools: Iterable[Json]) -> list[Json]:
         merged[key] = dict(merged[key], tools=merge_tools(inner))
     return list(merged.values())
 
+
 def hoist_tools(edit: Edit, client: Dialect, model: Model) -> None:
     """Codex sends the tools of newer models as an item, which it replays for ever; after a switch
     of the model both forms come."""
     items = edit.body.get(client.turns_key)
-    carriers = [item for item in as_list(items)
-                if isinstance(item, dict) and item.get("type") == "additional_tools"]
+    carriers = [
+        item
+        for item in as_list(items)
+        if isinstance(item, dict) and item.get("type") == "additional_tools"
+    ]
     if not carriers:
         return
-    tools = [tool for holder in [edit.body, *carriers] for tool in dicts_in(holder, "tools")]
+    tools = [
+        tool for holder in [edit.body, *carriers] for tool in dicts_in(holder, "tools")
+    ]
     edit.set(edit.body, "tools", merge_tools(tools))
     hoisted = set(map(id, carriers))
     kept = [item for item in as_list(items) if id(item) not in hoisted]
     edit.replace(edit.body, client.turns_key, kept)
+
 
 def narrow_tools(edit: Edit, client: Dialect, model: Model) -> None:
     """`allowed_tools` must not widen to all tools where the upstream does not know it."""
     choice = as_object(edit.body.get("tool_choice"))
     if choice.get("type") != "allowed_tools":
         return
-    if model.is_openai and client.knows_allowed_tools and client.path in model.endpoints:
+    if (
+        model.is_openai
+        and client.knows_allowed_tools
+        and client.path in model.endpoints
+    ):
         return
     inner = as_object(choice.get("allowed_tools")) or choice
     allowed = {_tool_key(tool) for tool in dicts_in(inner, "tools")}
-    tools = [tool for tool in dicts_in(edit.body, "tools") if _tool_key(tool) in allowed]
+    tools = [
+        tool for tool in dicts_in(edit.body, "tools") if _tool_key(tool) in allowed
+    ]
     edit.set(edit.body, "tools", tools)
     mode = "required" if inner.get("mode") == "required" else "auto"
     edit.set(edit.body, "tool_choice", client.own_choice(mode))
+
 
 def shape_choice(edit: Edit, client: Dialect, model: Model) -> None:
     """`tool_choice` in the shape of another dialect."""
@@ -7266,7 +9738,9 @@ def shape_choice(edit: Edit, client: Dialect, model: Model) -> None:
     if choice is not None:
         edit.set(edit.body, "tool_choice", client.own_choice(choice))
 
+
 _ANTHROPIC_PARTS = ("tool_use", "tool_result", "thinking", "redacted_thinking")
+
 
 def _reader_of(item: Json, client: Dialect) -> Dialect:
     """The dialect in whose shape an item of a conversation is written."""
@@ -7280,7 +9754,9 @@ def _reader_of(item: Json, client: Dialect) -> Dialect:
             return MESSAGES
     return client
 
-_LONGEST_LABEL = 200                     # characters of a data: URL before its data
+
+_LONGEST_LABEL = 200  # characters of a data: URL before its data
+
 
 def label_image(edit: Edit, part: Json) -> None:
     """Give an image the label that its first bytes tell: every vendor refuses a wrong one."""
@@ -7288,7 +9764,11 @@ def label_image(edit: Edit, part: Json) -> None:
     if isinstance(source, dict):
         data = source.get("data")
         if isinstance(data, str):
-            edit.set(source, "media_type", image_type(data, str(source.get("media_type") or "")))
+            edit.set(
+                source,
+                "media_type",
+                image_type(data, str(source.get("media_type") or "")),
+            )
         return
 
     holder, key = part, "image_url"
@@ -7298,22 +9778,28 @@ def label_image(edit: Edit, part: Json) -> None:
     if not isinstance(url, str):
         return
     if url[:5].lower() != "data:":
-        if image_type(url, ""):                          # bare base64
+        if image_type(url, ""):  # bare base64
             edit.set(holder, key, "data:%s;base64,%s" % (image_type(url, ""), url))
         return
     comma = url.find(",", 0, _LONGEST_LABEL)
-    label = url[5:max(comma, 5)].split(";")[0]
-    kind = image_type(url[comma + 1:comma + 16], label)
+    label = url[5 : max(comma, 5)].split(";")[0]
+    kind = image_type(url[comma + 1 : comma + 16], label)
     if comma > 0 and kind and kind != label:
-        edit.set(holder, key, "data:%s;base64,%s" % (kind, url[comma + 1:]))
+        edit.set(holder, key, "data:%s;base64,%s" % (kind, url[comma + 1 :]))
 
-def rewrite_part(edit: Edit, client: Dialect, item: Json, part: Any, place: str) -> list[Json]:
+
+def rewrite_part(
+    edit: Edit, client: Dialect, item: Json, part: Any, place: str
+) -> list[Json]:
     """Read a part of any dialect and write it in the client's own."""
     request = Request("", client.name, client.turns_key)
     parts = read_content([part], place, request)
     for name, reason in request.losses:
         edit.lose(name, reason)
-    return [client.write_part(found, item.get("role") == "assistant") for found in parts]
+    return [
+        client.write_part(found, item.get("role") == "assistant") for found in parts
+    ]
+
 
 def shape_content(edit: Edit, client: Dialect, item: Json, place: str) -> None:
     """The parts of one item, each in the client's own shape."""
@@ -7334,15 +9820,20 @@ def shape_content(edit: Edit, client: Dialect, item: Json, place: str) -> None:
                 shaped += rewrite_part(edit, client, item, part, place)
             else:
                 shaped.append(part)
+
         edit.replace(item, key, shaped)
 
-def rewrite_item(edit: Edit, client: Dialect, item: Json, model: Model, place: str) -> list[Json]:
+
+def rewrite_item(
+    edit: Edit, client: Dialect, item: Json, model: Model, place: str
+) -> list[Json]:
     """Read an item by the dialect in whose shape it is, write it in the client's own."""
     request = Request("", client.name, client.turns_key)
     _reader_of(item, client).read_turn(request, item, place)
     for name, reason in request.losses:
         edit.lose(name, reason)
     return client.write_turns(request.turns, request, model)
+
 
 def shape_turns(edit: Edit, client: Dialect, model: Model) -> None:
     """Items and parts in the shape of another dialect, and those that no dialect knows: their text
@@ -7357,20 +9848,31 @@ def shape_turns(edit: Edit, client: Dialect, model: Model) -> None:
         if isinstance(item, str):
             item = {"role": "user", "content": item}
         if not isinstance(item, dict):
-            shaped.append(item)                          # the dialect's own rules name it
+            shaped.append(item)  # the dialect's own rules name it
         elif _reader_of(item, client) is client and client.is_own_item(item):
             shape_content(edit, client, item, place)
             shaped.append(item)
         else:
             shaped += rewrite_item(edit, client, item, model, place)
+
     edit.replace(edit.body, key, shaped)
+
 
 #: what is done to every request, in this order: to its fields, then to its turns
 FIELD_STEPS: tuple[Callable[[Edit, Dialect, Model], None], ...] = (
-    name_the_turns, rename_old_fields, convert_functions, hoist_tools, shape_tools, narrow_tools,
-    shape_choice)
+    name_the_turns,
+    rename_old_fields,
+    convert_functions,
+    hoist_tools,
+    shape_tools,
+    narrow_tools,
+    shape_choice,
+)
 TURN_STEPS: tuple[Callable[[Edit, Dialect, Model], None], ...] = (
-    convert_function_turns, shape_turns)
+    convert_function_turns,
+    shape_turns,
+)
+
 
 def normalise(edit: Edit, client: Dialect, model: Model) -> None:
     """Make a request uniform in its own dialect.  Raises BadRequest.
@@ -7390,7 +9892,9 @@ def normalise(edit: Edit, client: Dialect, model: Model) -> None:
         for step in TURN_STEPS:
             step(edit, client, model)
 
+
 # ---- Each call and its result ----
+
 
 def is_paired(steps: Iterable[ToolStep], once: bool) -> bool:
     """Has each call one result, directly behind it but for what may stand between, and each result
@@ -7412,20 +9916,26 @@ def is_paired(steps: Iterable[ToolStep], once: bool) -> bool:
             seen.update(calls)
     return not waiting
 
+
 def pair_calls(edit: Edit, dialect: Dialect) -> None:
     """Put each result directly behind its call: a missing one is told as an error, one without a
     call as text, one that comes twice is told once."""
     if edit.is_words:
         return
     key = dialect.turns_key
-    try:          # nothing is kept of what is read: thousands of pieces would wake the collector
-        if is_paired((step for item in edit.body[key] for step in dialect.tool_steps(item)),
-                     dialect.unique_call_ids):
+    try:  # nothing is kept of what is read: thousands of pieces would wake the collector
+        if is_paired(
+            (step for item in edit.body[key] for step in dialect.tool_steps(item)),
+            dialect.unique_call_ids,
+        ):
             return
         steps = [step for item in edit.body[key] for step in dialect.tool_steps(item)]
     except (AttributeError, KeyError, TypeError):
-        return                                           # `prepare` says what is wrong with it
-    edit.replace(edit.body, key, dialect.join_user_turns(_in_order(steps, dialect, edit)))
+        return  # `prepare` says what is wrong with it
+    edit.replace(
+        edit.body, key, dialect.join_user_turns(_in_order(steps, dialect, edit))
+    )
+
 
 class OpenCalls:
     """Finds the call that each tool result belongs to: the latest one of its id that has none."""
@@ -7433,8 +9943,8 @@ class OpenCalls:
     def __init__(self) -> None:
         #: id -> (step, numbers of the calls in it), for calls without a result
         self._places: dict[str, list[tuple[int, collections.deque[int]]]] = {}
-        self._results: dict[str, list[Json]] = {}            # id -> those not in _digests yet
-        self._digests: dict[str, set[str]] = {}              # id -> of results that were taken
+        self._results: dict[str, list[Json]] = {}  # id -> those not in _digests yet
+        self._digests: dict[str, set[str]] = {}  # id -> of results that were taken
 
     def open(self, at: int, calls: Sequence[str]) -> None:
         """Step `at` makes these calls."""
@@ -7473,16 +9983,22 @@ class OpenCalls:
     def _digest(item: Json) -> str:
         return stable_id("", json.dumps(item, sort_keys=True))
 
+
 def rename_repeated_calls(step: ToolStep, results: list[Json], seen: set[str]) -> None:
     """Give each call whose id was there before an id of its own, and its result, too.
     seen: ids of earlier steps; those of this one are added."""
     blocks: list[Json] = []
     for number, call_id in enumerate(step.calls):
         if call_id in seen:
-            blocks = blocks or [b for b in step.item["content"] if b.get("type") == "tool_use"]
+            blocks = blocks or [
+                b for b in step.item["content"] if b.get("type") == "tool_use"
+            ]
             call_id = stable_id("call_", "%s %d" % (call_id, len(seen)))
-            blocks[number]["id"] = results[number]["content"][0]["tool_use_id"] = call_id
+            blocks[number]["id"] = results[number]["content"][0]["tool_use_id"] = (
+                call_id
+            )
         seen.add(call_id)
+
 
 def _in_order(steps: list[ToolStep], dialect: Dialect, edit: Edit) -> Iterator[Json]:
     """A result belongs to the latest open call of its id before it, else to one behind it."""
@@ -7513,11 +10029,14 @@ def _in_order(steps: list[ToolStep], dialect: Dialect, edit: Edit) -> Iterator[J
             yield orphan_as_text(step.item, dialect)
         elif step.answers is None:
             yield step.item
-        made = [results.get((at, number)) or dialect.missing_result(step.item, call_id)
-                for number, call_id in enumerate(step.calls)]
+        made = [
+            results.get((at, number)) or dialect.missing_result(step.item, call_id)
+            for number, call_id in enumerate(step.calls)
+        ]
         if dialect.unique_call_ids:
             rename_repeated_calls(step, made, seen)
         yield from made
+
 
 def orphan_as_text(item: Json, dialect: Dialect) -> Json:
     """A user turn with the text of a result whose call is not there."""
@@ -7527,7 +10046,9 @@ def orphan_as_text(item: Json, dialect: Dialect) -> Json:
         text = dumps(content).decode("utf-8", "replace")[:MAX_ERROR_TEXT]
     return {"role": "user", "content": ORPHAN + text}
 
+
 # ---- What strict upstreams refuse: nulls, emptiness, ids, names, schemas ----
+
 
 def tidy_history(edit: Edit, dialect: Dialect, model: Model) -> None:
     """Make all parts of a conversation, and the names of tools, fit for strict upstreams."""
@@ -7555,6 +10076,7 @@ def tidy_history(edit: Edit, dialect: Dialect, model: Model) -> None:
         edit.replace(body, key, kept)
     fit_names(edit, calls)
 
+
 def tidy_parts(edit: Edit, parts: list[Any]) -> list[Json]:
     """Make the parts of one item fit for strict upstreams; returns the tool calls among them."""
     calls: list[Json] = []
@@ -7575,12 +10097,21 @@ def tidy_parts(edit: Edit, parts: list[Any]) -> list[Json]:
             drop_nulls(edit, as_object(part.get("image_url")))
     return calls
 
+
 def fit_names(edit: Edit, calls: list[Json]) -> None:
     """Names of tools that the upstream would refuse become short ones everywhere alike, which
     `restore_names` turns back in the answer."""
-    tools = list(map(as_object, as_list(edit.body.get("tools")) + [edit.body.get("tool_choice")]))
-    tools += [inner for tool in tools for inner in as_list(
-        tool.get("tools") or as_object(tool.get("allowed_tools")).get("tools"))]
+    tools = list(
+        map(as_object, as_list(edit.body.get("tools")) + [edit.body.get("tool_choice")])
+    )
+    tools += [
+        inner
+        for tool in tools
+        for inner in as_list(
+            tool.get("tools") or as_object(tool.get("allowed_tools")).get("tools")
+        )
+    ]
+
     for tool in map(as_object, tools + calls):
         tool = as_object(tool.get("function")) or tool
         name = tool.get("name")
@@ -7589,7 +10120,9 @@ def fit_names(edit: Edit, calls: list[Json]) -> None:
             edit.names[dumps(short)] = dumps(name)
             edit.set(tool, "name", short)
 
+
 # ---- Schemas of tools for OpenAI ----
+
 
 def fit_openai_schema(edit: Edit, schema: Json) -> bool:
     """Give objects their `properties` and arrays their `items`, which OpenAI's validator demands.
@@ -7607,6 +10140,7 @@ def fit_openai_schema(edit: Edit, schema: Json) -> bool:
             is_strict = False
     return is_strict
 
+
 def schema_nodes(schema: Json) -> Iterator[Json]:
     """Every schema inside a schema, itself first.  A property may have any name, also that of a
     word of JSON Schema."""
@@ -7623,6 +10157,7 @@ def schema_nodes(schema: Json) -> Iterator[Json]:
         for word_ in ("properties", "$defs", "definitions"):
             todo.extend(as_object(node.get(word_)).values())
 
+
 def fit_openai_tools(edit: Edit, upstream: Dialect) -> None:
     """Tools as OpenAI's models take them."""
     for tool in upstream.function_tools(edit.body):
@@ -7634,17 +10169,34 @@ def fit_openai_tools(edit: Edit, upstream: Dialect) -> None:
             edit.set(tool, "strict", False)
             edit.lose("strict", "not every property of the tool is required")
 
+
 # ---- Schemas of tools for Gemini ----
 
 _GEMINI_WORDS = (
-    "type", "description", "title", "nullable", "enum", "items", "properties", "format", "required",
-    "minimum", "maximum", "minItems", "maxItems", "minLength", "maxLength", "pattern")
+    "type",
+    "description",
+    "title",
+    "nullable",
+    "enum",
+    "items",
+    "properties",
+    "format",
+    "required",
+    "minimum",
+    "maximum",
+    "minItems",
+    "maxItems",
+    "minLength",
+    "maxLength",
+    "pattern",
+)
 _GEMINI_FORMATS = ("date-time", "enum", "int32", "int64", "float", "double")
 _JSON_TYPES = {int: "integer", float: "number", bool: "boolean"}
 MAX_SCHEMA_DEPTH = 40
 #: what references may copy into all schemas of a request: they may refer to themselves
 MAX_COPIED_NODES, MAX_COPIED_CHARS = 20_000, 1_000_000
-_KEY_CHARS = 8                           # that a key counts for
+_KEY_CHARS = 8  # that a key counts for
+
 
 class GeminiSchema:
     """Rewrites the JSON schemas of a request's tools in the words that Gemini knows.
@@ -7655,7 +10207,7 @@ class GeminiSchema:
     bounded; what lies beyond becomes an empty object."""
 
     def __init__(self) -> None:
-        self._root: Json = {}                 # where references point to
+        self._root: Json = {}  # where references point to
         self._nodes_left = MAX_COPIED_NODES
         self._chars_left = MAX_COPIED_CHARS
 
@@ -7675,15 +10227,23 @@ class GeminiSchema:
             return {"type": "object", "properties": {}}
 
         listed = node.get("anyOf") or node.get("oneOf")
-        choices = [self._convert(choice, depth + 1, is_copy) for choice in as_list(listed)
-                   if as_object(choice).get("type") != "null"]
-        merged = [self._convert(part, depth + 1, is_copy) for part in as_list(node.get("allOf"))]
+        choices = [
+            self._convert(choice, depth + 1, is_copy)
+            for choice in as_list(listed)
+            if as_object(choice).get("type") != "null"
+        ]
+        merged = [
+            self._convert(part, depth + 1, is_copy)
+            for part in as_list(node.get("allOf"))
+        ]
         out = self._plain_words(node, is_nullable=len(choices) < len(as_list(listed)))
         out = self._merge(out, merged + (choices if len(choices) == 1 else []))
 
         # beside properties, the choices only vary what is required
         if len(choices) > 1 and "properties" not in out:
-            about: Json = {key: out[key] for key in ("description", "nullable") if key in out}
+            about: Json = {
+                key: out[key] for key in ("description", "nullable") if key in out
+            }
             return dict(about, anyOf=choices)
 
         self._list_values(node, out)
@@ -7695,7 +10255,11 @@ class GeminiSchema:
     def _count_copy(self, node: Json) -> None:
         """A node's own words are written once more; nodes inside it are counted when it is their
         turn."""
-        words = [value for key, value in node.items() if key in _GEMINI_WORDS or key == "const"]
+        words = [
+            value
+            for key, value in node.items()
+            if key in _GEMINI_WORDS or key == "const"
+        ]
         self._nodes_left -= 1
         self._chars_left -= sum(len(word) for word in words if isinstance(word, str))
         for key in ("enum", "const", "required"):
@@ -7719,7 +10283,11 @@ class GeminiSchema:
     @staticmethod
     def _plain_words(node: Json, is_nullable: bool) -> Json:
         """The words that Gemini knows; of a list of types the first that is not null."""
-        out = {key: value for key, value in node.items() if key in _GEMINI_WORDS and key != "type"}
+        out = {
+            key: value
+            for key, value in node.items()
+            if key in _GEMINI_WORDS and key != "type"
+        }
         kinds = as_list(node.get("type")) or [node.get("type")]
         named = [kind for kind in kinds if isinstance(kind, str) and kind != "null"]
         if named:
@@ -7778,41 +10346,55 @@ class GeminiSchema:
         required = out.pop("required", None)
 
         if out["type"] == "array":
-            if isinstance(items, list) and items:       # a tuple: one schema must do for all
+            if isinstance(items, list) and items:  # a tuple: one schema must do for all
                 items = items[0]
             is_given = bool(as_object(items))
             out["items"] = {"type": "string"}
             if is_given:
                 out["items"] = self._convert(items, depth + 1, is_copy)
         elif out["type"] == "object":
-            inner = {name: self._convert(value, depth + 1, is_copy)
-                     for name, value in as_object(properties).items()}
+            inner = {
+                name: self._convert(value, depth + 1, is_copy)
+                for name, value in as_object(properties).items()
+            }
             out["properties"] = inner
-            named = [name for name in as_list(required) if isinstance(name, str) and name in inner]
+            named = [
+                name
+                for name in as_list(required)
+                if isinstance(name, str) and name in inner
+            ]
             if named:
                 out["required"] = list(dict.fromkeys(named))
+
 
 def gemini_schema(schema: Json) -> Json:
     """A tool's schema in the words that Gemini knows, references put in."""
     return GeminiSchema().convert(schema)
 
+
 # ---- The prompt cache, images ----
+
 
 def drop_nonce(edit: Edit) -> None:
     """Claude Code's first system line is another in each request and defeats the prompt cache."""
     body = edit.body
     first = (as_list(body.get("messages") or body.get("input")) or [{}])[0]
     heads = [(body, "system"), (body, "instructions"), (as_object(first), "content")]
-    heads += [(as_object(block), "text") for holder, key in heads
-              for block in as_list(holder.get(key))]
+    heads += [
+        (as_object(block), "text")
+        for holder, key in heads
+        for block in as_list(holder.get(key))
+    ]
     for holder, key in heads:
         text = holder.get(key)
         if isinstance(text, str) and text.startswith(_NONCE_LINE):
             edit.set(holder, key, text.partition("\n")[2])
 
+
 class LinkedImage(NamedTuple):
     """A part of a conversation whose image somebody has to fetch.  holder: the object in it that
     holds the URL, under `key`."""
+
     part: Json
     holder: Json
     key: str
@@ -7820,11 +10402,12 @@ class LinkedImage(NamedTuple):
 
     def put(self, media_type: str, data: str) -> None:
         """The image itself, as base64, in place of its URL."""
-        if self.holder.get("type") == "url":             # Anthropic's words
+        if self.holder.get("type") == "url":  # Anthropic's words
             self.holder.update(type="base64", media_type=media_type, data=data)
             del self.holder[self.key]
         else:
             self.holder[self.key] = "data:%s;base64,%s" % (media_type, data)
+
 
 def linked_images(body: Json) -> list[LinkedImage]:
     """All that are named by URL, in order."""
@@ -7833,32 +10416,45 @@ def linked_images(body: Json) -> list[LinkedImage]:
         holder = as_object(part.get("source") or part.get("image_url")) or part
         key = "image_url" if holder is part else "url"
         url = holder.get(key)
-        if part.get("type") in IMAGE_TYPES and isinstance(url, str) and not is_inline_image(url):
+        if (
+            part.get("type") in IMAGE_TYPES
+            and isinstance(url, str)
+            and not is_inline_image(url)
+        ):
             found.append(LinkedImage(part, holder, key, url))
     return found
+
 
 def last_turn(body: Json) -> Json:
     """A body that holds nothing but the last turn of a conversation."""
     turns = as_list(body.get("messages")) or as_list(body.get("input"))
     return {"messages": turns[-1:]}
 
+
 def image_parts(body: Json) -> list[Json]:
     """The images of a conversation, in order."""
     return [part for part in content_parts(body) if part.get("type") in IMAGE_TYPES]
 
+
 def put_note(part: Json) -> None:
     """Turn an image into a few words that say that it was left out."""
-    note = given(type="input_text" if part["type"] == "input_image" else "text",
-                 cache_control=part.get("cache_control"), text=SHED_IMAGE)
+    note = given(
+        type="input_text" if part["type"] == "input_image" else "text",
+        cache_control=part.get("cache_control"),
+        text=SHED_IMAGE,
+    )
     part.clear()
     part.update(note)
 
-def shed_images(edit: Edit, size: int, limit: int = MAX_SENT_BYTES, most: int = MAX_IMAGES) -> bool:
+
+def shed_images(
+    edit: Edit, size: int, limit: int = MAX_SENT_BYTES, most: int = MAX_IMAGES
+) -> bool:
     """A note instead of the oldest images until at most `most` are left in a body of `size` bytes,
     now within the limit; never of those in the last turn.  Was there one?"""
     images, asked = image_parts(edit.body), image_parts(last_turn(edit.body))
     left = len(images)
-    for part in images[:len(images) - len(asked)]:
+    for part in images[: len(images) - len(asked)]:
         if left <= most and size <= limit:
             break
         size, left = size - len(dumps(part)), left - 1
@@ -7866,28 +10462,41 @@ def shed_images(edit: Edit, size: int, limit: int = MAX_SENT_BYTES, most: int = 
         edit.lose("images", "the upstream takes no more")
     return left < len(images)
 
+
 # ---- Compaction ----
 
-COMPACTION_TRIGGER = "compaction_trigger"        # with it as last item Codex asks for a compaction
+COMPACTION_TRIGGER = (
+    "compaction_trigger"  # with it as last item Codex asks for a compaction
+)
 COMPACTIONS = ("compaction", "compaction_summary", "context_compaction")
 SUMMARY_PROMPT = (
     "Somebody will continue this conversation who knows nothing of it but what you write now. Give "
     "them a summary as plain text: what the user wants, in their words where these matter; what "
     "was decided and why; what was done and found out, with exact names of files, commands, values "
-    "and errors; what is open and the next step. Do not call tools and add nothing else.")
-SUMMARY_HEAD = "Summary of the conversation so far, whose full text is not there any more:\n\n"
-UNREADABLE_SUMMARY = "[a summary of earlier turns stood here that only another model can read]"
+    "and errors; what is open and the next step. Do not call tools and add nothing else."
+)
+SUMMARY_HEAD = (
+    "Summary of the conversation so far, whose full text is not there any more:\n\n"
+)
+UNREADABLE_SUMMARY = (
+    "[a summary of earlier turns stood here that only another model can read]"
+)
+
 
 def expand_compactions(edit: Edit, upstream: Dialect) -> None:
     """Our own compactions become text and replace what models did before; the upstream's stay
     where they can be read."""
     items = as_list(edit.body.get("input"))
     kinds = [str(as_object(item).get("type")) for item in items]
-    if COMPACTION_TRIGGER not in kinds and not any(kind in COMPACTIONS for kind in kinds):
+    if COMPACTION_TRIGGER not in kinds and not any(
+        kind in COMPACTIONS for kind in kinds
+    ):
         return
-    summaries: dict[int, str] = {}                       # place -> text, of those packed here
+    summaries: dict[int, str] = {}  # place -> text, of those packed here
     for at, (item, kind) in enumerate(zip(items, kinds)):
-        packed = unpack_opaque(item.get("encrypted_content")) if kind in COMPACTIONS else []
+        packed = (
+            unpack_opaque(item.get("encrypted_content")) if kind in COMPACTIONS else []
+        )
         if packed:
             summaries[at] = packed[0][2]
 
@@ -7900,22 +10509,34 @@ def expand_compactions(edit: Edit, upstream: Dialect) -> None:
             edit.lose("compaction", FOREIGN_STATE)
             item = {"role": "user", "content": UNREADABLE_SUMMARY}
         is_replaced = at < last_summary and as_object(item).get("role") not in (
-            "user", "system", "developer")
+            "user",
+            "system",
+            "developer",
+        )
         if not is_replaced and (kind != COMPACTION_TRIGGER or item is items[-1]):
             kept.append(item)
     edit.replace(edit.body, "input", kept)
 
+
 def compaction_request(body: Json, native: bool) -> Json:
     """The request for a compaction item, or for a summary; its items are those of `body`."""
-    items = [item for item in input_items(body) if item.get("type") != COMPACTION_TRIGGER]
+    items = [
+        item for item in input_items(body) if item.get("type") != COMPACTION_TRIGGER
+    ]
     # both leave out the same, so that a bad value there is not taken for a refusal to compact
-    asked = {key: value for key, value in body.items()
-             if key not in ("text", "max_output_tokens", "tool_choice")}
+    asked = {
+        key: value
+        for key, value in body.items()
+        if key not in ("text", "max_output_tokens", "tool_choice")
+    }
     if native:
         return dict(asked, stream=False, input=[*items, {"type": COMPACTION_TRIGGER}])
     if body.get("tools"):
-        asked["tool_choice"] = "none"                    # they stay: the history may name them
-    return dict(asked, stream=False, input=[*items, {"role": "user", "content": SUMMARY_PROMPT}])
+        asked["tool_choice"] = "none"  # they stay: the history may name them
+    return dict(
+        asked, stream=False, input=[*items, {"role": "user", "content": SUMMARY_PROMPT}]
+    )
+
 
 def fit_body(edit: Edit, upstream: Dialect, model: Model) -> None:
     """Make a body in the upstream's dialect fit for it.  Raises BadRequest."""
@@ -7932,8 +10553,10 @@ def fit_body(edit: Edit, upstream: Dialect, model: Model) -> None:
         for holder, key in upstream.tool_schemas(edit.body):
             edit.set(holder, key, schemas.convert(holder[key]))
 
-def translate_request(client: Dialect, upstream: Dialect, before: Edit, model: Model
-                      ) -> tuple[Edit, Request]:
+
+def translate_request(
+    client: Dialect, upstream: Dialect, before: Edit, model: Model
+) -> tuple[Edit, Request]:
     """(a body that is fit for the upstream, the request in neutral words).
     before: the normalised request, which may be changed.  Raises BadRequest for what would change
     the meaning."""
@@ -7952,6 +10575,7 @@ def translate_request(client: Dialect, upstream: Dialect, before: Edit, model: M
 
 _FAMILIES = ("opus", "sonnet", "haiku", "fable")
 
+
 def _without_date(name: str) -> str:
     """'gpt-5.4-2026-03-05' -> 'gpt-5.4', 'claude-haiku-4-5-20251001' -> 'claude-haiku-4-5'."""
     head, _, date = name.rpartition("-")
@@ -7960,9 +10584,14 @@ def _without_date(name: str) -> str:
 
     head, *date_parts = name.rsplit("-", 3)
     digits = "".join(date_parts)
-    if list(map(len, date_parts)) == [4, 2, 2] and digits[:2] == "20" and digits.isdecimal():
+    if (
+        list(map(len, date_parts)) == [4, 2, 2]
+        and digits[:2] == "20"
+        and digits.isdecimal()
+    ):
         return head
     return name
+
 
 def _without_suffix(name: str) -> str:
     """One thing less that clients hang behind a model's id: '-latest', '-v2', '-v1:0', '@beta-1'
@@ -7972,7 +10601,7 @@ def _without_suffix(name: str) -> str:
         return head
 
     if name.endswith("-latest"):
-        return name[:-len("-latest")]
+        return name[: -len("-latest")]
 
     head, mark, version = name.rpartition("-v")
     number, colon, revision = version.partition(":")
@@ -7981,13 +10610,14 @@ def _without_suffix(name: str) -> str:
 
     return _without_date(name)
 
+
 def normalise_model(asked: str) -> list[str]:
     """The ids that a client's spelling may stand for, most literal first.
     'anthropic/claude-haiku-4-5-20251001' -> [..., 'claude-haiku-4-5', 'claude-haiku-4.5']"""
     names = [asked, asked.strip().lower()]
     plain = names[1]
     while plain.endswith("[1m]"):
-        plain = plain[:-len("[1m]")]
+        plain = plain[: -len("[1m]")]
     bare = re.sub(r"\A(?:us\.|eu\.|apac\.)?anthropic\.", "", plain.rsplit("/", 1)[-1])
     steady = bare
     while steady != _without_suffix(steady):
@@ -7998,38 +10628,78 @@ def normalise_model(asked: str) -> list[str]:
     names += [plain, bare, steady, dotted]
     return [name for at, name in enumerate(names) if name and name not in names[:at]]
 
+
 #: Models that GitHub has retired from Copilot -> the day, "" where only the fact is known.  From
 #: the table data/tables/copilot/model-deprecation-history.yml of github/docs and GitHub's
 #: announcements up to August 2026.  An account that still lists such a model gets it all the same.
 RETIRED_MODELS: Mapping[str, str] = {
-    "gpt-3.5-turbo": "", "gpt-4": "", "gpt-4-turbo": "", "gpt-4o": "", "gpt-4o-mini": "",
-    "gpt-4.5-preview": "", "gpt-4.1": "2026-06-01",
-    "o1": "", "o1-preview": "", "o1-mini": "2025-10-23", "o3": "2025-10-23",
-    "o3-mini": "2025-10-23", "o4-mini": "2025-10-23",
-    "gpt-5": "2026-02-17", "gpt-5-codex": "2026-02-17",
-    "gpt-5.1": "2026-04-01", "gpt-5.1-codex": "2026-04-01", "gpt-5.1-codex-mini": "2026-04-01",
-    "gpt-5.1-codex-max": "2026-04-01", "gpt-5.2": "2026-06-05", "gpt-5.2-codex": "2026-06-05",
-    "claude-3.5-sonnet": "2025-11-06", "claude-3.7-sonnet": "2025-10-23",
-    "claude-3.7-sonnet-thought": "2025-10-23", "claude-sonnet-4": "2026-05-01",
-    "claude-opus-4": "2025-10-23", "claude-opus-4.1": "2026-02-17",
-    "gemini-2.0-flash": "2025-10-23", "gemini-2.0-flash-001": "2025-10-23",
-    "gemini-3-pro": "2026-03-26", "gemini-3-pro-preview": "2026-03-26",
+    "gpt-3.5-turbo": "",
+    "gpt-4": "",
+    "gpt-4-turbo": "",
+    "gpt-4o": "",
+    "gpt-4o-mini": "",
+    "gpt-4.5-preview": "",
+    "gpt-4.1": "2026-06-01",
+    "o1": "",
+    "o1-preview": "",
+    "o1-mini": "2025-10-23",
+    "o3": "2025-10-23",
+    "o3-mini": "2025-10-23",
+    "o4-mini": "2025-10-23",
+    "gpt-5": "2026-02-17",
+    "gpt-5-codex": "2026-02-17",
+    "gpt-5.1": "2026-04-01",
+    "gpt-5.1-codex": "2026-04-01",
+    "gpt-5.1-codex-mini": "2026-04-01",
+    "gpt-5.1-codex-max": "2026-04-01",
+    "gpt-5.2": "2026-06-05",
+    "gpt-5.2-codex": "2026-06-05",
+    "claude-3.5-sonnet": "2025-11-06",
+    "claude-3.7-sonnet": "2025-10-23",
+    "claude-3.7-sonnet-thought": "2025-10-23",
+    "claude-sonnet-4": "2026-05-01",
+    "claude-opus-4": "2025-10-23",
+    "claude-opus-4.1": "2026-02-17",
+    "gemini-2.0-flash": "2025-10-23",
+    "gemini-2.0-flash-001": "2025-10-23",
+    "gemini-3-pro": "2026-03-26",
+    "gemini-3-pro-preview": "2026-03-26",
     "grok-code-fast-1": "2026-05-15",
 }
-CHEAP_MODEL = "gpt-5-mini"           # answers for a retired model whose line has ended
+CHEAP_MODEL = "gpt-5-mini"  # answers for a retired model whose line has ended
 
-_LINES = {"chatgpt": "gpt", "codex": "gpt"}          # first words that belong to another line
-_LIGHT_WORDS = frozenset({"mini", "nano", "flash", "lite", "haiku", "luna", "fast", "instant"})
+_LINES = {"chatgpt": "gpt", "codex": "gpt"}  # first words that belong to another line
+_LIGHT_WORDS = frozenset(
+    {"mini", "nano", "flash", "lite", "haiku", "luna", "fast", "instant"}
+)
 _OTHER_WORDS = frozenset({"pro", "code", "codex", "opus", "sonnet", "fable"})
 #: words that name no other model, only a state, a mode or an effort of one
-_PLAIN_WORDS = frozenset({
-    "preview", "exp", "chat", "turbo", "instruct", "vision", "thinking", "thought", "reasoning",
-    "low", "medium", "high", "xhigh", "max", "picker"})
+_PLAIN_WORDS = frozenset(
+    {
+        "preview",
+        "exp",
+        "chat",
+        "turbo",
+        "instruct",
+        "vision",
+        "thinking",
+        "thought",
+        "reasoning",
+        "low",
+        "medium",
+        "high",
+        "xhigh",
+        "max",
+        "picker",
+    }
+)
+
 
 @dataclass(frozen=True)
 class ModelName:
     """A model's name, taken apart.
     'gpt-5.1-codex-mini' -> line 'gpt', version (5, 1), words {'codex', 'mini'}"""
+
     line: str
     version: tuple[int, ...]
     words: frozenset[str]
@@ -8041,19 +10711,21 @@ class ModelName:
         line = _LINES.get(first, first)
         words = {first} & {"codex"}
         version: tuple[int, ...] = ()
-        if re.fullmatch(r"o\d", first):              # the reasoning models that GPT-5 replaced
+        if re.fullmatch(r"o\d", first):  # the reasoning models that GPT-5 replaced
             line = "gpt"
             version = (5,)
 
         for word in others:
-            number = re.fullmatch(r"k?(\d{1,9})(?:\.(\d{1,9}))?[a-z]?", word)    # 5.1, 4o, k2.7
+            number = re.fullmatch(
+                r"k?(\d{1,9})(?:\.(\d{1,9}))?[a-z]?", word
+            )  # 5.1, 4o, k2.7
             if number is None:
                 words.add(word)
             elif not version:
                 version = tuple(int(part) for part in number.groups() if part)
 
         if line == "claude" and not words:
-            words.add("sonnet")                      # claude-2.1: a name without a class
+            words.add("sonnet")  # claude-2.1: a name without a class
         return cls(line, version, frozenset(words))
 
     @property
@@ -8079,23 +10751,31 @@ class ModelName:
         is_older = int(other.version < self.version)
         return unlike, differing, is_older, abs(self.number - other.number)
 
+
 def _newest_claude(name: str, models: list[Model]) -> Model | None:
     """The model for any version of a Claude class: the next newer one, else the newest."""
-    family = next((f for f in _FAMILIES if re.search(r"(?:\A|-)%s(?:-|\Z)" % f, name)), "")
+    family = next(
+        (f for f in _FAMILIES if re.search(r"(?:\A|-)%s(?:-|\Z)" % f, name)), ""
+    )
     if not family or not ("claude" in name or name == family):
         return None
 
-    kin = [m for m in models if re.fullmatch(r"claude-%s-[\d.]+" % family, m.id)
-           and m.entry.get("preview") is not True]
+    kin = [
+        m
+        for m in models
+        if re.fullmatch(r"claude-%s-[\d.]+" % family, m.id)
+        and m.entry.get("preview") is not True
+    ]
     kin = kin or [m for m in models if "claude-%s" % family in m.id]
 
     version = ModelName.parse(name).version
-    if re.match(r"claude-\d", name):                # claude-3.5-haiku: any newer one will do
+    if re.match(r"claude-\d", name):  # claude-3.5-haiku: any newer one will do
         version = ()
     at_least = [m for m in kin if len(version) > 1 and m.version >= version]
     if at_least:
         return min(at_least, key=lambda m: m.version)
     return max(kin, key=lambda m: m.version, default=None)
+
 
 def _nearest_in_line(name: str, models: list[Model]) -> Model | None:
     """The model of the same line that comes nearest.  None for a name with words that nobody
@@ -8109,12 +10789,13 @@ def _nearest_in_line(name: str, models: list[Model]) -> Model | None:
     if not kin or not asked.words <= known or not (asked.version or asked.words):
         return None
 
-    if asked.line == "claude":                       # a class that this account does not have
+    if asked.line == "claude":  # a class that this account does not have
         newest = max(parsed.version for parsed, _ in kin)
         is_older = () < asked.version < newest
         if not is_older and name not in RETIRED_MODELS:
             return None
     return min(kin, key=lambda pair: asked.distance_to(pair[0]))[1]
+
 
 def _cheap_model(models: list[Model]) -> Model | None:
     """What answers where the line of a retired model has ended."""
@@ -8125,6 +10806,7 @@ def _cheap_model(models: list[Model]) -> Model | None:
     usual = [m for m in models if m.entry.get("is_chat_default") is True]
     return next(iter(light + usual + models), None)
 
+
 def retirement_of(asked: str) -> str:
     """'GitHub retired it on 2026-06-01', "" for a model that is not known to be retired."""
     for name in normalise_model(asked[:MAX_MODEL_CHARS]):
@@ -8133,7 +10815,10 @@ def retirement_of(asked: str) -> str:
             return "GitHub retired it" + (day and " on " + day)
     return ""
 
-def resolve_model(asked: str, models: list[Model], aliases: Mapping[str, str]) -> Model | None:
+
+def resolve_model(
+    asked: str, models: list[Model], aliases: Mapping[str, str]
+) -> Model | None:
     """The catalogue entry that `asked` means: alias, exact id, normalised spelling, nearest of the
     same family for an unknown or retired name, for a retired one without a family a cheap model.
     None when nothing fits.  Whether it is the model that was asked for says `is_same_model`."""
@@ -8155,6 +10840,7 @@ def resolve_model(asked: str, models: list[Model], aliases: Mapping[str, str]) -
         return _cheap_model(usable)
     return nearest
 
+
 def is_same_model(asked: str, model: Model) -> bool:
     """Does `asked` name this model, in whatever spelling?  A bare class ('opus') names the newest
     of it; every other name that led to the model was substituted."""
@@ -8163,16 +10849,21 @@ def is_same_model(asked: str, model: Model) -> bool:
     names = normalise_model(asked)
     return model.id in names or re.sub(r"\Aclaude-", "", names[-1]) in _FAMILIES
 
+
 def _most_alike(name: str, ids: list[str], most: int) -> list[str]:
     """The ids that share most pieces of three letters with `name`: a quick choice of those that
     are worth a closer look."""
-    pieces = {name[at:at + 3] for at in range(max(len(name) - 2, 1))}
-    return sorted(ids, key=lambda one: sum(piece in one for piece in pieces), reverse=True)[:most]
+    pieces = {name[at : at + 3] for at in range(max(len(name) - 2, 1))}
+    return sorted(
+        ids, key=lambda one: sum(piece in one for piece in pieces), reverse=True
+    )[:most]
+
 
 def nearest_ids(asked: str, models: list[Model], count: int = 3) -> list[str]:
     """Ids that come nearest to `asked`, for the text of a 404: first the one that would answer for
     it, then those that look most like it."""
     import difflib
+
     ids = [m.id for m in models if m.is_listed] or [m.id for m in models]
     name = normalise_model(asked[:COMPARED_CHARS])[-1] if asked else ""
     ids = [one for one in ids if len(one) <= COMPARED_CHARS] or ids[:count]
@@ -8183,6 +10874,7 @@ def nearest_ids(asked: str, models: list[Model], count: int = 3) -> list[str]:
     if model is not None:
         near = [model.id] + [one for one in near if one != model.id]
     return near[:count]
+
 
 def fate_of_name(asked: str, models: list[Model], is_strict: bool = False) -> str:
     """What becomes of a model's name that stands in somebody's settings: "" when the account has
@@ -8202,7 +10894,9 @@ def fate_of_name(asked: str, models: list[Model], is_strict: bool = False) -> st
         return reason + "; requests with it get 404"
     return "%s; %s answers instead" % (reason, printable(model.id))
 
+
 _WIDE_BETA = "context-1m-"
+
 
 def wider_sibling(model: Model, betas: str, models: list[Model]) -> Model:
     """The sibling with a context of a million tokens, where the client's `anthropic-beta` asks for
@@ -8212,8 +10906,13 @@ def wider_sibling(model: Model, betas: str, models: list[Model]) -> Model:
     names = (model.id + "-1m", model.id + "-1m-internal")
     return next((other for other in models if other.id in names), model)
 
-def choose_upstream(client: Dialect, model: Model, refused: Container[tuple[str, str]],
-                    has_files: bool = False) -> Dialect:
+
+def choose_upstream(
+    client: Dialect,
+    model: Model,
+    refused: Container[tuple[str, str]],
+    has_files: bool = False,
+) -> Dialect:
     """The dialect to ask a model in: the client's own wherever the model has it, unless files are
     in the request and another of the model's dialects takes them.
     refused: (model id, path) that the upstream did not serve though its list says so; such a model
@@ -8222,7 +10921,10 @@ def choose_upstream(client: Dialect, model: Model, refused: Container[tuple[str,
     if client.path:
         known.insert(0, client)
     if has_files:
-        known.sort(key=lambda dialect: not dialect.takes_files)      # stable: the order stays
+        known.sort(
+            key=lambda dialect: not dialect.takes_files
+        )  # stable: the order stays
+
     left = [d for d in known if (model.id, d.path) not in refused]
     found = [d for d in left if d.path in model.endpoints]
     if not found and len(left) < len(known):
@@ -8231,30 +10933,44 @@ def choose_upstream(client: Dialect, model: Model, refused: Container[tuple[str,
         check_endpoint(model, known[0].path)
     return (found or known)[0]
 
+
 def check_endpoint(model: Model, path: str) -> None:
     """Raises BadRequest when the model cannot be asked at this upstream path."""
     if path not in model.endpoints:
-        spoken = ", ".join(e for e in model.endpoints if e.startswith("/")) or "no endpoint"
-        raise BadRequest("model %s is not accessible via %s: it speaks %s"
-                         % (model.id, path, spoken), code="unsupported_api_for_model",
-                         param="model")
+        spoken = (
+            ", ".join(e for e in model.endpoints if e.startswith("/")) or "no endpoint"
+        )
+        raise BadRequest(
+            "model %s is not accessible via %s: it speaks %s"
+            % (model.id, path, spoken),
+            code="unsupported_api_for_model",
+            param="model",
+        )
+
 
 def needs_hub(client: Dialect, body: Json, model: Model) -> bool:
     """Does a request need translation though model and client speak one dialect?  So it is with
     stop sequences that the upstream cannot watch for, and with OpenAI's freeform tools, which its
     models know from GPT-5 on."""
-    if client.stop_key and not client.takes_stops(words(body.get(client.stop_key)), model):
+    if client.stop_key and not client.takes_stops(
+        words(body.get(client.stop_key)), model
+    ):
         return True
     if not client.has_freeform_tools or (model.is_openai and model.version >= (5,)):
         return False
     return any(map(freeform_of, dicts_in(body, "tools")))
 
+
 def fold_long_answer(edit: Edit, upstream: Dialect, model: Model) -> None:
     """Ask for a stream where a whole answer as long as the client allows would be refused."""
     cap = model.limit("max_non_streaming_output_tokens")
-    wish = max(count_or_zero(edit.body.get(key)) for key in ("max_tokens", "max_completion_tokens"))
+    wish = max(
+        count_or_zero(edit.body.get(key))
+        for key in ("max_tokens", "max_completion_tokens")
+    )
     if 0 < cap < wish and upstream.has_whole_answer_limit:
         edit.set(edit.body, "stream", True)
+
 
 @dataclass
 class PlanRepairs:
@@ -8262,11 +10978,13 @@ class PlanRepairs:
     names: what was repaired, in order, one list for all plans of a request; lessons: (repair,
     words) to be remembered when they help; words: of the refusal that matched last; is_stale: the
     request needs another plan."""
-    memory: Any = None                                   # a Memory, which is defined below
+
+    memory: Any = None  # a Memory, which is defined below
     names: list[str] = field(default_factory=list)
     lessons: list[Any] = field(default_factory=list)
     words: tuple[str, ...] = ()
     is_stale: bool = False
+
 
 @dataclass
 class Plan:
@@ -8274,6 +10992,7 @@ class Plan:
     edit: the upstream's body and what was lost; headers: beside the usual ones; pipeline: for a
     client that wants a stream; streams: is the upstream asked for one; answer: the whole answer,
     once read."""
+
     client: Dialect
     upstream: Dialect
     model: Model
@@ -8288,15 +11007,25 @@ class Plan:
     repairs: PlanRepairs = field(default_factory=PlanRepairs)
 
     @classmethod
-    def make(cls, client: Dialect, upstream: Dialect, body: Json, model: Model, now: int, key: str,
-             by_hub: bool = False) -> Plan:
+    def make(
+        cls,
+        client: Dialect,
+        upstream: Dialect,
+        body: Json,
+        model: Model,
+        now: int,
+        key: str,
+        by_hub: bool = False,
+    ) -> Plan:
         """Translate the body or fit it.  An answer longer than the model gives in one piece is
         asked for as a stream and folded.  by_hub: translate even where the dialects are the same.
         `body` may be changed.  Raises BadRequest."""
-        echo = client.echo_of(body)                      # as the client wrote it
+        echo = client.echo_of(body)  # as the client wrote it
         edit = Edit(body)
         normalise(edit, client, model)
-        is_translated = client is not upstream or by_hub or needs_hub(client, body, model)
+        is_translated = (
+            client is not upstream or by_hub or needs_hub(client, body, model)
+        )
         wants_stream = body.get("stream") is True
         request = Request(str(body["model"]), client.name)
         pipeline: StreamRelay | None = None
@@ -8318,12 +11047,23 @@ class Plan:
         if not wants_stream:
             fold_long_answer(edit, upstream, model)
         meter = pipeline.meter if pipeline else Meter()
-        return cls(client, upstream, model, edit, request, is_translated, pipeline,
-                   edit.body.get("stream") is True, meter)
+        return cls(
+            client,
+            upstream,
+            model,
+            edit,
+            request,
+            is_translated,
+            pipeline,
+            edit.body.get("stream") is True,
+            meter,
+        )
 
     def attach(self, headers: Headers, repaired: list[str]) -> None:
         """The headers that go with the body, and what was repaired for this request so far."""
-        self.headers = dict(headers, Accept="text/event-stream") if self.streams else headers
+        self.headers = (
+            dict(headers, Accept="text/event-stream") if self.streams else headers
+        )
         self.repairs.names = repaired
 
     @property
@@ -8334,8 +11074,12 @@ class Plan:
     @property
     def turns(self) -> list[Json]:
         """Messages or items of the upstream's body."""
-        return [turn for key in ("messages", "input") for turn in as_list(self.edit.body.get(key))
-                if isinstance(turn, dict)]
+        return [
+            turn
+            for key in ("messages", "input")
+            for turn in as_list(self.edit.body.get(key))
+            if isinstance(turn, dict)
+        ]
 
     def read(self, data: bytes, is_stream: bool) -> bytes:
         """The client's bytes for a whole answer.  Raises UpstreamError."""
@@ -8352,51 +11096,83 @@ class Plan:
         self.answer = self.client.encode_response(response, self.request)
         return dumps(self.answer)
 
+
 # ---- Token estimate: text is cut as the o200k tokenizer cuts it, a piece of each kind has the
 # weight it had in measured texts, and the sum leans high.
 
-_WORDY = (r"0-9A-Za-z\u00aa\u00b5\u00ba\u00c0-\u1fff\u2c00-\u2dff\u3040-\ufdff\ufe70-\ufeff"
-          r"\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\uff66-\uffdc")   # \w is slow and has "_"
+_WORDY = (
+    r"0-9A-Za-z\u00aa\u00b5\u00ba\u00c0-\u1fff\u2c00-\u2dff\u3040-\ufdff\ufe70-\ufeff"
+    r"\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\uff66-\uffdc"
+)  # \w is slow and has "_"
 _PIECES = re.compile(
-    r"[A-Za-z0-9][A-Za-z0-9+/]{59,}"                                     # base64, hex
-    r"|[0-9]{1,3}(?:[-.,:/ \t](?=[0-9])|, (?=[0-9])|[A-Za-z](?![A-Za-z]))?"    # 12, 12. of 12.5, 3f
-    r"|[^\r\n" + _WORDY + r"]?(?:[A-Z]+[a-z\u00df-\u024f]*|[a-z\u00aa-\u024f]+"    # mark and word
+    r"[A-Za-z0-9][A-Za-z0-9+/]{59,}"  # base64, hex
+    r"|[0-9]{1,3}(?:[-.,:/ \t](?=[0-9])|, (?=[0-9])|[A-Za-z](?![A-Za-z]))?"  # 12, 12. of 12.5, 3f
+    r"|[^\r\n"
+    + _WORDY
+    + r"]?(?:[A-Z]+[a-z\u00df-\u024f]*|[a-z\u00aa-\u024f]+"  # mark and word
     r"|[\u3400-\u9fff\uf900-\ufaff]+|[\u3040-\u30ff]+|[\uac00-\ud7a3]+|[\u0250-\u1fff]+)"
-    r"| ?[^\s" + _WORDY + r"]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+|.", re.DOTALL)
-_ASCII_PIECES = re.compile(          # the same without the other letters: a quarter less time
-    re.sub(r"\|\[(?:\\u....-?)+\]\+|\\u....-?", "", _PIECES.pattern), re.DOTALL)
-_CHUNK_CHARS = 64 * 1024             # cut at once
+    r"| ?[^\s" + _WORDY + r"]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+|.",
+    re.DOTALL,
+)
+_ASCII_PIECES = re.compile(  # the same without the other letters: a quarter less time
+    re.sub(r"\|\[(?:\\u....-?)+\]\+|\\u....-?", "", _PIECES.pattern), re.DOTALL
+)
+_CHUNK_CHARS = 64 * 1024  # cut at once
 _LEAN = 1.025
-_CLAUDE_FACTOR = 1.25                # its own tokenizer makes more of the same text
-_MARKS_IN_WORDS = "._(-\t[#$"        # often one token together with the word after them
-_MARKS_OF_CODE = "{}[]\":,<>/='();."                 # runs of these are often one token
+_CLAUDE_FACTOR = 1.25  # its own tokenizer makes more of the same text
+_MARKS_IN_WORDS = "._(-\t[#$"  # often one token together with the word after them
+_MARKS_OF_CODE = "{}[]\":,<>/='();."  # runs of these are often one token
 # Mark before an ASCII word (none, blank, one of the above, other) and case -> tokens, per letter.
 _WORDS = {
-    "a": (1.09, 0.01), "Aa": (-0.27, 0.17), "A": (0.76, 0.21), "AAa": (1.60, 0.15),
-    " a": (0.39, 0.08), " Aa": (0.27, 0.13), " A": (1.00, 0.04),
-    ".a": (0.21, 0.17), ".Aa": (0.81, 0.17), ".A": (1.25, 0.14),
-    "?a": (1.30, 0.12), "?Aa": (1.27, 0.08), "?A": (1.45, 0.22)}
+    "a": (1.09, 0.01),
+    "Aa": (-0.27, 0.17),
+    "A": (0.76, 0.21),
+    "AAa": (1.60, 0.15),
+    " a": (0.39, 0.08),
+    " Aa": (0.27, 0.13),
+    " A": (1.00, 0.04),
+    ".a": (0.21, 0.17),
+    ".Aa": (0.81, 0.17),
+    ".A": (1.25, 0.14),
+    "?a": (1.30, 0.12),
+    "?Aa": (1.27, 0.08),
+    "?A": (1.45, 0.22),
+}
 # End of code points -> tokens, per character, more for words with a capital or without a blank.
 # Latin with accents, Greek, Cyrillic; Hebrew to Arabic, India, others; marks, kana, Han; Hangul,
 # full width, emoji.
 _SCRIPTS = (
-    (0x250, -1.26, 0.42, 1.45), (0x400, -0.34, 0.37, 1.55), (0x530, -0.06, 0.20, 1.55),
-    (0x800, -0.87, 0.46, 1.18), (0x1100, -0.40, 0.37, 1.18), (0x2000, 0.0, 1.0, 0.0),
-    (0x3040, 0.88, 0.32, 0.0), (0x3100, 0.29, 0.57, 0.0), (0xa000, 0.46, 0.67, 0.0),
-    (0xd7b0, 0.86, 0.33, 0.0), (0x10000, 1.35, 0.24, 0.0), (0x110000, 1.38, 0.90, 0.0))
+    (0x250, -1.26, 0.42, 1.45),
+    (0x400, -0.34, 0.37, 1.55),
+    (0x530, -0.06, 0.20, 1.55),
+    (0x800, -0.87, 0.46, 1.18),
+    (0x1100, -0.40, 0.37, 1.18),
+    (0x2000, 0.0, 1.0, 0.0),
+    (0x3040, 0.88, 0.32, 0.0),
+    (0x3100, 0.29, 0.57, 0.0),
+    (0xA000, 0.46, 0.67, 0.0),
+    (0xD7B0, 0.86, 0.33, 0.0),
+    (0x10000, 1.35, 0.24, 0.0),
+    (0x110000, 1.38, 0.90, 0.0),
+)
+
 
 @functools.lru_cache(maxsize=1 << 16)
 def _weigh(piece: str) -> float:
     """Tokens of one match, on average: ' return' -> 1, '_HEAD' -> 1.8, '12.' -> 2, ' ==' -> 1"""
     size, last, mark = len(piece), piece[-1], "" if piece[0].isalpha() else piece[0]
+
     if not piece.isascii():
         point = ord(last if last > "\x7f" else max(piece))
         if size > 4 and 0x2000 <= point < 0x3000 and len(set(piece)) < 4:
-            return 1 + size / 8                                          # a line of a drawn box
+            return 1 + size / 8  # a line of a drawn box
         if size == 1 and point < 0x10000:
             return 1.0
         first, each, more = next(rest for end, *rest in _SCRIPTS if point < end)
-        return max(1.0, first + each * size + more * (mark != " " or piece[1].isupper()))
+        return max(
+            1.0, first + each * size + more * (mark != " " or piece[1].isupper())
+        )
+
     if size > 59 and piece[0].isalnum():
         return size * (0.66 if piece.strip("0123456789abcdefABCDEF") else 0.57)
     if mark.isdigit():
@@ -8405,15 +11181,30 @@ def _weigh(piece: str) -> float:
         word = piece[1:] if mark else piece
         size = len(word)
         kind = mark if mark in ("", " ") else "." if mark in _MARKS_IN_WORDS else "?"
-        first, each = _WORDS[kind + "a" if word.islower() else kind + "A" if word.isupper() else
-                             kind + "Aa" if word[1:].islower() else "AAa"]
-        return 1.0 if size == 1 else max(
-            1.0, first + each * min(size, 12) + 0.5 * max(0, size - 12))
+        first, each = _WORDS[
+            kind + "a"
+            if word.islower()
+            else kind + "A"
+            if word.isupper()
+            else kind + "Aa"
+            if word[1:].islower()
+            else "AAa"
+        ]
+
+        return (
+            1.0
+            if size == 1
+            else max(1.0, first + each * min(size, 12) + 0.5 * max(0, size - 12))
+        )
+
     marks = piece.strip()
     if len(marks) < 3:
         return 1.0 + (size - len(marks)) // 64
-    each = {1: 0.02, 2: 0.12}.get(len(set(marks)), 0.5 if marks.strip(_MARKS_OF_CODE) else 0.3)
+    each = {1: 0.02, 2: 0.12}.get(
+        len(set(marks)), 0.5 if marks.strip(_MARKS_OF_CODE) else 0.3
+    )
     return 1.0 + (len(marks) - 2.5) * each
+
 
 def count_text(text: str) -> int:
     """About how many o200k tokens `text` has; over a mix 3 % too many rather than one too few.
@@ -8421,40 +11212,86 @@ def count_text(text: str) -> int:
     of ten within 11 %; Polish, Ukrainian and traditional Chinese come out 10 to 20 % short."""
     total = 0.0
     for at in range(0, len(text), _CHUNK_CHARS):
-        chunk = text[at:at + _CHUNK_CHARS]
+        chunk = text[at : at + _CHUNK_CHARS]
         pieces = (_ASCII_PIECES if chunk.isascii() else _PIECES).findall(chunk)
         total += sum(map(_weigh, pieces))
     return int(total * _LEAN + 0.999)
 
-_PROMPT_FIELDS = ("system", "instructions", "messages", "input", "prompt", "response_format",
-                  "text", "output_config")
-_UNSEEN_FIELDS = ("id", "call_id", "tool_call_id", "tool_use_id", "type", "role", "status",
-                  "detail", "cache_control", "copilot_cache_control", "media_type", "annotations")
-_SEALED_FIELDS = ("signature", "encrypted_content", "reasoning_opaque", "data", "result")
-_JSON_FIELDS = ("input", "arguments", "schema", "action")    # objects that the model reads as JSON
+
+_PROMPT_FIELDS = (
+    "system",
+    "instructions",
+    "messages",
+    "input",
+    "prompt",
+    "response_format",
+    "text",
+    "output_config",
+)
+_UNSEEN_FIELDS = (
+    "id",
+    "call_id",
+    "tool_call_id",
+    "tool_use_id",
+    "type",
+    "role",
+    "status",
+    "detail",
+    "cache_control",
+    "copilot_cache_control",
+    "media_type",
+    "annotations",
+)
+_SEALED_FIELDS = (
+    "signature",
+    "encrypted_content",
+    "reasoning_opaque",
+    "data",
+    "result",
+)
+_JSON_FIELDS = (
+    "input",
+    "arguments",
+    "schema",
+    "action",
+)  # objects that the model reads as JSON
 _LINK_FIELDS = ("url", "image_url", "file_url", "file_id", "file_data")
-_LINK_TYPES = (None, "url", "file", "image_url", "input_image", "input_file", "computer_screenshot")
-_FILE_TOKENS = 1600                  # Anthropic's largest image
-_HEAD_CHARS = 256 * 1024             # of base64: a JPEG has its size behind previews and colours
+_LINK_TYPES = (
+    None,
+    "url",
+    "file",
+    "image_url",
+    "input_image",
+    "input_file",
+    "computer_screenshot",
+)
+_FILE_TOKENS = 1600  # Anthropic's largest image
+_HEAD_CHARS = 256 * 1024  # of base64: a JPEG has its size behind previews and colours
 _JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc2]\0[\x0b\x11\x14]\x08(.{4})", re.DOTALL)
+
 
 def image_size(head: bytes) -> tuple[int, ...]:
     """(width, height) by the first bytes of a PNG, GIF, WebP or JPEG; () or struct.error: none."""
     if head[:4] in (b"\x89PNG", b"GIF8"):
-        return struct.unpack_from(*((">II", head, 16) if head[0] > 127 else ("<HH", head, 6)))
+        return struct.unpack_from(
+            *((">II", head, 16) if head[0] > 127 else ("<HH", head, 6))
+        )
     if head[8:12] == b"WEBP":
-        at, bits, less = {b"X": (24, 24, 1), b"L": (21, 14, 1)}.get(head[15:16], (26, 16, 0))
-        both, mask = int.from_bytes(head[at:at + 6], "little"), (1 << bits) - 1
+        at, bits, less = {b"X": (24, 24, 1), b"L": (21, 14, 1)}.get(
+            head[15:16], (26, 16, 0)
+        )
+        both, mask = int.from_bytes(head[at : at + 6], "little"), (1 << bits) - 1
         return less + (both & mask), less + (both >> bits & mask)
-    sizes = _JPEG_SIZE.findall(head)                 # its own behind that of its preview
+    sizes = _JPEG_SIZE.findall(head)  # its own behind that of its preview
     return struct.unpack(">HH", sizes[-1])[::-1] if sizes else ()
+
 
 def image_tokens(url: str, is_claude: bool) -> int:
     """What a picture costs, the most where its pixels are not told.  Claude: 1 for 750 pixels; GPT:
     170 for each tile of 512 x 512 once it is fit into 2048 x 2048 and its short side into 768."""
     start = url.find(",", 0, 100) + 1
     try:
-        wide, high = image_size(base64.b64decode(url[start:start + _HEAD_CHARS]))
+        wide, high = image_size(base64.b64decode(url[start : start + _HEAD_CHARS]))
     except (ValueError, struct.error):
         return _FILE_TOKENS
     if is_claude:
@@ -8463,11 +11300,13 @@ def image_tokens(url: str, is_claude: bool) -> int:
     across, down = (-(-round(side * scale, 3) // 512) for side in (wide, high))
     return 85 + 170 * int(across * down)
 
+
 def _as_json(value: Any) -> str:
     try:
         return _encode_text(value)
     except RecursionError:
-        return ""                                            # no upstream takes it either
+        return ""  # no upstream takes it either
+
 
 def estimate_tokens(body: Json, is_claude: bool = False) -> int:
     """How many tokens the prompt of a request of any dialect has, estimated on the high side.
@@ -8477,6 +11316,7 @@ def estimate_tokens(body: Json, is_claude: bool = False) -> int:
     texts = [_as_json(tool) for tool in tools]
     tokens = 3 + 8 * len(tools) + (346 if is_claude else 16) * bool(tools)
     todo: list[tuple[str, Any]] = [("", body.get(name)) for name in _PROMPT_FIELDS]
+
     while todo:
         name, value = todo.pop()
         if name in _UNSEEN_FIELDS:
@@ -8486,8 +11326,11 @@ def estimate_tokens(body: Json, is_claude: bool = False) -> int:
             todo.extend(("", inner) for inner in value)
         elif isinstance(value, str) and (value[:5] == "data:" or name in _LINK_FIELDS):
             is_image = value[:11] != "data:applic"
-            tokens += (image_tokens(value, is_claude) if is_image
-                       else _FILE_TOKENS + len(value) * 3 // 80)
+            tokens += (
+                image_tokens(value, is_claude)
+                if is_image
+                else _FILE_TOKENS + len(value) * 3 // 80
+            )
         elif isinstance(value, str) and name in _SEALED_FIELDS:
             tokens += len(value) // 16
         elif isinstance(value, str):
@@ -8495,12 +11338,27 @@ def estimate_tokens(body: Json, is_claude: bool = False) -> int:
         elif isinstance(value, dict) and name in _JSON_FIELDS:
             texts.append(_as_json(value))
         elif isinstance(value, dict) and kind == "base64":
-            todo.append(("", "data:%s,%s" % (value.get("media_type"), value.get("data"))))
+            todo.append(
+                ("", "data:%s,%s" % (value.get("media_type"), value.get("data")))
+            )
         elif isinstance(value, dict):
             tokens += 1 if "text" in value else 4
-            plain = ("data",) if kind == "text" else () if kind in _LINK_TYPES else _LINK_FIELDS
-            todo.extend(("" if field in plain else field, inner) for field, inner in value.items())
-    return int(count_text("\n".join(texts)) * (_CLAUDE_FACTOR if is_claude else 1)) + tokens
+            plain = (
+                ("data",)
+                if kind == "text"
+                else ()
+                if kind in _LINK_TYPES
+                else _LINK_FIELDS
+            )
+            todo.extend(
+                ("" if field in plain else field, inner)
+                for field, inner in value.items()
+            )
+
+    return (
+        int(count_text("\n".join(texts)) * (_CLAUDE_FACTOR if is_claude else 1))
+        + tokens
+    )
 
 
 # ==== 10. Repairs =================================================================================
@@ -8510,15 +11368,30 @@ def estimate_tokens(body: Json, is_claude: bool = False) -> int:
 # goes: then the upstream's error is the answer.  At the end: how long a limit lasts.
 
 REFUSED = "refused upstream"
-BY_HUB = "as it is: "            # before a path: bodies of that dialect need translation, too
-_MEANT = re.compile(             # fields that carry the meaning
+BY_HUB = "as it is: "  # before a path: bodies of that dialect need translation, too
+_MEANT = re.compile(  # fields that carry the meaning
     "arguments|call_id|content|data|enum|format|function|id|image_url|input|input_schema|items|"
     "instructions|json_schema|max_tokens|messages|model|name|output|parameters|properties|required|"
-    "response_format|role|schema|source|stream|system|text|tool_call_id|tool_use_id|tools|type|url")
-_ROOTS = ("", "messages.0.", "input.0.", "tools.0.", "tools.0.function.", "messages.0.content.0.",
-          "input.0.content.0.")  # where a field may stand that is named without a path
+    "response_format|role|schema|source|stream|system|text|tool_call_id|tool_use_id|tools|type|url"
+)
+_ROOTS = (
+    "",
+    "messages.0.",
+    "input.0.",
+    "tools.0.",
+    "tools.0.function.",
+    "messages.0.content.0.",
+    "input.0.content.0.",
+)  # where a field may stand that is named without a path
 _EFFORTS = ("reasoning_effort", "reasoning.effort", "output_config.effort")
-_STATE_KINDS = ("thinking", "redacted_thinking", "reasoning", "compaction", "encrypted_content")
+_STATE_KINDS = (
+    "thinking",
+    "redacted_thinking",
+    "reasoning",
+    "compaction",
+    "encrypted_content",
+)
+
 
 def places(value: Any, path: str) -> list[tuple[Json, str]]:
     """(object, key) of all that a validator's path means: a number stands for every element, the
@@ -8531,7 +11404,9 @@ def places(value: Any, path: str) -> list[tuple[Json, str]]:
     is_tag = value.get("type", step) == step
     return places(value.get(step), rest) or (places(value, rest) if is_tag else [])
 
+
 # A patch changes the plan; False: there is nothing that it may change.
+
 
 def avoid(plan: Plan, what: str) -> bool:
     """Never again for this model; the request needs another plan."""
@@ -8539,11 +11414,15 @@ def avoid(plan: Plan, what: str) -> bool:
     plan.repairs.memory.refused.add((plan.model.id, what))
     return plan.repairs.is_stale
 
+
 def drop_places(plan: Plan, found: list[tuple[Json, str]]) -> bool:
     """Remove these fields, unless one of them carries the meaning."""
     for holder, key in found:
-        if _MEANT.fullmatch(key) or "format" in as_object(holder[key]) or (
-                key == "tool_choice" and holder[key] not in ("auto", {"type": "auto"})):
+        if (
+            _MEANT.fullmatch(key)
+            or "format" in as_object(holder[key])
+            or (key == "tool_choice" and holder[key] not in ("auto", {"type": "auto"}))
+        ):
             return False
     for holder, key in found:
         plan.edit.drop(holder, key, REFUSED)
@@ -8551,24 +11430,33 @@ def drop_places(plan: Plan, found: list[tuple[Json, str]]) -> bool:
         del plan.edit.body["output_config"]
     return bool(found)
 
+
 def drop_field(plan: Plan, path: str) -> bool:
     """Remove a field that the upstream does not know."""
     body = plan.edit.body
-    return drop_places(plan, next(filter(None, (places(body, root + path) for root in _ROOTS)), []))
+    return drop_places(
+        plan, next(filter(None, (places(body, root + path) for root in _ROOTS)), [])
+    )
+
 
 def value_mark(value: Any) -> str:
     """What tells a value from others, in constant time; '' for objects and lists."""
     if isinstance(value, (dict, list)):
         return ""
     text = value if isinstance(value, str) else repr(value)
-    return stable_id("", "%d %s %s" % (len(text), text[:MARKED_CHARS], text[-MARKED_CHARS:]))
+    return stable_id(
+        "", "%d %s %s" % (len(text), text[:MARKED_CHARS], text[-MARKED_CHARS:])
+    )
+
 
 def drop_value(plan: Plan, path: str, mark: str = "") -> bool:
     """Remove a field whose value is refused: another value may be good.  mark: only that one.
 
     A field inside a list is not remembered, since each element has a value of its own."""
     body = plan.edit.body
-    whole_path = next((root + path for root in _ROOTS if places(body, root + path)), path)
+    whole_path = next(
+        (root + path for root in _ROOTS if places(body, root + path)), path
+    )
     found = places(body, whole_path)
     marks = [value_mark(holder[key]) for holder, key in found]
     if mark:
@@ -8577,61 +11465,91 @@ def drop_value(plan: Plan, path: str, mark: str = "") -> bool:
     plan.repairs.words = (whole_path, marks[0]) if is_single else ()
     return drop_places(plan, found)
 
+
 def clamp(plan: Plan, path: str, side: str, limit: str) -> bool:
     """A number within the upstream's limit, the highest one or by these words the least.  One
     below zero is no wish at all: its sender is told."""
     sign = -1 if side in ("greater", ">=") else 1
     most = float(limit) if "." in limit else int(limit)
-    found = [(holder, key) for holder, key in places(plan.edit.body, path)
-             if isinstance(holder[key], (int, float)) and holder[key] >= 0
-             and sign * (holder[key] - most) > 0]
+    found = [
+        (holder, key)
+        for holder, key in places(plan.edit.body, path)
+        if isinstance(holder[key], (int, float))
+        and holder[key] >= 0
+        and sign * (holder[key] - most) > 0
+    ]
     for holder, key in found:
         holder[key] = most
         plan.edit.lose(key, "the limit is " + limit)
     return bool(found)
 
+
 def rename_limit(plan: Plan, old: str) -> bool:
     """max_tokens as max_completion_tokens, or the reverse."""
     body, is_there = plan.edit.body, old in plan.edit.body and plan.upstream is CHAT
     if is_there:
-        new = "max_tokens" if old == "max_completion_tokens" else "max_completion_tokens"
+        new = (
+            "max_tokens" if old == "max_completion_tokens" else "max_completion_tokens"
+        )
         body.setdefault(new, plan.edit.drop(body, old))
     return is_there
 
+
 def lower_effort(plan: Plan, words: str) -> bool:
     """The nearest effort that the message lists, else of those that the catalogue lists."""
-    holder, key = next((p for path in _EFFORTS for p in places(plan.edit.body, path)), ({}, ""))
+    holder, key = next(
+        (p for path in _EFFORTS for p in places(plan.edit.body, path)), ({}, "")
+    )
     wish = str(holder.get(key))
     listed = re.findall(r"\b(?:none|minimal|low|medium|high|xhigh|max)\b", words) or [
-        effort for effort in plan.model.efforts if effort != wish]
+        effort for effort in plan.model.efforts if effort != wish
+    ]
     if holder and listed and wish not in listed:
-        holder[key] = clamp_effort("low" if wish in ("none", "minimal") else wish, listed)
+        holder[key] = clamp_effort(
+            "low" if wish in ("none", "minimal") else wish, listed
+        )
         plan.edit.lose("effort", "%s is refused" % wish[:20])
-        plan.repairs.words = (" ".join(listed),)             # of the catalogue, too
+        plan.repairs.words = (" ".join(listed),)  # of the catalogue, too
     return bool(holder) and holder[key] != wish
+
 
 def stop_thinking(plan: Plan) -> bool:
     """A round of tools that was begun without thinking must be ended without."""
-    kinds = [str(as_object((as_list(turn.get("content")) or [0])[0]).get("type"))
-             for turn in plan.turns[-2:]]
+    kinds = [
+        str(as_object((as_list(turn.get("content")) or [0])[0]).get("type"))
+        for turn in plan.turns[-2:]
+    ]
     fits = kinds[-1:] != ["tool_result"] or "thinking" in kinds[0]
-    return not fits and bool(plan.edit.drop(plan.edit.body, "thinking", "the round began without"))
+    return not fits and bool(
+        plan.edit.drop(plan.edit.body, "thinking", "the round began without")
+    )
+
 
 def drop_thinking(plan: Plan) -> bool:
     """Say nothing of thinking to a model that cannot be kept from it."""
     return plan.edit.drop(plan.edit.body, "thinking", REFUSED) is not None
 
+
 def drop_state(plan: Plan, known: bool = False) -> bool:
     """Remove thinking and reasoning that only another model, account or route can read: all that
     is there, or only what was refused before, since new state is welcome."""
+
     def is_bad(item: Any) -> bool:
         state = "".join(str(as_object(item).get(key) or "") for key in _SEALED_FIELDS)
-        return bool(state) and (item.get("type") in _STATE_KINDS or "reasoning_opaque" in item
-                                ) and plan.repairs.memory.is_bad(plan.model.id + state, known)
+        return (
+            bool(state)
+            and (item.get("type") in _STATE_KINDS or "reasoning_opaque" in item)
+            and plan.repairs.memory.is_bad(plan.model.id + state, known)
+        )
+
     body, turns, bad = plan.edit.body, plan.turns, False
     for turn in [turn for turn in turns if "reasoning_opaque" in turn and is_bad(turn)]:
-        bad = [turn.pop(key, None) for key in ("reasoning_opaque", "reasoning_text")] != []
-    for holder, key in [(body, "input")] + [(t, k) for t in turns for k in ("content", "output")]:
+        bad = [
+            turn.pop(key, None) for key in ("reasoning_opaque", "reasoning_text")
+        ] != []
+    for holder, key in [(body, "input")] + [
+        (t, k) for t in turns for k in ("content", "output")
+    ]:
         items = as_list(holder.get(key))
         kept = [item for item in items if not is_bad(item)]
         if len(kept) < len(items):
@@ -8640,15 +11558,20 @@ def drop_state(plan: Plan, known: bool = False) -> bool:
         plan.edit.lose("reasoning", REFUSED)
     return bad
 
+
 def image_mark(part: Json) -> str:
     """What tells an image from others."""
     holder = as_object(part.get("source") or part.get("image_url")) or part
-    return value_mark(str(holder.get("data") or holder.get("url") or holder.get("image_url")))
+    return value_mark(
+        str(holder.get("data") or holder.get("url") or holder.get("image_url"))
+    )
+
 
 def note_images_left(plan: Plan) -> None:
     """The header that tells of images goes with the last of them."""
     if not plan.upstream.has_images(plan.edit.body):
         plan.headers.pop("Copilot-Vision-Request", None)
+
 
 def keep_images(plan: Plan, most: str) -> bool:
     """A note instead of the oldest images until the newest `most` are left; never of those that
@@ -8658,6 +11581,7 @@ def keep_images(plan: Plan, most: str) -> bool:
     note_images_left(plan)
     return is_changed
 
+
 def drop_images(plan: Plan, marks: str = "") -> bool:
     """A note instead of the oldest images until the body has half its size; marks: of these
     images.  Never of those that the user asks about now.
@@ -8666,6 +11590,7 @@ def drop_images(plan: Plan, marks: str = "") -> bool:
     body = plan.edit.body
     asked = {id(part) for part in image_parts(last_turn(body))}
     images = [(part, image_mark(part)) for part in image_parts(body)]
+
     if marks:
         refused = set(marks.split())
         for part, mark in images:
@@ -8675,19 +11600,33 @@ def drop_images(plan: Plan, marks: str = "") -> bool:
     else:
         size = len(dumps(body))
         shed_images(plan.edit, size, size // 2)
+
     gone = [mark for part, mark in images if part.get("type") not in IMAGE_TYPES]
     plan.repairs.words = (" ".join(gone[-MAX_MARKED_IMAGES:]),)
     note_images_left(plan)
     return bool(gone)
 
+
 def drop_tool(plan: Plan, name: str) -> bool:
     """A hosted tool goes unless its call is demanded; freeform ones become functions."""
     tools = list(map(as_object, as_list(plan.edit.body.get("tools"))))
-    hosted = [tool for tool in tools if name in (tool.get("type"), tool.get("name"))
-              and tool.get("type", "function") != "function" and "input_schema" not in tool]
+    hosted = [
+        tool
+        for tool in tools
+        if name in (tool.get("type"), tool.get("name"))
+        and tool.get("type", "function") != "function"
+        and "input_schema" not in tool
+    ]
+
     kinds = {tool["type"] for tool in hosted}
-    if kinds & {"custom", "namespace", *CLIENT_TOOLS}:       # as functions the model can call them
+
+    if kinds & {
+        "custom",
+        "namespace",
+        *CLIENT_TOOLS,
+    }:  # as functions the model can call them
         return not plan.is_translated and avoid(plan, BY_HUB + plan.upstream.path)
+
     if hosted and hosted == tools and plan.client is MESSAGES:
         return avoid(plan, SEARCH_TOOLS)
     if not hosted or dumps(name) in dumps(plan.edit.body.get("tool_choice")):
@@ -8695,6 +11634,7 @@ def drop_tool(plan: Plan, name: str) -> bool:
     places_of_hosted = set(map(id, hosted))
     prepare_tools(plan.edit, lambda tool: id(tool) not in places_of_hosted)
     return True
+
 
 def drop_betas(plan: Plan, names: str) -> bool:
     """Take the betas that the upstream names out of `anthropic-beta`."""
@@ -8709,6 +11649,7 @@ def drop_betas(plan: Plan, names: str) -> bool:
     plan.edit.lose("anthropic-beta", REFUSED)
     return True
 
+
 def drop_all_betas(plan: Plan, refused: str = "") -> bool:
     """Where the upstream names none, all go.  refused: only if the header is this one."""
     sent = plan.headers.get("anthropic-beta", "")
@@ -8719,6 +11660,7 @@ def drop_all_betas(plan: Plan, refused: str = "") -> bool:
     plan.edit.lose("anthropic-beta", REFUSED)
     return True
 
+
 # What is learned of a refusal.  A fact about the model holds for everybody.  That a value was
 # refused says nothing of other values: it is remembered together with the value, else one client's
 # nonsense would take a field from all others.
@@ -8726,82 +11668,216 @@ ONCE, WITH_VALUE, FOR_MODEL = range(3)
 
 # pattern: searched in "code=C param=P MESSAGE", its groups are what `patch` gets; source: whose
 # words these are; unless: not where the error has one of these codes.
-Repair = collections.namedtuple("Repair", "name pattern patch source statuses keeps unless",
-                                defaults=((400,), FOR_MODEL, ()))
+Repair = collections.namedtuple(
+    "Repair",
+    "name pattern patch source statuses keeps unless",
+    defaults=((400,), FOR_MODEL, ()),
+)
 # No pattern may look further ahead than a fixed number of characters, or try a name again from
 # each of its letters: that would take the square of the text's length.
 _FAR = r".{0,%d}" % MAX_SAID
 _QUOTES = r"['\"`\\]{0,8}"
-_NAME = _QUOTES + r"(?<![\w.$\[\]-])([\w.$\[\]-]+)" + _QUOTES     # a field, a path or a tool
+_NAME = (
+    _QUOTES + r"(?<![\w.$\[\]-])([\w.$\[\]-]+)" + _QUOTES
+)  # a field, a path or a tool
 _UN = r"n(?:supported|known|recognized)(?: request)? "
-VALUE_CODES = ("unsupported_value", "invalid_value")      # not the field: what stands in it
+VALUE_CODES = ("unsupported_value", "invalid_value")  # not the field: what stands in it
 REPAIRS = (
-    Repair("endpoint", r"\Acode=unsupported_api_for_model", lambda plan: avoid(
-        plan, plan.upstream.path), "Copilot, where its list is wrong", keeps=ONCE),
-    Repair("reasoning state", r"(?i)encrypted (?:function output )?content|invalid .?signature.? in"
-           r"|input item id does not belong|thinking.{0,40}blocks.{0,60}cannot be modified|without "
-           r"its required following item", drop_state, "OpenAI, Anthropic", (400, 401), ONCE),
-    Repair("thinking", r"Expected .?thinking.? or .?redacted", stop_thinking, "Anthropic"),
-    Repair("thinking", r"thinking\.type\.enabled.{0,3} is not supported", lambda plan:
-           think_adaptively(plan.edit), "Claude from 4.7 on"),
-    Repair("thinking", r"thinking\.type\.disabled.{0,3} is not supported", lambda plan:
-           drop_thinking(plan), "Claude models that always think"),
-    Repair("thinking", r"(?i)adaptive.{0,3} (?:thinking )?is not supported|tag 'adaptive'",
-           lambda plan: think_within_budget(plan.edit, plan.model), "Claude before 4.6"),
-    Repair("effort", r"(?s)effort\b" + _FAR + r"?(?:upported values|one of|must be)(.*)",
-           lower_effort, "all"),
+    Repair(
+        "endpoint",
+        r"\Acode=unsupported_api_for_model",
+        lambda plan: avoid(plan, plan.upstream.path),
+        "Copilot, where its list is wrong",
+        keeps=ONCE,
+    ),
+    Repair(
+        "reasoning state",
+        r"(?i)encrypted (?:function output )?content|invalid .?signature.? in"
+        r"|input item id does not belong|thinking.{0,40}blocks.{0,60}cannot be modified|without "
+        r"its required following item",
+        drop_state,
+        "OpenAI, Anthropic",
+        (400, 401),
+        ONCE,
+    ),
+    Repair(
+        "thinking", r"Expected .?thinking.? or .?redacted", stop_thinking, "Anthropic"
+    ),
+    Repair(
+        "thinking",
+        r"thinking\.type\.enabled.{0,3} is not supported",
+        lambda plan: think_adaptively(plan.edit),
+        "Claude from 4.7 on",
+    ),
+    Repair(
+        "thinking",
+        r"thinking\.type\.disabled.{0,3} is not supported",
+        lambda plan: drop_thinking(plan),
+        "Claude models that always think",
+    ),
+    Repair(
+        "thinking",
+        r"(?i)adaptive.{0,3} (?:thinking )?is not supported|tag 'adaptive'",
+        lambda plan: think_within_budget(plan.edit, plan.model),
+        "Claude before 4.6",
+    ),
+    Repair(
+        "effort",
+        r"(?s)effort\b" + _FAR + r"?(?:upported values|one of|must be)(.*)",
+        lower_effort,
+        "all",
+    ),
     Repair("effort", r"\Acode=invalid_reasoning_effort()", lower_effort, "Copilot"),
-    Repair("effort", r"not support the (effort) parameter", lambda plan, word: drop_field(
-        plan, "output_config." + word), "Anthropic"),
-    Repair("limit", r"\b(max_tokens|max_completion_tokens)\b['\"`]*(?: is not support|: Extra)|"
-           + _UN + r"(?!value)[^:]{0,80}: ['\"`]{0,8}(max\w*_tokens)\b", rename_limit,
-           "OpenAI, Anthropic"),
-    Repair("limit", r"\b(max_\w*tokens)(?:: \d+ (>)| is too large: " + _FAR
-           + r" (at most)) (\d{1,15}(?:\.\d{1,15})?)", clamp, "Anthropic, OpenAI"),
-    Repair("limit", _NAME + r": (?:Input" + _FAR + r" (less|greater) than or equal to|" + _FAR
-           + r"Expected a value ([<>]=)) (\d{1,15}(?:\.\d{1,15})?)", clamp, "Anthropic, OpenAI"),
-    Repair("sampling", r"temperature.? and .?(top_p).? cannot both", lambda plan, name:
-           "temperature" in plan.edit.body and drop_field(plan, name), "Claude from 4.5 on"),
-    Repair("tool", r"[Tt]ool (?:type )?" + _NAME + r" is not (?:supported|available)|nsupported "
-           r"tool(?: type)?:? " + _NAME + r"|tag '([\w-]+)' found using|param=tools\S{0,200} "
-           + _FAR + r"nvalid value: " + _NAME, drop_tool, "Copilot, OpenAI, Anthropic"),
-    Repair("beta", r"(?i)value\(s\) (" + _FAR + r"?) for the .?anthropic-beta|"
-           r"(?:invalid|unknown) beta(.*-\d.*)", drop_betas, "Anthropic, Bedrock"),
-    Repair("beta", r"(?i)(?:invalid|unknown) beta", lambda plan, *sent: drop_all_betas(
-        plan, *sent), "Bedrock, which names none", keeps=WITH_VALUE),
-    Repair("prefill", r"not support assistant message prefill|must end with a user message",
-           lambda plan: end_with_user(plan.edit), "Claude from 4.6 on"),
-    Repair("images", r"many-image requests()|too many .{0,9}images" + _FAR + r"?(\d{1,15})",
-           lambda plan, *most: keep_images(plan, most[-1] or "20"), "Anthropic, Copilot"),
-    Repair("images", r"(?i)image (?:exceeds|dimensions|size)|could not process image", drop_images,
-           "Anthropic: 5 MB, 8000 pixels", keeps=WITH_VALUE),
-    Repair("images", r"\A", drop_images, "Copilot, of too large a body", (413,), WITH_VALUE),
-    Repair("field", r"param=(\S{1,200}) " + _FAR + r"(?:nsupported value|nvalid value|string too "
-           r"long)|\Acode=(?:unsupported|invalid)_value param=(\S{1,200}) ", drop_value,
-           "OpenAI, of a value that the field cannot have", keeps=WITH_VALUE),
-    Repair("field", _NAME + r"(?:: range| does not support (?!th))", drop_value, "Bedrock, OpenAI",
-           keeps=WITH_VALUE, unless=VALUE_CODES),
-    Repair("field", r"does not support the " + _NAME + r" parameter", drop_field, "Copilot",
-           unless=VALUE_CODES),
-    Repair("field", _NAME + r"(?:: Extra inputs| is not supported| is deprecated)|" + _UN
-           + r"(?:parameter|argument|field|key)s?(?: supplied)?:? " + _NAME + r"|not allowed \("
-           + _NAME + " w", drop_field, "all, with each release of a client", unless=VALUE_CODES),
-    Repair("field", r"param=(\S{1,200}) " + _FAR + r"(?:not support|nsupported)", drop_field,
-           "OpenAI", unless=VALUE_CODES),
+    Repair(
+        "effort",
+        r"not support the (effort) parameter",
+        lambda plan, word: drop_field(plan, "output_config." + word),
+        "Anthropic",
+    ),
+    Repair(
+        "limit",
+        r"\b(max_tokens|max_completion_tokens)\b['\"`]*(?: is not support|: Extra)|"
+        + _UN
+        + r"(?!value)[^:]{0,80}: ['\"`]{0,8}(max\w*_tokens)\b",
+        rename_limit,
+        "OpenAI, Anthropic",
+    ),
+    Repair(
+        "limit",
+        r"\b(max_\w*tokens)(?:: \d+ (>)| is too large: "
+        + _FAR
+        + r" (at most)) (\d{1,15}(?:\.\d{1,15})?)",
+        clamp,
+        "Anthropic, OpenAI",
+    ),
+    Repair(
+        "limit",
+        _NAME
+        + r": (?:Input"
+        + _FAR
+        + r" (less|greater) than or equal to|"
+        + _FAR
+        + r"Expected a value ([<>]=)) (\d{1,15}(?:\.\d{1,15})?)",
+        clamp,
+        "Anthropic, OpenAI",
+    ),
+    Repair(
+        "sampling",
+        r"temperature.? and .?(top_p).? cannot both",
+        lambda plan, name: "temperature" in plan.edit.body and drop_field(plan, name),
+        "Claude from 4.5 on",
+    ),
+    Repair(
+        "tool",
+        r"[Tt]ool (?:type )?" + _NAME + r" is not (?:supported|available)|nsupported "
+        r"tool(?: type)?:? "
+        + _NAME
+        + r"|tag '([\w-]+)' found using|param=tools\S{0,200} "
+        + _FAR
+        + r"nvalid value: "
+        + _NAME,
+        drop_tool,
+        "Copilot, OpenAI, Anthropic",
+    ),
+    Repair(
+        "beta",
+        r"(?i)value\(s\) (" + _FAR + r"?) for the .?anthropic-beta|"
+        r"(?:invalid|unknown) beta(.*-\d.*)",
+        drop_betas,
+        "Anthropic, Bedrock",
+    ),
+    Repair(
+        "beta",
+        r"(?i)(?:invalid|unknown) beta",
+        lambda plan, *sent: drop_all_betas(plan, *sent),
+        "Bedrock, which names none",
+        keeps=WITH_VALUE,
+    ),
+    Repair(
+        "prefill",
+        r"not support assistant message prefill|must end with a user message",
+        lambda plan: end_with_user(plan.edit),
+        "Claude from 4.6 on",
+    ),
+    Repair(
+        "images",
+        r"many-image requests()|too many .{0,9}images" + _FAR + r"?(\d{1,15})",
+        lambda plan, *most: keep_images(plan, most[-1] or "20"),
+        "Anthropic, Copilot",
+    ),
+    Repair(
+        "images",
+        r"(?i)image (?:exceeds|dimensions|size)|could not process image",
+        drop_images,
+        "Anthropic: 5 MB, 8000 pixels",
+        keeps=WITH_VALUE,
+    ),
+    Repair(
+        "images", r"\A", drop_images, "Copilot, of too large a body", (413,), WITH_VALUE
+    ),
+    Repair(
+        "field",
+        r"param=(\S{1,200}) " + _FAR + r"(?:nsupported value|nvalid value|string too "
+        r"long)|\Acode=(?:unsupported|invalid)_value param=(\S{1,200}) ",
+        drop_value,
+        "OpenAI, of a value that the field cannot have",
+        keeps=WITH_VALUE,
+    ),
+    Repair(
+        "field",
+        _NAME + r"(?:: range| does not support (?!th))",
+        drop_value,
+        "Bedrock, OpenAI",
+        keeps=WITH_VALUE,
+        unless=VALUE_CODES,
+    ),
+    Repair(
+        "field",
+        r"does not support the " + _NAME + r" parameter",
+        drop_field,
+        "Copilot",
+        unless=VALUE_CODES,
+    ),
+    Repair(
+        "field",
+        _NAME
+        + r"(?:: Extra inputs| is not supported| is deprecated)|"
+        + _UN
+        + r"(?:parameter|argument|field|key)s?(?: supplied)?:? "
+        + _NAME
+        + r"|not allowed \("
+        + _NAME
+        + " w",
+        drop_field,
+        "all, with each release of a client",
+        unless=VALUE_CODES,
+    ),
+    Repair(
+        "field",
+        r"param=(\S{1,200}) " + _FAR + r"(?:not support|nsupported)",
+        drop_field,
+        "OpenAI",
+        unless=VALUE_CODES,
+    ),
 )
 
 # such a refusal holds beside other fields only, and those are another client's to send
-_CONDITION = re.compile(r"\b(?:when|while|without|unless|if|together|combin\w*|requires?)\b")
+_CONDITION = re.compile(
+    r"\b(?:when|while|without|unless|if|together|combin\w*|requires?)\b"
+)
 
 _QUOTE = re.compile(r"['\"`\\]+")
+
 
 def is_echo(words: str, body: Json) -> bool:
     """Do these words of a refusal stand in the request, quotes aside?  Then the upstream may have
     done no more than repeat them, and whoever wrote them there must teach the proxy nothing."""
     plain = _QUOTE.sub("", words)
     longest = max(_QUOTE.split(words), key=len)
-    return bool(longest) and any(longest in text and plain in _QUOTE.sub("", text)
-                                 for text in strings_in(body))
+    return bool(longest) and any(
+        longest in text and plain in _QUOTE.sub("", text) for text in strings_in(body)
+    )
+
 
 class Memory:
     """What one account's upstream has refused, for the life of the process and bounded.
@@ -8810,9 +11886,13 @@ class Memory:
     def __init__(self) -> None:
         self.refused: set[tuple[str, str]] = set()
         #: plan's key -> (row, words), the latest last: facts of a model, and refused values
-        self._facts: dict[tuple[str, str], tuple[tuple[Repair, tuple[str, ...]], ...]] = {}
-        self._values: dict[tuple[str, str], tuple[tuple[Repair, tuple[str, ...]], ...]] = {}
-        self._bad: set[str] = set()                          # marks of refused state
+        self._facts: dict[
+            tuple[str, str], tuple[tuple[Repair, tuple[str, ...]], ...]
+        ] = {}
+        self._values: dict[
+            tuple[str, str], tuple[tuple[Repair, tuple[str, ...]], ...]
+        ] = {}
+        self._bad: set[str] = set()  # marks of refused state
 
     def is_bad(self, data: str, known: bool) -> bool:
         """Was this refused before (known), or just now: then it is remembered."""
@@ -8836,9 +11916,12 @@ class Memory:
         if not isinstance(error, UpstreamError) or not error.answered:
             return False
         said = "code=%s param=%s %s" % (error.code or "", error.param or "-", error)
-        said = said[:MAX_SAID]                               # patterns may look far ahead
-        return any(self._apply(repair, plan, said) for repair in REPAIRS
-                   if error.status in repair.statuses and error.code not in repair.unless)
+        said = said[:MAX_SAID]  # patterns may look far ahead
+        return any(
+            self._apply(repair, plan, said)
+            for repair in REPAIRS
+            if error.status in repair.statuses and error.code not in repair.unless
+        )
 
     @staticmethod
     def _apply(repair: Repair, plan: Plan, said: str) -> bool:
@@ -8846,15 +11929,19 @@ class Memory:
         is_changed = False
         for found in re.finditer(repair.pattern, said):
             doubtful = is_echo(found.group(), plan.edit.body)
-            if doubtful and repair.name == "tool":           # it may teach at once, see `avoid`
+            if doubtful and repair.name == "tool":  # it may teach at once, see `avoid`
                 continue
-            plan.repairs.words = tuple(group for group in found.groups() if group is not None)
+            plan.repairs.words = tuple(
+                group for group in found.groups() if group is not None
+            )
             if not repair.patch(plan, *plan.repairs.words):
                 continue
 
             is_changed = True
             plan.repairs.names.append(repair.name)
-            doubtful = doubtful or repair.name == "field" and bool(_CONDITION.search(said))
+            doubtful = (
+                doubtful or repair.name == "field" and bool(_CONDITION.search(said))
+            )
             has_words = repair.keeps == FOR_MODEL or bool(plan.repairs.words)
             if repair.keeps != ONCE and has_words and not doubtful:
                 plan.repairs.lessons.append((repair, plan.repairs.words))
@@ -8868,39 +11955,60 @@ class Memory:
             if lesson not in known and (known or len(store) < MAX_LEARNED):
                 store[plan.key] = (*known, lesson)[-MAX_LESSONS:]
 
+
 # ---- How long a limit lasts ----
 
-ACCOUNT_LIMITS = re.compile("(?:user_global|user_weekly|integration)_rate_limited|agent_mode_limit")
-USAGE_LANES = ("session", "weekly")                          # ceilings of use, beside the quotas
-_SPAN = (r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?(ms|milli(?=s)|[smhdw])"
-         r"(?:seconds?|econds?|ecs?|inutes?|ins?|ours?|rs?|ays?|eeks?)?(?![a-z])")
-_WAIT = re.compile(r"(?:again|after|wait|retry|resets?)\b[^0-9.;!?\n]{0,20}((?:%s,?(?: and)? ?)+)"
-                   % _SPAN)
-_SECONDS = {"ms": 0.001, "milli": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+ACCOUNT_LIMITS = re.compile(
+    "(?:user_global|user_weekly|integration)_rate_limited|agent_mode_limit"
+)
+USAGE_LANES = ("session", "weekly")  # ceilings of use, beside the quotas
+_SPAN = (
+    r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?(ms|milli(?=s)|[smhdw])"
+    r"(?:seconds?|econds?|ecs?|inutes?|ins?|ours?|rs?|ays?|eeks?)?(?![a-z])"
+)
+_WAIT = re.compile(
+    r"(?:again|after|wait|retry|resets?)\b[^0-9.;!?\n]{0,20}((?:%s,?(?: and)? ?)+)"
+    % _SPAN
+)
+_SECONDS = {
+    "ms": 0.001,
+    "milli": 0.001,
+    "s": 1,
+    "m": 60,
+    "h": 3600,
+    "d": 86400,
+    "w": 604800,
+}
 #: a date that the words before it call the end; others are parts of a model's name
 _UNTIL = re.compile(
     r"(?<![a-z])(?:resets?|until|again|retry)(?:[ _:=\"'(,]|after|at|on|date|time|is|the)*"
-    r"([0-9]{4}-[0-9]{2}-[0-9]{2}(?:[t ][0-9:]{8}|(?![\w-])))")
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2}(?:[t ][0-9:]{8}|(?![\w-])))"
+)
+
 
 def is_quota(error: ProxyError) -> bool:
     """Is the account's allowance used up?"""
     return error.status == 402 or status_of(error.code) == 402
 
+
 def is_limit(error: ProxyError) -> bool:
     """Must nobody ask again for a while?"""
     return error.status == 429 or is_quota(error)
+
 
 def quota_lane(name: str, said: Any) -> Json:
     """One lane for people, out of a snapshot or a header (ent=300&rem=75.5&ov=0.0&rst=2026-12-01,
     `rem` in percent).  Numbers are None where the account tells none.  More than all may be used:
     then what is left is negative, or the overage says so."""
-    said = dict(urllib.parse.parse_qsl(said)) if isinstance(said, str) else as_object(said)
+    said = (
+        dict(urllib.parse.parse_qsl(said)) if isinstance(said, str) else as_object(said)
+    )
     total = text_number_or_none(said.get("entitlement", said.get("ent")))
     percent = text_number_or_none(said.get("percent_remaining", said.get("rem")))
     over = text_number_or_none(said.get("overage_count", said.get("ov")))
     left = text_number_or_none(said.get("quota_remaining", said.get("remaining")))
     if total is not None and 0 < total < 1e-3:
-        total = None                                     # nothing can be divided by it
+        total = None  # nothing can be divided by it
     unlimited = said.get("unlimited") in (True, "true") or total == -1
     if unlimited:
         total = left = percent = None
@@ -8911,11 +12019,19 @@ def quota_lane(name: str, said: Any) -> Json:
     if total and over and left is not None and left <= 0:
         left = min(left, -over)
         percent = min(percent or 0, 100 * left / total)
-    return {"name": name, "unlimited": unlimited, "total": total, "left": left,
-            "overage": said.get("overage_permitted", said.get("ovPerm")) in (True, "true"),
-            "used": None if total is None or left is None else total - left,
-            "percent_left": percent, "percent_used": None if percent is None else 100 - percent,
-            "resets_at": moment_or_none(said.get("quota_reset_at", said.get("rst")))}
+
+    return {
+        "name": name,
+        "unlimited": unlimited,
+        "total": total,
+        "left": left,
+        "overage": said.get("overage_permitted", said.get("ovPerm")) in (True, "true"),
+        "used": None if total is None or left is None else total - left,
+        "percent_left": percent,
+        "percent_used": None if percent is None else 100 - percent,
+        "resets_at": moment_or_none(said.get("quota_reset_at", said.get("rst"))),
+    }
+
 
 def lane_rooms(lanes: Mapping[str, Any]) -> dict[str, float]:
     """Lane -> percent left, infinity where overage is permitted; of the lanes that limit something
@@ -8924,24 +12040,38 @@ def lane_rooms(lanes: Mapping[str, Any]) -> dict[str, float]:
     for name, said in list(lanes.items())[:MAX_NAMES]:
         lane = quota_lane(name, said)
         room = float("inf") if lane["overage"] else lane["percent_left"]
-        is_limit_here = lane["total"] != 0 and not lane["unlimited"] and name != "completions"
+        is_limit_here = (
+            lane["total"] != 0 and not lane["unlimited"] and name != "completions"
+        )
         if room is not None and is_limit_here:
             rooms[name.replace("premium_models", "premium_interactions")] = room
     return rooms
 
-def header_lanes(headers: Headers, prefixes: tuple[str, ...] = QUOTA_PREFIXES) -> dict[str, str]:
+
+def header_lanes(
+    headers: Headers, prefixes: tuple[str, ...] = QUOTA_PREFIXES
+) -> dict[str, str]:
     """Lane -> what an answer's headers say of it.  {"weekly": "ent=300&rem=75.5&rst=2026-..."}"""
-    return {name[len(prefix):]: value for name, value in headers.items()
-            for prefix in prefixes if name.startswith(prefix)}
+    return {
+        name[len(prefix) :]: value
+        for name, value in headers.items()
+        for prefix in prefixes
+        if name.startswith(prefix)
+    }
+
 
 def exhausted_lanes(error: ProxyError) -> dict[str, float | None]:
     """Lane -> unix time of its reset, None where it is not told; of the lanes that the error's own
     headers call used up.  Quotas are believed where the error speaks of them only: they stand in
     the headers of every answer, also of a plain 429."""
     prefixes = QUOTA_PREFIXES if is_quota(error) else QUOTA_PREFIXES[1:]
-    return {lane: quota_lane(lane, said)["resets_at"]
-            for name, said in header_lanes(error.headers, prefixes).items()
-            for lane, room in lane_rooms({name: said}).items() if room <= 0}
+    return {
+        lane: quota_lane(lane, said)["resets_at"]
+        for name, said in header_lanes(error.headers, prefixes).items()
+        for lane, room in lane_rooms({name: said}).items()
+        if room <= 0
+    }
+
 
 def named_limit_s(error: ProxyError, now: float) -> float | None:
     """Seconds until a limit ends, from the unix time `now`, where the upstream names its end: by
@@ -8957,24 +12087,31 @@ def named_limit_s(error: ProxyError, now: float) -> float | None:
     if after_s is not None:
         return after_s
     if after.isdigit():
-        return QUOTA_LIMIT_S                             # more digits than any number has
+        return QUOTA_LIMIT_S  # more digits than any number has
     if moment is not None:
         return moment - now
 
     spans = _WAIT.search(text)
     if spans:
-        return sum(float(number) * _SECONDS[unit]
-                   for number, unit in re.findall(_SPAN, spans.group(1)))
+        return sum(
+            float(number) * _SECONDS[unit]
+            for number, unit in re.findall(_SPAN, spans.group(1))
+        )
 
-    for ends in map(moment_or_none, _UNTIL.findall(text)), exhausted_lanes(error).values():
+    for ends in (
+        map(moment_or_none, _UNTIL.findall(text)),
+        exhausted_lanes(error).values(),
+    ):
         left = [end - now for end in ends if end is not None and end > now]
         if left:
             return max(left)
     return None
 
+
 def doubled_s(first_s: float, times: int, most_s: float) -> float:
     """A pause that was doubled some times.  10 s, 3 times, at most 300 s -> 80 s"""
     return min(first_s * 2.0 ** min(times, 30), most_s)
+
 
 def limit_s(error: ProxyError, now: float, repeats: int = 0) -> float:
     """How long a limit lasts, from the unix time `now`.  Nonsense is clamped.  Where no end is
@@ -8992,11 +12129,13 @@ def limit_s(error: ProxyError, now: float, repeats: int = 0) -> float:
 # Every value has flag > environment > default.  One table makes the command line, the environment
 # names and the help text.  Pure: the environment is handed in.
 
+
 @dataclass(frozen=True)
 class Option:
     """One setting: `--name`, `COPILOT_PROXY_NAME`, and what it is for.
     kind: text, int, float, switch, list; where: the commands that take it, 'network' means all
     that talk to GitHub; env: further variables, read after COPILOT_PROXY_NAME."""
+
     name: str
     default: Any
     help: str
@@ -9013,59 +12152,200 @@ class Option:
     def variables(self) -> tuple[str, ...]:
         return ("COPILOT_PROXY_" + self.field.upper(),) + self.env
 
+
 OPTIONS = (
-    Option("port", DEFAULT_PORT, "port to serve on; 0 takes a free one", "int", "-p",
-           "start setup", ("PORT",)),
-    Option("host", "127.0.0.1", "address to serve on; beyond loopback only with --api-key",
-           where="start setup",
-           env=("HOST",)),
-    Option("verbose", False, "log every step, not only one line per request", "switch", "-v",
-           "network"),
-    Option("account-type", "individual", "individual, business or enterprise: the API host to use "
-           "when GitHub names none", short="-a", where="network"),
-    Option("manual", False, "ask on terminal and page before each request goes up", "switch"),
-    Option("rate-limit", 0.0, "least seconds between two requests to the upstream", "float", "-r"),
-    Option("wait", False, "with --rate-limit: let requests wait instead of answering 429",
-           "switch", "-w"),
-    Option("github-token", "", "a GitHub token to use; - reads it from standard input",
-           short="-g", where="network", env=("GH_TOKEN", "GITHUB_TOKEN")),
-    Option("show-token", False, "print tokens on the terminal at login and refresh, and serve "
-           "/token to this machine", "switch", where="start auth"),
-    Option("proxy-env", None, "insist on HTTPS_PROXY & co.; --no-proxy-env ignores them", "either",
-           where="network"),
-    Option("github-url", GITHUB_URL, "where to log in: https://TENANT.ghe.com", where="network"),
-    Option("copilot-url", "", "Copilot API base, instead of the one GitHub names",
-           where="network"),
+    Option(
+        "port",
+        DEFAULT_PORT,
+        "port to serve on; 0 takes a free one",
+        "int",
+        "-p",
+        "start setup",
+        ("PORT",),
+    ),
+    Option(
+        "host",
+        "127.0.0.1",
+        "address to serve on; beyond loopback only with --api-key",
+        where="start setup",
+        env=("HOST",),
+    ),
+    Option(
+        "verbose",
+        False,
+        "log every step, not only one line per request",
+        "switch",
+        "-v",
+        "network",
+    ),
+    Option(
+        "account-type",
+        "individual",
+        "individual, business or enterprise: the API host to use "
+        "when GitHub names none",
+        short="-a",
+        where="network",
+    ),
+    Option(
+        "manual",
+        False,
+        "ask on terminal and page before each request goes up",
+        "switch",
+    ),
+    Option(
+        "rate-limit",
+        0.0,
+        "least seconds between two requests to the upstream",
+        "float",
+        "-r",
+    ),
+    Option(
+        "wait",
+        False,
+        "with --rate-limit: let requests wait instead of answering 429",
+        "switch",
+        "-w",
+    ),
+    Option(
+        "github-token",
+        "",
+        "a GitHub token to use; - reads it from standard input",
+        short="-g",
+        where="network",
+        env=("GH_TOKEN", "GITHUB_TOKEN"),
+    ),
+    Option(
+        "show-token",
+        False,
+        "print tokens on the terminal at login and refresh, and serve "
+        "/token to this machine",
+        "switch",
+        where="start auth",
+    ),
+    Option(
+        "proxy-env",
+        None,
+        "insist on HTTPS_PROXY & co.; --no-proxy-env ignores them",
+        "either",
+        where="network",
+    ),
+    Option(
+        "github-url",
+        GITHUB_URL,
+        "where to log in: https://TENANT.ghe.com",
+        where="network",
+    ),
+    Option(
+        "copilot-url",
+        "",
+        "Copilot API base, instead of the one GitHub names",
+        where="network",
+    ),
     Option("client-id", CLIENT_ID, "app id of the device login", where="network"),
-    Option("ca-file", "", "PEM file with further certificate authorities", where="network"),
-    Option("tls-relaxed", False, "accept CAs that lack key identifiers (Python 3.13 is strict)",
-           "switch", where="network"),
-    Option("data-dir", "", "folder of the login", where="network", env=("COPILOT_PROXY_HOME",)),
-    Option("header", (), "NAME=VALUE sent upstream instead of the built-in value", "list",
-           where="network"),
-    Option("fallback", "", "model to ask instead when the quota is used up",
-           where="start models debug"),
-    Option("model-alias", (), "FROM=TO: serve model TO under the name FROM", "list",
-           where="start models debug"),
-    Option("strict-models", False, "answer 404 instead of asking another model than the one that "
-           "was named", "switch", where="start models debug"),
-    Option("fetch-images", False, "fetch images that clients name by URL, from public addresses "
-           "only, and send them inline", "switch"),
-    Option("api-key", (), "a key that clients must send; auto makes, stores and prints one",
-           "list"),
-    Option("requests-per-minute", 0, "most requests of one key in a minute; 0 is no limit", "int"),
-    Option("max-concurrency", 0, "most requests at a time, the others wait; 0 is no limit", "int"),
+    Option(
+        "ca-file", "", "PEM file with further certificate authorities", where="network"
+    ),
+    Option(
+        "tls-relaxed",
+        False,
+        "accept CAs that lack key identifiers (Python 3.13 is strict)",
+        "switch",
+        where="network",
+    ),
+    Option(
+        "data-dir",
+        "",
+        "folder of the login",
+        where="network",
+        env=("COPILOT_PROXY_HOME",),
+    ),
+    Option(
+        "header",
+        (),
+        "NAME=VALUE sent upstream instead of the built-in value",
+        "list",
+        where="network",
+    ),
+    Option(
+        "fallback",
+        "",
+        "model to ask instead when the quota is used up",
+        where="start models debug",
+    ),
+    Option(
+        "model-alias",
+        (),
+        "FROM=TO: serve model TO under the name FROM",
+        "list",
+        where="start models debug",
+    ),
+    Option(
+        "strict-models",
+        False,
+        "answer 404 instead of asking another model than the one that was named",
+        "switch",
+        where="start models debug",
+    ),
+    Option(
+        "fetch-images",
+        False,
+        "fetch images that clients name by URL, from public addresses "
+        "only, and send them inline",
+        "switch",
+    ),
+    Option(
+        "api-key",
+        (),
+        "a key that clients must send; auto makes, stores and prints one",
+        "list",
+    ),
+    Option(
+        "requests-per-minute",
+        0,
+        "most requests of one key in a minute; 0 is no limit",
+        "int",
+    ),
+    Option(
+        "max-concurrency",
+        0,
+        "most requests at a time, the others wait; 0 is no limit",
+        "int",
+    ),
     Option("tls-cert", "", "PEM file with the certificate chain: serve https"),
     Option("tls-key", "", "PEM file with its key, where --tls-cert does not hold it"),
-    Option("trusted-proxy", (), "address or network whose X-Forwarded-* headers are believed",
-           "list"),
-    Option("allow-host", (), "a further name that clients may use in the Host header", "list"),
-    Option("cors-origin", (), "a web page's origin that may call the API (https://app.example), or "
-           "a scheme of a program (vscode-webview://*)", "list"),
-    Option("grace", 10.0, "seconds that running answers get at shutdown", "float",
-           where="start setup"),
-    Option("claude-code", False, "choose models for Claude Code and print its launch command",
-           "switch", "-c"),
+    Option(
+        "trusted-proxy",
+        (),
+        "address or network whose X-Forwarded-* headers are believed",
+        "list",
+    ),
+    Option(
+        "allow-host",
+        (),
+        "a further name that clients may use in the Host header",
+        "list",
+    ),
+    Option(
+        "cors-origin",
+        (),
+        "a web page's origin that may call the API (https://app.example), or "
+        "a scheme of a program (vscode-webview://*)",
+        "list",
+    ),
+    Option(
+        "grace",
+        10.0,
+        "seconds that running answers get at shutdown",
+        "float",
+        where="start setup",
+    ),
+    Option(
+        "claude-code",
+        False,
+        "choose models for Claude Code and print its launch command",
+        "switch",
+        "-c",
+    ),
     Option("budget", 0.0, "credits that may be spent in a day; 0 is no limit", "float"),
     Option("no-history", False, "write no history.sqlite3", "switch"),
     Option("log-json", False, "the log as one JSON object per line", "switch"),
@@ -9074,23 +12354,37 @@ OPTIONS = (
     Option("demo", False, "play without account and network", "switch"),
 )
 _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
-_GUARDED_HEADERS = ("authorization", "host", "content-length", "transfer-encoding", "connection",
-                    "content-type", "cookie", "accept-encoding")
+_GUARDED_HEADERS = (
+    "authorization",
+    "host",
+    "content-length",
+    "transfer-encoding",
+    "connection",
+    "content-type",
+    "cookie",
+    "accept-encoding",
+)
+
 
 def parse_value(option: Option, text: str, source: str) -> Any:
     """A value from the environment or the command line.  Raises ConfigError naming its source."""
     if option.kind in ("int", "float"):
         number = text_number_or_none(text)
         if number is None or option.kind == "int" and number != int(number):
-            raise ConfigError("%s: '%s' is not a number" % (source, printable(text, 40)))
+            raise ConfigError(
+                "%s: '%s' is not a number" % (source, printable(text, 40))
+            )
         return int(number) if option.kind == "int" else number
     if option.kind in ("switch", "either"):
         if text.strip().lower() not in _YES + _NO:
-            raise ConfigError("%s: '%s' is neither yes nor no" % (source, printable(text, 40)))
+            raise ConfigError(
+                "%s: '%s' is neither yes nor no" % (source, printable(text, 40))
+            )
         return text.strip().lower() in _YES
     if option.kind == "list":
         return tuple(part.strip() for part in re.split("[,\n]", text) if part.strip())
     return text
+
 
 def parse_pairs(values: Iterable[str], flag: str) -> dict[str, str]:
     """('A=b', 'C=d') -> {'A': 'b', 'C': 'd'}.  Raises ConfigError."""
@@ -9098,18 +12392,22 @@ def parse_pairs(values: Iterable[str], flag: str) -> dict[str, str]:
     for value in values:
         name, equals, text = value.partition("=")
         if not (name.strip() and equals and text.strip()):
-            raise ConfigError("%s: '%s' is not of the form NAME=VALUE" % (flag,
-                                                                         printable(value, 60)))
+            raise ConfigError(
+                "%s: '%s' is not of the form NAME=VALUE" % (flag, printable(value, 60))
+            )
         pairs[name.strip()] = text.strip()
     return pairs
+
 
 def parse_networks(values: Iterable[str]) -> list[Any]:
     """('10.0.0.0/8', '::1') -> ipaddress networks.  Raises ConfigError."""
     import ipaddress
+
     try:
         return [ipaddress.ip_network(value, strict=False) for value in values]
     except ValueError as error:
         raise ConfigError("--trusted-proxy: %s" % printable(str(error))) from None
+
 
 def check_origin(value: str) -> str:
     """A value of --cors-origin as browsers write it.  Raises ConfigError with the reason."""
@@ -9123,49 +12421,73 @@ def check_origin(value: str) -> str:
     if value == "*":
         reason = "every web page could then use this account: name each origin that may"
     elif value.lower() == "null":
-        reason = "local files and sandboxed frames of every site share it: serve the page over " \
-                 "http and name that origin"
+        reason = (
+            "local files and sandboxed frames of every site share it: serve the page over "
+            "http and name that origin"
+        )
     elif is_site and "*" in rest:
-        reason = "patterns are for schemes of programs (vscode-webview://*): name each site"
+        reason = (
+            "patterns are for schemes of programs (vscode-webview://*): name each site"
+        )
     elif is_site and "/" in rest:
         reason = "an origin has no path: write %s" % (
-            origin_of("%s://%s" % (scheme, rest.partition("/")[0])) or "https://HOST")
+            origin_of("%s://%s" % (scheme, rest.partition("/")[0])) or "https://HOST"
+        )
     elif not rest and origin_of("http://" + value):
-        reason = "its scheme is missing: write http://%s or https://%s" % (as_text, as_text)
+        reason = "its scheme is missing: write http://%s or https://%s" % (
+            as_text,
+            as_text,
+        )
     else:
-        reason = "this is no origin, which is written scheme://host or scheme://host:port"
+        reason = (
+            "this is no origin, which is written scheme://host or scheme://host:port"
+        )
     raise ConfigError("--cors-origin %s: %s" % (as_text, reason))
+
 
 def is_allowed_origin(origin: str, allowed: Container[str]) -> bool:
     """Is this Origin header one of them, or of a scheme that is allowed as a whole?"""
     known = origin_of(origin)
-    return bool(known) and (known in allowed or known.partition("://")[0] + "://*" in allowed)
+    return bool(known) and (
+        known in allowed or known.partition("://")[0] + "://*" in allowed
+    )
+
 
 def check_host_name(flag: str, value: str) -> str:
     """A name or address alone, as `split_host` gives it.  Raises ConfigError."""
     is_ipv6 = value.count(":") > 1 and value[0] != "["
     name, port = split_host("[%s]" % value if is_ipv6 else value)
     if not name or port:
-        raise ConfigError("%s %s: give the name alone, without scheme, port or *"
-                          % (flag, printable(value, 80)))
+        raise ConfigError(
+            "%s %s: give the name alone, without scheme, port or *"
+            % (flag, printable(value, 80))
+        )
     return name
 
+
 _SERVER_URL = re.compile(r"(https?)://([^/]*)(?:/[!-~]*)?\Z", re.IGNORECASE)
+
 
 def parse_url(url: str, flag: str) -> tuple[str, str]:
     """Scheme and host of a server's base URL.  Raises ConfigError."""
     match = _SERVER_URL.match(url)
     host = split_host(match.group(2))[0] if match else ""
     if not match or not host or set(url) & set("?#\\"):
-        raise ConfigError("%s: '%s' is not the URL of a server" % (flag, redact(printable(url))))
+        raise ConfigError(
+            "%s: '%s' is not the URL of a server" % (flag, redact(printable(url)))
+        )
     return match.group(1).lower(), host
+
 
 def check_url(url: str, flag: str) -> str:
     """The URL without its trailing slash; plain http only on this machine.  Raises ConfigError."""
     scheme, host = parse_url(url, flag)
     if scheme == "http" and not is_loopback(host):
-        raise ConfigError("%s: plain http is accepted for this machine only, use https" % flag)
+        raise ConfigError(
+            "%s: plain http is accepted for this machine only, use https" % flag
+        )
     return url.rstrip("/")
+
 
 def check_own_url(url: str, flag: str) -> str:
     """Where a proxy like this one serves: a URL, a host with or without port, or a port of this
@@ -9177,12 +12499,15 @@ def check_own_url(url: str, flag: str) -> str:
     parse_url(url, flag)
     return url.rstrip("/")
 
+
 #: a key for clients; a GitHub token is none, it would be an account's
 _KEY = re.compile(r"(?!gh[a-z]_|github_pat_)[!-~]{%d,}\Z" % KEY_MIN_CHARS)
+
 
 @dataclass
 class Settings:
     """All settings, checked.  The fields of OPTIONS, then timings that only tests change."""
+
     port: int = DEFAULT_PORT
     host: str = "127.0.0.1"
     verbose: bool = False
@@ -9222,7 +12547,7 @@ class Settings:
     demo: bool = False
 
     keepalive_s: float = KEEPALIVE_S
-    poll_margin_s: float = 1.0                 # added to GitHub's polling interval
+    poll_margin_s: float = 1.0  # added to GitHub's polling interval
     token_retry_s: tuple[float, ...] = TOKEN_RETRY_S
     hiccup_pause_s: float = 0.5
     idle_client_s: float = IDLE_CLIENT_S
@@ -9250,7 +12575,10 @@ class Settings:
         if self.copilot_url:
             self.copilot_url = check_url(self.copilot_url, "--copilot-url")
         if self.account_type not in COPILOT_URLS:
-            raise ConfigError("--account-type: choose individual, business or enterprise")
+            raise ConfigError(
+                "--account-type: choose individual, business or enterprise"
+            )
+
         if not 0 <= self.port <= 65535:
             raise ConfigError("--port: %d is not a port (0 to 65535)" % self.port)
         if not 0 <= self.rate_limit <= 86400 or not 0 <= self.grace <= 86400:
@@ -9258,21 +12586,33 @@ class Settings:
         if not 0 <= self.budget < 1e6:
             raise ConfigError("--budget takes 0 to 1000000 credits")
         if min(self.requests_per_minute, self.max_concurrency) < 0:
-            raise ConfigError("--requests-per-minute and --max-concurrency cannot be negative")
+            raise ConfigError(
+                "--requests-per-minute and --max-concurrency cannot be negative"
+            )
+
         if not all(key == "auto" or _KEY.match(key) for key in self.api_key):
-            raise ConfigError("--api-key: a key has %d characters or more, printable ASCII without "
-                              "spaces, and is no GitHub token" % KEY_MIN_CHARS)
+            raise ConfigError(
+                "--api-key: a key has %d characters or more, printable ASCII without "
+                "spaces, and is no GitHub token" % KEY_MIN_CHARS
+            )
+
         if self.tls_key and not self.tls_cert:
             raise ConfigError("--tls-key needs --tls-cert")
         for name, value in self.headers.items():
-            if name.lower() in _GUARDED_HEADERS or not _TOKEN.match(name.encode("utf-8")):
+            if name.lower() in _GUARDED_HEADERS or not _TOKEN.match(
+                name.encode("utf-8")
+            ):
                 raise ConfigError("--header: %s cannot be set" % printable(name, 60))
             if not value.isprintable() or not value.isascii():
-                raise ConfigError("--header %s: the value must be printable ASCII" % name)
+                raise ConfigError(
+                    "--header %s: the value must be printable ASCII" % name
+                )
+
         parse_pairs(self.model_alias, "--model-alias")
         self.cors_origin = tuple(map(check_origin, self.cors_origin))
         self.allow_host = tuple(
-            check_host_name("--allow-host", name) for name in self.allow_host)
+            check_host_name("--allow-host", name) for name in self.allow_host
+        )
         _ = self.trusted_networks
         return self
 
@@ -9291,7 +12631,9 @@ class Settings:
     def missing_models(self, models: list[Model]) -> list[str]:
         """A line for each alias and for --fallback whose model this account does not have.
         Without a list only retired models are known."""
-        named = [("--model-alias %s=%s" % pair, pair[1]) for pair in self.aliases.items()]
+        named = [
+            ("--model-alias %s=%s" % pair, pair[1]) for pair in self.aliases.items()
+        ]
         if self.fallback:
             named.append(("--fallback " + self.fallback, self.fallback))
 
@@ -9327,7 +12669,7 @@ class Settings:
         match = re.match(r"(https?)://([^/]*)/?\Z", url)
         host = split_host(match.group(2))[0] if match else ""
         if not match or not host:
-            return ""                    # a login, a path, a backslash: never of the service
+            return ""  # a login, a path, a backslash: never of the service
 
         own = host_of(self.github_url)
         if is_loopback(host):
@@ -9343,23 +12685,32 @@ class Settings:
 # The data folder: mode 0700, files 0600 from their first byte, replaced in one step.  The
 # short-lived Copilot token is never written.
 
+
 def default_data_dir(environ: Mapping[str, str]) -> str:
     """$XDG_DATA_HOME/copilot-proxy, ~/.local/share/copilot-proxy, on Windows %LOCALAPPDATA%."""
-    base = environ.get("LOCALAPPDATA") if os.name == "nt" else environ.get("XDG_DATA_HOME")
-    home = os.path.expanduser("~")               # stays as it is where there is none
+    base = (
+        environ.get("LOCALAPPDATA") if os.name == "nt" else environ.get("XDG_DATA_HOME")
+    )
+    home = os.path.expanduser("~")  # stays as it is where there is none
     base = base or os.path.join("/" if home == "~" else home, ".local", "share")
     return os.path.join(base, "copilot-proxy")
+
 
 def write_file(path: str, data: bytes) -> None:
     """Replace a file in one step: a crash leaves the old one or the new one.  Raises OSError."""
     folder = os.path.dirname(path)
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    for name in os.listdir(folder):                  # left by a crash: it may hold a secret
+
+    for name in os.listdir(folder):  # left by a crash: it may hold a secret
         left = os.path.join(folder, name)
         with contextlib.suppress(OSError):
-            if name.startswith(".new-") and time.time() - os.stat(left).st_mtime > STALE_FILE_S:
+            if (
+                name.startswith(".new-")
+                and time.time() - os.stat(left).st_mtime > STALE_FILE_S
+            ):
                 os.unlink(left)
-    handle, temporary = tempfile.mkstemp(prefix=".new-", dir=folder)     # mode 0600
+
+    handle, temporary = tempfile.mkstemp(prefix=".new-", dir=folder)  # mode 0600
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -9371,20 +12722,27 @@ def write_file(path: str, data: bytes) -> None:
             os.unlink(temporary)
         raise
 
+
 def save_file(path: str, data: bytes) -> None:
     """`write_file` with an error for people.  Raises ConfigError."""
     try:
         write_file(path, data)
     except OSError as error:
-        raise ConfigError("cannot write %s: %s; choose another folder with --data-dir"
-                          % (path, error.strerror)) from None
+        raise ConfigError(
+            "cannot write %s: %s; choose another folder with --data-dir"
+            % (path, error.strerror)
+        ) from None
+
 
 def move_aside(path: str, what: str) -> ConfigError:
     """Rename a file of ours that cannot be parsed -> the error that names both."""
     aside = "%s.bad-%d" % (path, time.time_ns())
     os.replace(path, aside)
-    return ConfigError("%s held no %s; it was moved to %s. Log in again: copilot_proxy.py auth"
-                       % (path, what, aside))
+    return ConfigError(
+        "%s held no %s; it was moved to %s. Log in again: copilot_proxy.py auth"
+        % (path, what, aside)
+    )
+
 
 class LoginFile:
     """The GitHub token of one host: `github_token` for github.com, else `github_token.<host>`.
@@ -9392,9 +12750,12 @@ class LoginFile:
     this kind use, so that a login can be shared with them."""
 
     def __init__(self, folder: str, github_url: str) -> None:
-        host = re.sub(r"[^a-z0-9.-]", "_", urllib.parse.urlsplit(github_url).netloc.lower())
-        self.path = os.path.join(folder, "github_token" + ("" if host == "github.com"
-                                                           else "." + host))
+        host = re.sub(
+            r"[^a-z0-9.-]", "_", urllib.parse.urlsplit(github_url).netloc.lower()
+        )
+        self.path = os.path.join(
+            folder, "github_token" + ("" if host == "github.com" else "." + host)
+        )
 
     def load(self) -> str:
         """The token, '' when there is none.  A file that holds something else is moved aside."""
@@ -9406,7 +12767,9 @@ class LoginFile:
         except UnicodeDecodeError:
             text = "not a token"
         except OSError as error:
-            raise ConfigError("cannot read %s: %s" % (self.path, error.strerror)) from None
+            raise ConfigError(
+                "cannot read %s: %s" % (self.path, error.strerror)
+            ) from None
         if text and not re.fullmatch(r"[A-Za-z0-9_.~-]+", text):
             raise move_aside(self.path, "token")
         return text
@@ -9427,9 +12790,10 @@ class LoginFile:
 @dataclass(frozen=True)
 class Key:
     """A key that clients may send, as it is stored.  One without a token is the operator's."""
-    hash: str                   # HMAC-SHA256 in hexadecimal; its beginning is the key's id
-    made: int = 0               # unix time; 0: from a flag or the environment, never stored
-    host: str = ""              # of the GitHub account that it stands for
+
+    hash: str  # HMAC-SHA256 in hexadecimal; its beginning is the key's id
+    made: int = 0  # unix time; 0: from a flag or the environment, never stored
+    host: str = ""  # of the GitHub account that it stands for
     login: str = ""
     token: str = field(default="", repr=False)
 
@@ -9437,9 +12801,11 @@ class Key:
     def id(self) -> str:
         return self.hash[:8]
 
+
 def new_key() -> str:
     """A key that nobody can guess."""
     return KEY_PREFIX + secrets.token_urlsafe(32)
+
 
 class KeyFile:
     """`proxy_accounts.json`: keys made here, as hashes, and the GitHub tokens of those that
@@ -9452,10 +12818,10 @@ class KeyFile:
         self._given = [key for key in given if key != "auto"]
         self._lock = threading.RLock()
         self._salt = secrets.token_hex(32)
-        self._keys: list[Key] = []          # of the file, those for other hosts, too
-        self._good: list[Key] = []          # those given and those of the file for this host
-        self._stamp: Any = ()               # of the file as it was read; () before
-        self.is_closed = False              # is a key wanted?  As of `all`; never undone
+        self._keys: list[Key] = []  # of the file, those for other hosts, too
+        self._good: list[Key] = []  # those given and those of the file for this host
+        self._stamp: Any = ()  # of the file as it was read; () before
+        self.is_closed = False  # is a key wanted?  As of `all`; never undone
 
     def all(self) -> list[Key]:
         """Every key that is good here.  Raises ConfigError for a file that cannot be parsed."""
@@ -9484,11 +12850,22 @@ class KeyFile:
         with self._lock:
             self.all()
             if len(self._keys) >= MAX_ACCOUNTS:
-                raise BadRequest("%d keys are stored: delete one first" % MAX_ACCOUNTS, 409)
+                raise BadRequest(
+                    "%d keys are stored: delete one first" % MAX_ACCOUNTS, 409
+                )
+
             host = self._host if token else ""
             made = Key(self._hash(text), int(time.time()), host, login, token)
-            self._write([replace(key, token=token) if login and (key.login, key.host) == (
-                login, host) else key for key in self._keys] + [made])
+            self._write(
+                [
+                    replace(key, token=token)
+                    if login and (key.login, key.host) == (login, host)
+                    else key
+                    for key in self._keys
+                ]
+                + [made]
+            )
+
             return made
 
     def delete(self, ids: Container[str]) -> None:
@@ -9498,8 +12875,9 @@ class KeyFile:
             self._write([key for key in self._keys if key.id not in ids])
 
     def _hash(self, text: str) -> str:
-        return hmac.new(self._salt.encode(), text.encode("utf-8", "replace"),
-                        hashlib.sha256).hexdigest()
+        return hmac.new(
+            self._salt.encode(), text.encode("utf-8", "replace"), hashlib.sha256
+        ).hexdigest()
 
     def _read(self, stamp: Any) -> None:
         is_first, self._stamp, self._keys = self._stamp == (), stamp, []
@@ -9507,25 +12885,41 @@ class KeyFile:
             try:
                 with open(self.path, "rb") as file:
                     value = as_object(loads(file.read(MAX_BODY_BYTES)))
-                self._keys, self._salt = [Key(**entry) for entry in value["keys"]], value["salt"]
-                texts = [self._salt] + [text for key in self._keys for name, text in
-                                        vars(key).items() if name != "made"]
+                self._keys, self._salt = (
+                    [Key(**entry) for entry in value["keys"]],
+                    value["salt"],
+                )
+                texts = [self._salt] + [
+                    text
+                    for key in self._keys
+                    for name, text in vars(key).items()
+                    if name != "made"
+                ]
+
                 if not all(isinstance(text, str) for text in texts):
                     raise ValueError
             except (ValueError, TypeError, KeyError):
                 self._keys, self._salt = [], secrets.token_hex(32)
                 raise move_aside(self.path, "keys") from None
             except OSError as error:
-                raise ConfigError("cannot read %s: %s" % (self.path, error.strerror)) from None
+                raise ConfigError(
+                    "cannot read %s: %s" % (self.path, error.strerror)
+                ) from None
+
         self._good = [Key(self._hash(text)) for text in self._given]
         self._good += [key for key in self._keys if key.host in ("", self._host)]
         self.is_closed |= any(not key.token for key in self._good)
+
         if self._given and is_first and stamp is None:
-            with contextlib.suppress(ConfigError):       # read-only: ids differ at each start
+            with contextlib.suppress(
+                ConfigError
+            ):  # read-only: ids differ at each start
                 self._write([])
 
     def _write(self, keys: list[Key]) -> None:
-        save_file(self.path, dumps({"salt": self._salt, "keys": [vars(key) for key in keys]}))
+        save_file(
+            self.path, dumps({"salt": self._salt, "keys": [vars(key) for key in keys]})
+        )
         self.all()
 
 
@@ -9534,8 +12928,9 @@ class KeyFile:
 # host (proxies, CONNECT, CAs) and gives a connection, which is kept in a pool; no redirect is
 # followed.  Heads and bodies are read by section 6, because a relay must see bytes as they come.
 
-Work = Coroutine[Any, Any, Any]          # what `run` and the event loop drive
+Work = Coroutine[Any, Any, Any]  # what `run` and the event loop drive
 OnEnd = Callable[[Any, Optional[BaseException]], None]
+
 
 class Wait:
     """Something that a coroutine waits for.
@@ -9549,6 +12944,7 @@ class Wait:
     So the same code serves a client in the loop, and a command or a test in a thread.  The loop is
     the EventLoop of section 18, a task one coroutine that it drives.
     timeout_s: the longest wait; when it is over the result is False."""
+
     timeout_s = math.inf
 
     def begin(self, loop: Any, task: Any) -> None:
@@ -9559,17 +12955,20 @@ class Wait:
         """In a thread: wait here, return the result."""
         raise NotImplementedError
 
+
 @types.coroutine
 def wait(what: Wait) -> Generator[Wait, Any, Any]:
     """`await wait(what)`: the one place where a coroutine hands over to its driver."""
     return (yield what)
 
+
 def outcome(work: Callable[..., Any], *items: Any) -> tuple[Any, BaseException | None]:
     """(what it returns, None) or (None, what it raises), for somebody else."""
     try:
         return work(*items), None
-    except Exception as error:                       # noqa: BLE001
+    except Exception as error:  # noqa: BLE001
         return None, error
+
 
 def run(work: Work) -> Any:
     """Drive a coroutine to its end in this thread; returns its result, raises its error."""
@@ -9581,7 +12980,9 @@ def run(work: Work) -> Any:
             return end.value
         value, error = outcome(what.block)
 
+
 _POLL_READ = getattr(select, "POLLIN", 0) | getattr(select, "POLLRDHUP", 0)
+
 
 def wait_ready(sock: Any, timeout_s: float, write: bool = False) -> bool:
     """Can this socket (or object with fileno()) be read, or written, now or within `timeout_s`?
@@ -9593,37 +12994,48 @@ def wait_ready(sock: Any, timeout_s: float, write: bool = False) -> bool:
 
     poller = select.poll()
     poller.register(sock, select.POLLOUT if write else _POLL_READ)
-    timeout_ms = None if timeout_s == math.inf else max(0, int(timeout_s * 1000 + 0.999))
+    timeout_ms = (
+        None if timeout_s == math.inf else max(0, int(timeout_s * 1000 + 0.999))
+    )
     return bool(poller.poll(timeout_ms))
+
 
 def is_would_block(error: OSError) -> bool:
     """Does a socket that does not block only say "not now"?  (By name: ssl is imported late.)"""
-    return isinstance(error, (BlockingIOError, InterruptedError)) or type(error).__name__ in (
-        "SSLWantReadError", "SSLWantWriteError")
+    return isinstance(error, (BlockingIOError, InterruptedError)) or type(
+        error
+    ).__name__ in ("SSLWantReadError", "SSLWantWriteError")
+
 
 def receive_now(sock: Any) -> bytes | None:
     """Read from a socket that does not block, TLS or not: None when nothing is there."""
     try:
-        return sock.recv(READ_BYTES)                 # type: ignore[no-any-return]
+        return sock.recv(READ_BYTES)  # type: ignore[no-any-return]
     except OSError as error:
         if is_would_block(error):
             return None
         raise
 
+
 def send_now(sock: Any, data: Any) -> int:
     """Write what fits to a socket that does not block -> how many bytes.  Raises OSError."""
     try:
-        return sock.send(data)                       # type: ignore[no-any-return]
+        return sock.send(data)  # type: ignore[no-any-return]
     except OSError as error:
         if is_would_block(error):
             return 0
         raise
 
+
 class Ready(Wait):
     """Until a connection can be read, or written -> True."""
 
-    def __init__(self, connection: Connection, events: int = selectors.EVENT_READ,
-                 timeout_s: float = math.inf) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        events: int = selectors.EVENT_READ,
+        timeout_s: float = math.inf,
+    ) -> None:
         self.connection, self.events, self.timeout_s = connection, events, timeout_s
 
     def begin(self, loop: Any, task: Any) -> None:
@@ -9631,16 +13043,20 @@ class Ready(Wait):
         loop.watch(self.connection, self.events)
 
     def block(self) -> bool:
-        return wait_ready(self.connection, self.timeout_s, self.events == selectors.EVENT_WRITE)
+        return wait_ready(
+            self.connection, self.timeout_s, self.events == selectors.EVENT_WRITE
+        )
+
 
 class InThread(Wait):
     """Until work that may block is done, in a worker thread -> what it returns."""
 
     def __init__(self, work: Callable[[], Any], timeout_s: float = math.inf) -> None:
-        self.block, self.timeout_s = work, timeout_s             # type: ignore[method-assign]
+        self.block, self.timeout_s = work, timeout_s  # type: ignore[method-assign]
 
     def begin(self, loop: Any, task: Any) -> None:
         loop.run_in_thread(self.block, task, self)
+
 
 class Pause(Wait):
     """For some seconds."""
@@ -9654,6 +13070,7 @@ class Pause(Wait):
     def block(self) -> None:
         time.sleep(max(0.0, self._until - time.monotonic()))
 
+
 class NextTurn(Wait):
     """Until the running streams have been served: what follows takes a moment to compute."""
 
@@ -9662,6 +13079,7 @@ class NextTurn(Wait):
 
     def block(self) -> None:
         """A thread has its turn always."""
+
 
 class Signal(Wait):
     """Until `set` is called, from whatever thread -> True.  One coroutine waits for it, once."""
@@ -9691,6 +13109,7 @@ class Signal(Wait):
         self._tell(event.set)
         return event.wait(None if self.timeout_s == math.inf else self.timeout_s)
 
+
 class Apart(Wait):
     """Until another coroutine has ended -> its result.  It goes on when who waits for it leaves:
     so a token that many wait for is fetched although the first of them hangs up."""
@@ -9703,6 +13122,7 @@ class Apart(Wait):
 
     def block(self) -> Any:
         return run(self._work)
+
 
 class Within(Wait):
     """Until another coroutine has ended -> (its result, its error), or its time is over."""
@@ -9722,6 +13142,7 @@ class Within(Wait):
         """Nobody waits for it any more."""
         self._stop()
 
+
 async def within(seconds: float, work: Work) -> Any:
     """The result of `work`, which has so many seconds in all.  Raises socket.timeout."""
     what = Within(seconds, work)
@@ -9734,6 +13155,7 @@ async def within(seconds: float, work: Work) -> Any:
         raise error
     return value
 
+
 class Refreshed:
     """A value that is fetched again when it is due; one fetch for all who wait for it.
 
@@ -9743,17 +13165,28 @@ class Refreshed:
     value: what is there, without a fetch, None at the start; error: why the last fetch failed.
     `_lock` guards all fields and is held for no I/O.  Any thread and the loop may ask."""
 
-    def __init__(self, fetch: Callable[[], Work], due: Callable[[Any], bool],
-                 dead: Callable[[Any], bool], pauses_s: tuple[float, ...]) -> None:
-        self._fetch, self._is_due, self._is_dead, self._pauses_s = fetch, due, dead, pauses_s
+    def __init__(
+        self,
+        fetch: Callable[[], Work],
+        due: Callable[[Any], bool],
+        dead: Callable[[Any], bool],
+        pauses_s: tuple[float, ...],
+    ) -> None:
+        self._fetch, self._is_due, self._is_dead, self._pauses_s = (
+            fetch,
+            due,
+            dead,
+            pauses_s,
+        )
+
         self._lock = threading.Lock()
         self.value: Any = None
         self.error: ProxyError | None = None
         self._is_busy = False
-        self._waiting: list[Signal] = []      # who waits for the fetch that runs
-        self._attempts = 0                    # fetches that have ended
-        self._failures = 0                    # of them, failed in a row
-        self._retry_at = 0.0                  # monotonic
+        self._waiting: list[Signal] = []  # who waits for the fetch that runs
+        self._attempts = 0  # fetches that have ended
+        self._failures = 0  # of them, failed in a row
+        self._retry_at = 0.0  # monotonic
 
     async def get(self, bad: Any = None) -> Any:
         """The value; never the very object `bad`.  Raises what the fetch raised."""
@@ -9763,7 +13196,8 @@ class Refreshed:
                 value = self.value
                 is_early = time.monotonic() < self._retry_at
                 if self._is_usable(value, bad) and (
-                        not self._is_due(value) or self._is_busy or is_early):
+                    not self._is_due(value) or self._is_busy or is_early
+                ):
                     return value
 
                 has_failed = self._attempts != seen or is_early and not self._is_busy
@@ -9816,19 +13250,21 @@ class Refreshed:
             one.set()
         return current
 
+
 class Connection:
     """A socket that the event loop may watch.
 
     An event belongs to the coroutine that waits for it (`waiter`); where none does the connection
     decides itself what it means, in `on_event`.
     watched: the events that the loop's selector reports; written by the loop alone."""
+
     sock: Any = None
-    loop: Any = None                   # that watches it
+    loop: Any = None  # that watches it
     waiter: Any = None
     watched = 0
 
     def fileno(self) -> int:
-        return self.sock.fileno()                    # type: ignore[no-any-return]
+        return self.sock.fileno()  # type: ignore[no-any-return]
 
     def on_event(self, mask: int) -> None:
         """The selector reports something that nobody waits for."""
@@ -9857,6 +13293,7 @@ class Connection:
         if self.loop is not None and self.watched:
             self.loop.watch(self, 0)
 
+
 def split_origin(url: str) -> tuple[str, str, str]:
     """'https://me@a:1/b?c' -> ('https://a:1', 'a:1', '/b?c')"""
     scheme, _, rest = url.partition("://")
@@ -9864,13 +13301,20 @@ def split_origin(url: str) -> tuple[str, str, str]:
     host = host.rpartition("@")[2]
     return f"{scheme}://{host}", host, slash + path or "/"
 
+
 class UpstreamRequest:
     """A request to GitHub or Copilot.
     origin: "https://host:port"; head: as it goes over the wire, with the empty line; is_fresh: not
     over a connection that was kept."""
 
-    def __init__(self, method: str, url: str, headers: Mapping[str, str],
-                 body: bytes | None = None, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes | None = None,
+        timeout_s: float = ANSWER_TIMEOUT_S,
+    ) -> None:
         self.origin, host, target = split_origin(url)
         self.method, self.url, self.body, self.timeout_s = method, url, body, timeout_s
         self.is_fresh = False
@@ -9879,47 +13323,81 @@ class UpstreamRequest:
             fields_["Content-Length"] = str(len(body))
         self.head = render_head(f"{method} {target} HTTP/1.1", fields_.items())
 
+
 class ProxyRefusal(OSError):
     """What a company proxy answered to CONNECT."""
-    logins = ""                        # that it would take: Basic, NTLM, Negotiate
+
+    logins = ""  # that it would take: Basic, NTLM, Negotiate
+
 
 def plain_reason(error: BaseException) -> str:
     """An OSError in a few words, without secrets."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return redact(printable(str(text)))
 
+
 #: part of OpenSSL's reason -> what it means and helps
 _TLS_REMEDIES = (
-    ("ismatch", "a captive portal or a filter answers: open a web page and sign in there"),
-    ("not yet valid", "set this machine's clock"), ("expired", "set this machine's clock"),
-    ("Missing", "use --tls-relaxed"), ("not marked critical", "use --tls-relaxed"),
-    ("", "use --ca-file FILE with your company's root certificate, if it inspects connections"))
+    (
+        "ismatch",
+        "a captive portal or a filter answers: open a web page and sign in there",
+    ),
+    ("not yet valid", "set this machine's clock"),
+    ("expired", "set this machine's clock"),
+    ("Missing", "use --tls-relaxed"),
+    ("not marked critical", "use --tls-relaxed"),
+    (
+        "",
+        "use --ca-file FILE with your company's root certificate, if it inspects connections",
+    ),
+)
+
 
 def explain_connect_error(error: Exception, host: str, proxied: bool) -> UpstreamError:
     """Why a host could not be reached, and what to do: as an error for the client."""
     text = str(error)
     way = " through the proxy" if proxied else ""
+
     if isinstance(error, socket.gaierror):
-        return UpstreamError("cannot find the host %s%s: no DNS or no network; behind a company "
-                             "proxy set HTTPS_PROXY" % (host, way))
+        return UpstreamError(
+            "cannot find the host %s%s: no DNS or no network; behind a company "
+            "proxy set HTTPS_PROXY" % (host, way)
+        )
+
     if "CERTIFICATE_VERIFY_FAILED" in text:
         hint = next(remedy for sign, remedy in _TLS_REMEDIES if sign in text)
-        return UpstreamError("the certificate of %s is not trusted (%s): %s"
-                             % (host, plain_reason(error), hint))
+        return UpstreamError(
+            "the certificate of %s is not trusted (%s): %s"
+            % (host, plain_reason(error), hint)
+        )
+
     if isinstance(error, ProxyRefusal):
         hint = "ask for %s to be allowed, or look at HTTPS_PROXY" % host
         if text[:3] == "407":
             hint = "write user:password@ before its host in HTTPS_PROXY"
             if error.logins and "basic" not in error.logins.lower():
-                hint = "it takes only a Windows login (%s): run px or cntlm on this machine and " \
-                       "set HTTPS_PROXY=http://127.0.0.1:3128" % printable(error.logins, 20)
-        return UpstreamError("the proxy refuses %s (%s): %s" % (host, plain_reason(error), hint))
+                hint = (
+                    "it takes only a Windows login (%s): run px or cntlm on this machine and "
+                    "set HTTPS_PROXY=http://127.0.0.1:3128"
+                    % printable(error.logins, 20)
+                )
+        return UpstreamError(
+            "the proxy refuses %s (%s): %s" % (host, plain_reason(error), hint)
+        )
+
     if isinstance(error, socket.timeout):
-        return UpstreamError("connecting to %s%s took more than %d s: a firewall? Behind a company "
-                             "proxy set HTTPS_PROXY" % (host, way, CONNECT_TIMEOUT_S), 504)
-    failure = UpstreamError("cannot connect to %s%s: %s" % (host, way, plain_reason(error)))
+        return UpstreamError(
+            "connecting to %s%s took more than %d s: a firewall? Behind a company "
+            "proxy set HTTPS_PROXY" % (host, way, CONNECT_TIMEOUT_S),
+            504,
+        )
+
+    failure = UpstreamError(
+        "cannot connect to %s%s: %s" % (host, way, plain_reason(error))
+    )
     failure.unsent = True
     return failure
+
 
 class HostNames:
     """Addresses of hosts, looked up in a thread and kept for NAME_AGE_S."""
@@ -9935,11 +13413,13 @@ class HostNames:
         known = self._known.get((host, port))
         if known is None:
             fetch = functools.partial(self._fetch, host, port)
-            known = self._known[host, port] = Refreshed(fetch, self._is_old, self._is_old, (0.0,))
+            known = self._known[host, port] = Refreshed(
+                fetch, self._is_old, self._is_old, (0.0,)
+            )
         _, found = await known.get()
         if isinstance(found, OSError):
             raise found
-        return found                                 # type: ignore[no-any-return]
+        return found  # type: ignore[no-any-return]
 
     async def _fetch(self, host: str, port: int) -> tuple[float, Any]:
         """(monotonic time, what the resolver says or its error)"""
@@ -9958,8 +13438,14 @@ class HostNames:
         is_error = isinstance(value[1], Exception)
         return is_error or time.monotonic() - value[0] >= NAME_AGE_S
 
+
 #: what connect_ex returns while a connection is being made
-_CONNECTING = (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0))
+_CONNECTING = (
+    errno.EINPROGRESS,
+    errno.EWOULDBLOCK,
+    getattr(errno, "WSAEWOULDBLOCK", 0),
+)
+
 
 class HttpConnection(Connection):
     """A connection to an upstream, directly or through a proxy; it carries one request at a time.
@@ -9972,13 +13458,14 @@ class HttpConnection(Connection):
     received: bytes that were read already and belong to the next head or body;
     has_more: more may be there that no selector tells of, inside TLS;
     forward: the origin that an HTTP proxy is asked for, "" for a direct connection."""
+
     default_port = 80
     origin = ""
-    tunnel = ""                        # host:port behind a proxy that speaks CONNECT
+    tunnel = ""  # host:port behind a proxy that speaks CONNECT
     forward = ""
-    proxy_login = ""                   # the value of Proxy-Authorization
-    idle_since = 0.0                   # monotonic; 0 before its first request
-    is_idle = False                    # in the pool
+    proxy_login = ""  # the value of Proxy-Authorization
+    idle_since = 0.0  # monotonic; 0 before its first request
+    is_idle = False  # in the pool
     received = b""
     has_more = False
 
@@ -9998,7 +13485,9 @@ class HttpConnection(Connection):
         except OSError as error:
             self.close()
             name = host_of(self.origin)
-            raise explain_connect_error(error, name, bool(self.tunnel or self.forward)) from None
+            raise explain_connect_error(
+                error, name, bool(self.tunnel or self.forward)
+            ) from None
         except BaseException:
             self.close()
             raise
@@ -10044,7 +13533,9 @@ class HttpConnection(Connection):
                 break
             data += more
         try:
-            status, reason, headers = parse_response_head(data.partition(b"\r\n\r\n")[0])
+            status, reason, headers = parse_response_head(
+                data.partition(b"\r\n\r\n")[0]
+            )
         except ProxyError:
             raise ProxyRefusal("no HTTP proxy answers there") from None
         if status != 200:
@@ -10056,7 +13547,7 @@ class HttpConnection(Connection):
         """One byte, and none of the TLS that follows."""
         while True:
             try:
-                return self.sock.recv(1)             # type: ignore[no-any-return]
+                return self.sock.recv(1)  # type: ignore[no-any-return]
             except OSError as error:
                 if not is_would_block(error):
                     raise
@@ -10083,7 +13574,7 @@ class HttpConnection(Connection):
         while sent < len(data):
             if not await wait(Ready(self, selectors.EVENT_WRITE, SEND_TIMEOUT_S)):
                 raise socket.timeout("timed out")
-            sent += send_now(self.sock, memoryview(data)[sent:sent + MAX_OUT_BYTES])
+            sent += send_now(self.sock, memoryview(data)[sent : sent + MAX_OUT_BYTES])
 
     async def receive(self, timeout_s: float) -> bytes:
         """The next bytes, b"" at the end.  Raises OSError; UpstreamError 504 after a silence."""
@@ -10115,7 +13606,7 @@ class HttpConnection(Connection):
         parts, size = [more], len(more)
         while len(more) >= whole and size < READ_BYTES:
             more = receive_now(self.sock)
-            if not more:                       # nothing now; an end will show the next time
+            if not more:  # nothing now; an end will show the next time
                 break
             parts.append(more)
             size += len(more)
@@ -10126,7 +13617,9 @@ class HttpConnection(Connection):
         """Send a request, wait for the head of its answer.  Raises StaleConnection when a kept
         connection proves closed before a byte came, else UpstreamError."""
         try:
-            return UpstreamResponse(await self._ask(request), self, request.method, pool)
+            return UpstreamResponse(
+                await self._ask(request), self, request.method, pool
+            )
         except StaleConnection as error:
             is_kept = self.idle_since > 0
             self.close()
@@ -10145,13 +13638,13 @@ class HttpConnection(Connection):
             head = self._for_proxy(head)
         broken: OSError | None = None
         try:
-            if len(body) <= READ_BYTES:              # in one packet
+            if len(body) <= READ_BYTES:  # in one packet
                 await self._send(head + body)
             else:
                 await self._send(head)
                 await self._send(body)
         except OSError as error:
-            broken = error                           # an early answer may still be readable
+            broken = error  # an early answer may still be readable
         return await self._read_head(request.timeout_s, broken)
 
     def _for_proxy(self, head: bytes) -> bytes:
@@ -10161,25 +13654,34 @@ class HttpConnection(Connection):
         login = ""
         if self.proxy_login:
             login = f"Proxy-Authorization: {self.proxy_login}\r\n"
-        return b"%b %b%b\r\n%b%b" % (method, self.forward.encode(), target, login.encode(), rest)
+        return b"%b %b%b\r\n%b%b" % (
+            method,
+            self.forward.encode(),
+            target,
+            login.encode(),
+            rest,
+        )
 
-    async def _read_head(self, timeout_s: float, broken: OSError | None
-                         ) -> tuple[int, str, Headers]:
+    async def _read_head(
+        self, timeout_s: float, broken: OSError | None
+    ) -> tuple[int, str, Headers]:
         """broken: why the request could not be sent whole."""
         deadline = time.monotonic() + timeout_s
         is_unsent = broken is not None
-        interim_bytes = 0                            # of the 1xx answers before
+        interim_bytes = 0  # of the 1xx answers before
         data = b""
         while True:
             end = data.find(b"\r\n\r\n")
             if end >= 0:
-                head, data = parse_response_head(data[:end]), data[end + 4:]
+                head, data = parse_response_head(data[:end]), data[end + 4 :]
                 if head[0] >= 200:
                     self.received = data
                     return head
-                interim_bytes += end                 # 100 Continue and its like
+                interim_bytes += end  # 100 Continue and its like
                 if head[0] == 101 or interim_bytes > MAX_HEAD_BYTES:
-                    raise UpstreamError("the upstream's answer is not the one to a plain request")
+                    raise UpstreamError(
+                        "the upstream's answer is not the one to a plain request"
+                    )
                 continue
 
             if len(data) > MAX_HEAD_BYTES:
@@ -10204,20 +13706,26 @@ class HttpConnection(Connection):
             with contextlib.suppress(OSError):
                 sock.close()
 
+
 class HttpsConnection(HttpConnection):
     """The same over TLS."""
+
     default_port = 443
 
-    def __init__(self, host: str, names: HostNames | ImageFetcher, context: Any) -> None:
+    def __init__(
+        self, host: str, names: HostNames | ImageFetcher, context: Any
+    ) -> None:
         super().__init__(host, names)
         self._context = context
 
     async def secure(self) -> None:
         name = self.tunnel.rpartition(":")[0] or self.host
-        self.unwatch()                               # the wrapped socket is another object
-        self.sock = self._context.wrap_socket(self.sock, do_handshake_on_connect=False,
-                                              server_hostname=name)
+        self.unwatch()  # the wrapped socket is another object
+        self.sock = self._context.wrap_socket(
+            self.sock, do_handshake_on_connect=False, server_hostname=name
+        )
         await self.shake_hands(time.monotonic() + CONNECT_TIMEOUT_S)
+
 
 class Pool:
     """Idle connections by origin; newest first, none older than POOL_IDLE_S.
@@ -10228,7 +13736,7 @@ class Pool:
 
     def __init__(self, closed: bool = False) -> None:
         self.closed = closed
-        self._loop_thread = 0                          # the loop's own, by number
+        self._loop_thread = 0  # the loop's own, by number
         self._lock = threading.Lock()
         #: (origin, is the loop's) -> connections, the oldest first
         self._idle: dict[tuple[str, bool], collections.deque[HttpConnection]] = {}
@@ -10253,7 +13761,11 @@ class Pool:
             connection.is_idle = False
             is_young = time.monotonic() - connection.idle_since < POOL_IDLE_S
             is_open = connection.sock is not None
-            if is_young and is_open and (connection.watched or not connection.is_stale()):
+            if (
+                is_young
+                and is_open
+                and (connection.watched or not connection.is_stale())
+            ):
                 return connection
             connection.close()
 
@@ -10264,7 +13776,9 @@ class Pool:
             if self.closed:
                 connection.close()
                 return
-            idle = self._idle.setdefault(self._key(connection.origin), collections.deque())
+            idle = self._idle.setdefault(
+                self._key(connection.origin), collections.deque()
+            )
             idle.append(connection)
             connection.is_idle = True
             old = []
@@ -10286,14 +13800,20 @@ class Pool:
         for connection in connections:
             connection.close()
 
+
 class UpstreamResponse:
     """An answer whose body is still to be read.
     status, reason, headers (lower-case names).  `read` gives the next piece of the body,
     `read_all` the whole rest.  At the end `finish` puts the connection back into the pool; `close`
     gives it up.  Belongs to the one request."""
 
-    def __init__(self, head: tuple[int, str, Headers], connection: HttpConnection, method: str,
-                 pool: Pool) -> None:
+    def __init__(
+        self,
+        head: tuple[int, str, Headers],
+        connection: HttpConnection,
+        method: str,
+        pool: Pool,
+    ) -> None:
         self.status, self.reason, self.headers = head
         self.connection: HttpConnection | None = connection
         self._pool = pool
@@ -10316,8 +13836,10 @@ class UpstreamResponse:
         try:
             data = await self.connection.receive(timeout_s)
         except OSError as error:
-            raise StreamCut(f"the upstream broke the connection ({plain_reason(error)})",
-                            code="upstream_stream_ended") from None
+            raise StreamCut(
+                f"the upstream broke the connection ({plain_reason(error)})",
+                code="upstream_stream_ended",
+            ) from None
         return self.take(data)
 
     def take(self, data: bytes) -> bytes:
@@ -10325,8 +13847,10 @@ class UpstreamResponse:
         Raises StreamCut when the body ends too early or is malformed."""
         if not data:
             if self._body.delimited:
-                raise StreamCut("the upstream closed the connection in the middle of its answer",
-                                code="upstream_stream_ended")
+                raise StreamCut(
+                    "the upstream closed the connection in the middle of its answer",
+                    code="upstream_stream_ended",
+                )
             self._body.done, self._keep = True, False
             return b""
         try:
@@ -10334,8 +13858,9 @@ class UpstreamResponse:
         except BadRequest as error:
             raise StreamCut(f"the upstream's body is malformed: {error}") from None
 
-    async def read_all(self, limit: int = MAX_ANSWER_BYTES, timeout_s: float = ANSWER_TIMEOUT_S
-                       ) -> bytes:
+    async def read_all(
+        self, limit: int = MAX_ANSWER_BYTES, timeout_s: float = ANSWER_TIMEOUT_S
+    ) -> bytes:
         """The whole rest of the body, at most `limit` bytes (more is an UpstreamError).
         `timeout_s` is the longest silence.  Raises StreamCut, UpstreamError 504."""
         parts: list[bytes] = []
@@ -10345,7 +13870,9 @@ class UpstreamResponse:
                 parts.append(await self.read(timeout_s))
                 size += len(parts[-1])
                 if size > limit:
-                    raise UpstreamError(f"the upstream's answer is larger than {limit} bytes")
+                    raise UpstreamError(
+                        f"the upstream's answer is larger than {limit} bytes"
+                    )
         finally:
             self.finish()
         return b"".join(parts)
@@ -10368,11 +13895,16 @@ class UpstreamResponse:
         if connection is not None:
             connection.close()
 
+
 def proxy_login(proxy: str) -> Headers:
     """The header for user:password@ in a proxy's URL."""
     login = urllib.parse.unquote(urllib.parse.urlsplit(proxy).netloc.rpartition("@")[0])
-    return {"Proxy-Authorization": "Basic " + base64.b64encode(login.encode()).decode()} \
-        if login else {}
+    return (
+        {"Proxy-Authorization": "Basic " + base64.b64encode(login.encode()).decode()}
+        if login
+        else {}
+    )
+
 
 class _Proxies(urllib.request.ProxyHandler):
     """urllib's own, except that this machine itself is never asked for through a proxy."""
@@ -10382,9 +13914,11 @@ class _Proxies(urllib.request.ProxyHandler):
             return None
         return super().proxy_open(req, proxy, type)
 
+
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         """A redirect is an answer like any other: a token must not follow it."""
+
 
 class _PlainErrors(urllib.request.HTTPErrorProcessor):
     def http_response(self, request: Any, response: Any) -> Any:
@@ -10393,9 +13927,13 @@ class _PlainErrors(urllib.request.HTTPErrorProcessor):
 
     https_response = http_response
 
-_SecureHandler: Any = getattr(urllib.request, "HTTPSHandler", urllib.request.BaseHandler)
 
-class ConnectionHandler(urllib.request.HTTPHandler, _SecureHandler):         # type: ignore[misc]
+_SecureHandler: Any = getattr(
+    urllib.request, "HTTPSHandler", urllib.request.BaseHandler
+)
+
+
+class ConnectionHandler(urllib.request.HTTPHandler, _SecureHandler):  # type: ignore[misc]
     """Gives the opener a connection that is still to be opened, where the stock handlers would
     open one for each call and read its answer."""
 
@@ -10426,15 +13964,23 @@ class ConnectionHandler(urllib.request.HTTPHandler, _SecureHandler):         # t
             connection.proxy_login = req.get_header("Proxy-authorization", "")
         return connection
 
+
 #: where operating systems keep their CA bundle, for a Python that was built elsewhere
-_CA_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt",
-               "/etc/ssl/ca-bundle.pem", "/etc/ssl/cert.pem", "/usr/local/etc/openssl/cert.pem")
+_CA_BUNDLES = (
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+    "/usr/local/etc/openssl/cert.pem",
+)
 _CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
+
 
 def ca_files(settings: Settings, environ: Mapping[str, str]) -> list[str]:
     """CA files of the user's, to be added to those of the system."""
     named = [settings.ca_file] + [environ.get(name, "") for name in _CA_VARIABLES]
     return [name for at, name in enumerate(named) if name and name not in named[:at]]
+
 
 def check_ca_files(names: list[str]) -> None:
     """Tell at once about a file that is no use.  Raises ConfigError."""
@@ -10443,38 +13989,51 @@ def check_ca_files(names: list[str]) -> None:
             with open(name, "rb") as file:
                 usable = b"-----BEGIN" in file.read()
         except OSError as error:
-            raise ConfigError("cannot read the CA file %s: %s" % (name, error.strerror)) from None
+            raise ConfigError(
+                "cannot read the CA file %s: %s" % (name, error.strerror)
+            ) from None
         if not usable:
             raise ConfigError("the CA file %s holds no certificate in PEM form" % name)
+
 
 def make_tls_context(settings: Settings, environ: Mapping[str, str]) -> Any:
     """The system's CAs plus the user's.  Raises ConfigError for a file that cannot be read."""
     try:
         import ssl  # late: 15 ms that a plain start can do without
     except ImportError:
-        raise ConfigError("this Python was built without its ssl module: GitHub cannot be reached "
-                          "(--demo works); use another Python, on Debian: apt install python3") \
-            from None
+        raise ConfigError(
+            "this Python was built without its ssl module: GitHub cannot be reached "
+            "(--demo works); use another Python, on Debian: apt install python3"
+        ) from None
+
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     paths = ssl.get_default_verify_paths()
+
     for name in (paths.openssl_cafile,) + _CA_BUNDLES:
-        if os.path.isfile(name):                     # SSL_CERT_FILE replaced it, we want both
+        if os.path.isfile(name):  # SSL_CERT_FILE replaced it, we want both
             with contextlib.suppress(ssl.SSLError, OSError):
                 context.load_verify_locations(cafile=name)
             break
+
     for name in ca_files(settings, environ):
         try:
             context.load_verify_locations(cafile=name)
         except (ssl.SSLError, OSError) as error:
-            raise ConfigError("cannot use the CA file %s: %s" % (name, plain_reason(error))) \
-                from None
+            raise ConfigError(
+                "cannot use the CA file %s: %s" % (name, plain_reason(error))
+            ) from None
+
     if settings.tls_relaxed or settings.ca_file:
         context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
     return context
 
-PAC_REMEDY = "is a PAC script (%s), which is not supported: look into it for a line PROXY " \
-             "host:port and set HTTPS_PROXY=http://host:port"
+
+PAC_REMEDY = (
+    "is a PAC script (%s), which is not supported: look into it for a line PROXY "
+    "host:port and set HTTPS_PROXY=http://host:port"
+)
+
 
 class Upstream:
     """The one opener, and the pool of the connections that it made.  Thread-safe."""
@@ -10483,36 +14042,49 @@ class Upstream:
         self._settings, self._environ = settings, environ
         check_ca_files(ca_files(settings, environ))
         self._tls: Any = None
-        self._lock = threading.Lock()                # guards the making of _tls
+        self._lock = threading.Lock()  # guards the making of _tls
         self.pool = Pool()
         self.proxies = self._find_proxies()
         self.opener = urllib.request.build_opener(
-            _Proxies(self.proxies), ConnectionHandler(HostNames(), self.tls_context),
-            _NoRedirects, _PlainErrors)
+            _Proxies(self.proxies),
+            ConnectionHandler(HostNames(), self.tls_context),
+            _NoRedirects,
+            _PlainErrors,
+        )
         self.opener.addheaders = []
 
     def _find_proxies(self) -> dict[str, str]:
         if self._settings.proxy_env is False:
             return {}
-        proxies = {name: url if "://" in url else "http://" + url
-                   for name, url in urllib.request.getproxies().items()
-                   if name in ("http", "https", "all") and url}
+        proxies = {
+            name: url if "://" in url else "http://" + url
+            for name, url in urllib.request.getproxies().items()
+            if name in ("http", "https", "all") and url
+        }
+
         if self._settings.proxy_env and not proxies:
             raise ConfigError("--proxy-env: no HTTP_PROXY or HTTPS_PROXY is set")
         for name in ("http", "https"):
             if "all" in proxies:
                 proxies.setdefault(name, proxies["all"])
+
         proxies.pop("all", None)
         for name, url in proxies.items():
             if url.lower().endswith((".pac", ".dat")) or "pac+" in url.lower():
                 raise ConfigError("the proxy for %s " % name + PAC_REMEDY % redact(url))
             try:
-                usable = urllib.parse.urlsplit(url).port is not None or host_of(url) != ""
+                usable = (
+                    urllib.parse.urlsplit(url).port is not None or host_of(url) != ""
+                )
             except ValueError:
                 usable = False
+
             if not usable or not url.lower().startswith("http://"):
-                raise ConfigError("the proxy %s for %s is not of the kind http://host:port"
-                                  % (redact(url), name))
+                raise ConfigError(
+                    "the proxy %s for %s is not of the kind http://host:port"
+                    % (redact(url), name)
+                )
+
         return proxies
 
     def proxy_for(self, url: str) -> str:
@@ -10544,7 +14116,7 @@ class Upstream:
             name = host_of(origin)
             raise UpstreamError(f"cannot reach {name}: {plain_reason(error)}") from None
         connection.origin = origin
-        return connection                            # type: ignore[no-any-return]
+        return connection  # type: ignore[no-any-return]
 
     async def send(self, request: UpstreamRequest) -> UpstreamResponse:
         """One try.  Raises StaleConnection when a kept connection proved closed, UpstreamError
@@ -10562,31 +14134,57 @@ class Upstream:
             request.is_fresh = True
             return await self.send(request)
 
-    async def fetch_json(self, request: UpstreamRequest) -> tuple[int, Any, Headers, bytes]:
+    async def fetch_json(
+        self, request: UpstreamRequest
+    ) -> tuple[int, Any, Headers, bytes]:
         """(status, JSON value or None, headers, raw body) of a small answer."""
         answer = await self.send_again(request)
         body = await answer.read_all(limit=MAX_BODY_BYTES, timeout_s=request.timeout_s)
+
         try:
             value = loads(body)
         except ValueError:
             value = None
-        if value is None and answer.status < 400 and (body.lstrip()[:1] == b"<"
-                                                      or answer.status >= 300):
-            raise UpstreamError("%s answers with a web page (%d): a captive portal or a filter; "
-                                "open a web page and sign in there, or set HTTPS_PROXY"
-                                % (host_of(request.url), answer.status))
+
+        if (
+            value is None
+            and answer.status < 400
+            and (body.lstrip()[:1] == b"<" or answer.status >= 300)
+        ):
+            raise UpstreamError(
+                "%s answers with a web page (%d): a captive portal or a filter; "
+                "open a web page and sign in there, or set HTTPS_PROXY"
+                % (host_of(request.url), answer.status)
+            )
+
         return answer.status, value, answer.headers, body
+
 
 def is_public(address: str) -> bool:
     """May an image be fetched from here?  Nothing of this machine, its networks, or the cloud's."""
     import ipaddress
-    found: Any = ipaddress.ip_address(address.partition("%")[0])
-    found = getattr(found, "ipv4_mapped", None) or getattr(found, "sixtofour", None) or found
-    return bool(found.is_global and not found.is_multicast and not found.is_reserved
-                and not getattr(found, "is_site_local", False))
 
-_IMAGE_STARTS = ((b"\x89PNG", "png"), (b"\xff\xd8\xff", "jpeg"), (b"GIF8", "gif"),
-                 (b"RIFF", "webp"))
+    found: Any = ipaddress.ip_address(address.partition("%")[0])
+    found = (
+        getattr(found, "ipv4_mapped", None)
+        or getattr(found, "sixtofour", None)
+        or found
+    )
+    return bool(
+        found.is_global
+        and not found.is_multicast
+        and not found.is_reserved
+        and not getattr(found, "is_site_local", False)
+    )
+
+
+_IMAGE_STARTS = (
+    (b"\x89PNG", "png"),
+    (b"\xff\xd8\xff", "jpeg"),
+    (b"GIF8", "gif"),
+    (b"RIFF", "webp"),
+)
+
 
 class ImageFetcher:
     """`--fetch-images`: images that clients name by URL.  A name is resolved once, all that it
@@ -10599,7 +14197,9 @@ class ImageFetcher:
         self.is_allowed: Callable[[str], bool] = is_public
         self.timeout_s = IMAGE_TIMEOUT_S
         self._tls_context = tls_context
-        self._kept: collections.OrderedDict[str, tuple[str, str]]    # the last used one last
+        self._kept: collections.OrderedDict[
+            str, tuple[str, str]
+        ]  # the last used one last
         self._kept = collections.OrderedDict()
         self._kept_bytes = 0
 
@@ -10610,19 +14210,24 @@ class ImageFetcher:
             return self._kept[url]
         try:
             data = await within(self.timeout_s, self._download(url))
-            kind = next((kind for start, kind in _IMAGE_STARTS if data.startswith(start)), "")
+            kind = next(
+                (kind for start, kind in _IMAGE_STARTS if data.startswith(start)), ""
+            )
             if not kind:
                 raise ValueError("it is no PNG, JPEG, GIF or WebP image")
         except (OSError, ValueError, UpstreamError) as error:
-            raise BadRequest("the image at %s cannot be fetched: %s" % (
-                printable(host_of(url)), plain_reason(error)), param="image_url") from None
+            raise BadRequest(
+                "the image at %s cannot be fetched: %s"
+                % (printable(host_of(url)), plain_reason(error)),
+                param="image_url",
+            ) from None
 
         found = "image/" + kind, base64.b64encode(data).decode()
         self._keep(url, found)
         return found
 
     def _keep(self, url: str, image: tuple[str, str]) -> None:
-        if url in self._kept:                            # fetched twice at a time
+        if url in self._kept:  # fetched twice at a time
             return
         self._kept[url] = image
         self._kept_bytes += len(url) + len(image[1])
@@ -10634,12 +14239,21 @@ class ImageFetcher:
         connection = self._connection_to(urllib.parse.urlsplit(url))
         connection.origin = url
         await connection.open()
-        headers = {"Accept": "image/*", "Accept-Encoding": "identity",
-                   "User-Agent": "copilot-proxy"}
-        answer = await connection.exchange(UpstreamRequest("GET", url, headers), Pool(closed=True))
+        headers = {
+            "Accept": "image/*",
+            "Accept-Encoding": "identity",
+            "User-Agent": "copilot-proxy",
+        }
+
+        answer = await connection.exchange(
+            UpstreamRequest("GET", url, headers), Pool(closed=True)
+        )
+
         try:
             if answer.status != 200:
-                raise ValueError("status %d; redirects are not followed" % answer.status)
+                raise ValueError(
+                    "status %d; redirects are not followed" % answer.status
+                )
             return await answer.read_all(IMAGE_BYTES)
         except StreamCut:
             raise ValueError("it is cut") from None
@@ -10647,7 +14261,11 @@ class ImageFetcher:
             answer.close()
 
     def _connection_to(self, url: urllib.parse.SplitResult) -> HttpConnection:
-        if url.scheme not in ("http", "https") or not url.hostname or url.username is not None:
+        if (
+            url.scheme not in ("http", "https")
+            or not url.hostname
+            or url.username is not None
+        ):
             raise ValueError("only http and https URLs without a password are")
         if url.scheme == "https":
             return HttpsConnection(url.netloc, self, self._tls_context())
@@ -10657,7 +14275,9 @@ class ImageFetcher:
         """In the place of HostNames.  Raises ValueError where not all addresses are public."""
         look_up = functools.partial(self.resolve, host, port, 0, socket.SOCK_STREAM)
         found = [(entry[0], entry[4]) for entry in await wait(InThread(look_up))]
-        if not found or not all(self.is_allowed(str(address[0])) for _, address in found):
+        if not found or not all(
+            self.is_allowed(str(address[0])) for _, address in found
+        ):
             raise ValueError("its address is not public")
         return found
 
@@ -10665,14 +14285,17 @@ class ImageFetcher:
 # ==== 14. GitHub ==================================================================================
 # Login by device flow, exchange of the GitHub token for a Copilot token, the usage answer.
 
+
 @dataclass(frozen=True)
 class DeviceCode:
     """GitHub's answer to a login request; times in seconds."""
+
     device_code: str
     user_code: str
     verification_uri: str
     expires_in: float
     interval: float
+
 
 @dataclass(frozen=True)
 class CopilotToken:
@@ -10680,42 +14303,55 @@ class CopilotToken:
     Its age is the larger of two elapsed times, because the monotonic clock stands still while a
     laptop sleeps and the wall clock may be set; the server's `expires_at` is never compared with
     the local clock, which may be wrong by hours."""
+
     value: str = field(repr=False)
     api_url: str
-    refresh_s: float                # from receipt until it is due
-    lifetime_s: float               # from receipt until it is dead
-    obtained: tuple[float, float]   # (monotonic, wall) at receipt
-    direct: bool = False            # the GitHub token itself, without an exchange
+    refresh_s: float  # from receipt until it is due
+    lifetime_s: float  # from receipt until it is dead
+    obtained: tuple[float, float]  # (monotonic, wall) at receipt
+    direct: bool = False  # the GitHub token itself, without an exchange
     details: Json = field(default_factory=dict, repr=False)
 
     def age_s(self, now: tuple[float, float]) -> float:
         return max(now[0] - self.obtained[0], now[1] - self.obtained[1])
 
+
 def read_clock() -> tuple[float, float]:
     """(monotonic, wall) in seconds."""
     return time.monotonic(), time.time()
+
 
 def check_github_token(token: str) -> str:
     """The token without white space.  Raises AuthError, before any call, for what never works."""
     token = token.strip()
     if token.startswith(PAT_PREFIXES):
-        raise AuthError("this is a personal access token, which Copilot does not accept: log in "
-                        "with: copilot_proxy.py auth")
+        raise AuthError(
+            "this is a personal access token, which Copilot does not accept: log in "
+            "with: copilot_proxy.py auth"
+        )
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise AuthError("this is no GitHub token: log in with: copilot_proxy.py auth")
     return token
 
+
 def override(headers: Headers, own: Mapping[str, str]) -> Headers:
     """With the user's own in their place, whatever their case."""
     lower = {name.lower() for name in own}
-    kept = {k: v for k, v in headers.items() if k.lower() not in lower} if own else headers
+    kept = (
+        {k: v for k, v in headers.items() if k.lower() not in lower} if own else headers
+    )
     return dict(kept, **own)
+
 
 class GitHub:
     """The calls to github.com and its REST API.  Thread-safe, at most 30 s each."""
 
-    def __init__(self, settings: Settings, upstream: Upstream,
-                 clock: Callable[[], tuple[float, float]] = read_clock) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        upstream: Upstream,
+        clock: Callable[[], tuple[float, float]] = read_clock,
+    ) -> None:
         self._settings, self._upstream, self._clock = settings, upstream, clock
 
     def _headers(self, token: str = "") -> Headers:
@@ -10723,42 +14359,78 @@ class GitHub:
         if token:
             headers["X-GitHub-Api-Version"] = INTERNAL_API_VERSION
             headers["Authorization"] = "token " + token
-        own = {k: v for k, v in self._settings.headers.items()
-               if k.lower() in map(str.lower, EDITOR_HEADERS)}
+        own = {
+            k: v
+            for k, v in self._settings.headers.items()
+            if k.lower() in map(str.lower, EDITOR_HEADERS)
+        }
         return override(headers, own)
 
     async def _post(self, path: str, values: Json) -> tuple[int, Json]:
         headers = dict(self._headers(), **{"Content-Type": "application/json"})
-        status, answer, _, _ = await self._upstream.fetch_json(UpstreamRequest(
-            "POST", self._settings.github_url + path, headers, dumps(values),
-            timeout_s=GITHUB_TIMEOUT_S))
+        status, answer, _, _ = await self._upstream.fetch_json(
+            UpstreamRequest(
+                "POST",
+                self._settings.github_url + path,
+                headers,
+                dumps(values),
+                timeout_s=GITHUB_TIMEOUT_S,
+            )
+        )
         return status, as_object(answer)
 
     async def _get(self, path: str, token: str) -> tuple[int, Json, Headers, bytes]:
-        status, answer, headers, body = await self._upstream.fetch_json(UpstreamRequest(
-            "GET", self._settings.rest_url + path, self._headers(token),
-            timeout_s=GITHUB_TIMEOUT_S))
+        status, answer, headers, body = await self._upstream.fetch_json(
+            UpstreamRequest(
+                "GET",
+                self._settings.rest_url + path,
+                self._headers(token),
+                timeout_s=GITHUB_TIMEOUT_S,
+            )
+        )
         return status, as_object(answer), headers, body
 
     async def request_code(self) -> DeviceCode:
         """Begin a login.  Raises UpstreamError, AuthError."""
-        status, answer = await self._post("/login/device/code", {
-            "client_id": self._settings.client_id, "scope": SCOPE})
+        status, answer = await self._post(
+            "/login/device/code",
+            {"client_id": self._settings.client_id, "scope": SCOPE},
+        )
+
         if not answer.get("device_code") or not answer.get("user_code"):
-            text = answer.get("error_description") or answer.get("error") or "status %d" % status
-            raise UpstreamError("%s gave no login code: %s" % (host_of(self._settings.github_url),
-                                                               printable(str(text))))
-        uri = str(answer.get("verification_uri") or self._settings.github_url + "/login/device")
-        return DeviceCode(str(answer["device_code"]), str(answer["user_code"]), uri,
-                          number_or(answer.get("expires_in"), CODE_LIFE_S, 1, MAX_CODE_LIFE_S),
-                          number_or(answer.get("interval"), POLL_S, 0, MAX_POLL_S))
+            text = (
+                answer.get("error_description")
+                or answer.get("error")
+                or "status %d" % status
+            )
+            raise UpstreamError(
+                "%s gave no login code: %s"
+                % (host_of(self._settings.github_url), printable(str(text)))
+            )
+
+        uri = str(
+            answer.get("verification_uri")
+            or self._settings.github_url + "/login/device"
+        )
+        return DeviceCode(
+            str(answer["device_code"]),
+            str(answer["user_code"]),
+            uri,
+            number_or(answer.get("expires_in"), CODE_LIFE_S, 1, MAX_CODE_LIFE_S),
+            number_or(answer.get("interval"), POLL_S, 0, MAX_POLL_S),
+        )
 
     async def poll(self, code: DeviceCode) -> Json:
         """GitHub's words on a running login; {} for a passing fault."""
         try:
-            status, answer = await self._post("/login/oauth/access_token", {
-                "client_id": self._settings.client_id, "device_code": code.device_code,
-                "grant_type": DEVICE_GRANT})
+            status, answer = await self._post(
+                "/login/oauth/access_token",
+                {
+                    "client_id": self._settings.client_id,
+                    "device_code": code.device_code,
+                    "grant_type": DEVICE_GRANT,
+                },
+            )
         except UpstreamError:
             return {}
         return answer if status == 200 else {}
@@ -10781,7 +14453,9 @@ class GitHub:
     async def fetch_copilot_token(self, token: str) -> CopilotToken:
         """Exchange the GitHub token.  Where the exchange is not offered but the account has
         Copilot, the GitHub token itself is the bearer (direct mode)."""
-        status, answer, headers, body = await self._get("/copilot_internal/v2/token", token)
+        status, answer, headers, body = await self._get(
+            "/copilot_internal/v2/token", token
+        )
         if status == 200 and answer.get("token"):
             return self._read_token(answer, headers)
         limited = status in (403, 429) and b"rate limit" in body.lower()
@@ -10793,7 +14467,9 @@ class GitHub:
 
     def _read_token(self, answer: Json, headers: Headers) -> CopilotToken:
         value = str(answer["token"])
-        parts = dict(p.partition("=")[::2] for p in value.split(":")[0].split(";") if "=" in p)
+        parts = dict(
+            p.partition("=")[::2] for p in value.split(":")[0].split(";") if "=" in p
+        )
         named = as_object(answer.get("endpoints")).get("api")
         proxy = parts.get("proxy-ep", "")
         fallback = "https://api." + proxy[6:] if proxy.startswith("proxy.") else ""
@@ -10801,11 +14477,18 @@ class GitHub:
         due = min(max(refresh - TOKEN_MARGIN_S, 60.0), 86400.0)
         lifetime = due + 2 * TOKEN_MARGIN_S
         expires = moment_or_none(answer.get("expires_at"))
-        sent = http_moment_or_none(headers.get("date", ""))          # by the server's own clock
+        sent = http_moment_or_none(headers.get("date", ""))  # by the server's own clock
         if expires is not None and sent is not None and 0 < expires - sent < 86400:
             lifetime = max(expires - sent, due)
-        return CopilotToken(value, self._api_url(named, fallback), due, lifetime, self._clock(),
-                            details={k: v for k, v in answer.items() if k != "token"})
+
+        return CopilotToken(
+            value,
+            self._api_url(named, fallback),
+            due,
+            lifetime,
+            self._clock(),
+            details={k: v for k, v in answer.items() if k != "token"},
+        )
 
     def _api_url(self, *candidates: Any) -> str:
         if self._settings.copilot_url:
@@ -10818,40 +14501,68 @@ class GitHub:
         named = as_object(answer.get("endpoints")).get("api")
         if status != 200 or not named:
             return None
-        return CopilotToken(token, self._api_url(named), 86400.0, 1e9, self._clock(), True, answer)
+        return CopilotToken(
+            token, self._api_url(named), 86400.0, 1e9, self._clock(), True, answer
+        )
 
     def _refusal(self, status: int, headers: Headers, body: bytes) -> ProxyError:
         """What a refused call to GitHub means for the user."""
         text, code, _ = unwrap_error(status, body, "")
         host = host_of(self._settings.rest_url)
+
         if status == 401:
-            return AuthError("GitHub refuses this login (%s): log in again with: copilot_proxy.py "
-                             "auth; for a GHE.com tenant set --github-url" % text)
+            return AuthError(
+                "GitHub refuses this login (%s): log in again with: copilot_proxy.py "
+                "auth; for a GHE.com tenant set --github-url" % text
+            )
+
         if "rate limit" in text.lower():
-            kept = {"retry-after": headers["retry-after"]} if "retry-after" in headers else {}
-            return RateLimited("GitHub limits calls to %s: %s" % (host, text), headers=kept)
+            kept = (
+                {"retry-after": headers["retry-after"]}
+                if "retry-after" in headers
+                else {}
+            )
+            return RateLimited(
+                "GitHub limits calls to %s: %s" % (host, text), headers=kept
+            )
+
         if "personal access token" in text:
-            return AuthError("personal access tokens do not work with Copilot: log in with: "
-                             "copilot_proxy.py auth", 403)
+            return AuthError(
+                "personal access tokens do not work with Copilot: log in with: "
+                "copilot_proxy.py auth",
+                403,
+            )
+
         if status == 404:
-            return AuthError("%s offers no Copilot to this login (404): log in with: "
-                             "copilot_proxy.py auth" % host, 403)
+            return AuthError(
+                "%s offers no Copilot to this login (404): log in with: "
+                "copilot_proxy.py auth" % host,
+                403,
+            )
+
         if status in (400, 402, 403):
             return AuthError("no access to Copilot: %s" % text, 403, code)
         return UpstreamError("%s answered %d: %s" % (host, status, text))
+
 
 class DeviceLogin:
     """One login by device flow.  `run` blocks until it is granted, refused or stopped.
     `code` is what the user must type, None while there is none; `problem` says why it ended,
     `token` that it was granted.  renews: a code that expires is followed by another."""
 
-    def __init__(self, github: GitHub, margin_s: float, stop: threading.Event,
-                 announce: Callable[[DeviceCode], None], renews: bool = True) -> None:
+    def __init__(
+        self,
+        github: GitHub,
+        margin_s: float,
+        stop: threading.Event,
+        announce: Callable[[DeviceCode], None],
+        renews: bool = True,
+    ) -> None:
         self._github, self._margin_s, self.stop = github, margin_s, stop
         self._announce, self.renews = announce, renews
         self.code: DeviceCode | None = None
         self.problem = self.token = ""
-        self.ready = threading.Event()            # there is a code, or a problem
+        self.ready = threading.Event()  # there is a code, or a problem
 
     def run(self) -> str:
         """The GitHub token.  Raises AuthError (denied, refused, expired), UpstreamError (no code
@@ -10871,8 +14582,12 @@ class DeviceLogin:
 
     def start(self, keep: Callable[[str], Any], log: logging.Logger) -> None:
         """`run` in a thread of its own; `keep` gets the token before it counts as granted."""
-        threading.Thread(target=self._run_and_keep, args=(keep, log), name="device-login",
-                         daemon=True).start()
+        threading.Thread(
+            target=self._run_and_keep,
+            args=(keep, log),
+            name="device-login",
+            daemon=True,
+        ).start()
 
     def _run_and_keep(self, keep: Callable[[str], Any], log: logging.Logger) -> None:
         try:
@@ -10890,10 +14605,14 @@ class DeviceLogin:
         """The token, '' when stopped, None when the code has expired."""
         deadline = time.monotonic() + code.expires_in
         interval = code.interval
+
         while time.monotonic() < deadline:
             left = deadline - time.monotonic()
-            if self.stop.wait(min(interval + self._margin_s, left)):      # first sleep, then ask
+            if self.stop.wait(
+                min(interval + self._margin_s, left)
+            ):  # first sleep, then ask
                 return ""
+
             answer = run(self._github.poll(code))
             problem = answer.get("error")
             if answer.get("access_token"):
@@ -10904,16 +14623,20 @@ class DeviceLogin:
             elif problem == "expired_token":
                 return None
             elif problem == "access_denied":
-                raise AuthError("the login was cancelled on GitHub's page: start it again")
+                raise AuthError(
+                    "the login was cancelled on GitHub's page: start it again"
+                )
             elif problem not in (None, "authorization_pending"):
                 text = answer.get("error_description") or problem
                 raise AuthError("GitHub refuses the login: %s" % printable(str(text)))
+
         return None
 
 
 # ==== 15. Copilot =================================================================================
 # One account: its token, its catalogue, and one call to the API with everything that may be
 # replayed before the first byte has gone to the client.
+
 
 class Catalogue:
     """The models as fetched at one time (monotonic), and what was found among them before."""
@@ -10927,15 +14650,22 @@ class Catalogue:
         if asked in self._found and asked not in aliases:
             return self._found[asked]
         model = resolve_model(asked, self.models, aliases)
-        if model is not None and asked not in aliases and len(self._found) < MAX_SPELLINGS:
+        if (
+            model is not None
+            and asked not in aliases
+            and len(self._found) < MAX_SPELLINGS
+        ):
             self._found[asked] = model
         return model
 
+
 # ---- Limits ----
+
 
 def whole_s(pause_s: float) -> int:
     """For a Retry-After: whole seconds, one at least.  9.0000001 -> 9, 9.2 -> 10"""
     return max(int(-(-round(pause_s, 3) // 1)), 1)
+
 
 @dataclass
 class Cooldown:
@@ -10949,6 +14679,7 @@ class Cooldown:
     refuted: the most room that was shown when the upstream refused yet, by headers and by /usage;
     prober: number of the request that is the probe now, 0 for none; deaths: probes in a row that
     ended without a verdict; is_tried: a request has gone up since the end."""
+
     error: UpstreamError
     since: float
     ends: float
@@ -10987,8 +14718,10 @@ class Cooldown:
         No more room than was shown before and refused yet does not count, each kind of source for
         itself: GitHub's usage answer and the headers do not always tell the same."""
         mine = {lane: room for lane, room in rooms.items() if lane in self.lanes}
-        if not self.lanes and is_quota(self.error):          # which one nobody said
-            mine = {lane: room for lane, room in rooms.items() if lane not in USAGE_LANES}
+        if not self.lanes and is_quota(self.error):  # which one nobody said
+            mine = {
+                lane: room for lane, room in rooms.items() if lane not in USAGE_LANES
+            }
         room = min(mine.values(), default=0.0)
         if now >= self.ends or self.lanes - set(mine) or room <= self.refuted[is_usage]:
             return False
@@ -10997,6 +14730,7 @@ class Cooldown:
         self.ends = self.next_try = now
         self.is_tried = False
         return True
+
 
 class RateLimits:
     """What rests because the upstream refused: a model, or under the name ACCOUNT all of them.
@@ -11025,10 +14759,10 @@ class RateLimits:
 
     def __init__(self, clock: Callable[[], tuple[float, float]]) -> None:
         self._clock, self._seen = clock, clock()
-        self._time = 0.0                               # of the clock here
+        self._time = 0.0  # of the clock here
         self._lock = threading.Lock()
         self._count = 0
-        self._scopes: dict[str, Cooldown] = {}         # what was refused last stands last
+        self._scopes: dict[str, Cooldown] = {}  # what was refused last stands last
 
     def admit(self, model: str, may_probe: bool = True) -> int:
         """The number of a request that may go up; `finish` must follow, after `refuse` or not.
@@ -11057,7 +14791,7 @@ class RateLimits:
             old = self._scopes.pop(scope, None)
             rest = self._new_rest(error, number, old)
             if old and number <= old.number and rest.ends <= old.ends:
-                rest = old                             # one of a burst: it says no more
+                rest = old  # one of a burst: it says no more
             if len(self._scopes) >= MAX_SCOPES:
                 del self._scopes[next(iter(self._scopes))]
             self._scopes[scope] = rest
@@ -11082,13 +14816,19 @@ class RateLimits:
             return []
         rooms = lane_rooms(lanes)
         with self._lock:
-            return [scope for scope, rest in self._scopes.items()
-                    if rest.see(rooms, source == "usage", self._now())]
+            return [
+                scope
+                for scope, rest in self._scopes.items()
+                if rest.see(rooms, source == "usage", self._now())
+            ]
 
     def clear(self, scope: str = "") -> list[str]:
         """Open one scope, or all -> those that rested."""
         with self._lock:
-            now, found = self._now(), [name for name in self._scopes if scope in ("", name)]
+            now, found = (
+                self._now(),
+                [name for name in self._scopes if scope in ("", name)],
+            )
             return [name for name in found if self._scopes.pop(name).ends > now]
 
     def report(self) -> list[Json]:
@@ -11096,10 +14836,18 @@ class RateLimits:
         with self._lock:
             now = self._now()
             wall = self._seen[1] - now
-            return [{"scope": scope, "status": rest.error.status, "code": rest.error.code,
-                     "since": wall + rest.since, "until": wall + rest.ends,
-                     "next_probe": wall + max(rest.next_try, now)}
-                    for scope, rest in self._scopes.items() if rest.ends > now]
+            return [
+                {
+                    "scope": scope,
+                    "status": rest.error.status,
+                    "code": rest.error.code,
+                    "since": wall + rest.since,
+                    "until": wall + rest.ends,
+                    "next_probe": wall + max(rest.next_try, now),
+                }
+                for scope, rest in self._scopes.items()
+                if rest.ends > now
+            ]
 
     def _now(self) -> float:
         """Seconds of a clock that goes on with the faster one of both: the monotonic one stands
@@ -11112,9 +14860,13 @@ class RateLimits:
     def _resting(self, model: str) -> list[tuple[str, Cooldown]]:
         """The rests that hold for a model."""
         scopes = (self.ACCOUNT, model) if model else ()
-        return [(scope, self._scopes[scope]) for scope in scopes if scope in self._scopes]
+        return [
+            (scope, self._scopes[scope]) for scope in scopes if scope in self._scopes
+        ]
 
-    def _new_rest(self, error: UpstreamError, number: int, old: Cooldown | None) -> Cooldown:
+    def _new_rest(
+        self, error: UpstreamError, number: int, old: Cooldown | None
+    ) -> Cooldown:
         """What follows a refusal; old: the rest of the same scope before it."""
         since = now = self._now()
         repeats, probes, refuted = 0, 0, [0.0, 0.0]
@@ -11130,41 +14882,59 @@ class RateLimits:
         pause_s = doubled_s(PROBE_S, probes, most_s)
         first_s = min(rest_s, pause_s)
         if not is_quota(error) and named_limit_s(error, wall) is None:
-            first_s = rest_s                           # our own guess is the pause already
+            first_s = rest_s  # our own guess is the pause already
 
         rooms = lane_rooms(header_lanes(error.headers))
         refuted[0] = max(refuted[0], min(rooms.values(), default=0.0))
-        return Cooldown(error, since, now + rest_s, now + first_s, pause_s, self._count, repeats,
-                        probes, set(exhausted_lanes(error)), refuted)
+        return Cooldown(
+            error,
+            since,
+            now + rest_s,
+            now + first_s,
+            pause_s,
+            self._count,
+            repeats,
+            probes,
+            set(exhausted_lanes(error)),
+            refuted,
+        )
 
-    def _refusal(self, scope: str, rest: Cooldown, pause_s: float, headers: Headers | None = None
-                 ) -> UpstreamError:
+    def _refusal(
+        self, scope: str, rest: Cooldown, pause_s: float, headers: Headers | None = None
+    ) -> UpstreamError:
         """What a request is told; pause_s: for its Retry-After."""
         error, now = rest.error, self._now()
         what = "the account" if scope == self.ACCOUNT else "model " + scope
-        until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(
-            self._seen[1] + rest.ends - now))
+        until = time.strftime(
+            "%Y-%m-%d %H:%M:%S", time.localtime(self._seen[1] + rest.ends - now)
+        )
 
         plan = "nothing is sent before"
         if rest.next_try < rest.ends:
-            plan = "the next request goes up as a probe in %d s" % whole_s(rest.next_try - now)
+            plan = "the next request goes up as a probe in %d s" % whole_s(
+                rest.next_try - now
+            )
         if rest.ends <= now:
             plan = "it is over, and one request is trying it now"
 
-        text = ("%s (a limit of %s until %s local time: %s; to end it at once: POST /limits/clear, "
-                "or the button on this server's page)" % (error, what, until, plan))
+        text = (
+            "%s (a limit of %s until %s local time: %s; to end it at once: POST /limits/clear, "
+            "or the button on this server's page)" % (error, what, until, plan)
+        )
         told = dict(headers or {}, **{"retry-after": "%d" % whole_s(pause_s)})
-        if "retry-after-ms" in told:                   # SDKs believe it more than the other
+        if "retry-after-ms" in told:  # SDKs believe it more than the other
             told["retry-after-ms"] = "%d" % max(pause_s * 1000, 1)
         return UpstreamError(text, error.status, error.code, error.param, told)
+
 
 @dataclass
 class Call:
     """One call to the Copilot API, and again after a repair.  model: whose limits hold for it,
     "" for none."""
+
     path: str
     body: bytes | None = None
-    headers: Headers = field(default_factory=dict)     # beside the usual ones
+    headers: Headers = field(default_factory=dict)  # beside the usual ones
     request_id: str = ""
     timeout_s: float = ANSWER_TIMEOUT_S
     model: str = ""
@@ -11173,22 +14943,41 @@ class Call:
     def method(self) -> str:
         return "GET" if self.body is None else "POST"
 
+
 def new_request_id() -> str:
     """A random UUID as text (uuid4 without the import)."""
     text = secrets.token_hex(16)
-    return "%s-%s-4%s-a%s-%s" % (text[:8], text[8:12], text[13:16], text[17:20], text[20:])
+    return "%s-%s-4%s-a%s-%s" % (
+        text[:8],
+        text[8:12],
+        text[13:16],
+        text[17:20],
+        text[20:],
+    )
+
 
 def passed_headers(headers: Headers) -> Headers:
     """The upstream's headers that clients may see."""
-    return {k: v for k, v in headers.items()
-            if k in PASSED_HEADERS or k.startswith(PASSED_PREFIXES)}
+    return {
+        k: v
+        for k, v in headers.items()
+        if k in PASSED_HEADERS or k.startswith(PASSED_PREFIXES)
+    }
+
 
 _TOKEN_CODES = ("expired_token", "invalid_token", "token_expired")
 
 #: row of the retry ladder -> how often it may be taken for one request of a client
-ATTEMPTS = {"stale": 1, "login": 1, "version": 1, "hiccup": 1, "fallback": 1,
-            "repair": MAX_REPAIRS}
-CURES, MAX_CURES = ("login", "version", "hiccup"), 2         # of these together
+ATTEMPTS = {
+    "stale": 1,
+    "login": 1,
+    "version": 1,
+    "hiccup": 1,
+    "fallback": 1,
+    "repair": MAX_REPAIRS,
+}
+CURES, MAX_CURES = ("login", "version", "hiccup"), 2  # of these together
+
 
 async def read_error(answer: UpstreamResponse) -> UpstreamError:
     """The upstream's refusal as an error."""
@@ -11198,15 +14987,19 @@ async def read_error(answer: UpstreamResponse) -> UpstreamError:
         body = b""
 
     status = answer.status if answer.status >= 400 else 502
-    text, code, param, names = read_error_text(body, status_phrase(status, answer.reason))
+    text, code, param, names = read_error_text(
+        body, status_phrase(status, answer.reason)
+    )
     if answer.status < 400:
         text = f"the upstream wants to redirect elsewhere ({answer.status}), which is not followed"
 
-    error = UpstreamError(text, true_status(status, names), code, param,
-                          passed_headers(answer.headers))
+    error = UpstreamError(
+        text, true_status(status, names), code, param, passed_headers(answer.headers)
+    )
     error.answered = answer.status >= 400
     error.opaque = text == "Forbidden" and "x-github-request-id" in answer.headers
     return error
+
 
 class Attempts:
     r"""The retry ladder: all that is ever tried again for one request of a client.
@@ -11224,11 +15017,13 @@ class Attempts:
     taken when a byte of the answer has gone to the client.  A 401 of GitHub itself is no row:
     the caller must log in again."""
 
-    def __init__(self, copilot: Copilot, has_started: Callable[[], bool] = bool) -> None:
+    def __init__(
+        self, copilot: Copilot, has_started: Callable[[], bool] = bool
+    ) -> None:
         self._copilot, self._has_started = copilot, has_started
         self._calls = 0
         self._taken: collections.Counter[str] = collections.Counter()
-        self._is_fresh = False                         # no kept connection is trusted any more
+        self._is_fresh = False  # no kept connection is trusted any more
 
     def may(self, row: str) -> bool:
         """May this row be taken now?  The one place that asks whether the client has something."""
@@ -11278,8 +15073,12 @@ class Attempts:
                     copilot.note_futile_login()
                 raise error
             self.take(row)
-            copilot.log.debug("%s upstream %d, trying again after: %s", call.request_id,
-                              error.status, row)
+            copilot.log.debug(
+                "%s upstream %d, trying again after: %s",
+                call.request_id,
+                error.status,
+                row,
+            )
             token = await self._change(row, token, version, error.status)
 
     async def _send_once(self, call: Call, token: CopilotToken) -> UpstreamResponse:
@@ -11293,7 +15092,7 @@ class Attempts:
         status, text = error.status, str(error).lower()
         if isinstance(error, StaleConnection):
             return "stale"
-        if status == 401:                  # item ids that went stale come as a 401, too
+        if status == 401:  # item ids that went stale come as a 401, too
             return "" if "input item" in text or "connection" in text else "login"
         if status == 421 or status == 403 and error.code in _TOKEN_CODES:
             return "login"
@@ -11306,45 +15105,64 @@ class Attempts:
             return "hiccup" if wish in ("0", "1") else ""
         return ""
 
-    async def _change(self, row: str, token: CopilotToken, version: str, status: int
-                      ) -> CopilotToken:
+    async def _change(
+        self, row: str, token: CopilotToken, version: str, status: int
+    ) -> CopilotToken:
         """Do what the row says -> the token to go on with."""
         copilot = self._copilot
         if row == "login":
-            return await copilot.token.get(token)      # type: ignore[no-any-return]
+            return await copilot.token.get(token)  # type: ignore[no-any-return]
         if row == "version":
             copilot.change_version(version)
             return token
 
         self._is_fresh = True
         if row == "hiccup":
-            least = 2 if status == 503 else 1          # a second at least for a 503
-            await wait(Pause(copilot.hiccup_pause_s * (least + secrets.randbelow(100) / 100)))
+            least = 2 if status == 503 else 1  # a second at least for a 503
+            await wait(
+                Pause(copilot.hiccup_pause_s * (least + secrets.randbelow(100) / 100))
+            )
         return token
+
 
 async def same_error(error: AuthError) -> AuthError:
     return error
 
+
 class Copilot:
     """One account's way to the API.  Thread-safe."""
 
-    def __init__(self, settings: Settings, upstream: Upstream, github: GitHub, github_token: str,
-                 log: logging.Logger,
-                 clock: Callable[[], tuple[float, float]] = read_clock) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        upstream: Upstream,
+        github: GitHub,
+        github_token: str,
+        log: logging.Logger,
+        clock: Callable[[], tuple[float, float]] = read_clock,
+    ) -> None:
         self._settings, self._upstream, self._github = settings, upstream, github
         self.log, self._clock = log, clock
         self.github_token = github_token
         self.on_token: Callable[[CopilotToken], None] = lambda token: None
         self.on_refused: Callable[[AuthError], Work] = same_error
-        self.on_headers: Callable[[Headers], None] = lambda headers: None    # of each answer
-        self._version = ""                             # the API version that worked after a 466
+        self.on_headers: Callable[[Headers], None] = lambda headers: (
+            None
+        )  # of each answer
+        self._version = ""  # the API version that worked after a 466
         self.memory = Memory()
         self.limits = RateLimits(clock)
-        self._futile_refresh_at = -REACTIVE_PAUSE_S    # monotonic
-        self.token = Refreshed(self._fetch_token, self._is_due, self._is_dead,
-                               settings.token_retry_s)
-        self.catalogue = Refreshed(self._fetch_models, self._is_old, lambda value: False,
-                                   settings.token_retry_s)
+        self._futile_refresh_at = -REACTIVE_PAUSE_S  # monotonic
+        self.token = Refreshed(
+            self._fetch_token, self._is_due, self._is_dead, settings.token_retry_s
+        )
+
+        self.catalogue = Refreshed(
+            self._fetch_models,
+            self._is_old,
+            lambda value: False,
+            settings.token_retry_s,
+        )
 
     # -- the token
 
@@ -11380,10 +15198,15 @@ class Copilot:
 
     async def _fetch_token(self) -> CopilotToken:
         token: CopilotToken = await self._ask_github(self._github.fetch_copilot_token)
-        self.log.info("copilot token fetched for %s%s", host_of(token.api_url),
-                       " (direct mode: the GitHub token is the bearer)" if token.direct else "")
+        self.log.info(
+            "copilot token fetched for %s%s",
+            host_of(token.api_url),
+            " (direct mode: the GitHub token is the bearer)" if token.direct else "",
+        )
         if token.details.get("chat_enabled") is False:
-            self.log.warning("this account's policy has chat disabled: calls will be refused")
+            self.log.warning(
+                "this account's policy has chat disabled: calls will be refused"
+            )
         self.on_token(token)
         return token
 
@@ -11395,11 +15218,13 @@ class Copilot:
             token = self.token.value
             left = token.refresh_s - token.age_s(self._clock()) if token else 0.0
             if isinstance(self.token.error, AuthError):
-                stop.wait(LOGIN_RETRY_S)               # no seat, say: a person must act
+                stop.wait(LOGIN_RETRY_S)  # no seat, say: a person must act
                 continue
             if self.token.error is not None:
                 left = self._settings.token_retry_s[-1]
-            stop.wait(min(max(left, 0.2), 30.0))       # 30: a slept laptop wakes into the check
+            stop.wait(
+                min(max(left, 0.2), 30.0)
+            )  # 30: a slept laptop wakes into the check
 
     # -- one call; what is tried again is decided by Attempts
 
@@ -11407,24 +15232,35 @@ class Copilot:
         """A call that belongs to no client's request, or is all that it needs."""
         return await Attempts(self).send(call)
 
-    async def send_once(self, call: Call, token: CopilotToken, is_fresh: bool = False
-                        ) -> UpstreamResponse:
+    async def send_once(
+        self, call: Call, token: CopilotToken, is_fresh: bool = False
+    ) -> UpstreamResponse:
         """Any status is an answer.  Raises StaleConnection, UpstreamError."""
-        request = UpstreamRequest(call.method, token.api_url + call.path,
-                                  self._headers(call, token), call.body, call.timeout_s)
+        request = UpstreamRequest(
+            call.method,
+            token.api_url + call.path,
+            self._headers(call, token),
+            call.body,
+            call.timeout_s,
+        )
         request.is_fresh = is_fresh
         answer = await self._upstream.send(request)
         self.on_headers(answer.headers)
         return answer
 
-
     def _headers(self, call: Call, token: CopilotToken) -> Headers:
         headers = dict(EDITOR_HEADERS)
-        headers.update({
-            "Authorization": "Bearer " + token.value, "Accept": "application/json",
-            "Accept-Encoding": "identity", "OpenAI-Intent": INTENT, "X-Interaction-Type": INTENT,
-            "X-GitHub-Api-Version": self.version,
-            "X-Request-Id": call.request_id or new_request_id()})
+        headers.update(
+            {
+                "Authorization": "Bearer " + token.value,
+                "Accept": "application/json",
+                "Accept-Encoding": "identity",
+                "OpenAI-Intent": INTENT,
+                "X-Interaction-Type": INTENT,
+                "X-GitHub-Api-Version": self.version,
+                "X-Request-Id": call.request_id or new_request_id(),
+            }
+        )
         if call.body is not None:
             headers["Content-Type"] = "application/json"
         headers.update(call.headers)
@@ -11442,7 +15278,9 @@ class Copilot:
 
     def may_change_version(self) -> bool:
         """Not where the user has set one."""
-        return "x-github-api-version" not in {name.lower() for name in self._settings.headers}
+        return "x-github-api-version" not in {
+            name.lower() for name in self._settings.headers
+        }
 
     def change_version(self, refused: str) -> None:
         """Take the next one, unless another call has done so already."""
@@ -11450,8 +15288,12 @@ class Copilot:
             return
         at = API_VERSIONS.index(refused) + 1
         self._version = API_VERSIONS[at % len(API_VERSIONS)]
-        self.log.warning("API version %s is refused (466): trying %s; if that fails set "
-                         "--header X-GitHub-Api-Version=...", refused, self._version)
+        self.log.warning(
+            "API version %s is refused (466): trying %s; if that fails set "
+            "--header X-GitHub-Api-Version=...",
+            refused,
+            self._version,
+        )
 
     def may_be_login(self) -> bool:
         """May a new token cure a 403 without a reason?  Not when that has just been in vain."""
@@ -11468,37 +15310,52 @@ class Copilot:
     async def _fetch_models(self) -> Catalogue:
         """Where the list is refused to the editor's identity, the GitHub
         token with the command line's identity is tried: some accounts changed in 2026."""
-        call = Call("/models", headers={"OpenAI-Intent": MODEL_INTENT,
-                                        "X-Interaction-Type": MODEL_INTENT},
-                    timeout_s=GITHUB_TIMEOUT_S, request_id=new_request_id())
+        call = Call(
+            "/models",
+            headers={"OpenAI-Intent": MODEL_INTENT, "X-Interaction-Type": MODEL_INTENT},
+            timeout_s=GITHUB_TIMEOUT_S,
+            request_id=new_request_id(),
+        )
+
         try:
             answer = await self.send(call)
         except UpstreamError as error:
             if not 400 <= error.status < 500 or error.status == 429:
                 raise
-            bearer = {"Authorization": "Bearer " + self.github_token,
-                      "Copilot-Integration-Id": CLI_INTEGRATION}
+            bearer = {
+                "Authorization": "Bearer " + self.github_token,
+                "Copilot-Integration-Id": CLI_INTEGRATION,
+            }
             call.headers = dict(call.headers, **bearer)
             answer = await self.send_once(call, await self.token.get())
             if answer.status >= 300:
                 answer.close()
                 raise
+
         try:
             body = await answer.read_all(MAX_BODY_BYTES, GITHUB_TIMEOUT_S)
             entries = as_list(as_object(loads(body)).get("data"))
         except ValueError:
             raise UpstreamError("the model list is not JSON") from None
+
         models: dict[str, Model] = {}
         for entry in entries:
             model_id = as_object(entry).get("id")
             if isinstance(model_id, str) and len(model_id) <= MAX_MODEL_CHARS:
                 model = Model.from_entry(entry)
-                if model.id not in models or (model.picker and not models[model.id].picker):
+                if model.id not in models or (
+                    model.picker and not models[model.id].picker
+                ):
                     models[model.id] = model
+
         self.log.debug("catalogue: %d models", len(models))
         last = self.catalogue.value
+
         if not models and last is not None and last.models:
-            raise UpstreamError("the upstream's list of models is empty: the last one is kept")
+            raise UpstreamError(
+                "the upstream's list of models is empty: the last one is kept"
+            )
+
         return Catalogue(time.monotonic(), list(models.values()))
 
     async def models(self) -> list[Model]:
@@ -11511,17 +15368,27 @@ class Copilot:
         Raises BadRequest 404 that names the three nearest ids."""
         catalogue: Catalogue = await self.catalogue.get()
         model = self._find_in(catalogue, asked)
-        if model is None and time.monotonic() - catalogue.fetched_at >= CATALOGUE_RETRY_S:
+        if (
+            model is None
+            and time.monotonic() - catalogue.fetched_at >= CATALOGUE_RETRY_S
+        ):
             with contextlib.suppress(UpstreamError):
                 catalogue = await self.catalogue.get(catalogue)
             model = self._find_in(catalogue, asked)
 
         if model is None:
             retired = retirement_of(asked)
-            raise BadRequest("model '%s' does not exist here%s; nearest: %s" % (
-                printable(asked, 80), retired and " (%s)" % retired,
-                ", ".join(nearest_ids(asked, catalogue.models)) or "none"),
-                404, "model_not_found", "model")
+            raise BadRequest(
+                "model '%s' does not exist here%s; nearest: %s"
+                % (
+                    printable(asked, 80),
+                    retired and " (%s)" % retired,
+                    ", ".join(nearest_ids(asked, catalogue.models)) or "none",
+                ),
+                404,
+                "model_not_found",
+                "model",
+            )
         return model
 
     def _find_in(self, catalogue: Catalogue, asked: str) -> Model | None:
@@ -11543,17 +15410,22 @@ class Copilot:
 # request as a flat JSON object; what nobody told is None in it, never 0.
 
 #: columns of the table and fields of a row; repairs and losses are joined by ", "
-COLUMNS = ("id TEXT, at REAL, account TEXT, key TEXT, client TEXT, session TEXT, dialect TEXT, "
-           "path TEXT, "
-           "route TEXT, asked TEXT, model TEXT, streamed INTEGER, status INTEGER, error TEXT, "
-           "initiator TEXT, %s INTEGER, estimate INTEGER, first_ms REAL, total_ms REAL, "
-           "repairs TEXT, losses TEXT, upstream_id TEXT" % " INTEGER, ".join(COUNTS))
+COLUMNS = (
+    "id TEXT, at REAL, account TEXT, key TEXT, client TEXT, session TEXT, dialect TEXT, "
+    "path TEXT, "
+    "route TEXT, asked TEXT, model TEXT, streamed INTEGER, status INTEGER, error TEXT, "
+    "initiator TEXT, %s INTEGER, estimate INTEGER, first_ms REAL, total_ms REAL, "
+    "repairs TEXT, losses TEXT, upstream_id TEXT" % " INTEGER, ".join(COUNTS)
+)
 ROW_FIELDS = tuple(column.split()[0] for column in COLUMNS.split(","))
-LATER_COLUMNS = ("key",)                 # files of earlier versions lack these
-SUMS = "COUNT(*) AS requests, SUM(error IS NOT NULL AND error != 'client_left') AS errors, %s, " \
-    "SUM(CASE WHEN nano_aiu IS NULL THEN estimate END) AS estimate" % ", ".join(
-        "SUM(%s) AS %s" % (name, name) for name in COUNTS)
+LATER_COLUMNS = ("key",)  # files of earlier versions lack these
+SUMS = (
+    "COUNT(*) AS requests, SUM(error IS NOT NULL AND error != 'client_left') AS errors, %s, "
+    "SUM(CASE WHEN nano_aiu IS NULL THEN estimate END) AS estimate"
+    % ", ".join("SUM(%s) AS %s" % (name, name) for name in COUNTS)
+)
 NO_COUNTS = dict.fromkeys(COUNTS)
+
 
 def with_credits(value: Json) -> Json:
     """A row or sums of rows with its nano-AIU as credits, too."""
@@ -11561,31 +15433,65 @@ def with_credits(value: Json) -> Json:
         value[name] = None if value.get(source) is None else value[source] / NANO
     return value
 
+
 def shown(row: Json) -> Json:
     """A row as people get it."""
-    lists = {name: (row[name] or "").split(", ") if row[name] else [] for name in ROW_FIELDS[-3:-1]}
-    return with_credits({"n": None, "state": "done", "message": None, **row, **lists,
-                         "streamed": bool(row["streamed"])})
+    lists = {
+        name: (row[name] or "").split(", ") if row[name] else []
+        for name in ROW_FIELDS[-3:-1]
+    }
+    return with_credits(
+        {
+            "n": None,
+            "state": "done",
+            "message": None,
+            **row,
+            **lists,
+            "streamed": bool(row["streamed"]),
+        }
+    )
+
 
 def session_key(headers: Headers, body: Json) -> str | None:
     """A short name of the conversation that a request belongs to, made from what the client sends
     to keep it together; None when it sends nothing of the kind."""
-    found = next((headers[name] for name in SESSION_HEADERS if name in headers), None) \
-        or body.get("prompt_cache_key")
-    if not found and body.get("metadata"):                     # .._session_UUID, or a JSON text
+    found = next(
+        (headers[name] for name in SESSION_HEADERS if name in headers), None
+    ) or body.get("prompt_cache_key")
+    if not found and body.get("metadata"):  # .._session_UUID, or a JSON text
         user = as_object(body["metadata"]).get("user_id")
         found = re.split("session_(?:id)?", "%s" % user, maxsplit=1)[1:]
-    return stable_id("", str(found))[:8] if found and isinstance(found, (str, list)) else None
+    return (
+        stable_id("", str(found))[:8]
+        if found and isinstance(found, (str, list))
+        else None
+    )
+
 
 def quotas_of(answer: Json) -> Json:
     """Lane -> snapshot of a usage answer; the free plan's counts are put into that form."""
-    reset = next(filter(None, map(answer.get, ("quota_reset_date_utc", "quota_reset_date",
-                                               "limited_user_reset_date"))), None)
+    reset = next(
+        filter(
+            None,
+            map(
+                answer.get,
+                ("quota_reset_date_utc", "quota_reset_date", "limited_user_reset_date"),
+            ),
+        ),
+        None,
+    )
+
     monthly = as_object(answer.get("monthly_quotas"))
-    found: Json = {name: {"entitlement": monthly.get(name), "remaining": left}
-                   for name, left in as_object(answer.get("limited_user_quotas")).items()}
+    found: Json = {
+        name: {"entitlement": monthly.get(name), "remaining": left}
+        for name, left in as_object(answer.get("limited_user_quotas")).items()
+    }
     found.update(as_object(answer.get("quota_snapshots")))
-    return {name: {"quota_reset_at": reset, **as_object(said)} for name, said in found.items()}
+    return {
+        name: {"quota_reset_at": reset, **as_object(said)}
+        for name, said in found.items()
+    }
+
 
 class EventReader:
     """One who reads /history/events: what is told waits here until it is sent."""
@@ -11606,9 +15512,10 @@ class EventReader:
         """The next frame; b"" when there will be no other."""
         while not self._frames:
             self._news = Signal()
-            if not self._frames:                             # else it came just now
+            if not self._frames:  # else it came just now
                 await wait(self._news)
         return self._frames.popleft()
+
 
 class Events:
     """What happens, told to all who read /history/events.  One that is too slow is cut off."""
@@ -11639,6 +15546,7 @@ class Events:
                 self.readers.remove(reader)
                 reader.put(b"")
 
+
 class History:
     """The table of requests in SQLite.  One thread writes and reads it, so that no request waits
     for the disk: rows go into a queue, and where the file cannot be written they stay there until
@@ -11668,7 +15576,9 @@ class History:
         self._jobs.append(job)
         self._hurry.set()
         if self._thread is None and not self._closing:
-            self._thread = threading.Thread(target=self._run, name="history", daemon=True)
+            self._thread = threading.Thread(
+                target=self._run, name="history", daemon=True
+            )
             self._thread.start()
 
     def query(self, sql: str, *values: Any) -> list[Json]:
@@ -11677,8 +15587,14 @@ class History:
 
         def read(link: Any) -> None:
             found = link.execute(sql, values) if link else None
-            answer.put([dict(zip([column[0] for column in found.description], row))
-                        for row in found] if found else [])
+            answer.put(
+                [
+                    dict(zip([column[0] for column in found.description], row))
+                    for row in found
+                ]
+                if found
+                else []
+            )
 
         self.ask(read)
         with contextlib.suppress(queue.Empty):
@@ -11701,17 +15617,24 @@ class History:
             while self._jobs:
                 self._jobs.popleft()(None)
             return
+
         while True:
             try:
                 self._serve(sqlite3)
-            except (sqlite3.OperationalError, OSError) as error:      # locked, full, unreachable
+            except (
+                sqlite3.OperationalError,
+                OSError,
+            ) as error:  # locked, full, unreachable
                 self._fail("%s: %s" % (self.path, error))
             except sqlite3.Error as error:
                 aside = "%s.bad-%d" % (self.path, time.time_ns())
-                self._fail("%s was broken (%s) and moved to %s" % (self.path, error, aside))
+                self._fail(
+                    "%s was broken (%s) and moved to %s" % (self.path, error, aside)
+                )
                 for end in ("", "-wal", "-shm"):
                     with contextlib.suppress(OSError):
                         os.replace(self.path + end, aside + end)
+
             if self._closing:
                 return
             self._hurry.wait(HISTORY_RETRY_S)
@@ -11722,11 +15645,21 @@ class History:
         if self.path != ":memory:":
             os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-        with contextlib.closing(sqlite3.connect(self.path, timeout=HISTORY_BUSY_S)) as link:
-            for sql in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=NORMAL", "CREATE TABLE IF "
-                        "NOT EXISTS requests (n INTEGER PRIMARY KEY, %s)" % COLUMNS):
+
+        with contextlib.closing(
+            sqlite3.connect(self.path, timeout=HISTORY_BUSY_S)
+        ) as link:
+            for sql in (
+                "PRAGMA journal_mode=WAL",
+                "PRAGMA synchronous=NORMAL",
+                "CREATE TABLE IF "
+                "NOT EXISTS requests (n INTEGER PRIMARY KEY, %s)" % COLUMNS,
+            ):
                 link.execute(sql)
-            known = {column[1] for column in link.execute("PRAGMA table_info(requests)")}
+
+            known = {
+                column[1] for column in link.execute("PRAGMA table_info(requests)")
+            }
             missing = set(ROW_FIELDS) - known
             if missing.difference(LATER_COLUMNS):
                 raise sqlite3.DatabaseError("it has the columns of another version")
@@ -11746,16 +15679,31 @@ class History:
         while self._rows:
             rows = [self._rows[at] for at in range(min(len(self._rows), 1000))]
             with link:
-                link.executemany("INSERT INTO requests (%s) VALUES (%s?)" % (
-                    ", ".join(ROW_FIELDS), "?, " * (len(ROW_FIELDS) - 1)),
-                    [[printable(value) if isinstance(value, str) and not (
-                        value.isascii() and len(value) < 200) else value
-                      for value in map(row.get, ROW_FIELDS)] for row in rows])
-                if secrets.randbelow(1000) < len(rows):      # now and then
-                    link.execute("DELETE FROM requests WHERE at < ? OR n <= (SELECT MAX(n) FROM "
-                                 "requests) - ?", (time.time() - HISTORY_AGE_S, HISTORY_ROWS))
+                link.executemany(
+                    "INSERT INTO requests (%s) VALUES (%s?)"
+                    % (", ".join(ROW_FIELDS), "?, " * (len(ROW_FIELDS) - 1)),
+                    [
+                        [
+                            printable(value)
+                            if isinstance(value, str)
+                            and not (value.isascii() and len(value) < 200)
+                            else value
+                            for value in map(row.get, ROW_FIELDS)
+                        ]
+                        for row in rows
+                    ],
+                )
+
+                if secrets.randbelow(1000) < len(rows):  # now and then
+                    link.execute(
+                        "DELETE FROM requests WHERE at < ? OR n <= (SELECT MAX(n) FROM "
+                        "requests) - ?",
+                        (time.time() - HISTORY_AGE_S, HISTORY_ROWS),
+                    )
+
             for _ in rows:
                 self._rows.popleft()
+
         if self.problem:
             self.problem = ""
             self._log.warning("the history is written again")
@@ -11771,11 +15719,16 @@ class History:
 # Who may ask and as which account, when a request may go up, and the App that holds everything
 # together.
 
+
 def too_early(text: str, pause_s: float, **headers: str) -> RateLimited:
     """The refusal that tells when to come again."""
     seconds = str(int(pause_s) + 1)
-    return RateLimited("%s: try again in %s s" % (text, seconds), code="rate_limit_exceeded",
-                       headers=dict(headers, **{"retry-after": seconds}))
+    return RateLimited(
+        "%s: try again in %s s" % (text, seconds),
+        code="rate_limit_exceeded",
+        headers=dict(headers, **{"retry-after": seconds}),
+    )
+
 
 class RateLimiter:
     """At least `interval_s` between two starts.  Who must wait stands in a line; who leaves gives
@@ -11783,7 +15736,7 @@ class RateLimiter:
 
     def __init__(self, interval_s: float, may_wait: bool) -> None:
         self._interval_s, self._may_wait = interval_s, may_wait
-        self._next = 0.0                               # monotonic: when the first in line may go
+        self._next = 0.0  # monotonic: when the first in line may go
         self._line: collections.deque[Signal] = collections.deque()
 
     def check(self, calls: int) -> None:
@@ -11791,20 +15744,27 @@ class RateLimiter:
         late, before the first one has cost anything.  Raises RateLimited."""
         pause = (calls - 1) * self._interval_s
         if pause > CALLS_WAIT_S and not self._may_wait:
-            raise too_early("this request takes %d calls, and one in %g s is allowed here "
-                            "(--rate-limit): send fewer inputs at a time, or start with --wait"
-                            % (calls, self._interval_s), self._interval_s)
+            raise too_early(
+                "this request takes %d calls, and one in %g s is allowed here "
+                "(--rate-limit): send fewer inputs at a time, or start with --wait"
+                % (calls, self._interval_s),
+                self._interval_s,
+            )
 
     async def admit(self, is_begun: bool = False) -> None:
         """Return when it is this caller's turn.  is_begun: its request has had a call already and
         waits for the next one in any case.  Raises RateLimited."""
         if not self._interval_s:
             return
-        pause = max(0.0, self._next - time.monotonic()) + len(self._line) * self._interval_s
+        pause = (
+            max(0.0, self._next - time.monotonic()) + len(self._line) * self._interval_s
+        )
         may_wait = self._may_wait or is_begun
         if pause and (not may_wait or len(self._line) >= RATE_QUEUE):
-            raise too_early("one request in %g s is allowed here (--rate-limit)"
-                            % self._interval_s, pause)
+            raise too_early(
+                "one request in %g s is allowed here (--rate-limit)" % self._interval_s,
+                pause,
+            )
 
         turn = Signal()
         self._line.append(turn)
@@ -11821,6 +15781,7 @@ class RateLimiter:
     def _call_first(self) -> None:
         if self._line:
             self._line[0].set()
+
 
 class MinuteLimiter:
     """At most `limit` calls of each caller within any 60 s; 0 is no limit.
@@ -11850,14 +15811,20 @@ class MinuteLimiter:
                 times.extend([now] * calls)
                 left -= calls
             pause = 60 - (now - times[0]) if times else 0.0
-        headers = {"x-ratelimit-limit-requests": str(self._limit),
-                   "x-ratelimit-remaining-requests": str(left),
-                   "x-ratelimit-reset-requests": "%ds" % (int(pause) + 1)}
+
+        headers = {
+            "x-ratelimit-limit-requests": str(self._limit),
+            "x-ratelimit-remaining-requests": str(left),
+            "x-ratelimit-reset-requests": "%ds" % (int(pause) + 1),
+        }
+
         if not fits:
             if calls > 1:
                 text = "this request takes %d calls, and %s" % (calls, text)
             raise too_early(text, pause, **headers)
+
         return headers
+
 
 class Gate:
     """`--max-concurrency`: at most `most` requests at a time, 0 for any number; the others wait,
@@ -11876,10 +15843,15 @@ class Gate:
         turn = Signal()
         self._lines.setdefault(who, collections.deque()).append(turn)
         self._pass_on()
+
         if not turn.is_set and sum(map(len, self._lines.values())) > WAITING_MAX:
             self._lines[who].pop()
-            raise too_early("%d requests run and %d wait (--max-concurrency)"
-                            % (self._running, WAITING_MAX), 1)
+            raise too_early(
+                "%d requests run and %d wait (--max-concurrency)"
+                % (self._running, WAITING_MAX),
+                1,
+            )
+
         try:
             await wait(turn)
         except BaseException:
@@ -11889,6 +15861,7 @@ class Gate:
                 self._lines[who].remove(turn)
             self._pass_on()
             raise
+
         return True
 
     def leave(self) -> None:
@@ -11902,19 +15875,22 @@ class Gate:
             if line:
                 line.popleft().set()
                 self._running += 1
-                self._lines[who] = line                # behind the others
+                self._lines[who] = line  # behind the others
+
 
 class Approval:
     """`--manual`: a person says yes or no to each request, on the terminal or on the page.
     waiting: id -> what is asked, the oldest first; `_changed` guards it."""
 
-    def __init__(self, wanted: bool, log: logging.Logger, tell: Callable[[str, Any], None]) -> None:
+    def __init__(
+        self, wanted: bool, log: logging.Logger, tell: Callable[[str, Any], None]
+    ) -> None:
         self._wanted, self._log, self._tell = wanted, log, tell
         self._changed = threading.Condition()
         self.waiting: dict[str, Json] = {}
-        self._decided: dict[str, Signal] = {}          # id -> who waits for it
+        self._decided: dict[str, Signal] = {}  # id -> who waits for it
         self._terminal: threading.Thread | None = None
-        self._asked = ""                               # the id whose answer the terminal owes
+        self._asked = ""  # the id whose answer the terminal owes
 
     async def ask(self, **about: Any) -> None:
         """Returns after a yes.  about: client, account, model, text.  Raises BadRequest 403 for a
@@ -11922,7 +15898,9 @@ class Approval:
         if not self._wanted:
             return
         if len(self.waiting) >= RATE_QUEUE:
-            raise RateLimited("too many requests wait for a person's approval (--manual)")
+            raise RateLimited(
+                "too many requests wait for a person's approval (--manual)"
+            )
 
         question = dict(about, id=secrets.token_hex(4), at=time.time(), state="waiting")
         decided = Signal()
@@ -11939,8 +15917,9 @@ class Approval:
                 self.decide(question["id"], "gone")
             self._tell("approval", question)
         if question["state"] != "allowed":
-            raise BadRequest("refused by the person who is asked (--manual)", 403,
-                             "request_refused")
+            raise BadRequest(
+                "refused by the person who is asked (--manual)", 403, "request_refused"
+            )
 
     def _call_person(self, question_id: str) -> None:
         if not (sys.stdin and sys.stdin.isatty()):
@@ -11954,8 +15933,11 @@ class Approval:
         with self._changed:
             question = self.waiting.pop(question_id, None)
             if question is None:
-                raise BadRequest("this request does not wait for an approval any more", 404,
-                                 "approval_gone")
+                raise BadRequest(
+                    "this request does not wait for an approval any more",
+                    404,
+                    "approval_gone",
+                )
             question["state"] = state
             self._decided.pop(question_id).set()
             self._changed.notify_all()
@@ -11967,36 +15949,51 @@ class Approval:
         """On the terminal, to its end: a question, the line for it, the next.  A yes to one that
         the page has decided meanwhile allows no other."""
         line = "y"
+
         while line:
             with self._changed:
                 self._changed.wait_for(lambda: self.waiting)
                 question = next(iter(self.waiting.values()))
                 self._asked = question["id"]
-            sys.stderr.write("\nallow %s to ask %s: %s ? [y/N] " % (
-                printable(question["client"], 40), printable(question["model"], 60),
-                printable(question["text"], 60)))
+
+            sys.stderr.write(
+                "\nallow %s to ask %s: %s ? [y/N] "
+                % (
+                    printable(question["client"], 40),
+                    printable(question["model"], 60),
+                    printable(question["text"], 60),
+                )
+            )
+
             sys.stderr.flush()
             line, self._asked = sys.stdin.readline(), ""
             with contextlib.suppress(BadRequest):
                 allowed = line.strip().lower() in ("y", "yes")
                 self.decide(question["id"], "allowed" if allowed else "refused")
 
+
 def payer_of(key: str | None, session: str | None, agent: str | None) -> str:
     """The name of a budget.  ("3f2a", "9c01", "curl/8") -> "3f2a 9c01" """
     name = session or agent or "-"
     return "%s %s" % (key, name) if key else name
+
 
 class Budget:
     """`--budget`: credits that may be spent in a day of local time, and in a session whose client
     says how many.  What an answer cost is known at its end, so those that run may pass the limit.
     `_lock` guards all fields; `clock` gives unix seconds."""
 
-    def __init__(self, limit: float, clock: Callable[[], float], log: logging.Logger,
-                 tell: Callable[[str, Any], None]) -> None:
+    def __init__(
+        self,
+        limit: float,
+        clock: Callable[[], float],
+        log: logging.Logger,
+        tell: Callable[[str, Any], None],
+    ) -> None:
         self._clock, self._log, self._tell = clock, log, tell
         self._lock = threading.Lock()
-        self.loaded = threading.Event()                # what an earlier process spent is known
-        self._began = self._ends = 0.0                 # of the day
+        self.loaded = threading.Event()  # what an earlier process spent is known
+        self._began = self._ends = 0.0  # of the day
         self._estimated = False
         #: payer -> credits, and nano-AIU that were spent; '' is the day
         self._limits = {"": limit} if limit else {}
@@ -12009,58 +16006,99 @@ class Budget:
             return
         limit = text_number_or_none(wish)
         if wish is not None and (limit is None or limit < 0):
-            raise BadRequest("x-copilot-proxy-budget: say how many credits this session may spend")
+            raise BadRequest(
+                "x-copilot-proxy-budget: say how many credits this session may spend"
+            )
+
         with self._lock:
-            if limit is not None and (payer in self._limits or len(self._limits) < MAX_SESSIONS):
+            if limit is not None and (
+                payer in self._limits or len(self._limits) < MAX_SESSIONS
+            ):
                 self._limits[payer] = limit
+
         deadline = time.monotonic() + BUDGET_WAIT_S
         while not self.loaded.is_set() and time.monotonic() < deadline:
             await wait(Pause(BUDGET_LOOK_S))
-        self.loaded.set()                              # a locked file delays nobody else
+        self.loaded.set()  # a locked file delays nobody else
         for line in self._lines({"": running, payer: running}):
             if line["state"] != "spent" or line["session"] not in ("", wish and payer):
                 continue
-            text = "this session's budget is spent, %.2f of %g credits: begin a new one or " \
-                   "raise x-copilot-proxy-budget"
+            text = (
+                "this session's budget is spent, %.2f of %g credits: begin a new one or "
+                "raise x-copilot-proxy-budget"
+            )
             headers = {"x-should-retry": "false"}
+
             if not line["session"]:
-                text = "today's budget is spent, %.2f of %g credits (--budget); it starts anew " \
-                       "at " + local_time(self._ends)
+                text = (
+                    "today's budget is spent, %.2f of %g credits (--budget); it starts anew "
+                    "at " + local_time(self._ends)
+                )
                 headers["retry-after"] = "%d" % (self._ends - self._clock() + 1)
-            raise RateLimited(text % (line["used"], line["limit"]), code="budget_exceeded",
-                              headers=headers)
+
+            raise RateLimited(
+                text % (line["used"], line["limit"]),
+                code="budget_exceeded",
+                headers=headers,
+            )
 
     def _lines(self, running: Mapping[str, int] | None = None) -> list[Json]:
         """What is limited, how much of it is used; a new day begins when it is time.  running:
         payer -> nano-AIU that are spent, but not recorded yet."""
         running = running or {}
+
         with self._lock:
             now = self._clock()
             if not self._began <= now < self._ends:
                 year, month, day = time.localtime(now)[:3]
-                self._began, self._ends = (time.mktime((year, month, at, 0, 0, 0, 0, 0, -1))
-                                           for at in (day, day + 1))
+                self._began, self._ends = (
+                    time.mktime((year, month, at, 0, 0, 0, 0, 0, -1))
+                    for at in (day, day + 1)
+                )
                 self._spent[""], self._estimated = 0, False
-            used = [(name, limit, (self._spent.get(name, 0) + running.get(name, 0)) / NANO)
-                    for name, limit in self._limits.items()]
+            used = [
+                (name, limit, (self._spent.get(name, 0) + running.get(name, 0)) / NANO)
+                for name, limit in self._limits.items()
+            ]
+
         shares = [spent / limit if limit else 1.0 for _, limit, spent in used]
-        return [{"session": name, "limit": limit, "used": spent, "percent": 100 * share, "state":
-                 "spent" if share >= 1 else "warning" if share >= BUDGET_WARNING else "ok"}
-                for (name, limit, spent), share in zip(used, shares)]
+        return [
+            {
+                "session": name,
+                "limit": limit,
+                "used": spent,
+                "percent": 100 * share,
+                "state": "spent"
+                if share >= 1
+                else "warning"
+                if share >= BUDGET_WARNING
+                else "ok",
+            }
+            for (name, limit, spent), share in zip(used, shares)
+        ]
 
     def spend(self, row: Json) -> None:
         """A request has ended.  Where the upstream tells no credits the estimate counts."""
         before = self.report()
         cost = row["estimate"] if row["nano_aiu"] is None else row["nano_aiu"]
+
         if cost:
             self._estimated |= row["nano_aiu"] is None
-            self._add({payer_of(row["key"], row["session"], row["client"]): cost,
-                       "": cost if row["at"] >= self._began else 0})
+            self._add(
+                {
+                    payer_of(row["key"], row["session"], row["client"]): cost,
+                    "": cost if row["at"] >= self._began else 0,
+                }
+            )
+
         after = self.report()
         if before and after:
             if after["state"] not in (before["state"], "ok", None):
-                self._log.warning("%.0f %% of today's budget of %g credits is spent",
-                                  after["percent"], after["limit"])
+                self._log.warning(
+                    "%.0f %% of today's budget of %g credits is spent",
+                    after["percent"],
+                    after["limit"],
+                )
             self._tell("budget", after)
 
     def _add(self, costs: Mapping[str, int]) -> None:
@@ -12073,25 +16111,45 @@ class Budget:
     def load(self, link: Any) -> None:
         """What was spent before this process began, from the history."""
         self._lines()
-        payer = "COALESCE(key || ' ', '') || COALESCE(session, client, '-')"     # as payer_of
+        payer = (
+            "COALESCE(key || ' ', '') || COALESCE(session, client, '-')"  # as payer_of
+        )
         for name, since in ((payer, 0), ("''", self._began)):
-            found = link.execute(
-                "SELECT %s, SUM(COALESCE(nano_aiu, estimate, 0)) FROM requests WHERE at >= ? GROUP "
-                "BY 1 ORDER BY MAX(at) DESC LIMIT %d" % (name, MAX_SESSIONS - 1), (since,)
-                ).fetchall() if link else []
+            found = (
+                link.execute(
+                    "SELECT %s, SUM(COALESCE(nano_aiu, estimate, 0)) FROM requests WHERE at >= ? GROUP "
+                    "BY 1 ORDER BY MAX(at) DESC LIMIT %d" % (name, MAX_SESSIONS - 1),
+                    (since,),
+                ).fetchall()
+                if link
+                else []
+            )
             self._add(dict(reversed(found)))
         self.loaded.set()
 
     def report(self) -> Json | None:
         """For people; None where nothing is limited."""
         lines = self._lines() if self._limits else []
-        day = lines.pop(0) if lines and not lines[0]["session"] else dict.fromkeys(
-            ("limit", "used", "percent", "state"))
-        return {**day, "estimated": self._estimated, "ends_at": self._ends,
-                "sessions": lines} if self._limits else None
+        day = (
+            lines.pop(0)
+            if lines and not lines[0]["session"]
+            else dict.fromkeys(("limit", "used", "percent", "state"))
+        )
+        return (
+            {
+                **day,
+                "estimated": self._estimated,
+                "ends_at": self._ends,
+                "sessions": lines,
+            }
+            if self._limits
+            else None
+        )
+
 
 def local_time(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+
 
 class Stats:
     """Counts since the start, by group and name.  `_lock` guards them."""
@@ -12114,6 +16172,7 @@ class Stats:
         with self._lock:
             return dict(self._counts[name])
 
+
 def append_body(folder: str, name: str, data: bytes) -> None:
     """--log-bodies: append to a file; a new one takes the place of the oldest of BODIES_KEPT.
     Raises OSError."""
@@ -12121,18 +16180,27 @@ def append_body(folder: str, name: str, data: bytes) -> None:
     if not os.path.exists(path):
         os.makedirs(folder, mode=0o700, exist_ok=True)
         old = sorted(file for file in os.listdir(folder) if file.endswith(".body"))
-        for file in old[:max(0, len(old) - BODIES_KEPT + 1)]:
+        for file in old[: max(0, len(old) - BODIES_KEPT + 1)]:
             os.unlink(os.path.join(folder, file))
-    with open(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600), "ab") as body:
+    with open(
+        os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600), "ab"
+    ) as body:
         body.write(redact(data.decode("utf-8", "replace")).encode("utf-8", "replace"))
+
 
 def check_expanded(size_bytes: int) -> None:
     """A small request may name large things.  Raises BadRequest 413."""
     if size_bytes > MAX_BODY_BYTES:
-        raise BadRequest("the request with all that it refers to is larger than %d bytes"
-                         % MAX_BODY_BYTES, 413, param="input")
+        raise BadRequest(
+            "the request with all that it refers to is larger than %d bytes"
+            % MAX_BODY_BYTES,
+            413,
+            param="input",
+        )
+
 
 _ITEM_IDS = re.compile(rb'"id":("[^"\\]{1,%d}")' % MAX_ID_CHARS)
+
 
 class KeptResponse:
     """An answer of /responses, the request that it answers, and when it came (monotonic).
@@ -12152,12 +16220,15 @@ class KeptResponse:
     def parse_answer(self) -> Json:
         """The answer, which is kept as a body or as the last event of a stream."""
         is_body = self.answer[:1] == b"{"
-        value = as_object(loads(self.answer if is_body else Frame.parse(self.answer).data))
+        value = as_object(
+            loads(self.answer if is_body else Frame.parse(self.answer).data)
+        )
         return as_object(value.get("response", value))
 
     def parse_input(self) -> list[Json]:
         """The items that the request held."""
         return input_items(loads(self.request))
+
 
 class ResponseStore:
     """Answers of /responses that their client may name later: bounded in number, bytes and age,
@@ -12165,7 +16236,9 @@ class ResponseStore:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: collections.OrderedDict[tuple[str, str], KeptResponse]    # (owner, id) ->
+        self._kept: collections.OrderedDict[
+            tuple[str, str], KeptResponse
+        ]  # (owner, id) ->
         self._kept = collections.OrderedDict()
         self._size = 0
 
@@ -12195,7 +16268,9 @@ class ResponseStore:
         """All of an owner, the newest first."""
         with self._lock:
             self._drop_old()
-            return [kept for key, kept in reversed(self._kept.items()) if key[0] == owner]
+            return [
+                kept for key, kept in reversed(self._kept.items()) if key[0] == owner
+            ]
 
     def _get(self, owner: str, response_id: str) -> KeptResponse | None:
         with self._lock:
@@ -12246,33 +16321,57 @@ class ResponseStore:
         body["input"] = items
         return True
 
-    def _resolve(self, owner: str, items: list[Json], size_bytes: int
-                 ) -> tuple[list[Json], int]:
+    def _resolve(
+        self, owner: str, items: list[Json], size_bytes: int
+    ) -> tuple[list[Json], int]:
         """(the items with what they refer to, the size of the request then)."""
-        named = [str(item.get("id")) for item in items if item.get("type") == "item_reference"]
+        named = [
+            str(item.get("id"))
+            for item in items
+            if item.get("type") == "item_reference"
+        ]
+
         if len(named) > MAX_REFERENCES:
-            raise BadRequest("more than %d item references: send the items themselves"
-                             % MAX_REFERENCES, 413, param="input")
+            raise BadRequest(
+                "more than %d item references: send the items themselves"
+                % MAX_REFERENCES,
+                413,
+                param="input",
+            )
+
         found = self.find_items(owner, named)
         for item_id in named:
             if item_id not in found:
-                raise BadRequest("Item with id '%s' not found." % printable(item_id, 80), 404,
-                                 param="input")
+                raise BadRequest(
+                    "Item with id '%s' not found." % printable(item_id, 80),
+                    404,
+                    param="input",
+                )
+
         size_bytes += sum(len(found[item_id]) for item_id in named)
         check_expanded(size_bytes)
-        resolved = [loads(found[str(item.get("id"))]) if item.get("type") == "item_reference"
-                    else item for item in items]
+        resolved = [
+            loads(found[str(item.get("id"))])
+            if item.get("type") == "item_reference"
+            else item
+            for item in items
+        ]
+
         return resolved, size_bytes
 
     def _history(self, owner: str, response_id: str, size_bytes: int) -> list[Json]:
         """The conversation up to a kept answer and with it."""
         kept = self._get(owner, response_id)
         if kept is None:
-            raise BadRequest("Previous response with id '%s' not found." % printable(
-                response_id, 80), code="previous_response_not_found",
-                param="previous_response_id")
+            raise BadRequest(
+                "Previous response with id '%s' not found."
+                % printable(response_id, 80),
+                code="previous_response_not_found",
+                param="previous_response_id",
+            )
         check_expanded(size_bytes + kept.size_bytes)
         return kept.parse_input() + as_list(kept.parse_answer().get("output"))
+
 
 def show_token(token: CopilotToken) -> None:
     """--show-token: on a terminal, never in a file or pipe that may be a log."""
@@ -12280,8 +16379,10 @@ def show_token(token: CopilotToken) -> None:
         sys.stderr.write("Copilot token: %s\n" % visible(token.value))
         sys.stderr.flush()
 
+
 class Services(NamedTuple):
     """What accounts and logins need of the server; stop: it ends."""
+
     settings: Settings
     log: logging.Logger
     clock: Callable[[], tuple[float, float]]
@@ -12290,16 +16391,29 @@ class Services(NamedTuple):
     ledger: Ledger
     stop: threading.Event
 
+
 class Account(Copilot):
     """One GitHub account; nothing of it is shared.  id: short, always the same for its token;
     name: the GitHub login where known, else the id.  on_refused: GitHub refuses its login -> the
     error to raise."""
 
-    def __init__(self, services: Services, github_token: str,
-                 on_refused: Callable[[Account, AuthError], Work], name: str = "") -> None:
+    def __init__(
+        self,
+        services: Services,
+        github_token: str,
+        on_refused: Callable[[Account, AuthError], Work],
+        name: str = "",
+    ) -> None:
         settings, ledger = services.settings, services.ledger
-        super().__init__(settings, services.upstream, services.github,
-                         check_github_token(github_token), services.log, services.clock)
+        super().__init__(
+            settings,
+            services.upstream,
+            services.github,
+            check_github_token(github_token),
+            services.log,
+            services.clock,
+        )
+
         self.on_refused = lambda error: on_refused(self, error)
         self.id = stable_id("", github_token)[:8]
         self.name = name or self.id
@@ -12307,7 +16421,8 @@ class Account(Copilot):
         self.stats = Stats()
         self._ledger = ledger
         self.on_headers = lambda headers: ledger.see_quotas(
-            self, "header", header_lanes(headers))
+            self, "header", header_lanes(headers)
+        )
         if settings.show_token:
             self.on_token = show_token
 
@@ -12326,11 +16441,19 @@ class Account(Copilot):
                 self.log.warning("%s", line)
         return catalogue
 
+
 #: path -> the name in the history of what is asked there
-LABELS = {"/chat/completions": "chat", "/responses": "responses", "/messages": "messages",
-          "/completions": "completions", "/embeddings": "embeddings",
-          "/messages/count_tokens": "count_tokens", "/responses/input_tokens": "count_tokens",
-          "/responses/compact": "compact"}
+LABELS = {
+    "/chat/completions": "chat",
+    "/responses": "responses",
+    "/messages": "messages",
+    "/completions": "completions",
+    "/embeddings": "embeddings",
+    "/messages/count_tokens": "count_tokens",
+    "/responses/input_tokens": "count_tokens",
+    "/responses/compact": "compact",
+}
+
 
 class Notes:
     """Names of what was changed of a request, as its header and its row list them: as many as fit
@@ -12360,12 +16483,14 @@ class Notes:
             listed.append(f"+{self.more} more")
         return ", ".join(listed)
 
+
 @dataclass
 class AskedFor:
     """What the client said, and when.  label: its name in the history, '' for what is not kept
     there; agent: the client program; key: the id of the client's key, '' without one; session: a
     short name of the conversation; model: as the client wrote it, '' when it wrote none; at: unix
     time; began: monotonic."""
+
     method: str
     path: str
     label: str
@@ -12382,6 +16507,7 @@ class AskedFor:
         """Whose budget it is: of the session, or of the program, but never of two keys."""
         return payer_of(self.key, self.session, self.agent)
 
+
 @dataclass
 class RequestRecord:
     """What is known of one request, for its row, its log line and the page.
@@ -12390,6 +16516,7 @@ class RequestRecord:
     whoever ends the request.  route: local, passthrough or translated; model: the one that is
     asked; account: that serves; path: the upstream's; error: its kind; failure: in words; meters:
     one for each answer of the upstream."""
+
     id: str
     asked: AskedFor
     route: str = "local"
@@ -12407,11 +16534,15 @@ class RequestRecord:
     upstream_id: str | None = None
 
     @classmethod
-    def begin(cls, method: str, path: str, headers: Headers, at: float) -> RequestRecord:
+    def begin(
+        cls, method: str, path: str, headers: Headers, at: float
+    ) -> RequestRecord:
         """A request has come in."""
         label = LABELS.get(path, "") if method == "POST" else ""
         agent = printable(headers.get("user-agent", "").partition(" ")[0], 60) or None
-        return cls(new_request_id(), AskedFor(method, path, label, agent, at, time.monotonic()))
+        return cls(
+            new_request_id(), AskedFor(method, path, label, agent, at, time.monotonic())
+        )
 
     # -- what happens to it
 
@@ -12491,7 +16622,9 @@ class RequestRecord:
         if self.model is None:
             return None
         prices, by_auto = self.model.prices, self.model.by_auto
-        found = [prices.cost(meter.counts, self.asked.at, by_auto) for meter in self.meters]
+        found = [
+            prices.cost(meter.counts, self.asked.at, by_auto) for meter in self.meters
+        ]
         known = [cost for cost in found if cost is not None]
         return sum(known) if known else None
 
@@ -12505,6 +16638,7 @@ class RequestRecord:
     def row(self) -> Json:
         """This request as a row of the history."""
         asked, counts = self.asked, self.counts()
+
         return {
             "id": self.id,
             "at": asked.at,
@@ -12527,13 +16661,14 @@ class RequestRecord:
             "total_ms": self.elapsed_ms(),
             "repairs": str(self.repairs) or None,
             "losses": str(self.losses) or None,
-            "upstream_id": self.upstream_id}
+            "upstream_id": self.upstream_id,
+        }
 
     def log_line(self, row: Json) -> str:
         """One line for the log.  The target's query is left out, it may hold anything."""
         asked, path = self.asked, self.asked.path
         if path.startswith("/auth/tokens/"):
-            path = path[:21]                                   # the rest may be a whole key
+            path = path[:21]  # the rest may be a whole key
         model = printable(asked.model, 60) or "-"
         if self.model is not None and asked.model not in ("", self.model.id):
             model += "->" + printable(self.model.id, 60)
@@ -12543,15 +16678,23 @@ class RequestRecord:
         if prompt:
             tokens = "%d+%d" % (sum(prompt), row["output"] or 0)
 
-        parts = [self.id[:8], printable(asked.method, 20), printable(path, 80), "model=" + model,
-                 "route=" + self.route, "status=%d" % self.status,
-                 "first=%.0fms" % self.first_byte_ms, "total=%.0fms" % row["total_ms"],
-                 "tokens=" + tokens]
+        parts = [
+            self.id[:8],
+            printable(asked.method, 20),
+            printable(path, 80),
+            "model=" + model,
+            "route=" + self.route,
+            "status=%d" % self.status,
+            "first=%.0fms" % self.first_byte_ms,
+            "total=%.0fms" % row["total_ms"],
+            "tokens=" + tokens,
+        ]
         if row["nano_aiu"] is not None:
             parts.append("credits=%.4g" % (row["nano_aiu"] / NANO))
         if self.failure:
             parts.append("error=" + printable(self.failure))
         return redact(" ".join(parts))
+
 
 class Ledger:
     """What happens here, for people: counts since the start, the requests that run and the last
@@ -12561,8 +16704,13 @@ class Ledger:
     running: id -> request that has begun and not ended; quotas: (account's id, lane) -> what was
     said of it last: whose it is, source, snapshot or header, unix time."""
 
-    def __init__(self, settings: Settings, folder: str, log: logging.Logger,
-                 clock: Callable[[], tuple[float, float]]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        folder: str,
+        log: logging.Logger,
+        clock: Callable[[], tuple[float, float]],
+    ) -> None:
         self._log, self._clock = log, clock
         path = "" if settings.no_history else os.path.join(folder, "history.sqlite3")
         if path and settings.demo:
@@ -12601,51 +16749,80 @@ class Ledger:
         log = self._log
         if log.isEnabledFor(logging.INFO):
             # as log.info would, but without its search for the caller's line in each request
-            log.handle(log.makeRecord(log.name, logging.INFO, "", 0, record.log_line(row), (),
-                                      None, extra={"row": row}))
+            log.handle(
+                log.makeRecord(
+                    log.name,
+                    logging.INFO,
+                    "",
+                    0,
+                    record.log_line(row),
+                    (),
+                    None,
+                    extra={"row": row},
+                )
+            )
 
     def _record_row(self, row: Json, message: str, sinks: list[Stats]) -> None:
         counts = {name: row[name] for name in COUNTS if row[name] is not None}
         tokens = {(row["model"], name): number for name, number in counts.items()}
         compared: dict[Any, int] = {}
         if row["nano_aiu"] is not None and row["estimate"] is not None:
-            compared = {(row["model"], "requests"): 1,
-                        (row["model"], "reported"): row["nano_aiu"],
-                        (row["model"], "estimated"): row["estimate"]}
+            compared = {
+                (row["model"], "requests"): 1,
+                (row["model"], "reported"): row["nano_aiu"],
+                (row["model"], "estimated"): row["estimate"],
+            }
         if row["nano_aiu"] is None and row["estimate"] is not None:
             counts["estimate"] = row["estimate"]
         errors = int(row["error"] not in (None, "client_left"))
         for stats in sinks:
-            stats.count({"tokens": tokens, "totals": dict(counts, requests=1, errors=errors),
-                         "compared": compared})
+            stats.count(
+                {
+                    "tokens": tokens,
+                    "totals": dict(counts, requests=1, errors=errors),
+                    "compared": compared,
+                }
+            )
 
         self.budget.spend(row)
         self.history.put(row)
-        row["message"] = message or None               # not among the columns
+        row["message"] = message or None  # not among the columns
         self.recent.appendleft(row)
         if self.events.readers:
             self.events.tell("request", shown(row))
 
-    def note_changes(self, record: RequestRecord, losses: Losses, repairs: Iterable[str]
-                     ) -> Headers:
+    def note_changes(
+        self, record: RequestRecord, losses: Losses, repairs: Iterable[str]
+    ) -> Headers:
         """What did not go upstream, and what was repaired -> headers that tell what is new."""
         headers = {}
         names = {name for name, _ in losses}
-        for group, notes, found, more in (("lossy", record.losses, names, losses.more),
-                                          ("repaired", record.repairs, set(repairs), 0)):
+
+        for group, notes, found, more in (
+            ("lossy", record.losses, names, losses.more),
+            ("repaired", record.repairs, set(repairs), 0),
+        ):
             before = str(notes)
             fresh = notes.add(found, more)
+
             if str(notes) != before:
                 headers["x-copilot-proxy-" + group] = str(notes)
                 words = ["%s (%s)" % loss for loss in losses] or sorted(repairs)
-                self._log.debug("%s %s: %s", record.id, group,
-                                printable(", ".join(words), MAX_LOGGED_CHARS))
+                self._log.debug(
+                    "%s %s: %s",
+                    record.id,
+                    group,
+                    printable(", ".join(words), MAX_LOGGED_CHARS),
+                )
                 self.stats.count({group: dict.fromkeys(fresh, 1)})
+
         return headers
 
     # -- quotas
 
-    def see_quotas(self, account: Account, source: str, told: Mapping[str, Any]) -> None:
+    def see_quotas(
+        self, account: Account, source: str, told: Mapping[str, Any]
+    ) -> None:
         """Keep what was said last of some lanes; it is looked into when somebody asks.  Room in
         them may end a rest of the account."""
         for name, said in told.items():
@@ -12658,27 +16835,37 @@ class Ledger:
 
     def lanes(self, wanted: str = "") -> list[Json]:
         """Every lane of every account, or of one by its id, as told last."""
-        return [dict(quota_lane(name, said), account=account.name, source=source, seen_at=at)
-                for (owner, name), (account, source, said, at) in list(self.quotas.items())
-                if wanted in ("", owner)]
+        return [
+            dict(
+                quota_lane(name, said), account=account.name, source=source, seen_at=at
+            )
+            for (owner, name), (account, source, said, at) in list(self.quotas.items())
+            if wanted in ("", owner)
+        ]
 
     def history_state(self) -> Json:
         """Is there a history, and what is wrong with it."""
-        return {"enabled": bool(self.history.path), "problem": self.history.problem or None,
-                "dropped": self.history.dropped}
+        return {
+            "enabled": bool(self.history.path),
+            "problem": self.history.problem or None,
+            "dropped": self.history.dropped,
+        }
+
 
 @dataclass
 class Ticket:
     """A request's way through all limits; only Admission changes it.  who: the key's id, or the
     address; payer: whose budget it is; wish: the header that limits that budget; about: for the
     person who approves."""
+
     who: str
     payer: str
     wish: str | None
     account: Account
     about: Json
-    has_slot: bool = False               # of --max-concurrency
-    is_admitted: bool = False            # by all
+    has_slot: bool = False  # of --max-concurrency
+    is_admitted: bool = False  # by all
+
 
 class Admission:
     """When a request may go up: budget, requests per minute, slots, rate, a person's approval.
@@ -12686,12 +16873,19 @@ class Admission:
     that it takes upstream: one for each prompt of a completion, for each batch of embeddings.  A
     call that is repeated, since the upstream refused it, is no further one."""
 
-    def __init__(self, settings: Settings, log: logging.Logger, budget: Budget,
-                 tell: Callable[[str, Any], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        log: logging.Logger,
+        budget: Budget,
+        tell: Callable[[str, Any], None],
+    ) -> None:
         self._budget = budget
         self._minute = MinuteLimiter(settings.requests_per_minute)
-        self._minute_text = "%d requests of a key are allowed in a minute here " \
+        self._minute_text = (
+            "%d requests of a key are allowed in a minute here "
             "(--requests-per-minute)" % settings.requests_per_minute
+        )
         self.gate = Gate(settings.max_concurrency)
         self.approval = Approval(settings.manual, log, tell)
 
@@ -12721,11 +16915,13 @@ class Admission:
             ticket.has_slot = False
             self.gate.leave()
 
+
 @dataclass(frozen=True)
 class Caller:
     """Who sends a request.  account: None is the default one; key_id: the beginning of the key's
     hash, '' without one; is_operator: may see and change what belongs to others; address: of the
     client itself, behind a trusted proxy, too."""
+
     address: str = ""
     is_admitted: bool = False
     is_operator: bool = False
@@ -12737,14 +16933,18 @@ class Caller:
         """For limits: whose requests are counted together."""
         return self.key_id or self.address
 
+
 @dataclass(frozen=True)
 class BrowserLogin:
     """A login that a browser began.  began: monotonic; gives_key: may its claim get a key?"""
+
     began: float
     login: DeviceLogin
     gives_key: bool
 
+
 _GITHUB_KEY = re.compile(r"gh[ou]_[A-Za-z0-9_]{1,255}")
+
 
 class DefaultLogin:
     """The login that serves whoever brings none of his own.
@@ -12765,15 +16965,18 @@ class DefaultLogin:
         self._lock = threading.Lock()
 
     def _log_code(self, code: DeviceCode) -> None:
-        self._log.warning("login needed: open %s and enter the code %s", code.verification_uri,
-                          code.user_code)
+        self._log.warning(
+            "login needed: open %s and enter the code %s",
+            code.verification_uri,
+            code.user_code,
+        )
 
     async def copilot(self) -> Account:
         """The account.  Raises AuthError with the code to enter while there is none."""
         account = self.account
         if account is not None:
             return account
-        stored = self.load()                           # another process may have logged in
+        stored = self.load()  # another process may have logged in
         if stored:
             return self.use(stored)
         self.begin()
@@ -12799,22 +17002,30 @@ class DefaultLogin:
         with self._lock:
             self._account_stop.set()
             if self.device is not None:
-                self.device.stop.set()                 # another way was quicker
+                self.device.stop.set()  # another way was quicker
             self.account, self._account_stop, self.device = account, stop, None
             self._refused = [token for token in self._refused if token != github_token]
-        threading.Thread(target=account.keep_fresh, args=(stop,), name="copilot-token",
-                         daemon=True).start()
+        threading.Thread(
+            target=account.keep_fresh, args=(stop,), name="copilot-token", daemon=True
+        ).start()
         return account
 
     def begin(self) -> None:
         """Start a login by device flow in its own thread, unless one is running."""
         services = self._services
         with self._lock:
-            if self.device is not None and not self.device.problem or services.stop.is_set():
+            if (
+                self.device is not None
+                and not self.device.problem
+                or services.stop.is_set()
+            ):
                 return
             device = self.device = DeviceLogin(
-                services.github, services.settings.poll_margin_s, threading.Event(),
-                lambda code: self.announce(code))
+                services.github,
+                services.settings.poll_margin_s,
+                threading.Event(),
+                lambda code: self.announce(code),
+            )
         device.start(self._keep, self._log)
 
     def _keep(self, token: str) -> None:
@@ -12828,12 +17039,18 @@ class DefaultLogin:
     async def hint(self) -> str:
         """What to do to be logged in; waits a moment for the code of a login just begun."""
         device, deadline = self.device, time.monotonic() + CODE_WAIT_S
-        while device is not None and not device.ready.is_set() and time.monotonic() < deadline:
+        while (
+            device is not None
+            and not device.ready.is_set()
+            and time.monotonic() < deadline
+        ):
             await wait(Pause(CODE_LOOK_S))
         code = device.code if device else None
         if code:
-            return "login required: open %s and enter the code %s, or run: copilot_proxy.py auth" \
+            return (
+                "login required: open %s and enter the code %s, or run: copilot_proxy.py auth"
                 % (code.verification_uri, code.user_code)
+            )
         if device and device.problem:
             return "login required; the last try failed: %s" % device.problem
         return "login required: open /auth/device on this server, or run: copilot_proxy.py auth"
@@ -12846,7 +17063,7 @@ class DefaultLogin:
         with self._lock:
             is_news = self.account is account
             if is_news:
-                self._refused.append(account.github_token)      # kept on disk
+                self._refused.append(account.github_token)  # kept on disk
                 self.account = None
                 self._account_stop.set()
         if is_news:
@@ -12862,8 +17079,9 @@ class DefaultLogin:
     def _start_retry(self) -> None:
         with self._lock:
             if self._retry is None:
-                self._retry = threading.Thread(target=self._retry_refused, name="login-retry",
-                                               daemon=True)
+                self._retry = threading.Thread(
+                    target=self._retry_refused, name="login-retry", daemon=True
+                )
                 self._retry.start()
 
     def _retry_refused(self) -> None:
@@ -12887,9 +17105,11 @@ class DefaultLogin:
         if self.device is not None:
             self.device.stop.set()
 
+
 async def own_login_refused(account: Account, error: AuthError) -> AuthError:
     """For an account that a key or a token stands for: its owner must act."""
     return AuthError("%s (log in again at /auth/device)" % error, code="login_required")
+
 
 class Accounts:
     """Who calls, and as which account: the keys, the accounts that keys and GitHub tokens stand
@@ -12901,7 +17121,9 @@ class Accounts:
         self.keys, self._login = keys, login
         self.wrong_keys = MinuteLimiter(WRONG_KEYS_PER_MINUTE)
         #: by the hash of their token, the most recently used last
-        self._accounts: collections.OrderedDict[str, Account] = collections.OrderedDict()
+        self._accounts: collections.OrderedDict[str, Account] = (
+            collections.OrderedDict()
+        )
         #: by the hash of the browser's state token
         self._logins: dict[str, BrowserLogin] = {}
         self._lock = threading.Lock()
@@ -12909,20 +17131,37 @@ class Accounts:
     def identify(self, headers: Headers, address: str) -> Caller:
         """Who sends these headers; anybody is the operator where no key is wanted.  Raises
         AuthError for a missing or wrong key, RateLimited for one address' many wrong ones."""
-        keys, offered = self.keys.all(), [headers[name] for name in KEY_HEADERS if name in headers]
+        keys, offered = (
+            self.keys.all(),
+            [headers[name] for name in KEY_HEADERS if name in headers],
+        )
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             offered.append(bearer.strip())
         found = [key for key in map(self.keys.find, offered) if key] if keys else []
-        if not found and (self.keys.is_closed
-                          or any(text.startswith(KEY_PREFIX) for text in offered)):
+        if not found and (
+            self.keys.is_closed or any(text.startswith(KEY_PREFIX) for text in offered)
+        ):
             if any(offered):
-                self.wrong_keys.admit(address, "too many wrong keys came from this address")
-            raise AuthError("%s: send it as Authorization: Bearer KEY or x-api-key: KEY" % (
-                "this key is not known here" if any(offered) else "this server wants an API key"),
-                code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+                self.wrong_keys.admit(
+                    address, "too many wrong keys came from this address"
+                )
+
+            raise AuthError(
+                "%s: send it as Authorization: Bearer KEY or x-api-key: KEY"
+                % (
+                    "this key is not known here"
+                    if any(offered)
+                    else "this server wants an API key"
+                ),
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+
         issued = next((key for key in found if key.token), None)
-        token = issued.token if issued else next(filter(_GITHUB_KEY.fullmatch, offered), "")
+        token = (
+            issued.token if issued else next(filter(_GITHUB_KEY.fullmatch, offered), "")
+        )
         if not token:
             return Caller(address, True, True, found[0].id if found else "")
         account = self.of_token(token, issued.login if issued else "")
@@ -12935,7 +17174,8 @@ class Accounts:
         key = stable_id("", github_token)
         with self._lock:
             account = self._accounts.pop(key, None) or Account(
-                self._services, github_token, own_login_refused, name)
+                self._services, github_token, own_login_refused, name
+            )
             self._accounts[key] = account
             if len(self._accounts) > MAX_ACCOUNTS:
                 self._accounts.popitem(last=False)
@@ -12960,19 +17200,34 @@ class Accounts:
         if is_default:
             self._login.begin()
         with self._lock:
-            self._logins = {key: old for key, old in self._logins.items()
-                            if not old.login.problem and now - old.began < LOGIN_AGE_S}
+            self._logins = {
+                key: old
+                for key, old in self._logins.items()
+                if not old.login.problem and now - old.began < LOGIN_AGE_S
+            }
+
             login = self._login.device if is_default else None
+
             if login is not None and len(self._logins) >= MAX_LOGINS:
-                del self._logins[next(iter(self._logins))]      # they all wait for the same one
+                del self._logins[
+                    next(iter(self._logins))
+                ]  # they all wait for the same one
             elif len(self._logins) >= MAX_LOGINS:
                 raise too_early("%d logins are under way" % MAX_LOGINS, 60)
+
             gives_key = by_key or login is None
             if login is None:
-                login = DeviceLogin(services.github, services.settings.poll_margin_s,
-                                    services.stop, lambda code: None, renews=False)
+                login = DeviceLogin(
+                    services.github,
+                    services.settings.poll_margin_s,
+                    services.stop,
+                    lambda code: None,
+                    renews=False,
+                )
                 login.start(self._check_seat, services.log)
+
             self._logins[stable_id("", state)] = BrowserLogin(now, login, gives_key)
+
         login.ready.wait(GITHUB_TIMEOUT_S)
         return state, login
 
@@ -12985,8 +17240,11 @@ class Accounts:
         with self._lock:
             begun = self._logins.get(stable_id("", state))
         if begun is None or time.monotonic() - begun.began > LOGIN_AGE_S:
-            raise BadRequest("this login was begun by another browser, or is over: start again",
-                             403, "unknown_login")
+            raise BadRequest(
+                "this login was begun by another browser, or is over: start again",
+                403,
+                "unknown_login",
+            )
         return begun
 
     def claim_login(self, state: str) -> Json:
@@ -12999,10 +17257,14 @@ class Accounts:
         if not begun.gives_key:
             name = run(self._services.github.fetch_login(login.token))
             return {"login": name or None, "key": None, "key_id": None}
+
         with self._lock:
             entry = self._logins.pop(key, None)
         if entry is None:
-            raise BadRequest("this login's key has been handed out", 403, "unknown_login")
+            raise BadRequest(
+                "this login's key has been handed out", 403, "unknown_login"
+            )
+
         try:
             name = run(self._services.github.fetch_login(login.token))
             made = self.issue_key(text, name, login.token)
@@ -13010,6 +17272,7 @@ class Accounts:
             with self._lock:
                 self._logins[key] = entry
             raise
+
         return {"login": made.login or None, "key": text, "key_id": made.id}
 
     # -- keys
@@ -13024,12 +17287,25 @@ class Accounts:
     def log_keys(self) -> None:
         """At the start: who holds a key of this server's making.  Raises ConfigError."""
         stored = [key for key in self.keys.all() if key.made]
+
         for key in stored[:KEYS_LISTED]:
-            owner = printable(key.login or "an account", 60) if key.token else "the operator"
-            self._log.info("key %s of %s is good here, made %s (auth --logout %s ends it)",
-                          key.id, owner, local_time(key.made), key.id)
+            owner = (
+                printable(key.login or "an account", 60)
+                if key.token
+                else "the operator"
+            )
+            self._log.info(
+                "key %s of %s is good here, made %s (auth --logout %s ends it)",
+                key.id,
+                owner,
+                local_time(key.made),
+                key.id,
+            )
+
         if len(stored) > KEYS_LISTED:
-            self._log.info("%d more keys are good here: auth --list", len(stored) - KEYS_LISTED)
+            self._log.info(
+                "%d more keys are good here: auth --list", len(stored) - KEYS_LISTED
+            )
 
     def forget(self, keys: list[Key]) -> None:
         """Delete keys; accounts without one are let go of.  Raises ConfigError."""
@@ -13040,13 +17316,18 @@ class Accounts:
                 if key.token not in left:
                     self._accounts.pop(stable_id("", key.token), None)
 
+
 class App:
     """Everything one server needs, each by its owner.  Two can live in a process.
     sessions: a caller's conversation -> the model that was asked for last."""
 
-    def __init__(self, settings: Settings, environ: Mapping[str, str] | None = None,
-                 clock: Callable[[], tuple[float, float]] = read_clock,
-                 log: logging.Logger | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        environ: Mapping[str, str] | None = None,
+        clock: Callable[[], tuple[float, float]] = read_clock,
+        log: logging.Logger | None = None,
+    ) -> None:
         self.settings, self.clock = settings, clock
         self.environ = os.environ if environ is None else environ
         self.log = log or logging.getLogger("copilot_proxy")
@@ -13057,18 +17338,30 @@ class App:
 
         folder = settings.data_dir or default_data_dir(self.environ)
         self.ledger = Ledger(settings, folder, self.log, clock)
-        self.admission = Admission(settings, self.log, self.ledger.budget,
-                                   self.ledger.events.tell)
-        services = Services(settings, self.log, clock, self.upstream, self.github, self.ledger,
-                            self.stop)
+        self.admission = Admission(
+            settings, self.log, self.ledger.budget, self.ledger.events.tell
+        )
+        services = Services(
+            settings,
+            self.log,
+            clock,
+            self.upstream,
+            self.github,
+            self.ledger,
+            self.stop,
+        )
         self.login = DefaultLogin(services, LoginFile(folder, settings.github_url))
         host = urllib.parse.urlsplit(settings.github_url).netloc.lower()
-        keys = KeyFile(os.path.join(folder, "proxy_accounts.json"), host, settings.api_key)
+        keys = KeyFile(
+            os.path.join(folder, "proxy_accounts.json"), host, settings.api_key
+        )
         self.accounts = Accounts(services, keys, self.login)
 
         if settings.log_bodies:
-            self.log.warning("--log-bodies: EVERY WORD of requests and answers is written to %s",
-                             settings.log_bodies)
+            self.log.warning(
+                "--log-bodies: EVERY WORD of requests and answers is written to %s",
+                settings.log_bodies,
+            )
         self.store = ResponseStore()
         self.images = ImageFetcher(self.upstream.tls_context)
         self.sessions: collections.OrderedDict[str, str] = collections.OrderedDict()
@@ -13086,18 +17379,26 @@ class App:
 # endpoint; a streamed answer and an idle connection belong to the RelayLoop, so that a thousand of
 # them hold no thread.  Every error is rendered here and nowhere else.
 
-PLAIN_HTTP_REFUSAL = render_head("HTTP/1.1 400 Bad Request", (
-    ("Content-Type", "text/plain"), ("Connection", "close"))) + b"this port speaks https only\n"
+PLAIN_HTTP_REFUSAL = (
+    render_head(
+        "HTTP/1.1 400 Bad Request",
+        (("Content-Type", "text/plain"), ("Connection", "close")),
+    )
+    + b"this port speaks https only\n"
+)
 
-PROBE = b"HTTP/1.1 "                 # how every answer begins
+PROBE = b"HTTP/1.1 "  # how every answer begins
+
 
 def bare_address(name: Any) -> str:
     """('::ffff:10.0.0.1', 80, 0, 0) -> '10.0.0.1'."""
     return str(name[0]).replace("::ffff:", "") if isinstance(name, tuple) else ""
 
+
 def make_server_context(settings: Settings) -> Any:
     """For --tls-cert and --tls-key.  Raises ConfigError."""
     import ssl
+
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
@@ -13105,10 +17406,12 @@ def make_server_context(settings: Settings) -> Any:
     try:
         context.load_cert_chain(settings.tls_cert, settings.tls_key or None, lambda: "")
     except OSError as error:
-        raise ConfigError("--tls-cert, --tls-key: cannot use them (%s): PEM files are wanted, the "
-                          "certificate chain and its key without a password"
-                          % plain_reason(error)) from None
+        raise ConfigError(
+            "--tls-cert, --tls-key: cannot use them (%s): PEM files are wanted, the "
+            "certificate chain and its key without a password" % plain_reason(error)
+        ) from None
     return context
+
 
 class News(Wait):
     """Until a client has sent something, has hung up, or has taken what was sent to it."""
@@ -13118,6 +17421,7 @@ class News(Wait):
 
     def begin(self, loop: Any, task: Any) -> None:
         self._client.expect(self, task)
+
 
 class ClientConnection(Connection):
     """One connection from a client.
@@ -13133,18 +17437,30 @@ class ClientConnection(Connection):
 
     ahead: read, but not used yet; out: to be sent, not taken yet."""
 
-    def __init__(self, sock: Any, address: Any, settings: Settings, loop: EventLoop,
-                 on_close: Callable[[ClientConnection], None]) -> None:
-        self.sock, self.settings, self.loop, self._on_close = sock, settings, loop, on_close
+    def __init__(
+        self,
+        sock: Any,
+        address: Any,
+        settings: Settings,
+        loop: EventLoop,
+        on_close: Callable[[ClientConnection], None],
+    ) -> None:
+        self.sock, self.settings, self.loop, self._on_close = (
+            sock,
+            settings,
+            loop,
+            on_close,
+        )
+
         self.address = bare_address(address)
-        self.task: Any = None                     # the loop's, that runs its coroutine
+        self.task: Any = None  # the loop's, that runs its coroutine
         self.ahead = b""
         self.out = bytearray()
-        self.exchange: Exchange | None = None     # the request that is being answered
-        self.is_idle = True                       # it waits for a request
-        self.is_used = False                      # it has had one
-        self.at_end = False                       # the client sends no more
-        self.sent_at = time.monotonic()           # when the client took something last
+        self.exchange: Exchange | None = None  # the request that is being answered
+        self.is_idle = True  # it waits for a request
+        self.is_used = False  # it has had one
+        self.at_end = False  # the client sends no more
+        self.sent_at = time.monotonic()  # when the client took something last
         self._news: tuple[News, Any] | None = None
 
     @property
@@ -13161,7 +17477,7 @@ class ClientConnection(Connection):
     def has_head(self) -> bool:
         """Is there a whole request head, or something that can never become one?"""
         if self.ahead[:1] in (b"\r", b"\n"):
-            self.ahead = self.ahead.lstrip(b"\r\n")      # some clients send one too many
+            self.ahead = self.ahead.lstrip(b"\r\n")  # some clients send one too many
         return b"\r\n\r\n" in self.ahead or b"\n\n" in self.ahead or self.is_full
 
     # -- what the loop reports
@@ -13216,7 +17532,7 @@ class ClientConnection(Connection):
         if hasattr(self.sock, "unwrap"):
             return False
         try:
-            if not self.out:                      # else what is sent next will tell
+            if not self.out:  # else what is sent next will tell
                 self.exchange.probe()
         except ClientGone:
             return False
@@ -13288,8 +17604,9 @@ class ClientConnection(Connection):
         if not await wait(Ready(self, timeout_s=HANDSHAKE_S)):
             raise socket.timeout("timed out")
         # not before the first byte: it takes memory
-        self.sock = context.wrap_socket(self.sock, server_side=True,
-                                        do_handshake_on_connect=False)
+        self.sock = context.wrap_socket(
+            self.sock, server_side=True, do_handshake_on_connect=False
+        )
         try:
             await self.shake_hands(deadline)
         except OSError as error:
@@ -13319,10 +17636,12 @@ class ClientConnection(Connection):
     def _take_head(self) -> bytes:
         end = self.ahead.find(b"\r\n\r\n")
         if end > MAX_HEAD_BYTES or end < 0 and self.is_full:
-            raise BadRequest(f"the request head is larger than {MAX_HEAD_BYTES} bytes", 431)
+            raise BadRequest(
+                f"the request head is larger than {MAX_HEAD_BYTES} bytes", 431
+            )
         if end < 0:
             raise BadRequest("line ends of the head must be CR LF")
-        raw, self.ahead = self.ahead[:end], self.ahead[end + 4:]
+        raw, self.ahead = self.ahead[:end], self.ahead[end + 4 :]
         return raw
 
     async def read_body(self, length: int, chunked: bool) -> bytes:
@@ -13353,7 +17672,9 @@ class ClientConnection(Connection):
         deadline, size = time.monotonic() + LINGER_S, 0
         with contextlib.suppress(OSError):
             self._end_tls()
-            socket.socket.shutdown(self.sock, socket.SHUT_WR)    # TLS has one that ends it, too
+            socket.socket.shutdown(
+                self.sock, socket.SHUT_WR
+            )  # TLS has one that ends it, too
         while not self.at_end and size < 4 * MAX_BODY_BYTES:
             size += len(self.ahead)
             self.ahead = b""
@@ -13377,6 +17698,7 @@ class ClientConnection(Connection):
         with contextlib.suppress(OSError):
             sock.close()
 
+
 async def drain(answer: UpstreamResponse) -> None:
     """The last chunk behind a terminal event, for DRAIN_S: then the connection can be kept.  Its
     client does not wait for that."""
@@ -13388,6 +17710,7 @@ async def drain(answer: UpstreamResponse) -> None:
         pass
     finally:
         answer.finish()
+
 
 class Exchange:
     """One request and its answer.
@@ -13403,16 +17726,18 @@ class Exchange:
     def __init__(self, client: ClientConnection, head: RequestHead, app: App) -> None:
         self.client, self.head, self.app = client, head, app
         self.path = normalise_path(split_target(head.target)[1].partition("?")[0])
-        self.record = RequestRecord.begin(head.method, self.path, head.headers, app.clock()[1])
-        self.argument = ""                   # what a route with a pattern matched
-        self.is_same_origin = True           # no page of another origin has sent it
+        self.record = RequestRecord.begin(
+            head.method, self.path, head.headers, app.clock()[1]
+        )
+        self.argument = ""  # what a route with a pattern matched
+        self.is_same_origin = True  # no page of another origin has sent it
         self.caller = Caller(client.address)
-        self.ticket: Ticket | None = None    # once it wants to go up
+        self.ticket: Ticket | None = None  # once it wants to go up
         self.dialect: Dialect = MESSAGES if self.path.startswith("/messages") else CHAT
         self.body = b""
-        self.headers: Headers = {}           # to be added to the answer
+        self.headers: Headers = {}  # to be added to the answer
         self.keep_alive = head.keep_alive
-        self._is_probed = False              # PROBE is sent: the head goes on behind it
+        self._is_probed = False  # PROBE is sent: the head goes on behind it
         self.keepalive = b""
 
     @property
@@ -13443,7 +17768,7 @@ class Exchange:
         """The same; a large body is parsed in a thread, since streams would stand still."""
         if len(self.body) <= INLINE_BYTES:
             return self.json_object()
-        return await wait(InThread(self.json_object))    # type: ignore[no-any-return]
+        return await wait(InThread(self.json_object))  # type: ignore[no-any-return]
 
     def json_object(self) -> Json:
         """The body.  Raises BadRequest."""
@@ -13458,7 +17783,9 @@ class Exchange:
         except TooManyValues as error:
             raise BadRequest("the body is too large: %s" % error, 413) from None
         except ValueError as error:
-            raise BadRequest("the body is not valid JSON: %s" % printable(str(error))) from None
+            raise BadRequest(
+                "the body is not valid JSON: %s" % printable(str(error))
+            ) from None
         if not isinstance(value, dict):
             raise BadRequest("the body must be a JSON object")
         return value
@@ -13471,7 +17798,9 @@ class Exchange:
 
     # -- a whole answer
 
-    def reply(self, body: bytes, status: int = 200, kind: str = "application/json") -> None:
+    def reply(
+        self, body: bytes, status: int = 200, kind: str = "application/json"
+    ) -> None:
         """Send a whole answer.  Raises ClientGone."""
         length = [] if status == 204 else [("Content-Length", str(len(body)))]
         cost = self.record.counts().get("nano_aiu")
@@ -13481,7 +17810,7 @@ class Exchange:
         self.log_body("answer", body)
         if self.head.method == "HEAD":
             body = b""
-        if len(body) > READ_BYTES:                       # without a copy of what is large
+        if len(body) > READ_BYTES:  # without a copy of what is large
             self._send(head)
             self._send(body)
         else:
@@ -13566,7 +17895,9 @@ class Exchange:
         last = b""
         try:
             while not (answer.done or pipeline.ended):
-                last = pipeline.feed(await answer.read(self.app.settings.answer_timeout_s))
+                last = pipeline.feed(
+                    await answer.read(self.app.settings.answer_timeout_s)
+                )
                 if last and not (answer.done or pipeline.ended):
                     self.write(last)
                     last = b""
@@ -13579,8 +17910,9 @@ class Exchange:
             raise
         except Exception:
             self.app.log.exception("%s failed", self.id)
-            problem = ProxyError("an error in the proxy itself; its log has the request id "
-                                 + self.id)
+            problem = ProxyError(
+                "an error in the proxy itself; its log has the request id " + self.id
+            )
 
         try:
             end = self._last_bytes(last, pipeline, problem)
@@ -13593,23 +17925,33 @@ class Exchange:
             self.client.loop.spawn(drain(answer))
         self._send(end)
 
-    def _last_bytes(self, last: bytes, pipeline: StreamRelay, problem: ProxyError | None) -> bytes:
+    def _last_bytes(
+        self, last: bytes, pipeline: StreamRelay, problem: ProxyError | None
+    ) -> bytes:
         begin = self.frame(last) if last else b""
         end = self.frame_end(pipeline.close(problem))
-        self.record.end_stream(pipeline.failure or "", problem.code if problem else None)
+        self.record.end_stream(
+            pipeline.failure or "", problem.code if problem else None
+        )
         return begin + end
 
     def _stream_head(self) -> bytes:
         coding = [("Transfer-Encoding", "chunked")] if self.is_chunked else []
-        head = self._head(200, "text/event-stream", coding + [("Cache-Control", "no-cache")])
+        head = self._head(
+            200, "text/event-stream", coding + [("Cache-Control", "no-cache")]
+        )
         self.app.ledger.show_running(self.record)
         return head
 
     def _head(self, status: int, kind: str, more: list[tuple[str, str]]) -> bytes:
         self.record.begin_answer(status)
         fields_ = [("Date", http_date(int(time.time()))), ("x-request-id", self.id)]
+
         if self.dialect is MESSAGES:
-            fields_.append(("request-id", self.id))          # where Anthropic's SDK looks for it
+            fields_.append(
+                ("request-id", self.id)
+            )  # where Anthropic's SDK looks for it
+
         if kind:
             fields_.append(("Content-Type", kind))
         fields_ += more
@@ -13621,9 +17963,10 @@ class Exchange:
             fields_.append(("Connection", "close"))
         elif self.head.minor == 0:
             fields_.append(("Connection", "keep-alive"))
+
         phrase = http.client.responses.get(status, "Error")
         whole = render_head("HTTP/1.1 %d %s" % (status, phrase), fields_)
-        return whole[len(PROBE):] if self._is_probed else whole
+        return whole[len(PROBE) :] if self._is_probed else whole
 
     def _send(self, data: bytes) -> None:
         if data:
@@ -13634,10 +17977,14 @@ class Exchange:
         folder = self.app.settings.log_bodies
         if folder and self.record.asked.label:
             try:
-                append_body(folder, "%d-%s.%s" % (
-                    self.record.asked.at * 1000, self.id[:8], kind), data)
+                append_body(
+                    folder,
+                    "%d-%s.%s" % (self.record.asked.at * 1000, self.id[:8], kind),
+                    data,
+                )
             except OSError as error:
                 self.app.log.warning("--log-bodies: %s", plain_reason(error))
+
 
 def exposed_headers(fields_: list[tuple[str, str]]) -> str:
     """What a page of another origin may read of this answer: all but the rules about it."""
@@ -13645,12 +17992,17 @@ def exposed_headers(fields_: list[tuple[str, str]]) -> str:
     own = [name for name in names if not name.startswith("access-control-")]
     return ", ".join(dict.fromkeys((*EXPOSED_HEADERS, *own)))
 
+
 @functools.lru_cache(maxsize=1)
 def http_date(second: int) -> str:
     return email.utils.formatdate(second, usegmt=True)
 
-Endpoint = Callable[[Exchange], Optional[Work]]     # None where it is through already
-Routes = Mapping[str, Mapping[str, Endpoint]]      # path -> method -> endpoint; "/x/*" for a tail
+
+Endpoint = Callable[[Exchange], Optional[Work]]  # None where it is through already
+Routes = Mapping[
+    str, Mapping[str, Endpoint]
+]  # path -> method -> endpoint; "/x/*" for a tail
+
 
 def split_target(target: str) -> tuple[str | None, str]:
     """(host and port, path and query) of a request target.  The first is None for the usual form;
@@ -13659,10 +18011,11 @@ def split_target(target: str) -> tuple[str | None, str]:
         return None, target
     rest = target.partition("://")[2]
     host = re.split("[/?#]", rest, maxsplit=1)[0]
-    path = rest[len(host):]
+    path = rest[len(host) :]
     if path[:1] != "/":
         path = "/" + path
     return host, path
+
 
 def normalise_path(path: str) -> str:
     """'//v1/v1/models/' -> '/models': doubled slashes, a final one and any /v1 are left out."""
@@ -13672,54 +18025,88 @@ def normalise_path(path: str) -> str:
         path = path[3:]
     return path.rstrip("/") or "/"
 
+
 #: what holds no data and asks for the key itself
 OPEN_PATHS = ("/health", "/", "/dashboard", "/auth/device")
 
+
 def is_open(exchange: Exchange) -> bool:
     """Is this served without a key?"""
-    return exchange.head.method == "OPTIONS" or (exchange.path in OPEN_PATHS
-                                                 and exchange.head.method in ("GET", "HEAD"))
+    return exchange.head.method == "OPTIONS" or (
+        exchange.path in OPEN_PATHS and exchange.head.method in ("GET", "HEAD")
+    )
+
 
 def is_within(address: str, networks: list[Any]) -> bool:
     """Is this an address, and in one of the networks?"""
     with contextlib.suppress(ConfigError):
-        return any(own.version == network.version and own.subnet_of(network)
-                   for own in parse_networks([address]) for network in networks)
+        return any(
+            own.version == network.version and own.subnet_of(network)
+            for own in parse_networks([address])
+            for network in networks
+        )
     return False
 
-def as_seen(head: RequestHead, peer: str, settings: Settings, scheme: str) -> tuple[str, str, str]:
+
+def as_seen(
+    head: RequestHead, peer: str, settings: Settings, scheme: str
+) -> tuple[str, str, str]:
     """(host, scheme, address of the client) as the client itself sees them: a trusted proxy tells
     them in X-Forwarded-*, where the last value is the proxy's own."""
     host, trusted = head.headers.get("host", "localhost"), settings.trusted_networks
     if not trusted or not is_within(peer, trusted):
         return host, scheme, peer
     hosts, schemes, hops = (
-        [value.strip() for value in head.headers.get("x-forwarded-" + name, "").split(",")]
-        for name in ("host", "proto", "for"))
+        [
+            value.strip()
+            for value in head.headers.get("x-forwarded-" + name, "").split(",")
+        ]
+        for name in ("host", "proto", "for")
+    )
+
     hops = [hop for hop in hops if hop][::-1] or [peer]
-    return (hosts[-1] or host, schemes[-1].lower() or scheme,
-            next((hop for hop in hops if not is_within(hop, trusted)), hops[-1]))
+    return (
+        hosts[-1] or host,
+        schemes[-1].lower() or scheme,
+        next((hop for hop in hops if not is_within(hop, trusted)), hops[-1]),
+    )
+
 
 def check_host(text: str, settings: Settings, own_address: str) -> None:
     """DNS rebinding: only names of this server are served.  Raises BadRequest 403."""
     name = split_host(text)[0]
     if not name:
-        raise BadRequest("the host %s is malformed" % printable(text, 60), 403, "host_not_allowed")
-    if not (is_loopback(name) or name in settings.allow_host
-            or name in (settings.host.strip("[]").lower(), own_address)):
-        raise BadRequest("the host name %s is not served here; allow it with --allow-host"
-                         % printable(name, 60), 403, "host_not_allowed")
+        raise BadRequest(
+            "the host %s is malformed" % printable(text, 60), 403, "host_not_allowed"
+        )
+    if not (
+        is_loopback(name)
+        or name in settings.allow_host
+        or name in (settings.host.strip("[]").lower(), own_address)
+    ):
+        raise BadRequest(
+            "the host name %s is not served here; allow it with --allow-host"
+            % printable(name, 60),
+            403,
+            "host_not_allowed",
+        )
+
 
 def foreign_origin(origin: str | None) -> BadRequest:
     """The refusal of a foreign page; it names --cors-origin where that flag would help."""
     if origin is None:
         text = "pages of other sites may not fetch this"
     elif origin_of(origin):
-        text = "pages of the origin %s may not call this API; allow it with --cors-origin %s" % (
-            printable(origin, 80), printable(origin_of(origin), 80))
+        text = (
+            "pages of the origin %s may not call this API; allow it with --cors-origin %s"
+            % (printable(origin, 80), printable(origin_of(origin), 80))
+        )
     else:
-        text = "pages whose origin is %s may not call this API" % printable(origin or "''", 80)
+        text = "pages whose origin is %s may not call this API" % printable(
+            origin or "''", 80
+        )
     return BadRequest(text, 403, "origin_not_allowed")
+
 
 class Workers:
     """A few threads for what may block; an idle one ends after WORKER_IDLE_S.
@@ -13748,7 +18135,7 @@ class Workers:
         try:
             threading.Thread(target=self._run, name="worker", daemon=True).start()
             self._count += 1
-        except RuntimeError:                     # the system gives no more of them
+        except RuntimeError:  # the system gives no more of them
             pass
 
     def stop(self) -> None:
@@ -13777,6 +18164,7 @@ class Workers:
         with self._lock:
             return None if self._queue.empty() else self._queue.get()
 
+
 class Alarm(Connection):
     """Wakes the loop out of its select, from any thread."""
 
@@ -13803,15 +18191,18 @@ class Alarm(Connection):
         self._far.close()
         self.sock.close()
 
+
 class Task:
     """A coroutine in the loop, and what it waits for now (None while it runs).
     deadline: when that wait is over, monotonic."""
+
     __slots__ = ("deadline", "on_end", "what", "work")
 
     def __init__(self, work: Work, on_end: OnEnd | None) -> None:
         self.work, self.on_end = work, on_end
         self.what: Wait | None = None
         self.deadline = math.inf
+
 
 class EventLoop:
     """One thread for everything that waits.
@@ -13839,7 +18230,7 @@ class EventLoop:
 
     def __init__(self, settings: Settings, log: logging.Logger) -> None:
         self.log = log
-        self.clients: set[ClientConnection] = set()          # the open ones
+        self.clients: set[ClientConnection] = set()  # the open ones
         self.workers = Workers()
         self._selector = selectors.DefaultSelector()
         self._inbox: collections.deque[tuple[Any, ...]] = collections.deque()
@@ -13850,7 +18241,9 @@ class EventLoop:
         self._timers: list[tuple[float, int, Task, Wait]] = []
         self._tick_s = min(1.0, settings.keepalive_s / 4, settings.head_timeout_s / 4)
         self._now = self._ticked_at = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="event-loop", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, name="event-loop", daemon=True
+        )
 
     # -- from any thread
 
@@ -13890,8 +18283,13 @@ class EventLoop:
         self.post(self._resume, task)
         return task
 
-    def wake(self, task: Task, what: Wait, value: Any = None,
-             error: BaseException | None = None) -> None:
+    def wake(
+        self,
+        task: Task,
+        what: Wait,
+        value: Any = None,
+        error: BaseException | None = None,
+    ) -> None:
         """Resume the task if it still waits for `what`."""
         self.post(self.resume, task, what, value, error)
 
@@ -13916,7 +18314,7 @@ class EventLoop:
 
     def wake_at(self, when_s: float, task: Task, what: Wait) -> None:
         """The same at this monotonic time."""
-        heapq.heappush(self._timers, (when_s, id(what), task, what))     # id: never a tie
+        heapq.heappush(self._timers, (when_s, id(what), task, what))  # id: never a tie
 
     def wake_in_turn(self, task: Task, what: Wait) -> None:
         """The same when the running streams have been served."""
@@ -13925,9 +18323,16 @@ class EventLoop:
     def run_in_thread(self, work: Callable[[], Any], task: Task, what: Wait) -> None:
         """Resume the task with what `work` returns or raises in a worker thread."""
         if not self.workers.put(lambda: self.wake(task, what, *outcome(work))):
-            self.wake(task, what, None, ProxyError(
-                "the proxy has more work than it can do now: try again in a moment", 503,
-                headers={"retry-after": "1"}))
+            self.wake(
+                task,
+                what,
+                None,
+                ProxyError(
+                    "the proxy has more work than it can do now: try again in a moment",
+                    503,
+                    headers={"retry-after": "1"},
+                ),
+            )
 
     def cancel(self, task: Task | None, error: BaseException) -> None:
         """Throw an error into a coroutine that waits."""
@@ -14012,13 +18417,20 @@ class EventLoop:
 
     # -- coroutines
 
-    def resume(self, task: Task, what: Wait, value: Any = None,
-               error: BaseException | None = None) -> None:
+    def resume(
+        self,
+        task: Task,
+        what: Wait,
+        value: Any = None,
+        error: BaseException | None = None,
+    ) -> None:
         """At once, if the task still waits for `what`."""
-        if task.what is what:                    # else it was resumed by something else
+        if task.what is what:  # else it was resumed by something else
             self._resume(task, value, error)
 
-    def _resume(self, task: Task, value: Any = None, error: BaseException | None = None) -> None:
+    def _resume(
+        self, task: Task, value: Any = None, error: BaseException | None = None
+    ) -> None:
         """Run a coroutine until it waits or ends."""
         what, task.what = task.what, None
         if isinstance(what, Ready):
@@ -14028,13 +18440,19 @@ class EventLoop:
         except StopIteration as end:
             self._end(task, end.value, None)
             return
-        except BaseException as fault:           # noqa: BLE001
+        except BaseException as fault:  # noqa: BLE001
             self._end(task, None, fault)
             return
+
         task.what, task.deadline = what, self._now + what.timeout_s
         try:
             what.begin(self, task)
-        except (AttributeError, KeyError, OSError, ValueError) as fault:     # a closed socket
+        except (
+            AttributeError,
+            KeyError,
+            OSError,
+            ValueError,
+        ) as fault:  # a closed socket
             self.wake(task, what, None, fault)
 
     def _end(self, task: Task, value: Any, error: BaseException | None) -> None:
@@ -14051,6 +18469,7 @@ class EventLoop:
         self._tasks.clear()
         self.workers.stop()
 
+
 class Handler:
     """From a request's head to its endpoint: what must be right before any work is done."""
 
@@ -14059,7 +18478,7 @@ class Handler:
 
     async def handle(self, exchange: Exchange) -> None:
         """Check the request, read its body, call its endpoint.  Raises ProxyError, ClientGone."""
-        head, length, chunked = exchange.head, 0, True       # until we know better
+        head, length, chunked = exchange.head, 0, True  # until we know better
         try:
             length, chunked = head.body_form()
             self._check_browser(exchange)
@@ -14088,7 +18507,7 @@ class Handler:
         if head.minor == 1 and head.headers.get("expect", "").lower() == "100-continue":
             client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-        exchange.keep_alive, keep = False, exchange.keep_alive     # until it is read whole
+        exchange.keep_alive, keep = False, exchange.keep_alive  # until it is read whole
         body = await client.read_body(length, chunked)
         exchange.keep_alive = keep
 
@@ -14099,8 +18518,9 @@ class Handler:
     def _check_browser(self, exchange: Exchange) -> None:
         """DNS rebinding and foreign web pages: refused before any work."""
         headers, settings = exchange.head.headers, self._app.settings
-        host, scheme, address = as_seen(exchange.head, exchange.client.address, settings,
-                                        self._scheme)
+        host, scheme, address = as_seen(
+            exchange.head, exchange.client.address, settings, self._scheme
+        )
         exchange.caller = Caller(address)
         named = split_target(exchange.head.target)[0]
         for text in (host,) if named is None else (named, host):
@@ -14116,15 +18536,23 @@ class Handler:
 
         own = origin_of("%s://%s" % (scheme, host))
         exchange.is_same_origin = bool(own) and origin_of(origin) == own
-        if not exchange.is_same_origin and not is_allowed_origin(origin, settings.cors_origin):
+        if not exchange.is_same_origin and not is_allowed_origin(
+            origin, settings.cors_origin
+        ):
             raise foreign_origin(origin)
-        exchange.headers.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})
+        exchange.headers.update(
+            {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+        )
         if exchange.head.method == "OPTIONS":
-            exchange.headers.update({
-                "Access-Control-Allow-Methods": "GET, HEAD, POST, DELETE, OPTIONS",
-                "Access-Control-Allow-Headers": headers.get(
-                    "access-control-request-headers", "authorization, content-type"),
-                "Access-Control-Max-Age": "600"})
+            exchange.headers.update(
+                {
+                    "Access-Control-Allow-Methods": "GET, HEAD, POST, DELETE, OPTIONS",
+                    "Access-Control-Allow-Headers": headers.get(
+                        "access-control-request-headers", "authorization, content-type"
+                    ),
+                    "Access-Control-Max-Age": "600",
+                }
+            )
             if "access-control-request-private-network" in headers:
                 exchange.headers["Access-Control-Allow-Private-Network"] = "true"
 
@@ -14132,8 +18560,9 @@ class Handler:
         """Raises AuthError, RateLimited."""
         try:
             accounts = self._app.accounts
-            exchange.caller = accounts.identify(exchange.head.headers,
-                                                exchange.caller.address)
+            exchange.caller = accounts.identify(
+                exchange.head.headers, exchange.caller.address
+            )
         except (AuthError, RateLimited):
             if not is_open(exchange):
                 raise
@@ -14142,21 +18571,33 @@ class Handler:
         """Exact path first, then `/x/*` and `/x/y/*`.  Raises BadRequest 404, 405."""
         methods = self._routes.get(exchange.path)
         parts = exchange.path.split("/")
+
         for at in (2, 3):
             if methods is None and len(parts) > at:
                 methods = self._routes.get("/".join(parts[:at]) + "/*")
                 exchange.argument = urllib.parse.unquote("/".join(parts[at:]))
+
         if methods is None:
-            raise BadRequest("there is no route %s %s" % (
-                printable(exchange.head.method, 20), printable(exchange.path, 80)), 404,
-                "unknown_url")
+            raise BadRequest(
+                "there is no route %s %s"
+                % (printable(exchange.head.method, 20), printable(exchange.path, 80)),
+                404,
+                "unknown_url",
+            )
+
         method = exchange.head.method
         endpoint = methods.get("GET" if method == "HEAD" else method)
+
         if endpoint is None:
             allowed = sorted(methods) + (["HEAD"] if "GET" in methods else [])
-            raise BadRequest("%s is not possible here, only %s" % (
-                printable(method, 20), ", ".join(allowed)), 405, "method_not_allowed",
-                headers={"Allow": ", ".join(allowed)})
+            raise BadRequest(
+                "%s is not possible here, only %s"
+                % (printable(method, 20), ", ".join(allowed)),
+                405,
+                "method_not_allowed",
+                headers={"Allow": ", ".join(allowed)},
+            )
+
         return endpoint
 
     def _check_body(self, exchange: Exchange, length: int, chunked: bool) -> None:
@@ -14168,32 +18609,42 @@ class Handler:
         kind = headers.get("content-type", "").split(";")[0].strip().lower()
         is_json = kind == "application/json" or kind.endswith("+json")
         if exchange.head.method == "POST" and (length or chunked) and not is_json:
-            raise BadRequest("send the header Content-Type: application/json (curl: "
-                             "-H 'Content-Type: application/json')", 415)
+            raise BadRequest(
+                "send the header Content-Type: application/json (curl: "
+                "-H 'Content-Type: application/json')",
+                415,
+            )
+
 
 def give_back_memory() -> None:
     """Compiling this file took 12 MB that glibc would keep for ever, and each new thread would
     open an arena of its own: return the one, forbid the other.  Elsewhere nothing happens."""
     with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
         import ctypes
+
         libc = ctypes.CDLL(None)
-        libc.mallopt(-8, 1)              # M_ARENA_MAX
+        libc.mallopt(-8, 1)  # M_ARENA_MAX
         libc.malloc_trim(0)
+
 
 def file_limit() -> int:
     """How many files this process may open; Windows' select ends at 512 sockets."""
     try:
         import resource
+
         return min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 20)
     except ImportError:
         return 512
+
 
 def raise_file_limit() -> None:
     """The soft limit to the hard one: a stream takes two files."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
+
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
 
 class Listener(Connection):
     """The listening socket, as the loop sees it."""
@@ -14204,11 +18655,13 @@ class Listener(Connection):
     def on_event(self, mask: int) -> None:
         self._accept()
 
+
 class Server(ThreadingHTTPServer):
     """Listens, and serves each connection as a coroutine in the loop.  Of ThreadingHTTPServer it
     uses how to listen and to accept; `serve_forever` and its threads are not needed."""
+
     request_queue_size = BACKLOG
-    allow_reuse_address = os.name != "nt"            # on Windows that would let another take over
+    allow_reuse_address = os.name != "nt"  # on Windows that would let another take over
 
     def __init__(self, app: App, routes: Routes, host: str, port: int) -> None:
         self.app = app
@@ -14226,7 +18679,7 @@ class Server(ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Without the name look-up of the original, which can take seconds."""
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]   # type: ignore[assignment]
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
     def server_close(self) -> None:
         """Listen no more.  The base class calls it, too, where the port cannot be had."""
@@ -14238,8 +18691,11 @@ class Server(ThreadingHTTPServer):
     def url(self) -> str:
         """Of this server, as a client on this machine may write it."""
         host = str(self.server_address[0])
-        return "%s://%s:%d" % (self.scheme, "[%s]" % host if ":" in host else host,
-                               self.server_port)
+        return "%s://%s:%d" % (
+            self.scheme,
+            "[%s]" % host if ":" in host else host,
+            self.server_port,
+        )
 
     # -- connections
 
@@ -14248,17 +18704,22 @@ class Server(ThreadingHTTPServer):
         for _ in range(ACCEPTED_AT_ONCE):
             try:
                 request, address = self.get_request()
-            except OSError:                          # nobody else, or no file is left
+            except OSError:  # nobody else, or no file is left
                 return
             self.process_request(request, address)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """A new connection."""
-        with contextlib.suppress(OSError):           # macOS: the client has reset it already
+        with contextlib.suppress(OSError):  # macOS: the client has reset it already
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         request.settimeout(0)
-        client = ClientConnection(request, client_address, self.app.settings, self.loop,
-                                  self.loop.clients.discard)
+        client = ClientConnection(
+            request,
+            client_address,
+            self.app.settings,
+            self.loop,
+            self.loop.clients.discard,
+        )
         if len(self.loop.clients) >= self._most_clients:
             self._refuse_connection(request)
             client.close()
@@ -14270,9 +18731,15 @@ class Server(ThreadingHTTPServer):
         if self._tls is not None:
             return
         refusal = dumps(CHAT.error_body(ProxyError("too many connections", 503), ""))
-        head = render_head("HTTP/1.1 503 Service Unavailable", (
-            ("Content-Type", "application/json"), ("Content-Length", str(len(refusal))),
-            ("Retry-After", "5"), ("Connection", "close")))
+        head = render_head(
+            "HTTP/1.1 503 Service Unavailable",
+            (
+                ("Content-Type", "application/json"),
+                ("Content-Length", str(len(refusal))),
+                ("Retry-After", "5"),
+                ("Connection", "close"),
+            ),
+        )
         send_now(request, head + refusal)
 
     async def serve(self, client: ClientConnection) -> None:
@@ -14316,6 +18783,7 @@ class Server(ThreadingHTTPServer):
     async def _answer(self, exchange: Exchange, problem: BadRequest | None) -> bool:
         """Every error is rendered here and nowhere else.  -> was it refused?"""
         refusal: ProxyError | None = problem
+
         try:
             if problem is None:
                 await self._handler.handle(exchange)
@@ -14326,8 +18794,11 @@ class Server(ThreadingHTTPServer):
             refusal = error
         except Exception:
             self.app.log.exception("%s failed", exchange.id)
-            refusal = ProxyError("an error in the proxy itself; its log has the request id "
-                                 + exchange.id)
+            refusal = ProxyError(
+                "an error in the proxy itself; its log has the request id "
+                + exchange.id
+            )
+
         try:
             if refusal is not None:
                 exchange.refuse(refusal)
@@ -14335,6 +18806,7 @@ class Server(ThreadingHTTPServer):
         except ClientGone:
             exchange.client_left()
             return False
+
         return refusal is not None
 
     def end(self, exchange: Exchange) -> None:
@@ -14366,7 +18838,7 @@ class Server(ThreadingHTTPServer):
         self.app.ledger.events.close(*self.app.ledger.events.readers)
         self._stop_listening()
         if any(not client.is_used for client in self.loop.clients.copy()):
-            time.sleep(FIRST_REQUEST_S)              # who has just connected is served
+            time.sleep(FIRST_REQUEST_S)  # who has just connected is served
         self.loop.post(self._close_idle)
         if not self._wait_idle(grace_s):
             self.loop.post(self._end_running)
@@ -14378,7 +18850,7 @@ class Server(ThreadingHTTPServer):
         done = threading.Event()
 
         def stop() -> None:
-            until = time.monotonic() + FIRST_REQUEST_S       # others may go on connecting
+            until = time.monotonic() + FIRST_REQUEST_S  # others may go on connecting
             while wait_ready(self.socket, 0) and time.monotonic() < until:
                 self._accept_some()
             self._listener.unwatch()
@@ -14396,7 +18868,9 @@ class Server(ThreadingHTTPServer):
 
     def _end_running(self) -> None:
         for exchange in list(self._running):
-            self.loop.cancel(exchange.client.task, UpstreamError("the proxy is shutting down", 503))
+            self.loop.cancel(
+                exchange.client.task, UpstreamError("the proxy is shutting down", 503)
+            )
 
     def _wait_idle(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
@@ -14805,17 +19279,26 @@ GitHub says about the usage</summary><pre id="raw" tabindex="0"></pre></details>
 <p id="version" class="sub"></p></section></main><script>%s</script></body></html>
 """ % (PAGE_STYLE, PAGE_SCRIPT)
 
+
 def csp_hash(text: str) -> str:
     """How a Content-Security-Policy names an inline script or style."""
-    return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return (
+        "'sha256-%s'"
+        % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    )
+
 
 def page_headers(style: str, script: str) -> Headers:
     """What keeps a page to itself."""
-    return {"Content-Security-Policy": "default-src 'none'; connect-src 'self'; script-src %s; "
-            "style-src %s; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-            % (csp_hash(script), csp_hash(style)),
-            "X-Frame-Options": "DENY", "Cache-Control": "no-store",
-            "Referrer-Policy": "no-referrer"}
+    return {
+        "Content-Security-Policy": "default-src 'none'; connect-src 'self'; script-src %s; "
+        "style-src %s; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        % (csp_hash(script), csp_hash(style)),
+        "X-Frame-Options": "DENY",
+        "Cache-Control": "no-store",
+        "Referrer-Policy": "no-referrer",
+    }
+
 
 PAGE_HEADERS = page_headers(PAGE_STYLE, PAGE_SCRIPT)
 
@@ -14872,61 +19355,81 @@ LOGIN_HEADERS = page_headers(LOGIN_STYLE, LOGIN_SCRIPT)
 # ==== 20. Endpoints ===============================================================================
 # One short function per route, and the table of routes.
 
+
 async def account_for(exchange: Exchange) -> Account:
     """The account that serves this request.  Raises AuthError."""
     record = exchange.record
     if record.account is not None:
         return record.account
-    return record.serve_by(exchange.caller.account or await exchange.app.login.copilot())
+    return record.serve_by(
+        exchange.caller.account or await exchange.app.login.copilot()
+    )
+
 
 async def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
     """(account, model) of a request.  Raises AuthError, BadRequest."""
     sessions, asked = exchange.app.sessions, body.get("model")
     key = session_key(exchange.head.headers, body)
     session = key and "%s %s" % (exchange.caller.key_id, key)
-    if asked is None and session:                  # Codex's desktop app leaves it out at times
+    if asked is None and session:  # Codex's desktop app leaves it out at times
         asked = body["model"] = sessions.get(session)
         exchange.put_body(dumps(body))
+
     if not isinstance(asked, str) or not asked:
-        raise BadRequest("'model' is required: the id of a model, see /v1/models", param="model")
+        raise BadRequest(
+            "'model' is required: the id of a model, see /v1/models", param="model"
+        )
+
     exchange.record.name(exchange.caller.key_id, key, asked, body.get("stream") is True)
     if session:
         sessions[session] = asked
         if len(sessions) > MAX_SESSIONS:
             sessions.popitem(last=False)
+
     copilot = await account_for(exchange)
     model = await copilot.find_model(asked)
     betas = exchange.head.headers.get("anthropic-beta", "")
     if betas:
         model = wider_sibling(model, betas, await copilot.models())
     name_model(exchange, model)
-    if copilot.is_substitute(asked, model):        # the answer then names the real one
+    if copilot.is_substitute(asked, model):  # the answer then names the real one
         exchange.put_body(fit_model(exchange.body, Edit(body), model.id))
         body["model"] = model.id
+
     return copilot, model
+
 
 def name_model(exchange: Exchange, model: Model) -> None:
     """Note the model that answers, for the log and for the header that always names it."""
     exchange.record.ask(model)
     exchange.headers["x-copilot-proxy-model"] = printable(model.id)
 
+
 def fit_model(data: bytes, edit: Edit, model_id: str) -> bytes:
     """The body to send: the client's own bytes where nothing but the model's id changes."""
     asked = edit.body["model"]
     if asked == model_id and not edit.changed:
         return data
-    found = () if edit.changed else list(
-        re.finditer(rb'"model"\s*:\s*' + re.escape(dumps(asked)), data))
+    found = (
+        ()
+        if edit.changed
+        else list(re.finditer(rb'"model"\s*:\s*' + re.escape(dumps(asked)), data))
+    )
     if len(found) != 1:
         return dumps(dict(edit.body, model=model_id))
     start, end = found[0].span()
     return data[:start] + b'"model":' + dumps(model_id) + data[end:]
 
-def upstream_headers(exchange: Exchange, client: Dialect, upstream: Dialect, body: Json) -> Headers:
+
+def upstream_headers(
+    exchange: Exchange, client: Dialect, upstream: Dialect, body: Json
+) -> Headers:
     """What of the request itself decides headers: who began it, images, Anthropic's versions."""
     given = exchange.head.headers
     said = exchange.record.initiator or given.get("x-initiator", "").lower()
-    headers = {"X-Initiator": said if said in ("user", "agent") else client.initiator(body)}
+    headers = {
+        "X-Initiator": said if said in ("user", "agent") else client.initiator(body)
+    }
     if client.has_images(body):
         headers["Copilot-Vision-Request"] = "true"
     if upstream is MESSAGES:
@@ -14935,6 +19438,7 @@ def upstream_headers(exchange: Exchange, client: Dialect, upstream: Dialect, bod
         if betas:
             headers["anthropic-beta"] = betas
     return headers
+
 
 async def admit(exchange: Exchange, body: Json, model: Model, calls: int = 1) -> None:
     """Wait until this request may go up, once.  calls: how many it takes, see `admit_next`.
@@ -14946,11 +19450,18 @@ async def admit(exchange: Exchange, body: Json, model: Model, calls: int = 1) ->
         text = text_of(last.get("content")) or text_of(body.get("input"))
         if calls > 1:
             text = "[%d calls] %s" % (calls, text)
-        about = {"client": headers.get("user-agent", "an unnamed client")[:200],
-                 "model": model.id, "text": text[:200]}
+        about = {
+            "client": headers.get("user-agent", "an unnamed client")[:200],
+            "model": model.id,
+            "text": text[:200],
+        }
         exchange.ticket = Ticket(
-            exchange.caller.name, asked.payer,
-            headers.get("x-copilot-proxy-budget"), await account_for(exchange), about)
+            exchange.caller.name,
+            asked.payer,
+            headers.get("x-copilot-proxy-budget"),
+            await account_for(exchange),
+            about,
+        )
     if exchange.ticket.is_admitted:
         return
 
@@ -14958,20 +19469,26 @@ async def admit(exchange: Exchange, body: Json, model: Model, calls: int = 1) ->
     exchange.headers.update(await app.admission.admit(exchange.ticket, calls))
     app.ledger.show_running(exchange.record)
 
+
 async def admit_next(exchange: Exchange) -> None:
     """Wait until the next call of a request of several may go up.  Raises RateLimited."""
     if exchange.ticket is not None:
         await exchange.app.admission.admit_next(exchange.ticket, exchange.record.cost())
+
 
 def owner_of(exchange: Exchange, copilot: Copilot) -> str:
     """Whose kept responses are: the account's and the client's key's, as a hash of both."""
     keys = [exchange.head.headers.get(name) for name in (*KEY_HEADERS, "authorization")]
     return stable_id("", "%s %s" % (copilot.github_token, keys))
 
-def tell_losses(exchange: Exchange, losses: Losses, repaired: Iterable[str] = ()) -> None:
+
+def tell_losses(
+    exchange: Exchange, losses: Losses, repaired: Iterable[str] = ()
+) -> None:
     """What did not go upstream, and what was repaired: to the client, the log and /stats."""
     headers = exchange.app.ledger.note_changes(exchange.record, losses, repaired)
     exchange.headers.update(headers)
+
 
 async def inline_images(exchange: Exchange, body: Json) -> None:
     """--fetch-images: put images that are named by URL into the body, the newest first.
@@ -14983,7 +19500,9 @@ async def inline_images(exchange: Exchange, body: Json) -> None:
         return
     asked = len(linked_images(last_turn(body)))
     if asked > MAX_IMAGES:
-        raise BadRequest("at most %d images by URL can be asked about at a time" % MAX_IMAGES)
+        raise BadRequest(
+            "at most %d images by URL can be asked about at a time" % MAX_IMAGES
+        )
 
     losses = Losses()
     size_bytes = len(exchange.body)
@@ -14999,8 +19518,10 @@ async def inline_images(exchange: Exchange, body: Json) -> None:
     tell_losses(exchange, losses)
     exchange.put_body(dumps(body))
 
-async def fall_back(exchange: Exchange, copilot: Copilot, model: Model, error: ProxyError
-              ) -> Model | None:
+
+async def fall_back(
+    exchange: Exchange, copilot: Copilot, model: Model, error: ProxyError
+) -> Model | None:
     """The model of --fallback where a quota is used up, told in header and log; else None."""
     name, headers, other = exchange.app.settings.fallback, exchange.headers, model
     if name and is_quota(error):
@@ -15008,36 +19529,76 @@ async def fall_back(exchange: Exchange, copilot: Copilot, model: Model, error: P
             other = await copilot.find_model(name)
     if other.id == model.id:
         return None
-    exchange.app.log.warning("%s the quota for %s is used up: %s answers (--fallback)",
-                             exchange.id, model.id, other.id)
+    exchange.app.log.warning(
+        "%s the quota for %s is used up: %s answers (--fallback)",
+        exchange.id,
+        model.id,
+        other.id,
+    )
     headers["x-copilot-proxy-fallback"] = "%s -> %s" % (model.id, other.id)
     return other
+
 
 def tell_no_search(exchange: Exchange, body: Json, model: Model) -> None:
     """Claude Code asks for a search in a request of its own.  Where the upstream has none the
     answer is a search that failed, instead of words made without one."""
-    query = text_of(as_object((as_list(body.get("messages")) or [0])[-1]).get("content"))
+    query = text_of(
+        as_object((as_list(body.get("messages")) or [0])[-1]).get("content")
+    )
     use = stable_id("srvtoolu_", exchange.id)
     blocks: list[Json] = [
-        {"type": "server_tool_use", "id": use, "name": "web_search", "input": {"query": query}},
-        {"type": "web_search_tool_result", "tool_use_id": use, "content": {
-            "type": "web_search_tool_result_error", "error_code": "unavailable"}},
-        {"type": "text", "text": "Web search failed: GitHub Copilot does not serve it for %s."
-         % model.id}]
+        {
+            "type": "server_tool_use",
+            "id": use,
+            "name": "web_search",
+            "input": {"query": query},
+        },
+        {
+            "type": "web_search_tool_result",
+            "tool_use_id": use,
+            "content": {
+                "type": "web_search_tool_result_error",
+                "error_code": "unavailable",
+            },
+        },
+        {
+            "type": "text",
+            "text": "Web search failed: GitHub Copilot does not serve it for %s."
+            % model.id,
+        },
+    ]
+
     request = Request(str(body["model"]), "messages", key=exchange.id)
+
     if body.get("stream") is not True:
         whole = MESSAGES.encode_response(Response(exchange.id, ""), request)
         exchange.reply_json(dict(whole, content=blocks))
         return
+
     encoder = MESSAGES.stream_encoder(request)
-    frames = [Frame(kind, dumps(dict({"type": kind, "index": at}, **more))).encode()
-              for at, block in enumerate(blocks) for kind, more in (
-                  ("content_block_start", {"content_block": block}), ("content_block_stop", {}))]
+    frames = [
+        Frame(kind, dumps(dict({"type": kind, "index": at}, **more))).encode()
+        for at, block in enumerate(blocks)
+        for kind, more in (
+            ("content_block_start", {"content_block": block}),
+            ("content_block_stop", {}),
+        )
+    ]
+
     exchange.expect_stream(MESSAGES.keepalive)
-    exchange.finish(b"".join([encoder.feed(ResponseStart(exchange.id, "")), *frames,
-                              encoder.feed(ResponseEnd("stop"))]))
+    exchange.finish(
+        b"".join(
+            [
+                encoder.feed(ResponseStart(exchange.id, "")),
+                *frames,
+                encoder.feed(ResponseEnd("stop")),
+            ]
+        )
+    )
+
 
 COMPACT_PATH = "/responses/compact"
+
 
 class Job:
     """A request to a model, from its body to its answer.  Its life, top to bottom:
@@ -15077,7 +19638,9 @@ class Job:
         job.take(whole.copilot, whole.model, body)
         return job
 
-    def take(self, copilot: Account, model: Model, body: Json, data: bytes = b"") -> None:
+    def take(
+        self, copilot: Account, model: Model, body: Json, data: bytes = b""
+    ) -> None:
         """What the first stages have found."""
         self.copilot, self.model = copilot, model
         self.body, self.data = body, data or dumps(body)
@@ -15101,25 +19664,33 @@ class Job:
     async def expand(self, body: Json, copilot: Account, model: Model) -> Json:
         """The body with all that it only names, in the shape of its dialect."""
         exchange = self.exchange
+
         if self.client is CHAT and "input" in body and "messages" not in body:
-            request = RESPONSES.decode_request(body)     # Cursor asks so, and reads a chat answer
+            request = RESPONSES.decode_request(
+                body
+            )  # Cursor asks so, and reads a chat answer
             tell_losses(exchange, request.losses)
             body = dict(CHAT.encode_request(request, model), model=body["model"])
             exchange.put_body(dumps(body))
+
         await inline_images(exchange, body)
         if self.client is RESPONSES:
             owner = owner_of(exchange, copilot)
             if exchange.app.store.expand(owner, body, len(exchange.body)):
                 exchange.put_body(dumps(body))
             if body.get("store") is not False:
-                self.keep = functools.partial(exchange.app.store.put, owner, exchange.body)
+                self.keep = functools.partial(
+                    exchange.app.store.put, owner, exchange.body
+                )
+
         return body
 
     def is_compaction(self) -> bool:
         """Does it ask for one item in the place of the conversation so far?"""
         last = as_object((as_list(self.body.get("input")) or [None])[-1])
         return self.client is RESPONSES and (
-            self.exchange.path == COMPACT_PATH or last.get("type") == COMPACTION_TRIGGER)
+            self.exchange.path == COMPACT_PATH or last.get("type") == COMPACTION_TRIGGER
+        )
 
     async def ask(self) -> UpstreamResponse | None:
         """Plan, admit, send, and again after each remedy; None when the client has its answer
@@ -15155,18 +19726,38 @@ class Job:
     def make_plan(self) -> Plan | None:
         """How to ask the model, with all that was learned of it; None for a search where there is
         none.  Raises BadRequest."""
-        exchange, client, body, model = self.exchange, self.client, self.body, self.model
+        exchange, client, body, model = (
+            self.exchange,
+            self.client,
+            self.body,
+            self.model,
+        )
         refused = self.copilot.memory.refused
         upstream = choose_upstream(client, model, refused, client.has_files(body))
-        kinds = [str(as_object(tool).get("type")) for tool in as_list(body.get("tools"))]
+        kinds = [
+            str(as_object(tool).get("type")) for tool in as_list(body.get("tools"))
+        ]
         has_search = upstream is MESSAGES and (model.id, SEARCH_TOOLS) not in refused
-        if client is MESSAGES and kinds and not has_search and all(
-                kind.startswith(SEARCH_TOOLS) for kind in kinds):
+        if (
+            client is MESSAGES
+            and kinds
+            and not has_search
+            and all(kind.startswith(SEARCH_TOOLS) for kind in kinds)
+        ):
             return None
 
-        headers = upstream_headers(exchange, client, upstream, body)     # as the client wrote it
-        plan = Plan.make(client, upstream, body, model, int(time.time()), exchange.id,
-                         (model.id, BY_HUB + upstream.path) in refused)
+        headers = upstream_headers(
+            exchange, client, upstream, body
+        )  # as the client wrote it
+        plan = Plan.make(
+            client,
+            upstream,
+            body,
+            model,
+            int(time.time()),
+            exchange.id,
+            (model.id, BY_HUB + upstream.path) in refused,
+        )
         plan.attach(headers, self.repaired)
         self.copilot.memory.prepare(plan)
         return plan
@@ -15177,8 +19768,11 @@ class Job:
             data = dumps(plan.edit.body)
         else:
             data = fit_model(self.data, plan.edit, self.model.id)
-        if (len(data) > MAX_SENT_BYTES and "Copilot-Vision-Request" in plan.headers
-                and shed_images(plan.edit, len(data))):
+        if (
+            len(data) > MAX_SENT_BYTES
+            and "Copilot-Vision-Request" in plan.headers
+            and shed_images(plan.edit, len(data))
+        ):
             data = fit_model(self.data, plan.edit, self.model.id)
         return data
 
@@ -15187,10 +19781,19 @@ class Job:
         exchange, model = self.exchange, self.model
         tell_losses(exchange, plan.edit.losses, self.repaired)
         name_model(exchange, model)
-        exchange.record.go_up("translated" if plan.is_translated else "passthrough",
-                              plan.upstream.path, plan.headers["X-Initiator"])
-        return Call(plan.upstream.path, data, plan.headers, exchange.id,
-                    exchange.app.settings.answer_timeout_s, model.id)
+        exchange.record.go_up(
+            "translated" if plan.is_translated else "passthrough",
+            plan.upstream.path,
+            plan.headers["X-Initiator"],
+        )
+        return Call(
+            plan.upstream.path,
+            data,
+            plan.headers,
+            exchange.id,
+            exchange.app.settings.answer_timeout_s,
+            model.id,
+        )
 
     async def send(self, plan: Plan, call: Call) -> UpstreamResponse:
         """The head of a good answer.  Raises ProxyError."""
@@ -15218,7 +19821,9 @@ class Job:
             self.data = dumps(self.body)
             return True
 
-        if not self.attempts.may("repair") or not self.copilot.memory.repair(plan, error):
+        if not self.attempts.may("repair") or not self.copilot.memory.repair(
+            plan, error
+        ):
             return False
         self.attempts.take("repair")
         if plan.repairs.is_stale:
@@ -15231,7 +19836,9 @@ class Job:
             size = estimate_tokens(loads(self.data), self.model.is_claude)
             most = self.model.limit("max_prompt_tokens") or size - 1
             error.overflow = max(size, most + 1), most
-        is_wanted = error.overflow and self.client is RESPONSES     # Codex reads it there only
+        is_wanted = (
+            error.overflow and self.client is RESPONSES
+        )  # Codex reads it there only
         if plan.pipeline is None or not (self.exchange.started or is_wanted):
             return False
         self.exchange.record.fail(error)
@@ -15242,14 +19849,14 @@ class Job:
         """Whole, or as it comes.  Raises ProxyError, ClientGone."""
         exchange, plan = self.exchange, self.plan
         assert plan is not None
-        self.data = b""                                # several MB that nobody needs any more
+        self.data = b""  # several MB that nobody needs any more
         exchange.put_body(b"")
         is_stream = "event-stream" in answer.headers.get("content-type", "")
         if plan.pipeline is not None and (is_stream or exchange.started):
             await exchange.relay(answer, plan.pipeline)
             return
 
-        if not plan.is_translated:                     # a whole answer: no keep-alive before it
+        if not plan.is_translated:  # a whole answer: no keep-alive before it
             exchange.expect_whole()
         data = await answer.read_all(timeout_s=exchange.app.settings.answer_timeout_s)
         data = plan.read(data, is_stream)
@@ -15260,17 +19867,21 @@ class Job:
             self.keep(str(plan.answer.get("id")), data)
         exchange.reply(data)
 
+
 async def compact(job: Job) -> None:
     """POST /responses/compact, or a request that ends with a `compaction_trigger`: one item that
     stands for the conversation so far."""
     exchange, body, keep = job.exchange, job.body, job.keep
     is_route, now = exchange.path == COMPACT_PATH, int(time.time())
     if "x-initiator" not in exchange.head.headers:
-        exchange.record.begin_by("agent")                          # no human asks for this
+        exchange.record.begin_by("agent")  # no human asks for this
     if body.get("stream") is True and not is_route:
         exchange.expect_stream(RESPONSES.keepalive)
-    encoder = ResponsesEncoder(RESPONSES, Request(str(body["model"]), now=now, key=exchange.id))
+    encoder = ResponsesEncoder(
+        RESPONSES, Request(str(body["model"]), now=now, key=exchange.id)
+    )
     out, answer = encoder.feed(ResponseStart("", "")), encoder.answer
+
     try:
         item, usage = await make_compaction(job)
         out += encoder.whole_item(dict(item, id=stable_id("cmp_", exchange.id)))
@@ -15279,16 +19890,23 @@ async def compact(job: Job) -> None:
         if not exchange.started:
             raise
         exchange.record.fail(error)
-        out += encoder.feed(StreamError(UpstreamError(str(error), error.status, error.code)))
+        out += encoder.feed(
+            StreamError(UpstreamError(str(error), error.status, error.code))
+        )
+
     if is_route:
-        answer = {name: answer[name] for name in ("id", "created_at", "output", "usage")}
+        answer = {
+            name: answer[name] for name in ("id", "created_at", "output", "usage")
+        }
         answer["object"] = "response.compaction"
     elif keep is not None:
         keep(str(answer["id"]), dumps(answer))
+
     if exchange.keepalive:
         exchange.finish(out)
     else:
         exchange.reply_json(answer)
+
 
 async def make_compaction(job: Job) -> tuple[Json, Usage | None]:
     """(a compaction item, token counts): the upstream's own where it makes one, else a summary by
@@ -15296,17 +19914,22 @@ async def make_compaction(job: Job) -> tuple[Json, Usage | None]:
     copilot, model = job.copilot, job.model
     refusal = model.id, COMPACTION_TRIGGER
     can = RESPONSES.path in model.endpoints and refusal not in copilot.memory.refused
+
     for native in (True, False) if can else (False,):
         part = Job.part(job, RESPONSES, compaction_request(job.body, native))
         try:
             answer = await part.ask()
-        except (UpstreamError, BadRequest) as error:     # the latter of a --fallback without it
+        except (
+            UpstreamError,
+            BadRequest,
+        ) as error:  # the latter of a --fallback without it
             if native and error.status in (400, 404, 422):
                 continue
             raise
+
         plan = part.plan
         if answer is None or plan is None:
-            break                                        # it was told already
+            break  # it was told already
         plan.read(await answer.read_all(), plan.streams)
         usage = Usage.of(plan.meter.counts)
         output = [as_object(item) for item in as_list(plan.answer.get("output"))]
@@ -15317,21 +19940,29 @@ async def make_compaction(job: Job) -> tuple[Json, Usage | None]:
         if text and not native:
             if can and job.exchange.record.model is model:
                 copilot.memory.refused.add(refusal)
-            return {"type": "compaction",
-                    "encrypted_content": pack_opaque("compaction", None, text)}, usage
+            return {
+                "type": "compaction",
+                "encrypted_content": pack_opaque("compaction", None, text),
+            }, usage
+
     raise UpstreamError("the model gave no summary of the conversation")
+
 
 async def complete(dialect: Dialect, exchange: Exchange) -> None:
     """A request of any dialect to any model."""
     exchange.answer_in(dialect)
     await Job(exchange, dialect).run()
 
+
 def refuse_websocket(exchange: Exchange) -> None:
     """Codex asks for a WebSocket first and falls back to HTTP when told so at once."""
     if "upgrade" in exchange.head.headers:
         exchange.keep_alive = False
         raise BadRequest("WebSockets are not served here: use plain HTTP", 426)
-    raise BadRequest("GET is not possible here, only POST", 405, headers={"Allow": "POST"})
+    raise BadRequest(
+        "GET is not possible here, only POST", 405, headers={"Allow": "POST"}
+    )
+
 
 async def count_tokens(exchange: Exchange) -> None:
     """The upstream's own count for models with /v1/messages, else an estimate, always 200: Claude
@@ -15339,7 +19970,8 @@ async def count_tokens(exchange: Exchange) -> None:
     exchange.answer_in(MESSAGES)
     body = exchange.json_object()
     check_list(body, "messages")
-    counted, is_claude = 0, True                   # the higher estimate until the model is known
+    counted, is_claude = 0, True  # the higher estimate until the model is known
+
     try:
         copilot, model = await resolve(exchange, body)
         is_claude = model.is_claude
@@ -15351,15 +19983,26 @@ async def count_tokens(exchange: Exchange) -> None:
         fit_body(edit, MESSAGES, model)
         MESSAGES.prepare_count(edit)
         headers = upstream_headers(exchange, MESSAGES, MESSAGES, body)
-        answer = await copilot.send(Call("/v1/messages/count_tokens",
-                                         fit_model(exchange.body, edit, model.id), headers,
-                                         exchange.id, GITHUB_TIMEOUT_S))
-        counted = count_or_zero(as_object(loads(await answer.read_all())).get("input_tokens"))
+        answer = await copilot.send(
+            Call(
+                "/v1/messages/count_tokens",
+                fit_model(exchange.body, edit, model.id),
+                headers,
+                exchange.id,
+                GITHUB_TIMEOUT_S,
+            )
+        )
+
+        counted = count_or_zero(
+            as_object(loads(await answer.read_all())).get("input_tokens")
+        )
         exchange.record.go_up("passthrough", "")
     except (ProxyError, ValueError) as error:
         if isinstance(error, BadRequest) and error.code != "unsupported_api_for_model":
             raise
+
     exchange.reply_json({"input_tokens": counted or estimate_tokens(body, is_claude)})
+
 
 async def count_input(exchange: Exchange) -> None:
     """POST /responses/input_tokens: an estimate."""
@@ -15367,51 +20010,100 @@ async def count_input(exchange: Exchange) -> None:
     body = exchange.json_object()
     copilot, model = await resolve(exchange, body)
     exchange.app.store.expand(owner_of(exchange, copilot), body, len(exchange.body))
-    exchange.reply_json({"object": "response.input_tokens",
-                         "input_tokens": estimate_tokens(body, model.is_claude)})
+    exchange.reply_json(
+        {
+            "object": "response.input_tokens",
+            "input_tokens": estimate_tokens(body, model.is_claude),
+        }
+    )
+
 
 async def stored_response(exchange: Exchange) -> None:
     """GET and DELETE /responses/ID, GET /responses/ID/input_items: from the local store."""
     exchange.answer_in(RESPONSES)
     store, owner = exchange.app.store, owner_of(exchange, await account_for(exchange))
     response_id, _, tail = exchange.argument.partition("/")
-    if exchange.head.method == "DELETE" and not tail and store.delete(owner, response_id):
+
+    if (
+        exchange.head.method == "DELETE"
+        and not tail
+        and store.delete(owner, response_id)
+    ):
         exchange.reply_json({"id": response_id, "object": "response", "deleted": True})
         return
+
     found = store.find(owner, response_id)
-    if found is None or tail not in ("", "input_items") or exchange.head.method == "DELETE":
-        raise BadRequest("Response with id '%s' not found." % printable(exchange.argument, 80), 404)
+    if (
+        found is None
+        or tail not in ("", "input_items")
+        or exchange.head.method == "DELETE"
+    ):
+        raise BadRequest(
+            "Response with id '%s' not found." % printable(exchange.argument, 80), 404
+        )
+
     answer, items = found
     if not tail:
         exchange.reply_json(answer)
         return
-    items = [dict({"id": stable_id("item_", "%s %d" % (response_id, at))}, **item)
-             for at, item in enumerate(items)]
-    order, limit = exchange.parameter("order") or "desc", exchange.parameter("limit") or "20"
+
+    items = [
+        dict({"id": stable_id("item_", "%s %d" % (response_id, at))}, **item)
+        for at, item in enumerate(items)
+    ]
+    order, limit = (
+        exchange.parameter("order") or "desc",
+        exchange.parameter("limit") or "20",
+    )
     left, after = items if order == "asc" else items[::-1], exchange.parameter("after")
     ids = [None, *(item["id"] for item in left)]
     most = digits_or_none(limit, 100)
+
     if order not in ("asc", "desc") or not most or after not in ids:
-        raise BadRequest("'order' must be asc or desc, 'limit' 1 to 100, 'after' an item's id")
-    left = left[ids.index(after):]
+        raise BadRequest(
+            "'order' must be asc or desc, 'limit' 1 to 100, 'after' an item's id"
+        )
+
+    left = left[ids.index(after) :]
     shown = left[:most]
-    exchange.reply_json({"object": "list", "data": shown, "has_more": len(shown) < len(left),
-                         "first_id": shown[0]["id"] if shown else None,
-                         "last_id": shown[-1]["id"] if shown else None})
+    exchange.reply_json(
+        {
+            "object": "list",
+            "data": shown,
+            "has_more": len(shown) < len(left),
+            "first_id": shown[0]["id"] if shown else None,
+            "last_id": shown[-1]["id"] if shown else None,
+        }
+    )
+
 
 async def completions(exchange: Exchange) -> None:
     """POST /completions, the old shape: each prompt is a chat of its own."""
     body = exchange.json_object()
     given = body.pop("prompt", None)
     prompts = [given] if isinstance(given, str) else given
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
-        raise BadRequest("'prompt' must be a string or an array of strings", param="prompt")
+
+    if (
+        not isinstance(prompts, list)
+        or not prompts
+        or not all(isinstance(p, str) for p in prompts)
+    ):
+        raise BadRequest(
+            "'prompt' must be a string or an array of strings", param="prompt"
+        )
+
     if len(prompts) > MAX_PROMPTS:
-        raise BadRequest("at most %d prompts are taken at a time" % MAX_PROMPTS, param="prompt")
+        raise BadRequest(
+            "at most %d prompts are taken at a time" % MAX_PROMPTS, param="prompt"
+        )
+
     for key in ("suffix", "best_of", "logprobs"):
         if body.get(key) and body[key] != 1:
-            raise BadRequest("'%s' is not supported: no chat model can do it" % key, param=key)
+            raise BadRequest(
+                "'%s' is not supported: no chat model can do it" % key, param=key
+            )
         body.pop(key, None)
+
     copilot, model = await resolve(exchange, body)
     echo, streams = body.pop("echo", False) is True, body.get("stream") is True
     relays, whole, choices = streams and len(prompts) == 1, {}, []
@@ -15432,11 +20124,13 @@ async def completions(exchange: Exchange) -> None:
         if plan.pipeline is not None:
             await exchange.relay(answer, CompletionStream(plan.pipeline, text))
             return
+
         plan.read(await answer.read_all(), plan.streams)
         whole = as_completion(plan.answer, text, at)
         choices += whole["choices"]
         for key in counts:
             counts[key] += count_or_zero(as_object(whole.get("usage")).get(key))
+
     whole.update(choices=choices, usage=counts)
     if streams:
         exchange.expect_stream(CHAT.keepalive)
@@ -15444,12 +20138,14 @@ async def completions(exchange: Exchange) -> None:
     else:
         exchange.reply_json(whole)
 
+
 def by_route(stats: Stats) -> dict[str, Json]:
     """{route: {status: count}}"""
     found: dict[str, Json] = {}
     for (route, status), count in stats.group("requests").items():
         found.setdefault(route, {})[status] = count
     return found
+
 
 def price_check(stats: Stats) -> list[Json]:
     """For each model with both: the credits that the upstream told beside those of its listed
@@ -15461,29 +20157,41 @@ def price_check(stats: Stats) -> list[Json]:
     lines = []
     for line in found.values():
         reported, estimated = line["reported"] / NANO, line["estimated"] / NANO
-        line.update(reported=reported, estimated=estimated, difference=reported - estimated)
+        line.update(
+            reported=reported, estimated=estimated, difference=reported - estimated
+        )
         lines.append(line)
     return lines
+
 
 def account_entry(account: Account) -> Json:
     """How it stands with one account; no secret."""
     token: CopilotToken | None = account.token.value
     problem = account.token.error
-    return {"account": account.name, "problem": str(problem) if problem else None,
-            "state": "problem" if problem else "ok" if token else "starting",
-            "token": {"ready": token is not None, "direct": token is not None and token.direct,
-                      "expires_in_s": token and token.lifetime_s - token.age_s(read_clock())},
-            "requests": by_route(account.stats)}
+    return {
+        "account": account.name,
+        "problem": str(problem) if problem else None,
+        "state": "problem" if problem else "ok" if token else "starting",
+        "token": {
+            "ready": token is not None,
+            "direct": token is not None and token.direct,
+            "expires_in_s": token and token.lifetime_s - token.age_s(read_clock()),
+        },
+        "requests": by_route(account.stats),
+    }
+
 
 def own_names(exchange: Exchange) -> tuple[str, ...]:
     """Of the account whose requests the caller may see; () for the operator, who sees all."""
     own = exchange.caller.account
     return () if exchange.caller.is_operator else (own.name, own.id) if own else ("",)
 
+
 def check_operator(exchange: Exchange) -> None:
     """Raises BadRequest 403: what belongs to all is for the operator."""
     if not exchange.caller.is_operator:
         raise BadRequest("this is for the operator's key", 403)
+
 
 def stats_report(exchange: Exchange) -> Json:
     """Everything that /stats, /metrics and the page show at a glance; no secret, no words.  The
@@ -15491,8 +20199,11 @@ def stats_report(exchange: Exchange) -> Json:
     app, ledger = exchange.app, exchange.app.ledger
     names, account = own_names(exchange), exchange.caller.account
     stats = account.stats if names and account else ledger.stats
-    running = [dict(shown(record.row()), state="running")
-               for record in list(ledger.running.values()) if record.asked.label]
+    running = [
+        dict(shown(record.row()), state="running")
+        for record in list(ledger.running.values())
+        if record.asked.label
+    ]
 
     def visible(rows: Iterable[Json]) -> list[Json]:
         return [row for row in rows if not names or row["account"] in names]
@@ -15507,28 +20218,38 @@ def stats_report(exchange: Exchange) -> Json:
         "running": visible(running),
         "recent": visible(map(shown, list(ledger.recent))),
         "quotas": visible(ledger.lanes()),
-        "limits": visible(dict(rest, account=one.name) for one in app.accounts.all()
-                          for rest in one.limits.report()),
+        "limits": visible(
+            dict(rest, account=one.name)
+            for one in app.accounts.all()
+            for rest in one.limits.report()
+        ),
         "accounts": visible(map(account_entry, app.accounts.all())),
         "totals": {**NO_COUNTS, "requests": 0, "errors": 0, **stats.group("totals")},
         "price_check": price_check(stats),
         "approvals": [],
         "budget": None,
         "history": ledger.history_state(),
-        "log": {"lost_lines": lost_lines(app)}}
+        "log": {"lost_lines": lost_lines(app)},
+    }
     with_credits(report["totals"])
     if not names:
         report["approvals"] = list(app.admission.approval.waiting.values())
         report["budget"] = ledger.budget.report()
     return report
 
+
 def lost_lines(app: App) -> int:
     """Lines of the log that nobody took, counted by the streams they were written to."""
-    return sum(getattr(getattr(handler, "stream", None), "lost", 0) for handler in app.log.handlers)
+    return sum(
+        getattr(getattr(handler, "stream", None), "lost", 0)
+        for handler in app.log.handlers
+    )
+
 
 def label_value(value: Any) -> str:
     """A name as Prometheus wants it between the quotes; names come from upstreams and clients."""
     return visible(str(value)).replace("\\", "\\\\").replace('"', '\\"')
+
 
 def metrics(exchange: Exchange) -> None:
     """The same for Prometheus, in its text format 0.0.4."""
@@ -15537,60 +20258,138 @@ def metrics(exchange: Exchange) -> None:
     group = app.ledger.stats.group
     told = group("tokens").items()
     lines = []
+
     for name, text, labels, values in (
-            ("uptime_seconds", "since the start", (), {(): report["uptime_s"]}),
-            ("requests_total", "requests", ("route", "status"), group("requests")),
-            ("running", "requests that run now", (), {(): len(report["running"])}),
-            ("tokens_total", "tokens as the upstream told them", ("model", "kind"),
-             {key: count for key, count in told if key[1] != "nano_aiu"}),
-            ("credits_total", "credits as the upstream told them", ("model",),
-             {key[:1]: count / NANO for key, count in told if key[1] == "nano_aiu"}),
-            ("losses_total", "fields that did not go upstream", ("field",),
-             {(name,): count for name, count in group("lossy").items()}),
-            ("repairs_total", "requests that were mended", ("repair",),
-             {(name,): count for name, count in group("repaired").items()}),
-            ("quota_used_percent", "used part of a quota", ("account", "lane"),
-             {(lane["account"], lane["name"]): lane["percent_used"] for lane in report["quotas"]}),
-            ("budget_credits", "today's budget", ("kind",),
-             {(kind,): (report["budget"] or {}).get(kind) for kind in ("limit", "used")}),
-            ("approvals_waiting", "requests that wait for a person", (),
-             {(): len(report["approvals"])}),
-            ("history_dropped_total", "rows that were lost", (), {(): app.ledger.history.dropped}),
-            ("log_lines_lost_total", "lines of the log that nobody took", (),
-             {(): report["log"]["lost_lines"]})):
-        lines.append("# HELP copilot_proxy_%s %s\n# TYPE copilot_proxy_%s %s" % (
-            name, text, name, "counter" if name.endswith("_total") else "gauge"))
+        ("uptime_seconds", "since the start", (), {(): report["uptime_s"]}),
+        ("requests_total", "requests", ("route", "status"), group("requests")),
+        ("running", "requests that run now", (), {(): len(report["running"])}),
+        (
+            "tokens_total",
+            "tokens as the upstream told them",
+            ("model", "kind"),
+            {key: count for key, count in told if key[1] != "nano_aiu"},
+        ),
+        (
+            "credits_total",
+            "credits as the upstream told them",
+            ("model",),
+            {key[:1]: count / NANO for key, count in told if key[1] == "nano_aiu"},
+        ),
+        (
+            "losses_total",
+            "fields that did not go upstream",
+            ("field",),
+            {(name,): count for name, count in group("lossy").items()},
+        ),
+        (
+            "repairs_total",
+            "requests that were mended",
+            ("repair",),
+            {(name,): count for name, count in group("repaired").items()},
+        ),
+        (
+            "quota_used_percent",
+            "used part of a quota",
+            ("account", "lane"),
+            {
+                (lane["account"], lane["name"]): lane["percent_used"]
+                for lane in report["quotas"]
+            },
+        ),
+        (
+            "budget_credits",
+            "today's budget",
+            ("kind",),
+            {(kind,): (report["budget"] or {}).get(kind) for kind in ("limit", "used")},
+        ),
+        (
+            "approvals_waiting",
+            "requests that wait for a person",
+            (),
+            {(): len(report["approvals"])},
+        ),
+        (
+            "history_dropped_total",
+            "rows that were lost",
+            (),
+            {(): app.ledger.history.dropped},
+        ),
+        (
+            "log_lines_lost_total",
+            "lines of the log that nobody took",
+            (),
+            {(): report["log"]["lost_lines"]},
+        ),
+    ):
+        lines.append(
+            "# HELP copilot_proxy_%s %s\n# TYPE copilot_proxy_%s %s"
+            % (name, text, name, "counter" if name.endswith("_total") else "gauge")
+        )
         for key, value in values.items():
-            said = ",".join('%s="%s"' % (label, label_value(part))
-                            for label, part in zip(labels, key))
+            said = ",".join(
+                '%s="%s"' % (label, label_value(part))
+                for label, part in zip(labels, key)
+            )
             if value is not None:
-                lines.append("copilot_proxy_%s%s %r" % (name, said and "{%s}" % said, value))
-    exchange.reply(("\n".join(lines) + "\n").encode("utf-8", "replace"),
-                   kind="text/plain; version=0.0.4; charset=utf-8")
+                lines.append(
+                    "copilot_proxy_%s%s %r" % (name, said and "{%s}" % said, value)
+                )
+
+    exchange.reply(
+        ("\n".join(lines) + "\n").encode("utf-8", "replace"),
+        kind="text/plain; version=0.0.4; charset=utf-8",
+    )
+
 
 def number_of(exchange: Exchange, name: str, usual: int, most: int) -> int:
     """A whole number of the query string.  Raises BadRequest."""
     text = exchange.parameter(name) or str(usual)
     number = digits_or_none(text, most)
     if not number:
-        raise BadRequest("'%s' must be a number from 1 to %d" % (name, most), param=name)
+        raise BadRequest(
+            "'%s' must be a number from 1 to %d" % (name, most), param=name
+        )
     return number
+
 
 async def history(exchange: Exchange) -> None:
     """GET /history: the newest rows, or those before row `before`."""
     ledger, limit = exchange.app.ledger, number_of(exchange, "limit", 50, 500)
     names = own_names(exchange)
-    rows = await wait(InThread(functools.partial(
-        ledger.history.query,
-        "SELECT * FROM requests WHERE n < ? AND (? OR account IN (?, ?)) ORDER BY n DESC LIMIT ?",
-        number_of(exchange, "before", MAX_COUNT, MAX_COUNT), not names,
-        *(names or ("", "")), limit))) if len(names) != 1 else []
+    rows = (
+        await wait(
+            InThread(
+                functools.partial(
+                    ledger.history.query,
+                    "SELECT * FROM requests WHERE n < ? AND (? OR account IN (?, ?)) ORDER BY n DESC LIMIT ?",
+                    number_of(exchange, "before", MAX_COUNT, MAX_COUNT),
+                    not names,
+                    *(names or ("", "")),
+                    limit,
+                )
+            )
+        )
+        if len(names) != 1
+        else []
+    )
+
     found = rows
+
     if not ledger.history.path:
-        found = [row for row in list(ledger.recent)[:limit]
-                 if not names or row["account"] in names]
-    exchange.reply_json(dict(ledger.history_state(), rows=[shown(row) for row in found],
-                             next=rows[-1]["n"] if len(rows) == limit else None))
+        found = [
+            row
+            for row in list(ledger.recent)[:limit]
+            if not names or row["account"] in names
+        ]
+
+    exchange.reply_json(
+        dict(
+            ledger.history_state(),
+            rows=[shown(row) for row in found],
+            next=rows[-1]["n"] if len(rows) == limit else None,
+        )
+    )
+
 
 async def summary(exchange: Exchange) -> None:
     """GET /history/summary: sums by local day, by model and by client."""
@@ -15607,11 +20406,19 @@ async def summary(exchange: Exchange) -> None:
 
     total = await sums("'' AS day", "1")
     none = with_credits({**NO_COUNTS, "requests": 0, "errors": 0})
-    exchange.reply_json(dict(
-        exchange.app.ledger.history_state(), days=days, total=total[0] if total else none,
-        by_day=await sums("strftime('%Y-%m-%d', at, 'unixepoch', 'localtime') AS day", "1"),
-        by_model=await sums("model", "requests DESC"),
-        by_client=await sums("client", "requests DESC")))
+    exchange.reply_json(
+        dict(
+            exchange.app.ledger.history_state(),
+            days=days,
+            total=total[0] if total else none,
+            by_day=await sums(
+                "strftime('%Y-%m-%d', at, 'unixepoch', 'localtime') AS day", "1"
+            ),
+            by_model=await sums("model", "requests DESC"),
+            by_client=await sums("client", "requests DESC"),
+        )
+    )
+
 
 async def events(exchange: Exchange) -> None:
     """GET /history/events: what happens, as server-sent events; first of all /stats."""
@@ -15630,6 +20437,7 @@ async def events(exchange: Exchange) -> None:
     finally:
         exchange.app.ledger.events.close(reader)
 
+
 def approvals(exchange: Exchange) -> None:
     """GET /approvals: what waits; POST /approvals/ID: a person's answer."""
     check_operator(exchange)
@@ -15640,26 +20448,40 @@ def approvals(exchange: Exchange) -> None:
     allow = exchange.json_object().get("allow")
     if not isinstance(allow, bool):
         raise BadRequest("'allow' must be true or false", param="allow")
-    exchange.reply_json(approval.decide(exchange.argument, "allowed" if allow else "refused"))
+    exchange.reply_json(
+        approval.decide(exchange.argument, "allowed" if allow else "refused")
+    )
 
-def read_embeddings(answer: bytes, wanted: int, counts: Json, meter: Meter) -> list[Json]:
+
+def read_embeddings(
+    answer: bytes, wanted: int, counts: Json, meter: Meter
+) -> list[Json]:
     """One batch's vectors in their order; its counts are added to `counts` and told to the meter.
     Raises UpstreamError."""
     try:
         value = as_object(loads(answer, decode_vectors, VECTORS_ROOM_BYTES))
     except ValueError:
         value = {}
-    items = [item for item in as_list(value.get("data"))
-             if isinstance(item, dict) and isinstance(item.get("embedding"), list)
-             and all(type(number) in (int, float) and number - number == 0     # finite
-                     for number in item["embedding"])]
+    items = [
+        item
+        for item in as_list(value.get("data"))
+        if isinstance(item, dict)
+        and isinstance(item.get("embedding"), list)
+        and all(
+            type(number) in (int, float) and number - number == 0  # finite
+            for number in item["embedding"]
+        )
+    ]
     if len(items) != wanted:
-        raise UpstreamError("the upstream gave %d embeddings for %d texts" % (len(items), wanted))
+        raise UpstreamError(
+            "the upstream gave %d embeddings for %d texts" % (len(items), wanted)
+        )
 
     meter.take(value)
     for key in counts:
         counts[key] += count_or_zero(as_object(value.get("usage")).get(key))
     return sorted(items, key=lambda item: count_or_zero(item.get("index")))
+
 
 async def embeddings(exchange: Exchange) -> None:
     """Strings only upstream, floats only back: wrapped, split, merged and packed here."""
@@ -15668,14 +20490,25 @@ async def embeddings(exchange: Exchange) -> None:
     check_endpoint(model, "/embeddings")
     given = body.get("input")
     texts = [given] if isinstance(given, str) else given
-    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-        raise BadRequest("'input' must be a string or an array of strings; token arrays cannot be "
-                         "decoded here", param="input")
+    if (
+        not isinstance(texts, list)
+        or not texts
+        or not all(isinstance(t, str) for t in texts)
+    ):
+        raise BadRequest(
+            "'input' must be a string or an array of strings; token arrays cannot be "
+            "decoded here",
+            param="input",
+        )
     if len(texts) > MAX_EMBEDDINGS:
-        raise BadRequest("at most %d inputs are taken at a time" % MAX_EMBEDDINGS, param="input")
+        raise BadRequest(
+            "at most %d inputs are taken at a time" % MAX_EMBEDDINGS, param="input"
+        )
     packing = body.pop("encoding_format", None)
     if packing not in (None, "float", "base64"):
-        raise BadRequest("'encoding_format' must be float or base64", param="encoding_format")
+        raise BadRequest(
+            "'encoding_format' must be float or base64", param="encoding_format"
+        )
     exchange.record.go_up("passthrough", "/embeddings")
     batch = model.limit("max_inputs")
     if batch < 1:
@@ -15687,46 +20520,70 @@ async def embeddings(exchange: Exchange) -> None:
     for at in range(0, len(texts), batch):
         if at:
             await admit_next(exchange)
-        part = dict(body, model=model.id, input=texts[at:at + batch])
+        part = dict(body, model=model.id, input=texts[at : at + batch])
         call = Call("/embeddings", dumps(part), {}, exchange.id, model=model.id)
         answer = await copilot.send(call)
         exchange.headers.update(passed_headers(answer.headers))
         meter = Meter()
         exchange.record.hear(answer.headers, meter)
-        for item in read_embeddings(await answer.read_all(), len(part["input"]),
-                                    counts, meter):
+        for item in read_embeddings(
+            await answer.read_all(), len(part["input"]), counts, meter
+        ):
             item.update(object="embedding", index=len(items))
             if packing == "base64":
                 item["embedding"] = floats_to_base64(item["embedding"])
-            items.append(dumps(item))                  # a third of what its numbers take
+            items.append(dumps(item))  # a third of what its numbers take
     answer_end = dumps({"model": body["model"], "usage": counts})
     items[0] = b'{"object":"list","data":[' + items[0]
     items[-1] += b"]," + answer_end[1:]
     exchange.reply(b",".join(items))
 
+
 def model_entry(model: Model) -> Json:
     """One model so that the OpenAI and the Anthropic SDKs both parse it."""
     found = re.search(r"(20\d\d)-(\d\d)-(\d\d)", str(model.entry.get("version") or ""))
     created = moment_or_none(found.group()) if found else None
-    date = found.group() if found and created else "1970-01-01"     # unknown, as Anthropic says it
-    return {"id": model.id, "object": "model", "type": "model", "created": int(created or 0),
-            "created_at": date + "T00:00:00Z", "owned_by": model.vendor.lower() or "unknown",
-            "display_name": model.name, "kind": model.kind, "state": model.state,
-            "picker_enabled": model.picker, "supported_endpoints": list(model.endpoints),
-            "context_window": model.limit("max_context_window_tokens") or None,
-            "max_input_tokens": model.limit("max_prompt_tokens") or None,
-            "max_output_tokens": model.limit("max_output_tokens") or None,
-            "max_tokens": model.limit("max_output_tokens") or None,
-            "lifecycle": "deprecated" if model.notice else "active",
-            "notice": model.notice or None, "price": price_entry(model)}
+    date = (
+        found.group() if found and created else "1970-01-01"
+    )  # unknown, as Anthropic says it
+
+    return {
+        "id": model.id,
+        "object": "model",
+        "type": "model",
+        "created": int(created or 0),
+        "created_at": date + "T00:00:00Z",
+        "owned_by": model.vendor.lower() or "unknown",
+        "display_name": model.name,
+        "kind": model.kind,
+        "state": model.state,
+        "picker_enabled": model.picker,
+        "supported_endpoints": list(model.endpoints),
+        "context_window": model.limit("max_context_window_tokens") or None,
+        "max_input_tokens": model.limit("max_prompt_tokens") or None,
+        "max_output_tokens": model.limit("max_output_tokens") or None,
+        "max_tokens": model.limit("max_output_tokens") or None,
+        "lifecycle": "deprecated" if model.notice else "active",
+        "notice": model.notice or None,
+        "price": price_entry(model),
+    }
+
 
 def price_entry(model: Model) -> Json | None:
     """USD per million tokens, or the multiplier of a request; None where nothing is listed."""
     prices = {name: price / 100 for name, price in model.prices.per_million().items()}
     billing = as_object(model.entry.get("billing"))
     multiplier = text_number_or_none(billing.get("multiplier"))
-    return dict(dict.fromkeys(("input", "cache_read", "cache_write", "output")), **prices,
-                multiplier=multiplier) if prices or multiplier is not None else None
+    return (
+        dict(
+            dict.fromkeys(("input", "cache_read", "cache_write", "output")),
+            **prices,
+            multiplier=multiplier,
+        )
+        if prices or multiplier is not None
+        else None
+    )
+
 
 async def models(exchange: Exchange) -> None:
     """The models meant for users; `?all=1` shows hidden and disabled ones, too.  Codex asks with
@@ -15735,22 +20592,34 @@ async def models(exchange: Exchange) -> None:
     everything = exchange.parameter("all") not in (None, "0")
     shown = [m for m in await copilot.models() if m.is_listed or everything]
     data = [model_entry(m) for m in shown if m.kind in ("chat", "embeddings")]
-    answer: Json = {"object": "list", "data": data, "has_more": False,
-                    "first_id": data[0]["id"] if data else None,
-                    "last_id": data[-1]["id"] if data else None}
+    answer: Json = {
+        "object": "list",
+        "data": data,
+        "has_more": False,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+    }
     if exchange.parameter("client_version") is not None:
         answer["models"] = []
     exchange.reply_json(answer)
 
+
 async def one_model(exchange: Exchange) -> None:
     """One entry of the list; any spelling that finds a model will do.  Its id is then the one
     that was asked for, unless another model answers for it."""
-    exchange.answer_in(MESSAGES if "anthropic-version" in exchange.head.headers else CHAT)
+    exchange.answer_in(
+        MESSAGES if "anthropic-version" in exchange.head.headers else CHAT
+    )
     copilot = await account_for(exchange)
     model = await copilot.find_model(exchange.argument)
     name_model(exchange, model)
-    shown = model.id if copilot.is_substitute(exchange.argument, model) else exchange.argument
+    shown = (
+        model.id
+        if copilot.is_substitute(exchange.argument, model)
+        else exchange.argument
+    )
     exchange.reply_json(dict(model_entry(model), id=shown))
+
 
 async def usage(exchange: Exchange) -> None:
     """The upstream's usage answer, whole."""
@@ -15758,59 +20627,85 @@ async def usage(exchange: Exchange) -> None:
     answer = await copilot.fetch_usage()
     exchange.reply_json(answer)
 
+
 async def token(exchange: Exchange) -> None:
     """The Copilot token, for this machine's own programs and only with --show-token."""
-    if (not exchange.app.settings.show_token or "origin" in exchange.head.headers
-            or "x-forwarded-for" in exchange.head.headers
-            or not is_loopback(exchange.caller.address)):
-        raise BadRequest("there is no route GET /token; it is off without --show-token", 404,
-                         "unknown_url")
+    if (
+        not exchange.app.settings.show_token
+        or "origin" in exchange.head.headers
+        or "x-forwarded-for" in exchange.head.headers
+        or not is_loopback(exchange.caller.address)
+    ):
+        raise BadRequest(
+            "there is no route GET /token; it is off without --show-token",
+            404,
+            "unknown_url",
+        )
     copilot = await account_for(exchange)
     value: CopilotToken = await copilot.token.get()
     exchange.headers["Cache-Control"] = "no-store"
     exchange.reply_json({"token": value.value})
 
+
 def health(exchange: Exchange) -> None:
     """200 as soon as the port serves; whether calls will work is in `status`."""
     exchange.reply_json(health_report(exchange))
+
 
 def health_report(exchange: Exchange) -> Json:
     """Login state, code to enter, token state; no secret, and to strangers only whether it works:
     who knows the code could log in as somebody else."""
     app = exchange.app
     account, login = exchange.caller.account or app.login.account, app.login.device
-    report: Json = {"status": "ok" if account else "login_required", "version": __version__,
-                    "uptime_s": round(time.time() - app.started, 1), "demo": app.settings.demo}
+    report: Json = {
+        "status": "ok" if account else "login_required",
+        "version": __version__,
+        "uptime_s": round(time.time() - app.started, 1),
+        "demo": app.settings.demo,
+    }
+
     if not exchange.caller.is_admitted:
         return report
     if account is not None:
         problem = account.token.error
-        report["token"] = {"ready": account.token.value is not None,
-                           "problem": str(problem) if problem else None}
+        report["token"] = {
+            "ready": account.token.value is not None,
+            "problem": str(problem) if problem else None,
+        }
     elif login is not None:
         report["login"] = {"problem": login.problem or None}
         if login.code:
-            report["login"].update(user_code=login.code.user_code,
-                                   verification_uri=login.code.verification_uri)
+            report["login"].update(
+                user_code=login.code.user_code,
+                verification_uri=login.code.verification_uri,
+            )
+
     return report
+
 
 def page(exchange: Exchange) -> None:
     """The one page: it holds no data and fetches what it shows."""
     exchange.headers.update(PAGE_HEADERS)
     exchange.reply(PAGE.encode(), kind="text/html; charset=utf-8")
 
+
 def login_page(exchange: Exchange) -> None:
     """GET /auth/device: a shell, too."""
     exchange.headers.update(LOGIN_HEADERS)
     exchange.reply(LOGIN_PAGE.encode(), kind="text/html; charset=utf-8")
+
 
 def check_door(exchange: Exchange) -> None:
     """Logins, keys and limits are for this server's own page and for programs.
     Raises BadRequest 403."""
     exchange.headers["Cache-Control"] = "no-store"
     if not exchange.is_same_origin:
-        raise BadRequest("pages of other origins cannot log in here, see keys or end limits", 403,
-                         "origin_not_allowed")
+        raise BadRequest(
+            "pages of other origins cannot log in here, see keys or end limits",
+            403,
+            "origin_not_allowed",
+        )
+
 
 def clear_limits(exchange: Exchange) -> None:
     """POST /limits/clear: end the rest of `scope` (a model's id, or "account") of `account` (its
@@ -15818,14 +20713,26 @@ def clear_limits(exchange: Exchange) -> None:
     check_door(exchange)
     check_operator(exchange)
     asked = exchange.json_object() if exchange.body else {}
+
     for name, value in asked.items():
         if name not in ("scope", "account") or not isinstance(value, str) or not value:
-            raise BadRequest("'scope' (a model's id, or \"account\") and 'account' (its name) are "
-                             "possible here, as strings", param=printable(name, 40))
-    exchange.reply_json({"cleared": [
-        {"account": account.name, "scope": scope} for account in exchange.app.accounts.all()
-        if asked.get("account") in (None, account.name)
-        for scope in account.limits.clear(asked.get("scope", ""))]})
+            raise BadRequest(
+                "'scope' (a model's id, or \"account\") and 'account' (its name) are "
+                "possible here, as strings",
+                param=printable(name, 40),
+            )
+
+    exchange.reply_json(
+        {
+            "cleared": [
+                {"account": account.name, "scope": scope}
+                for account in exchange.app.accounts.all()
+                if asked.get("account") in (None, account.name)
+                for scope in account.limits.clear(asked.get("scope", ""))
+            ]
+        }
+    )
+
 
 async def begin_login(exchange: Exchange) -> None:
     """POST /auth/device/start: a code, and the state token that makes it this browser's login."""
@@ -15837,16 +20744,34 @@ async def begin_login(exchange: Exchange) -> None:
     state, login = await wait(InThread(open_login))
     if login.code is None:
         raise UpstreamError(login.problem or "GitHub gave no login code in time")
-    exchange.reply_json(dict(health_report(exchange), state=state, user_code=login.code.user_code,
-                             verification_uri=login.code.verification_uri,
-                             expires_in=login.code.expires_in))
+    exchange.reply_json(
+        dict(
+            health_report(exchange),
+            state=state,
+            user_code=login.code.user_code,
+            verification_uri=login.code.verification_uri,
+            expires_in=login.code.expires_in,
+        )
+    )
+
 
 def poll_login(exchange: Exchange) -> None:
     """GET /auth/device/poll: how it stands; the server's own thread asks GitHub."""
     check_door(exchange)
-    login = exchange.app.accounts.find_login(exchange.head.headers.get("x-login-state", "")).login
-    exchange.reply_json({"status": "failed" if login.problem else "granted" if login.token
-                         else "pending", "problem": login.problem or None})
+    login = exchange.app.accounts.find_login(
+        exchange.head.headers.get("x-login-state", "")
+    ).login
+    exchange.reply_json(
+        {
+            "status": "failed"
+            if login.problem
+            else "granted"
+            if login.token
+            else "pending",
+            "problem": login.problem or None,
+        }
+    )
+
 
 async def claim_login(exchange: Exchange) -> None:
     """POST /auth/device/claim: the account's key, once; null for a default login that was begun
@@ -15856,43 +20781,75 @@ async def claim_login(exchange: Exchange) -> None:
     claim = functools.partial(exchange.app.accounts.claim_login, state)
     exchange.reply_json(await wait(InThread(claim)))
 
+
 def own_keys(exchange: Exchange) -> list[Key]:
     """The keys that the caller may see: the operator all, others their account's."""
     caller = exchange.caller
-    return [key for key in exchange.app.accounts.keys.all() if caller.is_operator or caller.account
-            and key.token == caller.account.github_token]
+    return [
+        key
+        for key in exchange.app.accounts.keys.all()
+        if caller.is_operator
+        or caller.account
+        and key.token == caller.account.github_token
+    ]
+
 
 def list_keys(exchange: Exchange) -> None:
     """GET /auth/tokens: ids and accounts, never keys."""
     check_door(exchange)
-    exchange.reply_json({"object": "list", "data": [
-        {"key_id": key.id, "kind": "account" if key.token else "operator", "login": key.login,
-         "host": key.host, "created": key.made} for key in own_keys(exchange)]})
+    exchange.reply_json(
+        {
+            "object": "list",
+            "data": [
+                {
+                    "key_id": key.id,
+                    "kind": "account" if key.token else "operator",
+                    "login": key.login,
+                    "host": key.host,
+                    "created": key.made,
+                }
+                for key in own_keys(exchange)
+            ],
+        }
+    )
+
 
 def delete_key(exchange: Exchange) -> None:
     """DELETE /auth/tokens/ID: forget a key, and its account with the last one."""
     check_door(exchange)
     whole = exchange.app.accounts.keys.find(exchange.argument)
-    found = [key for key in own_keys(exchange)
-             if key.id == exchange.argument or whole is not None and key.hash == whole.hash]
+    found = [
+        key
+        for key in own_keys(exchange)
+        if key.id == exchange.argument or whole is not None and key.hash == whole.hash
+    ]
     if not found:
         raise BadRequest("there is no such key", 404, "unknown_key")
     if not found[0].made:
-        raise BadRequest("this key comes from --api-key or the environment: it ends with the next "
-                         "start without it", 409)
+        raise BadRequest(
+            "this key comes from --api-key or the environment: it ends with the next "
+            "start without it",
+            409,
+        )
     exchange.app.accounts.forget(found)
     exchange.reply_json({"key_id": found[0].id, "deleted": True})
+
 
 def accept_quietly(exchange: Exchange) -> None:
     """Telemetry of clients: dropped without noise."""
     exchange.reply_json({})
 
+
 def nothing(exchange: Exchange) -> None:
     exchange.reply(b"", 204, "")
 
+
 ROUTES: Routes = {
     "/chat/completions": {"POST": functools.partial(complete, CHAT)},
-    "/responses": {"POST": functools.partial(complete, RESPONSES), "GET": refuse_websocket},
+    "/responses": {
+        "POST": functools.partial(complete, RESPONSES),
+        "GET": refuse_websocket,
+    },
     "/responses/input_tokens": {"POST": count_input},
     COMPACT_PATH: {"POST": functools.partial(complete, RESPONSES)},
     "/responses/*": {"GET": stored_response, "DELETE": stored_response},
@@ -15932,40 +20889,80 @@ ROUTES: Routes = {
 # upstream's address differs.  Every answer says that it is the demo.
 
 DEMO_TEXT = "This is the copilot_proxy demo; no model was asked."
-DEMO_PAUSE_S = 0.02                          # between two words, so that streaming can be seen
+DEMO_PAUSE_S = 0.02  # between two words, so that streaming can be seen
 #: credits for a million tokens, in the upstream's own shape; the same for all models
-DEMO_PRICES = {"batch_size": MILLION, "default": {
-    "input_price": 100, "cache_read_price": 10, "cache_write_price": 125, "output_price": 500,
-    "max_prompt_tokens": 136000}, "long_context": {"input_price": 200, "output_price": 750}}
+DEMO_PRICES = {
+    "batch_size": MILLION,
+    "default": {
+        "input_price": 100,
+        "cache_read_price": 10,
+        "cache_write_price": 125,
+        "output_price": 500,
+        "max_prompt_tokens": 136000,
+    },
+    "long_context": {"input_price": 200, "output_price": 750},
+}
+
 
 def demo_model(name: str, vendor: str, endpoints: str, efforts: str = "") -> Json:
     """A catalogue entry in the upstream's own shape."""
     kind = "embeddings" if endpoints == "/embeddings" else "chat"
-    supports: Json = {"streaming": True, "tool_calls": True, "dimensions": kind == "embeddings"}
+    supports: Json = {
+        "streaming": True,
+        "tool_calls": True,
+        "dimensions": kind == "embeddings",
+    }
+
     if efforts:
-        supports.update(reasoning_effort=efforts.split(), adaptive_thinking=vendor == "Anthropic")
+        supports.update(
+            reasoning_effort=efforts.split(), adaptive_thinking=vendor == "Anthropic"
+        )
+
     if vendor == "Anthropic":
         supports.update(max_thinking_budget=32000, min_thinking_budget=1024)
     entry: Json = {
-        "id": name, "name": name + " (demo)", "object": "model", "vendor": vendor,
-        "version": name, "model_picker_enabled": kind == "chat",
-        "is_chat_default": name == CHEAP_MODEL, "billing": {"token_prices": DEMO_PRICES},
-        "capabilities": {"type": kind, "family": name, "tokenizer": "o200k_base", "limits": {
-            "max_context_window_tokens": 200000, "max_prompt_tokens": 168000,
-            "max_output_tokens": 32000, "max_inputs": 512}, "supports": supports}}
+        "id": name,
+        "name": name + " (demo)",
+        "object": "model",
+        "vendor": vendor,
+        "version": name,
+        "model_picker_enabled": kind == "chat",
+        "is_chat_default": name == CHEAP_MODEL,
+        "billing": {"token_prices": DEMO_PRICES},
+        "capabilities": {
+            "type": kind,
+            "family": name,
+            "tokenizer": "o200k_base",
+            "limits": {
+                "max_context_window_tokens": 200000,
+                "max_prompt_tokens": 168000,
+                "max_output_tokens": 32000,
+                "max_inputs": 512,
+            },
+            "supports": supports,
+        },
+    }
+
     if endpoints not in ("/chat/completions", "/embeddings"):
         entry["supported_endpoints"] = endpoints.split()
     return entry
 
+
 #: one or two of each family, with the endpoints that Copilot listed for it in the second half of
 #: 2026: the GPTs from 5.3 on speak Responses only, the Claudes from 4.7 on Messages only
 DEMO_MODELS = [
-    demo_model("gpt-5-mini", "Azure OpenAI", "/chat/completions /responses", "low medium high"),
+    demo_model(
+        "gpt-5-mini", "Azure OpenAI", "/chat/completions /responses", "low medium high"
+    ),
     demo_model("gpt-5.3-codex", "OpenAI", "/responses", "low medium high xhigh"),
     demo_model("gpt-5.6-terra", "OpenAI", "/responses", "low medium high xhigh"),
     demo_model("claude-haiku-4.5", "Anthropic", "/chat/completions /v1/messages"),
-    demo_model("claude-sonnet-4.6", "Anthropic", "/chat/completions /v1/messages",
-               "low medium high"),
+    demo_model(
+        "claude-sonnet-4.6",
+        "Anthropic",
+        "/chat/completions /v1/messages",
+        "low medium high",
+    ),
     demo_model("claude-sonnet-5", "Anthropic", "/v1/messages", "low medium high"),
     demo_model("claude-opus-5", "Anthropic", "/v1/messages", "low medium high max"),
     demo_model("gemini-3.1-pro-preview", "Google", "/chat/completions", "low high"),
@@ -15975,16 +20972,32 @@ DEMO_MODELS = [
     demo_model("text-embedding-3-small", "Azure OpenAI", "/embeddings"),
 ]
 
+
 def demo_response(request: Request, prompt_tokens: int) -> Response:
     """What the demo says: the prompt, or a call of the first tool when it speaks of a tool."""
     parts = request.turns[-1].parts if request.turns else []
-    results = [result_text(part, request) for part in parts if isinstance(part, ToolResult)]
+    results = [
+        result_text(part, request) for part in parts if isinstance(part, ToolResult)
+    ]
     said = "\n".join(results) or join_texts(parts)
-    text = "%s %s: %s" % (DEMO_TEXT, "The tool answered" if results else "You said", said[:2000])
+    text = "%s %s: %s" % (
+        DEMO_TEXT,
+        "The tool answered" if results else "You said",
+        said[:2000],
+    )
+
     calls = bool(request.tools) and not results and "tool" in said.lower()
-    part: Part = ToolCall("call_" + request.key, request.tools[0].name) if calls else Text(text)
-    return Response("", request.model, [part], "tool_use" if calls else "stop",
-                    Usage(prompt_tokens, output=len(text.split())))
+    part: Part = (
+        ToolCall("call_" + request.key, request.tools[0].name) if calls else Text(text)
+    )
+    return Response(
+        "",
+        request.model,
+        [part],
+        "tool_use" if calls else "stop",
+        Usage(prompt_tokens, output=len(text.split())),
+    )
+
 
 async def demo_answer(dialect: Dialect, exchange: Exchange) -> None:
     """A request of any dialect to the demo; streams come at a pace that can be seen."""
@@ -15995,17 +21008,23 @@ async def demo_answer(dialect: Dialect, exchange: Exchange) -> None:
     if not request.stream:
         exchange.reply_json(dialect.encode_response(response, request))
         return
+
     encoder = dialect.stream_encoder(request)
     exchange.expect_stream(b": demo\n\n")
+
     for event in unfold(response):
         words: list[Event] = [event]
         if isinstance(event, PartDelta):
-            words = [PartDelta(event.index, w) for w in re.findall(r"\S+\s*", event.text)]
+            words = [
+                PartDelta(event.index, w) for w in re.findall(r"\S+\s*", event.text)
+            ]
         for word_ in words:
             exchange.write(encoder.feed(word_))
             if len(words) > 1:
                 await wait(Pause(DEMO_PAUSE_S))
+
     exchange.finish()
+
 
 def demo_embeddings(exchange: Exchange) -> None:
     """Vectors made from a hash: equal texts have equal vectors, no more is promised."""
@@ -16013,42 +21032,79 @@ def demo_embeddings(exchange: Exchange) -> None:
     size = min(count_or_zero(body.get("dimensions")) or 8, 1536)
     data = []
     for at, text in enumerate(as_list(body.get("input"))):
-        digest = (hashlib.sha256(str(text).encode("utf-8", "replace")).digest() * 48)[:size]
-        data.append({"index": at, "embedding": [(byte - 127.5) / 127.5 for byte in digest]})
+        digest = (hashlib.sha256(str(text).encode("utf-8", "replace")).digest() * 48)[
+            :size
+        ]
+        data.append(
+            {"index": at, "embedding": [(byte - 127.5) / 127.5 for byte in digest]}
+        )
     count = sum(len(str(text)) // 4 + 1 for text in as_list(body.get("input")))
-    exchange.reply_json({"data": data, "usage": {"prompt_tokens": count, "total_tokens": count}})
+    exchange.reply_json(
+        {"data": data, "usage": {"prompt_tokens": count, "total_tokens": count}}
+    )
+
 
 def demo_token(exchange: Exchange) -> None:
-    exchange.reply_json({"token": "tid=demo", "expires_at": int(time.time()) + 1800,
-                         "refresh_in": 1500, "chat_enabled": True})
+    exchange.reply_json(
+        {
+            "token": "tid=demo",
+            "expires_at": int(time.time()) + 1800,
+            "refresh_in": 1500,
+            "chat_enabled": True,
+        }
+    )
+
 
 def demo_user(exchange: Exchange) -> None:
     """GET /copilot_internal/user and /user of the demo."""
-    exchange.reply_json({"login": "demo", "copilot_plan": "demo", "quota_snapshots": {
-        "premium_interactions": {"entitlement": 300, "remaining": 226, "percent_remaining": 75.4,
-                                 "quota_remaining": 226.3, "unlimited": False},
-        "chat": {"entitlement": 0, "remaining": 0, "percent_remaining": 100.0,
-                 "unlimited": True}}, "quota_reset_date": "2099-01-01"})
+    exchange.reply_json(
+        {
+            "login": "demo",
+            "copilot_plan": "demo",
+            "quota_snapshots": {
+                "premium_interactions": {
+                    "entitlement": 300,
+                    "remaining": 226,
+                    "percent_remaining": 75.4,
+                    "quota_remaining": 226.3,
+                    "unlimited": False,
+                },
+                "chat": {
+                    "entitlement": 0,
+                    "remaining": 0,
+                    "percent_remaining": 100.0,
+                    "unlimited": True,
+                },
+            },
+            "quota_reset_date": "2099-01-01",
+        }
+    )
+
 
 DEMO_ROUTES: Routes = {
-    "/copilot_internal/*": {"GET": lambda x: (demo_token if x.argument == "v2/token"
-                                              else demo_user)(x)},
+    "/copilot_internal/*": {
+        "GET": lambda x: (demo_token if x.argument == "v2/token" else demo_user)(x)
+    },
     "/user": {"GET": demo_user},
     "/models": {"GET": lambda x: x.reply_json({"object": "list", "data": DEMO_MODELS})},
     "/chat/completions": {"POST": functools.partial(demo_answer, CHAT)},
     "/responses": {"POST": functools.partial(demo_answer, RESPONSES)},
     "/messages": {"POST": functools.partial(demo_answer, MESSAGES)},
-    "/messages/count_tokens": {"POST": lambda x: x.reply_json(
-        {"input_tokens": estimate_tokens(x.json_object())})},
+    "/messages/count_tokens": {
+        "POST": lambda x: x.reply_json(
+            {"input_tokens": estimate_tokens(x.json_object())}
+        )
+    },
     "/embeddings": {"POST": demo_embeddings},
 }
 
+
 def start_demo(settings: Settings) -> Server:
     """Start the make-believe upstream and point `settings` at it."""
-    log = logging.getLogger("copilot_proxy.demo")            # its requests are not the user's
+    log = logging.getLogger("copilot_proxy.demo")  # its requests are not the user's
     log.disabled = True
     app = App(Settings(no_history=True), {}, log=log)
-    app.accounts.keys = KeyFile("", "", ())                  # everybody may ask it
+    app.accounts.keys = KeyFile("", "", ())  # everybody may ask it
     server = Server(app, DEMO_ROUTES, "127.0.0.1", 0)
     server.start()
     settings.github_url, settings.copilot_url = server.url, ""
@@ -16062,6 +21118,7 @@ def start_demo(settings: Settings) -> Server:
 
 _LARGE_GPT = "gpt-(?!.{0,40}(?:mini|nano))"
 
+
 @dataclass(frozen=True)
 class Recipe:
     """How a client is set up; all of it text with %(places)s that `fill` knows.
@@ -16070,6 +21127,7 @@ class Recipe:
     stands before // is moved by a $VARIABLE.  suffix: of models with a window of 1M tokens.
     sign, named: patterns that find in those files that they are about this proxy, and a setting
     with the model it names."""
+
     about: str
     dialect: Dialect = CHAT
     main: tuple[str, ...] = ("claude-sonnet", _LARGE_GPT, "gpt-")
@@ -16083,6 +21141,7 @@ class Recipe:
     sign: str = ""
     named: str = ""
 
+
 _LLM = "$LLM_USER_PATH:%s//" % {
     "win32": "~/AppData/Roaming/io.datasette.llm",
     "darwin": "~/Library/Application Support/io.datasette.llm",
@@ -16091,24 +21150,46 @@ _CODEX = "-c model_providers.copilot_proxy."
 
 CLIENTS: Mapping[str, Recipe] = {
     "claude-code": Recipe(
-        "Claude Code", MESSAGES, ("claude-sonnet", "claude", _LARGE_GPT, "gpt-"),
+        "Claude Code",
+        MESSAGES,
+        ("claude-sonnet", "claude", _LARGE_GPT, "gpt-"),
         env="ANTHROPIC_BASE_URL=%(url)s ANTHROPIC_AUTH_TOKEN=%(key)s ANTHROPIC_MODEL=%(main)s "
-            "ANTHROPIC_DEFAULT_OPUS_MODEL=%(opus)s ANTHROPIC_DEFAULT_SONNET_MODEL=%(main)s "
-            "ANTHROPIC_DEFAULT_HAIKU_MODEL=%(small)s CLAUDE_AUTOCOMPACT_PCT_OVERRIDE=%(percent)s "
-            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1",
-        run="claude", suffix="[1m]", note="ANTHROPIC_API_KEY must not be set beside it.",
+        "ANTHROPIC_DEFAULT_OPUS_MODEL=%(opus)s ANTHROPIC_DEFAULT_SONNET_MODEL=%(main)s "
+        "ANTHROPIC_DEFAULT_HAIKU_MODEL=%(small)s CLAUDE_AUTOCOMPACT_PCT_OVERRIDE=%(percent)s "
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1",
+        run="claude",
+        suffix="[1m]",
+        note="ANTHROPIC_API_KEY must not be set beside it.",
         sign='"ANTHROPIC_BASE_URL"',
         named=r'"(ANTHROPIC\w{0,40}_MODEL|CLAUDE_CODE_SUBAGENT_MODEL|model)" *: *"([^"\n]{1,200})"',
-        files=(("$CLAUDE_CONFIG_DIR:~/.claude//settings.json", '{"env": {%(env)s}}', ""),
-               ("$CLAUDE_CONFIG_DIR:~//.claude.json", '{"hasCompletedOnboarding": true}', ""))),
+        files=(
+            ("$CLAUDE_CONFIG_DIR:~/.claude//settings.json", '{"env": {%(env)s}}', ""),
+            (
+                "$CLAUDE_CONFIG_DIR:~//.claude.json",
+                '{"hasCompletedOnboarding": true}',
+                "",
+            ),
+        ),
+    ),
     "codex": Recipe(
-        "Codex", RESPONSES, ("codex(?!.{0,40}mini)", _LARGE_GPT, "gpt-"),
+        "Codex",
+        RESPONSES,
+        ("codex(?!.{0,40}mini)", _LARGE_GPT, "gpt-"),
         sign="""model_provider *= *["']copilot_proxy["']""",
         named=r"""(?m)^ *((?:review_)?model) *= *["']([^"'\n]{1,200})["']""",
         run="codex -m %(main)s -c model_provider=copilot_proxy -c model_context_window=%(window)s "
-            + _CODEX + "name=copilot_proxy " + _CODEX + "base_url=%(base)s "
-            + _CODEX + "wire_api=responses " + _CODEX + "experimental_bearer_token=%(key)s",
-        files=(("$CODEX_HOME:~/.codex//config.toml", """\
+        + _CODEX
+        + "name=copilot_proxy "
+        + _CODEX
+        + "base_url=%(base)s "
+        + _CODEX
+        + "wire_api=responses "
+        + _CODEX
+        + "experimental_bearer_token=%(key)s",
+        files=(
+            (
+                "$CODEX_HOME:~/.codex//config.toml",
+                """\
 model = "%(main)s"
 model_provider = "copilot_proxy"
 model_context_window = %(window)s
@@ -16118,63 +21199,125 @@ name = "copilot_proxy"
 base_url = "%(base)s"
 wire_api = "responses"
 experimental_bearer_token = "%(key)s"
-""", ""),)),
+""",
+                "",
+            ),
+        ),
+    ),
     "opencode": Recipe(
-        "opencode", run="opencode", sign='"copilot_proxy"',
-        named=r'"((?:small_)?model)" *: *"copilot_proxy/([^"\n]{1,200})"', files=((
-        "$XDG_CONFIG_HOME:~/.config//opencode/opencode.json", """\
+        "opencode",
+        run="opencode",
+        sign='"copilot_proxy"',
+        named=r'"((?:small_)?model)" *: *"copilot_proxy/([^"\n]{1,200})"',
+        files=(
+            (
+                "$XDG_CONFIG_HOME:~/.config//opencode/opencode.json",
+                """\
 {"$schema": "https://opencode.ai/config.json", "model": "copilot_proxy/%(main)s",
  "small_model": "copilot_proxy/%(small)s", "provider": {"copilot_proxy": {
    "npm": "@ai-sdk/openai-compatible", "name": "copilot_proxy",
    "options": {"baseURL": "%(base)s", "apiKey": "%(key)s"}, "models": {%(models)s}}}}""",
-        '"%(id)s": {"name": "%(name)s", "limit": {"context": %(context)s, "output": %(out)s}}'),)),
+                '"%(id)s": {"name": "%(name)s", "limit": {"context": %(context)s, "output": %(out)s}}',
+            ),
+        ),
+    ),
     "aider": Recipe(
-        "aider", env="OPENAI_API_BASE=%(base)s OPENAI_API_KEY=%(key)s",
+        "aider",
+        env="OPENAI_API_BASE=%(base)s OPENAI_API_KEY=%(key)s",
         run="aider --model openai/%(main)s --weak-model openai/%(small)s",
         sign="openai-api-base",
         named=r"""(?m)^((?:weak-|editor-)?model) *: *["']?openai/([^\s#"']{1,200})""",
-        files=(("~//.aider.conf.yml", ("openai-api-base: %(base)s\nopenai-api-key: %(key)s\n"
-                                       "model: openai/%(main)s\nweak-model: openai/%(small)s\n"),
-                ""), ("~//.aider.model.metadata.json", "{%(models)s}", (
+        files=(
+            (
+                "~//.aider.conf.yml",
+                (
+                    "openai-api-base: %(base)s\nopenai-api-key: %(key)s\n"
+                    "model: openai/%(main)s\nweak-model: openai/%(small)s\n"
+                ),
+                "",
+            ),
+            (
+                "~//.aider.model.metadata.json",
+                "{%(models)s}",
+                (
                     '"openai/%(id)s": {"litellm_provider": "openai", "mode": "chat", '
-                    '"max_input_tokens": %(window)s, "max_output_tokens": %(out)s}')))),
+                    '"max_input_tokens": %(window)s, "max_output_tokens": %(out)s}'
+                ),
+            ),
+        ),
+    ),
     "continue": Recipe(
-        "Continue (VS Code, JetBrains)", note="Choose copilot_proxy among its configurations.",
-        files=(("$CONTINUE_GLOBAL_DIR:~/.continue//assistants/copilot_proxy.yaml",
-                ("name: copilot_proxy\nversion: 1.0.0\nschema: v1\nmodels:\n%(models)s"
-                 '  - {name: "%(embed)s", provider: openai, model: "%(embed)s", roles: [embed],\n'
-                 '     apiBase: "%(base)s", apiKey: "%(key)s"}\n'),
-                ('  - {name: "%(name)s", provider: openai, model: "%(id)s", '
-                 'roles: [chat, edit, apply],\n     apiBase: "%(base)s", apiKey: "%(key)s"}\n')),)),
-    "cline": Recipe("Cline, Roo Code, Kilo Code", note=(
-        "Enter on their settings page:\n  API provider    OpenAI Compatible\n  Base URL        "
-        "%(base)s\n  API key         %(key)s\n  Model           %(main)s\n  Context window  "
-        "%(window)s\n  Max output      %(out)s")),
+        "Continue (VS Code, JetBrains)",
+        note="Choose copilot_proxy among its configurations.",
+        files=(
+            (
+                "$CONTINUE_GLOBAL_DIR:~/.continue//assistants/copilot_proxy.yaml",
+                (
+                    "name: copilot_proxy\nversion: 1.0.0\nschema: v1\nmodels:\n%(models)s"
+                    '  - {name: "%(embed)s", provider: openai, model: "%(embed)s", roles: [embed],\n'
+                    '     apiBase: "%(base)s", apiKey: "%(key)s"}\n'
+                ),
+                (
+                    '  - {name: "%(name)s", provider: openai, model: "%(id)s", '
+                    'roles: [chat, edit, apply],\n     apiBase: "%(base)s", apiKey: "%(key)s"}\n'
+                ),
+            ),
+        ),
+    ),
+    "cline": Recipe(
+        "Cline, Roo Code, Kilo Code",
+        note=(
+            "Enter on their settings page:\n  API provider    OpenAI Compatible\n  Base URL        "
+            "%(base)s\n  API key         %(key)s\n  Model           %(main)s\n  Context window  "
+            "%(window)s\n  Max output      %(out)s"
+        ),
+    ),
     "open-webui": Recipe(
-        "Open WebUI", run="open-webui serve",
+        "Open WebUI",
+        run="open-webui serve",
         env="OPENAI_API_BASE_URL=%(base)s OPENAI_API_KEY=%(key)s DEFAULT_MODELS=%(main)s "
-            "TASK_MODEL_EXTERNAL=%(small)s RAG_EMBEDDING_ENGINE=openai RAG_OPENAI_API_KEY=%(key)s "
-            "RAG_OPENAI_API_BASE_URL=%(base)s RAG_EMBEDDING_MODEL=%(embed)s",
+        "TASK_MODEL_EXTERNAL=%(small)s RAG_EMBEDDING_ENGINE=openai RAG_OPENAI_API_KEY=%(key)s "
+        "RAG_OPENAI_API_BASE_URL=%(base)s RAG_EMBEDDING_MODEL=%(embed)s",
         note="They count at its first start, later its admin page.  In a container its address is\n"
-             "http://host.docker.internal:PORT/v1: start the proxy with --host 0.0.0.0 --api-key\n"
-             "and --allow-host host.docker.internal."),
-    "llm": Recipe("llm", run="llm -m copilot-%(main)s Hello", files=(
-        (_LLM + "extra-openai-models.yaml", "%(models)s",
-         ("- model_id: copilot-%(id)s\n  model_name: %(id)s\n  api_base: %(base)s\n"
-          "  api_key_name: copilot_proxy\n  supports_tools: true\n")),
-        (_LLM + "keys.json", '{"copilot_proxy": "%(key)s"}', ""))),
+        "http://host.docker.internal:PORT/v1: start the proxy with --host 0.0.0.0 --api-key\n"
+        "and --allow-host host.docker.internal.",
+    ),
+    "llm": Recipe(
+        "llm",
+        run="llm -m copilot-%(main)s Hello",
+        files=(
+            (
+                _LLM + "extra-openai-models.yaml",
+                "%(models)s",
+                (
+                    "- model_id: copilot-%(id)s\n  model_name: %(id)s\n  api_base: %(base)s\n"
+                    "  api_key_name: copilot_proxy\n  supports_tools: true\n"
+                ),
+            ),
+            (_LLM + "keys.json", '{"copilot_proxy": "%(key)s"}', ""),
+        ),
+    ),
     "openai-sdk": Recipe(
-        "OpenAI SDKs", env="OPENAI_BASE_URL=%(base)s OPENAI_API_KEY=%(key)s", note=(
-        'OpenAI() in Python and new OpenAI() in Node read these.\n  client.chat.completions.create('
-        'model="%(main)s", ...)\n  client.embeddings.create(model="%(embed)s", ...)')),
+        "OpenAI SDKs",
+        env="OPENAI_BASE_URL=%(base)s OPENAI_API_KEY=%(key)s",
+        note=(
+            "OpenAI() in Python and new OpenAI() in Node read these.\n  client.chat.completions.create("
+            'model="%(main)s", ...)\n  client.embeddings.create(model="%(embed)s", ...)'
+        ),
+    ),
     "anthropic-sdk": Recipe(
-        "Anthropic SDKs", MESSAGES, env="ANTHROPIC_BASE_URL=%(url)s ANTHROPIC_API_KEY=%(key)s",
+        "Anthropic SDKs",
+        MESSAGES,
+        env="ANTHROPIC_BASE_URL=%(url)s ANTHROPIC_API_KEY=%(key)s",
         note="Anthropic() in Python and new Anthropic() in Node read these.\n"
-             '  client.messages.create(model="%(main)s", ...)'),
+        '  client.messages.create(model="%(main)s", ...)',
+    ),
     "curl": Recipe(
-        "curl", main=(CHEAP_MODEL, "-mini", "gpt-", "claude"),
+        "curl",
+        main=(CHEAP_MODEL, "-mini", "gpt-", "claude"),
         run="curl -sS %(base)s/chat/completions -H %(type)s -H %(bearer)s -d @-",
-        typed='{"model": "%(main)s", "messages": [{"role": "user", "content": "Hello"}]}'),
+        typed='{"model": "%(main)s", "messages": [{"role": "user", "content": "Hello"}]}',
+    ),
 }
 
 #: shell -> (sets a variable: name, value, both, and value in any case quoted; what joins commands;
@@ -16186,12 +21329,16 @@ SHELLS: Mapping[str, tuple[str, str, str, tuple[tuple[str, str], ...]]] = {
     "cmd": ("set {2}", " && ", '"{}"', (('"', '\\"'),)),
 }
 
+
 def shell_of(environ: Mapping[str, str]) -> str:
     """The shell that the user types into, as far as it shows; zsh reads what bash reads."""
     name = os.path.basename(environ.get("SHELL", ""))
     if os.name == "nt" and not name:
-        return "cmd" if "PROMPT" in environ else "powershell"    # cmd.exe alone sets PROMPT
+        return (
+            "cmd" if "PROMPT" in environ else "powershell"
+        )  # cmd.exe alone sets PROMPT
     return {"fish": "fish", "pwsh": "powershell"}.get(name, "bash")
+
 
 def quote_word(shell: str, word: str, always: bool = False) -> str:
     """A word of a command line, quoted where this shell would read something into it."""
@@ -16201,6 +21348,7 @@ def quote_word(shell: str, word: str, always: bool = False) -> str:
         word = word.replace(plain, escaped)
     return SHELLS[shell][2].format(word)
 
+
 def pick_model(models: list[Model], *patterns: str) -> Model | None:
     """The newest model of the first pattern that fits any, of equal ones the shortest id."""
     for pattern in (*patterns, ""):
@@ -16209,21 +21357,31 @@ def pick_model(models: list[Model], *patterns: str) -> Model | None:
             return max(found, key=lambda m: (m.version, -len(m.id)))
     return None
 
+
 def escape_all(texts: Mapping[str, str]) -> dict[str, str]:
     """For between double quotes in JSON, TOML and YAML alike."""
     return {name: json.dumps(text)[1:-1] for name, text in texts.items()}
+
 
 def places_of(model: Model) -> dict[str, str]:
     """A model's own places; where the catalogue names no limit, a cautious one stands."""
     out = model.limit("max_output_tokens") or 4096
     whole = model.limit("max_context_window_tokens") or 64000
     prompt = model.limit("max_prompt_tokens") or whole - out
-    return {"id": model.id, "name": model.name, "out": str(out), "window": str(prompt),
-            "context": str(min(whole, prompt + out))}
+    return {
+        "id": model.id,
+        "name": model.name,
+        "out": str(out),
+        "window": str(prompt),
+        "context": str(min(whole, prompt + out)),
+    }
 
-def fill(recipe: Recipe, models: list[Model], url: str, key: str, main: Model,
-         small: Model) -> dict[str, str]:
+
+def fill(
+    recipe: Recipe, models: list[Model], url: str, key: str, main: Model, small: Model
+) -> dict[str, str]:
     """What stands in the places of a recipe's texts."""
+
     def spell(model: Model) -> str:
         wide = model.limit("max_context_window_tokens") >= 1000000
         return model.id + (recipe.suffix if wide else "")
@@ -16231,16 +21389,27 @@ def fill(recipe: Recipe, models: list[Model], url: str, key: str, main: Model,
     opus = pick_model([m for m in models if "opus" in m.id]) or main
     embedding = pick_model([m for m in models if m.kind == "embeddings"], "-3-small")
     prompt = main.limit("max_prompt_tokens")
-    believed = 200000 if spell(main) == main.id else 1000000         # by Claude Code
-    return dict(places_of(main), url=url, base=url + "/v1", key=key, main=spell(main),
-                small=spell(small), opus=spell(opus), embed=embedding.id if embedding else "",
-                type="Content-Type: application/json", bearer="Authorization: Bearer " + key,
-                percent=str(prompt * 95 // believed) if 0 < prompt < believed * 0.95 else "")
+    believed = 200000 if spell(main) == main.id else 1000000  # by Claude Code
+    return dict(
+        places_of(main),
+        url=url,
+        base=url + "/v1",
+        key=key,
+        main=spell(main),
+        small=spell(small),
+        opus=spell(opus),
+        embed=embedding.id if embedding else "",
+        type="Content-Type: application/json",
+        bearer="Authorization: Bearer " + key,
+        percent=str(prompt * 95 // believed) if 0 < prompt < believed * 0.95 else "",
+    )
+
 
 def variables_of(recipe: Recipe, values: Mapping[str, str]) -> list[tuple[str, str]]:
     """Name and value of those that have one."""
     pairs = [pair.partition("=")[::2] for pair in recipe.env.split()]
     return [(name, text % values) for name, text in pairs if text % values]
+
 
 def settings_path(place: str, environ: Mapping[str, str]) -> str:
     """Where a file of a recipe lies: '$CODEX_HOME:~/.codex//config.toml' -> its path here."""
@@ -16248,72 +21417,124 @@ def settings_path(place: str, environ: Mapping[str, str]) -> str:
     folder, _, name = usual.partition("//")
     return os.path.join(environ.get(variable[1:]) or os.path.expanduser(folder), name)
 
-def models_in_settings(recipe: Recipe, environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+
+def models_in_settings(
+    recipe: Recipe, environ: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
     """(place, model) for each model that a client is set up with, in its files or in the
     environment.  A bare word ('opus') is an alias of the client's own and left out."""
     found: list[tuple[str, str]] = []
     pairs = [pair.partition("=")[::2] for pair in recipe.env.split()]
-    if any("%(url)s" in text or "%(base)s" in text for name, text in pairs if environ.get(name)):
-        found = [(name + " in the environment", environ.get(name, "")) for name, text in pairs
-                 if text in ("%(main)s", "%(small)s", "%(opus)s")]
+    if any(
+        "%(url)s" in text or "%(base)s" in text
+        for name, text in pairs
+        if environ.get(name)
+    ):
+        found = [
+            (name + " in the environment", environ.get(name, ""))
+            for name, text in pairs
+            if text in ("%(main)s", "%(small)s", "%(opus)s")
+        ]
 
     for place, _, _ in recipe.files if recipe.named else ():
         path, text = settings_path(place, environ), ""
         if os.path.isfile(path):
-            with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8-sig") as file:
+            with contextlib.suppress(OSError, ValueError), open(
+                path, encoding="utf-8-sig"
+            ) as file:
                 text = file.read(MAX_SETTINGS_CHARS)
         if re.search(recipe.sign, text):
             settings = re.findall(recipe.named, text)[:MAX_NAMES]
-            found += [("%s in %s" % (setting, path), name) for setting, name in settings]
+            found += [
+                ("%s in %s" % (setting, path), name) for setting, name in settings
+            ]
 
     for place, name in found:
         if re.search(r"\d", name):
             yield place, name
 
-def fill_file(recipe: Recipe, row: tuple[str, str, str], values: Mapping[str, str],
-              models: list[Model], environ: Mapping[str, str]) -> tuple[str, str]:
+
+def fill_file(
+    recipe: Recipe,
+    row: tuple[str, str, str],
+    values: Mapping[str, str],
+    models: list[Model],
+    environ: Mapping[str, str],
+) -> tuple[str, str]:
     """(path, text) of a settings file."""
     (place, text, each), safe = row, escape_all(values)
     path = settings_path(place, environ)
-    items = [each % {**safe, **escape_all(places_of(m))} for m in models if m.kind == "chat"]
+    items = [
+        each % {**safe, **escape_all(places_of(m))} for m in models if m.kind == "chat"
+    ]
     safe["models"] = (",\n " if path.endswith(".json") else "").join(items)
-    safe["env"] = ",\n  ".join("%s: %s" % (json.dumps(n), json.dumps(v))
-                               for n, v in variables_of(recipe, values))
+    safe["env"] = ",\n  ".join(
+        "%s: %s" % (json.dumps(n), json.dumps(v))
+        for n, v in variables_of(recipe, values)
+    )
     return path, text % safe
 
-def command_line(recipe: Recipe, values: Mapping[str, str], shell: str,
-                 single: bool = False) -> str:
+
+def command_line(
+    recipe: Recipe, values: Mapping[str, str], shell: str, single: bool = False
+) -> str:
     """What is typed: the variables and the client, `single`: in one line."""
     export, join = SHELLS[shell][:2]
     run = [" ".join(quote_word(shell, word % values) for word in recipe.run.split())]
+
     if recipe.typed:
         said = recipe.typed % escape_all(values)
-        run = ["echo %s | %s" % (said if shell == "cmd" else quote_word(shell, said),
-                                 run[0].replace("curl", "curl.exe", join == "; "))]
+        run = [
+            "echo %s | %s"
+            % (
+                said if shell == "cmd" else quote_word(shell, said),
+                run[0].replace("curl", "curl.exe", join == "; "),
+            )
+        ]
+
     if single and join == " ":
         export = "{2}"
-    lines = [export.format(n, quote_word(shell, v), quote_word(shell, n + "=" + v),
-                           quote_word(shell, v, True)) for n, v in variables_of(recipe, values)]
+    lines = [
+        export.format(
+            n,
+            quote_word(shell, v),
+            quote_word(shell, n + "=" + v),
+            quote_word(shell, v, True),
+        )
+        for n, v in variables_of(recipe, values)
+    ]
+
     line = (join if single else "\n").join(lines + run).rstrip("\n")
     return "env " + line if export == "{2}" else line
+
 
 def merge_json(old: Any, new: Any) -> Any:
     """`new` over `old`; objects are merged, everything else is replaced."""
     if not isinstance(old, dict) or not isinstance(new, dict):
         return new
-    return {**old, **{key: merge_json(old.get(key), value) for key, value in new.items()}}
+    return {
+        **old,
+        **{key: merge_json(old.get(key), value) for key, value in new.items()},
+    }
+
 
 def merge_lines(old: str, new: str) -> str:
     """`new` over a TOML or flat YAML text: its top keys replace theirs, a [table] or "- item" with
     the same first line is replaced up to its first empty line, the rest is added."""
-    top, *sections = re.split(r"(?m)^(?=\[|- )", old + "\n" * (old[-1:] not in ("", "\n")))
+    top, *sections = re.split(
+        r"(?m)^(?=\[|- )", old + "\n" * (old[-1:] not in ("", "\n"))
+    )
     new_top, *new_sections = re.split(r"(?m)^(?=\[|- )", new)
+
     for line in reversed(new_top.splitlines(True)):
-        theirs = re.search(r"(?m)^%s\s*[=:].*\n" % re.escape(re.split("[ =:]", line)[0]), top)
+        theirs = re.search(
+            r"(?m)^%s\s*[=:].*\n" % re.escape(re.split("[ =:]", line)[0]), top
+        )
         if theirs:
             top = top.replace(theirs.group(), line, 1)
         elif line.strip() or not old:
             top = line + top
+
     for section in new_sections:
         same = [s for s in sections if s.split("\n")[0] == section.split("\n")[0]]
         if same:
@@ -16321,40 +21542,63 @@ def merge_lines(old: str, new: str) -> str:
             sections[sections.index(same[0])] = section + ("\n" + rest if rest else "")
         else:
             sections.append(section)
+
     return top + "".join(sections)
+
 
 def merge_file(path: str, text: str) -> tuple[str, str]:
     """(what the file holds, what it shall hold).  Raises ConfigError."""
     old = ""
     try:
-        with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8-sig") as file:
+        with contextlib.suppress(FileNotFoundError), open(
+            path, encoding="utf-8-sig"
+        ) as file:
             old = file.read()
         if path.endswith(".json"):
             merged = merge_json(loads((old or "{}").encode()), json.loads(text))
             return old, json.dumps(merged, indent=2, ensure_ascii=False) + "\n"
     except (OSError, ValueError) as error:
-        raise ConfigError("cannot merge into %s (%s): put this into it by hand:\n%s"
-                          % (path, plain_reason(error), text)) from None
+        raise ConfigError(
+            "cannot merge into %s (%s): put this into it by hand:\n%s"
+            % (path, plain_reason(error), text)
+        ) from None
     return old, text if path.endswith("copilot_proxy.yaml") else merge_lines(old, text)
+
 
 def copy_text(text: str) -> str:
     """To the clipboard -> a sentence about it."""
     import shutil
     import subprocess
-    for command in ("pbcopy", "clip", "wl-copy", "xclip -selection clipboard", "xsel -ib"):
+
+    for command in (
+        "pbcopy",
+        "clip",
+        "wl-copy",
+        "xclip -selection clipboard",
+        "xsel -ib",
+    ):
         if shutil.which(command.split()[0]):
             with contextlib.suppress(OSError, subprocess.SubprocessError):
-                subprocess.run(command.split(), input=text.encode(), timeout=5, check=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                subprocess.run(
+                    command.split(),
+                    input=text.encode(),
+                    timeout=5,
+                    check=True,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
                 return "(copied with %s)" % command.split()[0]
     return "(no clipboard program is here: copy it by hand)"
 
+
 #: service manager -> (what to do with it, the text)
 SERVICES: Mapping[str, tuple[str, str]] = {
-    "systemd": ("""\
+    "systemd": (
+        """\
 # Into ~/.config/systemd/user/copilot_proxy.service, then: systemctl --user daemon-reload &&
 # systemctl --user enable --now copilot_proxy   (and loginctl enable-linger to serve all the time).
-# journalctl --user -u copilot_proxy shows its log, at first with the code to enter.""", """\
+# journalctl --user -u copilot_proxy shows its log, at first with the code to enter.""",
+        """\
 [Unit]
 Description=GitHub Copilot as a local OpenAI and Anthropic API
 
@@ -16375,74 +21619,136 @@ SystemCallArchitectures=native
 SystemCallFilter=@system-service
 
 [Install]
-WantedBy=default.target"""),
-    "launchd": ("""\
+WantedBy=default.target""",
+    ),
+    "launchd": (
+        """\
 <!-- Into ~/Library/LaunchAgents/copilot_proxy.plist, then:
        launchctl bootstrap gui/$(id -u) ~/Library/LaunchAgents/copilot_proxy.plist
-     Its log, at first with the code to enter: ~/Library/Logs/copilot_proxy.log -->""", """\
+     Its log, at first with the code to enter: ~/Library/Logs/copilot_proxy.log -->""",
+        """\
 <plist version="1.0"><dict><key>Label</key><string>copilot_proxy</string>
   <key>ProgramArguments</key><array>%(strings)s</array>
   <key>RunAtLoad</key><true/><key>ExitTimeOut</key><integer>%(stop)d</integer>
   <key>KeepAlive</key><dict><key>SuccessfulExit</key><false/></dict>
   <key>StandardErrorPath</key><string>%(home)s/Library/Logs/copilot_proxy.log</string>
-</dict></plist>"""),
-    "schtasks": ("""\
+</dict></plist>""",
+    ),
+    "schtasks": (
+        """\
 # Into PowerShell.  It starts at each logon; now: schtasks /Run /TN copilot_proxy
-# Log in first with: copilot_proxy.py auth   It runs without a window.""", """\
+# Log in first with: copilot_proxy.py auth   It runs without a window.""",
+        """\
 Register-ScheduledTask -Force -TaskName copilot_proxy `
   -Action (New-ScheduledTaskAction -Execute '%(program)s' -Argument '%(arguments)s') `
   -Trigger (New-ScheduledTaskTrigger -AtLogOn -User $env:USERNAME) `
   -Settings (New-ScheduledTaskSettingsSet -ExecutionTimeLimit ([TimeSpan]::Zero) `
     -AllowStartIfOnBatteries -DontStopIfGoingOnBatteries -RestartCount 99 `
-    -RestartInterval (New-TimeSpan -Minutes 1))"""),
+    -RestartInterval (New-TimeSpan -Minutes 1))""",
+    ),
 }
 
-def service_text(name: str, python: str, arguments: list[str], url: str, grace_s: float) -> str:
-    """The unit for this Python, file and user.  arguments: this file, `start`, its flags."""
-    def line(words: list[str]) -> str:
-        return " ".join('"%s"' % word if re.search(r"[\s']", word) else word for word in words)
 
-    windows = os.path.join(os.path.dirname(python), "pythonw.exe")       # it opens no window
+def service_text(
+    name: str, python: str, arguments: list[str], url: str, grace_s: float
+) -> str:
+    """The unit for this Python, file and user.  arguments: this file, `start`, its flags."""
+
+    def line(words: list[str]) -> str:
+        return " ".join(
+            '"%s"' % word if re.search(r"[\s']", word) else word for word in words
+        )
+
+    windows = os.path.join(os.path.dirname(python), "pythonw.exe")  # it opens no window
     head, text = SERVICES[name]
-    return head + "\n" + text % {
-        "command": line([python] + arguments).replace("%", "%%"), "stop": grace_s + 10,
-        "health": line([python, arguments[0], "debug", "--health", url]).replace("%", "%%"),
-        "strings": "".join("<string>%s</string>" % html.escape(w) for w in [python] + arguments),
-        "home": os.path.expanduser("~"), "arguments": line(arguments).replace("'", "''"),
-        "program": (windows if os.path.exists(windows) else python).replace("'", "''")}
+    return (
+        head
+        + "\n"
+        + text
+        % {
+            "command": line([python] + arguments).replace("%", "%%"),
+            "stop": grace_s + 10,
+            "health": line([python, arguments[0], "debug", "--health", url]).replace(
+                "%", "%%"
+            ),
+            "strings": "".join(
+                "<string>%s</string>" % html.escape(w) for w in [python] + arguments
+            ),
+            "home": os.path.expanduser("~"),
+            "arguments": line(arguments).replace("'", "''"),
+            "program": (windows if os.path.exists(windows) else python).replace(
+                "'", "''"
+            ),
+        }
+    )
+
 
 def probe_host(upstream: Upstream, url: str) -> Iterator[tuple[str, str, bool]]:
     """(hop, what was found, is it well) for each step to a host; the first bad one is the last."""
     proxy = upstream.proxy_for(url)
     far, near = urllib.parse.urlsplit(url), urllib.parse.urlsplit(proxy or url)
     host, gate = far.hostname or "", near.hostname or ""
-    port, secure = near.port or (443 if near.scheme == "https" else 80), far.scheme == "https"
+    port, secure = (
+        near.port or (443 if near.scheme == "https" else 80),
+        far.scheme == "https",
+    )
     wire: Any = upstream.connection_to(url)
     hop = "DNS"
+
     try:
         found = socket.getaddrinfo(gate, port, type=socket.SOCK_STREAM)
         yield hop, "%s is %s" % (gate, found[0][4][0]), True
         hop = "TCP"
         run(wire.connect())
         yield hop, "%s port %d is open" % (gate, port), True
+
         if proxy and secure:
             hop = "proxy"
             run(wire.ask_proxy())
             yield hop, "%s lets %s through" % (gate, host), True
+
         if secure:
             hop = "TLS"
             run(wire.secure())
-            issuer = dict(pair for name in wire.sock.getpeercert()["issuer"] for pair in name)
-            yield hop, "%s, certificate by %s" % (wire.sock.version(), printable(
-                " / ".join(issuer.get(n, "") for n in ("organizationName", "commonName")))), True
+            issuer = dict(
+                pair for name in wire.sock.getpeercert()["issuer"] for pair in name
+            )
+            yield (
+                hop,
+                "%s, certificate by %s"
+                % (
+                    wire.sock.version(),
+                    printable(
+                        " / ".join(
+                            issuer.get(n, "")
+                            for n in ("organizationName", "commonName")
+                        )
+                    ),
+                ),
+                True,
+            )
+
         hop = "HTTP"
-        answer = run(upstream.send_again(UpstreamRequest(
-            "GET", url, {"User-Agent": "debug"}, timeout_s=GITHUB_TIMEOUT_S)))
+        answer = run(
+            upstream.send_again(
+                UpstreamRequest(
+                    "GET", url, {"User-Agent": "debug"}, timeout_s=GITHUB_TIMEOUT_S
+                )
+            )
+        )
+
         answer.close()
         yield hop, "%d %s" % (answer.status, printable(answer.reason)), True
     except (ProxyError, OSError) as error:
-        yield hop, str(error if isinstance(error, ProxyError)
-                       else explain_connect_error(error, host, bool(proxy))), False
+        yield (
+            hop,
+            str(
+                error
+                if isinstance(error, ProxyError)
+                else explain_connect_error(error, host, bool(proxy))
+            ),
+            False,
+        )
     finally:
         wire.close()
 
@@ -16450,6 +21756,7 @@ def probe_host(upstream: Upstream, url: str) -> Iterator[tuple[str, str, bool]]:
 # ==== 23. Commands ================================================================================
 # One function per command.  Each gets the App and the parsed flags and returns an exit code:
 # 0 ok, 1 failure, 2 usage, 130 interrupt.
+
 
 def say(text: str = "") -> None:
     """Lines for a person, flushed at once: start scripts wait for them.  What comes from outside
@@ -16459,12 +21766,18 @@ def say(text: str = "") -> None:
         sys.stdout.write(visible(text, keep="\n\t") + "\n")
         sys.stdout.flush()
     except (OSError, ValueError) as error:
-        sys.stdout = open(os.devnull, "w")       # noqa: SIM115  (else the exit fails, too)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (else the exit fails, too)
         if isinstance(error, BrokenPipeError):
             raise ClientGone from None
-        raise ProxyError("cannot write to standard output: %s" % plain_reason(error)) from None
+        raise ProxyError(
+            "cannot write to standard output: %s" % plain_reason(error)
+        ) from None
 
-_PIPE_BYTES = getattr(select, "PIPE_BUF", 512)   # a pipe that is ready takes so much at once
+
+_PIPE_BYTES = getattr(
+    select, "PIPE_BUF", 512
+)  # a pipe that is ready takes so much at once
+
 
 def has_file(stream: Any) -> bool:
     """Is it a file of the system, and one that can be waited for?"""
@@ -16472,6 +21785,7 @@ def has_file(stream: Any) -> bool:
         return os.name == "posix" and bool(stream.fileno() >= 0)
     except (OSError, ValueError, AttributeError):
         return False
+
 
 class QueuedOutput:
     """A text stream that keeps nobody waiting: standard output and standard error of a server.
@@ -16484,13 +21798,13 @@ class QueuedOutput:
     def __init__(self, stream: Any, report: Callable[[int], None]) -> None:
         self.stream, self._report = stream, report
         self._has_file = has_file(stream)
-        self.lost = 0                             # lines, since the start
+        self.lost = 0  # lines, since the start
         self._reported = 0
         self._changed = threading.Condition()
         self._parts: list[str] = []
-        self._size = 0                            # characters in _parts
+        self._size = 0  # characters in _parts
         self._ending = threading.Event()
-        self._ends_at = float("inf")              # monotonic; nothing is written after that
+        self._ends_at = float("inf")  # monotonic; nothing is written after that
         self._thread = threading.Thread(target=self._run, name="output", daemon=True)
         self._thread.start()
 
@@ -16559,12 +21873,17 @@ class QueuedOutput:
                 if time.monotonic() > self._ends_at:
                     return False
                 continue
-            end = data.rfind(b"\n", begin, begin + _PIPE_BYTES) + 1 or begin + _PIPE_BYTES
+            end = (
+                data.rfind(b"\n", begin, begin + _PIPE_BYTES) + 1 or begin + _PIPE_BYTES
+            )
             try:
                 begin += os.write(self.stream.fileno(), data[begin:end])
             except BlockingIOError:
-                time.sleep(OUTPUT_LOOK_S)         # another program has made it so, and was first
+                time.sleep(
+                    OUTPUT_LOOK_S
+                )  # another program has made it so, and was first
         return True
+
 
 def load_settings(flags: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
     """Flags and environment, with the token from standard input.  Raises ConfigError."""
@@ -16576,68 +21895,116 @@ def load_settings(flags: argparse.Namespace, environ: Mapping[str, str]) -> Sett
             raise ConfigError("--github-token -: standard input holds no token")
     return settings
 
+
 def open_account(app: App) -> Copilot:
     """The login for commands without a server.  Raises AuthError."""
     github_token = app.login.load()
     if not github_token:
         raise AuthError("nobody is logged in: run copilot_proxy.py auth")
-    return Copilot(app.settings, app.upstream, app.github, check_github_token(github_token),
-                   app.log)
+    return Copilot(
+        app.settings,
+        app.upstream,
+        app.github,
+        check_github_token(github_token),
+        app.log,
+    )
+
 
 def print_code(code: DeviceCode) -> None:
-    say("\nTo log in, open   %s\nand enter the code   %s\n(the code is good for %d minutes)\n" % (
-        printable(code.verification_uri), printable(code.user_code), code.expires_in // 60))
+    say(
+        "\nTo log in, open   %s\nand enter the code   %s\n(the code is good for %d minutes)\n"
+        % (
+            printable(code.verification_uri),
+            printable(code.user_code),
+            code.expires_in // 60,
+        )
+    )
+
 
 def open_server(app: App) -> Server:
     """Bind the port.  Raises ProxyError that says what is in the way."""
     settings = app.settings
+
     try:
         return Server(app, ROUTES, settings.host.strip("[]"), settings.port)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            hint = "another program (this one, too?) uses it; choose one with --port, 0 takes a " \
-                   "free one"
+            hint = (
+                "another program (this one, too?) uses it; choose one with --port, 0 takes a "
+                "free one"
+            )
         elif error.errno == errno.EACCES or getattr(error, "winerror", 0) == 10013:
-            hint = "the system reserves it; choose another with --port (Windows: netsh interface " \
-                   "ipv4 show excludedportrange protocol=tcp)"
+            hint = (
+                "the system reserves it; choose another with --port (Windows: netsh interface "
+                "ipv4 show excludedportrange protocol=tcp)"
+            )
         else:
             hint = plain_reason(error)
-        raise ProxyError("cannot serve on %s port %d: %s" % (settings.host, settings.port, hint)) \
-            from None
+
+        raise ProxyError(
+            "cannot serve on %s port %d: %s" % (settings.host, settings.port, hint)
+        ) from None
+
 
 def banner(server: Server) -> str:
     """What `start` prints once it serves."""
-    return "\n".join((
-        "copilot_proxy %s%s" % (__version__, " DEMO" if server.app.settings.demo else ""),
-        "  OpenAI clients     %s/v1" % server.url, "  Anthropic clients  %s" % server.url,
-        "  status page        %s/" % server.url,
-        "  set up a client    copilot_proxy.py setup claude-code (or codex, aider, ...)",
-        "Ctrl-C ends it."))
+    return "\n".join(
+        (
+            "copilot_proxy %s%s"
+            % (__version__, " DEMO" if server.app.settings.demo else ""),
+            "  OpenAI clients     %s/v1" % server.url,
+            "  Anthropic clients  %s" % server.url,
+            "  status page        %s/" % server.url,
+            "  set up a client    copilot_proxy.py setup claude-code (or codex, aider, ...)",
+            "Ctrl-C ends it.",
+        )
+    )
+
 
 def json_banner(server: Server, notice: str) -> str:
     """The same with --log-json: a line like those of the log."""
-    return json.dumps({
-        "level": "info", "time": time.time(), "version": __version__,
-        "message": "OpenAI clients %s/v1, Anthropic clients %s" % (server.url, server.url),
-        "url": server.url, "demo": server.app.settings.demo, "notice": notice.strip() or None})
+    return json.dumps(
+        {
+            "level": "info",
+            "time": time.time(),
+            "version": __version__,
+            "message": "OpenAI clients %s/v1, Anthropic clients %s"
+            % (server.url, server.url),
+            "url": server.url,
+            "demo": server.app.settings.demo,
+            "notice": notice.strip() or None,
+        }
+    )
+
 
 def guard_door(app: App) -> str:
     """Before the port opens: the key of --api-key auto -> what to tell of it, the key itself when
     it is new.  Raises ConfigError where strangers could come in."""
-    stored, text = [key for key in app.accounts.keys.all() if key.made and not key.token], ""
+    stored, text = (
+        [key for key in app.accounts.keys.all() if key.made and not key.token],
+        "",
+    )
+
     if "auto" in app.settings.api_key and stored:
-        text = "\nAPI key: the one made before (id %s); to get a new one: auth --logout %s" % (
-            stored[0].id, stored[0].id)
+        text = (
+            "\nAPI key: the one made before (id %s); to get a new one: auth --logout %s"
+            % (stored[0].id, stored[0].id)
+        )
     elif "auto" in app.settings.api_key:
         made = new_key()
         app.accounts.issue_key(made)
         text = "\nAPI key, shown this once: %s" % made
+
     if not is_loopback(app.settings.host) and not app.accounts.keys.is_closed:
-        raise ConfigError("--host %s can be reached by others, and no key keeps them out: add "
-                          "--api-key auto (or --api-key KEY)" % printable(app.settings.host, 60))
+        raise ConfigError(
+            "--host %s can be reached by others, and no key keeps them out: add "
+            "--api-key auto (or --api-key KEY)" % printable(app.settings.host, 60)
+        )
+
     if app.settings.host:
-        check_host_name("--host", app.settings.host.partition("%")[0])     # fe80::1%eth0
+        check_host_name("--host", app.settings.host.partition("%")[0])  # fe80::1%eth0
     return text
+
 
 def check_folder(path: str, flag: str) -> None:
     """Make it where it is missing.  Raises ConfigError when nothing can be written there."""
@@ -16645,12 +22012,16 @@ def check_folder(path: str, flag: str) -> None:
         os.makedirs(path, mode=0o700, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise ConfigError("%s %s: %s" % (flag, printable(path), plain_reason(error))) from None
+        raise ConfigError(
+            "%s %s: %s" % (flag, printable(path), plain_reason(error))
+        ) from None
+
 
 def wait_for_login(app: App) -> None:
     """Until somebody is logged in, or the server ends."""
     while app.login.account is None and not app.stop.wait(0.2):
         pass
+
 
 def look_up_models(app: App) -> None:
     """The list of models ahead of the first request, where a flag names one: the log then tells
@@ -16658,6 +22029,7 @@ def look_up_models(app: App) -> None:
     wait_for_login(app)
     with contextlib.suppress(ProxyError):
         run(run(app.login.copilot()).models())
+
 
 def cmd_start(app: App, flags: argparse.Namespace) -> int:
     """Serve.  The port opens before anything is asked of GitHub."""
@@ -16682,17 +22054,23 @@ def cmd_start(app: App, flags: argparse.Namespace) -> int:
         app.login.begin()
     if settings.open:
         import webbrowser
-        threading.Thread(target=webbrowser.open, args=(server.url + "/",), daemon=True).start()
+
+        threading.Thread(
+            target=webbrowser.open, args=(server.url + "/",), daemon=True
+        ).start()
     if settings.fallback or settings.model_alias:
         threading.Thread(target=look_up_models, args=(app,), daemon=True).start()
     if settings.claude_code:
-        threading.Thread(target=offer_claude_code, args=(app, server.url), daemon=True).start()
+        threading.Thread(
+            target=offer_claude_code, args=(app, server.url), daemon=True
+        ).start()
     time.sleep(0.1)
     give_back_memory()
     while not interrupts:
         time.sleep(0.1)
     server.finish(settings.grace)
     return 130 if interrupts[0] == signal.SIGINT else 0
+
 
 def catch_signals() -> list[int]:
     """A list that Ctrl-C, SIGTERM and SIGHUP append to; a second one ends the process at once,
@@ -16715,6 +22093,7 @@ def catch_signals() -> list[int]:
         signal.signal(hangup, note)
     return seen
 
+
 def cmd_auth(app: App, flags: argparse.Namespace) -> int:
     """Log in without a server, or list, import, forget a login."""
     settings = app.settings
@@ -16729,66 +22108,110 @@ def cmd_auth(app: App, flags: argparse.Namespace) -> int:
     else:
         login = DeviceLogin(app.github, settings.poll_margin_s, app.stop, print_code)
         github_token = login.run()
+
     github_token = check_github_token(github_token)
     copilot = run(app.github.fetch_copilot_token(github_token))
     app.login.file.save(github_token)
     if settings.show_token and sys.stdout.isatty():
         say("GitHub token: %s\nCopilot token: %s" % (github_token, copilot.value))
     name = run(app.github.fetch_login(github_token))
-    say("logged in%s; kept in %s" % (" as " + printable(name) if name else "", app.login.file.path))
+    say(
+        "logged in%s; kept in %s"
+        % (" as " + printable(name) if name else "", app.login.file.path)
+    )
     return 0
+
 
 def list_logins(app: App) -> int:
     """auth --list: who is logged in and which keys there are, never a token or key."""
     stored, keys = app.login.file.load(), app.accounts.keys.all()
+
     if stored:
         name = run(app.github.fetch_login(stored)) or "(the name could not be fetched)"
-        say("%s  %s  %s" % (printable(name), host_of(app.settings.github_url),
-                            app.login.file.path))
+        say(
+            "%s  %s  %s"
+            % (printable(name), host_of(app.settings.github_url), app.login.file.path)
+        )
+
     for key in keys:
-        say("%s  %s  key %s" % (printable(key.login) or ("(an account)" if key.token else
-                                "(operator)"), host_of("//" + key.host) or "-", key.id))
+        say(
+            "%s  %s  key %s"
+            % (
+                printable(key.login) or ("(an account)" if key.token else "(operator)"),
+                host_of("//" + key.host) or "-",
+                key.id,
+            )
+        )
+
     if not stored and not keys:
         say("nobody is logged in")
     return 0
 
+
 def log_out(app: App, name: str) -> int:
     """auth --logout [NAME]: forget the default login, or what NAME, a login or key id, has."""
     stored, wanted = app.login.file.load(), name.lower()
-    keys = [key for key in app.accounts.keys.all() if key.made and name and wanted in (
-        key.login.lower(), key.id)]
+    keys = [
+        key
+        for key in app.accounts.keys.all()
+        if key.made and name and wanted in (key.login.lower(), key.id)
+    ]
     app.accounts.forget(keys)
-    is_default = not name or bool(stored) and run(
-        app.github.fetch_login(stored)).lower() == wanted
+    is_default = (
+        not name
+        or bool(stored)
+        and run(app.github.fetch_login(stored)).lower() == wanted
+    )
     if name and stored and not is_default and not keys:
         raise AuthError("%s is not logged in here" % printable(name))
     removed = is_default and app.login.file.delete()
     say("logged out" if removed and stored or keys else "nobody was logged in")
     return 0
 
+
 def import_login(app: App) -> str:
     """A login of another program on this machine.  Asks first on a terminal."""
     for source, found in find_logins(app):
         if found.startswith(PAT_PREFIXES):
-            say("%s holds a personal access token, which Copilot does not accept" % source)
+            say(
+                "%s holds a personal access token, which Copilot does not accept"
+                % source
+            )
             continue
         if not confirm("use the login found in %s ?" % source):
             continue
         say("using the login found in %s" % source)
         return found
-    raise AuthError("no login to import was found in the environment or in an editor's files: run "
-                    "copilot_proxy.py auth")
+    raise AuthError(
+        "no login to import was found in the environment or in an editor's files: run "
+        "copilot_proxy.py auth"
+    )
+
 
 def find_logins(app: App) -> Iterator[tuple[str, str]]:
     """(where, token) of logins in the environment and in the editor plugins' files."""
-    for name in ("COPILOT_GITHUB_TOKEN", "GH_COPILOT_TOKEN", "GH_TOKEN", "GITHUB_TOKEN"):
+    for name in (
+        "COPILOT_GITHUB_TOKEN",
+        "GH_COPILOT_TOKEN",
+        "GH_TOKEN",
+        "GITHUB_TOKEN",
+    ):
         if app.environ.get(name):
             yield name, app.environ[name].strip()
+
     host = host_of(app.settings.github_url)
-    bases = [app.environ.get("LOCALAPPDATA"), app.environ.get("XDG_CONFIG_HOME"),
-             os.path.join(os.path.expanduser("~"), ".config")]
-    for path in [os.path.join(base, "github-copilot", name) for base in bases if base
-                 for name in ("apps.json", "hosts.json")]:
+    bases = [
+        app.environ.get("LOCALAPPDATA"),
+        app.environ.get("XDG_CONFIG_HOME"),
+        os.path.join(os.path.expanduser("~"), ".config"),
+    ]
+
+    for path in [
+        os.path.join(base, "github-copilot", name)
+        for base in bases
+        if base
+        for name in ("apps.json", "hosts.json")
+    ]:
         entries: Json = {}
         with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
             entries = as_object(loads(file.read(MAX_ERROR_BYTES)))
@@ -16797,37 +22220,55 @@ def find_logins(app: App) -> Iterator[tuple[str, str]]:
             if key.split(":")[0].lower() == host and isinstance(value, str) and value:
                 yield path, value
 
+
 def cmd_check_usage(app: App, flags: argparse.Namespace) -> int:
     """Quota as bars, or the upstream's answer as JSON."""
     answer = run(open_account(app).fetch_usage())
     if flags.json:
         say(json.dumps(answer, indent=2))
         return 0
-    say("%s, plan %s" % (printable(str(answer.get("login") or "?")),
-                         printable(str(answer.get("copilot_plan") or "?"))))
-    for line in [quota_line(quota_lane(name, said)) for name, said in quotas_of(answer).items()
-                 ] or ["the account reports no quotas"]:
+    say(
+        "%s, plan %s"
+        % (
+            printable(str(answer.get("login") or "?")),
+            printable(str(answer.get("copilot_plan") or "?")),
+        )
+    )
+    for line in [
+        quota_line(quota_lane(name, said)) for name, said in quotas_of(answer).items()
+    ] or ["the account reports no quotas"]:
         say(line)
     return 0
+
 
 def quota_line(lane: Json) -> str:
     """One lane: 'chat  [########............]  40.0 % used, 120 of 300, 180 left, resets ...'."""
     percent, parts = lane["percent_used"], ["unlimited"] if lane["unlimited"] else []
     if percent is not None:
         filled = max(0, min(20, round(percent / 5)))
-        parts.append("[%s%s] %5.1f %% used" % ("#" * filled, "." * (20 - filled), percent))
+        parts.append(
+            "[%s%s] %5.1f %% used" % ("#" * filled, "." * (20 - filled), percent)
+        )
     for form, *names in (("%.12g of %.12g", "used", "total"), ("%.12g left", "left")):
         if lane[names[0]] is not None:
             parts.append(form % tuple(round(lane[name], 2) for name in names))
     if lane["resets_at"] and not lane["unlimited"]:
         parts.append("resets " + local_time(lane["resets_at"]))
-    return "%-22s %s" % (printable(lane["name"], 24), ", ".join(parts) or "reports no numbers")
+    return "%-22s %s" % (
+        printable(lane["name"], 24),
+        ", ".join(parts) or "reports no numbers",
+    )
+
 
 def cmd_models(app: App, flags: argparse.Namespace) -> int:
     """The catalogue as a table, or as JSON with the upstream's own entries."""
     found = run(open_account(app).models())
     shown = [m for m in found if flags.all or m.is_listed]
-    notices = ["%s: %s" % (printable(m.id), printable(m.notice, 300)) for m in shown if m.notice]
+    notices = [
+        "%s: %s" % (printable(m.id), printable(m.notice, 300))
+        for m in shown
+        if m.notice
+    ]
     notices += missing_models(app, found)
     if flags.json:
         say(json.dumps([dict(model_entry(m), entry=m.entry) for m in shown], indent=2))
@@ -16851,6 +22292,7 @@ def cmd_models(app: App, flags: argparse.Namespace) -> int:
         say(line)
     return 0
 
+
 def missing_models(app: App, models: list[Model]) -> list[str]:
     """A line for each alias, --fallback and setting of a client that names a model which this
     account does not have."""
@@ -16859,9 +22301,12 @@ def missing_models(app: App, models: list[Model]) -> list[str]:
         for place, name in models_in_settings(recipe, app.environ):
             fate = fate_of_name(name, models, app.settings.strict_models)
             if fate:
-                lines.append("%s: %s is named by %s: %s" % (
-                    recipe.about, printable(name), printable(place, 300), fate))
+                lines.append(
+                    "%s: %s is named by %s: %s"
+                    % (recipe.about, printable(name), printable(place, 300), fate)
+                )
     return lines
+
 
 def price_of(model: Model) -> str:
     """As the account reports it: USD per million tokens in/out, or the request multiplier."""
@@ -16869,6 +22314,7 @@ def price_of(model: Model) -> str:
     if price.get("input") is not None and price.get("output") is not None:
         return "$%.2f/$%.2f" % (price["input"], price["output"])
     return "-" if price.get("multiplier") is None else "%gx" % price["multiplier"]
+
 
 def cmd_debug(app: App, flags: argparse.Namespace) -> int:
     """What runs where; --network: is everything in reach; --health: does a server serve."""
@@ -16882,12 +22328,18 @@ def cmd_debug(app: App, flags: argparse.Namespace) -> int:
     if flags.bundle:
         write_bundle(app, report, flags.bundle)
         return 0
+
     if flags.json:
         say(json.dumps(report, indent=2))
     for name, value in report.items() if not flags.json else ():
         for at, line in enumerate(value if isinstance(value, list) else [value]):
-            say("%-14s %s" % (name.replace("_", " ") if not at else "", printable(str(line), 500)))
+            say(
+                "%-14s %s"
+                % (name.replace("_", " ") if not at else "", printable(str(line), 500))
+            )
+
     return 0 if well else 1
+
 
 def models_at_hand(app: App) -> list[Model]:
     """The account's models for `debug`, [] without a login or where they cannot be had within
@@ -16908,14 +22360,18 @@ def models_at_hand(app: App) -> list[Model]:
         thread.join(MODELS_WAIT_S)
     return models
 
+
 def check_health(app: App, url: str) -> int:
     """0 as soon as the server at `url` answers, 1 if it does not within HEALTH_WAIT_S."""
     url = re.sub("(/health)?/?$", "", check_own_url(url, "--health")) + "/health"
     deadline = time.monotonic() + HEALTH_WAIT_S
     while True:
         try:
-            status, answer, _, _ = run(app.upstream.fetch_json(UpstreamRequest(
-                "GET", url, {}, timeout_s=HEALTH_WAIT_S)))
+            status, answer, _, _ = run(
+                app.upstream.fetch_json(
+                    UpstreamRequest("GET", url, {}, timeout_s=HEALTH_WAIT_S)
+                )
+            )
             if status == 200:
                 say("%s: %s" % (url, printable(str(as_object(answer).get("status")))))
                 return 0
@@ -16925,62 +22381,107 @@ def check_health(app: App, url: str) -> int:
                 raise
         time.sleep(0.1)
 
+
 def debug_report(app: App) -> Json:
     """Facts that help to find a fault; no secret is among them."""
     settings = app.settings
+
     try:
         github_token = app.login.load()
         state = "logged in" if github_token else "nobody is logged in"
     except ConfigError as error:
         github_token, state = "", str(error)
+
     source = "flag or environment" if settings.github_token else app.login.file.path
     return {
-        "version": __version__, "python": sys.version.split()[0], "platform": platform.platform(),
-        "executable": sys.executable, "data_folder": os.path.dirname(app.login.file.path),
-        "login": "%s (%s)" % (state, source), "github": settings.github_url,
-        "rest": settings.rest_url, "copilot": settings.copilot_url or
-        "named by GitHub with each token, else " + settings.usual_copilot_url,
-        "proxies": ["%s through %s" % (k, redact(v)) for k, v in app.upstream.proxies.items()]
-        or ["none"], "ca_files": ca_files(settings, app.environ) or ["the system's"],
-        "headers": ["%s: %s" % pair for pair in dict(EDITOR_HEADERS, **settings.headers).items()],
-        "api_version": API_VERSIONS[0]}
+        "version": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "executable": sys.executable,
+        "data_folder": os.path.dirname(app.login.file.path),
+        "login": "%s (%s)" % (state, source),
+        "github": settings.github_url,
+        "rest": settings.rest_url,
+        "copilot": settings.copilot_url
+        or "named by GitHub with each token, else " + settings.usual_copilot_url,
+        "proxies": [
+            "%s through %s" % (k, redact(v)) for k, v in app.upstream.proxies.items()
+        ]
+        or ["none"],
+        "ca_files": ca_files(settings, app.environ) or ["the system's"],
+        "headers": [
+            "%s: %s" % pair for pair in dict(EDITOR_HEADERS, **settings.headers).items()
+        ],
+        "api_version": API_VERSIONS[0],
+    }
+
 
 def write_bundle(app: App, report: Json, path: str) -> None:
     """debug --bundle: all of it in a new file for a bug report; no secret, no words of anybody."""
-    given = {option.name: getattr(app.settings, option.field) for option in OPTIONS
-             if getattr(app.settings, option.field) != option.default}
+    given = {
+        option.name: getattr(app.settings, option.field)
+        for option in OPTIONS
+        if getattr(app.settings, option.field) != option.default
+    }
+
     for name in given:
         if re.search("token|key|header", name):
             given[name] = "[set]"
-    rows = app.ledger.history.query("SELECT * FROM requests ORDER BY n DESC LIMIT 500") \
-        if os.path.exists(app.ledger.history.path) else []
-    bundle = dict(report, settings=given, headers=sorted(app.settings.headers),
-                  requests=[shown(row) for row in rows])
+
+    rows = (
+        app.ledger.history.query("SELECT * FROM requests ORDER BY n DESC LIMIT 500")
+        if os.path.exists(app.ledger.history.path)
+        else []
+    )
+
+    bundle = dict(
+        report,
+        settings=given,
+        headers=sorted(app.settings.headers),
+        requests=[shown(row) for row in rows],
+    )
+
     bundle.setdefault("network", probe_network(app)[0])
+
     try:
-        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+        with open(
+            os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w"
+        ) as file:
             file.write(redact(json.dumps(bundle, indent=1)))
     except OSError as error:
         raise ProxyError("cannot write %s: %s" % (path, plain_reason(error))) from None
+
     say("wrote %s: read it before you attach it to a report" % path)
+
 
 def probe_network(app: App) -> tuple[list[str], bool]:
     """(a line for each hop to each host, is everything well)."""
     settings, lines, well = app.settings, [], True
     with contextlib.suppress(ImportError, OSError):
         import winreg
-        with winreg.OpenKey(winreg.HKEY_CURRENT_USER, (       # type: ignore[attr-defined]
-                r"Software\Microsoft\Windows\CurrentVersion\Internet Settings")) as key:
-            lines.append("Windows' own proxy setting " + PAC_REMEDY % redact(printable(
-                winreg.QueryValueEx(key, "AutoConfigURL")[0])))       # type: ignore[attr-defined]
+
+        with winreg.OpenKey(
+            winreg.HKEY_CURRENT_USER,
+            (  # type: ignore[attr-defined]
+                r"Software\Microsoft\Windows\CurrentVersion\Internet Settings"
+            ),
+        ) as key:
+            lines.append(
+                "Windows' own proxy setting "
+                + PAC_REMEDY
+                % redact(printable(winreg.QueryValueEx(key, "AutoConfigURL")[0]))
+            )  # type: ignore[attr-defined]
     copilot_url = settings.copilot_url or settings.usual_copilot_url
     try:
         copilot = open_account(app)
         value: CopilotToken = run(copilot.token.get())
         copilot_url = value.api_url
         end = "token for %s, good for %d s%s; it lists %d models" % (
-            value.api_url, value.lifetime_s, " (direct mode)" if value.direct else "",
-            len(run(copilot.models())))
+            value.api_url,
+            value.lifetime_s,
+            " (direct mode)" if value.direct else "",
+            len(run(copilot.models())),
+        )
     except ProxyError as error:
         well, end = False, "copilot FAILED: %s" % error
     for url in dict.fromkeys((settings.github_url, settings.rest_url, copilot_url)):
@@ -16990,75 +22491,125 @@ def probe_network(app: App) -> tuple[list[str], bool]:
             well = well and good
     return lines + [end], well
 
+
 def offered_models(app: App, url: str, key: str) -> list[Model]:
     """What the running server lists; without one, what the login's account has."""
     try:
-        status, answer, _, body = run(app.upstream.fetch_json(UpstreamRequest(
-            "GET", url + "/v1/models", {"Authorization": "Bearer " + key},
-            timeout_s=GITHUB_TIMEOUT_S)))
+        status, answer, _, body = run(
+            app.upstream.fetch_json(
+                UpstreamRequest(
+                    "GET",
+                    url + "/v1/models",
+                    {"Authorization": "Bearer " + key},
+                    timeout_s=GITHUB_TIMEOUT_S,
+                )
+            )
+        )
     except UpstreamError as error:
         if app.login.load():
             return [m for m in run(open_account(app).models()) if m.is_listed]
-        raise AuthError("%s: start the server first (if it has another port: setup --port), or "
-                        "log in with auth" % error) from None
+        raise AuthError(
+            "%s: start the server first (if it has another port: setup --port), or "
+            "log in with auth" % error
+        ) from None
     if status != 200:
         raise AuthError("%s: %s" % (url, unwrap_error(status, body, "")[0]), status)
 
     models = []
     for entry in map(as_object, as_list(as_object(answer).get("data"))):
-        limits = dict(entry, max_context_window_tokens=entry.get("context_window"),
-                      max_prompt_tokens=entry.get("max_input_tokens"))
+        limits = dict(
+            entry,
+            max_context_window_tokens=entry.get("context_window"),
+            max_prompt_tokens=entry.get("max_input_tokens"),
+        )
         notice = {"code": "retirement", "message": entry.get("notice")}
-        models.append(Model(
-            str(entry.get("id")), str(entry.get("display_name")), kind=str(entry.get("kind")),
-            limits=limits, picker=True,
-            entry={"info_messages": [notice]} if entry.get("notice") else {}))
+        models.append(
+            Model(
+                str(entry.get("id")),
+                str(entry.get("display_name")),
+                kind=str(entry.get("kind")),
+                limits=limits,
+                picker=True,
+                entry={"info_messages": [notice]} if entry.get("notice") else {},
+            )
+        )
     return models
+
 
 def client_key(settings: Settings) -> str:
     """A key that this server takes, as far as the settings tell."""
     return next((key for key in settings.api_key if key != "auto"), "dummy")
+
 
 def model_for(models: list[Model], asked: str, patterns: tuple[str, ...]) -> Model:
     """The chat model that was asked for, else the best for this client.  Raises ConfigError."""
     chat = [m for m in models if m.kind == "chat"]
     model = resolve_model(asked, chat, {}) if asked else pick_model(chat, *patterns)
     if model is None:
-        raise ConfigError("there is no chat model '%s'; the account has: %s" % (
-            printable(asked), ", ".join(m.id for m in chat) or "none"))
+        raise ConfigError(
+            "there is no chat model '%s'; the account has: %s"
+            % (printable(asked), ", ".join(m.id for m in chat) or "none")
+        )
 
     fate = fate_of_name(asked, chat) if asked else ""
     if fate:
         print("%s: %s" % (printable(asked), fate), file=sys.stderr)
     if model.notice:
-        print("%s: %s" % (printable(model.id), printable(model.notice, 300)), file=sys.stderr)
+        print(
+            "%s: %s" % (printable(model.id), printable(model.notice, 300)),
+            file=sys.stderr,
+        )
     return model
+
 
 def cmd_setup(app: App, flags: argparse.Namespace) -> int:
     """What to paste for a client, or a service manager's unit."""
     settings, shell = app.settings, flags.shell or shell_of(app.environ)
+
     if flags.client not in [*CLIENTS, *SERVICES]:
-        raise ConfigError("setup: choose one of %s; openai-sdk says what others need"
-                          % ", ".join([*CLIENTS, *SERVICES]))
+        raise ConfigError(
+            "setup: choose one of %s; openai-sdk says what others need"
+            % ", ".join([*CLIENTS, *SERVICES])
+        )
+
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-    url = "http%s://%s:%d" % ("s" * bool(settings.tls_cert),
-                              "[%s]" % host if ":" in host else host,
-                              settings.port or DEFAULT_PORT)
+    url = "http%s://%s:%d" % (
+        "s" * bool(settings.tls_cert),
+        "[%s]" % host if ":" in host else host,
+        settings.port or DEFAULT_PORT,
+    )
+
     if flags.url:
         url = re.sub("(/v1)?/?$", "", flags.url)
     url = check_own_url(url, "--url" if flags.url else "--host")
     if flags.client in SERVICES:
-        given = ["--%s=%s" % (o.name, getattr(settings, o.field)) for o in OPTIONS if o.name in (
-            "port", "host", "data-dir", "grace") and getattr(settings, o.field) != o.default]
-        say(service_text(flags.client, sys.executable, [os.path.abspath(__file__), "start", *given],
-                         url, settings.grace))
+        given = [
+            "--%s=%s" % (o.name, getattr(settings, o.field))
+            for o in OPTIONS
+            if o.name in ("port", "host", "data-dir", "grace")
+            and getattr(settings, o.field) != o.default
+        ]
+
+        say(
+            service_text(
+                flags.client,
+                sys.executable,
+                [os.path.abspath(__file__), "start", *given],
+                url,
+                settings.grace,
+            )
+        )
+
         return 0
+
     recipe, key = CLIENTS[flags.client], flags.key or client_key(settings)
     models = offered_models(app, url, key)
     main = model_for(models, flags.model, recipe.main)
     small = model_for(models, flags.small_model, recipe.small)
     values = fill(recipe, models, url, key, main, small)
-    files = [fill_file(recipe, row, values, models, app.environ) for row in recipe.files]
+    files = [
+        fill_file(recipe, row, values, models, app.environ) for row in recipe.files
+    ]
     if flags.write:
         write_settings(recipe, files)
     if flags.check:
@@ -17066,13 +22617,20 @@ def cmd_setup(app: App, flags: argparse.Namespace) -> int:
     if flags.write or flags.check:
         return 0
     line = command_line(recipe, values, shell)
-    direct = recipe.env or values["url"] in line                # usable without a settings file
+    direct = recipe.env or values["url"] in line  # usable without a settings file
+
     if direct:
-        say("%s, for this terminal (%s):\n\n%s\n" % (
-            recipe.about, shell.replace("bash", "bash, zsh"), line))
+        say(
+            "%s, for this terminal (%s):\n\n%s\n"
+            % (recipe.about, shell.replace("bash", "bash, zsh"), line)
+        )
+
     for path, content in files:
-        say("%s for good, in %s ('setup %s --write' puts it there):\n\n%s\n" % (
-            recipe.about, path, flags.client, content.rstrip()))
+        say(
+            "%s for good, in %s ('setup %s --write' puts it there):\n\n%s\n"
+            % (recipe.about, path, flags.client, content.rstrip())
+        )
+
     if line and not direct:
         say("then:\n\n%s\n" % line)
     say(recipe.note % values)
@@ -17080,16 +22638,24 @@ def cmd_setup(app: App, flags: argparse.Namespace) -> int:
         say(copy_text(line if direct or not files else files[0][1]))
     return 0
 
+
 def write_settings(recipe: Recipe, files: list[tuple[str, str]]) -> None:
     """Show each difference, ask on a terminal, keep a backup, write."""
     import difflib
+
     if not files:
         raise ConfigError("%s: there is no settings file to write" % recipe.about)
     for path, text in files:
         path = os.path.realpath(path)
         old, new = merge_file(path, text)
-        say("".join(difflib.unified_diff(old.splitlines(True), new.splitlines(True), path, path))
-            or "%s is as it should be" % path)
+        say(
+            "".join(
+                difflib.unified_diff(
+                    old.splitlines(True), new.splitlines(True), path, path
+                )
+            )
+            or "%s is as it should be" % path
+        )
         if old == new or not confirm("write %s ?" % path):
             continue
         try:
@@ -17102,6 +22668,7 @@ def write_settings(recipe: Recipe, files: list[tuple[str, str]]) -> None:
             raise ConfigError("cannot write %s: %s" % (path, error.strerror)) from None
         say("wrote " + path)
 
+
 def confirm(question: str) -> bool:
     """Ask on a terminal; without one the answer is yes."""
     if not sys.stdin.isatty():
@@ -17109,22 +22676,49 @@ def confirm(question: str) -> bool:
     say(question + " [y/N]")
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
+
 def try_client(app: App, recipe: Recipe, values: dict[str, str], model: Model) -> str:
     """One streamed request in the client's dialect through the running server."""
     dialect, began = recipe.dialect, time.monotonic()
     url = values["url"] + "/v1" + dialect.path.replace("/v1", "")
-    request = Request(values["main"], turns=[Turn("user", [Text("Say hello in one word.")])],
-                      max_output_tokens=200, stream=True)
-    answer = run(app.upstream.send_again(UpstreamRequest("POST", url, {
-        "Content-Type": "application/json", "Authorization": "Bearer " + values["key"]},
-        dumps(dict(dialect.encode_request(request, model), model=values["main"])))))
+    request = Request(
+        values["main"],
+        turns=[Turn("user", [Text("Say hello in one word.")])],
+        max_output_tokens=200,
+        stream=True,
+    )
+
+    answer = run(
+        app.upstream.send_again(
+            UpstreamRequest(
+                "POST",
+                url,
+                {
+                    "Content-Type": "application/json",
+                    "Authorization": "Bearer " + values["key"],
+                },
+                dumps(
+                    dict(dialect.encode_request(request, model), model=values["main"])
+                ),
+            )
+        )
+    )
+
     data = run(answer.read_all())
+
     if answer.status != 200:
-        raise UpstreamError("%s answered %d: %s" % (
-            url, answer.status, unwrap_error(answer.status, data, "")[0]))
+        raise UpstreamError(
+            "%s answered %d: %s"
+            % (url, answer.status, unwrap_error(answer.status, data, "")[0])
+        )
+
     return "ok: %s answered through %s in %.1f s: %s" % (
-        values["main"], url, time.monotonic() - began,
-        printable(join_texts(read_answer(dialect, data, True, request).parts)))
+        values["main"],
+        url,
+        time.monotonic() - began,
+        printable(join_texts(read_answer(dialect, data, True, request).parts)),
+    )
+
 
 def ask_model(what: str, models: list[Model], patterns: tuple[str, ...]) -> Model:
     """By number or name, until the answer can be used; an empty one takes the best.  Raises
@@ -17145,6 +22739,7 @@ def ask_model(what: str, models: list[Model], patterns: tuple[str, ...]) -> Mode
         except ConfigError as error:
             say(str(error))
 
+
 def offer_claude_code(app: App, url: str) -> None:
     """start --claude-code: ask for the models, then print and copy the launch command."""
     wait_for_login(app)
@@ -17152,7 +22747,9 @@ def offer_claude_code(app: App, url: str) -> None:
     try:
         found = run(run(app.login.copilot()).models())
         models = [m for m in found if m.is_listed and m.kind == "chat"]
-        say("\n".join("%3d  %s" % (at, visible(m.id)) for at, m in enumerate(models, 1)))
+        say(
+            "\n".join("%3d  %s" % (at, visible(m.id)) for at, m in enumerate(models, 1))
+        )
         for what, patterns in (("main", recipe.main), ("small, fast", recipe.small)):
             chosen.append(ask_model(what, models, patterns))
         values = fill(recipe, models, url, client_key(app.settings), *chosen)
@@ -17160,6 +22757,7 @@ def offer_claude_code(app: App, url: str) -> None:
         say("\nTo start Claude Code, paste:\n\n%s\n\n%s" % (line, copy_text(line)))
     except ProxyError as error:
         say("error: %s" % error)
+
 
 COMMANDS: Mapping[str, tuple[str, Callable[[App, argparse.Namespace], int]]] = {
     "start": ("serve; logs in first if nobody is logged in", cmd_start),
@@ -17170,33 +22768,66 @@ COMMANDS: Mapping[str, tuple[str, Callable[[App, argparse.Namespace], int]]] = {
     "setup": ("what to paste into a client, or a service manager's unit", cmd_setup),
 }
 
+
 def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
     """One row of OPTIONS as an argument, its help with default and environment names."""
     names = ([option.short] if option.short else []) + ["--" + option.name]
-    default = "" if option.default in ("", None, (), False) else "default %s, " % option.default
+    default = (
+        ""
+        if option.default in ("", None, (), False)
+        else "default %s, " % option.default
+    )
+
     help_text = "%s [%senv %s]" % (option.help, default, ", ".join(option.variables))
-    more: Json = {"dest": option.field, "default": None, "help": help_text.replace("%", "%%")}
+    more: Json = {
+        "dest": option.field,
+        "default": None,
+        "help": help_text.replace("%", "%%"),
+    }
+
     if option.kind in ("switch", "either"):
         parser.add_argument(*names, action="store_const", const=True, **more)
         if option.kind == "either":
-            parser.add_argument("--no-" + option.name, action="store_const", const=False,
-                                dest=option.field, help=argparse.SUPPRESS)
+            parser.add_argument(
+                "--no-" + option.name,
+                action="store_const",
+                const=False,
+                dest=option.field,
+                help=argparse.SUPPRESS,
+            )
     elif option.kind == "list":
-        parser.add_argument(*names, action="append", metavar=option.help.split(" ")[0].strip(":")
-                            if "=" in option.help.split(" ")[0] else "VALUE", **more)
+        parser.add_argument(
+            *names,
+            action="append",
+            metavar=option.help.split(" ")[0].strip(":")
+            if "=" in option.help.split(" ")[0]
+            else "VALUE",
+            **more,
+        )
     else:
         kind = {"int": int, "float": float}.get(option.kind, str)
-        parser.add_argument(*names, type=kind, metavar=option.field.split("_")[-1].upper(), **more)
+        parser.add_argument(
+            *names, type=kind, metavar=option.field.split("_")[-1].upper(), **more
+        )
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
-        prog="copilot_proxy.py", description="Your own GitHub Copilot subscription as a local "
-        "OpenAI and Anthropic API.")
-    version = "copilot_proxy %s (Python %s, %s)" % (__version__, sys.version.split()[0],
-                                                    sys.platform)
+        prog="copilot_proxy.py",
+        description="Your own GitHub Copilot subscription as a local "
+        "OpenAI and Anthropic API.",
+    )
+
+    version = "copilot_proxy %s (Python %s, %s)" % (
+        __version__,
+        sys.version.split()[0],
+        sys.platform,
+    )
+
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
     for name, (text, _) in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text)
         for option in OPTIONS:
@@ -17204,29 +22835,65 @@ def build_parser() -> argparse.ArgumentParser:
                 add_option(sub, option)
         if name in ("check-usage", "debug", "models"):
             sub.add_argument("--json", action="store_true", help="as JSON")
+
     auth, debug, table = (commands.choices[n] for n in ("auth", "debug", "models"))
-    auth.add_argument("--import", dest="import_login", action="store_true",
-                      help="reuse a login of the environment or of an editor's files")
+    auth.add_argument(
+        "--import",
+        dest="import_login",
+        action="store_true",
+        help="reuse a login of the environment or of an editor's files",
+    )
+
     auth.add_argument("--list", action="store_true", help="who is logged in")
-    auth.add_argument("--logout", nargs="?", const="", metavar="LOGIN", help="forget the login")
-    debug.add_argument("--network", action="store_true", help="probe each hop, name the remedy")
-    debug.add_argument("--health", metavar="URL", help="exit code 0 if the server there is ready")
-    debug.add_argument("--bundle", metavar="FILE", help="write a report for a bug: hops, settings, "
-                       "recent requests; no secret, no words")
-    table.add_argument("--all", action="store_true", help="hidden and disabled ones, too")
+    auth.add_argument(
+        "--logout", nargs="?", const="", metavar="LOGIN", help="forget the login"
+    )
+    debug.add_argument(
+        "--network", action="store_true", help="probe each hop, name the remedy"
+    )
+    debug.add_argument(
+        "--health", metavar="URL", help="exit code 0 if the server there is ready"
+    )
+    debug.add_argument(
+        "--bundle",
+        metavar="FILE",
+        help="write a report for a bug: hops, settings, "
+        "recent requests; no secret, no words",
+    )
+
+    table.add_argument(
+        "--all", action="store_true", help="hidden and disabled ones, too"
+    )
     setup = commands.choices["setup"]
-    setup.add_argument("client", nargs="?", metavar="CLIENT", default="",
-                       help=", ".join([*CLIENTS, *SERVICES]))
-    setup.add_argument("--shell", choices=sorted(SHELLS), help="instead of the one that is seen")
-    for name, text in (("url", "base URL, where the client sees the server under another"),
-                       ("key", "key of the server"), ("model", "main model"),
-                       ("small-model", "model for small tasks")):
+    setup.add_argument(
+        "client",
+        nargs="?",
+        metavar="CLIENT",
+        default="",
+        help=", ".join([*CLIENTS, *SERVICES]),
+    )
+
+    setup.add_argument(
+        "--shell", choices=sorted(SHELLS), help="instead of the one that is seen"
+    )
+
+    for name, text in (
+        ("url", "base URL, where the client sees the server under another"),
+        ("key", "key of the server"),
+        ("model", "main model"),
+        ("small-model", "model for small tasks"),
+    ):
         setup.add_argument("--" + name, help=text, default="")
-    for name, text in (("write", "merge into the client's files, show what changes, keep a backup"),
-                       ("check", "send one real request through the running server"),
-                       ("copy", "to the clipboard, too")):
+
+    for name, text in (
+        ("write", "merge into the client's files, show what changes, keep a backup"),
+        ("check", "send one real request through the running server"),
+        ("copy", "to the clipboard, too"),
+    ):
         setup.add_argument("--" + name, action="store_true", help=text)
+
     return parser
+
 
 class RedactingFormatter(logging.Formatter):
     """The last line of defence: whatever was logged, no token leaves through the log, no character
@@ -17241,21 +22908,36 @@ class RedactingFormatter(logging.Formatter):
         text = visible(redact(super().format(record)), keep="\n")
         return text.replace("\n", "\n  ")
 
+
 class JsonFormatter(RedactingFormatter):
     """--log-json: one object per line; a request's line has its row of the history."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Redacted before it is JSON: afterwards a quote could go with a secret."""
-        values = dict(vars(record).get("row", {}), level=record.levelname.lower(),
-                      time=record.created, message=super().format(record))
-        return dumps({name: visible(redact(value), keep="\n") if isinstance(value, str) else value
-                      for name, value in values.items()}).decode()
+        values = dict(
+            vars(record).get("row", {}),
+            level=record.levelname.lower(),
+            time=record.created,
+            message=super().format(record),
+        )
+        return dumps(
+            {
+                name: visible(redact(value), keep="\n")
+                if isinstance(value, str)
+                else value
+                for name, value in values.items()
+            }
+        ).decode()
+
 
 def set_up_logging(verbose: bool, as_json: bool) -> None:
     """Log to standard error; a library user configures the logger himself."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if as_json else RedactingFormatter(
-        "%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(
+        JsonFormatter()
+        if as_json
+        else RedactingFormatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+    )
     log = logging.getLogger("copilot_proxy")
     log.handlers[:] = [handler]
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
@@ -17264,28 +22946,34 @@ def set_up_logging(verbose: bool, as_json: bool) -> None:
 
 # ==== 24. Main ====================================================================================
 
+
 def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int:
     """Run one command -> exit code.  `main(["start", "--port", "0"])`
     signals: what `catch_signals` gave when the caller is not in the main thread."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:                       # pythonw has none
-            setattr(sys, name, open(os.devnull, "r+"))       # noqa: SIM115
+        if getattr(sys, name) is None:  # pythonw has none
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")             # consoles with an old code page
+            stream.reconfigure(errors="replace")  # consoles with an old code page
+
     parser = build_parser()
     flags = parser.parse_args(argv)
     flags.signals = signals
     if flags.command is None:
         parser.print_help()
         return 2
+
     try:
         settings = load_settings(flags, os.environ)
         with contextlib.ExitStack() as stack:
             if flags.command == "start":
                 queue_output(stack)
-            set_up_logging(settings.verbose if flags.command == "start" else bool(flags.verbose),
-                           settings.log_json)
+            set_up_logging(
+                settings.verbose if flags.command == "start" else bool(flags.verbose),
+                settings.log_json,
+            )
             if flags.command != "start" and not flags.verbose:
                 logging.getLogger("copilot_proxy").setLevel(logging.WARNING)
             if settings.demo:
@@ -17297,13 +22985,15 @@ def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int
         with contextlib.suppress(OSError, ValueError):
             print("error: %s" % visible(redact(str(error))), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    except ClientGone:                                       # nobody reads what is printed
+    except ClientGone:  # nobody reads what is printed
         return 1
     except KeyboardInterrupt:
         return 130
 
+
 def queue_output(stack: contextlib.ExitStack) -> None:
     """From here on nobody waits for who reads the output, until `stack` is closed."""
+
     def report(lines: int) -> None:
         log.warning("%d lines of the log are lost: nobody took them in time", lines)
 
@@ -17315,11 +23005,13 @@ def queue_output(stack: contextlib.ExitStack) -> None:
     stack.enter_context(contextlib.redirect_stdout(output))
     stack.enter_context(contextlib.redirect_stderr(errors))
 
+
 def flush_output() -> None:
     """What argparse has printed."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
+
 
 def run_script() -> None:
     """The command line.
@@ -17337,13 +23029,14 @@ def run_script() -> None:
             code = end.code
         flushing = threading.Thread(target=flush_output, daemon=True)
         flushing.start()
-        flushing.join(OUTPUT_END_S)              # no longer: perhaps nobody reads it
+        flushing.join(OUTPUT_END_S)  # no longer: perhaps nobody reads it
         os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
     if sys.version_info >= (3, 12):
         serve()
     else:
         threading.Thread(target=serve, name="start").start()
+
 
 if __name__ == "__main__":
     run_script()
