@@ -65,9 +65,7 @@ As a library: `from copilot_proxy import App, DIALECTS` has no side effect; the 
 # ==== 1. Imports ==================================================================================
 # Python 3.7 stops at the check.  Older ones stop at the first line that they cannot read, and print
 # it: Python 3.6 at the first of these, Python 2 at OLDEST_PYTHON.
-from __future__ import (
-    annotations,
-)  # SyntaxError?  copilot_proxy.py needs Python 3.8 or newer
+from __future__ import annotations  # copilot_proxy.py needs Python 3.8 or newer  # fmt: skip
 
 import sys
 
@@ -7827,6 +7825,7 @@ class Messages(Dialect):
 
     @staticmethod
     def usage(usage: Usage) -> Json:
+        """Token counts in the words of Messages."""
         return {
             "input_tokens": usage.input,
             "cache_read_input_tokens": usage.cache_read,
@@ -9034,6 +9033,7 @@ class Ollama(ClientDialect):
 
     @staticmethod
     def call(call: ToolCall) -> Json:
+        """A call as Ollama writes it: arguments are an object, there is no id."""
         return {
             "id": call.id,
             "function": {
@@ -9656,7 +9656,8 @@ def convert_function_turns(edit: Edit, client: Dialect, model: Model) -> None:
 
 
 def shape_tools(edit: Edit, client: Dialect, model: Model) -> None:
-    """Tools in the shape of another dialect, and nulls beside a schema, which strict ones refuse."""
+    """Tools in the shape of another dialect, and nulls beside a schema, which strict models
+    refuse."""
     tools = edit.body.get("tools")
     if not isinstance(tools, list):
         return
@@ -16117,7 +16118,8 @@ class Budget:
         for name, since in ((payer, 0), ("''", self._began)):
             found = (
                 link.execute(
-                    "SELECT %s, SUM(COALESCE(nano_aiu, estimate, 0)) FROM requests WHERE at >= ? GROUP "
+                    "SELECT %s, SUM(COALESCE(nano_aiu, estimate, 0)) FROM requests "
+                    "WHERE at >= ? GROUP "
                     "BY 1 ORDER BY MAX(at) DESC LIMIT %d" % (name, MAX_SESSIONS - 1),
                     (since,),
                 ).fetchall()
@@ -20251,15 +20253,15 @@ def label_value(value: Any) -> str:
     return visible(str(value)).replace("\\", "\\\\").replace('"', '\\"')
 
 
-def metrics(exchange: Exchange) -> None:
-    """The same for Prometheus, in its text format 0.0.4."""
-    check_operator(exchange)
-    app, report = exchange.app, stats_report(exchange)
-    group = app.ledger.stats.group
-    told = group("tokens").items()
-    lines = []
+MetricFamily = Tuple[str, str, Tuple[str, ...], Mapping[Any, Any]]
 
-    for name, text, labels, values in (
+
+def metric_families(report: Json, ledger: Ledger) -> list[MetricFamily]:
+    """(name, what it counts, labels, {values of the labels: number}) of each metric."""
+    group = ledger.stats.group
+    reported = group("tokens").items()
+
+    return [
         ("uptime_seconds", "since the start", (), {(): report["uptime_s"]}),
         ("requests_total", "requests", ("route", "status"), group("requests")),
         ("running", "requests that run now", (), {(): len(report["running"])}),
@@ -20267,13 +20269,13 @@ def metrics(exchange: Exchange) -> None:
             "tokens_total",
             "tokens as the upstream told them",
             ("model", "kind"),
-            {key: count for key, count in told if key[1] != "nano_aiu"},
+            {key: count for key, count in reported if key[1] != "nano_aiu"},
         ),
         (
             "credits_total",
             "credits as the upstream told them",
             ("model",),
-            {key[:1]: count / NANO for key, count in told if key[1] == "nano_aiu"},
+            {key[:1]: count / NANO for key, count in reported if key[1] == "nano_aiu"},
         ),
         (
             "losses_total",
@@ -20312,7 +20314,7 @@ def metrics(exchange: Exchange) -> None:
             "history_dropped_total",
             "rows that were lost",
             (),
-            {(): app.ledger.history.dropped},
+            {(): ledger.history.dropped},
         ),
         (
             "log_lines_lost_total",
@@ -20320,20 +20322,29 @@ def metrics(exchange: Exchange) -> None:
             (),
             {(): report["log"]["lost_lines"]},
         ),
-    ):
-        lines.append(
-            "# HELP copilot_proxy_%s %s\n# TYPE copilot_proxy_%s %s"
-            % (name, text, name, "counter" if name.endswith("_total") else "gauge")
-        )
-        for key, value in values.items():
-            said = ",".join(
-                '%s="%s"' % (label, label_value(part))
-                for label, part in zip(labels, key)
-            )
-            if value is not None:
-                lines.append(
-                    "copilot_proxy_%s%s %r" % (name, said and "{%s}" % said, value)
-                )
+    ]
+
+
+def render_metric(family: MetricFamily) -> Iterator[str]:
+    """The lines of one metric in Prometheus' text format 0.0.4."""
+    name, text, labels, values = family
+    kind = "counter" if name.endswith("_total") else "gauge"
+    yield f"# HELP copilot_proxy_{name} {text}"
+    yield f"# TYPE copilot_proxy_{name} {kind}"
+
+    for key, value in values.items():
+        if value is None:
+            continue
+        pairs = [f'{label}="{label_value(part)}"' for label, part in zip(labels, key)]
+        shown = "{%s}" % ",".join(pairs) if pairs else ""
+        yield f"copilot_proxy_{name}{shown} {value!r}"
+
+
+def metrics(exchange: Exchange) -> None:
+    """The same for Prometheus, in its text format 0.0.4."""
+    check_operator(exchange)
+    families = metric_families(stats_report(exchange), exchange.app.ledger)
+    lines = [line for family in families for line in render_metric(family)]
 
     exchange.reply(
         ("\n".join(lines) + "\n").encode("utf-8", "replace"),
@@ -20361,7 +20372,8 @@ async def history(exchange: Exchange) -> None:
             InThread(
                 functools.partial(
                     ledger.history.query,
-                    "SELECT * FROM requests WHERE n < ? AND (? OR account IN (?, ?)) ORDER BY n DESC LIMIT ?",
+                    "SELECT * FROM requests WHERE n < ? AND (? OR account IN (?, ?)) "
+                    "ORDER BY n DESC LIMIT ?",
                     number_of(exchange, "before", MAX_COUNT, MAX_COUNT),
                     not names,
                     *(names or ("", "")),
@@ -21045,6 +21057,7 @@ def demo_embeddings(exchange: Exchange) -> None:
 
 
 def demo_token(exchange: Exchange) -> None:
+    """A token of the make-believe Copilot."""
     exchange.reply_json(
         {
             "token": "tid=demo",
@@ -21217,7 +21230,10 @@ experimental_bearer_token = "%(key)s"
  "small_model": "copilot_proxy/%(small)s", "provider": {"copilot_proxy": {
    "npm": "@ai-sdk/openai-compatible", "name": "copilot_proxy",
    "options": {"baseURL": "%(base)s", "apiKey": "%(key)s"}, "models": {%(models)s}}}}""",
-                '"%(id)s": {"name": "%(name)s", "limit": {"context": %(context)s, "output": %(out)s}}',
+                (
+                    '"%(id)s": {"name": "%(name)s", "limit": '
+                    '{"context": %(context)s, "output": %(out)s}}'
+                ),
             ),
         ),
     ),
@@ -21254,7 +21270,8 @@ experimental_bearer_token = "%(key)s"
                 "$CONTINUE_GLOBAL_DIR:~/.continue//assistants/copilot_proxy.yaml",
                 (
                     "name: copilot_proxy\nversion: 1.0.0\nschema: v1\nmodels:\n%(models)s"
-                    '  - {name: "%(embed)s", provider: openai, model: "%(embed)s", roles: [embed],\n'
+                    '  - {name: "%(embed)s", provider: openai, model: "%(embed)s", '
+                    "roles: [embed],\n"
                     '     apiBase: "%(base)s", apiKey: "%(key)s"}\n'
                 ),
                 (
@@ -21301,7 +21318,8 @@ experimental_bearer_token = "%(key)s"
         "OpenAI SDKs",
         env="OPENAI_BASE_URL=%(base)s OPENAI_API_KEY=%(key)s",
         note=(
-            "OpenAI() in Python and new OpenAI() in Node read these.\n  client.chat.completions.create("
+            "OpenAI() in Python and new OpenAI() in Node read these.\n"
+            "  client.chat.completions.create("
             'model="%(main)s", ...)\n  client.embeddings.create(model="%(embed)s", ...)'
         ),
     ),
@@ -21911,6 +21929,7 @@ def open_account(app: App) -> Copilot:
 
 
 def print_code(code: DeviceCode) -> None:
+    """Tell the person at the terminal where to log in."""
     say(
         "\nTo log in, open   %s\nand enter the code   %s\n(the code is good for %d minutes)\n"
         % (
@@ -22460,17 +22479,12 @@ def probe_network(app: App) -> tuple[list[str], bool]:
     with contextlib.suppress(ImportError, OSError):
         import winreg
 
-        with winreg.OpenKey(
-            winreg.HKEY_CURRENT_USER,
-            (  # type: ignore[attr-defined]
-                r"Software\Microsoft\Windows\CurrentVersion\Internet Settings"
-            ),
-        ) as key:
-            lines.append(
-                "Windows' own proxy setting "
-                + PAC_REMEDY
-                % redact(printable(winreg.QueryValueEx(key, "AutoConfigURL")[0]))
-            )  # type: ignore[attr-defined]
+        registry: Any = winreg
+        path = r"Software\Microsoft\Windows\CurrentVersion\Internet Settings"
+        with registry.OpenKey(registry.HKEY_CURRENT_USER, path) as key:
+            script = redact(printable(registry.QueryValueEx(key, "AutoConfigURL")[0]))
+            lines.append("Windows' own proxy setting " + PAC_REMEDY % script)
+
     copilot_url = settings.copilot_url or settings.usual_copilot_url
     try:
         copilot = open_account(app)
@@ -22811,31 +22825,8 @@ def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
         )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
-    parser = argparse.ArgumentParser(
-        prog="copilot_proxy.py",
-        description="Your own GitHub Copilot subscription as a local "
-        "OpenAI and Anthropic API.",
-    )
-
-    version = "copilot_proxy %s (Python %s, %s)" % (
-        __version__,
-        sys.version.split()[0],
-        sys.platform,
-    )
-
-    parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-
-    for name, (text, _) in COMMANDS.items():
-        sub = commands.add_parser(name, help=text, description=text)
-        for option in OPTIONS:
-            if option.where == "network" or name in option.where.split():
-                add_option(sub, option)
-        if name in ("check-usage", "debug", "models"):
-            sub.add_argument("--json", action="store_true", help="as JSON")
-
+def add_command_flags(commands: Any) -> None:
+    """The flags of single commands that are no settings."""
     auth, debug, table = (commands.choices[n] for n in ("auth", "debug", "models"))
     auth.add_argument(
         "--import",
@@ -22864,7 +22855,10 @@ def build_parser() -> argparse.ArgumentParser:
     table.add_argument(
         "--all", action="store_true", help="hidden and disabled ones, too"
     )
-    setup = commands.choices["setup"]
+
+
+def add_setup_flags(setup: argparse.ArgumentParser) -> None:
+    """The flags of `setup`."""
     setup.add_argument(
         "client",
         nargs="?",
@@ -22892,6 +22886,34 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         setup.add_argument("--" + name, action="store_true", help=text)
 
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="copilot_proxy.py",
+        description="Your own GitHub Copilot subscription as a local "
+        "OpenAI and Anthropic API.",
+    )
+
+    version = "copilot_proxy %s (Python %s, %s)" % (
+        __version__,
+        sys.version.split()[0],
+        sys.platform,
+    )
+
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    for name, (text, _) in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text)
+        for option in OPTIONS:
+            if option.where == "network" or name in option.where.split():
+                add_option(sub, option)
+        if name in ("check-usage", "debug", "models"):
+            sub.add_argument("--json", action="store_true", help="as JSON")
+
+    add_command_flags(commands)
+    add_setup_flags(commands.choices["setup"])
     return parser
 
 

@@ -315,7 +315,7 @@ class Gauge(NamedTuple):
 
 
 GAUGES = (
-    Gauge("code tokens", 135_000, 93_400,
+    Gauge("code tokens", 165_000, 93_400,
           lambda source: sum(source.tokens.values())),
     Gauge("tokens per code line", 10.9, 9.0,
           lambda source: sum(source.tokens.values()) / len(source.tokens)),
