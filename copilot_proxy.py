@@ -69,10 +69,7 @@ from __future__ import annotations  # copilot_proxy.py needs Python 3.8 or newer
 
 import sys
 
-OLDEST_PYTHON: tuple[int, int] = (
-    3,
-    8,
-)  # SyntaxError?  copilot_proxy.py needs Python 3.8 or newer
+OLDEST_PYTHON: tuple[int, int] = (3, 8)  # copilot_proxy.py needs Python 3.8 or newer  # fmt: skip
 if sys.version_info < OLDEST_PYTHON:
     TOO_OLD = "copilot_proxy.py needs Python %d.%d or newer, this is Python %d.%d" % (
         OLDEST_PYTHON + sys.version_info[:2]
