@@ -331,6 +331,9 @@ def cpu_s(work: Callable[[Json], Any], make: Callable[[], Json], rounds: int) ->
 class LinearTest(unittest.TestCase):
     """Four times as many of anything take about four times as long, never sixteen times."""
 
+    def setUp(self) -> None:
+        gc.freeze()             # of all that the other tests hold nothing is walked again and again
+
     def check(self, work: Callable[[Json], Any], make: Make, small: int = SMALL) -> None:
         few = many = 1e9
         for rounds in (2, 4, 8, 16):                # a busy machine is given other chances
@@ -341,8 +344,8 @@ class LinearTest(unittest.TestCase):
         self.fail("%.4f s for %d, %.4f s for %d" % (few, small, many, TIMES * small))
 
     def test_many_of_one_kind_in_a_request_do_not_cost_the_square_of_their_number(self) -> None:
-        for dialect, name, make, models in TIMED:
-            for model in models if SLOW else models[:1] + models[2:]:
+        for at, (dialect, name, make, models) in enumerate(TIMED):
+            for model in models if SLOW else [models[at % len(models)]]:
                 def body(count: int, make: Make = make, model: str = model) -> Json:
                     return dict(make(count), model=model, max_tokens=100)
 

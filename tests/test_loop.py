@@ -923,13 +923,14 @@ class FinishTest(LoopCase):
             streams = [self.open(make("@@events=4 stall=2@@", stream=True), path, proxy)
                        for path, make in REQUESTS]
             self.relay_of(streams[0], proxy).pipeline.close = boom
-            self.finish(proxy, 0.05)
+            thread = self.finish(proxy, 0.05)
             for stream in streams[1:]:
                 with self.subTest(stream.path):
                     try:
                         self.assertIn(b"shutting down", stream.rest())
                     except Exception as error:
                         self.fail("the stream got no error: %r" % error)
+            thread.join(DEADLINE_S)
 
     def test_an_upstream_that_is_drained_is_closed_too(self) -> None:
         late = Late()
