@@ -248,6 +248,7 @@ SEND_TIMEOUT_S = 60.0  # a client that takes nothing
 WORKER_IDLE_S = 10.0  # then an idle worker thread ends
 MAX_WORKERS, WORKER_QUEUE = 6, 256  # threads for what may block; what may wait for one
 INLINE_BYTES = 128 * 1024  # a larger body is parsed in a thread
+HEADS_KEPT = 200  # beginnings of upstream requests
 SLICE_S = 0.001  # of computing between two looks at the streams
 ACCEPTED_AT_ONCE = 16  # connections in one round of the loop
 SPARE_FILES = 32  # kept free for logins, history, the pool
@@ -12053,6 +12054,7 @@ def header_lanes(
     return {
         name[len(prefix) :]: value
         for name, value in headers.items()
+        if name.startswith(prefixes)
         for prefix in prefixes
         if name.startswith(prefix)
     }
@@ -13292,6 +13294,7 @@ class Connection:
             self.loop.watch(self, 0)
 
 
+@functools.lru_cache(maxsize=HEADS_KEPT)
 def split_origin(url: str) -> tuple[str, str, str]:
     """'https://me@a:1/b?c' -> ('https://a:1', 'a:1', '/b?c')"""
     scheme, _, rest = url.partition("://")
@@ -13302,8 +13305,8 @@ def split_origin(url: str) -> tuple[str, str, str]:
 
 class UpstreamRequest:
     """A request to GitHub or Copilot.
-    origin: "https://host:port"; head: as it goes over the wire, with the empty line; is_fresh: not
-    over a connection that was kept."""
+    origin: "https://host:port"; head: as it goes over the wire, with the empty line, and where it
+    is given all but the Content-Length; is_fresh: not over a connection that was kept."""
 
     def __init__(
         self,
@@ -13312,14 +13315,18 @@ class UpstreamRequest:
         headers: Mapping[str, str],
         body: bytes | None = None,
         timeout_s: float = ANSWER_TIMEOUT_S,
+        head: bytes = b"",
     ) -> None:
         self.origin, host, target = split_origin(url)
         self.method, self.url, self.body, self.timeout_s = method, url, body, timeout_s
         self.is_fresh = False
-        fields_ = {"Host": host, **headers}
+        if not head:
+            head = render_head(
+                f"{method} {target} HTTP/1.1", {"Host": host, **headers}.items()
+            )
         if body is not None:
-            fields_["Content-Length"] = str(len(body))
-        self.head = render_head(f"{method} {target} HTTP/1.1", fields_.items())
+            head = b"%bContent-Length: %d\r\n\r\n" % (head[:-2], len(body))
+        self.head = head
 
 
 class ProxyRefusal(OSError):
@@ -13370,7 +13377,7 @@ def explain_connect_error(error: Exception, host: str, proxied: bool) -> Upstrea
         )
 
     if isinstance(error, ProxyRefusal):
-        hint = "ask for %s to be allowed, or look at HTTPS_PROXY" % host
+        hint = f"ask for {host} to be allowed, or look at HTTPS_PROXY"
         if text[:3] == "407":
             hint = "write user:password@ before its host in HTTPS_PROXY"
             if error.logins and "basic" not in error.logins.lower():
@@ -13380,7 +13387,7 @@ def explain_connect_error(error: Exception, host: str, proxied: bool) -> Upstrea
                     % printable(error.logins, 20)
                 )
         return UpstreamError(
-            "the proxy refuses %s (%s): %s" % (host, plain_reason(error), hint)
+            f"the proxy refuses {host} ({plain_reason(error)}): {hint}"
         )
 
     if isinstance(error, socket.timeout):
@@ -13390,9 +13397,7 @@ def explain_connect_error(error: Exception, host: str, proxied: bool) -> Upstrea
             504,
         )
 
-    failure = UpstreamError(
-        "cannot connect to %s%s: %s" % (host, way, plain_reason(error))
-    )
+    failure = UpstreamError(f"cannot connect to {host}{way}: {plain_reason(error)}")
     failure.unsent = True
     return failure
 
@@ -13988,10 +13993,10 @@ def check_ca_files(names: list[str]) -> None:
                 usable = b"-----BEGIN" in file.read()
         except OSError as error:
             raise ConfigError(
-                "cannot read the CA file %s: %s" % (name, error.strerror)
+                f"cannot read the CA file {name}: {error.strerror}"
             ) from None
         if not usable:
-            raise ConfigError("the CA file %s holds no certificate in PEM form" % name)
+            raise ConfigError(f"the CA file {name} holds no certificate in PEM form")
 
 
 def make_tls_context(settings: Settings, environ: Mapping[str, str]) -> Any:
@@ -14019,7 +14024,7 @@ def make_tls_context(settings: Settings, environ: Mapping[str, str]) -> Any:
             context.load_verify_locations(cafile=name)
         except (ssl.SSLError, OSError) as error:
             raise ConfigError(
-                "cannot use the CA file %s: %s" % (name, plain_reason(error))
+                f"cannot use the CA file {name}: {plain_reason(error)}"
             ) from None
 
     if settings.tls_relaxed or settings.ca_file:
@@ -14069,7 +14074,7 @@ class Upstream:
         proxies.pop("all", None)
         for name, url in proxies.items():
             if url.lower().endswith((".pac", ".dat")) or "pac+" in url.lower():
-                raise ConfigError("the proxy for %s " % name + PAC_REMEDY % redact(url))
+                raise ConfigError(f"the proxy for {name} " + PAC_REMEDY % redact(url))
             try:
                 usable = (
                     urllib.parse.urlsplit(url).port is not None or host_of(url) != ""
@@ -14249,9 +14254,7 @@ class ImageFetcher:
 
         try:
             if answer.status != 200:
-                raise ValueError(
-                    "status %d; redirects are not followed" % answer.status
-                )
+                raise ValueError(f"status {answer.status}; redirects are not followed")
             return await answer.read_all(IMAGE_BYTES)
         except StreamCut:
             raise ValueError("it is cut") from None
@@ -14399,7 +14402,7 @@ class GitHub:
             text = (
                 answer.get("error_description")
                 or answer.get("error")
-                or "status %d" % status
+                or f"status {status}"
             )
             raise UpstreamError(
                 "%s gave no login code: %s"
@@ -14520,9 +14523,7 @@ class GitHub:
                 if "retry-after" in headers
                 else {}
             )
-            return RateLimited(
-                "GitHub limits calls to %s: %s" % (host, text), headers=kept
-            )
+            return RateLimited(f"GitHub limits calls to {host}: {text}", headers=kept)
 
         if "personal access token" in text:
             return AuthError(
@@ -14539,8 +14540,8 @@ class GitHub:
             )
 
         if status in (400, 402, 403):
-            return AuthError("no access to Copilot: %s" % text, 403, code)
-        return UpstreamError("%s answered %d: %s" % (host, status, text))
+            return AuthError(f"no access to Copilot: {text}", 403, code)
+        return UpstreamError(f"{host} answered {status}: {text}")
 
 
 class DeviceLogin:
@@ -14626,7 +14627,7 @@ class DeviceLogin:
                 )
             elif problem not in (None, "authorization_pending"):
                 text = answer.get("error_description") or problem
-                raise AuthError("GitHub refuses the login: %s" % printable(str(text)))
+                raise AuthError(f"GitHub refuses the login: {printable(str(text))}")
 
         return None
 
@@ -14782,7 +14783,7 @@ class RateLimits:
         """The upstream refused a request for a limit -> its error, which says how long it lasts.
         number: 0 where it is not known."""
         scope = model
-        if ACCOUNT_LIMITS.search("%s %s" % (error.code, error)):
+        if ACCOUNT_LIMITS.search(f"{error.code} {error}"):
             scope = self.ACCOUNT
 
         with self._lock:
@@ -14945,22 +14946,18 @@ class Call:
 def new_request_id() -> str:
     """A random UUID as text (uuid4 without the import)."""
     text = secrets.token_hex(16)
-    return "%s-%s-4%s-a%s-%s" % (
-        text[:8],
-        text[8:12],
-        text[13:16],
-        text[17:20],
-        text[20:],
-    )
+    return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-a{text[17:20]}-{text[20:]}"
+
+
+@functools.lru_cache(maxsize=HEADS_KEPT)
+def is_passed(name: str) -> bool:
+    """May clients see this header of the upstream?"""
+    return name in PASSED_HEADERS or name.startswith(PASSED_PREFIXES)
 
 
 def passed_headers(headers: Headers) -> Headers:
     """The upstream's headers that clients may see."""
-    return {
-        k: v
-        for k, v in headers.items()
-        if k in PASSED_HEADERS or k.startswith(PASSED_PREFIXES)
-    }
+    return {name: headers[name] for name in filter(is_passed, headers)}
 
 
 _TOKEN_CODES = ("expired_token", "invalid_token", "token_expired")
@@ -15123,6 +15120,41 @@ class Attempts:
         return token
 
 
+@functools.lru_cache(maxsize=HEADS_KEPT)
+def request_start(
+    method: str,
+    url: str,
+    bearer: str,
+    version: str,
+    headers: tuple[tuple[str, str], ...],
+    own: tuple[str, ...],
+) -> bytes:
+    """The head of a call to the API up to the value of X-Request-Id: most of it is as in the
+    request before.  headers: of the call; own: of --header, which win."""
+    fields_ = dict(EDITOR_HEADERS)
+    fields_.update(
+        {
+            "Authorization": "Bearer " + bearer,
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",
+            "OpenAI-Intent": INTENT,
+            "X-Interaction-Type": INTENT,
+            "X-GitHub-Api-Version": version,
+        }
+    )
+    if method == "POST":
+        fields_["Content-Type"] = "application/json"
+    fields_.update(headers)
+
+    pairs = parse_pairs(own, "--header")
+    _, host, target = split_origin(url)
+    fields_ = {"Host": host, **override(fields_, pairs)}
+    head = render_head(f"{method} {target} HTTP/1.1", fields_.items())
+    if "x-request-id" in {name.lower() for name in pairs}:
+        return head
+    return head[:-2] + b"X-Request-Id: "
+
+
 async def same_error(error: AuthError) -> AuthError:
     return error
 
@@ -15234,35 +15266,23 @@ class Copilot:
         self, call: Call, token: CopilotToken, is_fresh: bool = False
     ) -> UpstreamResponse:
         """Any status is an answer.  Raises StaleConnection, UpstreamError."""
-        request = UpstreamRequest(
+        url = token.api_url + call.path
+        head = request_start(
             call.method,
-            token.api_url + call.path,
-            self._headers(call, token),
-            call.body,
-            call.timeout_s,
+            url,
+            token.value,
+            self.version,
+            tuple(call.headers.items()),
+            self._settings.header,
         )
+
+        if head.endswith(b": "):
+            head += (call.request_id or new_request_id()).encode() + b"\r\n\r\n"
+        request = UpstreamRequest(call.method, url, {}, call.body, call.timeout_s, head)
         request.is_fresh = is_fresh
         answer = await self._upstream.send(request)
         self.on_headers(answer.headers)
         return answer
-
-    def _headers(self, call: Call, token: CopilotToken) -> Headers:
-        headers = dict(EDITOR_HEADERS)
-        headers.update(
-            {
-                "Authorization": "Bearer " + token.value,
-                "Accept": "application/json",
-                "Accept-Encoding": "identity",
-                "OpenAI-Intent": INTENT,
-                "X-Interaction-Type": INTENT,
-                "X-GitHub-Api-Version": self.version,
-                "X-Request-Id": call.request_id or new_request_id(),
-            }
-        )
-        if call.body is not None:
-            headers["Content-Type"] = "application/json"
-        headers.update(call.headers)
-        return override(headers, self._settings.headers)
 
     @property
     def hiccup_pause_s(self) -> float:
@@ -15380,7 +15400,7 @@ class Copilot:
                 "model '%s' does not exist here%s; nearest: %s"
                 % (
                     printable(asked, 80),
-                    retired and " (%s)" % retired,
+                    retired and f" ({retired})",
                     ", ".join(nearest_ids(asked, catalogue.models)) or "none",
                 ),
                 404,
@@ -16736,14 +16756,16 @@ class Ledger:
         """A request has ended: into the counts, the quotas, the history, the log, to the page."""
         self.running.pop(record.id, None)
         row, account = record.row(), record.account
-        sinks = [self.stats, account.stats] if account else [self.stats]
-        for stats in sinks:
-            stats.count({"requests": {(record.route, str(record.status)): 1}})
+        told: dict[str, dict[Any, int]] = {
+            "requests": {(record.route, str(record.status)): 1}
+        }
         for meter in record.meters:
             if meter.quotas and account:
                 self.see_quotas(account, "stream", meter.quotas)
         if record.asked.label:
-            self._record_row(row, redact(record.failure), sinks)
+            told.update(self._record_row(row, redact(record.failure)))
+        for stats in [self.stats, account.stats] if account else [self.stats]:
+            stats.count(told)
 
         log = self._log
         if log.isEnabledFor(logging.INFO):
@@ -16761,7 +16783,8 @@ class Ledger:
                 )
             )
 
-    def _record_row(self, row: Json, message: str, sinks: list[Stats]) -> None:
+    def _record_row(self, row: Json, message: str) -> dict[str, dict[Any, int]]:
+        """-> what it adds to the counts."""
         counts = {name: row[name] for name in COUNTS if row[name] is not None}
         tokens = {(row["model"], name): number for name, number in counts.items()}
         compared: dict[Any, int] = {}
@@ -16774,14 +16797,6 @@ class Ledger:
         if row["nano_aiu"] is None and row["estimate"] is not None:
             counts["estimate"] = row["estimate"]
         errors = int(row["error"] not in (None, "client_left"))
-        for stats in sinks:
-            stats.count(
-                {
-                    "tokens": tokens,
-                    "totals": dict(counts, requests=1, errors=errors),
-                    "compared": compared,
-                }
-            )
 
         self.budget.spend(row)
         self.history.put(row)
@@ -16789,14 +16804,20 @@ class Ledger:
         self.recent.appendleft(row)
         if self.events.readers:
             self.events.tell("request", shown(row))
+        return {
+            "tokens": tokens,
+            "totals": dict(counts, requests=1, errors=errors),
+            "compared": compared,
+        }
 
     def note_changes(
         self, record: RequestRecord, losses: Losses, repairs: Iterable[str]
     ) -> Headers:
         """What did not go upstream, and what was repaired -> headers that tell what is new."""
-        headers = {}
+        headers: Headers = {}
+        if not losses and not repairs:
+            return headers
         names = {name for name, _ in losses}
-
         for group, notes, found, more in (
             ("lossy", record.losses, names, losses.more),
             ("repaired", record.repairs, set(repairs), 0),
@@ -17780,10 +17801,10 @@ class Exchange:
         try:
             value = loads(self.body)
         except TooManyValues as error:
-            raise BadRequest("the body is too large: %s" % error, 413) from None
+            raise BadRequest(f"the body is too large: {error}", 413) from None
         except ValueError as error:
             raise BadRequest(
-                "the body is not valid JSON: %s" % printable(str(error))
+                f"the body is not valid JSON: {printable(str(error))}"
             ) from None
         if not isinstance(value, dict):
             raise BadRequest("the body must be a JSON object")
@@ -17964,7 +17985,7 @@ class Exchange:
             fields_.append(("Connection", "keep-alive"))
 
         phrase = http.client.responses.get(status, "Error")
-        whole = render_head("HTTP/1.1 %d %s" % (status, phrase), fields_)
+        whole = render_head(f"HTTP/1.1 {status} {phrase}", fields_)
         return whole[len(PROBE) :] if self._is_probed else whole
 
     def _send(self, data: bytes) -> None:
@@ -18076,7 +18097,7 @@ def check_host(text: str, settings: Settings, own_address: str) -> None:
     name = split_host(text)[0]
     if not name:
         raise BadRequest(
-            "the host %s is malformed" % printable(text, 60), 403, "host_not_allowed"
+            f"the host {printable(text, 60)} is malformed", 403, "host_not_allowed"
         )
     if not (
         is_loopback(name)
@@ -18533,7 +18554,7 @@ class Handler:
                 raise foreign_origin(origin)
             return
 
-        own = origin_of("%s://%s" % (scheme, host))
+        own = origin_of(f"{scheme}://{host}")
         exchange.is_same_origin = bool(own) and origin_of(origin) == own
         if not exchange.is_same_origin and not is_allowed_origin(
             origin, settings.cors_origin
@@ -18602,7 +18623,7 @@ class Handler:
     def _check_body(self, exchange: Exchange, length: int, chunked: bool) -> None:
         headers = exchange.head.headers
         if length > MAX_BODY_BYTES:
-            raise BadRequest("the body is larger than %d bytes" % MAX_BODY_BYTES, 413)
+            raise BadRequest(f"the body is larger than {MAX_BODY_BYTES} bytes", 413)
         if headers.get("expect", "100-continue").lower() != "100-continue":
             raise BadRequest("this expectation cannot be met", 417)
         kind = headers.get("content-type", "").split(";")[0].strip().lower()
@@ -18692,7 +18713,7 @@ class Server(ThreadingHTTPServer):
         host = str(self.server_address[0])
         return "%s://%s:%d" % (
             self.scheme,
-            "[%s]" % host if ":" in host else host,
+            f"[{host}]" if ":" in host else host,
             self.server_port,
         )
 
