@@ -223,6 +223,7 @@ JSON_CHECK_BYTES = 1024 * 1024  # smaller bodies are parsed without a look
 JSON_ROOM_BYTES = 64 * 1024 * 1024  # of values beside their texts: 1.8 million numbers
 VECTORS_ROOM_BYTES = 256 * 1024 * 1024  # of one batch of embeddings
 JSON_PIECE_BYTES = 128 * 1024  # looked at in one piece
+MAX_PATH_STEPS = 16  # of a field that an upstream's error names
 MAX_JSON_DEPTH = 200  # some functions call themselves for each level
 MAX_INT_DIGITS = 4000  # of an integer in JSON; Python's own limit is 4300
 MAX_ERROR_BYTES = 64 * 1024
@@ -601,6 +602,13 @@ class StreamCut(UpstreamError):
 
 class StaleConnection(UpstreamError):
     """A kept-alive connection turned out to be closed before a byte of the answer came."""
+
+
+def forget_frames(error: ProxyError) -> ProxyError:
+    """An error that is caught for good.  Its traceback and those behind it lead to the variables of
+    all that was going on, the body among them, and back to itself: they would stay in memory."""
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
 
 
 class ClientGone(Exception):
@@ -2502,7 +2510,7 @@ class StreamRelay:
 
     def _fail(self, error: ProxyError, out: bytes = b"") -> bytes:
         """The end; out: the error as it came, where it is good enough for the client."""
-        self.ended, self.error = True, error
+        self.ended, self.error = True, forget_frames(error)
         return out or self._error(error)
 
 
@@ -4449,6 +4457,7 @@ class StreamDecoder:
         self.ended = True
         self._held = []
         self._template.forget()
+        forget_frames(error)
         self._events.append(StreamError(error))
 
 
@@ -10574,40 +10583,8 @@ def translate_request(
 
 _FAMILIES = ("opus", "sonnet", "haiku", "fable")
 
-
-def _without_date(name: str) -> str:
-    """'gpt-5.4-2026-03-05' -> 'gpt-5.4', 'claude-haiku-4-5-20251001' -> 'claude-haiku-4-5'."""
-    head, _, date = name.rpartition("-")
-    if len(date) == 8 and date.startswith("20") and date.isdecimal():
-        return head
-
-    head, *date_parts = name.rsplit("-", 3)
-    digits = "".join(date_parts)
-    if (
-        list(map(len, date_parts)) == [4, 2, 2]
-        and digits[:2] == "20"
-        and digits.isdecimal()
-    ):
-        return head
-    return name
-
-
-def _without_suffix(name: str) -> str:
-    """One thing less that clients hang behind a model's id: '-latest', '-v2', '-v1:0', '@beta-1'
-    or a date; the name itself when there is none."""
-    head, mark, tail = name.rpartition("@")
-    if mark and tail and all(char.isalnum() or char in "-_" for char in tail):
-        return head
-
-    if name.endswith("-latest"):
-        return name[: -len("-latest")]
-
-    head, mark, version = name.rpartition("-v")
-    number, colon, revision = version.partition(":")
-    if mark and number.isdecimal() and (revision.isdecimal() or not colon):
-        return head
-
-    return _without_date(name)
+#: what clients hang behind a model's id, taken off one at a time: all in one pattern froze
+_SUFFIX = re.compile(r"(?:-latest|@[\w-]+|-v\d+(?::\d+)?|-20\d{6}|-20\d\d-\d\d-\d\d)\Z")
 
 
 def normalise_model(asked: str) -> list[str]:
@@ -10618,9 +10595,9 @@ def normalise_model(asked: str) -> list[str]:
     while plain.endswith("[1m]"):
         plain = plain[: -len("[1m]")]
     bare = re.sub(r"\A(?:us\.|eu\.|apac\.)?anthropic\.", "", plain.rsplit("/", 1)[-1])
-    steady = bare
-    while steady != _without_suffix(steady):
-        steady = _without_suffix(steady)
+    steady, is_shorter = _SUFFIX.subn("", bare)
+    while is_shorter:
+        steady, is_shorter = _SUFFIX.subn("", steady)
     dotted = re.sub(r"(?<=\d)-(?=\d)", ".", steady)
     if plain != names[1]:
         names += [dotted + "-1m", dotted + "-1m-internal"]
@@ -11395,7 +11372,10 @@ _STATE_KINDS = (
 def places(value: Any, path: str) -> list[tuple[Json, str]]:
     """(object, key) of all that a validator's path means: a number stands for every element, the
     tag of a union for nothing.  'tools.0.custom.strict' -> `strict` of each such tool."""
-    step, _, rest = path.replace("[", ".").replace("]", "").partition(".")
+    path = path.replace("[", ".").replace("]", "")
+    if path.count(".") > MAX_PATH_STEPS:  # each may be a tag: two ways to go on
+        return []
+    step, _, rest = path.partition(".")
     if isinstance(value, list) and step.isdigit() and rest:
         return [place for item in value for place in places(item, rest)]
     if not isinstance(value, dict) or not rest:
@@ -13092,8 +13072,9 @@ class Signal(Wait):
     def set(self) -> None:
         """It has happened."""
         self.is_set = True
-        if self._wake is not None:
-            self._wake()
+        wake, self._wake = self._wake, None
+        if wake is not None:
+            wake()
 
     def _tell(self, wake: Callable[[], Any]) -> None:
         """Without a lock: `set` writes, then reads, and so does this, so one of them wakes."""
@@ -14163,22 +14144,57 @@ class Upstream:
         return answer.status, value, answer.headers, body
 
 
+#: networks that are nobody's on the internet, by IANA's registries of special-purpose addresses;
+#: Pythons differ in which of them they call global.  Clouds tell secrets at addresses in them.
+_SPECIAL_NETWORKS = (
+    "0.0.0.0/8",
+    "10.0.0.0/8",
+    "100.64.0.0/10",
+    "127.0.0.0/8",
+    "169.254.0.0/16",
+    "172.16.0.0/12",
+    "192.0.0.0/24",
+    "192.0.2.0/24",
+    "192.31.196.0/24",
+    "192.52.193.0/24",
+    "192.88.99.0/24",
+    "192.168.0.0/16",
+    "192.175.48.0/24",
+    "198.18.0.0/15",
+    "198.51.100.0/24",
+    "203.0.113.0/24",
+    "224.0.0.0/3",
+    "168.63.129.16/32",  # Azure's host, from inside each machine
+    "2001::/23",
+    "2001:db8::/32",
+    "2002::/16",
+    "2620:4f:8000::/48",
+    "3fff::/20",
+)
+_UNICAST_NETWORK = (
+    "2000::/3"  # of IPv6: all that is given out; fc00::/7, fe80::/10 are not
+)
+#: IPv6 networks whose addresses end with an IPv4 address that is meant
+_MAPPED_NETWORKS = ("::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96")
+_ISATAP_MARKS = (0x00005EFE, 0x02005EFE)  # before such an end in any other IPv6 network
+
+
 def is_public(address: str) -> bool:
     """May an image be fetched from here?  Nothing of this machine, its networks, or the cloud's."""
     import ipaddress
 
     found: Any = ipaddress.ip_address(address.partition("%")[0])
-    found = (
-        getattr(found, "ipv4_mapped", None)
-        or getattr(found, "sixtofour", None)
-        or found
-    )
-    return bool(
-        found.is_global
-        and not found.is_multicast
-        and not found.is_reserved
-        and not getattr(found, "is_site_local", False)
-    )
+    if found.version == 6:
+        if any(found in ipaddress.ip_network(network) for network in _MAPPED_NETWORKS):
+            found = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
+        elif (
+            found not in ipaddress.ip_network(_UNICAST_NETWORK)
+            or int(found) >> 32 & 0xFFFFFFFF in _ISATAP_MARKS
+        ):
+            return False
+
+    networks = map(ipaddress.ip_network, _SPECIAL_NETWORKS)
+    return bool(found.is_global) and not any(found in network for network in networks)
 
 
 _IMAGE_STARTS = (
@@ -15037,6 +15053,7 @@ class Attempts:
         probes, see RateLimits."""
         log, limits = self._copilot.log, self._copilot.limits
         number, is_taken = limits.admit(call.model), False
+
         try:
             answer = await self._send_cured(call)
             is_taken = True
@@ -15044,6 +15061,7 @@ class Attempts:
         except UpstreamError as error:
             if not (error.answered and call.model and is_limit(error)):
                 raise
+            forget_frames(error)  # it is kept as long as the limit
             told = limits.refuse(call.model, number, error)
             log.warning("%s", told)
             raise told from None
@@ -15061,6 +15079,7 @@ class Attempts:
                 return await self._send_once(call, token)
             except UpstreamError as problem:
                 error = problem
+                forget_frames(error)
 
             row = self._row_for(error)
             if not row or not self.may(row):
@@ -17924,7 +17943,7 @@ class Exchange:
                     if self.client.is_slow:
                         await self.client.room()
         except UpstreamError as error:
-            problem = error
+            problem = forget_frames(error)
         except (ClientGone, GeneratorExit):
             answer.close()
             raise
@@ -18811,7 +18830,7 @@ class Server(ThreadingHTTPServer):
             exchange.client_left()
             return False
         except ProxyError as error:
-            refusal = error
+            refusal = forget_frames(error)
         except Exception:
             self.app.log.exception("%s failed", exchange.id)
             refusal = ProxyError(
@@ -19664,7 +19683,8 @@ class Job:
         """What the first stages have found."""
         self.copilot, self.model = copilot, model
         self.body, self.data = body, data or dumps(body)
-        self.attempts = Attempts(copilot, lambda: self.exchange.started)
+        exchange = self.exchange  # a cycle would keep the body alive
+        self.attempts = Attempts(copilot, lambda: exchange.started)
 
     async def run(self) -> None:
         """All stages.  Raises ProxyError, ClientGone."""

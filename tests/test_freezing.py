@@ -28,6 +28,7 @@ class FreezingCase(unittest.TestCase):
 
     environ: dict[str, Any] = {}
     port: int
+    pid: int
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -35,6 +36,7 @@ class FreezingCase(unittest.TestCase):
         home = cls.keep(tempfile.TemporaryDirectory())
         command = cls.keep(Command("start", "--port", "0", "--github-url", fake.url,
                                    home=home, GH_TOKEN="ghu_fake", **cls.environ))
+        cls.pid = command.process.pid
         cls.port = urllib.parse.urlsplit(command.wait_for_url()).port
 
     @classmethod
@@ -121,6 +123,44 @@ class ModelNameTest(FreezingCase):
             with self.subTest(name=name[:20], size=len(name)):
                 path = "/v1/models/" + urllib.parse.quote(name)
                 self.assert_lively("GET", path, None, 404)
+
+
+class JsonTest(FreezingCase):
+    """Bodies that are small on the wire and large in memory, or slow to read."""
+
+    def peak_bytes(self) -> int:
+        """The most memory that the server ever took; 0 where the system does not tell it."""
+        try:
+            with open("/proc/%d/status" % self.pid, encoding="ascii") as file:
+                return next(int(line.split()[1]) * 1024 for line in file
+                            if line.startswith("VmHWM"))
+        except (OSError, StopIteration):
+            return 0
+
+    def test_thirty_megabytes_of_empty_lists_neither_freeze_nor_fill_the_memory(self) -> None:
+        before = self.peak_bytes()
+        for piece in (b"[],", b'{"a":1},', b'"ab",', b"1000,", b"1.5,"):
+            for size in (3_000_000, 30_000_000):
+                body = b"[" + piece * (size // len(piece)) + b"0]"
+                body = b'{"model":"gpt-4.1","messages":[],"x":' + body + b"}"
+                with self.subTest(piece=piece, size=size):
+                    status = 413 if size > 3_000_000 or piece in (b"[],", b'{"a":1},') else 400
+                    self.assert_lively("POST", "/v1/chat/completions", body, status)
+        self.assertLess(self.peak_bytes() - before, 8 * 30_000_000)
+
+    def test_numbers_of_many_digits_freeze_nothing(self) -> None:
+        for digits in (5_000, 1_000_000, 10_000_000):
+            with self.subTest(digits=digits):
+                body = b'{"model":"gpt-4.1","messages":[],"n":' + b"9" * digits + b"}"
+                self.assert_lively("POST", "/v1/chat/completions", body, 400)
+
+    def test_deep_nesting_freezes_nothing(self) -> None:
+        for depth in (980, 9_800, 400_000):
+            for path in ("/v1/chat/completions", "/v1/responses/compact", "/v1/messages"):
+                with self.subTest(depth=depth, path=path):
+                    nested = b"[" * depth + b"]" * depth
+                    self.assert_lively("POST", path, b'{"model":"gpt-4.1","input":' + nested + b"}",
+                                       400)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import random
 import socket
 import sys
 import threading
@@ -242,9 +243,14 @@ class CatalogueTest(ProxyCase):
         self.assertEqual(cp.nearest_ids("claud-opus-9.9x", models)[0], models[-1].id)
 
     def test_long_ids_are_not_compared_letter_by_letter(self) -> None:
-        models = [cp.Model(("ab" * 100)[:190] + str(n), picker=True) for n in range(MANY_MODELS)]
+        chance = random.Random(5)
+        words = "gpt claude opus sonnet haiku mini nano codex max 5 4.1 preview".split()
+        names = ["-".join(chance.choices(words, k=30))[:190] for _ in range(MANY_MODELS)]
+        models = [cp.Model("%s-%d" % (name, number), picker=True)
+                  for number, name in enumerate(names)]
+        asked = "-".join(chance.choices(words, k=30))[:190]
         began = time.thread_time()
-        self.assertEqual(len(cp.nearest_ids("ba" * 100, models)), 3)
+        self.assertEqual(len(cp.nearest_ids(asked, models)), 3)
         self.assertLess(time.thread_time() - began, QUICK_S)
 
     def test_a_number_of_many_digits_in_an_id_is_no_500(self) -> None:
