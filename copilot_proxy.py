@@ -167,7 +167,8 @@ COPILOT_HOSTS = (
 CLIENT_ID = "Iv1.b507a08c87ecfe98"  # the editor's Copilot app: tokens ghu_...
 SCOPE = "read:user"
 DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
-PAT_PREFIXES = ("ghp_", "github_pat_")  # never accepted by Copilot
+REFUSED_PREFIX = "ghp_"  # classic tokens: never accepted by Copilot
+MACHINE_PREFIXES = ("github_pat_", "ghs_")  # fine-grained ones, those of workflows
 
 API_VERSIONS = (
     "2026-06-01",
@@ -184,6 +185,12 @@ EDITOR_HEADERS = {
 CLI_INTEGRATION = (
     "copilot-developer-cli"  # identity for /models with the GitHub token itself
 )
+CLI_HEADERS = {  # the command line's: the only one that tokens of machines may have
+    "Copilot-Integration-Id": CLI_INTEGRATION,
+    "Copilot-Harness-Id": "copilot-sdk",
+    "Editor-Version": "copilot/1.0.80",
+    "User-Agent": "copilot/1.0.80",
+}
 INTENT, MODEL_INTENT = "conversation-agent", "model-access"
 ANTHROPIC_VERSION = "2023-06-01"
 BETA_PREFIXES = (
@@ -14329,6 +14336,11 @@ class CopilotToken:
     direct: bool = False  # the GitHub token itself, without an exchange
     details: Json = field(default_factory=dict, repr=False)
 
+    @property
+    def is_machine(self) -> bool:
+        """Is it a GitHub token that was made for programs?"""
+        return self.value.startswith(MACHINE_PREFIXES)
+
     def age_s(self, now: tuple[float, float]) -> float:
         return max(now[0] - self.obtained[0], now[1] - self.obtained[1])
 
@@ -14341,14 +14353,44 @@ def read_clock() -> tuple[float, float]:
 def check_github_token(token: str) -> str:
     """The token without white space.  Raises AuthError, before any call, for what never works."""
     token = token.strip()
-    if token.startswith(PAT_PREFIXES):
+    if token.startswith(REFUSED_PREFIX):
         raise AuthError(
-            "this is a personal access token, which Copilot does not accept: log in "
-            "with: copilot_proxy.py auth"
+            "this is a classic personal access token, which Copilot does not accept: "
+            "log in with: copilot_proxy.py auth, or make a fine-grained one with the "
+            'permission "Copilot Requests"'
         )
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise AuthError("this is no GitHub token: log in with: copilot_proxy.py auth")
     return token
+
+
+def machine_hint(token: str) -> str:
+    """What a token of a machine needs, for the text of a refusal."""
+    if token.startswith("ghs_"):
+        return (
+            "a workflow's job needs `permissions: copilot-requests: write`, an app the "
+            "repository permission Copilot Requests, and the organisation must allow both"
+        )
+    return (
+        'the token needs the account permission "Copilot Requests", which only tokens of a '
+        "person can have, not those that belong to an organisation"
+    )
+
+
+def explain_refusal(token: CopilotToken, error: UpstreamError) -> UpstreamError:
+    """The API's refusal of a token of a machine, with what that token needs."""
+    is_refused = error.status in (401, 403) or "access token" in str(error).lower()
+    if not token.is_machine or not is_refused or is_limit(error):
+        return error
+    told = UpstreamError(
+        "Copilot refuses this token (%s): %s" % (error, machine_hint(token.value)),
+        error.status,
+        error.code,
+        error.param,
+        error.headers,
+    )
+    told.answered = error.answered
+    return told
 
 
 def override(headers: Headers, own: Mapping[str, str]) -> Headers:
@@ -14372,14 +14414,17 @@ class GitHub:
         self._settings, self._upstream, self._clock = settings, upstream, clock
 
     def _headers(self, token: str = "") -> Headers:
-        headers = dict(EDITOR_HEADERS, Accept="application/json")
+        is_machine = token.startswith(MACHINE_PREFIXES)
+        identity = CLI_HEADERS if is_machine else EDITOR_HEADERS
+        headers = dict(identity, Accept="application/json")
         if token:
+            scheme = "Bearer " if is_machine else "token "
             headers["X-GitHub-Api-Version"] = INTERNAL_API_VERSION
-            headers["Authorization"] = "token " + token
+            headers["Authorization"] = scheme + token
         own = {
             k: v
             for k, v in self._settings.headers.items()
-            if k.lower() in map(str.lower, EDITOR_HEADERS)
+            if k.lower() in map(str.lower, identity)
         }
         return override(headers, own)
 
@@ -14464,12 +14509,14 @@ class GitHub:
         """The whole answer of /copilot_internal/user.  Raises AuthError, UpstreamError."""
         status, answer, headers, body = await self._get("/copilot_internal/user", token)
         if status != 200:
-            raise self._refusal(status, headers, body)
+            raise self._refusal(status, headers, body, token)
         return answer
 
     async def fetch_copilot_token(self, token: str) -> CopilotToken:
         """Exchange the GitHub token.  Where the exchange is not offered but the account has
-        Copilot, the GitHub token itself is the bearer (direct mode)."""
+        Copilot, the GitHub token itself is the bearer (direct mode); so are tokens of machines."""
+        if token.startswith(MACHINE_PREFIXES):
+            return await self._use_machine_token(token)
         status, answer, headers, body = await self._get(
             "/copilot_internal/v2/token", token
         )
@@ -14480,7 +14527,7 @@ class GitHub:
             direct = await self._try_direct(token)
             if direct:
                 return direct
-        raise self._refusal(status, headers, body)
+        raise self._refusal(status, headers, body, token)
 
     def _read_token(self, answer: Json, headers: Headers) -> CopilotToken:
         value = str(answer["token"])
@@ -14513,6 +14560,17 @@ class GitHub:
         accepted = [self._settings.accept_copilot_url(url) for url in candidates]
         return next((url for url in accepted if url), self._settings.usual_copilot_url)
 
+    async def _use_machine_token(self, token: str) -> CopilotToken:
+        """There is no exchange for it.  An app's token may not ask for the account's API host:
+        the usual one serves it.  Raises AuthError, UpstreamError."""
+        status, answer, headers, body = await self._get("/copilot_internal/user", token)
+        if status == 401 or status >= 500:
+            raise self._refusal(status, headers, body, token)
+        named = as_object(answer.get("endpoints")).get("api") if status == 200 else None
+        return CopilotToken(
+            token, self._api_url(named), 86400.0, 1e9, self._clock(), True, answer
+        )
+
     async def _try_direct(self, token: str) -> CopilotToken | None:
         status, answer, _, _ = await self._get("/copilot_internal/user", token)
         named = as_object(answer.get("endpoints")).get("api")
@@ -14522,11 +14580,19 @@ class GitHub:
             token, self._api_url(named), 86400.0, 1e9, self._clock(), True, answer
         )
 
-    def _refusal(self, status: int, headers: Headers, body: bytes) -> ProxyError:
+    def _refusal(
+        self, status: int, headers: Headers, body: bytes, token: str
+    ) -> ProxyError:
         """What a refused call to GitHub means for the user."""
+        is_machine = token.startswith(MACHINE_PREFIXES)
         text, code, _ = unwrap_error(status, body, "")
         host = host_of(self._settings.rest_url)
 
+        if status == 401 and is_machine:
+            return AuthError(
+                "GitHub does not know this token (%s): a fine-grained one has "
+                "expired or was revoked, a workflow's ends with its job" % text
+            )
         if status == 401:
             return AuthError(
                 "GitHub refuses this login (%s): log in again with: copilot_proxy.py "
@@ -14541,10 +14607,10 @@ class GitHub:
             )
             return RateLimited(f"GitHub limits calls to {host}: {text}", headers=kept)
 
-        if "personal access token" in text:
+        if is_machine and status in (403, 404):
             return AuthError(
-                "personal access tokens do not work with Copilot: log in with: "
-                "copilot_proxy.py auth",
+                "%s tells a token of a machine nothing about the account (%s)"
+                % (host, text),
                 403,
             )
 
@@ -15081,7 +15147,9 @@ class Attempts:
                 error = problem
                 forget_frames(error)
 
-            row = self._row_for(error)
+            row = (
+                "" if token.is_machine and error.status == 401 else self._row_for(error)
+            )
             if not row or not self.may(row):
                 if error.opaque and self._taken["login"]:
                     copilot.note_futile_login()
@@ -15099,7 +15167,7 @@ class Attempts:
         answer = await self._copilot.send_once(call, token, self._is_fresh)
         if answer.status < 300:
             return answer
-        raise await read_error(answer)
+        raise explain_refusal(token, await read_error(answer))
 
     def _row_for(self, error: UpstreamError) -> str:
         """What may cure this error, "" when nothing does."""
@@ -15150,7 +15218,8 @@ def request_start(
 ) -> bytes:
     """The head of a call to the API up to the value of X-Request-Id: most of it is as in the
     request before.  headers: of the call; own: of --header, which win."""
-    fields_ = dict(EDITOR_HEADERS)
+    is_machine = bearer.startswith(MACHINE_PREFIXES)
+    fields_ = dict(CLI_HEADERS if is_machine else EDITOR_HEADERS)
     fields_.update(
         {
             "Authorization": "Bearer " + bearer,
@@ -22229,9 +22298,9 @@ def log_out(app: App, name: str) -> int:
 def import_login(app: App) -> str:
     """A login of another program on this machine.  Asks first on a terminal."""
     for source, found in find_logins(app):
-        if found.startswith(PAT_PREFIXES):
+        if found.startswith(REFUSED_PREFIX):
             say(
-                "%s holds a personal access token, which Copilot does not accept"
+                "%s holds a classic personal access token, which Copilot does not accept"
                 % source
             )
             continue

@@ -55,6 +55,7 @@ OPENAI_FIELDS = ("logit_bias", "logprobs", "top_logprobs", "prediction", "metada
                  "prompt_cache_key", "safety_identifier", "web_search_options")
 REQUIRED_HEADERS = ("copilot-integration-id", "editor-plugin-version", "user-agent",
                     "x-github-api-version", "x-request-id", "openai-intent")
+MACHINE_PREFIXES = ("github_pat_", "ghs_")
 FORBIDDEN_HEADERS = re.compile(
     r"(x-api-key|api-key|x-goog-api-key|cookie|origin|referer|x-app|session_id|conversation_id"
     r"|originator|openai-beta|openai-organization|anthropic-dangerous-direct-browser-access"
@@ -495,7 +496,9 @@ def check_version(ask: Ask) -> None:
 
 def check_present(ask: Ask) -> None:
     """Headers the service asks for; a GitHub token as bearer needs no editor identity."""
-    direct = ask.fake.direct and ask.fake.bearer(ask.record) in ask.fake.github_tokens
+    bearer = ask.fake.bearer(ask.record)
+    direct = (ask.fake.direct and bearer in ask.fake.github_tokens
+              or bearer.startswith(MACHINE_PREFIXES))
     if "editor-version" not in ask.headers and not direct:
         raise Refuse(400, "bad request: missing Editor-Version header for IDE auth")
     for name in REQUIRED_HEADERS:
@@ -523,11 +526,24 @@ def check_values(ask: Ask) -> None:
                               % value.strip())
 
 
+def check_machine_token(ask: Ask, text: str) -> None:
+    """Tokens for programs work with the command line's identity, and with the permission."""
+    is_cli = ask.headers.get("copilot-integration-id") == "copilot-developer-cli"
+    if text.startswith("ghp_") or not is_cli:
+        raise Refuse(400, "Personal Access Tokens are not supported for this endpoint")
+    if text not in ask.fake.machine_tokens:
+        raise Refuse(401, "unauthorized: invalid token")
+    refusal = ask.fake.machine_tokens[text]
+    if refusal:
+        raise Refuse(401, refusal)
+
+
 def check_bearer(ask: Ask) -> None:
     """401 unless the bearer is a live Copilot token of this fake, 421 if bound to another host."""
     fake, text = ask.fake, ask.fake.bearer(ask.record)
-    if text.startswith(("ghp_", "github_pat_")):
-        raise Refuse(400, "Personal Access Tokens are not supported for this endpoint")
+    if text.startswith(("ghp_", *MACHINE_PREFIXES)):
+        check_machine_token(ask, text)
+        return
     if fake.takes_github_token(ask.record) and text in fake.github_tokens:
         return
     token = fake.tokens.get(text)
@@ -1670,8 +1686,13 @@ def github_token(fake: FakeUpstream, record: Recorded) -> str:
     kind, _, text = record.headers.get("authorization", "").partition(" ")
     if not record.headers.get("user-agent"):
         raise github_error(403, "Request forbidden by administrative rules.")
+    if text in fake.machine_tokens and record.path in (USAGE, USER):
+        if text.startswith("ghs_"):
+            raise github_error(403, "Resource not accessible by integration")
+        return text
     if kind.lower() not in ("token", "bearer") or text not in fake.github_tokens:
-        if not text.startswith(("ghp_", "github_pat_")) or record.path == USER:
+        is_known = text in fake.machine_tokens or text.startswith("ghp_")
+        if not is_known or record.path == USER:
             raise github_error(401, "Bad credentials")
         raise github_error(403, "Resource not accessible by personal access token")
     if record.path.startswith("/copilot_internal/"):
@@ -1835,6 +1856,8 @@ class FakeUpstream:
         self.changed = threading.Condition()
         # -- GitHub side
         self.github_tokens: Set[str] = share.github_tokens if share else {"ghu_fake"}
+        #: github_pat_ and ghs_ tokens -> why the API refuses them, "" when it does not
+        self.machine_tokens: Dict[str, str] = {}
         self.logins: Dict[str, str] = {}   # GitHub token -> login; else "octocat"
         self.device = Device()
         self.exchange_mode = "ok"          # or a key of EXCHANGE_MODES
