@@ -171,16 +171,16 @@ REFUSED_PREFIX = "ghp_"  # classic tokens: never accepted by Copilot
 MACHINE_PREFIXES = ("github_pat_", "ghs_")  # fine-grained ones, those of workflows
 
 API_VERSIONS = (
-    "2026-06-01",
     "2026-08-01",
+    "2026-06-01",
     "2025-05-01",
 )  # first one is sent, rest after a 466
 INTERNAL_API_VERSION = "2025-04-01"  # for /copilot_internal/*
 EDITOR_HEADERS = {
     "Copilot-Integration-Id": "vscode-chat",
-    "Editor-Version": "vscode/1.130.0",
-    "Editor-Plugin-Version": "copilot-chat/0.58.0",
-    "User-Agent": "GitHubCopilotChat/0.58.0",
+    "Editor-Version": "vscode/1.138.0",
+    "Editor-Plugin-Version": "copilot-chat/0.66.0",
+    "User-Agent": "GitHubCopilotChat/0.66.0",
 }
 CLI_INTEGRATION = (
     "copilot-developer-cli"  # identity for /models with the GitHub token itself
@@ -2659,6 +2659,10 @@ class Dialect:
 
     def initiator(self, body: Json) -> str:
         """ "user" for a human turn, "agent" for a follow-up of the tool loop."""
+        return "user" if self.interaction(body) == "user" else "agent"
+
+    def interaction(self, body: Json) -> str:
+        """What made the client ask: "user", "agent" or a kind of SIDE_REQUESTS."""
         turns = list(map(as_object, as_list(body.get("messages", body.get("input")))))
         leading = [
             turn.get("content")
@@ -2679,16 +2683,12 @@ class Dialect:
                 if as_object(part).get("type") != "tool_result"
                 and not is_reminder(text_of([part]))
             ]
-
-        is_human = (
-            said[-1].get("role") == "user"
-            and content != []
-            and not is_machine_turn(
-                text_of(content), "\n".join(filter(None, map(text_of, system)))
-            )
-        )
-
-        return "user" if is_human else "agent"
+        if said[-1].get("type") == "compaction_trigger":
+            return "compaction"
+        if said[-1].get("role") != "user" or content == []:
+            return "agent"
+        system_text = "\n".join(filter(None, map(text_of, system)))
+        return side_request(text_of(content), system_text) or "user"
 
     @staticmethod
     def has_images(body: Json) -> bool:
@@ -2860,13 +2860,22 @@ REMINDER_START, REMINDER_END = "<system-reminder>", "</system-reminder>"
 
 class SideRequest(NamedTuple):
     """How to know a request that a client makes by itself.  marks: all must be there; how: the
-    text "starts" with it, it "begins" a line, stands anywhere ("holds"), or "is" the text."""
+    text "starts" with it, it "begins" a line, stands anywhere ("holds"), or "is" the text.
+    kind: of interaction, as the upstream's header names it behind "conversation-"."""
 
     client: str
     place: str  # system, user
     how: str
     marks: tuple[str, ...]
+    kind: str = "background"
 
+
+SUMMARY_PROMPT = (
+    "Somebody will continue this conversation who knows nothing of it but what you write now. Give "
+    "them a summary as plain text: what the user wants, in their words where these matter; what "
+    "was decided and why; what was done and found out, with exact names of files, commands, values "
+    "and errors; what is open and the next step. Do not call tools and add nothing else."
+)
 
 #: requests that no human wrote: compaction, continuation, titles, topics, safety checks
 SIDE_REQUESTS = (
@@ -2879,6 +2888,7 @@ SIDE_REQUESTS = (
             "Your task is to create a detailed summary of the conversation so far",
             "Pending Tasks:",
         ),
+        "compaction",
     ),
     SideRequest(
         "Claude Code",
@@ -2889,6 +2899,7 @@ SIDE_REQUESTS = (
             "Your task is to create a detailed summary of the conversation so far",
             "Current Work:",
         ),
+        "compaction",
     ),
     SideRequest(
         "Claude Code",
@@ -2897,6 +2908,7 @@ SIDE_REQUESTS = (
         (
             "This session is being continued from a previous conversation that ran out of context.",
         ),
+        "agent",
     ),
     SideRequest(
         "Claude Code", "user", "starts", ("Please write a 5-10 word title for",)
@@ -2906,6 +2918,7 @@ SIDE_REQUESTS = (
         "system",
         "begins",
         ("You are a helpful AI assistant tasked with summarizing conversations",),
+        "compaction",
     ),
     SideRequest(
         "Claude Code",
@@ -2930,18 +2943,21 @@ SIDE_REQUESTS = (
         "user",
         "starts",
         ("The previous request exceeded the provider's size limit",),
+        "agent",
     ),
     SideRequest(
         "opencode",
         "user",
         "is",
         ("Continue if you have next steps, or stop and ask for clarification",),
+        "agent",
     ),
     SideRequest(
         "opencode",
         "system",
         "begins",
         ("You are an anchored context summarization assistant for coding sessions.",),
+        "compaction",
     ),
     SideRequest("opencode", "system", "begins", ("You are a title generator.",)),
     SideRequest("Open WebUI", "user", "starts", ("### Task:\nGenerate a concise",)),
@@ -2951,6 +2967,7 @@ SIDE_REQUESTS = (
     SideRequest(
         "Open WebUI", "user", "starts", ("### Task:\nSuggest 3-5 relevant follow-up",)
     ),
+    SideRequest("this proxy", "user", "is", (SUMMARY_PROMPT,), "compaction"),
 )
 
 
@@ -2975,12 +2992,16 @@ def is_reminder(text: str) -> bool:
     )
 
 
-def is_machine_turn(user_text: str, system_text: str) -> bool:
-    """Was this request made by the client itself?  See SIDE_REQUESTS."""
+def side_request(user_text: str, system_text: str) -> str:
+    """The kind of a request that the client made by itself, "" for others.  See SIDE_REQUESTS."""
     texts = {"user": user_text.strip(), "system": system_text.strip()}
-    return any(
-        all(_has_mark(texts[row.place], mark, row.how) for mark in row.marks)
-        for row in SIDE_REQUESTS
+    return next(
+        (
+            row.kind
+            for row in SIDE_REQUESTS
+            if all(_has_mark(texts[row.place], mark, row.how) for mark in row.marks)
+        ),
+        "",
     )
 
 
@@ -8444,7 +8465,7 @@ class Gemini(ClientDialect):
         """One piece of a stream."""
         return b"data: %b\n\n" % data
 
-    def initiator(self, body: Json) -> str:
+    def interaction(self, body: Json) -> str:
         last = next(reversed(self._contents(body)), None)
         role = as_object(last).get("role") or "user"
         blocks: list[Json] = []
@@ -8454,7 +8475,7 @@ class Gemini(ClientDialect):
                 block = {"type": "tool_result"}
             blocks.append(block)
         system = body.get("systemInstruction", body.get("system_instruction"))
-        return super().initiator(
+        return super().interaction(
             {
                 "system": gemini_parts(system),
                 "messages": [{"role": role, "content": blocks}],
@@ -9120,9 +9141,9 @@ class OllamaGenerate(Ollama):
 
         return left
 
-    def initiator(self, body: Json) -> str:
+    def interaction(self, body: Json) -> str:
         system = word(body.get("system")) or ""
-        return super().initiator(
+        return super().interaction(
             {
                 "system": system,
                 "messages": [
@@ -10484,12 +10505,6 @@ COMPACTION_TRIGGER = (
     "compaction_trigger"  # with it as last item Codex asks for a compaction
 )
 COMPACTIONS = ("compaction", "compaction_summary", "context_compaction")
-SUMMARY_PROMPT = (
-    "Somebody will continue this conversation who knows nothing of it but what you write now. Give "
-    "them a summary as plain text: what the user wants, in their words where these matter; what "
-    "was decided and why; what was done and found out, with exact names of files, commands, values "
-    "and errors; what is open and the next step. Do not call tools and add nothing else."
-)
 SUMMARY_HEAD = (
     "Summary of the conversation so far, whose full text is not there any more:\n\n"
 )
@@ -19535,9 +19550,12 @@ def upstream_headers(
     """What of the request itself decides headers: who began it, images, Anthropic's versions."""
     given = exchange.head.headers
     said = exchange.record.initiator or given.get("x-initiator", "").lower()
-    headers = {
-        "X-Initiator": said if said in ("user", "agent") else client.initiator(body)
-    }
+    interaction = client.interaction(body)
+    if said not in ("user", "agent"):
+        said = "user" if interaction == "user" else "agent"
+    headers = {"X-Initiator": said}
+    if interaction in ("compaction", "background"):
+        headers["X-Interaction-Type"] = "conversation-" + interaction
     if client.has_images(body):
         headers["Copilot-Vision-Request"] = "true"
     if upstream is MESSAGES:
