@@ -175,6 +175,10 @@ API_VERSIONS = (
     "2026-06-01",
     "2025-05-01",
 )  # first one is sent, rest after a 466
+AUTO_API_VERSION, PAIR_API_VERSION = (
+    "2026-08-01",
+    "2026-06-01",
+)  # /auto; what it replaced
 INTERNAL_API_VERSION = "2025-04-01"  # for /copilot_internal/*
 EDITOR_HEADERS = {
     "Copilot-Integration-Id": "vscode-chat",
@@ -213,6 +217,7 @@ EXPOSED_HEADERS = (  # that pages of --cors-origin may read, beside those of the
     "retry-after",
     "retry-after-ms",
     "x-should-retry",
+    "x-copilot-proxy-auto",
     "x-copilot-proxy-credits",
     "x-copilot-proxy-fallback",
     "x-copilot-proxy-lossy",
@@ -351,6 +356,14 @@ MAX_REFERENCES, MAX_KEPT_IDS = (
 )  # to kept items in one request; of items of an answer
 IMAGE_BYTES, IMAGE_TIMEOUT_S = 5 * 1024 * 1024, 15.0  # of a fetched image
 IMAGE_CACHE_BYTES = 16 * 1024 * 1024  # of fetched images, as base64
+AUTO_TIMEOUT_S = 5.0  # for the choice of a model by `auto`
+AUTO_LIFE_S, AUTO_LIFE_MAX_S = 1800.0, 86400.0  # of a choice that names no end; at most
+AUTO_RENEW_S, AUTO_ABSENT_S = 300.0, 600.0  # before its end; where there is no auto
+MAX_AUTO_CHARS = 8000  # of a user's words that auto chooses by
+AUTO_PROMPT_TOKENS, AUTO_OUTPUT_TOKENS = (
+    128000,
+    16000,
+)  # of auto, where nothing is listed
 ATTACHMENTS_URL = "https://github.com/github-copilot/chat/attachments/"
 NANO, MILLION = 10**9, 10**6  # nano-AIU of a credit (USD 0.01)
 MAX_COUNT = 2**53  # larger is no count
@@ -1299,7 +1312,9 @@ class Model:
     picker: bool = False  # meant to be shown to users
     state: str = "enabled"  # enabled, disabled, unconfigured, ...
     entry: Json = field(default_factory=dict)  # as the upstream sent it
-    by_auto: bool = False  # chosen by the upstream, which costs less
+    selector: str = field(
+        default="", repr=False
+    )  # Copilot-Session-Token, where auto chose it
 
     @classmethod
     def from_entry(cls, entry: Json) -> Model:
@@ -2870,6 +2885,8 @@ class SideRequest(NamedTuple):
     kind: str = "background"
 
 
+COMPACTIONS = ("compaction", "compaction_summary", "context_compaction")
+CONTINUED = "This session is being continued from a previous conversation that ran out of context."
 SUMMARY_PROMPT = (
     "Somebody will continue this conversation who knows nothing of it but what you write now. Give "
     "them a summary as plain text: what the user wants, in their words where these matter; what "
@@ -2901,15 +2918,7 @@ SIDE_REQUESTS = (
         ),
         "compaction",
     ),
-    SideRequest(
-        "Claude Code",
-        "user",
-        "starts",
-        (
-            "This session is being continued from a previous conversation that ran out of context.",
-        ),
-        "agent",
-    ),
+    SideRequest("Claude Code", "user", "starts", (CONTINUED,), "agent"),
     SideRequest(
         "Claude Code", "user", "starts", ("Please write a 5-10 word title for",)
     ),
@@ -10504,7 +10513,6 @@ def shed_images(
 COMPACTION_TRIGGER = (
     "compaction_trigger"  # with it as last item Codex asks for a compaction
 )
-COMPACTIONS = ("compaction", "compaction_summary", "context_compaction")
 SUMMARY_HEAD = (
     "Summary of the conversation so far, whose full text is not there any more:\n\n"
 )
@@ -10814,6 +10822,114 @@ def retirement_of(asked: str) -> str:
     return ""
 
 
+AUTO_NAMES = ("auto", "copilot-auto")
+AUTO_TIERS = ("efficiency", "balance", "intelligence")
+
+
+def auto_tier(asked: str) -> str | None:
+    """'auto' -> "", 'auto:balance' -> "balance"; None for the name of a model."""
+    name, colon, tier = asked.strip().lower().partition(":")
+    is_tier = tier in AUTO_TIERS or not colon
+    return tier if name in AUTO_NAMES and is_tier else None
+
+
+@dataclass(frozen=True)
+class AutoWish:
+    """What `auto` chooses a model by.  key: of the conversation; prompt: the newest words of the
+    user; summary: a mark of what stands for turns that were compacted, "" where none does."""
+
+    key: str
+    tier: str
+    prompt: str
+    has_image: bool = False
+    summary: str = ""
+
+    @classmethod
+    def read(cls, key: str | None, tier: str, body: Json) -> AutoWish:
+        """From a request of any dialect.  Without a key the beginning of the conversation is one."""
+        texts: list[str] = []
+        summary = ""
+        turns = body.get("messages", body.get("input", body.get("contents")))
+        if isinstance(turns, str):
+            texts.append(turns)
+        for turn in map(as_object, as_list(turns)):
+            text = text_of(turn.get("content", turn.get("parts"))).strip()
+            if turn.get("role") == "user" and text and not is_reminder(text):
+                texts.append(text)
+            if turn.get("type") in COMPACTIONS or text.startswith(CONTINUED):
+                summary = stable_id("", text or str(turn.get("encrypted_content")))
+
+        texts = texts or [text_of(body.get("prompt")) or "hello"]
+        system = text_of(body.get("system", body.get("instructions")))
+        key = key or stable_id("", system + texts[0])
+        return cls(
+            key,
+            tier,
+            texts[-1].strip()[:MAX_AUTO_CHARS],
+            Dialect.has_images(body),
+            summary,
+        )
+
+    def fits(self, old: AutoWish, model: Model) -> bool:
+        """May the choice for an older wish go on?  The prompt cache is lost with another model."""
+        sees = (
+            not self.has_image or old.has_image or model.supports.get("vision") is True
+        )
+        return sees and self.tier == old.tier and self.summary == old.summary
+
+
+def auto_models(models: list[Model]) -> list[Model]:
+    """Entries for `auto` and its tiers, with the limits that hold whatever is chosen."""
+    routable = [m for m in models if m.prices.auto_discount] or [
+        m for m in models if m.kind == "chat" and m.is_listed
+    ]
+    prompt = min(
+        (
+            m.limit("max_prompt_tokens")
+            for m in routable
+            if m.limit("max_prompt_tokens")
+        ),
+        default=AUTO_PROMPT_TOKENS,
+    )
+    output = min(
+        (
+            m.limit("max_output_tokens")
+            for m in routable
+            if m.limit("max_output_tokens")
+        ),
+        default=AUTO_OUTPUT_TOKENS,
+    )
+    limits = {
+        "max_prompt_tokens": prompt,
+        "max_output_tokens": output,
+        "max_context_window_tokens": prompt + output,
+    }
+    paths = (CHAT.path, RESPONSES.path, MESSAGES.path)
+    return [
+        Model(
+            name,
+            "Auto" + name[4:].replace(":", ": "),
+            "GitHub",
+            endpoints=paths,
+            limits=limits,
+            supports={"tool_calls": True},
+            picker=True,
+        )
+        for name in ("auto", *("auto:" + tier for tier in AUTO_TIERS))
+    ]
+
+
+def listed_models(
+    models: list[Model], everything: bool = False, has_auto: bool = False
+) -> list[Model]:
+    """Those meant for users, and `auto` where the account has it or nothing else to chat with."""
+    shown = [model for model in models if model.is_listed or everything]
+    is_bare = bool(models) and all(model.kind != "chat" for model in shown)
+    if has_auto or is_bare or any(model.prices.auto_discount for model in models):
+        shown = auto_models(models) + shown
+    return shown
+
+
 def resolve_model(
     asked: str, models: list[Model], aliases: Mapping[str, str]
 ) -> Model | None:
@@ -10823,7 +10939,7 @@ def resolve_model(
     asked = aliases.get(asked, asked)
     if not asked or len(asked) > MAX_MODEL_CHARS:
         return None
-    if asked == "auto":
+    if auto_tier(asked) is not None:
         return next((m for m in models if m.entry.get("is_chat_default") is True), None)
 
     by_id = {m.id: m for m in models}
@@ -10877,7 +10993,7 @@ def nearest_ids(asked: str, models: list[Model], count: int = 3) -> list[str]:
 def fate_of_name(asked: str, models: list[Model], is_strict: bool = False) -> str:
     """What becomes of a model's name that stands in somebody's settings: "" when the account has
     the model, else why not and what answers.  Without a list only retired names are known."""
-    if asked.partition(":")[0] == "auto":
+    if auto_tier(asked) is not None:
         return ""
     retired = retirement_of(asked)
     if not models:
@@ -15059,12 +15175,21 @@ def passed_headers(headers: Headers) -> Headers:
 
 _TOKEN_CODES = ("expired_token", "invalid_token", "token_expired")
 
+AUTO_PATH, PAIR_PATH = AUTO_PATHS = ("/auto", "/models/session")
+
+
+def is_auto_refusal(error: ProxyError) -> bool:
+    """Is the choice of `auto` not good any more?  It comes as a 401, but the login is good."""
+    return error.status == 401 and "invalid auto-mode selector" in str(error).lower()
+
+
 #: row of the retry ladder -> how often it may be taken for one request of a client
 ATTEMPTS = {
     "stale": 1,
     "login": 1,
     "version": 1,
     "hiccup": 1,
+    "auto": 1,
     "fallback": 1,
     "repair": MAX_REPAIRS,
 }
@@ -15101,11 +15226,12 @@ class Attempts:
         login      401, 421, token codes, a bare 403       a new token exchange        1 \
         version    466                                     the next API version        1  } 2
         hiccup     500 502 503 504 529, or it never left   a pause, fresh connection   1 /
+        auto       401 "Invalid auto-mode selector"        another choice of `auto`    1
         fallback   402, a quota code                       the model of --fallback     1
         repair     a text that REPAIRS knows               the body; learned for ever  3
         all of them together                                                           5 calls
 
-    `send` takes the first four rows, the Job the last two, and all of them ask `may`: no row is
+    `send` takes the first four rows, the Job the last three, and all of them ask `may`: no row is
     taken when a byte of the answer has gone to the client.  A 401 of GitHub itself is no row:
     the caller must log in again."""
 
@@ -15162,9 +15288,10 @@ class Attempts:
                 error = problem
                 forget_frames(error)
 
-            row = (
-                "" if token.is_machine and error.status == 401 else self._row_for(error)
-            )
+            row = self._row_for(error)
+            is_own = call.path in AUTO_PATHS and error.status == 466
+            if is_own or token.is_machine and error.status == 401:
+                row = ""
             if not row or not self.may(row):
                 if error.opaque and self._taken["login"]:
                     copilot.note_futile_login()
@@ -15190,7 +15317,10 @@ class Attempts:
         if isinstance(error, StaleConnection):
             return "stale"
         if status == 401:  # item ids that went stale come as a 401, too
-            return "" if "input item" in text or "connection" in text else "login"
+            is_other = (
+                "input item" in text or "connection" in text or is_auto_refusal(error)
+            )
+            return "" if is_other else "login"
         if status == 421 or status == 403 and error.code in _TOKEN_CODES:
             return "login"
         if status == 403 and error.opaque:
@@ -15516,14 +15646,181 @@ class Copilot:
         """None also where --strict-models forbids the model that would answer instead."""
         aliases = self._settings.aliases
         model = catalogue.find(asked, aliases)
-        is_strict = self._settings.strict_models and aliases.get(asked, asked) != "auto"
+        is_strict = self._settings.strict_models and self.tier_of(asked) is None
         if model is not None and is_strict and self.is_substitute(asked, model):
             return None
         return model
 
+    def tier_of(self, asked: str) -> str | None:
+        """The tier of `auto`, "" for the usual one; None for the name of a model."""
+        return auto_tier(self._settings.aliases.get(asked, asked))
+
     def is_substitute(self, asked: str, model: Model) -> bool:
         """Is `model` another one than the client named, itself or through an alias?"""
         return not is_same_model(self._settings.aliases.get(asked, asked), model)
+
+
+# ---- auto: the upstream chooses the model ----
+
+
+@dataclass(frozen=True)
+class AutoChoice:
+    """A model, with the session token that is good for it and this account only."""
+
+    model: Model
+    wish: AutoWish
+    lifetime_s: float  # from receipt
+    obtained: tuple[float, float]  # (monotonic, wall) at receipt
+
+    def left_s(self, now: tuple[float, float]) -> float:
+        age_s = max(now[0] - self.obtained[0], now[1] - self.obtained[1])
+        return self.lifetime_s - age_s
+
+
+class AutoConversation:
+    """The choice for one conversation; one call for all who wait for it.  wish: of the request
+    that asked last."""
+
+    def __init__(self, auto: AutoMode) -> None:
+        self._auto = auto
+        self._wish = AutoWish("", "", "")
+        self._choice = Refreshed(
+            self._fetch, self._is_due, self._is_dead, auto.pauses_s
+        )
+
+    def _fetch(self) -> Work:
+        return self._auto.ask(self._wish)
+
+    def _is_due(self, choice: AutoChoice) -> bool:
+        return choice.left_s(self._auto.clock()) < AUTO_RENEW_S
+
+    def _is_dead(self, choice: AutoChoice) -> bool:
+        return choice.left_s(self._auto.clock()) <= 0
+
+    async def choose(self, wish: AutoWish, refused: str) -> Model:
+        """refused: the selector that the upstream does not take any more.  Raises UpstreamError,
+        AuthError; the old choice is better than none."""
+        self._wish, old = wish, self._choice.value
+        is_refused = old is not None and old.model.selector == refused
+        keeps = old is not None and not is_refused and wish.fits(old.wish, old.model)
+        try:
+            choice: AutoChoice = await self._choice.get(None if keeps else old)
+        except UpstreamError:
+            if old is None or is_refused or self._is_dead(old):
+                raise
+            choice = old
+        return choice.model
+
+
+class AutoMode:
+    """`auto` for one account: POST /auto; on accounts without it the pair that it replaced; else
+    the account's default model.  is_there: the upstream has chosen once.
+    Only the loop may use it.  `_conversations`: the most recently used last."""
+
+    def __init__(
+        self,
+        copilot: Copilot,
+        pauses_s: tuple[float, ...],
+        clock: Callable[[], tuple[float, float]],
+    ) -> None:
+        self._copilot, self.pauses_s, self.clock = copilot, pauses_s, clock
+        self.is_there = False
+        self._is_told = False
+        self._absent_until = 0.0  # monotonic
+        self._conversations: collections.OrderedDict[str, AutoConversation]
+        self._conversations = collections.OrderedDict()
+
+    async def choose(self, wish: AutoWish, refused: str = "") -> Model:
+        """The model for a request, with its selector if the upstream chose it.  Raises
+        UpstreamError, AuthError, BadRequest."""
+        conversation = self._conversations.pop(wish.key, None) or AutoConversation(self)
+        self._conversations[wish.key] = conversation
+        if len(self._conversations) > MAX_SESSIONS:
+            self._conversations.popitem(last=False)
+
+        if time.monotonic() >= self._absent_until:
+            try:
+                return await conversation.choose(wish, refused)
+            except UpstreamError as error:
+                if is_limit(error):
+                    raise
+                problem = error
+            if not self._is_told:
+                self._copilot.log.warning(
+                    "the upstream chooses no model for `auto` (%s): the "
+                    "account's default model answers",
+                    problem,
+                )
+            self._is_told = True
+        return await self._copilot.find_model("auto")
+
+    async def ask(self, wish: AutoWish) -> AutoChoice:
+        """By /auto, else by the pair.  Raises UpstreamError, AuthError."""
+        body = {"prompt": wish.prompt, "tier": wish.tier, "has_image": wish.has_image}
+        body = {name: value for name, value in body.items() if value}
+        try:
+            answer = await self._post(AUTO_PATH, AUTO_API_VERSION, body)
+            chosen = answer.get("selected_model")
+        except UpstreamError as error:
+            if error.status not in (400, 403, 404, 466):
+                raise
+            answer, chosen = await self._ask_pair()
+        return await self._choice_of(answer, chosen, wish)
+
+    async def _ask_pair(self) -> tuple[Json, Any]:
+        try:
+            answer = await self._post(
+                PAIR_PATH, PAIR_API_VERSION, {"auto_mode": {"model_hints": ["auto"]}}
+            )
+        except UpstreamError as error:
+            if error.status in (400, 403, 404, 466):
+                self._absent_until = time.monotonic() + AUTO_ABSENT_S
+            raise
+        known = {model.id for model in await self._copilot.models()}
+        names = [answer.get("selected_model"), *as_list(answer.get("available_models"))]
+        return answer, next((name for name in names if str(name) in known), None)
+
+    async def _post(self, path: str, version: str, body: Json) -> Json:
+        call = Call(
+            path,
+            dumps(body),
+            {"X-GitHub-Api-Version": version},
+            new_request_id(),
+            AUTO_TIMEOUT_S,
+        )
+        answer = await self._copilot.send(call)
+        try:
+            return as_object(
+                loads(await answer.read_all(MAX_ERROR_BYTES, AUTO_TIMEOUT_S))
+            )
+        except ValueError:
+            raise UpstreamError("the choice of a model is not JSON") from None
+
+    async def _choice_of(self, answer: Json, chosen: Any, wish: AutoWish) -> AutoChoice:
+        """The list's own entry is preferred: the one in the answer may be a part of it."""
+        entry = as_object(chosen) or {"id": chosen}
+        listed = {model.id: model.entry for model in await self._copilot.models()}
+        entry = listed.get(str(entry.get("id")), entry)
+        selector = answer.get("session_token")
+        if (
+            not isinstance(entry.get("id"), str)
+            or not isinstance(selector, str)
+            or not selector
+        ):
+            raise UpstreamError("the upstream's choice of a model names none")
+
+        discount = as_object(answer.get("discounted_costs")).get(entry["id"])
+        if discount is not None:
+            billing = dict(as_object(entry.get("billing")), auto_discount=discount)
+            entry = dict(entry, billing=billing)
+        now = self.clock()
+        left_s = number_or(answer.get("expires_at"), 0) - now[1]
+        if not 0 < left_s <= AUTO_LIFE_MAX_S:  # one of both clocks is wrong, or no end
+            left_s = AUTO_LIFE_S
+        self.is_there = True
+        model = replace(Model.from_entry(entry), selector=selector)
+        self._copilot.log.info("auto chose %s", printable(model.id))
+        return AutoChoice(model, wish, left_s, now)
 
 
 # ==== 16. History =================================================================================
@@ -16541,6 +16838,7 @@ class Account(Copilot):
         self.name = name or self.id
         self.limiter = RateLimiter(settings.rate_limit, settings.wait)
         self.stats = Stats()
+        self.auto = AutoMode(self, settings.token_retry_s, services.clock)
         self._ledger = ledger
         self.on_headers = lambda headers: ledger.see_quotas(
             self, "header", header_lanes(headers)
@@ -16743,7 +17041,7 @@ class RequestRecord:
         one prompt; None when that is unknown."""
         if self.model is None:
             return None
-        prices, by_auto = self.model.prices, self.model.by_auto
+        prices, by_auto = self.model.prices, self.model.selector != ""
         found = [
             prices.cost(meter.counts, self.asked.at, by_auto) for meter in self.meters
         ]
@@ -19510,8 +19808,12 @@ async def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
             sessions.popitem(last=False)
 
     copilot = await account_for(exchange)
-    model = await copilot.find_model(asked)
     betas = exchange.head.headers.get("anthropic-beta", "")
+    if copilot.tier_of(asked) is not None:
+        model = await choose_model(exchange, copilot, body)
+        betas = ""  # the choice holds for this very model
+    else:
+        model = await copilot.find_model(asked)
     if betas:
         model = wider_sibling(model, betas, await copilot.models())
     name_model(exchange, model)
@@ -19520,6 +19822,20 @@ async def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
         body["model"] = model.id
 
     return copilot, model
+
+
+async def choose_model(
+    exchange: Exchange, copilot: Account, body: Json, refused: str = ""
+) -> Model:
+    """The model that the upstream chooses for a request that asks for `auto`."""
+    key = session_key(exchange.head.headers, body)
+    if key:
+        key = "%s %s" % (exchange.caller.key_id, key)
+    tier = copilot.tier_of(exchange.record.asked.model) or ""
+    model = await copilot.auto.choose(AutoWish.read(key, tier, body), refused)
+    exchange.headers["x-copilot-proxy-auto"] = printable(model.id)
+    exchange.app.ledger.stats.count({"auto": {model.id: 1}})
+    return model
 
 
 def name_model(exchange: Exchange, model: Model) -> None:
@@ -19545,7 +19861,7 @@ def fit_model(data: bytes, edit: Edit, model_id: str) -> bytes:
 
 
 def upstream_headers(
-    exchange: Exchange, client: Dialect, upstream: Dialect, body: Json
+    exchange: Exchange, client: Dialect, upstream: Dialect, body: Json, model: Model
 ) -> Headers:
     """What of the request itself decides headers: who began it, images, Anthropic's versions."""
     given = exchange.head.headers
@@ -19556,6 +19872,8 @@ def upstream_headers(
     headers = {"X-Initiator": said}
     if interaction in ("compaction", "background"):
         headers["X-Interaction-Type"] = "conversation-" + interaction
+    if model.selector:
+        headers["Copilot-Session-Token"] = model.selector
     if client.has_images(body):
         headers["Copilot-Vision-Request"] = "true"
     if upstream is MESSAGES:
@@ -19873,9 +20191,8 @@ class Job:
         ):
             return None
 
-        headers = upstream_headers(
-            exchange, client, upstream, body
-        )  # as the client wrote it
+        # as the client wrote it
+        headers = upstream_headers(exchange, client, upstream, body, model)
         plan = Plan.make(
             client,
             upstream,
@@ -19937,12 +20254,20 @@ class Job:
         return answer
 
     async def remedy(self, plan: Plan, error: ProxyError) -> bool:
-        """The last two rows of the retry ladder, see Attempts -> is another try prepared?"""
-        other = None
-        if self.attempts.may("fallback"):
+        """The last three rows of the retry ladder, see Attempts -> is another try prepared?"""
+        other, row = None, "fallback"
+        if self.model.selector and is_auto_refusal(error):
+            row = "auto"
+        if not self.attempts.may(row):
+            other = None
+        elif row == "auto":
+            other = await choose_model(
+                self.exchange, self.copilot, self.body, self.model.selector
+            )
+        else:
             other = await fall_back(self.exchange, self.copilot, self.model, error)
         if other is not None:
-            self.attempts.take("fallback")
+            self.attempts.take(row)
             self.model, self.plan = other, None
             self.body = dict(loads(self.data), model=other.id)
             self.data = dumps(self.body)
@@ -20109,7 +20434,7 @@ async def count_tokens(exchange: Exchange) -> None:
         drop_nonce(edit)
         fit_body(edit, MESSAGES, model)
         MESSAGES.prepare_count(edit)
-        headers = upstream_headers(exchange, MESSAGES, MESSAGES, body)
+        headers = upstream_headers(exchange, MESSAGES, MESSAGES, body, model)
         answer = await copilot.send(
             Call(
                 "/v1/messages/count_tokens",
@@ -20353,6 +20678,7 @@ def stats_report(exchange: Exchange) -> Json:
         "accounts": visible(map(account_entry, app.accounts.all())),
         "totals": {**NO_COUNTS, "requests": 0, "errors": 0, **stats.group("totals")},
         "price_check": price_check(stats),
+        "auto": stats.group("auto"),
         "approvals": [],
         "budget": None,
         "history": ledger.history_state(),
@@ -20716,6 +21042,7 @@ def price_entry(model: Model) -> Json | None:
             dict.fromkeys(("input", "cache_read", "cache_write", "output")),
             **prices,
             multiplier=multiplier,
+            auto_discount=model.prices.auto_discount / MILLION,
         )
         if prices or multiplier is not None
         else None
@@ -20727,7 +21054,7 @@ async def models(exchange: Exchange) -> None:
     `client_version` and takes an empty `models` as: use your own list."""
     copilot = await account_for(exchange)
     everything = exchange.parameter("all") not in (None, "0")
-    shown = [m for m in await copilot.models() if m.is_listed or everything]
+    shown = listed_models(await copilot.models(), everything, copilot.auto.is_there)
     data = [model_entry(m) for m in shown if m.kind in ("chat", "embeddings")]
     answer: Json = {
         "object": "list",
@@ -20748,7 +21075,10 @@ async def one_model(exchange: Exchange) -> None:
         MESSAGES if "anthropic-version" in exchange.head.headers else CHAT
     )
     copilot = await account_for(exchange)
-    model = await copilot.find_model(exchange.argument)
+    if copilot.tier_of(exchange.argument) is None:
+        model = await copilot.find_model(exchange.argument)
+    else:
+        model = auto_models(await copilot.models())[0]
     name_model(exchange, model)
     shown = (
         model.id
@@ -22407,7 +22737,7 @@ def quota_line(lane: Json) -> str:
 def cmd_models(app: App, flags: argparse.Namespace) -> int:
     """The catalogue as a table, or as JSON with the upstream's own entries."""
     found = run(open_account(app).models())
-    shown = [m for m in found if flags.all or m.is_listed]
+    shown = listed_models(found, flags.all)
     notices = [
         "%s: %s" % (printable(m.id), printable(m.notice, 300))
         for m in shown
@@ -22646,7 +22976,7 @@ def offered_models(app: App, url: str, key: str) -> list[Model]:
         )
     except UpstreamError as error:
         if app.login.load():
-            return [m for m in run(open_account(app).models()) if m.is_listed]
+            return listed_models(run(open_account(app).models()))
         raise AuthError(
             "%s: start the server first (if it has another port: setup --port), or "
             "log in with auth" % error
@@ -22885,7 +23215,7 @@ def offer_claude_code(app: App, url: str) -> None:
     recipe, chosen = CLIENTS["claude-code"], []
     try:
         found = run(run(app.login.copilot()).models())
-        models = [m for m in found if m.is_listed and m.kind == "chat"]
+        models = [m for m in listed_models(found) if m.kind == "chat"]
         say(
             "\n".join("%3d  %s" % (at, visible(m.id)) for at, m in enumerate(models, 1))
         )

@@ -44,6 +44,7 @@ from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedT
 
 Json = Dict[str, Any]
 DEVICE_CODE, DEVICE_POLL = "/login/device/code", "/login/oauth/access_token"
+AUTO, AUTO_PAIR = "/auto", "/models/session"
 EXCHANGE, USAGE, USER = "/copilot_internal/v2/token", "/copilot_internal/user", "/user"
 MODELS, EMBEDDINGS = "/models", "/embeddings"
 CHAT, RESPONSES = "/chat/completions", "/responses"
@@ -1835,10 +1836,71 @@ def device_poll(fake: FakeUpstream, record: Recorded) -> Json:
 GITHUB_ROUTES: Dict[Tuple[str, str], Callable[[FakeUpstream, Recorded], Json]] = {
     ("POST", DEVICE_CODE): device_code, ("POST", DEVICE_POLL): device_poll, ("GET", USER): user,
     ("GET", EXCHANGE): exchange, ("GET", USAGE): usage}
+def auto(ask: Ask) -> Json:
+    """POST /auto: a model, and a token that is good for it and for this account."""
+    fake = ask.fake
+    if not fake.auto_models or "auto" not in fake.auto_ways:
+        raise Refuse(404, {"error": "not_found"})
+    if ask.headers.get("x-github-api-version") != "2026-08-01":
+        raise Refuse(404, {"error": "invalid apiVersion"})
+    allowed = {"prompt": str, "tier": str, "has_image": bool}
+    for name, value in ask.body.items():
+        if not value or not isinstance(value, allowed.get(name, type(None))):
+            raise bad("invalid " + name)
+    if not ask.body.get("prompt") or ask.body["prompt"] != ask.body["prompt"].strip():
+        raise bad("prompt is required")
+    if ask.body.get("tier", "balance") not in ("efficiency", "balance", "intelligence", "fast"):
+        raise bad("unknown tier")
+    chosen = fake.auto_models[min(fake.count(AUTO), len(fake.auto_models)) - 1]
+    entry = next((e for e in fake.models if e["id"] == chosen), make_model(chosen))
+    return dict(mint_selector(ask, chosen), selected_model=entry)
+
+
+def auto_pair(ask: Ask) -> Json:
+    """POST /models/session, what /auto replaced: ids only."""
+    fake = ask.fake
+    if not fake.auto_models or "pair" not in fake.auto_ways:
+        raise Refuse(404, "404 page not found")
+    if ask.headers.get("x-github-api-version") > "2026-06-01":
+        raise Refuse(404, {"error": "invalid apiVersion"})
+    if ask.body != {"auto_mode": {"model_hints": ["auto"]}}:
+        raise bad("Invalid request body")
+    chosen = fake.auto_models[0]
+    return dict(mint_selector(ask, chosen), selected_model=chosen,
+                available_models=list(fake.auto_models))
+
+
+def account_of(ask: Ask) -> str:
+    """The GitHub token behind a request's bearer."""
+    text = ask.fake.bearer(ask.record)
+    token = ask.fake.tokens.get(text)
+    return token.github_token if token else text
+
+
+def mint_selector(ask: Ask, chosen: str) -> Json:
+    """A new session token."""
+    fake = ask.fake
+    text = "selector_%d" % fake.next_number()
+    fake.selectors[text] = (chosen, account_of(ask))
+    return {"session_token": text, "expires_at": int(fake.now() + fake.selector_s),
+            "discounted_costs": {chosen: fake.auto_discount}}
+
+
+def check_selector(ask: Ask) -> None:
+    """A session token must be this account's and for this model; a Free plan's calls need one."""
+    fake, text = ask.fake, ask.headers.get("copilot-session-token")
+    if text is None:
+        if fake.auto_only:
+            raise bad("The requested model is not supported.", "model_not_supported", "model")
+        return
+    if fake.selectors.get(text) != (ask.body.get("model"), account_of(ask)):
+        raise Refuse(401, "Invalid auto-mode selector\n")
+
+
 #: path -> function(ask) -> JSON, after the header checks
 COPILOT_ROUTES: Dict[Tuple[str, str], Callable[[Ask], Json]] = {
     ("GET", MODELS): list_models, ("POST", EMBEDDINGS): embeddings,
-    ("POST", COUNT_TOKENS): count_tokens}
+    ("POST", COUNT_TOKENS): count_tokens, ("POST", AUTO): auto, ("POST", AUTO_PAIR): auto_pair}
 
 
 # ==== 13. FakeUpstream ============================================================================
@@ -1873,6 +1935,13 @@ class FakeUpstream:
         self.misdirect_until_exchanges = 0  # tokens of exchanges before the Nth get 421
         # -- Copilot side
         self.models: List[Json] = default_models()
+        #: what auto chooses, the first time, the second time, ...; [] where there is none
+        self.auto_models: List[str] = []
+        self.auto_ways: Set[str] = {"auto"}      # and "pair": what /auto replaced
+        self.auto_only = False             # a Free plan: models are for auto only
+        self.auto_discount = 0.1
+        self.selector_s = 86400.0          # life of a choice
+        self.selectors: Dict[str, Tuple[str, str]] = {}  # token -> (model, login)
         self.refused_versions: Set[str] = set()  # X-GitHub-Api-Version values that get 466
         self.compacts = False              # /responses makes a compaction item for a trigger
         self.billing_notice = False        # /models refuses all but the developer CLI identity
@@ -2202,6 +2271,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not isinstance(record.json, dict):
                 raise bad("failed to parse request")
             ask.body = record.json
+            if record.path in (AUTO, AUTO_PAIR):
+                self._reply(200, COPILOT_ROUTES[key](ask))
+                return
+            check_selector(ask)
             ask.model = find_model(self.fake, ask.body, record.path)
             run_checks((("vision", check_vision),), ask)
         if key in COPILOT_ROUTES:
