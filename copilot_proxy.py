@@ -10846,7 +10846,7 @@ class AutoWish:
 
     @classmethod
     def read(cls, key: str | None, tier: str, body: Json) -> AutoWish:
-        """From a request of any dialect.  Without a key the beginning of the conversation is one."""
+        """From a request of any dialect.  Without a key its beginning stands for one."""
         texts: list[str] = []
         summary = ""
         turns = body.get("messages", body.get("input", body.get("contents")))
