@@ -10891,6 +10891,7 @@ def auto_models(models: list[Model]) -> list[Model]:
         ),
         default=AUTO_PROMPT_TOKENS,
     )
+
     output = min(
         (
             m.limit("max_output_tokens")
@@ -10899,11 +10900,13 @@ def auto_models(models: list[Model]) -> list[Model]:
         ),
         default=AUTO_OUTPUT_TOKENS,
     )
+
     limits = {
         "max_prompt_tokens": prompt,
         "max_output_tokens": output,
         "max_context_window_tokens": prompt + output,
     }
+
     paths = (CHAT.path, RESPONSES.path, MESSAGES.path)
     return [
         Model(
@@ -15321,6 +15324,7 @@ class Attempts:
                 "input item" in text or "connection" in text or is_auto_refusal(error)
             )
             return "" if is_other else "login"
+
         if status == 421 or status == 403 and error.code in _TOKEN_CODES:
             return "login"
         if status == 403 and error.opaque:
@@ -15330,6 +15334,7 @@ class Attempts:
         if error.unsent or status in HICCUP_STATUS and error.answered:
             wish = error.headers.get("retry-after", "0")
             return "hiccup" if wish in ("0", "1") else ""
+
         return ""
 
     async def _change(
@@ -19881,6 +19886,7 @@ def upstream_headers(
         betas = filter_betas(given.get("anthropic-beta", ""))
         if betas:
             headers["anthropic-beta"] = betas
+
     return headers
 
 
