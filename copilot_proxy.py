@@ -606,6 +606,7 @@ class UpstreamError(ProxyError):
     ) -> None:
         super().__init__(message, status, code, param, headers)
         found = _OVERFLOW.search(message.lower())
+
         if found or code in (_OVERFLOW_CODE, "model_max_prompt_tokens_exceeded"):
             self.status, self.code = 400, _OVERFLOW_CODE
             counts = sorted(
@@ -613,7 +614,10 @@ class UpstreamError(ProxyError):
                 for text in (found.groups() if found else ())
                 if text
             )
-            self.overflow = (counts[1], counts[0]) if len(counts) == 2 else (0, 0)
+            if len(counts) == 2:
+                self.overflow = (counts[1], counts[0])
+            else:
+                self.overflow = (0, 0)
 
 
 class StreamCut(UpstreamError):
@@ -695,7 +699,9 @@ def valid_text(data: bytes) -> bytes:
     mended = _ESCAPES.sub(
         lambda found: b"\\ufffd" if found.group(1) else found.group(), data
     )
-    return data if mended == data else mended
+    if mended == data:
+        return data
+    return mended
 
 
 def _has_long_digits(data: bytes) -> bool:
@@ -785,12 +791,16 @@ def loads(
 
 def as_object(value: Any) -> Json:
     """`value` if it is a JSON object, else an empty one: for reading answers leniently."""
-    return value if isinstance(value, dict) else {}
+    if isinstance(value, dict):
+        return value
+    return {}
 
 
 def as_list(value: Any) -> list[Any]:
     """`value` if it is a JSON array, else an empty one."""
-    return value if isinstance(value, list) else []
+    if isinstance(value, list):
+        return value
+    return []
 
 
 def dicts_in(body: Json, key: str) -> list[Json]:
@@ -819,7 +829,9 @@ def number_or(
 ) -> float:
     """A JSON number from `least` to `most`, else `default`."""
     number = number_or_none(value, least, most)
-    return default if number is None else number
+    if number is None:
+        return default
+    return number
 
 
 def count_or_none(value: Any) -> int | None:
@@ -827,7 +839,9 @@ def count_or_none(value: Any) -> int | None:
     if type(value) is int and 0 <= value < MAX_COUNT:
         return value
     number = number_or_none(value, 0, MAX_COUNT - 1)
-    return int(number) if number is not None and number == int(number) else None
+    if number is not None and number == int(number):
+        return int(number)
+    return None
 
 
 def count_or_zero(value: Any) -> int:
@@ -857,7 +871,9 @@ def digits_or_none(text: str | None, most: int = MAX_COUNT) -> int | None:
     ):
         return None
     number = int(text)
-    return number if number <= most else None
+    if number <= most:
+        return number
+    return None
 
 
 _MOMENT = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[Tt ](\d\d):(\d\d):(\d\d))?", re.ASCII)
@@ -868,22 +884,35 @@ def moment_or_none(value: Any) -> float | None:
     milliseconds 1796083200000; None for what is no moment from 1970 to 9999: '2026-02-30'."""
     number = text_number_or_none(value, 1)
     if number is not None:
-        seconds = number / 1000 if number > LAST_MOMENT_S / 2 else number
-        return seconds if seconds <= LAST_MOMENT_S else None
+        if number > LAST_MOMENT_S / 2:
+            seconds = number / 1000
+        else:
+            seconds = number
+        if seconds <= LAST_MOMENT_S:
+            return seconds
+        return None
 
-    found = _MOMENT.match(value) if isinstance(value, str) else None
+    if isinstance(value, str):
+        found = _MOMENT.match(value)
+    else:
+        found = None
     if not found:
         return None
     parts = [int(part) for part in found.groups("0")]
     with contextlib.suppress(ValueError):  # the 30th of February
         moment = datetime.datetime(*parts, tzinfo=datetime.timezone.utc)  # type: ignore
-        return moment.timestamp() if moment.year >= 1970 else None
+        if moment.year >= 1970:
+            return moment.timestamp()
+        return None
     return None
 
 
 def http_moment_or_none(text: str) -> float | None:
     """Unix seconds of a date as HTTP writes it, 'Fri, 27 Nov 2026 07:00:00 GMT'; else None."""
-    parts = email.utils.parsedate_tz(text) if len(text) <= MAX_DATE_CHARS else None
+    if len(text) <= MAX_DATE_CHARS:
+        parts = email.utils.parsedate_tz(text)
+    else:
+        parts = None
     if parts is None:
         return None
     try:
@@ -1051,14 +1080,20 @@ def read_error_text(body: bytes, phrase: str) -> ErrorText:
     names: list[Any] = []
     for _ in range(4):
         try:
-            value = loads(text.encode("utf-8", "replace")) if text[:1] == "{" else None
+            if text[:1] == "{":
+                value = loads(text.encode("utf-8", "replace"))
+            else:
+                value = None
         except ValueError:
             value = None
         if not isinstance(value, dict):
             break
 
         inner = value.get("error")
-        source = inner if isinstance(inner, dict) else value
+        if isinstance(inner, dict):
+            source = inner
+        else:
+            source = value
         code = source.get("code") or code
         param = source.get("param") or param
         names = [source.get("code"), source.get("type"), source.get("status"), *names]
@@ -1069,7 +1104,10 @@ def read_error_text(body: bytes, phrase: str) -> ErrorText:
             or source.get("message")
             or (inner if isinstance(inner, str) else "")
         )
-        text = text.strip() if isinstance(text, str) else dumps(text).decode()
+        if isinstance(text, str):
+            text = text.strip()
+        else:
+            text = dumps(text).decode()
         if details.get("url"):
             text += " (%s)" % details["url"]
 
@@ -1287,7 +1325,9 @@ class Prices:
 
 def parts_of(share: float) -> int:
     """0.1 -> 100000 of a million; what is no share is 0."""
-    return round(share * MILLION) if 0 < share < 1 else 0
+    if 0 < share < 1:
+        return round(share * MILLION)
+    return 0
 
 
 #: by these words a notice of the upstream is known to announce the end of a model
@@ -1373,7 +1413,9 @@ class Model:
     def version(self) -> tuple[int, ...]:
         """'claude-opus-4.6' -> (4, 6); () when the id has no number."""
         found = re.search(r"(\d{1,9})(?:\.(\d{1,9}))?", self.id)
-        return tuple(int(n) for n in found.groups() if n) if found else ()
+        if found:
+            return tuple(int(n) for n in found.groups() if n)
+        return ()
 
     @property
     def notice(self) -> str:
@@ -1410,7 +1452,9 @@ class Model:
             self.limit("max_output_tokens"),
             self.limit("max_non_streaming_output_tokens"),
         )
-        return min(most or whole, whole) if whole and not stream else most
+        if whole and not stream:
+            return min(most or whole, whole)
+        return most
 
 
 class Losses(List[Tuple[str, str]]):
@@ -1443,7 +1487,10 @@ class Edit:
     def __init__(self, body: Json, losses: Losses | None = None) -> None:
         self.body = body
         self.changed = False
-        self.losses = Losses() if losses is None else losses
+        if losses is None:
+            self.losses = Losses()
+        else:
+            self.losses = losses
         self.is_words = False  # a conversation of roles and texts, nothing else
         self.names: dict[
             bytes, bytes
@@ -1791,7 +1838,9 @@ def with_text(part: Part, text: str) -> Part:
 def skeleton(part: Part) -> Part:
     """The part without what comes as deltas and signature."""
     if isinstance(part, Reasoning):
-        return part if part.redacted else replace(part, text="", signature=None)
+        if part.redacted:
+            return part
+        return replace(part, text="", signature=None)
     if isinstance(part, Text):
         return replace(part, text="", citations=(), logprobs=())
     return with_text(part, "")
@@ -1809,7 +1858,10 @@ def unfold(response: Response) -> Iterator[Event]:
 
     for index, part in enumerate(response.parts):
         yield PartStart(index, skeleton(part))
-        logprobs = list(part.logprobs) if isinstance(part, Text) else []
+        if isinstance(part, Text):
+            logprobs = list(part.logprobs)
+        else:
+            logprobs = []
         if text_in(part) or logprobs:
             yield PartDelta(index, text_in(part), logprobs or None)
         if isinstance(part, Text):
@@ -1948,7 +2000,10 @@ def _parse_fields(raw: bytes) -> Headers:
     if not _FIELDS.match(raw):
         raise BadRequest("malformed header field")
     headers: Headers = {}
-    lines = raw.decode("latin-1").split("\r\n") if raw else []
+    if raw:
+        lines = raw.decode("latin-1").split("\r\n")
+    else:
+        lines = []
     if len(lines) > MAX_HEADER_FIELDS:
         raise BadRequest("more than %d header fields" % MAX_HEADER_FIELDS, 431)
     for line in lines:
@@ -2101,7 +2156,10 @@ class BodyDecoder:
     def _feed_chunked(self, data: bytes) -> bytes:
         data = self._tail + data if self._tail else data
         out: list[bytes] = []
-        at = self._whole_chunks(data, 0, out) if self._state == "size" else 0
+        if self._state == "size":
+            at = self._whole_chunks(data, 0, out)
+        else:
+            at = 0
         end = len(data)
 
         while at < end and not self.done:
@@ -2127,7 +2185,9 @@ class BodyDecoder:
 
         self._tail = b"" if self.done else data[at:]
         self.rest = data[at:] if self.done else b""
-        return out[0] if len(out) == 1 else b"".join(out)
+        if len(out) == 1:
+            return out[0]
+        return b"".join(out)
 
     @staticmethod
     def _whole_chunks(data: bytes, at: int, out: list[bytes]) -> int:
@@ -2135,7 +2195,10 @@ class BodyDecoder:
         find, add, size_of = data.find, out.append, _CHUNK_SIZES.get
         while True:
             line_end = find(b"\r\n", at, at + 8)
-            size = size_of(data[at:line_end]) if line_end > at else None
+            if line_end > at:
+                size = size_of(data[at:line_end])
+            else:
+                size = None
             if size is None:
                 return at
             stop = line_end + 2 + size
@@ -2172,7 +2235,9 @@ class BodyDecoder:
 
 def chunk(data: bytes) -> bytes:
     """b"abc" -> b"3\\r\\nabc\\r\\n"; nothing for b"", which would be the end of the body."""
-    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+    if data:
+        return b"%x\r\n%b\r\n" % (len(data), data)
+    return b""
 
 
 LAST_CHUNK = b"0\r\n\r\n"
@@ -2229,7 +2294,10 @@ class FrameCutter:
 
         if b"\r" in data or self._carry:
             data = self._carry + data
-            self._carry = b"\r" if data.endswith(b"\r") else b""
+            if data.endswith(b"\r"):
+                self._carry = b"\r"
+            else:
+                self._carry = b""
             data = (
                 (data[:-1] if self._carry else data)
                 .replace(b"\r\n", b"\n")
@@ -2252,7 +2320,9 @@ class FrameCutter:
         """What is left at the end of the stream, closed as a frame; b"" when there is nothing."""
         rest = b"".join(self._parts).strip(b"\n")
         self._parts, self._size, self._last, self._carry = [], 0, b"", b""
-        return rest + b"\n\n" if rest else b""
+        if rest:
+            return rest + b"\n\n"
+        return b""
 
     def _keep(self, data: bytes) -> None:
         if data:
@@ -2288,7 +2358,10 @@ class Frame:
         return cls(event, b"\n".join(data))
 
     def encode(self) -> bytes:
-        head = b"event: %b\n" % self.event.encode() if self.event else b""
+        if self.event:
+            head = b"event: %b\n" % self.event.encode()
+        else:
+            head = b""
         return b"%bdata: %b\n\n" % (head, self.data.replace(b"\n", b"\ndata: "))
 
 
@@ -2362,7 +2435,9 @@ class Meter:
     @property
     def usage(self) -> Usage | None:
         """None while nothing was reported."""
-        return Usage.of(self.counts) if self.counts else None
+        if self.counts:
+            return Usage.of(self.counts)
+        return None
 
     def take(self, answer: Json) -> None:
         """Record what an answer or event reports; later values replace earlier ones, but a report
@@ -2452,7 +2527,9 @@ class StreamRelay:
     @property
     def failure(self) -> str | None:
         """What the client was told of a failure, None when there was none."""
-        return str(self.error) if self.error else None
+        if self.error:
+            return str(self.error)
+        return None
 
     def feed(self, data: bytes) -> bytes:
         """Client bytes for these upstream bytes, b'' while no event is whole."""
@@ -2461,7 +2538,9 @@ class StreamRelay:
         block = self._cutter.feed(data)
         if self.names:
             block = restore_names(block, self.names)
-        return self._quick(block) or self._block(block) if block else b""
+        if block:
+            return self._quick(block) or self._block(block)
+        return b""
 
     def close(self, error: ProxyError | None = None) -> bytes:
         """The end of the upstream's body; `error` says that it was no regular one."""
@@ -2674,7 +2753,9 @@ class Dialect:
 
     def initiator(self, body: Json) -> str:
         """ "user" for a human turn, "agent" for a follow-up of the tool loop."""
-        return "user" if self.interaction(body) == "user" else "agent"
+        if self.interaction(body) == "user":
+            return "user"
+        return "agent"
 
     def interaction(self, body: Json) -> str:
         """What made the client ask: "user", "agent" or a kind of SIDE_REQUESTS."""
@@ -2795,7 +2876,10 @@ def _has_parts(content: Any, kinds: Container[Any]) -> bool:
     if type(content) is not list:
         return False
     for part in content:
-        kind = part.get("type") if type(part) is dict else None
+        if type(part) is dict:
+            kind = part.get("type")
+        else:
+            kind = None
         if type(kind) is not str or kind not in kinds:
             return False
     return True
@@ -3076,7 +3160,10 @@ def drop_tool_fields(edit: Edit) -> None:
     for key in ("tools", "parallel_tool_calls"):
         edit.drop(body, key)
     choice = edit.drop(body, "tool_choice")
-    wish = choice.get("type") if isinstance(choice, dict) else choice
+    if isinstance(choice, dict):
+        wish = choice.get("type")
+    else:
+        wish = choice
     if wish not in (None, "auto", "none"):
         edit.lose("tool_choice", "there are no tools")
 
@@ -3090,7 +3177,11 @@ def refuse_image_urls(content: Any, place: str) -> None:
     """Raises BadRequest for an image that the upstream would have to fetch."""
     for part in map(as_object, as_list(content)):
         image = part.get("image_url")
-        url = image.get("url") if isinstance(image, dict) else image
+        if isinstance(image, dict):
+            url = image.get("url")
+        else:
+            url = image
+
         if part.get("type") == "image_url" and not isinstance(url, str):
             raise BadRequest("'image_url.url' must be a string", param=place)
         if (
@@ -3160,7 +3251,9 @@ _encode_text = json.JSONEncoder(ensure_ascii=False).encode
 
 def word(value: Any) -> str | None:
     """A string that says something; clients also send null and ""."""
-    return value if isinstance(value, str) and value else None
+    if isinstance(value, str) and value:
+        return value
+    return None
 
 
 def words(value: Any) -> list[str]:
@@ -3173,7 +3266,9 @@ def positive(value: Any) -> int | None:
 
 
 def flag(value: Any) -> bool | None:
-    return value if isinstance(value, bool) else None
+    if isinstance(value, bool):
+        return value
+    return None
 
 
 def given(**fields: Any) -> Json:
@@ -3183,7 +3278,10 @@ def given(**fields: Any) -> Json:
 
 def pack_opaque(dialect: str, state_id: str | None, blob: str) -> str:
     """Foreign state for a client's own slot: '<tag><base64 of [dialect, id, blob]>'."""
-    kept = state_id if state_id and len(state_id) <= MAX_ID_CHARS else None
+    if state_id and len(state_id) <= MAX_ID_CHARS:
+        kept = state_id
+    else:
+        kept = None
     return OPAQUE_TAG + base64.b64encode(dumps([dialect, kept, blob])).decode()
 
 
@@ -3213,11 +3311,9 @@ def reasoning_parts(
 
     if not packed:
         own = word(state)
-        return (
-            [Reasoning(text, own, word(state_id), dialect if own else None)]
-            if text or own
-            else []
-        )
+        if text or own:
+            return [Reasoning(text, own, word(state_id), dialect if own else None)]
+        return []
 
     parts: list[Part] = []
     for minted_by, kept, blob in packed:
@@ -3234,7 +3330,9 @@ def reasoning_parts(
             )
             text = text if redacted else ""
 
-    return parts + [Reasoning(text)] if text else parts
+    if text:
+        return parts + [Reasoning(text)]
+    return parts
 
 
 def client_state(part: Reasoning, dialect: str) -> str | None:
@@ -3258,7 +3356,9 @@ def join_states(states: list[str]) -> str | None:
     others the last one counts, as it does upstream."""
     if not states:
         return None
-    return "".join(states) if is_packed(states[0]) else states[-1]
+    if is_packed(states[0]):
+        return "".join(states)
+    return states[-1]
 
 
 def usable_parts(turn: Turn, request: Request, dialect: str) -> list[Part]:
@@ -3277,15 +3377,22 @@ def usable_parts(turn: Turn, request: Request, dialect: str) -> list[Part]:
 def arguments_object(text: str) -> Json:
     """'' -> {}, '{"a":1}' -> {"a": 1}; anything else is kept whole: '[1' -> {"_raw": "[1"}."""
     try:
-        value = loads(text.encode("utf-8", "surrogatepass")) if text.strip() else {}
+        if text.strip():
+            value = loads(text.encode("utf-8", "surrogatepass"))
+        else:
+            value = {}
     except ValueError:
         value = None
-    return value if isinstance(value, dict) else {"_raw": text}
+    if isinstance(value, dict):
+        return value
+    return {"_raw": text}
 
 
 def fit_call_id(text: str) -> str:
     """A call id that every upstream takes; the same for a call and its result."""
-    return text if _CALL_ID.match(text) else stable_id("call_", text)
+    if _CALL_ID.match(text):
+        return text
+    return stable_id("call_", text)
 
 
 def drop_nulls(edit: Edit, target: Json, *keep: str) -> None:
@@ -3347,7 +3454,9 @@ def conversation_key(body: Json, model: Model) -> str:
 def client_id(prefix: str, text: str, request: Request) -> str:
     """The upstream's response id if it fits the client's dialect, else a short one of our own."""
     fits = text.startswith(prefix) and len(prefix) < len(text) <= MAX_ID_CHARS
-    return text if fits else stable_id(prefix, request.key + text)
+    if fits:
+        return text
+    return stable_id(prefix, request.key + text)
 
 
 #: how the base64 of an image begins
@@ -3393,8 +3502,12 @@ def document_from_file(source: Any, place: str) -> Document:
 def plain_text(part: Part) -> str:
     """The words of a text, or of a document that is text; '' for everything else."""
     if isinstance(part, Document) and part.text:
-        return "%s:\n%s" % (part.title, part.text) if part.title else part.text
-    return part.text if isinstance(part, Text) else ""
+        if part.title:
+            return "%s:\n%s" % (part.title, part.text)
+        return part.text
+    if isinstance(part, Text):
+        return part.text
+    return ""
 
 
 def join_texts(parts: Iterable[Part]) -> str:
@@ -3459,17 +3572,24 @@ def read_part(part: Json, place: str, request: Request) -> list[Part]:
 
 
 def _read_text(part: Json, place: str, request: Request) -> list[Part]:
-    return [Text(str(part["text"]))] if part.get("text") else []
+    if part.get("text"):
+        return [Text(str(part["text"]))]
+    return []
 
 
 def _read_refusal(part: Json, place: str, request: Request) -> list[Part]:
-    return [Text(str(part["refusal"]), refusal=True)] if part.get("refusal") else []
+    if part.get("refusal"):
+        return [Text(str(part["refusal"]), refusal=True)]
+    return []
 
 
 def _read_image_url(part: Json, place: str, request: Request) -> list[Part]:
     """OpenAI's image: `image_url` is an object in Chat, a string in Responses."""
     image = part.get("image_url")
-    about = image if isinstance(image, dict) else dict(part, url=image)
+    if isinstance(image, dict):
+        about = image
+    else:
+        about = dict(part, url=image)
     url, detail = about.get("url"), word(about.get("detail"))
     if not isinstance(url, str) or not url:
         raise BadRequest("'%s': the image must be a data: URL" % place, param=place)
@@ -3488,7 +3608,10 @@ def _read_source(part: Json, place: str, request: Request) -> list[Part]:
     kind, source = part.get("type"), as_object(part.get("source"))
     if source.get("type") == "content":
         title = word(part.get("title"))
-        heading: list[Part] = [Text(title + ":")] if title else []
+        if title:
+            heading: list[Part] = [Text(title + ":")]
+        else:
+            heading = []
         return heading + read_content(source.get("content"), place, request)
     if source.get("type") not in ("base64", "url", "text"):
         raise BadRequest(
@@ -3719,21 +3842,25 @@ def freeform_description(tool: Json) -> str:
     """What a freeform tool does, with the grammar of its input."""
     grammar = as_object(tool.get("format")).get("definition")
     about = str(tool.get("description") or "")
-    return (
-        f"{about}\n\n`input` must follow this grammar:\n{grammar}" if grammar else about
-    )
+    if grammar:
+        return f"{about}\n\n`input` must follow this grammar:\n{grammar}"
+    return about
 
 
 def freeform_input(arguments: str) -> str:
     """'{"input": "a"}' -> 'a'; arguments of another shape stay as they are."""
     found = arguments_object(arguments)
     text = found.get("input", found.get("_raw"))
-    return text if isinstance(text, str) else arguments
+    if isinstance(text, str):
+        return text
+    return arguments
 
 
 def flat_name(namespace: str, name: str) -> str:
     """A tool of a namespace as a function of its own: ('fs', 'read') -> 'fs__read'."""
-    return "%s__%s" % (namespace, name) if namespace else name
+    if namespace:
+        return "%s__%s" % (namespace, name)
+    return name
 
 
 def function_of(tool: Json) -> Json | None:
@@ -3771,8 +3898,13 @@ def choice_of(choice: Any) -> str | Named | None:
     """ "auto", "none", "required" or a named function, in any dialect's shape; None for others."""
     if isinstance(choice, dict) and choice.get("type") in ("function", "tool"):
         name = as_object(choice.get("function")).get("name") or choice.get("name")
-        return Named(name) if isinstance(name, str) else None
-    word_of = choice.get("type") if isinstance(choice, dict) else choice
+        if isinstance(name, str):
+            return Named(name)
+        return None
+    if isinstance(choice, dict):
+        word_of = choice.get("type")
+    else:
+        word_of = choice
     return {
         "auto": "auto",
         "none": "none",
@@ -3796,9 +3928,9 @@ def write_part(part: Part, prefix: str) -> Json:
         }
     if isinstance(part, Document) and not part.text:
         file = {"filename": part.title or "document.pdf", "file_data": data_url(part)}
-        return (
-            dict(file, type="input_file") if prefix else {"type": "file", "file": file}
-        )
+        if prefix:
+            return dict(file, type="input_file")
+        return {"type": "file", "file": file}
     return {"type": prefix + "text", "text": plain_text(part)}
 
 
@@ -3982,11 +4114,9 @@ def fit_budget(wish: int | None, room: int | None, model: Model) -> int | None:
         for k in ("min_thinking_budget", "max_thinking_budget")
     )
     least, room = max(least, 1024), room or most + 1
-    return (
-        max(least, min(wish, most, room - 1))
-        if wish and most and room > least
-        else None
-    )
+    if wish and most and room > least:
+        return max(least, min(wish, most, room - 1))
+    return None
 
 
 def offered_tools(
@@ -4059,7 +4189,9 @@ def upstream_stops(dialect: Dialect, request: Request, model: Model) -> list[str
 def openai_choice(choice: Any, request: Request) -> str | Named | None:
     """tool_choice of either OpenAI shape."""
     if isinstance(choice, str):
-        return choice if choice in ("auto", "none", "required") else None
+        if choice in ("auto", "none", "required"):
+            return choice
+        return None
     source = as_object(choice)
     kind = str(source.get("type"))
     inner = (
@@ -4068,7 +4200,10 @@ def openai_choice(choice: Any, request: Request) -> str | Named | None:
     name = inner.get("name")
     if isinstance(name, str):
         return Named(flat_name(str(source.get("namespace") or ""), name))
-    return Named(kind) if source else None  # a vendor's tool has its type as name
+    # a vendor's tool has its type as name
+    if source:
+        return Named(kind)
+    return None
 
 
 def read_schema(layout: Any) -> Json | None:
@@ -4077,11 +4212,9 @@ def read_schema(layout: Any) -> Json | None:
     layout = as_object(layout)
     if "json_schema" in layout:
         layout = dict(as_object(layout["json_schema"]), type=layout.get("type"))
-    return (
-        given(**layout)
-        if layout.get("type") in ("json_schema", "json_object")
-        else None
-    )
+    if layout.get("type") in ("json_schema", "json_object"):
+        return given(**layout)
+    return None
 
 
 #: a field of Request, what makes sense of it, and its place in a body of each dialect
@@ -4255,7 +4388,10 @@ def write_fields(
             request.lose(name, NO_COUNTERPART)
 
     for name, _, (*outer, last) in fields:
-        value = fitted[name] if name in fitted else getattr(request, name)
+        if name in fitted:
+            value = fitted[name]
+        else:
+            value = getattr(request, name)
         if value is not None and value != []:
             target = functools.reduce(
                 lambda inner, key: inner.setdefault(key, {}), outer, body
@@ -4347,9 +4483,10 @@ class StreamDecoder:
     def _read_text(self, text: bytes) -> list[Event]:
         """A delta of the part that the last one was of; [] for what must be looked into."""
         try:
-            plain = (
-                text.decode() if b"\\" not in text else _decode('"%s"' % text.decode())
-            )
+            if b"\\" not in text:
+                plain = text.decode()
+            else:
+                plain = _decode('"%s"' % text.decode())
         except ValueError:
             return []
         if plain.isspace():
@@ -4566,7 +4703,9 @@ class StreamEncoder:
         }
 
     def feed(self, event: Event) -> bytes:
-        return b"" if self.ended else self._on[type(event)](event)
+        if self.ended:
+            return b""
+        return self._on[type(event)](event)
 
     def _delta(self, event: PartDelta) -> bytes:
         return dumps(event.text).join(self._frames[event.index])
@@ -4609,7 +4748,9 @@ class ChatCall:
         else:
             self._append(delta)
         size = len(str(self.function_of(self.waiting).get("arguments") or ""))
-        return self.waiting if self.name or size > MAX_UNNAMED_CHARS else {}
+        if self.name or size > MAX_UNNAMED_CHARS:
+            return self.waiting
+        return {}
 
     def _append(self, delta: Json) -> None:
         inner, more = self.function_of(self.waiting), self.function_of(delta)
@@ -4618,7 +4759,10 @@ class ChatCall:
                 inner[key] = str(inner.get(key) or "") + more[key]
         if more.get("name"):
             inner["name"] = more["name"]
-        kind = "custom" if "custom" in delta or "custom" in self.waiting else "function"
+        if "custom" in delta or "custom" in self.waiting:
+            kind = "custom"
+        else:
+            kind = "function"
         self.waiting[kind] = inner
         for key, value in delta.items():
             self.waiting.setdefault(key, value)
@@ -4692,9 +4836,10 @@ class ChatChunks:
 
     def _read_calls(self, choice: int, deltas: Any, merged: Json) -> None:
         for place, delta in enumerate(as_list(deltas)):
-            found = (
-                self._read_call(choice, place, delta) if isinstance(delta, dict) else {}
-            )
+            if isinstance(delta, dict):
+                found = self._read_call(choice, place, delta)
+            else:
+                found = {}
             if found:
                 merged.setdefault("tool_calls", []).append(found)
 
@@ -4714,7 +4859,9 @@ class ChatChunks:
             del function["name"]
         call.name = call.name or str(function.get("name") or "")
         found = call.add(delta)
-        return self._begin(call, found) if found else {}
+        if found:
+            return self._begin(call, found)
+        return {}
 
     def _find_call(self, choice: int, index: int, call_id: str) -> ChatCall:
         """The call that a delta belongs to; a new one for an id that was not seen in its place,
@@ -4750,7 +4897,9 @@ class ChatChunks:
     def end(self) -> str:
         """The finish reason, at the end."""
         reason = self.reason or "stop"
-        return "tool_calls" if self._calls and reason == "stop" else reason
+        if self._calls and reason == "stop":
+            return "tool_calls"
+        return reason
 
 
 class ChatStream(StreamRelay):
@@ -4829,14 +4978,19 @@ class ChatStream(StreamRelay):
         return self._render([choice])
 
     def _finish(self) -> bytes:
-        return self._done() if self._chunks.reason else b""
+        if self._chunks.reason:
+            return self._done()
+        return b""
 
     def _done(self) -> bytes:
         if not self._started:
             return b""
         rest = self._chunks.rest()
         self._chunks.logprobs = None
-        out = self._chunk({"tool_calls": rest}) if rest else b""
+        if rest:
+            out = self._chunk({"tool_calls": rest})
+        else:
+            out = b""
 
         self.ended = self.has_content = True
         out += self._render(
@@ -5000,12 +5154,16 @@ class ChatCompletions(Dialect):
             return tool
         freeform, function = freeform_of(tool), function_of(tool)
         if freeform:
-            return tool if "custom" in tool else {"type": "custom", "custom": freeform}
+            if "custom" in tool:
+                return tool
+            return {"type": "custom", "custom": freeform}
         if not function:
             return tool
         shaped: Json = {"type": "function", "function": function}
         mark = tool.get("cache_control") or tool.get(self.cache_mark)
-        return dict(shaped, copilot_cache_control=mark) if mark else shaped
+        if mark:
+            return dict(shaped, copilot_cache_control=mark)
+        return shaped
 
     def own_choice(self, choice: Any) -> Any:
         wish = choice_of(choice)
@@ -5283,23 +5441,23 @@ class ChatCompletions(Dialect):
         preflight(request, model)
         tools, choice, schema = offered_tools(request, model, True)
         stops = upstream_stops(self, request, model)
-        budget = (
-            None
-            if model.efforts
-            else fit_budget(
+        if model.efforts:
+            budget = None
+        else:
+            budget = fit_budget(
                 request.thinking_budget
                 or dict(EFFORT_BUDGETS).get(request.effort or ""),
                 request.max_output_tokens,
                 model,
             )
-        )
 
         if schema:
             kind, inner = schema["type"], dict({"name": "output"}, **schema)
             del inner["type"]
-            schema = (
-                {"type": kind} if kind == "json_object" else {"type": kind, kind: inner}
-            )
+            if kind == "json_object":
+                schema = {"type": kind}
+            else:
+                schema = {"type": kind, kind: inner}
 
         body = write_fields(
             self,
@@ -5358,7 +5516,10 @@ class ChatCompletions(Dialect):
             message = self._write_assistant(
                 usable_parts(turn, request, self.name), request
             )
-            messages = [message] if len(message) > 2 or message["content"] else []
+            if len(message) > 2 or message["content"]:
+                messages = [message]
+            else:
+                messages = []
         else:
             messages = self._write_user(turn, request)
         if messages and model.is_claude and any(part.cache for part in turn.parts):
@@ -5496,9 +5657,9 @@ class ChatCompletions(Dialect):
 
     def finish_reason(self, stop: str, refused: bool) -> str:
         """A refusal that was put into words ends with `stop`, as OpenAI's own do."""
-        return (
-            "stop" if stop == "refusal" and refused else self.TO_WIRE.get(stop, "stop")
-        )
+        if stop == "refusal" and refused:
+            return "stop"
+        return self.TO_WIRE.get(stop, "stop")
 
 
 class ChatDecoder(StreamDecoder):
@@ -5802,7 +5963,9 @@ def item_id(item: Json, place: int) -> str:
 def response_id(given: Any, key: str = "") -> str:
     """The upstream's id if it is short, else one of our own; key: makes it differ from others."""
     text = str(given or "")
-    return text if 0 < len(text) <= MAX_ID_CHARS else stable_id("resp_", key + text)
+    if 0 < len(text) <= MAX_ID_CHARS:
+        return text
+    return stable_id("resp_", key + text)
 
 
 def is_blank(value: Any) -> bool:
@@ -5980,7 +6143,10 @@ class ResponsesStream(StreamRelay):
         if name_end < 0 or raw.count(b"\n") != 3 or not raw.startswith(b"event: "):
             return b""
         found, index = _ITEM_ID.search(raw), _OUTPUT_INDEX.search(raw)
-        known = self._ids.get(int(index.group(1))) if index else None
+        if index:
+            known = self._ids.get(int(index.group(1)))
+        else:
+            known = None
         if not found or known is None or not self._count_on(raw):
             return b""
         return raw[: found.start(1)] + known.encode() + raw[found.end(1) :]
@@ -6029,7 +6195,10 @@ class ResponsesStream(StreamRelay):
             known = self._ids.setdefault(index, item_id(item, index))
             if kind == "response.output_item.added":
                 is_same = item.get("id") == known
-                self._marker = b'"item_id":' + dumps(known) if is_same else b""
+                if is_same:
+                    self._marker = b'"item_id":' + dumps(known)
+                else:
+                    self._marker = b""
             elif kind == "response.output_item.done":
                 self._items[index] = item
             mend_item(item, known)
@@ -6120,9 +6289,10 @@ class ResponsesStream(StreamRelay):
 
     def _render(self, event: Json) -> bytes:
         given = event.get("sequence_number")
-        number = (
-            max(given, self._sequence) if isinstance(given, int) else self._sequence
-        )
+        if isinstance(given, int):
+            number = max(given, self._sequence)
+        else:
+            number = self._sequence
         event["sequence_number"], self._sequence = number, number + 1
         return Frame(str(event.get("type")), dumps(event)).encode()
 
@@ -6273,7 +6443,9 @@ class Responses(Dialect):
     def own_tool(self, tool: Json) -> Json:
         freeform, function = freeform_of(tool), function_of(tool)
         if freeform:
-            return dict({"type": "custom"}, **freeform) if "custom" in tool else tool
+            if "custom" in tool:
+                return dict({"type": "custom"}, **freeform)
+            return tool
         is_flat = tool.get("type") == "function" and "function" not in tool
         if function and not (is_flat and "input_schema" not in tool):
             return dict({"type": "function"}, **function)
@@ -6289,9 +6461,9 @@ class Responses(Dialect):
             return choice  # perhaps with a namespace
         if wish is None:
             return choice
-        return (
-            {"type": "function", "name": wish.name} if isinstance(wish, Named) else wish
-        )
+        if isinstance(wish, Named):
+            return {"type": "function", "name": wish.name}
+        return wish
 
     def is_own_item(self, item: Json) -> bool:
         if item.get("role") is not None:
@@ -6322,7 +6494,9 @@ class Responses(Dialect):
         return item.get("output")
 
     def calls_in(self, item: Json) -> list[Json]:
-        return [item] if "call_id" in item else []
+        if "call_id" in item:
+            return [item]
+        return []
 
     def fit_cache(self, edit: Edit, model: Model) -> None:
         if not edit.body.get("prompt_cache_key"):
@@ -6347,11 +6521,10 @@ class Responses(Dialect):
         request.openai.update(given(verbosity=verbosity or None))
         if body.get("instructions"):
             request.add_turn("system", [Text(str(body["instructions"]))])
-        items = (
-            [{"role": "user", "content": body["input"]}]
-            if isinstance(body.get("input"), str)
-            else check_list(body, "input")
-        )
+        if isinstance(body.get("input"), str):
+            items = [{"role": "user", "content": body["input"]}]
+        else:
+            items = check_list(body, "input")
         for at, item in enumerate(items):
             self.read_turn(request, item, "input[%d]" % at)
         return request
@@ -6421,9 +6594,10 @@ class Responses(Dialect):
 
         if kind == "message":
             content = item.get("content")
-            parts = (
-                [{"text": content}] if isinstance(content, str) else as_list(content)
-            )
+            if isinstance(content, str):
+                parts = [{"text": content}]
+            else:
+                parts = as_list(content)
             return [
                 self._read_words(p)
                 for p in parts
@@ -6570,16 +6744,17 @@ class Responses(Dialect):
             if not isinstance(part, ToolResult)
         ]
 
-        return (
-            items + [{"type": "message", "role": "user", "content": content}]
-            if content
-            else items
-        )
+        if content:
+            return items + [{"type": "message", "role": "user", "content": content}]
+        return items
 
     def _write_result(self, result: ToolResult, request: Request) -> Json:
         output: Any = result_text(result, request)
         if not all(isinstance(part, Text) for part in result.parts):
-            prefix: list[Part] = [Text(ERROR_PREFIX)] if result.is_error else []
+            if result.is_error:
+                prefix: list[Part] = [Text(ERROR_PREFIX)]
+            else:
+                prefix = []
             output = [write_part(part, "input_") for part in prefix + result.parts]
         return {
             "type": "function_call_output",
@@ -6591,7 +6766,10 @@ class Responses(Dialect):
         """An output item.  given_id: None in a history; tools: those of the request, for calls
         whose client side is a freeform tool or one of a namespace."""
         head = {} if given_id is None else {"id": given_id}
-        status = {} if given_id is None else {"status": "completed"}
+        if given_id is None:
+            status = {}
+        else:
+            status = {"status": "completed"}
 
         if isinstance(part, Text):
             notes = [self.annotation(citation) for citation in part.citations]
@@ -6608,7 +6786,10 @@ class Responses(Dialect):
             )
 
         if isinstance(part, Reasoning):
-            summary = [{"type": "summary_text", "text": part.text}] if part.text else []
+            if part.text:
+                summary = [{"type": "summary_text", "text": part.text}]
+            else:
+                summary = []
             return dict(
                 head,
                 type="reasoning",
@@ -6680,7 +6861,10 @@ class ResponsesDecoder(StreamDecoder):
         ] = {}  # index of a text -> how many sources were told
 
     def read_whole(self, body: Json) -> list[Event]:
-        status = "incomplete" if body.get("status") == "incomplete" else "completed"
+        if body.get("status") == "incomplete":
+            status = "incomplete"
+        else:
+            status = "completed"
         if (
             body.get("error")
             or body.get("status") in ("failed", "cancelled")
@@ -6960,7 +7144,10 @@ class ResponsesEncoder(StreamEncoder):
         if item["type"] == "custom_tool_call":
             out = self._event(kind.stem + ".delta", delta=item["input"], **place)
         if kind.field in block:
-            name = item["name"] if item["type"] == "function_call" else None
+            if item["type"] == "function_call":
+                name = item["name"]
+            else:
+                name = None
             whole = {kind.field: block[kind.field]}
             out += self._event(
                 kind.stem + ".done",
@@ -7006,7 +7193,10 @@ class ResponsesEncoder(StreamEncoder):
         return out
 
     def _fail(self, event: StreamError) -> bytes:
-        out = b"" if self.answer else self._start(ResponseStart("", ""))
+        if self.answer:
+            out = b""
+        else:
+            out = self._start(ResponseStart("", ""))
         self.ended = True
         self.answer.update(
             status="failed",
@@ -7049,7 +7239,11 @@ _COUNTED_FIELDS = ("model", "messages", "system", "tools", "tool_choice")
 
 def budget_to_effort(budget: int) -> str:
     """A thinking budget in tokens -> an effort: below 4k low, below 16k medium, else high."""
-    return "low" if budget < 4096 else "medium" if budget < 16384 else "high"
+    if budget < 4096:
+        return "low"
+    if budget < 16384:
+        return "medium"
+    return "high"
 
 
 def clamp_effort(effort: str, listed: list[str]) -> str:
@@ -7057,7 +7251,10 @@ def clamp_effort(effort: str, listed: list[str]) -> str:
     order = [name for name, _ in EFFORT_BUDGETS]
     if effort in listed or not listed:
         return effort
-    place = order.index(effort) if effort in order else 1
+    if effort in order:
+        place = order.index(effort)
+    else:
+        place = 1
     return min(
         listed,
         key=lambda name: abs((order.index(name) if name in order else -1) - place),
@@ -7101,7 +7298,12 @@ def think_within_budget(edit: Edit, model: Model) -> bool:
 def end_with_user(edit: Edit, key: str = "messages") -> bool:
     """An answer begun by the client (prefill) becomes a request to go on -> was there one?"""
     turns = edit.body.get(key)
-    last = as_object(turns[-1]) if isinstance(turns, list) and turns else {}
+
+    if isinstance(turns, list) and turns:
+        last = as_object(turns[-1])
+    else:
+        last = {}
+
     if last.get("role") != "assistant":
         return False
     edit.replace(
@@ -7115,6 +7317,7 @@ def end_with_user(edit: Edit, key: str = "messages") -> bool:
             }
         ],
     )
+
     edit.lose(key, "an answer begun by the client became a request to go on")
     return True
 
@@ -7197,7 +7400,10 @@ class MessagesStream(StreamRelay):
 
     def _complete(self, kind: str, event: Json) -> bool:
         """Exchange the model's name, fill counts that are missing -> was there anything to do?"""
-        holder = as_object(event.get("message")) if kind == "message_start" else event
+        if kind == "message_start":
+            holder = as_object(event.get("message"))
+        else:
+            holder = event
         before = holder.get("model"), holder.get("usage")
         if kind == "message_start":
             holder["model"] = self.asked
@@ -7256,11 +7462,10 @@ class Messages(Dialect):
     def error_body(self, error: ProxyError, request_id: str) -> Json:
         text = str(error)
         if error.overflow:  # Claude Code compacts at these words
-            text = (
-                "prompt is too long: %d tokens > %d maximum" % error.overflow
-                if error.overflow[0]
-                else "prompt is too long (%s)" % text
-            )
+            if error.overflow[0]:
+                text = "prompt is too long: %d tokens > %d maximum" % error.overflow
+            else:
+                text = "prompt is too long (%s)" % text
         inner: Json = {"type": error.types()[1], "message": text}
         if error.details:
             inner["details"] = error.details
@@ -7318,7 +7523,10 @@ class Messages(Dialect):
         body = edit.body
         if isinstance(body.get("system"), str):
             edit.set(body, "system", [{"type": "text", "text": body["system"]}])
-        blocks = [] if body.get("system") is None else check_list(body, "system")
+        if body.get("system") is None:
+            blocks = []
+        else:
+            blocks = check_list(body, "system")
         kept = [b for b in blocks if text_of([b]).strip()]
         if kept:
             edit.replace(body, "system", kept)
@@ -7335,7 +7543,10 @@ class Messages(Dialect):
             is_blank = isinstance(content, str) and not content.strip()
             if content and not is_blank:
                 kept.append(message)
-        system = edit.drop(body, "system") if not kept and body.get("system") else None
+        if not kept and body.get("system"):
+            system = edit.drop(body, "system")
+        else:
+            system = None
         if system:
             kept.append({"role": "user", "content": system})
         if kept:
@@ -7376,7 +7587,9 @@ class Messages(Dialect):
             raise BadRequest("'%s' must hold objects" % place, param=place)
         kind = str(block.get("type"))
         if kind == "text":
-            return block if str(block.get("text") or "").strip() else None
+            if str(block.get("text") or "").strip():
+                return block
+            return None
         if kind == "thinking":
             signature, text = block.get("signature"), block.get("thinking")
             if is_packed(signature):
@@ -7549,11 +7762,16 @@ class Messages(Dialect):
 
     def write_part(self, part: Part, by_model: bool) -> Json:
         block = self.block(part)
-        return dict(block, cache_control=EPHEMERAL) if part.cache else block
+        if part.cache:
+            return dict(block, cache_control=EPHEMERAL)
+        return block
 
     def tool_steps(self, item: Json) -> list[ToolStep]:
         role, content = item.get("role"), item.get("content")
-        blocks = content if isinstance(content, list) else []
+        if isinstance(content, list):
+            blocks = content
+        else:
+            blocks = []
         has_results = any(block.get("type") == "tool_result" for block in blocks)
         if role != "user" or not has_results:
             calls = [
@@ -7574,11 +7792,9 @@ class Messages(Dialect):
     @staticmethod
     def _answered_call(block: Json) -> str | None:
         """The id of the call whose result a block is."""
-        return (
-            str(block.get("tool_use_id"))
-            if block.get("type") == "tool_result"
-            else None
-        )
+        if block.get("type") == "tool_result":
+            return str(block.get("tool_use_id"))
+        return None
 
     def missing_result(self, item: Json, call_id: str) -> Json:
         result = {
@@ -7653,13 +7869,14 @@ class Messages(Dialect):
         if thinking == "disabled":
             request.effort = "none"
         choice = as_object(body.get("tool_choice"))
-        request.tool_choice = (
-            Named(str(choice.get("name")))
-            if choice.get("type") == "tool"
-            else {"auto": "auto", "any": "required", "none": "none"}.get(
-                str(choice.get("type"))
-            )
-        )
+        if choice.get("type") == "tool":
+            request.tool_choice = Named(str(choice.get("name")))
+        else:
+            request.tool_choice = {
+                "auto": "auto",
+                "any": "required",
+                "none": "none",
+            }.get(str(choice.get("type")))
 
         if choice.get("disable_parallel_tool_use"):
             request.parallel_tool_calls = False
@@ -7828,7 +8045,10 @@ class Messages(Dialect):
             )
 
         if not isinstance(part, (Image, Document)):
-            citations = part.citations if isinstance(part, Text) else ()
+            if isinstance(part, Text):
+                citations = part.citations
+            else:
+                citations = ()
             return given(
                 type="text",
                 text=plain_text(part),
@@ -8005,7 +8225,9 @@ class MessagesEncoder(StreamEncoder):
             self._waiting and self._active < 0
         ):  # the next part, those behind it if whole
             out += map(super().feed, self._waiting.pop(next(iter(self._waiting))))
-        return out[0] if len(out) == 1 else b"".join(out)
+        if len(out) == 1:
+            return out[0]
+        return b"".join(out)
 
     def _begin(self, event: PartStart) -> bytes:
         part, block = event.part, self.dialect.block(event.part)
@@ -8065,7 +8287,9 @@ class MessagesEncoder(StreamEncoder):
 def _as_blocks(content: Any) -> list[Any]:
     """'a' -> [{"type": "text", "text": "a"}]; a list stays."""
     if isinstance(content, str):
-        return [{"type": "text", "text": content}] if content else []
+        if content:
+            return [{"type": "text", "text": content}]
+        return []
     return as_list(content)
 
 
@@ -8994,7 +9218,9 @@ class Ollama(ClientDialect):
             raise BadRequest(
                 "'format' must be \"json\" or a JSON schema", param="format"
             )
-        return {"type": "json_object"} if layout else None
+        if layout:
+            return {"type": "json_object"}
+        return None
 
     def read_tool(self, tool: Json, request: Request) -> None:
         function = tool.get("function")
@@ -9271,7 +9497,9 @@ class Unwrapper:
             return [event]
         if event.stop == "tool_use" and self._calls == {OUTPUT_TOOL}:
             event = replace(event, stop="stop")
-        return [event] if OUTPUT_TOOL in self._calls else [*self._held, event]
+        if OUTPUT_TOOL in self._calls:
+            return [event]
+        return [*self._held, event]
 
 
 class ThinkingFilter:
@@ -9285,7 +9513,9 @@ class ThinkingFilter:
         if isinstance(event, PartStart) and isinstance(event.part, Reasoning):
             self._hidden.add(event.index)
         if isinstance(event, (PartStart, PartDelta, PartSignature, PartEnd)):
-            return [] if event.index in self._hidden else [event]
+            if event.index in self._hidden:
+                return []
+            return [event]
         return [event]
 
 
@@ -9315,7 +9545,9 @@ class StopCutter:
         elif isinstance(event, PartEnd):
             self._open.remove(event.index)
             rest = self._held.pop(event.index, "")
-            return [PartDelta(event.index, rest), event] if rest else [event]
+            if rest:
+                return [PartDelta(event.index, rest), event]
+            return [event]
         return [event]
 
     def _read(self, event: PartDelta) -> list[Event]:
@@ -9328,7 +9560,9 @@ class StopCutter:
         waiting = self._waiting(text)
         self._held[event.index] = text[len(text) - waiting :]
         ready = text[: len(text) - waiting]
-        return [PartDelta(event.index, ready)] if ready else []
+        if ready:
+            return [PartDelta(event.index, ready)]
+        return []
 
     def _waiting(self, text: str) -> int:
         """How many characters at the end of the text may be the beginning of a sequence."""
@@ -9343,7 +9577,10 @@ class StopCutter:
 
     def _cut(self, index: int, text: str, place: int, sequence: str) -> list[Event]:
         self._is_cut = True
-        events: list[Event] = [PartDelta(index, text[:place])] if place else []
+        if place:
+            events: list[Event] = [PartDelta(index, text[:place])]
+        else:
+            events = []
         events += [PartEnd(at) for at in self._open]
         return [*events, ResponseEnd("stop_sequence", self._meter.usage, sequence)]
 
@@ -9416,18 +9653,19 @@ class TranslatedStream(StreamRelay):
                 and raw.find(b"\n", at) < 0
                 and (not at or raw.startswith(b"event: "))
             )
-            data = raw[at + 6 :] if is_usual else Frame.parse(raw).data
+            if is_usual:
+                data = raw[at + 6 :]
+            else:
+                data = Frame.parse(raw).data
             if data:
                 out += self._decoder.read(data)
         return self.tell(out)
 
     def _finish(self) -> bytes:
         events = self._decoder.close()  # an error among them is made by close()
-        return (
-            b""
-            if any(isinstance(e, StreamError) for e in events)
-            else self.tell(events)
-        )
+        if any(isinstance(e, StreamError) for e in events):
+            return b""
+        return self.tell(events)
 
     def _error(self, error: ProxyError) -> bytes:
         told = UpstreamError(str(error), error.status, error.code)
@@ -9501,7 +9739,10 @@ class CompletionStream(StreamRelay):
             inner.has_content,
         )
         for raw in split_frames(data):
-            value = loads(Frame.parse(raw).data) if raw.startswith(b"data: {") else {}
+            if raw.startswith(b"data: {"):
+                value = loads(Frame.parse(raw).data)
+            else:
+                value = {}
             if "choices" in value:
                 raw = b"data: %b\n\n" % dumps(as_completion(value, self._echo))
                 self._echo = ""
@@ -9558,7 +9799,9 @@ def _as_flat_format(layout: Any) -> Any:
 
 
 def _as_stop_list(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
+    if isinstance(stop, str):
+        return [stop]
+    return stop
 
 
 def _unchanged(value: Any) -> Any:
@@ -9646,7 +9889,10 @@ def name_the_turns(edit: Edit, client: Dialect, model: Model) -> None:
     """`messages` sent to a route that wants `input`, or the reverse, and a system text by the
     sister dialect's name."""
     body, own = edit.body, client.turns_key
-    other = "input" if own == "messages" else "messages"
+    if own == "messages":
+        other = "input"
+    else:
+        other = "messages"
     if body.get(own) is None and body.get(other) is not None:
         turns = edit.drop(body, other)
         edit.set(body, own, turns)
@@ -9767,13 +10013,19 @@ def narrow_tools(edit: Edit, client: Dialect, model: Model) -> None:
         and client.path in model.endpoints
     ):
         return
+
     inner = as_object(choice.get("allowed_tools")) or choice
     allowed = {_tool_key(tool) for tool in dicts_in(inner, "tools")}
     tools = [
         tool for tool in dicts_in(edit.body, "tools") if _tool_key(tool) in allowed
     ]
     edit.set(edit.body, "tools", tools)
-    mode = "required" if inner.get("mode") == "required" else "auto"
+
+    if inner.get("mode") == "required":
+        mode = "required"
+    else:
+        mode = "auto"
+
     edit.set(edit.body, "tool_choice", client.own_choice(mode))
 
 
@@ -9850,7 +10102,10 @@ def shape_content(edit: Edit, client: Dialect, item: Json, place: str) -> None:
     """The parts of one item, each in the client's own shape."""
     for key in ("content", "output"):
         content = item.get(key)
-        parts = [content] if isinstance(content, dict) else content
+        if isinstance(content, dict):
+            parts = [content]
+        else:
+            parts = content
         if not isinstance(parts, list):
             continue
         shaped: list[Any] = []
@@ -10532,9 +10787,10 @@ def expand_compactions(edit: Edit, upstream: Dialect) -> None:
         return
     summaries: dict[int, str] = {}  # place -> text, of those packed here
     for at, (item, kind) in enumerate(zip(items, kinds)):
-        packed = (
-            unpack_opaque(item.get("encrypted_content")) if kind in COMPACTIONS else []
-        )
+        if kind in COMPACTIONS:
+            packed = unpack_opaque(item.get("encrypted_content"))
+        else:
+            packed = []
         if packed:
             summaries[at] = packed[0][2]
 
@@ -10830,7 +11086,9 @@ def auto_tier(asked: str) -> str | None:
     """'auto' -> "", 'auto:balance' -> "balance"; None for the name of a model."""
     name, colon, tier = asked.strip().lower().partition(":")
     is_tier = tier in AUTO_TIERS or not colon
-    return tier if name in AUTO_NAMES and is_tier else None
+    if name in AUTO_NAMES and is_tier:
+        return tier
+    return None
 
 
 @dataclass(frozen=True)
@@ -10982,7 +11240,10 @@ def nearest_ids(asked: str, models: list[Model], count: int = 3) -> list[str]:
     import difflib
 
     ids = [m.id for m in models if m.is_listed] or [m.id for m in models]
-    name = normalise_model(asked[:COMPARED_CHARS])[-1] if asked else ""
+    if asked:
+        name = normalise_model(asked[:COMPARED_CHARS])[-1]
+    else:
+        name = ""
     ids = [one for one in ids if len(one) <= COMPARED_CHARS] or ids[:count]
     if len(ids) > MAX_COMPARED:
         ids = _most_alike(name, ids, MAX_COMPARED)
@@ -11178,9 +11439,10 @@ class Plan:
 
     def attach(self, headers: Headers, repaired: list[str]) -> None:
         """The headers that go with the body, and what was repaired for this request so far."""
-        self.headers = (
-            dict(headers, Accept="text/event-stream") if self.streams else headers
-        )
+        if self.streams:
+            self.headers = dict(headers, Accept="text/event-stream")
+        else:
+            self.headers = headers
         self.repairs.names = repaired
 
     @property
@@ -11206,7 +11468,9 @@ class Plan:
             self.meter.take(self.answer)
             self.client.check_answer(self.answer)
             changed = self.client.mend(self.answer, self.request.model, self.request)
-            return dumps(self.answer) if changed else data
+            if changed:
+                return dumps(self.answer)
+            return data
         response = read_answer(self.upstream, data, is_stream, self.request, self.meter)
         if isinstance(self.pipeline, TranslatedStream):
             return self.pipeline.tell(unfold(response))
@@ -11293,11 +11557,20 @@ def _weigh(piece: str) -> float:
     if size > 59 and piece[0].isalnum():
         return size * (0.66 if piece.strip("0123456789abcdefABCDEF") else 0.57)
     if mark.isdigit():
-        return 1.0 if last.isdigit() else 3.0 if piece[-2] == "," else 2.0
+        if last.isdigit():
+            return 1.0
+        if piece[-2] == ",":
+            return 3.0
+        return 2.0
     if last.isalpha():
         word = piece[1:] if mark else piece
         size = len(word)
-        kind = mark if mark in ("", " ") else "." if mark in _MARKS_IN_WORDS else "?"
+        if mark in ("", " "):
+            kind = mark
+        elif mark in _MARKS_IN_WORDS:
+            kind = "."
+        else:
+            kind = "?"
         first, each = _WORDS[
             kind + "a"
             if word.islower()
@@ -11308,11 +11581,9 @@ def _weigh(piece: str) -> float:
             else "AAa"
         ]
 
-        return (
-            1.0
-            if size == 1
-            else max(1.0, first + each * min(size, 12) + 0.5 * max(0, size - 12))
-        )
+        if size == 1:
+            return 1.0
+        return max(1.0, first + each * min(size, 12) + 0.5 * max(0, size - 12))
 
     marks = piece.strip()
     if len(marks) < 3:
@@ -11400,7 +11671,9 @@ def image_size(head: bytes) -> tuple[int, ...]:
         both, mask = int.from_bytes(head[at : at + 6], "little"), (1 << bits) - 1
         return less + (both & mask), less + (both >> bits & mask)
     sizes = _JPEG_SIZE.findall(head)  # its own behind that of its preview
-    return struct.unpack(">HH", sizes[-1])[::-1] if sizes else ()
+    if sizes:
+        return struct.unpack(">HH", sizes[-1])[::-1]
+    return ()
 
 
 def image_tokens(url: str, is_claude: bool) -> int:
@@ -11438,7 +11711,10 @@ def estimate_tokens(body: Json, is_claude: bool = False) -> int:
         name, value = todo.pop()
         if name in _UNSEEN_FIELDS:
             continue
-        kind = value.get("type") if isinstance(value, dict) else None
+        if isinstance(value, dict):
+            kind = value.get("type")
+        else:
+            kind = None
         if isinstance(value, list):
             todo.extend(("", inner) for inner in value)
         elif isinstance(value, str) and (value[:5] == "data:" or name in _LINK_FIELDS):
@@ -11460,13 +11736,12 @@ def estimate_tokens(body: Json, is_claude: bool = False) -> int:
             )
         elif isinstance(value, dict):
             tokens += 1 if "text" in value else 4
-            plain = (
-                ("data",)
-                if kind == "text"
-                else ()
-                if kind in _LINK_TYPES
-                else _LINK_FIELDS
-            )
+            if kind == "text":
+                plain = ("data",)
+            elif kind in _LINK_TYPES:
+                plain = ()
+            else:
+                plain = _LINK_FIELDS
             todo.extend(
                 ("" if field in plain else field, inner)
                 for field, inner in value.items()
@@ -11520,7 +11795,9 @@ def places(value: Any, path: str) -> list[tuple[Json, str]]:
     if isinstance(value, list) and step.isdigit() and rest:
         return [place for item in value for place in places(item, rest)]
     if not isinstance(value, dict) or not rest:
-        return [(value, step)] if isinstance(value, dict) and step in value else []
+        if isinstance(value, dict) and step in value:
+            return [(value, step)]
+        return []
     is_tag = value.get("type", step) == step
     return places(value.get(step), rest) or (places(value, rest) if is_tag else [])
 
@@ -11563,7 +11840,10 @@ def value_mark(value: Any) -> str:
     """What tells a value from others, in constant time; '' for objects and lists."""
     if isinstance(value, (dict, list)):
         return ""
-    text = value if isinstance(value, str) else repr(value)
+    if isinstance(value, str):
+        text = value
+    else:
+        text = repr(value)
     return stable_id(
         "", "%d %s %s" % (len(text), text[:MARKED_CHARS], text[-MARKED_CHARS:])
     )
@@ -11582,7 +11862,10 @@ def drop_value(plan: Plan, path: str, mark: str = "") -> bool:
     if mark:
         return marks == [mark] and drop_places(plan, found)
     is_single = len(marks) == 1 and marks[0] and not re.search(r"[.\[]\d", whole_path)
-    plan.repairs.words = (whole_path, marks[0]) if is_single else ()
+    if is_single:
+        plan.repairs.words = (whole_path, marks[0])
+    else:
+        plan.repairs.words = ()
     return drop_places(plan, found)
 
 
@@ -11608,9 +11891,10 @@ def rename_limit(plan: Plan, old: str) -> bool:
     """max_tokens as max_completion_tokens, or the reverse."""
     body, is_there = plan.edit.body, old in plan.edit.body and plan.upstream is CHAT
     if is_there:
-        new = (
-            "max_tokens" if old == "max_completion_tokens" else "max_completion_tokens"
-        )
+        if old == "max_completion_tokens":
+            new = "max_tokens"
+        else:
+            new = "max_completion_tokens"
         body.setdefault(new, plan.edit.drop(body, old))
     return is_there
 
@@ -12070,7 +12354,10 @@ class Memory:
     def learn(self, plan: Plan) -> None:
         """What helped is remembered: the plan was accepted."""
         for lesson in plan.repairs.lessons:
-            store = self._facts if lesson[0].keeps == FOR_MODEL else self._values
+            if lesson[0].keeps == FOR_MODEL:
+                store = self._facts
+            else:
+                store = self._values
             known = store.get(plan.key, ())
             if lesson not in known and (known or len(store) < MAX_LEARNED):
                 store[plan.key] = (*known, lesson)[-MAX_LESSONS:]
@@ -12120,9 +12407,10 @@ def quota_lane(name: str, said: Any) -> Json:
     """One lane for people, out of a snapshot or a header (ent=300&rem=75.5&ov=0.0&rst=2026-12-01,
     `rem` in percent).  Numbers are None where the account tells none.  More than all may be used:
     then what is left is negative, or the overage says so."""
-    said = (
-        dict(urllib.parse.parse_qsl(said)) if isinstance(said, str) else as_object(said)
-    )
+    if isinstance(said, str):
+        said = dict(urllib.parse.parse_qsl(said))
+    else:
+        said = as_object(said)
     total = text_number_or_none(said.get("entitlement", said.get("ent")))
     percent = text_number_or_none(said.get("percent_remaining", said.get("rem")))
     over = text_number_or_none(said.get("overage_count", said.get("ov")))
@@ -12159,7 +12447,10 @@ def lane_rooms(lanes: Mapping[str, Any]) -> dict[str, float]:
     rooms: dict[str, float] = {}
     for name, said in list(lanes.items())[:MAX_NAMES]:
         lane = quota_lane(name, said)
-        room = float("inf") if lane["overage"] else lane["percent_left"]
+        if lane["overage"]:
+            room = float("inf")
+        else:
+            room = lane["percent_left"]
         is_limit_here = (
             lane["total"] != 0 and not lane["unlimited"] and name != "completions"
         )
@@ -12185,7 +12476,10 @@ def exhausted_lanes(error: ProxyError) -> dict[str, float | None]:
     """Lane -> unix time of its reset, None where it is not told; of the lanes that the error's own
     headers call used up.  Quotas are believed where the error speaks of them only: they stand in
     the headers of every answer, also of a plain 429."""
-    prefixes = QUOTA_PREFIXES if is_quota(error) else QUOTA_PREFIXES[1:]
+    if is_quota(error):
+        prefixes = QUOTA_PREFIXES
+    else:
+        prefixes = QUOTA_PREFIXES[1:]
     return {
         lane: quota_lane(lane, said)["resets_at"]
         for name, said in header_lanes(error.headers, prefixes).items()
@@ -12495,13 +12789,17 @@ def parse_value(option: Option, text: str, source: str) -> Any:
             raise ConfigError(
                 "%s: '%s' is not a number" % (source, printable(text, 40))
             )
-        return int(number) if option.kind == "int" else number
+        if option.kind == "int":
+            return int(number)
+        return number
+
     if option.kind in ("switch", "either"):
         if text.strip().lower() not in _YES + _NO:
             raise ConfigError(
                 "%s: '%s' is neither yes nor no" % (source, printable(text, 40))
             )
         return text.strip().lower() in _YES
+
     if option.kind == "list":
         return tuple(part.strip() for part in re.split("[,\n]", text) if part.strip())
     return text
@@ -12592,7 +12890,10 @@ _SERVER_URL = re.compile(r"(https?)://([^/]*)(?:/[!-~]*)?\Z", re.IGNORECASE)
 def parse_url(url: str, flag: str) -> tuple[str, str]:
     """Scheme and host of a server's base URL.  Raises ConfigError."""
     match = _SERVER_URL.match(url)
-    host = split_host(match.group(2))[0] if match else ""
+    if match:
+        host = split_host(match.group(2))[0]
+    else:
+        host = ""
     if not match or not host or set(url) & set("?#\\"):
         raise ConfigError(
             "%s: '%s' is not the URL of a server" % (flag, redact(printable(url)))
@@ -12743,7 +13044,9 @@ class Settings:
 
     @functools.cached_property
     def trusted_networks(self) -> list[Any]:
-        return parse_networks(self.trusted_proxy) if self.trusted_proxy else []
+        if self.trusted_proxy:
+            return parse_networks(self.trusted_proxy)
+        return []
 
     @functools.cached_property
     def aliases(self) -> dict[str, str]:
@@ -12773,7 +13076,9 @@ class Settings:
             return "https://api.github.com"
         if host.endswith(".ghe.com"):
             return self.github_url.replace("://", "://api.", 1)
-        return self.github_url if is_loopback(host) else self.github_url + "/api/v3"
+        if is_loopback(host):
+            return self.github_url
+        return self.github_url + "/api/v3"
 
     @property
     def usual_copilot_url(self) -> str:
@@ -12781,20 +13086,27 @@ class Settings:
         host = host_of(self.github_url)
         if host.endswith(".ghe.com"):
             return self.github_url.replace("://", "://copilot-api.", 1)
-        return self.github_url if is_loopback(host) else COPILOT_URLS[self.account_type]
+        if is_loopback(host):
+            return self.github_url
+        return COPILOT_URLS[self.account_type]
 
     def accept_copilot_url(self, url: Any) -> str:
         """A server-given API base if a bearer may be sent there, else ''."""
         if not isinstance(url, str) or not url:
             return ""
         match = re.match(r"(https?)://([^/]*)/?\Z", url)
-        host = split_host(match.group(2))[0] if match else ""
+        if match:
+            host = split_host(match.group(2))[0]
+        else:
+            host = ""
         if not match or not host:
             return ""  # a login, a path, a backslash: never of the service
 
         own = host_of(self.github_url)
         if is_loopback(host):
-            return url.rstrip("/") if is_loopback(own) else ""
+            if is_loopback(own):
+                return url.rstrip("/")
+            return ""
 
         is_tenant = own != "github.com" and host.endswith("." + own)
         if match.group(1) == "https" and (host.endswith(COPILOT_HOSTS) or is_tenant):
@@ -12809,9 +13121,10 @@ class Settings:
 
 def default_data_dir(environ: Mapping[str, str]) -> str:
     """$XDG_DATA_HOME/copilot-proxy, ~/.local/share/copilot-proxy, on Windows %LOCALAPPDATA%."""
-    base = (
-        environ.get("LOCALAPPDATA") if os.name == "nt" else environ.get("XDG_DATA_HOME")
-    )
+    if os.name == "nt":
+        base = environ.get("LOCALAPPDATA")
+    else:
+        base = environ.get("XDG_DATA_HOME")
     home = os.path.expanduser("~")  # stays as it is where there is none
     base = base or os.path.join("/" if home == "~" else home, ".local", "share")
     return os.path.join(base, "copilot-proxy")
@@ -12950,7 +13263,10 @@ class KeyFile:
             known = os.stat(self.path)
             stamp: Any = (known.st_mtime_ns, known.st_size, known.st_ino)
         except OSError as error:
-            stamp = None if error.errno in (errno.ENOENT, errno.ENOTDIR) else 0
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                stamp = None
+            else:
+                stamp = 0
         if stamp != self._stamp:
             with self._lock:
                 self._read(stamp)
@@ -13096,7 +13412,10 @@ def run(work: Work) -> Any:
     value, error = None, None
     while True:
         try:
-            what = work.send(value) if error is None else work.throw(error)
+            if error is None:
+                what = work.send(value)
+            else:
+                what = work.throw(error)
         except StopIteration as end:
             return end.value
         value, error = outcome(what.block)
@@ -13109,15 +13428,22 @@ def wait_ready(sock: Any, timeout_s: float, write: bool = False) -> bool:
     """Can this socket (or object with fileno()) be read, or written, now or within `timeout_s`?
     poll where there is one: select ends at file number 1,024."""
     if not hasattr(select, "poll"):
-        seconds = None if timeout_s == math.inf else timeout_s
-        wanted = ([], [sock], [sock]) if write else ([sock], [], [])
+        if timeout_s == math.inf:
+            seconds = None
+        else:
+            seconds = timeout_s
+        if write:
+            wanted = ([], [sock], [sock])
+        else:
+            wanted = ([sock], [], [])
         return any(select.select(*wanted, seconds))
 
     poller = select.poll()
     poller.register(sock, select.POLLOUT if write else _POLL_READ)
-    timeout_ms = (
-        None if timeout_s == math.inf else max(0, int(timeout_s * 1000 + 0.999))
-    )
+    if timeout_s == math.inf:
+        timeout_ms = None
+    else:
+        timeout_ms = max(0, int(timeout_s * 1000 + 0.999))
     return bool(poller.poll(timeout_ms))
 
 
@@ -13405,7 +13731,10 @@ class Connection:
                     raise
                 wants_write = type(error).__name__ == "SSLWantWriteError"
 
-            events = selectors.EVENT_WRITE if wants_write else selectors.EVENT_READ
+            if wants_write:
+                events = selectors.EVENT_WRITE
+            else:
+                events = selectors.EVENT_READ
             if not await wait(Ready(self, events, deadline - time.monotonic())):
                 raise socket.timeout("timed out")
 
@@ -13816,7 +14145,10 @@ class HttpConnection(Connection):
             except OSError as error:
                 more, broken = b"", error
             if not more:
-                reason = plain_reason(broken) if broken else "connection closed"
+                if broken:
+                    reason = plain_reason(broken)
+                else:
+                    reason = "connection closed"
                 kind = UpstreamError if data else StaleConnection
                 failure = kind(f"the upstream gave no answer ({reason})")
                 failure.unsent = is_unsent and not data
@@ -14024,11 +14356,11 @@ class UpstreamResponse:
 def proxy_login(proxy: str) -> Headers:
     """The header for user:password@ in a proxy's URL."""
     login = urllib.parse.unquote(urllib.parse.urlsplit(proxy).netloc.rpartition("@")[0])
-    return (
-        {"Proxy-Authorization": "Basic " + base64.b64encode(login.encode()).decode()}
-        if login
-        else {}
-    )
+    if login:
+        return {
+            "Proxy-Authorization": "Basic " + base64.b64encode(login.encode()).decode()
+        }
+    return {}
 
 
 class _Proxies(urllib.request.ProxyHandler):
@@ -14216,7 +14548,9 @@ class Upstream:
         """The proxy that a URL is reached through, '' when there is none."""
         host = host_of(url)
         direct = is_loopback(host) or urllib.request.proxy_bypass(host)
-        return "" if direct else self.proxies.get(url.partition(":")[0], "")
+        if direct:
+            return ""
+        return self.proxies.get(url.partition(":")[0], "")
 
     def tls_context(self) -> Any:
         """Made at the first https call: it takes longer than all the rest of the start."""
@@ -14246,7 +14580,10 @@ class Upstream:
     async def send(self, request: UpstreamRequest) -> UpstreamResponse:
         """One try.  Raises StaleConnection when a kept connection proved closed, UpstreamError
         (502, 504); any status is an answer."""
-        connection = None if request.is_fresh else self.pool.take(request.origin)
+        if request.is_fresh:
+            connection = None
+        else:
+            connection = self.pool.take(request.origin)
         if connection is None:
             connection = await self.connect(request.origin)
         return await connection.exchange(request, self.pool)
@@ -14530,9 +14867,10 @@ def explain_refusal(token: CopilotToken, error: UpstreamError) -> UpstreamError:
 def override(headers: Headers, own: Mapping[str, str]) -> Headers:
     """With the user's own in their place, whatever their case."""
     lower = {name.lower() for name in own}
-    kept = (
-        {k: v for k, v in headers.items() if k.lower() not in lower} if own else headers
-    )
+    if own:
+        kept = {k: v for k, v in headers.items() if k.lower() not in lower}
+    else:
+        kept = headers
     return dict(kept, **own)
 
 
@@ -14549,7 +14887,10 @@ class GitHub:
 
     def _headers(self, token: str = "") -> Headers:
         is_machine = token.startswith(MACHINE_PREFIXES)
-        identity = CLI_HEADERS if is_machine else EDITOR_HEADERS
+        if is_machine:
+            identity = CLI_HEADERS
+        else:
+            identity = EDITOR_HEADERS
         headers = dict(identity, Accept="application/json")
         if token:
             scheme = "Bearer " if is_machine else "token "
@@ -14629,7 +14970,9 @@ class GitHub:
             )
         except UpstreamError:
             return {}
-        return answer if status == 200 else {}
+        if status == 200:
+            return answer
+        return {}
 
     async def fetch_login(self, token: str) -> str:
         """The account's name, '' when it cannot be had (it is needed for nothing)."""
@@ -14637,7 +14980,9 @@ class GitHub:
             status, answer, _, _ = await self._get("/user", token)
         except UpstreamError:
             return ""
-        return str(answer.get("login") or "") if status == 200 else ""
+        if status == 200:
+            return str(answer.get("login") or "")
+        return ""
 
     async def fetch_usage(self, token: str) -> Json:
         """The whole answer of /copilot_internal/user.  Raises AuthError, UpstreamError."""
@@ -14670,7 +15015,10 @@ class GitHub:
         )
         named = as_object(answer.get("endpoints")).get("api")
         proxy = parts.get("proxy-ep", "")
-        fallback = "https://api." + proxy[6:] if proxy.startswith("proxy.") else ""
+        if proxy.startswith("proxy."):
+            fallback = "https://api." + proxy[6:]
+        else:
+            fallback = ""
         refresh = number_or(answer.get("refresh_in"), TOKEN_FALLBACK_S, 1)
         due = min(max(refresh - TOKEN_MARGIN_S, 60.0), 86400.0)
         lifetime = due + 2 * TOKEN_MARGIN_S
@@ -14700,7 +15048,10 @@ class GitHub:
         status, answer, headers, body = await self._get("/copilot_internal/user", token)
         if status == 401 or status >= 500:
             raise self._refusal(status, headers, body, token)
-        named = as_object(answer.get("endpoints")).get("api") if status == 200 else None
+        if status == 200:
+            named = as_object(answer.get("endpoints")).get("api")
+        else:
+            named = None
         return CopilotToken(
             token, self._api_url(named), 86400.0, 1e9, self._clock(), True, answer
         )
@@ -14734,11 +15085,10 @@ class GitHub:
             )
 
         if "rate limit" in text.lower():
-            kept = (
-                {"retry-after": headers["retry-after"]}
-                if "retry-after" in headers
-                else {}
-            )
+            if "retry-after" in headers:
+                kept = {"retry-after": headers["retry-after"]}
+            else:
+                kept = {}
             return RateLimited(f"GitHub limits calls to {host}: {text}", headers=kept)
 
         if is_machine and status in (403, 404):
@@ -15093,7 +15443,10 @@ class RateLimits:
 
         wall = self._seen[1]
         rest_s = limit_s(error, wall, repeats)
-        most_s = LONG_PROBE_MAX_S if rest_s > LONG_REST_S else PROBE_MAX_S
+        if rest_s > LONG_REST_S:
+            most_s = LONG_PROBE_MAX_S
+        else:
+            most_s = PROBE_MAX_S
         pause_s = doubled_s(PROBE_S, probes, most_s)
         first_s = min(rest_s, pause_s)
         if not is_quota(error) and named_limit_s(error, wall) is None:
@@ -15119,7 +15472,10 @@ class RateLimits:
     ) -> UpstreamError:
         """What a request is told; pause_s: for its Retry-After."""
         error, now = rest.error, self._now()
-        what = "the account" if scope == self.ACCOUNT else "model " + scope
+        if scope == self.ACCOUNT:
+            what = "the account"
+        else:
+            what = "model " + scope
         until = time.strftime(
             "%Y-%m-%d %H:%M:%S", time.localtime(self._seen[1] + rest.ends - now)
         )
@@ -15156,7 +15512,9 @@ class Call:
 
     @property
     def method(self) -> str:
-        return "GET" if self.body is None else "POST"
+        if self.body is None:
+            return "GET"
+        return "POST"
 
 
 def new_request_id() -> str:
@@ -15206,7 +15564,10 @@ async def read_error(answer: UpstreamResponse) -> UpstreamError:
     except StreamCut:
         body = b""
 
-    status = answer.status if answer.status >= 400 else 502
+    if answer.status >= 400:
+        status = answer.status
+    else:
+        status = 502
     text, code, param, names = read_error_text(
         body, status_phrase(status, answer.reason)
     )
@@ -15323,17 +15684,25 @@ class Attempts:
             is_other = (
                 "input item" in text or "connection" in text or is_auto_refusal(error)
             )
-            return "" if is_other else "login"
+            if is_other:
+                return ""
+            return "login"
 
         if status == 421 or status == 403 and error.code in _TOKEN_CODES:
             return "login"
         if status == 403 and error.opaque:
-            return "login" if self._copilot.may_be_login() else ""
+            if self._copilot.may_be_login():
+                return "login"
+            return ""
         if status == 466:
-            return "version" if self._copilot.may_change_version() else ""
+            if self._copilot.may_change_version():
+                return "version"
+            return ""
         if error.unsent or status in HICCUP_STATUS and error.answered:
             wish = error.headers.get("retry-after", "0")
-            return "hiccup" if wish in ("0", "1") else ""
+            if wish in ("0", "1"):
+                return "hiccup"
+            return ""
 
         return ""
 
@@ -15484,7 +15853,10 @@ class Copilot:
             with contextlib.suppress(ProxyError):
                 run(self.token.get())
             token = self.token.value
-            left = token.refresh_s - token.age_s(self._clock()) if token else 0.0
+            if token:
+                left = token.refresh_s - token.age_s(self._clock())
+            else:
+                left = 0.0
             if isinstance(self.token.error, AuthError):
                 stop.wait(LOGIN_RETRY_S)  # no seat, say: a person must act
                 continue
@@ -15884,11 +16256,9 @@ def session_key(headers: Headers, body: Json) -> str | None:
     if not found and body.get("metadata"):  # .._session_UUID, or a JSON text
         user = as_object(body["metadata"]).get("user_id")
         found = re.split("session_(?:id)?", "%s" % user, maxsplit=1)[1:]
-    return (
-        stable_id("", str(found))[:8]
-        if found and isinstance(found, (str, list))
-        else None
-    )
+    if found and isinstance(found, (str, list)):
+        return stable_id("", str(found))[:8]
+    return None
 
 
 def quotas_of(answer: Json) -> Json:
@@ -15948,7 +16318,10 @@ class Events:
 
     def tell(self, event: str, value: Any) -> None:
         """To every reader; cheap where there is none."""
-        frame = Frame(event, dumps(value)).encode() if self.readers else b""
+        if self.readers:
+            frame = Frame(event, dumps(value)).encode()
+        else:
+            frame = b""
         for reader in list(self.readers):
             if reader.is_full:
                 self.close(reader)
@@ -16398,7 +16771,9 @@ class Approval:
 def payer_of(key: str | None, session: str | None, agent: str | None) -> str:
     """The name of a budget.  ("3f2a", "9c01", "curl/8") -> "3f2a 9c01" """
     name = session or agent or "-"
-    return "%s %s" % (key, name) if key else name
+    if key:
+        return "%s %s" % (key, name)
+    return name
 
 
 class Budget:
@@ -16503,7 +16878,10 @@ class Budget:
     def spend(self, row: Json) -> None:
         """A request has ended.  Where the upstream tells no credits the estimate counts."""
         before = self.report()
-        cost = row["estimate"] if row["nano_aiu"] is None else row["nano_aiu"]
+        if row["nano_aiu"] is None:
+            cost = row["estimate"]
+        else:
+            cost = row["nano_aiu"]
 
         if cost:
             self._estimated |= row["nano_aiu"] is None
@@ -16538,37 +16916,33 @@ class Budget:
             "COALESCE(key || ' ', '') || COALESCE(session, client, '-')"  # as payer_of
         )
         for name, since in ((payer, 0), ("''", self._began)):
-            found = (
-                link.execute(
+            if link:
+                found = link.execute(
                     "SELECT %s, SUM(COALESCE(nano_aiu, estimate, 0)) FROM requests "
                     "WHERE at >= ? GROUP "
                     "BY 1 ORDER BY MAX(at) DESC LIMIT %d" % (name, MAX_SESSIONS - 1),
                     (since,),
                 ).fetchall()
-                if link
-                else []
-            )
+            else:
+                found = []
             self._add(dict(reversed(found)))
         self.loaded.set()
 
     def report(self) -> Json | None:
         """For people; None where nothing is limited."""
         lines = self._lines() if self._limits else []
-        day = (
-            lines.pop(0)
-            if lines and not lines[0]["session"]
-            else dict.fromkeys(("limit", "used", "percent", "state"))
-        )
-        return (
-            {
+        if lines and not lines[0]["session"]:
+            day = lines.pop(0)
+        else:
+            day = dict.fromkeys(("limit", "used", "percent", "state"))
+        if self._limits:
+            return {
                 **day,
                 "estimated": self._estimated,
                 "ends_at": self._ends,
                 "sessions": lines,
             }
-            if self._limits
-            else None
-        )
+        return None
 
 
 def local_time(at: float) -> str:
@@ -16704,7 +17078,9 @@ class ResponseStore:
     def find(self, owner: str, response_id: str) -> tuple[Json, list[Json]] | None:
         """(answer, input items) of a kept response, None when it is not there."""
         kept = self._get(owner, response_id)
-        return (kept.parse_answer(), kept.parse_input()) if kept else None
+        if kept:
+            return (kept.parse_answer(), kept.parse_input())
+        return None
 
     def find_items(self, owner: str, ids: Iterable[str]) -> dict[str, bytes]:
         """{id: item as JSON} of the output items that are there: each answer is looked at once."""
@@ -16963,7 +17339,10 @@ class RequestRecord:
         cls, method: str, path: str, headers: Headers, at: float
     ) -> RequestRecord:
         """A request has come in."""
-        label = LABELS.get(path, "") if method == "POST" else ""
+        if method == "POST":
+            label = LABELS.get(path, "")
+        else:
+            label = ""
         agent = printable(headers.get("user-agent", "").partition(" ")[0], 60) or None
         return cls(
             new_request_id(), AskedFor(method, path, label, agent, at, time.monotonic())
@@ -17051,7 +17430,9 @@ class RequestRecord:
             prices.cost(meter.counts, self.asked.at, by_auto) for meter in self.meters
         ]
         known = [cost for cost in found if cost is not None]
-        return sum(known) if known else None
+        if known:
+            return sum(known)
+        return None
 
     def cost(self) -> int:
         """Nano-AIU so far; by the listed prices where the upstream told none, 0 when unknown."""
@@ -17137,7 +17518,11 @@ class Ledger:
         clock: Callable[[], tuple[float, float]],
     ) -> None:
         self._log, self._clock = log, clock
-        path = "" if settings.no_history else os.path.join(folder, "history.sqlite3")
+        if settings.no_history:
+            path = ""
+        else:
+            path = os.path.join(folder, "history.sqlite3")
+
         if path and settings.demo:
             path = ":memory:"
         self.events, self.stats = Events(), Stats()
@@ -17419,7 +17804,9 @@ class DefaultLogin:
         except ConfigError as error:
             self._log.error("%s", error)
             return ""
-        return "" if stored in self._refused else stored
+        if stored in self._refused:
+            return ""
+        return stored
 
     def use(self, github_token: str) -> Account:
         """Serve with this login from now on."""
@@ -17564,7 +17951,10 @@ class Accounts:
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             offered.append(bearer.strip())
-        found = [key for key in map(self.keys.find, offered) if key] if keys else []
+        if keys:
+            found = [key for key in map(self.keys.find, offered) if key]
+        else:
+            found = []
         if not found and (
             self.keys.is_closed or any(text.startswith(KEY_PREFIX) for text in offered)
         ):
@@ -17585,14 +17975,18 @@ class Accounts:
             )
 
         issued = next((key for key in found if key.token), None)
-        token = (
-            issued.token if issued else next(filter(_GITHUB_KEY.fullmatch, offered), "")
-        )
+        if issued:
+            token = issued.token
+        else:
+            token = next(filter(_GITHUB_KEY.fullmatch, offered), "")
         if not token:
             return Caller(address, True, True, found[0].id if found else "")
         account = self.of_token(token, issued.login if issued else "")
         is_operator = any(not key.token for key in found)
-        key_id = (issued or found[0]).id if found else account.id
+        if found:
+            key_id = (issued or found[0]).id
+        else:
+            key_id = account.id
         return Caller(address, True, is_operator, key_id, account)
 
     def of_token(self, github_token: str, name: str = "") -> Account:
@@ -17612,7 +18006,9 @@ class Accounts:
         with self._lock:
             others = list(self._accounts.values())
         default = self._login.account
-        return [default, *others] if default else others
+        if default:
+            return [default, *others]
+        return others
 
     # -- logins that browsers begin: each belongs to the one that knows its state token
 
@@ -17706,7 +18102,10 @@ class Accounts:
     def issue_key(self, text: str, login: str = "", token: str = "") -> Key:
         """Store a new key; the log tells its id.  Raises ConfigError, BadRequest 409."""
         made = self.keys.add(text, login, token)
-        owner = printable(login or "an account", 60) if token else "the operator"
+        if token:
+            owner = printable(login or "an account", 60)
+        else:
+            owner = "the operator"
         self._log.info("key %s was issued to %s", made.id, owner)
         return made
 
@@ -17715,11 +18114,10 @@ class Accounts:
         stored = [key for key in self.keys.all() if key.made]
 
         for key in stored[:KEYS_LISTED]:
-            owner = (
-                printable(key.login or "an account", 60)
-                if key.token
-                else "the operator"
-            )
+            if key.token:
+                owner = printable(key.login or "an account", 60)
+            else:
+                owner = "the operator"
             self._log.info(
                 "key %s of %s is good here, made %s (auth --logout %s ends it)",
                 key.id,
@@ -17755,7 +18153,10 @@ class App:
         log: logging.Logger | None = None,
     ) -> None:
         self.settings, self.clock = settings, clock
-        self.environ = os.environ if environ is None else environ
+        if environ is None:
+            self.environ = os.environ
+        else:
+            self.environ = environ
         self.log = log or logging.getLogger("copilot_proxy")
         self.stop = threading.Event()
         self.started = time.time()
@@ -17818,7 +18219,9 @@ PROBE = b"HTTP/1.1 "  # how every answer begins
 
 def bare_address(name: Any) -> str:
     """('::ffff:10.0.0.1', 80, 0, 0) -> '10.0.0.1'."""
-    return str(name[0]).replace("::ffff:", "") if isinstance(name, tuple) else ""
+    if isinstance(name, tuple):
+        return str(name[0]).replace("::ffff:", "")
+    return ""
 
 
 def make_server_context(settings: Settings) -> Any:
@@ -17939,13 +18342,20 @@ class ClientConnection(Connection):
     def fill(self) -> None:
         """Read ahead what is there now."""
         try:
-            data = None if self.is_full else receive_now(self.sock)
+            if self.is_full:
+                data = None
+            else:
+                data = receive_now(self.sock)
         except (OSError, ValueError):
             self.at_end = True
             self.leave()
             return
+
         if data:
-            self.ahead = self.ahead + data if self.ahead else data
+            if self.ahead:
+                self.ahead = self.ahead + data
+            else:
+                self.ahead = data
         elif data is not None:
             self.at_end = True
             if self._news is None and not self.still_reads():
@@ -18083,7 +18493,9 @@ class ClientConnection(Connection):
                 raise BadRequest(f"the body is larger than {MAX_BODY_BYTES} bytes", 413)
             if decoder.done:
                 self.ahead = decoder.rest
-                return parts[0] if len(parts) == 1 else b"".join(parts)
+                if len(parts) == 1:
+                    return parts[0]
+                return b"".join(parts)
 
             if self.at_end:
                 raise ClientGone
@@ -18159,7 +18571,10 @@ class Exchange:
         self.is_same_origin = True  # no page of another origin has sent it
         self.caller = Caller(client.address)
         self.ticket: Ticket | None = None  # once it wants to go up
-        self.dialect: Dialect = MESSAGES if self.path.startswith("/messages") else CHAT
+        if self.path.startswith("/messages"):
+            self.dialect: Dialect = MESSAGES
+        else:
+            self.dialect = CHAT
         self.body = b""
         self.headers: Headers = {}  # to be added to the answer
         self.keep_alive = head.keep_alive
@@ -18220,7 +18635,9 @@ class Exchange:
         """A value of the query string."""
         query = split_target(self.head.target)[1].partition("?")[2]
         found = urllib.parse.parse_qs(query, keep_blank_values=True).get(name)
-        return found[-1] if found else None
+        if found:
+            return found[-1]
+        return None
 
     # -- a whole answer
 
@@ -18228,7 +18645,11 @@ class Exchange:
         self, body: bytes, status: int = 200, kind: str = "application/json"
     ) -> None:
         """Send a whole answer.  Raises ClientGone."""
-        length = [] if status == 204 else [("Content-Length", str(len(body)))]
+        if status == 204:
+            length = []
+        else:
+            length = [("Content-Length", str(len(body)))]
+
         cost = self.record.counts().get("nano_aiu")
         if cost is not None:
             length.append(("x-copilot-proxy-credits", "%d.%09d" % divmod(cost, NANO)))
@@ -18362,7 +18783,10 @@ class Exchange:
         return begin + end
 
     def _stream_head(self) -> bytes:
-        coding = [("Transfer-Encoding", "chunked")] if self.is_chunked else []
+        if self.is_chunked:
+            coding = [("Transfer-Encoding", "chunked")]
+        else:
+            coding = []
         head = self._head(
             200, "text/event-stream", coding + [("Cache-Control", "no-cache")]
         )
@@ -18392,7 +18816,9 @@ class Exchange:
 
         phrase = http.client.responses.get(status, "Error")
         whole = render_head(f"HTTP/1.1 {status} {phrase}", fields_)
-        return whole[len(PROBE) :] if self._is_probed else whole
+        if self._is_probed:
+            return whole[len(PROBE) :]
+        return whole
 
     def _send(self, data: bytes) -> None:
         if data:
@@ -18588,7 +19014,9 @@ class Workers:
         except queue.Empty:
             pass
         with self._lock:
-            return None if self._queue.empty() else self._queue.get()
+            if self._queue.empty():
+                return None
+            return self._queue.get()
 
 
 class Alarm(Connection):
@@ -18862,7 +19290,10 @@ class EventLoop:
         if isinstance(what, Ready):
             what.connection.waiter = None
         try:
-            what = task.work.send(value) if error is None else task.work.throw(error)
+            if error is None:
+                what = task.work.send(value)
+            else:
+                what = task.work.throw(error)
         except StopIteration as end:
             self._end(task, end.value, None)
             return
@@ -18909,7 +19340,10 @@ class Handler:
             length, chunked = head.body_form()
             self._check_browser(exchange)
             self._check_key(exchange)
-            endpoint = None if head.method == "OPTIONS" else self._find_route(exchange)
+            if head.method == "OPTIONS":
+                endpoint = None
+            else:
+                endpoint = self._find_route(exchange)
             self._check_body(exchange, length, chunked)
         except ProxyError:
             exchange.keep_alive = exchange.keep_alive and not (length or chunked)
@@ -18938,7 +19372,10 @@ class Handler:
         exchange.keep_alive = keep
 
         coding = head.headers.get("content-encoding", "")
-        exchange.body = inflate(body, coding) if coding else body
+        if coding:
+            exchange.body = inflate(body, coding)
+        else:
+            exchange.body = body
         exchange.log_body("request", exchange.body)
 
     def _check_browser(self, exchange: Exchange) -> None:
@@ -19094,7 +19531,10 @@ class Server(ThreadingHTTPServer):
         self._running: dict[Exchange, None] = {}
         self._most_clients = max(file_limit() // 2 - SPARE_FILES, 1)
         self.loop = EventLoop(app.settings, app.log)
-        self._tls = make_server_context(app.settings) if app.settings.tls_cert else None
+        if app.settings.tls_cert:
+            self._tls = make_server_context(app.settings)
+        else:
+            self._tls = None
         self.scheme = "https" if self._tls else "http"
         self._handler = Handler(app, routes, self.scheme)
         if ":" in host:
@@ -19854,11 +20294,10 @@ def fit_model(data: bytes, edit: Edit, model_id: str) -> bytes:
     asked = edit.body["model"]
     if asked == model_id and not edit.changed:
         return data
-    found = (
-        ()
-        if edit.changed
-        else list(re.finditer(rb'"model"\s*:\s*' + re.escape(dumps(asked)), data))
-    )
+    if edit.changed:
+        found = ()
+    else:
+        found = list(re.finditer(rb'"model"\s*:\s*' + re.escape(dumps(asked)), data))
     if len(found) != 1:
         return dumps(dict(edit.body, model=model_id))
     start, end = found[0].span()
@@ -19945,7 +20384,10 @@ async def inline_images(exchange: Exchange, body: Json) -> None:
 
     Where the upstream would take no more, older ones are left out unfetched.  Raises BadRequest
     (413 for what grows too large)."""
-    links = linked_images(body) if exchange.app.settings.fetch_images else []
+    if exchange.app.settings.fetch_images:
+        links = linked_images(body)
+    else:
+        links = []
     if not links:
         return
     asked = len(linked_images(last_turn(body)))
@@ -20539,7 +20981,10 @@ async def completions(exchange: Exchange) -> None:
     """POST /completions, the old shape: each prompt is a chat of its own."""
     body = exchange.json_object()
     given = body.pop("prompt", None)
-    prompts = [given] if isinstance(given, str) else given
+    if isinstance(given, str):
+        prompts = [given]
+    else:
+        prompts = given
 
     if (
         not isinstance(prompts, list)
@@ -20642,7 +21087,11 @@ def account_entry(account: Account) -> Json:
 def own_names(exchange: Exchange) -> tuple[str, ...]:
     """Of the account whose requests the caller may see; () for the operator, who sees all."""
     own = exchange.caller.account
-    return () if exchange.caller.is_operator else (own.name, own.id) if own else ("",)
+    if exchange.caller.is_operator:
+        return ()
+    if own:
+        return (own.name, own.id)
+    return ("",)
 
 
 def check_operator(exchange: Exchange) -> None:
@@ -20656,7 +21105,10 @@ def stats_report(exchange: Exchange) -> Json:
     operator sees that of all, others what is their account's."""
     app, ledger = exchange.app, exchange.app.ledger
     names, account = own_names(exchange), exchange.caller.account
-    stats = account.stats if names and account else ledger.stats
+    if names and account:
+        stats = account.stats
+    else:
+        stats = ledger.stats
     running = [
         dict(shown(record.row()), state="running")
         for record in list(ledger.running.values())
@@ -20785,7 +21237,10 @@ def metric_families(report: Json, ledger: Ledger) -> list[MetricFamily]:
 def render_metric(family: MetricFamily) -> Iterator[str]:
     """The lines of one metric in Prometheus' text format 0.0.4."""
     name, text, labels, values = family
-    kind = "counter" if name.endswith("_total") else "gauge"
+    if name.endswith("_total"):
+        kind = "counter"
+    else:
+        kind = "gauge"
     yield f"# HELP copilot_proxy_{name} {text}"
     yield f"# TYPE copilot_proxy_{name} {kind}"
 
@@ -20824,8 +21279,8 @@ async def history(exchange: Exchange) -> None:
     """GET /history: the newest rows, or those before row `before`."""
     ledger, limit = exchange.app.ledger, number_of(exchange, "limit", 50, 500)
     names = own_names(exchange)
-    rows = (
-        await wait(
+    if len(names) != 1:
+        rows = await wait(
             InThread(
                 functools.partial(
                     ledger.history.query,
@@ -20838,9 +21293,8 @@ async def history(exchange: Exchange) -> None:
                 )
             )
         )
-        if len(names) != 1
-        else []
-    )
+    else:
+        rows = []
 
     found = rows
 
@@ -20958,7 +21412,10 @@ async def embeddings(exchange: Exchange) -> None:
     copilot, model = await resolve(exchange, body)
     check_endpoint(model, "/embeddings")
     given = body.get("input")
-    texts = [given] if isinstance(given, str) else given
+    if isinstance(given, str):
+        texts = [given]
+    else:
+        texts = given
     if (
         not isinstance(texts, list)
         or not texts
@@ -21011,10 +21468,15 @@ async def embeddings(exchange: Exchange) -> None:
 def model_entry(model: Model) -> Json:
     """One model so that the OpenAI and the Anthropic SDKs both parse it."""
     found = re.search(r"(20\d\d)-(\d\d)-(\d\d)", str(model.entry.get("version") or ""))
-    created = moment_or_none(found.group()) if found else None
-    date = (
-        found.group() if found and created else "1970-01-01"
-    )  # unknown, as Anthropic says it
+    if found:
+        created = moment_or_none(found.group())
+    else:
+        created = None
+    # unknown, as Anthropic says it
+    if found and created:
+        date = found.group()
+    else:
+        date = "1970-01-01"
 
     return {
         "id": model.id,
@@ -21043,16 +21505,14 @@ def price_entry(model: Model) -> Json | None:
     prices = {name: price / 100 for name, price in model.prices.per_million().items()}
     billing = as_object(model.entry.get("billing"))
     multiplier = text_number_or_none(billing.get("multiplier"))
-    return (
-        dict(
+    if prices or multiplier is not None:
+        return dict(
             dict.fromkeys(("input", "cache_read", "cache_write", "output")),
             **prices,
             multiplier=multiplier,
             auto_discount=model.prices.auto_discount / MILLION,
         )
-        if prices or multiplier is not None
-        else None
-    )
+    return None
 
 
 async def models(exchange: Exchange) -> None:
@@ -21086,11 +21546,10 @@ async def one_model(exchange: Exchange) -> None:
     else:
         model = auto_models(await copilot.models())[0]
     name_model(exchange, model)
-    shown = (
-        model.id
-        if copilot.is_substitute(exchange.argument, model)
-        else exchange.argument
-    )
+    if copilot.is_substitute(exchange.argument, model):
+        shown = model.id
+    else:
+        shown = exchange.argument
     exchange.reply_json(dict(model_entry(model), id=shown))
 
 
@@ -21185,7 +21644,10 @@ def clear_limits(exchange: Exchange) -> None:
     name); without them of all -> what rested."""
     check_door(exchange)
     check_operator(exchange)
-    asked = exchange.json_object() if exchange.body else {}
+    if exchange.body:
+        asked = exchange.json_object()
+    else:
+        asked = {}
 
     for name, value in asked.items():
         if name not in ("scope", "account") or not isinstance(value, str) or not value:
@@ -21379,7 +21841,10 @@ DEMO_PRICES = {
 
 def demo_model(name: str, vendor: str, endpoints: str, efforts: str = "") -> Json:
     """A catalogue entry in the upstream's own shape."""
-    kind = "embeddings" if endpoints == "/embeddings" else "chat"
+    if endpoints == "/embeddings":
+        kind = "embeddings"
+    else:
+        kind = "chat"
     supports: Json = {
         "streaming": True,
         "tool_calls": True,
@@ -21448,7 +21913,10 @@ DEMO_MODELS = [
 
 def demo_response(request: Request, prompt_tokens: int) -> Response:
     """What the demo says: the prompt, or a call of the first tool when it speaks of a tool."""
-    parts = request.turns[-1].parts if request.turns else []
+    if request.turns:
+        parts = request.turns[-1].parts
+    else:
+        parts = []
     results = [
         result_text(part, request) for part in parts if isinstance(part, ToolResult)
     ]
@@ -21460,9 +21928,10 @@ def demo_response(request: Request, prompt_tokens: int) -> Response:
     )
 
     calls = bool(request.tools) and not results and "tool" in said.lower()
-    part: Part = (
-        ToolCall("call_" + request.key, request.tools[0].name) if calls else Text(text)
-    )
+    if calls:
+        part: Part = ToolCall("call_" + request.key, request.tools[0].name)
+    else:
+        part = Text(text)
     return Response(
         "",
         request.model,
@@ -21813,9 +22282,10 @@ def shell_of(environ: Mapping[str, str]) -> str:
     """The shell that the user types into, as far as it shows; zsh reads what bash reads."""
     name = os.path.basename(environ.get("SHELL", ""))
     if os.name == "nt" and not name:
-        return (
-            "cmd" if "PROMPT" in environ else "powershell"
-        )  # cmd.exe alone sets PROMPT
+        # cmd.exe alone sets PROMPT
+        if "PROMPT" in environ:
+            return "cmd"
+        return "powershell"
     return {"fish": "fish", "pwsh": "powershell"}.get(name, "bash")
 
 
@@ -21868,7 +22338,11 @@ def fill(
     opus = pick_model([m for m in models if "opus" in m.id]) or main
     embedding = pick_model([m for m in models if m.kind == "embeddings"], "-3-small")
     prompt = main.limit("max_prompt_tokens")
-    believed = 200000 if spell(main) == main.id else 1000000  # by Claude Code
+    # by Claude Code
+    if spell(main) == main.id:
+        believed = 200000
+    else:
+        believed = 1000000
     return dict(
         places_of(main),
         url=url,
@@ -21984,7 +22458,9 @@ def command_line(
     ]
 
     line = (join if single else "\n").join(lines + run).rstrip("\n")
-    return "env " + line if export == "{2}" else line
+    if export == "{2}":
+        return "env " + line
+    return line
 
 
 def merge_json(old: Any, new: Any) -> Any:
@@ -22522,7 +22998,10 @@ def cmd_start(app: App, flags: argparse.Namespace) -> int:
     app.accounts.log_keys()
     new_key = guard_door(app)
     server = open_server(app)
-    interrupts: list[int] = catch_signals() if flags.signals is None else flags.signals
+    if flags.signals is None:
+        interrupts: list[int] = catch_signals()
+    else:
+        interrupts = flags.signals
     server.start()
     github_token = app.login.load()
     if github_token:
@@ -22549,7 +23028,9 @@ def cmd_start(app: App, flags: argparse.Namespace) -> int:
     while not interrupts:
         time.sleep(0.1)
     server.finish(settings.grace)
-    return 130 if interrupts[0] == signal.SIGINT else 0
+    if interrupts[0] == signal.SIGINT:
+        return 130
+    return 0
 
 
 def catch_signals() -> list[int]:
@@ -22793,7 +23274,9 @@ def price_of(model: Model) -> str:
     price = price_entry(model) or {}
     if price.get("input") is not None and price.get("output") is not None:
         return "$%.2f/$%.2f" % (price["input"], price["output"])
-    return "-" if price.get("multiplier") is None else "%gx" % price["multiplier"]
+    if price.get("multiplier") is None:
+        return "-"
+    return "%gx" % price["multiplier"]
 
 
 def cmd_debug(app: App, flags: argparse.Namespace) -> int:
@@ -22818,7 +23301,9 @@ def cmd_debug(app: App, flags: argparse.Namespace) -> int:
                 % (name.replace("_", " ") if not at else "", printable(str(line), 500))
             )
 
-    return 0 if well else 1
+    if well:
+        return 0
+    return 1
 
 
 def models_at_hand(app: App) -> list[Model]:
@@ -22868,11 +23353,17 @@ def debug_report(app: App) -> Json:
 
     try:
         github_token = app.login.load()
-        state = "logged in" if github_token else "nobody is logged in"
+        if github_token:
+            state = "logged in"
+        else:
+            state = "nobody is logged in"
     except ConfigError as error:
         github_token, state = "", str(error)
 
-    source = "flag or environment" if settings.github_token else app.login.file.path
+    if settings.github_token:
+        source = "flag or environment"
+    else:
+        source = app.login.file.path
     return {
         "version": __version__,
         "python": sys.version.split()[0],
@@ -22908,11 +23399,12 @@ def write_bundle(app: App, report: Json, path: str) -> None:
         if re.search("token|key|header", name):
             given[name] = "[set]"
 
-    rows = (
-        app.ledger.history.query("SELECT * FROM requests ORDER BY n DESC LIMIT 500")
-        if os.path.exists(app.ledger.history.path)
-        else []
-    )
+    if os.path.exists(app.ledger.history.path):
+        rows = app.ledger.history.query(
+            "SELECT * FROM requests ORDER BY n DESC LIMIT 500"
+        )
+    else:
+        rows = []
 
     bundle = dict(
         report,
@@ -23019,7 +23511,10 @@ def client_key(settings: Settings) -> str:
 def model_for(models: list[Model], asked: str, patterns: tuple[str, ...]) -> Model:
     """The chat model that was asked for, else the best for this client.  Raises ConfigError."""
     chat = [m for m in models if m.kind == "chat"]
-    model = resolve_model(asked, chat, {}) if asked else pick_model(chat, *patterns)
+    if asked:
+        model = resolve_model(asked, chat, {})
+    else:
+        model = pick_model(chat, *patterns)
     if model is None:
         raise ConfigError(
             "there is no chat model '%s'; the account has: %s"
@@ -23047,7 +23542,10 @@ def cmd_setup(app: App, flags: argparse.Namespace) -> int:
             % ", ".join([*CLIENTS, *SERVICES])
         )
 
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    if settings.host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    else:
+        host = settings.host
     url = "http%s://%s:%d" % (
         "s" * bool(settings.tls_cert),
         "[%s]" % host if ":" in host else host,
@@ -23199,9 +23697,14 @@ def ask_model(what: str, models: list[Model], patterns: tuple[str, ...]) -> Mode
     """By number or name, until the answer can be used; an empty one takes the best.  Raises
     ConfigError where there is no chat model."""
     best = model_for(models, "", patterns)
+
     while True:
         say("%s model [%s]: " % (what, best.id))
-        typed = sys.stdin.readline().strip() if sys.stdin.isatty() else ""
+        if sys.stdin.isatty():
+            typed = sys.stdin.readline().strip()
+        else:
+            typed = ""
+
         if not typed:
             return best
         if re.fullmatch("[0-9]{1,9}", typed):
@@ -23209,6 +23712,7 @@ def ask_model(what: str, models: list[Model], patterns: tuple[str, ...]) -> Mode
                 return models[int(typed) - 1]
             say("there is no number %s: 1 to %d" % (typed, len(models)))
             continue
+
         try:
             return model_for(models, typed, patterns)
         except ConfigError as error:
@@ -23247,11 +23751,10 @@ COMMANDS: Mapping[str, tuple[str, Callable[[App, argparse.Namespace], int]]] = {
 def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
     """One row of OPTIONS as an argument, its help with default and environment names."""
     names = ([option.short] if option.short else []) + ["--" + option.name]
-    default = (
-        ""
-        if option.default in ("", None, (), False)
-        else "default %s, " % option.default
-    )
+    if option.default in ("", None, (), False):
+        default = ""
+    else:
+        default = "default %s, " % option.default
 
     help_text = "%s [%senv %s]" % (option.help, default, ", ".join(option.variables))
     more: Json = {
@@ -23467,7 +23970,9 @@ def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int
     except ProxyError as error:
         with contextlib.suppress(OSError, ValueError):
             print("error: %s" % visible(redact(str(error))), file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        if isinstance(error, ConfigError):
+            return 2
+        return 1
     except ClientGone:  # nobody reads what is printed
         return 1
     except KeyboardInterrupt:
