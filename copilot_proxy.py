@@ -2358,6 +2358,7 @@ class Frame:
         return cls(event, b"\n".join(data))
 
     def encode(self) -> bytes:
+        """The frame as it goes over the wire: `event:`, `data:` and an empty line."""
         if self.event:
             head = b"event: %b\n" % self.event.encode()
         else:
@@ -3266,6 +3267,7 @@ def positive(value: Any) -> int | None:
 
 
 def flag(value: Any) -> bool | None:
+    """`value` where it is a boolean, else None."""
     if isinstance(value, bool):
         return value
     return None
@@ -4703,6 +4705,7 @@ class StreamEncoder:
         }
 
     def feed(self, event: Event) -> bytes:
+        """The bytes of one event, b"" behind the end."""
         if self.ended:
             return b""
         return self._on[type(event)](event)
@@ -10101,11 +10104,9 @@ def rewrite_part(
 def shape_content(edit: Edit, client: Dialect, item: Json, place: str) -> None:
     """The parts of one item, each in the client's own shape."""
     for key in ("content", "output"):
-        content = item.get(key)
-        if isinstance(content, dict):
-            parts = [content]
-        else:
-            parts = content
+        parts = item.get(key)
+        if isinstance(parts, dict):
+            parts = [parts]
         if not isinstance(parts, list):
             continue
         shaped: list[Any] = []
@@ -11736,6 +11737,7 @@ def estimate_tokens(body: Json, is_claude: bool = False) -> int:
             )
         elif isinstance(value, dict):
             tokens += 1 if "text" in value else 4
+            plain: tuple[str, ...]
             if kind == "text":
                 plain = ("data",)
             elif kind in _LINK_TYPES:
@@ -12476,9 +12478,8 @@ def exhausted_lanes(error: ProxyError) -> dict[str, float | None]:
     """Lane -> unix time of its reset, None where it is not told; of the lanes that the error's own
     headers call used up.  Quotas are believed where the error speaks of them only: they stand in
     the headers of every answer, also of a plain 429."""
-    if is_quota(error):
-        prefixes = QUOTA_PREFIXES
-    else:
+    prefixes: tuple[str, ...] = QUOTA_PREFIXES
+    if not is_quota(error):
         prefixes = QUOTA_PREFIXES[1:]
     return {
         lane: quota_lane(lane, said)["resets_at"]
@@ -13044,6 +13045,7 @@ class Settings:
 
     @functools.cached_property
     def trusted_networks(self) -> list[Any]:
+        """--trusted-proxy as networks.  Raises ConfigError."""
         if self.trusted_proxy:
             return parse_networks(self.trusted_proxy)
         return []
@@ -13432,6 +13434,7 @@ def wait_ready(sock: Any, timeout_s: float, write: bool = False) -> bool:
             seconds = None
         else:
             seconds = timeout_s
+        wanted: tuple[list[Any], list[Any], list[Any]]
         if write:
             wanted = ([], [sock], [sock])
         else:
@@ -15512,6 +15515,7 @@ class Call:
 
     @property
     def method(self) -> str:
+        """POST where there is a body."""
         if self.body is None:
             return "GET"
         return "POST"
@@ -18153,9 +18157,8 @@ class App:
         log: logging.Logger | None = None,
     ) -> None:
         self.settings, self.clock = settings, clock
-        if environ is None:
-            self.environ = os.environ
-        else:
+        self.environ: Mapping[str, str] = os.environ
+        if environ is not None:
             self.environ = environ
         self.log = log or logging.getLogger("copilot_proxy")
         self.stop = threading.Event()
@@ -20294,9 +20297,8 @@ def fit_model(data: bytes, edit: Edit, model_id: str) -> bytes:
     asked = edit.body["model"]
     if asked == model_id and not edit.changed:
         return data
-    if edit.changed:
-        found = ()
-    else:
+    found: list[re.Match[bytes]] = []
+    if not edit.changed:
         found = list(re.finditer(rb'"model"\s*:\s*' + re.escape(dumps(asked)), data))
     if len(found) != 1:
         return dumps(dict(edit.body, model=model_id))
@@ -21411,11 +21413,9 @@ async def embeddings(exchange: Exchange) -> None:
     body = exchange.json_object()
     copilot, model = await resolve(exchange, body)
     check_endpoint(model, "/embeddings")
-    given = body.get("input")
-    if isinstance(given, str):
-        texts = [given]
-    else:
-        texts = given
+    texts = body.get("input")
+    if isinstance(texts, str):
+        texts = [texts]
     if (
         not isinstance(texts, list)
         or not texts
