@@ -22,14 +22,14 @@ file, thread, clock or random number, so they can be read and tested by themselv
     10 Repairs             what the upstream refuses, and how it is asked again
     11 Settings            flag > environment > default
     12 Storage             the folder with logins and keys
-    13 Upstream HTTP       one urllib opener with a keep-alive pool
+    13 Upstream HTTP       how a coroutine waits; one urllib opener with a keep-alive pool
     14 GitHub              device flow, token exchange, usage
-    15 Copilot             headers, the short-lived token, the model catalogue, one call
+    15 Copilot             the short-lived token, the model catalogue, a call and its retries
     16 History             the table of requests, lanes of quotas, events for the page
     17 Policy              keys and accounts, limits, approval by hand, budget, counts
-    18 HTTP server         connections, requests, answers, the relay of a stream
+    18 HTTP server         the event loop, connections, requests, answers, streams
     19 Page                what a browser shows
-    20 Endpoints           one short function per route, the table of routes
+    20 Endpoints           Job, one short function per route, the table of routes
     21 Demo                a make-believe GitHub and Copilot inside this process
     22 Setup               clients, services, what is in the way: tables and their text
     23 Commands            start, auth, check-usage, debug, models, setup
@@ -37,9 +37,15 @@ file, thread, clock or random number, so they can be read and tested by themselv
 
 The way of a request:
 
-    Server -> Handler -> ROUTES -> complete() -> ask() -> Plan -> Copilot.send() -> GitHub Copilot
-                                                                        |
-    client socket <- chunk <- StreamRelay.feed(bytes) -> bytes <- upstream socket
+    Server.serve -> Handler -> ROUTES -> Job: read, identify, resolve, expand, plan, admit,
+                                              send -> Attempts -> Upstream -> GitHub Copilot
+                                                                                    |
+    client socket <- chunk <- StreamRelay.feed(bytes) -> bytes <--- upstream socket
+
+All of this is one coroutine for each connection (`async def`, without asyncio).  The EventLoop
+drives them in one thread; what may block goes to a few others.  Who waits for what, and who owns a
+connection, is drawn at EventLoop, HttpConnection and ClientConnection; what is tried again, at
+Attempts; the stages of a request, at Job.
 
 Where client and model speak the same dialect a StreamRelay mends bytes; else it is made of a
 StreamDecoder (upstream bytes to neutral events) and a StreamEncoder (events to client bytes).
@@ -262,7 +268,7 @@ WORKER_IDLE_S = 10.0  # then an idle worker thread ends
 MAX_WORKERS, WORKER_QUEUE = 6, 256  # threads for what may block; what may wait for one
 INLINE_BYTES = 128 * 1024  # a larger body is parsed in a thread
 HEADS_KEPT = 200  # beginnings of upstream requests
-SLICE_S = 0.001  # of computing between two looks at the streams
+SLICE_S, MAX_SLICE_S = 0.001, 0.008  # of computing between two looks at the streams
 ACCEPTED_AT_ONCE = 16  # connections in one round of the loop
 SPARE_FILES = 32  # kept free for logins, history, the pool
 FIRST_REQUEST_S = 0.1  # at shutdown, for a connection that has just come
@@ -3089,14 +3095,13 @@ def is_reminder(text: str) -> bool:
 def side_request(user_text: str, system_text: str) -> str:
     """The kind of a request that the client made by itself, "" for others.  See SIDE_REQUESTS."""
     texts = {"user": user_text.strip(), "system": system_text.strip()}
-    return next(
-        (
-            row.kind
-            for row in SIDE_REQUESTS
-            if all(_has_mark(texts[row.place], mark, row.how) for mark in row.marks)
-        ),
-        "",
-    )
+    for row in SIDE_REQUESTS:
+        text = texts[row.place]
+        if _has_mark(text, row.marks[0], row.how) and all(
+            _has_mark(text, mark, row.how) for mark in row.marks
+        ):
+            return row.kind
+    return ""
 
 
 def text_of(content: Any) -> str:
@@ -15338,6 +15343,8 @@ class RateLimits:
         of a model holds for; may_probe: False for a look, which nothing follows."""
         with self._lock:
             self._count += 1
+            if not self._scopes:  # nearly always
+                return self._count
             resting = self._resting(model)
             now = self._now()
             for scope, rest in resting:
@@ -15368,7 +15375,9 @@ class RateLimits:
     def finish(self, model: str, number: int, is_taken: bool) -> list[str]:
         """A request is through -> the scopes that it opens, if the upstream took it.  Else, unless
         it was refused before, the place of the probe is free again."""
-        opened = []
+        opened: list[str] = []
+        if not self._scopes:
+            return opened
         with self._lock:
             for scope, rest in self._resting(model):
                 rest.free(number, self._now())
@@ -18205,9 +18214,9 @@ class App:
 
 
 # ==== 18. HTTP server =============================================================================
-# Threads prepare, one loop relays.  A worker thread reads a request, finds its route and calls the
-# endpoint; a streamed answer and an idle connection belong to the RelayLoop, so that a thousand of
-# them hold no thread.  Every error is rendered here and nowhere else.
+# One loop drives each connection as a coroutine: it reads requests, calls their endpoints, sends
+# their answers on.  Threads do only what may block, so that a thousand streams and idle clients
+# hold none.  Every error is rendered here and nowhere else.
 
 PLAIN_HTTP_REFUSAL = (
     render_head(
@@ -19078,7 +19087,7 @@ class EventLoop:
     and, whatever it waits for: by the end of its time (the result is False), by its client's
     leaving (ClientGone), or by the end of the server (UpstreamError 503).  One round of the loop:
 
-        select --> resume what is ready --> compute for 1 to 2 ms --> timers, and once a tick:
+        select --> resume what is ready --> compute for 1 to 8 ms --> timers, and once a tick:
            ^                                                          deadlines, pings
            +---------------------------------------------------------------------------+
 
@@ -19248,11 +19257,11 @@ class EventLoop:
             self._guard(*self._inbox.popleft())
 
     def _take_turns(self) -> None:
-        """Compute, but not so long that a stream stands still."""
+        """Compute: as long as the streams took, so that neither starves the other."""
         if not self._turns:
             return
         until = time.monotonic()
-        until += min(max(SLICE_S, until - self._now), 2 * SLICE_S)
+        until += min(max(SLICE_S, until - self._now), MAX_SLICE_S)
         while self._turns:
             self.resume(*self._turns.popleft())
             if time.monotonic() >= until:
