@@ -386,6 +386,7 @@ PRICED = (
     "output",
 )  # kinds with a price
 COUNTS = (*USAGE_FIELDS, "nano_aiu")
+MAX_FILTER_CHARS = 200  # of each wish of GET /history
 HISTORY_ROWS, HISTORY_AGE_S = 200000, 400 * 86400.0
 HISTORY_QUEUE = 5000  # rows that wait while the file cannot be written
 HISTORY_PAUSE_S, HISTORY_RETRY_S = 0.25, 5.0  # between two writes; after a failed one
@@ -16222,16 +16223,79 @@ COLUMNS = (
     "id TEXT, at REAL, account TEXT, key TEXT, client TEXT, session TEXT, dialect TEXT, "
     "path TEXT, "
     "route TEXT, asked TEXT, model TEXT, streamed INTEGER, status INTEGER, error TEXT, "
-    "initiator TEXT, %s INTEGER, estimate INTEGER, first_ms REAL, total_ms REAL, "
+    "initiator TEXT, %s INTEGER, estimate INTEGER, sent_ms REAL, "
+    "first_ms REAL, total_ms REAL, "
     "repairs TEXT, losses TEXT, upstream_id TEXT" % " INTEGER, ".join(COUNTS)
 )
 ROW_FIELDS = tuple(column.split()[0] for column in COLUMNS.split(","))
-LATER_COLUMNS = ("key",)  # files of earlier versions lack these
+#: files of earlier versions lack these
+LATER_COLUMNS = {"key": "TEXT", "sent_ms": "REAL"}
+#: a 404 is no failure: clients probe for models and paths that may not exist
 SUMS = (
-    "COUNT(*) AS requests, SUM(error IS NOT NULL AND error != 'client_left') AS errors, %s, "
-    "SUM(CASE WHEN nano_aiu IS NULL THEN estimate END) AS estimate"
+    "COUNT(*) AS requests, "
+    "SUM(error IS NOT NULL AND error != 'client_left' AND status IS NOT 404) AS errors, %s, "
+    "SUM(CASE WHEN nano_aiu IS NULL THEN estimate END) AS estimate, "
+    "SUM(first_ms) AS first_total_ms, COUNT(first_ms) AS timed"
     % ", ".join("SUM(%s) AS %s" % (name, name) for name in COUNTS)
 )
+SUMMED = ("requests", "errors", *COUNTS, "estimate", "first_total_ms", "timed")
+SUMS_OF_SUMS = ", ".join("SUM(%s) AS %s" % (name, name) for name in SUMMED)
+SUMMARIES = (
+    "total",
+    "by_day",
+    "by_hour",
+    "by_model",
+    "by_client",
+    "by_account",
+    "by_session",
+)
+#: state of a row that has ended, as /history filters it
+ROW_STATES = {
+    "done": "error IS NULL",
+    "failed": "error IS NOT NULL AND error != 'client_left' AND status IS NOT 404",
+    "not_found": "error IS NOT NULL AND status = 404",
+    "left": "error = 'client_left'",
+}
+#: where the text of a filter is looked for
+TEXT_COLUMNS = (
+    "id",
+    "client",
+    "account",
+    "session",
+    "asked",
+    "model",
+    "path",
+    "error",
+    "repairs",
+    "losses",
+    "upstream_id",
+)
+SESSIONS_SHOWN, HOURS_SHOWN = 20, 8 * 24
+#: first part of a User-Agent, lower case -> the program's name for people; the longest one counts
+CLIENT_NAMES = {
+    "codex": "Codex",
+    "claude-cli": "Claude Code",
+    "claude-code": "Claude Code",
+    "opencode": "opencode",
+    "aider": "aider",
+    "cline": "Cline",
+    "roo": "Roo Code",
+    "kilo": "Kilo Code",
+    "continue": "Continue",
+    "zed": "Zed",
+    "goose": "goose",
+    "crush": "Crush",
+    "qwen": "Qwen Code",
+    "geminicli": "Gemini CLI",
+    "open-webui": "Open WebUI",
+    "openai/python": "OpenAI SDK (Python)",
+    "openai/js": "OpenAI SDK (JavaScript)",
+    "asyncopenai": "OpenAI SDK (Python)",
+    "anthropic/python": "Anthropic SDK (Python)",
+    "anthropic/js": "Anthropic SDK (JavaScript)",
+    "asyncanthropic": "Anthropic SDK (Python)",
+    "mozilla": "a browser",
+}
 NO_COUNTS = dict.fromkeys(COUNTS)
 
 
@@ -16240,6 +16304,113 @@ def with_credits(value: Json) -> Json:
     for name, source in (("credits", "nano_aiu"), ("estimated_credits", "estimate")):
         value[name] = None if value.get(source) is None else value[source] / NANO
     return value
+
+
+def client_name(agent: str | None) -> str | None:
+    """The program behind a User-Agent, without its version: an update is no other client."""
+    if not agent:
+        return None
+    lowered = agent.lower()
+    known = [start for start in CLIENT_NAMES if lowered.startswith(start)]
+    if known:
+        return CLIENT_NAMES[max(known, key=len)]
+    return agent.partition("/")[0] or agent
+
+
+def row_filter(
+    wanted: Mapping[str, str], agents: Iterable[str | None]
+) -> tuple[str, list[Any]]:
+    """A condition in SQL and its values.  wanted: model, client (a program's name), state, text;
+    '' is no wish.  agents: every User-Agent of the history."""
+    parts: list[str] = []
+    values: list[Any] = []
+
+    if wanted["model"]:
+        parts.append("? IN (model, asked)")
+        values.append(wanted["model"])
+
+    if wanted["client"]:
+        named = [agent for agent in agents if client_name(agent) == wanted["client"]]
+        parts.append("client IN (%s)" % ", ".join("?" * len(named[:MAX_NAMES])))
+        values += named[:MAX_NAMES]
+
+    if wanted["state"]:
+        parts.append(ROW_STATES[wanted["state"]])
+
+    if wanted["text"]:
+        found = ["instr(lower(%s), ?)" % name for name in TEXT_COLUMNS]
+        parts.append("(%s)" % " OR ".join("ifnull(%s, 0)" % one for one in found))
+        values += [wanted["text"].lower()] * len(found)
+
+    return " AND ".join("(%s)" % part for part in parts) or "1", values
+
+
+def objects(cursor: Any) -> list[Json]:
+    """The rows of a query, each with the names of its columns."""
+    names = [column[0] for column in cursor.description]
+    return [dict(zip(names, row)) for row in cursor]
+
+
+def finish_sums(sums: Json) -> Json:
+    """Credits for people, and the mean time to the first byte."""
+    timed, total_ms = sums["timed"], sums.pop("first_total_ms")
+    sums["first_ms"] = total_ms / timed if timed else None
+    return with_credits(sums)
+
+
+def merge_clients(rows: list[Json]) -> list[Json]:
+    """Sums by User-Agent -> by program, the busiest first."""
+    merged: dict[str | None, Json] = {}
+
+    for row in rows:
+        name = client_name(row["client"])
+        into = merged.setdefault(name, {"client": name, **dict.fromkeys(SUMMED)})
+        for field_ in SUMMED:
+            if row[field_] is not None:
+                into[field_] = (into[field_] or 0) + row[field_]
+
+    return sorted(merged.values(), key=lambda row: -row["requests"])
+
+
+def summarise(link: Any, since: float, with_sessions: bool) -> Json:
+    """{"total": one line of sums, "by_day": lines, ...} of the requests since then.
+    The rows are read once: their sums by hour, model, client and account go into a table in
+    memory, and that is summed up for each answer."""
+    link.execute("DROP TABLE IF EXISTS temp.sums")
+    link.execute(
+        "CREATE TEMP TABLE sums AS SELECT "
+        "strftime('%%Y-%%m-%%d %%H', at, 'unixepoch', 'localtime') AS hour, "
+        "model, client, account, %s FROM requests WHERE at >= ? GROUP BY 1, 2, 3, 4"
+        % SUMS,
+        (since,),
+    )
+
+    def grouped(key: str, order: str) -> list[Json]:
+        return objects(
+            link.execute(
+                f"SELECT {key}, {SUMS_OF_SUMS} FROM temp.sums GROUP BY 1 ORDER BY {order}"
+            )
+        )
+
+    found = {
+        "total": grouped("'' AS day", "1"),
+        "by_day": grouped("substr(hour, 1, 10) AS day", "1"),
+        "by_hour": grouped("hour", "1 DESC LIMIT %d" % HOURS_SHOWN)[::-1],
+        "by_model": grouped("model", "requests DESC"),
+        "by_client": merge_clients(grouped("client", "requests DESC")),
+        "by_account": grouped("account", "requests DESC"),
+        "by_session": [],
+    }
+    if with_sessions:
+        found["by_session"] = objects(
+            link.execute(
+                f"SELECT session, {SUMS} FROM requests WHERE at >= ? AND session IS NOT NULL "
+                f"GROUP BY 1 ORDER BY requests DESC LIMIT {SESSIONS_SHOWN}",
+                (since,),
+            )
+        )
+    link.execute("DROP TABLE temp.sums")
+    return {name: [finish_sums(row) for row in rows] for name, rows in found.items()}
 
 
 def shown(row: Json) -> Json:
@@ -16255,6 +16426,7 @@ def shown(row: Json) -> Json:
             "message": None,
             **row,
             **lists,
+            "program": client_name(row["client"]),
             "streamed": bool(row["streamed"]),
         }
     )
@@ -16390,25 +16562,29 @@ class History:
             )
             self._thread.start()
 
-    def query(self, sql: str, *values: Any) -> list[Json]:
-        """Rows as objects; none when they are not there within HISTORY_WAIT_S."""
-        answer: queue.SimpleQueue[list[Json]] = queue.SimpleQueue()
+    def read(self, work: Callable[[Any], Any]) -> Any:
+        """What `work(connection)` returns; None without a database, when reading failed, and when
+        it is not there within HISTORY_WAIT_S."""
+        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
-        def read(link: Any) -> None:
-            found = link.execute(sql, values) if link else None
-            answer.put(
-                [
-                    dict(zip([column[0] for column in found.description], row))
-                    for row in found
-                ]
-                if found
-                else []
-            )
+        def job(link: Any) -> None:
+            found = None
+            try:
+                found = work(link) if link else None
+            finally:
+                answer.put(found)
 
-        self.ask(read)
+        self.ask(job)
         with contextlib.suppress(queue.Empty):
             return answer.get(timeout=HISTORY_WAIT_S)
-        return []
+        return None
+
+    def query(self, sql: str, *values: Any) -> list[Json]:
+        """Rows as objects; none when they are not there within HISTORY_WAIT_S."""
+        found: list[Json] | None = self.read(
+            lambda link: objects(link.execute(sql, values))
+        )
+        return found or []
 
     def close(self) -> None:
         """Write what waits, end the thread."""
@@ -16461,6 +16637,7 @@ class History:
             for sql in (
                 "PRAGMA journal_mode=WAL",
                 "PRAGMA synchronous=NORMAL",
+                "PRAGMA temp_store=MEMORY",
                 "CREATE TABLE IF "
                 "NOT EXISTS requests (n INTEGER PRIMARY KEY, %s)" % COLUMNS,
             ):
@@ -16473,7 +16650,9 @@ class History:
             if missing.difference(LATER_COLUMNS):
                 raise sqlite3.DatabaseError("it has the columns of another version")
             for name in missing:
-                link.execute("ALTER TABLE requests ADD COLUMN %s TEXT" % name)
+                kind = LATER_COLUMNS[name]
+                link.execute("ALTER TABLE requests ADD COLUMN %s %s" % (name, kind))
+            link.execute("CREATE INDEX IF NOT EXISTS requests_at ON requests (at)")
             while self.path == ":memory:" or os.path.exists(self.path):
                 closing = self._closing
                 self._work(link)
@@ -17269,6 +17448,24 @@ LABELS = {
 }
 
 
+#: what the page sends with everything it fetches to show it
+PAGE_HEADER = "x-copilot-proxy-page"
+#: GET of these shows how the proxy is; an open page and monitors do it again and again
+LOOK_PATHS = frozenset(
+    {
+        "/",
+        "/dashboard",
+        "/health",
+        "/stats",
+        "/metrics",
+        "/history",
+        "/history/summary",
+        "/history/events",
+        "/approvals",
+    }
+)
+
+
 class Notes:
     """Names of what was changed of a request, as its header and its row list them: as many as fit
     into MAX_NOTE_CHARS, then how many more there are."""
@@ -17303,7 +17500,7 @@ class AskedFor:
     """What the client said, and when.  label: its name in the history, '' for what is not kept
     there; agent: the client program; key: the id of the client's key, '' without one; session: a
     short name of the conversation; model: as the client wrote it, '' when it wrote none; at: unix
-    time; began: monotonic."""
+    time; began: monotonic; is_look: the open page or a monitor looks at the proxy."""
 
     method: str
     path: str
@@ -17315,6 +17512,7 @@ class AskedFor:
     session: str | None = None
     model: str = ""
     streamed: bool = False
+    is_look: bool = False
 
     @property
     def payer(self) -> str:
@@ -17341,6 +17539,7 @@ class RequestRecord:
     status: int = 0
     error: str = ""
     failure: str = ""
+    sent_ms: float = 0.0
     first_byte_ms: float = 0.0
     losses: Notes = field(default_factory=Notes)
     repairs: Notes = field(default_factory=Notes)
@@ -17357,9 +17556,10 @@ class RequestRecord:
         else:
             label = ""
         agent = printable(headers.get("user-agent", "").partition(" ")[0], 60) or None
-        return cls(
-            new_request_id(), AskedFor(method, path, label, agent, at, time.monotonic())
-        )
+        asked = AskedFor(method, path, label, agent, at, time.monotonic())
+        by_page = headers.get(PAGE_HEADER) == "1" and not label
+        asked.is_look = by_page or (method == "GET" and path in LOOK_PATHS)
+        return cls(new_request_id(), asked)
 
     # -- what happens to it
 
@@ -17388,6 +17588,7 @@ class RequestRecord:
         self.route = route
         self.path = path
         self.initiator = initiator
+        self.sent_ms = self.elapsed_ms()
 
     def hear(self, headers: Headers, meter: Meter) -> None:
         """The upstream answers; the meter goes on counting."""
@@ -17422,6 +17623,11 @@ class RequestRecord:
         self.error = self.error or "client_left"
 
     # -- what is known
+
+    @property
+    def is_look(self) -> bool:
+        """Only a look at the proxy, and it went well: nothing that the log should be full of."""
+        return self.asked.is_look and self.status < 400
 
     def elapsed_ms(self) -> float:
         return (time.monotonic() - self.asked.began) * 1000
@@ -17476,6 +17682,7 @@ class RequestRecord:
             "initiator": self.initiator or None,
             **{name: counts.get(name) for name in COUNTS},
             "estimate": self.estimate(),
+            "sent_ms": self.sent_ms or None,
             "first_ms": self.first_byte_ms or None,
             "total_ms": self.elapsed_ms(),
             "repairs": str(self.repairs) or None,
@@ -17560,8 +17767,9 @@ class Ledger:
         """A request has ended: into the counts, the quotas, the history, the log, to the page."""
         self.running.pop(record.id, None)
         row, account = record.row(), record.account
+        group = "looks" if record.is_look else "requests"
         told: dict[str, dict[Any, int]] = {
-            "requests": {(record.route, str(record.status)): 1}
+            group: {(record.route, str(record.status)): 1}
         }
         for meter in record.meters:
             if meter.quotas and account:
@@ -17571,13 +17779,15 @@ class Ledger:
         for stats in [self.stats, account.stats] if account else [self.stats]:
             stats.count(told)
 
-        log = self._log
-        if log.isEnabledFor(logging.INFO):
+        log, level = self._log, logging.INFO
+        if record.is_look:
+            level = logging.DEBUG
+        if log.isEnabledFor(level):
             # as log.info would, but without its search for the caller's line in each request
             log.handle(
                 log.makeRecord(
                     log.name,
-                    logging.INFO,
+                    level,
                     "",
                     0,
                     record.log_line(row),
@@ -17600,7 +17810,7 @@ class Ledger:
             }
         if row["nano_aiu"] is None and row["estimate"] is not None:
             counts["estimate"] = row["estimate"]
-        errors = int(row["error"] not in (None, "client_left"))
+        errors = int(row["error"] not in (None, "client_left") and row["status"] != 404)
 
         self.budget.spend(row)
         self.history.put(row)
@@ -21184,6 +21394,12 @@ def metric_families(report: Json, ledger: Ledger) -> list[MetricFamily]:
     return [
         ("uptime_seconds", "since the start", (), {(): report["uptime_s"]}),
         ("requests_total", "requests", ("route", "status"), group("requests")),
+        (
+            "looks_total",
+            "requests of the open page and of monitors, which only look",
+            ("route", "status"),
+            group("looks"),
+        ),
         ("running", "requests that run now", (), {(): len(report["running"])}),
         (
             "tokens_total",
@@ -21286,29 +21502,51 @@ def number_of(exchange: Exchange, name: str, usual: int, most: int) -> int:
     return number
 
 
-async def history(exchange: Exchange) -> None:
-    """GET /history: the newest rows, or those before row `before`."""
-    ledger, limit = exchange.app.ledger, number_of(exchange, "limit", 50, 500)
-    names = own_names(exchange)
-    if len(names) != 1:
-        rows = await wait(
-            InThread(
-                functools.partial(
-                    ledger.history.query,
-                    "SELECT * FROM requests WHERE n < ? AND (? OR account IN (?, ?)) "
-                    "ORDER BY n DESC LIMIT ?",
-                    number_of(exchange, "before", MAX_COUNT, MAX_COUNT),
-                    not names,
-                    *(names or ("", "")),
-                    limit,
-                )
+def wanted_rows(exchange: Exchange) -> dict[str, str]:
+    """The filters of GET /history.  Raises BadRequest."""
+    wanted = {
+        name: exchange.parameter(name) or ""
+        for name in ("model", "client", "state", "text")
+    }
+    if wanted["state"] and wanted["state"] not in ROW_STATES:
+        states = ", ".join(ROW_STATES)
+        raise BadRequest("'state' must be one of " + states, param="state")
+    for name, value in wanted.items():
+        if len(value) > MAX_FILTER_CHARS:
+            raise BadRequest(
+                "'%s' is longer than %d characters" % (name, MAX_FILTER_CHARS),
+                param=name,
             )
+    return wanted
+
+
+async def history(exchange: Exchange) -> None:
+    """GET /history: the newest rows, or those before row `before`; model, client, state and text
+    choose among them."""
+    ledger, limit = exchange.app.ledger, number_of(exchange, "limit", 50, 500)
+    before = number_of(exchange, "before", MAX_COUNT, MAX_COUNT)
+    names, wanted = own_names(exchange), wanted_rows(exchange)
+    owners = names or ("", "")
+
+    def read(link: Any) -> list[Json]:
+        agents = []
+        if wanted["client"]:
+            agents = [
+                row[0] for row in link.execute("SELECT DISTINCT client FROM requests")
+            ]
+        condition, values = row_filter(wanted, agents)
+        sql = (
+            "SELECT * FROM requests WHERE n < ? AND (? OR account IN (?, ?)) AND %s "
+            "ORDER BY n DESC LIMIT ?" % condition
         )
-    else:
-        rows = []
+        return objects(link.execute(sql, (before, not names, *owners, *values, limit)))
+
+    rows: list[Json] = []
+    if len(names) != 1:
+        work = functools.partial(ledger.history.read, read)
+        rows = await wait(InThread(work)) or []
 
     found = rows
-
     if not ledger.history.path:
         found = [
             row
@@ -21326,31 +21564,23 @@ async def history(exchange: Exchange) -> None:
 
 
 async def summary(exchange: Exchange) -> None:
-    """GET /history/summary: sums by local day, by model and by client."""
+    """GET /history/summary: sums by local day and hour, by model, client and account, and with
+    `sessions=1` by session."""
     check_operator(exchange)
     days = number_of(exchange, "days", 30, 366)
     year, month, day = time.localtime(exchange.app.clock()[1])[:3]
     since = time.mktime((year, month, day - days + 1, 0, 0, 0, 0, 0, -1))
+    with_sessions = exchange.parameter("sessions") == "1"
 
-    async def sums(key: str, order: str) -> list[Json]:
-        sql = f"SELECT {key}, {SUMS} FROM requests WHERE at >= ? GROUP BY 1 ORDER BY {order}"
-        query = functools.partial(exchange.app.ledger.history.query, sql, since)
-        rows = await wait(InThread(query))
-        return [with_credits(row) for row in rows]
+    work = functools.partial(summarise, since=since, with_sessions=with_sessions)
+    read = functools.partial(exchange.app.ledger.history.read, work)
+    found = await wait(InThread(read)) or {key: [] for key in SUMMARIES}
 
-    total = await sums("'' AS day", "1")
-    none = with_credits({**NO_COUNTS, "requests": 0, "errors": 0})
+    total = [line for line in found["total"] if line["requests"]]
+    none = with_credits({**NO_COUNTS, "requests": 0, "errors": 0, "first_ms": None})
+    state = exchange.app.ledger.history_state()
     exchange.reply_json(
-        dict(
-            exchange.app.ledger.history_state(),
-            days=days,
-            total=total[0] if total else none,
-            by_day=await sums(
-                "strftime('%Y-%m-%d', at, 'unixepoch', 'localtime') AS day", "1"
-            ),
-            by_model=await sums("model", "requests DESC"),
-            by_client=await sums("client", "requests DESC"),
-        )
+        {**state, **found, "days": days, "total": total[0] if total else none}
     )
 
 
