@@ -169,7 +169,7 @@ class NamedFailures(unittest.TestCase):
                     {"status": "failed", "error": {"code": code, "message": "no"}},
                     {"error": {"message": '{"error":{"code":"%s","message":"no"}}' % code}}):
                 error = cp.told_error(shape)
-                self.assertEqual((str(error), error.status, error.types(), error.answered),
+                self.assertEqual((str(error), error.status, error.types()[:2], error.answered),
                                  ("no", status, types, True), shape)
 
     def test_a_limit_under_another_status_is_a_limit(self) -> None:
