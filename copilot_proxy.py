@@ -762,17 +762,20 @@ def _outside_texts(data: bytes) -> Iterator[bytes]:
         start = end
 
 
-def _needs_more(data: bytes, room_bytes: int) -> bool:
-    """Do the values of a JSON text need more room than this?  By the marks between them: first by
-    all, also those inside texts, which takes no time; then by those that count."""
+def _check_marks(data: bytes, room_bytes: int) -> None:
+    """Refuse a JSON text by the marks between its values: first by all, also those inside texts,
+    which takes no time; then by those that count.  Raises ValueError, see `loads`."""
     if _room_of(data) <= room_bytes:
-        return False
-    room = 0
+        return
+    room = depth = 0
     for piece in _outside_texts(data):
+        depth += piece.count(b"[") + piece.count(b"{")
+        depth -= piece.count(b"]") + piece.count(b"}")
+        if depth > MAX_JSON_DEPTH:
+            raise ValueError("nested too deeply")
         room += _room_of(piece)
         if room > room_bytes:
-            return True
-    return False
+            raise TooManyValues("it holds too many values")
 
 
 def loads(
@@ -782,8 +785,8 @@ def loads(
 ) -> Any:
     """A JSON value.  Raises ValueError for everything malformed, also for too deep a nesting, and
     TooManyValues for one that would take far more than `room_bytes` beside its texts."""
-    if len(data) > JSON_CHECK_BYTES and _needs_more(data, room_bytes):
-        raise TooManyValues("it holds too many values")
+    if len(data) > JSON_CHECK_BYTES:
+        _check_marks(data, room_bytes)
     if decode is _decode and len(data) > MAX_INT_DIGITS and _has_long_digits(data):
         decode = _decode_digits
 
@@ -15028,7 +15031,7 @@ class GitHub:
             fallback = "https://api." + proxy[6:]
         else:
             fallback = ""
-        refresh = number_or(answer.get("refresh_in"), TOKEN_FALLBACK_S, 1)
+        refresh = number_or_none(answer.get("refresh_in")) or TOKEN_FALLBACK_S
         due = min(max(refresh - TOKEN_MARGIN_S, 60.0), 86400.0)
         lifetime = due + 2 * TOKEN_MARGIN_S
         expires = moment_or_none(answer.get("expires_at"))

@@ -155,7 +155,7 @@ class JsonTest(FreezingCase):
                 self.assert_lively("POST", "/v1/chat/completions", body, 400)
 
     def test_deep_nesting_freezes_nothing(self) -> None:
-        for depth in (980, 9_800, 400_000):
+        for depth in (980, 9_800, 1_000_000):
             for path in ("/v1/chat/completions", "/v1/responses/compact", "/v1/messages"):
                 with self.subTest(depth=depth, path=path):
                     nested = b"[" * depth + b"]" * depth
