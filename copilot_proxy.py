@@ -17140,8 +17140,12 @@ class Budget:
         return None
 
 
-def local_time(at: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+def local_time(at: Any) -> str:
+    """A moment as people write it here, "?" for what is none: files may hold anything."""
+    moment = moment_or_none(at)
+    if moment is None:
+        return "?"
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
 
 
 class Stats:

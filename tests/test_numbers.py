@@ -75,6 +75,11 @@ class ReaderTest(unittest.TestCase):
                 (9e15, None), (-5, None), (0, None), ("soon", None)):
             self.assertEqual(cp.moment_or_none(value), wanted, value)
 
+    def test_a_moment_of_a_broken_file_is_shown_as_unknown(self) -> None:
+        for value in (*ODD_NUMBERS, 1e12, 9e15, float("nan")):
+            with self.subTest(value=str(value)[:20]):
+                self.assertRegex(cp.local_time(value), r"\A(\?|[0-9]{4}-[0-9-]{5} [0-9:]{5})\Z")
+
     def test_dates_of_http(self) -> None:
         for text, wanted in (("Tue, 01 Dec 2026 00:00:00 GMT", 1796083200.0), ("", None),
                              ("Tue, 01 Dec %s 00:00:00 GMT" % ("9" * 40), None),
