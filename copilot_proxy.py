@@ -16,7 +16,8 @@ file, thread, clock or random number, so they can be read and tested by themselv
      4 Helpers             JSON, redaction, unwrapping of upstream errors
      5 Vocabulary          Usage, Model, Request, Response, events: common to all dialects
      6 Framing             HTTP heads, bodies and server-sent events, bytes in, values out
-     7 Dialects            ChatCompletions, Responses, Messages: rules, streams, translation
+     7 Dialects            ChatCompletions, Responses, Messages: rules, streams, translation;
+                           Gemini and Ollama: for clients alone
      8 Transcript care     histories mended, prompt cache marked, images, compaction
      9 Planning            which model is meant, which way to ask it, token estimate
     10 Repairs             what the upstream refuses, and how it is asked again
@@ -2679,6 +2680,7 @@ class Dialect:
         str, ...
     ] = ()  # dialects to ask in when a model lacks this one, best first
     takes_files = True  # False: the upstream's endpoint refuses PDFs and the like
+    counts_tokens = False  # True: the upstream counts a prompt in this dialect
     reads_compactions = False  # True: the upstream's own compaction items may go up
     has_freeform_tools = False  # True: of OpenAI's, for its own models only
     knows_allowed_tools = False  # True: OpenAI's models take such a tool_choice here
@@ -4007,24 +4009,30 @@ def note_unknown(request: Request, source: Json, *known: str) -> None:
 
 
 def join_thoughts(turns: list[Turn]) -> None:
-    """Thinking that came in pieces, with its state behind the last one, becomes one part again.
-    A piece that has state and words of its own takes the place of those before it."""
+    """Thinking that came in pieces, with its state behind the last one, becomes one part again."""
     for turn in turns:
         joined: list[Part] = []
+        run: list[Reasoning] = []
         for part in turn.parts:
-            last = next(reversed(joined), None)
-            if (
-                isinstance(part, Reasoning)
-                and isinstance(last, Reasoning)
-                and not last.signature
-                and not part.redacted
-            ):
-                if not (part.signature and part.text):
-                    part = replace(part, text=last.text + part.text)
-                joined[-1] = part
+            if isinstance(part, Reasoning):
+                run.append(part)
             else:
-                joined.append(part)
-        turn.parts[:] = joined
+                joined += [*_joined_run(run), part]
+                run = []
+        turn.parts[:] = joined + _joined_run(run)
+
+
+def _joined_run(run: list[Reasoning]) -> list[Part]:
+    """Words without state belong to the first state, unless the states have words of their own."""
+    loose = "".join(part.text for part in run if not part.signature)
+    states: list[Part] = [part for part in run if part.signature]
+    if not loose or any(map(text_in, states)):
+        return states
+    for at, part in enumerate(states):
+        if isinstance(part, Reasoning) and not part.redacted:
+            states[at] = replace(part, text=loose)
+            return states
+    return [Reasoning(loose), *states]
 
 
 class UnansweredCalls:
@@ -7440,6 +7448,7 @@ class Messages(Dialect):
     request and differs in strictness, so everything that one of them refuses is left out."""
 
     name, path = "messages", "/v1/messages"
+    counts_tokens = True
     unique_call_ids = True
     stop_key = "stop_sequences"
     system_key = "system"
@@ -8657,6 +8666,15 @@ _GEMINI_READERS: dict[str, Callable[[Json, str, Request], list[Part]]] = {
     "codeExecutionResult": _read_code,
 }
 
+#: what can be asked of a model, as its path names it
+GEMINI_METHODS = (
+    "generateContent",
+    "streamGenerateContent",
+    "countTokens",
+    "embedContent",
+    "batchEmbedContents",
+)
+
 
 class Gemini(ClientDialect):
     """generateContent, Google's shape.
@@ -9000,11 +9018,12 @@ class Gemini(ClientDialect):
     def usage(usage: Usage) -> Json:
         """`usageMetadata`: the candidates' count is without the thoughts."""
         prompt = usage.input + usage.cache_read + usage.cache_write
+        thoughts = min(usage.reasoning, usage.output)
         return {
             "promptTokenCount": prompt,
             "cachedContentTokenCount": usage.cache_read,
-            "candidatesTokenCount": max(usage.output - usage.reasoning, 0),
-            "thoughtsTokenCount": usage.reasoning,
+            "candidatesTokenCount": usage.output - thoughts,
+            "thoughtsTokenCount": thoughts,
             "totalTokenCount": prompt + usage.output,
         }
 
@@ -9193,7 +9212,10 @@ class Ollama(ClientDialect):
     stream_type = "application/x-ndjson"
 
     def error_body(self, error: ProxyError, request_id: str) -> Json:
-        return {"error": str(error)}
+        text = str(error)
+        if error.code == "model_not_found":  # the words that its clients look for
+            text = text.replace("does not exist here", "not found")
+        return {"error": text}
 
     def error_frame(self, error: ProxyError) -> bytes:
         return dumps(self.error_body(error, "")) + b"\n"
@@ -10880,7 +10902,9 @@ def translate_request(
 _FAMILIES = ("opus", "sonnet", "haiku", "fable")
 
 #: what clients hang behind a model's id, taken off one at a time: all in one pattern froze
-_SUFFIX = re.compile(r"(?:-latest|@[\w-]+|-v\d+(?::\d+)?|-20\d{6}|-20\d\d-\d\d-\d\d)\Z")
+_SUFFIX = re.compile(
+    r"(?:[-:]latest|@[\w-]+|-v\d+(?::\d+)?|-20\d{6}|-20\d\d-\d\d-\d\d)\Z"
+)
 
 
 def normalise_model(asked: str) -> list[str]:
@@ -11079,6 +11103,13 @@ def _cheap_model(models: list[Model]) -> Model | None:
     return next(iter(light + usual + models), None)
 
 
+def _is_gemini_helper(name: str) -> bool:
+    """Gemini CLI asks small models of Google's by itself, which an account may not have."""
+    parsed = ModelName.parse(name)
+    known = _LIGHT_WORDS | _OTHER_WORDS | _PLAIN_WORDS
+    return parsed.line == "gemini" and bool(parsed.version) and parsed.words <= known
+
+
 def retirement_of(asked: str) -> str:
     """'GitHub retired it on 2026-06-01', "" for a model that is not known to be retired."""
     for name in normalise_model(asked[:MAX_MODEL_CHARS]):
@@ -11221,7 +11252,7 @@ def resolve_model(
 
     usable = [m for m in models if m.is_listed and m.kind == "chat"]
     nearest = _newest_claude(names[-1], usable) or _nearest_in_line(names[-1], usable)
-    if nearest is None and retirement_of(asked):
+    if nearest is None and (retirement_of(asked) or _is_gemini_helper(names[-1])):
         return _cheap_model(usable)
     return nearest
 
@@ -12589,6 +12620,12 @@ OPTIONS = (
         ("PORT",),
     ),
     Option(
+        "ollama-port",
+        0,
+        "serve on this port, too, where programs look for Ollama: 11434",
+        "int",
+    ),
+    Option(
         "host",
         "127.0.0.1",
         "address to serve on; beyond loopback only with --api-key",
@@ -12941,6 +12978,7 @@ class Settings:
     """All settings, checked.  The fields of OPTIONS, then timings that only tests change."""
 
     port: int = DEFAULT_PORT
+    ollama_port: int = 0  # 0: none
     host: str = "127.0.0.1"
     verbose: bool = False
     account_type: str = "individual"
@@ -13011,8 +13049,10 @@ class Settings:
                 "--account-type: choose individual, business or enterprise"
             )
 
-        if not 0 <= self.port <= 65535:
-            raise ConfigError("--port: %d is not a port (0 to 65535)" % self.port)
+        for flag_, port in (("--port", self.port), ("--ollama-port", self.ollama_port)):
+            if not 0 <= port <= 65535:
+                raise ConfigError("%s: %d is not a port (0 to 65535)" % (flag_, port))
+
         if not 0 <= self.rate_limit <= 86400 or not 0 <= self.grace <= 86400:
             raise ConfigError("--rate-limit and --grace take 0 to 86400 seconds")
         if not 0 <= self.budget < 1e6:
@@ -17452,7 +17492,36 @@ LABELS = {
     "/messages/count_tokens": "count_tokens",
     "/responses/input_tokens": "count_tokens",
     "/responses/compact": "compact",
+    "/api/chat": "ollama",
+    "/api/generate": "ollama",
+    "/api/embed": "embeddings",
+    "/api/embeddings": "embeddings",
 }
+#: the same of Gemini's methods
+METHOD_LABELS = dict(
+    zip(
+        GEMINI_METHODS, ("gemini", "gemini", "count_tokens", "embeddings", "embeddings")
+    )
+)
+DEPLOYMENTS = (
+    "/openai/deployments"  # Azure: .../NAME/chat/completions; a model is the name
+)
+
+
+def gemini_method(path: str) -> str:
+    """'/models/gemini-3:countTokens' -> 'countTokens', "" where the path names none."""
+    head, _, tail = path.rpartition("/")
+    method = urllib.parse.unquote(tail).rpartition(":")[2]
+    if head.endswith("/models") and method in GEMINI_METHODS:
+        return method
+    return ""
+
+
+def label_of(path: str) -> str:
+    """The name in the history of what is asked at a path, "" for what is not kept."""
+    if path.startswith(DEPLOYMENTS + "/"):
+        path = "/" + path[len(DEPLOYMENTS) + 1 :].partition("/")[2]
+    return LABELS.get(path) or METHOD_LABELS.get(gemini_method(path), "")
 
 
 #: what the page sends with everything it fetches to show it
@@ -17558,10 +17627,7 @@ class RequestRecord:
         cls, method: str, path: str, headers: Headers, at: float
     ) -> RequestRecord:
         """A request has come in."""
-        if method == "POST":
-            label = LABELS.get(path, "")
-        else:
-            label = ""
+        label = label_of(path) if method == "POST" else ""
         agent = printable(headers.get("user-agent", "").partition(" ")[0], 60) or None
         asked = AskedFor(method, path, label, agent, at, time.monotonic())
         by_page = headers.get(PAGE_HEADER) == "1" and not label
@@ -17601,6 +17667,10 @@ class RequestRecord:
         """The upstream answers; the meter goes on counting."""
         self.upstream_id = headers.get("x-github-request-id")
         self.meters.append(meter)
+
+    def elapsed_ns(self) -> int:
+        """Since it came in."""
+        return int((time.monotonic() - self.asked.began) * NANO)
 
     def begin_answer(self, status: int) -> None:
         """The first bytes go to the client."""
@@ -18800,10 +18870,7 @@ class Exchange:
         self.is_same_origin = True  # no page of another origin has sent it
         self.caller = Caller(client.address)
         self.ticket: Ticket | None = None  # once it wants to go up
-        if self.path.startswith("/messages"):
-            self.dialect: Dialect = MESSAGES
-        else:
-            self.dialect = CHAT
+        self.dialect = dialect_of(self.path)
         self.body = b""
         self.headers: Headers = {}  # to be added to the answer
         self.keep_alive = head.keep_alive
@@ -19017,7 +19084,7 @@ class Exchange:
         else:
             coding = []
         head = self._head(
-            200, "text/event-stream", coding + [("Cache-Control", "no-cache")]
+            200, self.dialect.stream_type, coding + [("Cache-Control", "no-cache")]
         )
         self.app.ledger.show_running(self.record)
         return head
@@ -19098,13 +19165,34 @@ def split_target(target: str) -> tuple[str | None, str]:
     return host, path
 
 
+PATH_PREFIXES = ("/v1", "/api/v1", "/openai/v1", "/v1beta/openai")
+
+
 def normalise_path(path: str) -> str:
-    """'//v1/v1/models/' -> '/models': doubled slashes, a final one and any /v1 are left out."""
+    """'//v1/v1/models/' -> '/models': doubled slashes, a final one and any /v1 are left out.
+    '/openai/v1/responses' -> '/responses': so are prefixes that only name the kind of API."""
     while "//" in path:
         path = path.replace("//", "/")
-    while path == "/v1" or path.startswith("/v1/"):
-        path = path[3:]
+    prefix = "/"
+    while prefix:
+        prefix = next(
+            (one for one in PATH_PREFIXES if (path + "/").startswith(one + "/")), ""
+        )
+        path = path[len(prefix) :]
+    if path.startswith("/openai/") and not (path + "/").startswith(DEPLOYMENTS + "/"):
+        path = path[len("/openai") :]  # Azure's older form
     return path.rstrip("/") or "/"
+
+
+def dialect_of(path: str) -> Dialect:
+    """In whose words errors are told until an endpoint knows better."""
+    if path.startswith("/messages"):
+        return MESSAGES
+    if path.startswith(("/v1beta/", "/v1alpha/")) or gemini_method(path):
+        return GEMINI
+    if path.startswith("/api/"):
+        return OLLAMA
+    return CHAT
 
 
 #: what holds no data and asks for the key itself
@@ -19768,8 +19856,9 @@ class Server(ThreadingHTTPServer):
         self._handler = Handler(app, routes, self.scheme)
         if ":" in host:
             self.address_family = socket.AF_INET6
+        self._listeners: list[Listener] = []
         super().__init__((host, port), socketserver.BaseRequestHandler)
-        self._listener = Listener(self.socket, self._accept_some)
+        self._listen_on(self.socket)
 
     def server_bind(self) -> None:
         """Without the name look-up of the original, which can take seconds."""
@@ -19779,6 +19868,8 @@ class Server(ThreadingHTTPServer):
     def server_close(self) -> None:
         """Listen no more.  The base class calls it, too, where the port cannot be had."""
         super().server_close()
+        for listener in self._listeners:
+            listener.sock.close()
         if not self.loop.is_running:
             self.loop.close()
 
@@ -19794,11 +19885,28 @@ class Server(ThreadingHTTPServer):
 
     # -- connections
 
-    def _accept_some(self) -> None:
+    def listen_too(self, port: int) -> None:
+        """Serve on a further port of the same address, before `start`.  Raises OSError."""
+        sock = socket.socket(self.address_family, socket.SOCK_STREAM)
+        try:
+            if self.allow_reuse_address:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((self.server_address[0], port))
+            sock.listen(BACKLOG)
+        except OSError:
+            sock.close()
+            raise
+        self._listen_on(sock)
+
+    def _listen_on(self, sock: Any) -> None:
+        accept = functools.partial(self._accept_some, sock)
+        self._listeners.append(Listener(sock, accept))
+
+    def _accept_some(self, sock: Any) -> None:
         """Let in who has connected, ACCEPTED_AT_ONCE at a time."""
         for _ in range(ACCEPTED_AT_ONCE):
             try:
-                request, address = self.get_request()
+                request, address = sock.accept()
             except OSError:  # nobody else, or no file is left
                 return
             self.process_request(request, address)
@@ -19917,10 +20025,11 @@ class Server(ThreadingHTTPServer):
     def start(self) -> None:
         """Serve in a thread of its own; returns at once."""
         self.app.ledger.history.ask(self.app.ledger.budget.load)
-        self.socket.setblocking(False)
         self.loop.start()
         self.loop.post(self.app.upstream.pool.belong_to_loop)
-        self.loop.post(self.loop.watch, self._listener, selectors.EVENT_READ)
+        for listener in self._listeners:
+            listener.sock.setblocking(False)
+            self.loop.post(self.loop.watch, listener, selectors.EVENT_READ)
 
     def finish(self, grace_s: float) -> None:
         """Accept nothing more, give running answers `grace_s`, then end them with an error.
@@ -19946,9 +20055,10 @@ class Server(ThreadingHTTPServer):
 
         def stop() -> None:
             until = time.monotonic() + FIRST_REQUEST_S  # others may go on connecting
-            while wait_ready(self.socket, 0) and time.monotonic() < until:
-                self._accept_some()
-            self._listener.unwatch()
+            for listener in self._listeners:
+                while wait_ready(listener.sock, 0) and time.monotonic() < until:
+                    self._accept_some(listener.sock)
+                listener.unwatch()
             done.set()
 
         self.loop.post(stop)
@@ -20769,8 +20879,11 @@ class Job:
 
     async def run(self) -> None:
         """All stages.  Raises ProxyError, ClientGone."""
+        await self.serve(await self.exchange.read_json())
+
+    async def serve(self, body: Json) -> None:
+        """All stages behind `read`; `body` is what the exchange's bytes say."""
         exchange = self.exchange
-        body = await exchange.read_json()
         copilot, model = await resolve(exchange, body)
         body = await self.expand(body, copilot, model)
         self.take(copilot, model, body, exchange.body)
@@ -20879,6 +20992,7 @@ class Job:
             (model.id, BY_HUB + upstream.path) in refused,
         )
         plan.attach(headers, self.repaired)
+        plan.request.elapsed_ns = exchange.record.elapsed_ns
         self.copilot.memory.prepare(plan)
         return plan
 
@@ -20961,7 +21075,7 @@ class Job:
     def tell(self, plan: Plan, error: ProxyError) -> bool:
         """Could the client be told of the error inside a stream?  Else it is raised."""
         if error.overflow == (0, 0):
-            size = estimate_tokens(loads(self.data), self.model.is_claude)
+            size = estimate_tokens(plan.edit.body, self.model.is_claude)
             most = self.model.limit("max_prompt_tokens") or size - 1
             error.overflow = max(size, most + 1), most
         is_wanted = (
@@ -21092,6 +21206,27 @@ def refuse_websocket(exchange: Exchange) -> None:
     )
 
 
+async def fetch_count(
+    exchange: Exchange, copilot: Copilot, edit: Edit, model: Model, headers: Headers
+) -> int:
+    """The tokens of a prompt as the upstream counts them.  Raises ProxyError, ValueError."""
+    MESSAGES.prepare_count(edit)
+    answer = await copilot.send(
+        Call(
+            "/v1/messages/count_tokens",
+            fit_model(exchange.body, edit, model.id),
+            headers,
+            exchange.id,
+            GITHUB_TIMEOUT_S,
+        )
+    )
+    counted = count_or_zero(
+        as_object(loads(await answer.read_all())).get("input_tokens")
+    )
+    exchange.record.go_up("passthrough", "")
+    return counted
+
+
 async def count_tokens(exchange: Exchange) -> None:
     """The upstream's own count for models with /v1/messages, else an estimate, always 200: Claude
     Code waits for it."""
@@ -21109,22 +21244,8 @@ async def count_tokens(exchange: Exchange) -> None:
         edit = Edit(body)
         drop_nonce(edit)
         fit_body(edit, MESSAGES, model)
-        MESSAGES.prepare_count(edit)
         headers = upstream_headers(exchange, MESSAGES, MESSAGES, body, model)
-        answer = await copilot.send(
-            Call(
-                "/v1/messages/count_tokens",
-                fit_model(exchange.body, edit, model.id),
-                headers,
-                exchange.id,
-                GITHUB_TIMEOUT_S,
-            )
-        )
-
-        counted = count_or_zero(
-            as_object(loads(await answer.read_all())).get("input_tokens")
-        )
-        exchange.record.go_up("passthrough", "")
+        counted = await fetch_count(exchange, copilot, edit, model, headers)
     except (ProxyError, ValueError) as error:
         if isinstance(error, BadRequest) and error.code != "unsupported_api_for_model":
             raise
@@ -21654,9 +21775,11 @@ def read_embeddings(
     return sorted(items, key=lambda item: count_or_zero(item.get("index")))
 
 
-async def embeddings(exchange: Exchange) -> None:
-    """Strings only upstream, floats only back: wrapped, split, merged and packed here."""
-    body = exchange.json_object()
+async def fetch_vectors(
+    exchange: Exchange, body: Json, write: Callable[[Json, int], bytes]
+) -> tuple[list[bytes], Json]:
+    """(each vector of `input` as `write` makes it of {"embedding"} and its number, the counts).
+    Strings only upstream, floats only back: wrapped, split and merged here."""
     copilot, model = await resolve(exchange, body)
     check_endpoint(model, "/embeddings")
     texts = body.get("input")
@@ -21675,11 +21798,6 @@ async def embeddings(exchange: Exchange) -> None:
     if len(texts) > MAX_EMBEDDINGS:
         raise BadRequest(
             "at most %d inputs are taken at a time" % MAX_EMBEDDINGS, param="input"
-        )
-    packing = body.pop("encoding_format", None)
-    if packing not in (None, "float", "base64"):
-        raise BadRequest(
-            "'encoding_format' must be float or base64", param="encoding_format"
         )
     exchange.record.go_up("passthrough", "/embeddings")
     batch = model.limit("max_inputs")
@@ -21701,10 +21819,26 @@ async def embeddings(exchange: Exchange) -> None:
         for item in read_embeddings(
             await answer.read_all(), len(part["input"]), counts, meter
         ):
-            item.update(object="embedding", index=len(items))
-            if packing == "base64":
-                item["embedding"] = floats_to_base64(item["embedding"])
-            items.append(dumps(item))  # a third of what its numbers take
+            items.append(write(item, len(items)))  # a third of what its numbers take
+    return items, counts
+
+
+async def embeddings(exchange: Exchange) -> None:
+    """POST /embeddings; the numbers may be packed."""
+    body = exchange.json_object()
+    packing = body.pop("encoding_format", None)
+    if packing not in (None, "float", "base64"):
+        raise BadRequest(
+            "'encoding_format' must be float or base64", param="encoding_format"
+        )
+
+    def write(item: Json, index: int) -> bytes:
+        item.update(object="embedding", index=index)
+        if packing == "base64":
+            item["embedding"] = floats_to_base64(item["embedding"])
+        return dumps(item)
+
+    items, counts = await fetch_vectors(exchange, body, write)
     answer_end = dumps({"model": body["model"], "usage": counts})
     items[0] = b'{"object":"list","data":[' + items[0]
     items[-1] += b"]," + answer_end[1:]
@@ -21761,13 +21895,18 @@ def price_entry(model: Model) -> Json | None:
     return None
 
 
-async def models(exchange: Exchange) -> None:
-    """The models meant for users; `?all=1` shows hidden and disabled ones, too.  Codex asks with
-    `client_version` and takes an empty `models` as: use your own list."""
+async def shown_models(exchange: Exchange) -> list[Model]:
+    """Those meant for users; with `?all=1` hidden and disabled ones, too."""
     copilot = await account_for(exchange)
     everything = exchange.parameter("all") not in (None, "0")
     shown = listed_models(await copilot.models(), everything, copilot.auto.is_there)
-    data = [model_entry(m) for m in shown if m.kind in ("chat", "embeddings")]
+    return [model for model in shown if model.kind in ("chat", "embeddings")]
+
+
+async def models(exchange: Exchange) -> None:
+    """The models meant for users; `?all=1` shows hidden and disabled ones, too.  Codex asks with
+    `client_version` and takes an empty `models` as: use your own list."""
+    data = list(map(model_entry, await shown_models(exchange)))
     answer: Json = {
         "object": "list",
         "data": data,
@@ -21865,6 +22004,14 @@ def page(exchange: Exchange) -> None:
     """The one page: it holds no data and fetches what it shows."""
     exchange.headers.update(PAGE_HEADERS)
     exchange.reply(PAGE.encode(), kind="text/html; charset=utf-8")
+
+
+def front_door(exchange: Exchange) -> None:
+    """GET /: the page for browsers; programs that look for Ollama ask here whether it runs."""
+    if "text/html" in exchange.head.headers.get("accept", ""):
+        page(exchange)
+    else:
+        exchange.reply(b"Ollama is running", kind="text/plain; charset=utf-8")
 
 
 def login_page(exchange: Exchange) -> None:
@@ -22025,6 +22172,340 @@ def nothing(exchange: Exchange) -> None:
     exchange.reply(b"", 204, "")
 
 
+# ---- Gemini ----
+
+
+def gemini_entry(model: Model) -> Json:
+    """One model as Google lists it."""
+    calls = ["generateContent", "streamGenerateContent", "countTokens"]
+    if model.kind == "embeddings":
+        calls = ["embedContent", "batchEmbedContents"]
+    return {
+        "name": "models/" + model.id,
+        "baseModelId": model.id,
+        "version": str(model.entry.get("version") or "001"),
+        "displayName": model.name,
+        "description": model.vendor,
+        "inputTokenLimit": model.limit("max_prompt_tokens"),
+        "outputTokenLimit": model.limit("max_output_tokens"),
+        "supportedGenerationMethods": calls,
+        "thinking": bool(model.efforts),
+    }
+
+
+async def gemini_models(exchange: Exchange) -> None:
+    """GET /v1beta/models and /v1beta/models/ID."""
+    collection, _, asked = exchange.argument.partition("/")
+    if collection != "models":
+        raise BadRequest(
+            "there is no route %s" % printable(exchange.path, 80), 404, "unknown_url"
+        )
+    if not asked:
+        shown = await shown_models(exchange)
+        exchange.reply_json({"models": list(map(gemini_entry, shown))})
+        return
+    copilot = await account_for(exchange)
+    model = await copilot.find_model(asked)
+    name_model(exchange, model)
+    exchange.reply_json(gemini_entry(model))
+
+
+async def complete_with(exchange: Exchange, dialect: Dialect, body: Json) -> None:
+    """`complete` with another body than the client's bytes say."""
+    exchange.answer_in(dialect)
+    exchange.put_body(dumps(body))
+    await Job(exchange, dialect).serve(body)
+
+
+async def generate_content(exchange: Exchange, body: Json) -> None:
+    """:generateContent"""
+    await complete_with(exchange, GEMINI, dict(body, stream=False))
+
+
+async def stream_content(exchange: Exchange, body: Json) -> None:
+    """:streamGenerateContent, as server-sent events or as the elements of an array."""
+    dialect: Dialect = GEMINI_ARRAY
+    if exchange.parameter("alt") == "sse":
+        dialect = GEMINI
+    await complete_with(exchange, dialect, dict(body, stream=True))
+
+
+async def count_content(exchange: Exchange, body: Json) -> None:
+    """:countTokens; the upstream's own count for Claude, else an estimate."""
+    body = dict(
+        as_object(body.get("generateContentRequest")) or body, model=body["model"]
+    )
+    exchange.put_body(dumps(body))
+    copilot, model = await resolve(exchange, body)
+    upstream = choose_upstream(GEMINI, model, copilot.memory.refused)
+    headers = upstream_headers(exchange, GEMINI, upstream, body, model)
+    plan = Plan.make(GEMINI, upstream, body, model, int(time.time()), exchange.id)
+    counted = 0
+    if upstream.counts_tokens:
+        with contextlib.suppress(ProxyError, ValueError):
+            copilot.limits.admit(model.id, may_probe=False)
+            counted = await fetch_count(exchange, copilot, plan.edit, model, headers)
+    exchange.reply_json(
+        {"totalTokens": counted or estimate_tokens(plan.edit.body, model.is_claude)}
+    )
+
+
+def content_text(request: Json, place: str) -> str:
+    """The text to embed.  Raises BadRequest."""
+    parts = gemini_parts(camel_keys(request).get("content"))
+    texts = [as_object(part).get("text") for part in parts]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise BadRequest("'%s.content' must hold parts with text" % place, param=place)
+    return "\n".join(map(str, texts))
+
+
+async def fetch_values(
+    exchange: Exchange, model: str, requests: list[Json]
+) -> list[bytes]:
+    """The vector of each request, as Google writes it."""
+    texts = [
+        content_text(request, "requests[%d]" % at)
+        for at, request in enumerate(requests)
+    ]
+    sizes = [camel_keys(request).get("outputDimensionality") for request in requests]
+    body = given(model=model, input=texts, dimensions=next(filter(None, sizes), None))
+    items, _ = await fetch_vectors(
+        exchange, body, lambda item, index: dumps({"values": item["embedding"]})
+    )
+    return items
+
+
+async def embed_content(exchange: Exchange, body: Json) -> None:
+    """:embedContent"""
+    (vector,) = await fetch_values(exchange, body["model"], [body])
+    exchange.reply(b'{"embedding":%b}' % vector)
+
+
+async def embed_contents(exchange: Exchange, body: Json) -> None:
+    """:batchEmbedContents"""
+    vectors = await fetch_values(exchange, body["model"], check_list(body, "requests"))
+    exchange.reply(b'{"embeddings":[%b]}' % b",".join(vectors))
+
+
+GEMINI_CALLS: dict[str, Callable[[Exchange, Json], Work]] = dict(
+    zip(
+        GEMINI_METHODS,
+        (
+            generate_content,
+            stream_content,
+            count_content,
+            embed_content,
+            embed_contents,
+        ),
+    )
+)
+
+
+async def gemini_call(exchange: Exchange) -> None:
+    """POST .../models/ID:METHOD, where the path says what other dialects say in the body."""
+    name, _, method = exchange.argument.rpartition(":")
+    if method not in GEMINI_CALLS and exchange.path.startswith("/models/"):
+        raise BadRequest(
+            "POST is not possible here, only GET, HEAD",
+            405,
+            "method_not_allowed",
+            headers={"Allow": "GET, HEAD"},
+        )
+    if method not in GEMINI_CALLS:
+        raise BadRequest(
+            "there is no method %s" % printable(method, 60), 404, "unknown_url"
+        )
+    body = await exchange.read_json()
+    if name.startswith("models/"):
+        name = name[len("models/") :]
+    body["model"] = name
+    await GEMINI_CALLS[method](exchange, body)
+
+
+# ---- Ollama ----
+
+OLLAMA_VERSION = "0.12.0"  # VS Code wants 0.6.4 at least
+OLLAMA_ROOM = 4096  # what VS Code leaves of a context for the answer
+
+
+def ollama_details(model: Model) -> Json:
+    """What Ollama says of a model's file."""
+    return {
+        "parent_model": "",
+        "format": "gguf",
+        "family": model.vendor.lower() or "unknown",
+        "families": [model.vendor.lower() or "unknown"],
+        "parameter_size": "",
+        "quantization_level": "",
+    }
+
+
+async def ollama_tags(exchange: Exchange) -> None:
+    """GET /api/tags: the models."""
+    entries = []
+    for model in await shown_models(exchange):
+        entries.append(
+            {
+                "name": model.id,
+                "model": model.id,
+                "size": 0,
+                "modified_at": model_entry(model)["created_at"],
+                "digest": hashlib.sha256(model.id.encode()).hexdigest(),
+                "details": ollama_details(model),
+            }
+        )
+    exchange.reply_json({"models": entries})
+
+
+async def ollama_show(exchange: Exchange) -> None:
+    """POST /api/show: what VS Code and others read of a model before they offer it."""
+    body = exchange.json_object()
+    body.setdefault("model", body.get("name"))
+    _, model = await resolve(exchange, body)
+    abilities = [
+        ("completion", model.kind == "chat"),
+        ("embedding", model.kind != "chat"),
+        ("tools", model.supports.get("tool_calls") is True),
+        ("vision", model.supports.get("vision") is True),
+        ("thinking", bool(model.efforts)),
+    ]
+
+    context = model.limit("max_prompt_tokens") + OLLAMA_ROOM
+    exchange.reply_json(
+        {
+            "license": "",
+            "modelfile": "",
+            "parameters": "",
+            "template": "",
+            "details": ollama_details(model),
+            "modified_at": model_entry(model)["created_at"],
+            "model_info": {
+                "general.architecture": "copilot",
+                "general.basename": model.name,
+                "general.parameter_count": 0,
+                "copilot.context_length": context,
+            },
+            "capabilities": [name for name, has_it in abilities if has_it],
+        }
+    )
+
+
+async def ollama_call(dialect: Ollama, exchange: Exchange) -> None:
+    """POST /api/chat and /api/generate: a stream unless the client wants none.  Without anything
+    to answer the model is only to be loaded."""
+    exchange.answer_in(dialect)
+    body = await exchange.read_json()
+    if body.get("stream") is None:
+        body["stream"] = True
+    if any(body.get(name) for name in ("messages", "prompt", "images")):
+        await complete_with(exchange, dialect, body)
+        return
+
+    await resolve(exchange, body)
+    reason = "load"
+    if str(body.get("keep_alive")) in ("0", "0s", "0m"):
+        reason = "unload"
+    request = Request(body["model"], now=int(time.time()))
+    exchange.reply_json(
+        dialect.line({"content": ""}, request, done=True, done_reason=reason)
+    )
+
+
+async def ollama_embed(exchange: Exchange) -> None:
+    """POST /api/embed, and the older /api/embeddings with one text and one vector."""
+    body = exchange.json_object()
+    is_old = exchange.path == "/api/embeddings"
+    texts = body.get("input")
+    if is_old:
+        texts = body.get("prompt")
+    asked = given(
+        model=body.get("model"), input=texts, dimensions=body.get("dimensions")
+    )
+    items, counts = await fetch_vectors(
+        exchange, asked, lambda item, index: dumps(item["embedding"])
+    )
+    if is_old:
+        exchange.reply(b'{"embedding":%b}' % items[0])
+        return
+
+    about = dumps(
+        {
+            "model": body["model"],
+            "total_duration": exchange.record.elapsed_ns(),
+            "load_duration": 0,
+            "prompt_eval_count": counts["prompt_tokens"],
+        }
+    )
+
+    exchange.reply(b'%b,"embeddings":[%b]}' % (about[:-1], b",".join(items)))
+
+
+async def ollama_pull(exchange: Exchange) -> None:
+    """POST /api/pull: a model of the account is there already."""
+    body = exchange.json_object()
+    body.setdefault("model", body.get("name"))
+    await resolve(exchange, body)
+    exchange.reply(b'{"status":"success"}\n', kind=OLLAMA.stream_type)
+
+
+def refuse_change(exchange: Exchange) -> None:
+    """What makes, copies or deletes models."""
+    raise BadRequest("models cannot be changed here: they are those of GitHub Copilot")
+
+
+# ---- Azure ----
+
+AZURE_CALLS: Mapping[str, Endpoint] = {
+    "chat/completions": functools.partial(complete, CHAT),
+    "completions": completions,
+    "embeddings": embeddings,
+    "responses": functools.partial(complete, RESPONSES),
+}
+
+
+async def azure_call(exchange: Exchange) -> None:
+    """POST /openai/deployments/NAME/...: a deployment is a model, whatever the body names."""
+    name, _, operation = exchange.argument.partition("/")
+    endpoint = AZURE_CALLS.get(operation)
+
+    if endpoint is None:
+        raise BadRequest(
+            "there is no route POST %s" % printable(exchange.path, 80),
+            404,
+            "unknown_url",
+        )
+
+    body = await exchange.read_json()
+    if body.get("model") != name:
+        exchange.put_body(dumps(dict(body, model=name)))
+    try:
+        work = endpoint(exchange)
+        if work is not None:
+            await work
+    except BadRequest as error:
+        if error.code != "model_not_found":
+            raise
+        raise BadRequest(str(error), 404, "DeploymentNotFound", error.param) from None
+
+
+async def list_deployments(exchange: Exchange) -> None:
+    """GET /openai/deployments: each model is one."""
+    exchange.reply_json(
+        {
+            "object": "list",
+            "data": [
+                {
+                    "id": model.id,
+                    "model": model.id,
+                    "status": "succeeded",
+                    "object": "deployment",
+                }
+                for model in await shown_models(exchange)
+            ],
+        }
+    )
+
+
 ROUTES: Routes = {
     "/chat/completions": {"POST": functools.partial(complete, CHAT)},
     "/responses": {
@@ -22047,11 +22528,29 @@ ROUTES: Routes = {
     "/approvals/*": {"POST": approvals},
     "/limits/clear": {"POST": clear_limits},
     "/models": {"GET": models},
-    "/models/*": {"GET": one_model},
+    "/models/*": {"GET": one_model, "POST": gemini_call},
+    "/v1beta/*": {"GET": gemini_models, "POST": gemini_call},
+    "/v1alpha/*": {"GET": gemini_models, "POST": gemini_call},
+    DEPLOYMENTS: {"GET": list_deployments},
+    DEPLOYMENTS + "/*": {"POST": azure_call},
+    "/api/version": {"GET": lambda x: x.reply_json({"version": OLLAMA_VERSION})},
+    "/api/tags": {"GET": ollama_tags},
+    "/api/ps": {"GET": lambda x: x.reply_json({"models": []})},
+    "/api/show": {"POST": ollama_show},
+    "/api/chat": {"POST": functools.partial(ollama_call, OLLAMA)},
+    "/api/generate": {"POST": functools.partial(ollama_call, OLLAMA_GENERATE)},
+    "/api/embed": {"POST": ollama_embed},
+    "/api/embeddings": {"POST": ollama_embed},
+    "/api/pull": {"POST": ollama_pull},
+    "/api/create": {"POST": refuse_change},
+    "/api/copy": {"POST": refuse_change},
+    "/api/push": {"POST": refuse_change},
+    "/api/delete": {"DELETE": refuse_change},
+    "/api/blobs/*": {"GET": refuse_change, "POST": refuse_change},
     "/usage": {"GET": usage},
     "/token": {"GET": token},
     "/health": {"GET": health},
-    "/": {"GET": page},
+    "/": {"GET": front_door},
     "/dashboard": {"GET": page},
     "/auth/device": {"GET": login_page},
     "/auth/device/start": {"POST": begin_login},
@@ -23124,28 +23623,44 @@ def print_code(code: DeviceCode) -> None:
 
 
 def open_server(app: App) -> Server:
-    """Bind the port.  Raises ProxyError that says what is in the way."""
+    """Bind the ports.  Raises ProxyError that says what is in the way."""
     settings = app.settings
-
     try:
-        return Server(app, ROUTES, settings.host.strip("[]"), settings.port)
+        server = Server(app, ROUTES, settings.host.strip("[]"), settings.port)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            hint = (
-                "another program (this one, too?) uses it; choose one with --port, 0 takes a "
-                "free one"
-            )
-        elif error.errno == errno.EACCES or getattr(error, "winerror", 0) == 10013:
-            hint = (
-                "the system reserves it; choose another with --port (Windows: netsh interface "
-                "ipv4 show excludedportrange protocol=tcp)"
-            )
-        else:
-            hint = plain_reason(error)
+        raise port_refused(error, settings.host, settings.port, "--port") from None
+    if settings.ollama_port:
+        try:
+            server.listen_too(settings.ollama_port)
+        except OSError as error:
+            server.server_close()
+            raise port_refused(
+                error, settings.host, settings.ollama_port, "--ollama-port"
+            ) from None
+    return server
 
-        raise ProxyError(
-            "cannot serve on %s port %d: %s" % (settings.host, settings.port, hint)
-        ) from None
+
+def port_refused(error: OSError, host: str, port: int, option: str) -> ProxyError:
+    """What to tell of a port that cannot be bound."""
+    if error.errno == errno.EADDRINUSE:
+        hint = (
+            "another program (this one, too?) uses it; choose one with --port, 0 takes a "
+            "free one"
+        )
+        if option == "--ollama-port":
+            hint = (
+                "another program uses it, perhaps Ollama itself; end that, or leave "
+                "--ollama-port away"
+            )
+    elif error.errno == errno.EACCES or getattr(error, "winerror", 0) == 10013:
+        hint = (
+            "the system reserves it; choose another with %s (Windows: netsh interface "
+            "ipv4 show excludedportrange protocol=tcp)" % option
+        )
+    else:
+        hint = plain_reason(error)
+
+    return ProxyError("cannot serve on %s port %d: %s" % (host, port, hint))
 
 
 def banner(server: Server) -> str:

@@ -205,7 +205,7 @@ class DemoTest(unittest.TestCase):
                 self.assertIn(key, answer.json)
         counted = ask(self.url, "POST", "/v1/messages/count_tokens", message("hello"))
         self.assertGreater(counted.json["input_tokens"], 0)
-        page = ask(self.url, "GET", "/")
+        page = ask(self.url, "GET", "/dashboard")
         self.assertEqual((page.status, page.headers["content-type"]),
                          (200, "text/html; charset=utf-8"))
         self.assertEqual(ask(self.url, "GET", "/token").status, 404)

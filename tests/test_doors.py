@@ -994,7 +994,7 @@ class BrowserSafetyTest(SharedCase):
 
     def test_pages_cannot_be_framed_or_kept(self) -> None:
         for path in ("/", "/dashboard", "/auth/device"):
-            headers = self.proxy.get(path).headers
+            headers = self.proxy.get(path, Accept="text/html").headers
             self.assertEqual((headers["x-frame-options"], headers["cache-control"],
                               headers["referrer-policy"]), ("DENY", "no-store", "no-referrer"))
 

@@ -482,7 +482,7 @@ class RouteTest(SharedCase):
 
     def test_the_page_has_a_strict_policy_and_names_no_other_host(self) -> None:
         for path in ("/", "/dashboard", "/auth/device"):
-            reply = self.proxy.get(path)
+            reply = self.proxy.get(path, Accept="text/html")
             self.assertEqual(reply.status, 200)
             self.assertIn("text/html", reply.headers["content-type"])
             policy = reply.headers["content-security-policy"]
