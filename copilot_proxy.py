@@ -1714,6 +1714,10 @@ class Request:
     elapsed_ns: Callable[[], int] = field(default=lambda: 0, compare=False)
     losses: Losses = field(default_factory=Losses, compare=False)
 
+    def measure(self, elapsed_ns: Callable[[], int]) -> None:
+        """Take the time with this from now on."""
+        self.elapsed_ns = elapsed_ns
+
     def lose(self, name: str, reason: str) -> None:
         """Record that something the client said does not go upstream."""
         self.losses.add(name, reason)
@@ -20992,7 +20996,7 @@ class Job:
             (model.id, BY_HUB + upstream.path) in refused,
         )
         plan.attach(headers, self.repaired)
-        plan.request.elapsed_ns = exchange.record.elapsed_ns
+        plan.request.measure(exchange.record.elapsed_ns)
         self.copilot.memory.prepare(plan)
         return plan
 
