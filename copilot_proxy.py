@@ -204,6 +204,11 @@ CLI_HEADERS = {  # the command line's: the only one that tokens of machines may 
 }
 INTENT, MODEL_INTENT = "conversation-agent", "model-access"
 ANTHROPIC_VERSION = "2023-06-01"
+CONTEXT_BETA, CACHE_BETA = (
+    "context-management-2025-06-27",
+    "extended-cache-ttl-2025-04-11",
+)
+TOOL_BETA = "advanced-tool-use-2025-11-20"
 BETA_PREFIXES = (
     "interleaved-thinking-",
     "advanced-tool-use-",
@@ -371,6 +376,7 @@ AUTO_PROMPT_TOKENS, AUTO_OUTPUT_TOKENS = (
     128000,
     16000,
 )  # of auto, where nothing is listed
+MAX_IMAGES, MAX_GEMINI_IMAGES = 20, 10  # the upstream's own limits
 ATTACHMENTS_URL = "https://github.com/github-copilot/chat/attachments/"
 NANO, MILLION = 10**9, 10**6  # nano-AIU of a credit (USD 0.01)
 MAX_COUNT = 2**53  # larger is no count
@@ -1420,6 +1426,23 @@ class Model:
             if isinstance(e, str)
         ]
 
+    def can(self, ability: str) -> bool:
+        """Is this among what the upstream says that the model supports?"""
+        return self.supports.get(ability) is True
+
+    @property
+    def is_kimi(self) -> bool:
+        return self.vendor.startswith("Moonshot") or self.id.startswith("kimi")
+
+    @property
+    def most_images(self) -> int:
+        """Of one request, 0 where no limit is known.  The list's own numbers are unreliable."""
+        if self.is_claude:
+            return MAX_IMAGES
+        if self.is_gemini:
+            return MAX_GEMINI_IMAGES
+        return 0
+
     @property
     def version(self) -> tuple[int, ...]:
         """'claude-opus-4.6' -> (4, 6); () when the id has no number."""
@@ -1447,6 +1470,14 @@ class Model:
                 return "%s: %s" % (str(code)[:MAX_ERROR_TEXT], text)
 
         return ""
+
+    @property
+    def promo(self) -> str:
+        """What the upstream says of a promotion, "" where there is none."""
+        promo = as_object(as_object(self.entry.get("billing")).get("promo"))
+        percent = number_or(promo.get("discount_percent"), 0, most=100)
+        told = str(promo.get("message") or "")[:MAX_ERROR_TEXT]
+        return told or (f"{percent:g} % off" if percent else "")
 
     def limit(self, name: str) -> int:
         """A limit in tokens, 0 when the upstream gives none."""
@@ -2807,6 +2838,10 @@ class Dialect:
     def has_images(body: Json) -> bool:
         """Is there an image anywhere, also inside a tool's result?"""
         return any(part.get("type") in IMAGE_TYPES for part in content_parts(body))
+
+    def betas(self, body: Json) -> list[str]:
+        """Values of `anthropic-beta` that a body needs which is about to go up."""
+        return []
 
     def has_files(self, body: Json) -> bool:
         """Are there files that this dialect's own endpoint refuses?"""
@@ -7257,7 +7292,9 @@ _REFUSED_TOOL_FIELDS = (
     "strict",
 )
 _RESULT_PARTS = ("text", "image", "document")
+TOOL_SEARCH = "tool_search_tool_"  # ... and those of the tool that finds other tools
 SEARCH_TOOLS = "web_search_"  # how the types of Anthropic's hosted search begin
+CACHE_TIMES = ("5m", "1h")  # how long the prompt cache may be kept
 _COUNTED_FIELDS = ("model", "messages", "system", "tools", "tool_choice")
 
 
@@ -7511,7 +7548,8 @@ class Messages(Dialect):
             )
 
         for key in _REFUSED_FIELDS:
-            edit.drop(body, key, "refused upstream" if body.get(key) else "")
+            if key != "context_management" or not model.can("context_editing"):
+                edit.drop(body, key, "refused upstream" if body.get(key) else "")
         messages = check_list(body, "messages")
         self._prepare_system(edit)
         if any(m.get("role") == "system" for m in messages):
@@ -7522,12 +7560,15 @@ class Messages(Dialect):
                 edit.replace(message, "content", [b for b in blocks if b is not None])
 
         self._drop_empty_turns(edit)
+        offered: tuple[str, ...] = ("custom", SEARCH_TOOLS)
+        refused: tuple[str, ...] = _REFUSED_TOOL_FIELDS
+        if model.can("tool_search"):
+            offered += (TOOL_SEARCH,)
+            refused = tuple(key for key in refused if key != "defer_loading")
         prepare_tools(
             edit,
-            lambda tool: str(tool.get("type") or "custom").startswith(
-                ("custom", SEARCH_TOOLS)
-            ),
-            *_REFUSED_TOOL_FIELDS,
+            lambda tool: str(tool.get("type") or "custom").startswith(offered),
+            *refused,
         )  # no search upstream: that is told
 
         self._prepare_cache_marks(edit)
@@ -7536,6 +7577,25 @@ class Messages(Dialect):
         self._prepare_sampling(edit, model)
         if model.version >= (4, 6):  # these refuse prefill
             end_with_user(edit)
+
+    def betas(self, body: Json) -> list[str]:
+        tools = dicts_in(body, "tools")
+        if "context_management" in body:
+            needed = [CONTEXT_BETA]
+        else:
+            needed = []
+        if any("defer_loading" in tool for tool in tools):
+            needed.append(TOOL_BETA)
+        if any(mark.get("ttl") == "1h" for mark in self.cache_marks(body)):
+            needed.append(CACHE_BETA)
+        return needed
+
+    @staticmethod
+    def cache_marks(body: Json) -> list[Json]:
+        """All `cache_control` objects that are there."""
+        holders = [*dicts_in(body, "tools"), *dicts_in(body, "system")]
+        holders += content_parts(body)
+        return [as_object(holder.get("cache_control")) for holder in holders]
 
     @staticmethod
     def prepare_count(edit: Edit) -> None:
@@ -7677,11 +7737,10 @@ class Messages(Dialect):
         ]
 
         for block in marked:
-            edit.set(
-                block,
-                "cache_control",
-                EPHEMERAL if isinstance(block["cache_control"], dict) else None,
-            )
+            mark = block["cache_control"]
+            ttl = as_object(mark).get("ttl")
+            plain = given(**EPHEMERAL, ttl=ttl if ttl in CACHE_TIMES else None)
+            edit.set(block, "cache_control", plain if isinstance(mark, dict) else None)
             if block["cache_control"] is None or "thinking" in str(block.get("type")):
                 edit.drop(block, "cache_control")
 
@@ -7856,7 +7915,9 @@ class Messages(Dialect):
         if not model.is_claude:
             return
         messages = dicts_in(edit.body, "messages")
-        tools = dicts_in(edit.body, "tools")
+        tools = [  # those that are found later may have no mark
+            tool for tool in dicts_in(edit.body, "tools") if "defer_loading" not in tool
+        ]
         system = dicts_in(edit.body, "system")
         marked = [
             target
@@ -9806,7 +9867,6 @@ def parse_answer(data: bytes) -> Json:
 # needs nothing is looked at once and left alone.
 
 SHED_IMAGE = "[an image was left out: the upstream takes no more]"
-MAX_IMAGES = 20  # the upstream's own limit
 MAX_SENT_BYTES = 5_000_000  # with images; larger bodies were met with 413
 _NONCE_LINE = "x-anthropic-billing-header:"
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
@@ -10799,6 +10859,44 @@ def shed_images(
     return left < len(images)
 
 
+KIMI_SAMPLING = {"temperature": 1, "top_p": 0.95}
+
+
+def limit_images(edit: Edit, most: int) -> None:
+    """No more images than the model's family takes.  Raises BadRequest where the last turn alone
+    has too many."""
+    asked = len(image_parts(last_turn(edit.body)))
+    if asked > most:
+        raise BadRequest(
+            "this model takes at most %d images, and the last turn has %d"
+            % (most, asked)
+        )
+    shed_images(edit, 0, most=most)
+
+
+def fit_kimi(edit: Edit, model: Model) -> None:
+    """Kimi knows its own tool calls by ids that it makes itself, counted over the conversation:
+    with others it goes astray.  At a temperature of 0 it says the same for ever."""
+    if model.version < (3,):
+        form = "functions.%s:%d"
+    else:
+        form = "%s:%d"
+    new_ids: dict[str, str] = {}
+    for message in dicts_in(edit.body, "messages"):
+        for call in dicts_in(message, "tool_calls"):
+            name = str(as_object(call.get("function")).get("name"))
+            new_ids[str(call.get("id"))] = form % (name, len(new_ids))
+            edit.set(call, "id", new_ids[str(call.get("id"))])
+        call_id = str(message.get("tool_call_id"))
+        if call_id in new_ids:
+            edit.set(message, "tool_call_id", new_ids[call_id])
+
+    for name, value in KIMI_SAMPLING.items():
+        if edit.body.get(name, value) != value:
+            edit.lose(name, "Kimi's own is %g" % value)
+        edit.set(edit.body, name, value)
+
+
 # ---- Compaction ----
 
 COMPACTION_TRIGGER = (
@@ -10878,6 +10976,10 @@ def fit_body(edit: Edit, upstream: Dialect, model: Model) -> None:
     upstream.fit_cache(edit, model)
     if model.is_openai:
         fit_openai_tools(edit, upstream)
+    if model.is_kimi:
+        fit_kimi(edit, model)
+    if model.most_images:
+        limit_images(edit, model.most_images)
     if model.is_gemini:
         schemas = GeminiSchema()
         for holder, key in upstream.tool_schemas(edit.body):
@@ -10965,6 +11067,11 @@ RETIRED_MODELS: Mapping[str, str] = {
     "gemini-3-pro": "2026-03-26",
     "gemini-3-pro-preview": "2026-03-26",
     "grok-code-fast-1": "2026-05-15",
+}
+#: names that clients have built in, which no list has -> what serves them, best first
+BUILT_IN_NAMES: Mapping[str, tuple[str, ...]] = {
+    # the model by which Codex judges what wants to leave its sandbox
+    "codex-auto-review": ("gpt-5.6-luna", "gpt-5.4-mini", "gpt-5.4-nano", "gpt-5-mini")
 }
 CHEAP_MODEL = "gpt-5-mini"  # answers for a retired model whose line has ended
 
@@ -11255,6 +11362,11 @@ def resolve_model(
             return by_id[name]
 
     usable = [m for m in models if m.is_listed and m.kind == "chat"]
+    for name in BUILT_IN_NAMES.get(asked, ()):
+        if name in by_id:
+            return by_id[name]
+    if asked in BUILT_IN_NAMES:
+        return _cheap_model(usable)
     nearest = _newest_claude(names[-1], usable) or _nearest_in_line(names[-1], usable)
     if nearest is None and (retirement_of(asked) or _is_gemini_helper(names[-1])):
         return _cheap_model(usable)
@@ -11264,7 +11376,7 @@ def resolve_model(
 def is_same_model(asked: str, model: Model) -> bool:
     """Does `asked` name this model, in whatever spelling?  A bare class ('opus') names the newest
     of it; every other name that led to the model was substituted."""
-    if asked == model.id:
+    if asked == model.id or asked in BUILT_IN_NAMES:
         return True
     names = normalise_model(asked)
     return model.id in names or re.sub(r"\Aclaude-", "", names[-1]) in _FAMILIES
@@ -11488,6 +11600,12 @@ class Plan:
             self.headers = dict(headers, Accept="text/event-stream")
         else:
             self.headers = headers
+        betas = [beta for beta in headers.get("anthropic-beta", "").split(",") if beta]
+        needed = self.upstream.betas(self.edit.body)
+        missing = [beta for beta in needed if beta not in betas]
+        if missing:
+            both = ",".join(betas + missing)
+            self.headers = dict(self.headers, **{"anthropic-beta": both})
         self.repairs.names = repaired
 
     @property
@@ -11975,6 +12093,16 @@ def stop_thinking(plan: Plan) -> bool:
     )
 
 
+def drop_cache_times(plan: Plan) -> bool:
+    """The prompt cache for its usual time: it only costs differently."""
+    found = False
+    for mark in Messages.cache_marks(plan.edit.body):
+        found = mark.pop("ttl", None) is not None or found
+    if found:
+        plan.edit.lose("cache_control.ttl", REFUSED)
+    return found
+
+
 def drop_thinking(plan: Plan) -> bool:
     """Say nothing of thinking to a model that cannot be kept from it."""
     return plan.edit.drop(plan.edit.body, "thinking", REFUSED) is not None
@@ -12210,6 +12338,12 @@ REPAIRS = (
         + r"Expected a value ([<>]=)) (\d{1,15}(?:\.\d{1,15})?)",
         clamp,
         "Anthropic, OpenAI",
+    ),
+    Repair(
+        "cache time",
+        r"cache_control\S{0,40}ttl|extended-cache-ttl",
+        lambda plan: drop_cache_times(plan),
+        "Anthropic, Bedrock",
     ),
     Repair(
         "sampling",
@@ -21880,6 +22014,8 @@ def model_entry(model: Model) -> Json:
         "max_tokens": model.limit("max_output_tokens") or None,
         "lifecycle": "deprecated" if model.notice else "active",
         "notice": model.notice or None,
+        "price_category": model.entry.get("model_picker_price_category"),
+        "promo": model.promo or None,
         "price": price_entry(model),
     }
 
@@ -24007,7 +24143,7 @@ def cmd_models(app: App, flags: argparse.Namespace) -> int:
         paths = " ".join(e for e in m.endpoints if e.startswith("/"))
         window = str(m.limit("max_context_window_tokens") or "?")
         output = str(m.limit("max_output_tokens") or "?")
-        state = m.state + (m.notice and ", retiring")
+        state = m.state + (m.notice and ", retiring") + (m.promo and ", promotion")
         rows.append((m.id, paths, window, output, price_of(m), state))
 
     table = [list(map(visible, row)) for row in rows]

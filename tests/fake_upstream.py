@@ -62,7 +62,7 @@ FORBIDDEN_HEADERS = re.compile(
     r"|originator|openai-beta|openai-organization|anthropic-dangerous-direct-browser-access"
     r"|x-stainless-.*|x-codex-.*)$")
 BETA_PREFIXES = ("interleaved-thinking-", "context-management-", "advanced-tool-use-",
-                 "mid-conversation-system-")
+                 "mid-conversation-system-", "extended-cache-ttl-")
 ATTACHMENTS = "https://github.com/github-copilot/chat/attachments/"  # the one image URL let through
 QUOTA_HEADER = "ent=300&ov=0.0&ovPerm=false&rem=75.5&rst=2026-12-01T00%3A00%3A00Z"
 NOISE_HEADERS = {  # a relay must not pass these on
@@ -1317,7 +1317,13 @@ def all_blocks(body: Json) -> Iterator[Tuple[str, Json]]:
 def check_fields(ask: Ask) -> None:
     """Whitelists: top level, tools, and the small objects."""
     counting = ask.record.path == COUNT_TOKENS
-    only(ask.body, COUNT_FIELDS if counting else TOP_FIELDS, "")
+    allowed_fields = COUNT_FIELDS if counting else TOP_FIELDS
+    if ask.supports.get("context_editing") and not counting:
+        allowed_fields |= {"context_management"}
+    only(ask.body, allowed_fields, "")
+    if "context_management" in ask.body and "context-management-" not in ask.headers.get(
+            "anthropic-beta", ""):
+        raise extra("context_management")
     for name, allowed in INNER_FIELDS.items():
         only(ask.body.get(name) or {}, allowed, name + ".")
     if "anthropic-version" not in ask.headers:
@@ -1357,7 +1363,7 @@ def check_blocks(ask: Ask) -> None:
 
 
 def check_cache(ask: Ask) -> None:
-    """cache_control is exactly {"type": "ephemeral"}, at most 4 times."""
+    """cache_control is {"type": "ephemeral"}, perhaps with a time, at most 4 times."""
     tools = [("tools.%d.custom" % at, tool) for at, tool in enumerate(ask.body.get("tools") or [])]
     marks = 0
     for path, node in list(all_blocks(ask.body)) + tools:
@@ -1365,8 +1371,11 @@ def check_cache(ask: Ask) -> None:
         if mark is None:
             continue
         marks += 1
-        only(mark, ("type",), path + ".cache_control.ephemeral.")
-        if mark != {"type": "ephemeral"}:
+        only(mark, ("type", "ttl"), path + ".cache_control.ephemeral.")
+        if mark.get("ttl") == "1h" and "extended-cache-ttl" not in ask.headers.get(
+                "anthropic-beta", "") and ask.record.path != COUNT_TOKENS:
+            raise extra(path + ".cache_control.ephemeral.ttl")
+        if mark.get("type") != "ephemeral" or mark.get("ttl") not in (None, "5m", "1h"):
             raise bad_message(path + ".cache_control.type: Input should be 'ephemeral'")
     if marks > 4:
         raise bad_message("A maximum of 4 blocks with cache_control may be provided. Found %d."
@@ -1376,10 +1385,14 @@ def check_cache(ask: Ask) -> None:
 def check_message_tools(ask: Ask) -> None:
     """Client tools only, whitelisted fields, no $schema."""
     for at, tool in enumerate(ask.body.get("tools") or []):
+        finds = ask.supports.get("tool_search") is True
+        if finds and str(tool.get("type")).startswith("tool_search_tool_"):
+            continue
         if tool.get("type") not in (None, "custom"):
             raise bad_message("tools.%d: Input tag '%s' found using 'type' does not match any of "
                               "the expected tags: 'custom'" % (at, tool["type"]))
-        only(tool, TOOL_FIELDS, "tools.%d.custom." % at)
+        more = {"defer_loading"} if finds else set()
+        only(tool, TOOL_FIELDS | more, "tools.%d.custom." % at)
         if "$schema" in tool["input_schema"]:
             raise extra("tools.%d.custom.input_schema.$schema" % at)
 

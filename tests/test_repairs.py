@@ -215,6 +215,10 @@ CASES = (
          {"anthropic-beta": "interleaved-thinking-2025-05-14,advanced-tool-use-2025-11-20"}),
     Case("beta", MESSAGES, message("hi", SONNET), lambda ask: "anthropic-beta" in ask.headers,
          bad_message("invalid beta flag"), {"anthropic-beta": "advanced-tool-use-2025-11-20"}),
+    Case("cache time", MESSAGES, message("", SONNET, messages=[
+        user([dict(text("hi"), cache_control={"type": "ephemeral", "ttl": "1h"})])],
+        system=[dict(text("a"), cache_control={"type": "ephemeral", "ttl": "1h"})]),
+        holds_text('"ttl"'), extra("system.0.cache_control.ephemeral.ttl")),
     Case("prefill", CHAT, chat("", messages=[user("a"), assistant("b")]),
          lambda ask: ask.body["messages"][-1]["role"] == "assistant", bad(PREFILL)),
     Case("prefill", MESSAGES, message("", HAIKU, messages=[user("a"), assistant("b")]),

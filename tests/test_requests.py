@@ -398,7 +398,7 @@ class MessagesRequests(Requests):
             tools=[{"name": "t", "input_schema": PLAIN_SCHEMA, "cache_control": mark}])
         edit = prepared(cp.MESSAGES, body, SONNET)
         marks = [o["cache_control"] for o in cp.walk_objects(edit.body) if "cache_control" in o]
-        self.assertEqual(marks, [plain] * 4)
+        self.assertEqual(marks, [dict(plain, ttl="1h")] * 4)
         self.assertNotIn("cache_control", edit.body["tools"][0])
         self.assertNotIn("cache_control", edit.body["messages"][1]["content"][0])
         self.assertEqual([name for name, _ in edit.losses], ["cache_control"])
