@@ -12043,7 +12043,7 @@ def clamp(plan: Plan, path: str, side: str, limit: str) -> bool:
         for holder, key in places(plan.edit.body, path)
         if isinstance(holder[key], (int, float))
         and holder[key] >= 0
-        and sign * (holder[key] - most) > 0
+        and sign * holder[key] > sign * most
     ]
     for holder, key in found:
         holder[key] = most

@@ -331,6 +331,15 @@ class UpstreamAnswerTest(ProxyCase):
                     self.assertEqual(reply.status, 400, reply.body)
                     self.fake._scripts.clear()
 
+    def test_a_huge_number_of_a_client_beside_a_limit_is_no_500(self) -> None:
+        for limit in ("1.5", "2"):
+            with self.subTest(limit=limit):
+                text = "temperature: Input should be less than or equal to " + limit
+                self.fake.script(CHAT, Answer(400, body={"error": {"message": text}}))
+                reply = self.proxy.post(CHAT_PATH, chat("a", temperature=HUGE))
+                self.assertEqual(reply.status, 200, reply.body)
+                self.assertEqual(self.fake.last(CHAT).json["temperature"], float(limit))
+
     def test_odd_quotas_are_shown_as_unknown(self) -> None:
         for name in ("entitlement", "percent_remaining", "quota_remaining", "overage_count",
                      "quota_reset_at"):
