@@ -336,7 +336,8 @@ class UpstreamAnswerTest(ProxyCase):
             with self.subTest(limit=limit):
                 text = "temperature: Input should be less than or equal to " + limit
                 self.fake.script(CHAT, Answer(400, body={"error": {"message": text}}))
-                reply = self.proxy.post(CHAT_PATH, chat("a", temperature=HUGE))
+                with Proxy(self.fake) as proxy:        # without lessons of the last one
+                    reply = proxy.post(CHAT_PATH, chat("a", temperature=HUGE))
                 self.assertEqual(reply.status, 200, reply.body)
                 self.assertEqual(self.fake.last(CHAT).json["temperature"], float(limit))
 
