@@ -348,7 +348,7 @@ LONG_REST_S, LONG_PROBE_MAX_S = 86400.0, 900.0  # the longest one in a rest beyo
 TRIAL_S = 5.0  # after a rest the first request is alone for so long
 MAX_DEAD_PROBES = 5  # in a row, then the next one waits its pause
 MAX_SCOPES = 200  # that can rest at once, for each account
-OVERLOAD_PAUSE_S = 2.0  # after an overload that was told inside an answer
+OVERLOAD_PAUSE_S = 1.0  # after an overload that was told inside an answer
 EMBEDDING_BATCH = 512  # upstream's max_inputs
 MAX_EMBEDDINGS = 2048  # of one request, as OpenAI takes them
 MAX_PROMPTS = 128  # of one completion
@@ -609,6 +609,7 @@ class UpstreamError(ProxyError):
     answered = False  # the status is the upstream's own
     unsent = False  # the whole request cannot have been seen by the upstream
     opaque = False  # a 403 without any reason: perhaps the token
+    showed_nothing = False  # a stream that failed before a user saw something of it
 
     def __init__(
         self,
@@ -632,6 +633,10 @@ class UpstreamError(ProxyError):
                 self.overflow = (counts[1], counts[0])
             else:
                 self.overflow = (0, 0)
+
+    def mark_early(self) -> None:
+        """It ended a stream that had shown nothing yet; after a long silence nobody asks again."""
+        self.showed_nothing = self.status != 504
 
 
 class StreamCut(UpstreamError):
@@ -1962,7 +1967,7 @@ class PartBuilder:
 
 def fold(events: Iterable[Event]) -> Response:
     """The whole answer that events tell.  Raises UpstreamError for a StreamError or no end."""
-    response = Response("", "")
+    start = ResponseStart("", "")
     parts: dict[int, PartBuilder] = {}
 
     for event in events:
@@ -1971,20 +1976,22 @@ def fold(events: Iterable[Event]) -> Response:
         elif isinstance(event, (PartDelta, PartCitation, PartSignature)):
             parts[event.index].add(event)
         elif isinstance(event, ResponseStart):
-            response.id, response.model, response.created = (
-                event.id,
-                event.model,
-                event.created,
-            )
-
-            response.fingerprint, response.tier = event.fingerprint, event.tier
+            start = event
         elif isinstance(event, StreamError):
             raise event.error
         elif isinstance(event, ResponseEnd):
-            response.stop, response.usage = event.stop, event.usage
-            response.stop_sequence = event.stop_sequence
-            response.parts = [part.build() for part in parts.values()]
-            return response
+            built = [part.build() for part in parts.values()]
+            return Response(
+                start.id,
+                start.model,
+                built,
+                event.stop,
+                event.usage,
+                start.created,
+                event.stop_sequence,
+                start.fingerprint,
+                start.tier,
+            )
 
     raise UpstreamError(CUT_SHORT)
 
@@ -2563,8 +2570,18 @@ class StreamRelay:
         )
         self.names: Mapping[bytes, bytes] = {}  # see Edit
         self.meter = Meter()
+        self._options = {"stream_options": body.get("stream_options")}
         self._cutter = FrameCutter()
         self._held = b""  # the end of a thinking
+
+    def restart(self) -> StreamRelay:
+        """A new one for the same client, for another try of the upstream."""
+        fresh = self._copy()
+        fresh.on_final, fresh.names = self.on_final, self.names
+        return fresh
+
+    def _copy(self) -> StreamRelay:
+        return type(self)(self.dialect, self.asked, self._options, self.request)
 
     @property
     def asked(self) -> str:
@@ -2719,6 +2736,7 @@ class Dialect:
     reads_compactions = False  # True: the upstream's own compaction items may go up
     has_freeform_tools = False  # True: of OpenAI's, for its own models only
     knows_allowed_tools = False  # True: OpenAI's models take such a tool_choice here
+    tells_prompt_first = False  # True: a stream begins with the tokens of its prompt
     has_whole_answer_limit = (
         True  # True: longer answers must be streamed, see Model.output_cap
     )
@@ -4786,7 +4804,7 @@ class StreamEncoder:
 @dataclass
 class ChatCall:
     """A tool call of a streamed turn.  number: ours, in the order in which the calls were named,
-    -1 before; waiting: its delta so far, while it has no name.  ChatChunks alone changes it."""
+    -1 before; waiting: its delta so far, while it has no name."""
 
     id: str = ""
     name: str = ""
@@ -4797,6 +4815,24 @@ class ChatCall:
     def function_of(delta: Json) -> Json:
         """Where a delta of a call has name and arguments."""
         return as_object(delta.get("function")) or as_object(delta.get("custom"))
+
+    def take_names(self, delta: Json, call_id: str) -> None:
+        """Note id and name; what was said before goes out of the delta."""
+        if call_id and self.id == call_id:
+            del delta["id"]
+        self.id = self.id or call_id
+
+        function = self.function_of(delta)
+        if function.get("name") and function["name"] == self.name:
+            del function["name"]
+        self.name = self.name or str(function.get("name") or "")
+
+    def begin(self, number: int, delta: Json) -> None:
+        """The first delta that clients get has all that they look for."""
+        self.number = number
+        if self.id:
+            delta["id"] = self.id
+        delta.setdefault("type", "function")  # openai's Node SDK insists
 
     def add(self, delta: Json) -> Json:
         """A delta joined to what waits, {} while there is still no name to begin with."""
@@ -4909,14 +4945,7 @@ class ChatChunks:
             str(delta.get("id") or ""),
         )
         call = self._find_call(choice, index, call_id)
-        if call_id and call.id == call_id:
-            del delta["id"]  # said before
-        call.id = call.id or call_id
-
-        function = ChatCall.function_of(delta)
-        if function.get("name") and function["name"] == call.name:
-            del function["name"]
-        call.name = call.name or str(function.get("name") or "")
+        call.take_names(delta, call_id)
         found = call.add(delta)
         if found:
             return self._begin(call, found)
@@ -4939,10 +4968,8 @@ class ChatChunks:
     def _begin(self, call: ChatCall, delta: Json) -> Json:
         """Number a delta; the first one has all that clients look for."""
         if call.number < 0:
-            call.number, self._count = self._count, self._count + 1
-            if call.id:
-                delta["id"] = call.id
-            delta.setdefault("type", "function")  # openai's Node SDK insists
+            call.begin(self._count, delta)
+            self._count += 1
         delta["index"] = call.number
         return delta
 
@@ -7490,6 +7517,7 @@ class Messages(Dialect):
 
     name, path = "messages", "/v1/messages"
     counts_tokens = True
+    tells_prompt_first = True
     unique_call_ids = True
     stop_key = "stop_sequences"
     system_key = "system"
@@ -9721,6 +9749,9 @@ class TranslatedStream(StreamRelay):
         self.meter = self._decoder.meter
         self._filters = event_filters(request, self.meter)
 
+    def _copy(self) -> StreamRelay:
+        return TranslatedStream(self.dialect, self._decoder.dialect, self.request)
+
     def tell(self, events: Iterable[Event]) -> bytes:
         """Client bytes for neutral events."""
         encoder = self._encoder
@@ -9825,12 +9856,13 @@ class CompletionStream(StreamRelay):
         self._inner, self._echo, self.meter = inner, echo, inner.meter
 
     def feed(self, data: bytes) -> bytes:
-        return self._told(self._inner.feed(data))
+        return self.reshape(self._inner.feed(data))
 
     def close(self, error: ProxyError | None = None) -> bytes:
-        return self._told(self._inner.close(error))
+        return self.reshape(self._inner.close(error))
 
-    def _told(self, data: bytes) -> bytes:
+    def reshape(self, data: bytes) -> bytes:
+        """What the chat client's stream gave, for this client."""
         inner, out = self._inner, []
         self.ended, self.error, self.has_content = (
             inner.ended,
@@ -11526,7 +11558,8 @@ class Plan:
     """How one request goes up, and how its answer comes back; made by `make`.
     edit: the upstream's body and what was lost; headers: beside the usual ones; pipeline: for a
     client that wants a stream; streams: is the upstream asked for one; answer: the whole answer,
-    once read."""
+    once read; begun: the client's bytes of what was read by `open_answer`, which is_whole or not;
+    tries: how often it was opened."""
 
     client: Dialect
     upstream: Dialect
@@ -11539,6 +11572,9 @@ class Plan:
     meter: Meter
     headers: Headers = field(default_factory=dict)
     answer: Json = field(default_factory=dict)
+    begun: bytes = b""
+    is_whole: bool = False
+    tries: int = 0
     repairs: PlanRepairs = field(default_factory=PlanRepairs)
 
     @classmethod
@@ -11577,6 +11613,10 @@ class Plan:
             fit_body(edit, upstream, model)
 
         request.now, request.key, request.echo = now, key, echo
+        if is_translated and wants_stream and client.tells_prompt_first:
+            request.prompt_tokens = estimate_tokens(
+                edit.body, model.is_claude, sample_tokens
+            )
         if pipeline is not None:
             pipeline.names = edit.names
         if not wants_stream:
@@ -11594,8 +11634,16 @@ class Plan:
             meter,
         )
 
-    def attach(self, headers: Headers, repaired: list[str]) -> None:
-        """The headers that go with the body, and what was repaired for this request so far."""
+    def begin(self) -> None:
+        """An answer of the upstream is about to be read; nothing is left of one before."""
+        if self.tries and self.pipeline is not None:
+            self.pipeline = self.pipeline.restart()
+            self.meter = self.pipeline.meter
+        self.tries += 1
+
+    def attach(self, headers: Headers, repaired: list[str], echo: Json) -> None:
+        """The headers that go with the body, what was repaired for this request so far, and what
+        the answer repeats beside what the body says."""
         if self.streams:
             self.headers = dict(headers, Accept="text/event-stream")
         else:
@@ -11607,6 +11655,7 @@ class Plan:
             both = ",".join(betas + missing)
             self.headers = dict(self.headers, **{"anthropic-beta": both})
         self.repairs.names = repaired
+        self.request.echo.update(echo)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -11662,6 +11711,7 @@ _ASCII_PIECES = re.compile(  # the same without the other letters: a quarter les
     re.sub(r"\|\[(?:\\u....-?)+\]\+|\\u....-?", "", _PIECES.pattern), re.DOTALL
 )
 _CHUNK_CHARS = 64 * 1024  # cut at once
+_SAMPLES, _SAMPLE_CHARS = 16, 2048  # of a long text, where an estimate may be rough
 _LEAN = 1.025
 _CLAUDE_FACTOR = 1.25  # its own tokenizer makes more of the same text
 _MARKS_IN_WORDS = "._(-\t[#$"  # often one token together with the word after them
@@ -11769,6 +11819,17 @@ def count_text(text: str) -> int:
     return int(total * _LEAN + 0.999)
 
 
+def sample_tokens(text: str) -> int:
+    """The same, by samples of a long text: in a few milliseconds whatever its length."""
+    step = len(text) // _SAMPLES
+    if step <= _SAMPLE_CHARS:
+        return count_text(text)
+    sample = "".join(
+        text[at * step : at * step + _SAMPLE_CHARS] for at in range(_SAMPLES)
+    )
+    return count_text(sample) * len(text) // len(sample)
+
+
 _PROMPT_FIELDS = (
     "system",
     "instructions",
@@ -11861,10 +11922,13 @@ def _as_json(value: Any) -> str:
         return ""  # no upstream takes it either
 
 
-def estimate_tokens(body: Json, is_claude: bool = False) -> int:
+def estimate_tokens(
+    body: Json, is_claude: bool = False, count: Callable[[str], int] = count_text
+) -> int:
     """How many tokens the prompt of a request of any dialect has, estimated on the high side.
     System, tools and all texts count, images by their pixels, a PDF by its size (3,000 per 60 KB),
-    sealed reasoning little, ids not.  `is_claude`: as Claude counts, about a quarter more."""
+    sealed reasoning little, ids not.  `is_claude`: as Claude counts, about a quarter more;
+    `count`: of a text."""
     tools = as_list(body.get("tools")) + as_list(body.get("functions"))
     texts = [_as_json(tool) for tool in tools]
     tokens = 3 + 8 * len(tools) + (346 if is_claude else 16) * bool(tools)
@@ -11911,10 +11975,7 @@ def estimate_tokens(body: Json, is_claude: bool = False) -> int:
                 for field, inner in value.items()
             )
 
-    return (
-        int(count_text("\n".join(texts)) * (_CLAUDE_FACTOR if is_claude else 1))
-        + tokens
-    )
+    return int(count("\n".join(texts)) * (_CLAUDE_FACTOR if is_claude else 1)) + tokens
 
 
 # ==== 10. Repairs =================================================================================
@@ -15695,7 +15756,7 @@ class RateLimits:
 @dataclass
 class Call:
     """One call to the Copilot API, and again after a repair.  model: whose limits hold for it,
-    "" for none."""
+    "" for none; opening: reads what an answer begins with, raises the failure that it tells."""
 
     path: str
     body: bytes | None = None
@@ -15703,6 +15764,7 @@ class Call:
     request_id: str = ""
     timeout_s: float = ANSWER_TIMEOUT_S
     model: str = ""
+    opening: Callable[[UpstreamResponse], Work] | None = None
 
     @property
     def method(self) -> str:
@@ -15784,7 +15846,9 @@ class Attempts:
         stale      nothing: a kept connection had ended    a fresh connection          1
         login      401, 421, token codes, a bare 403       a new token exchange        1 \
         version    466                                     the next API version        1  } 2
-        hiccup     500 502 503 504 529, or it never left   a pause, fresh connection   1 /
+        hiccup     500 502 503 504 529, also told inside   a pause, fresh connection   1 /
+                   a 200; it never left; a stream that
+                   broke before it showed anything
         auto       401 "Invalid auto-mode selector"        another choice of `auto`    1
         fallback   402, a quota code                       the model of --fallback     1
         repair     a text that REPAIRS knows               the body; learned for ever  3
@@ -15866,9 +15930,11 @@ class Attempts:
 
     async def _send_once(self, call: Call, token: CopilotToken) -> UpstreamResponse:
         answer = await self._copilot.send_once(call, token, self._is_fresh)
-        if answer.status < 300:
-            return answer
-        raise explain_refusal(token, await read_error(answer))
+        if answer.status >= 300:
+            raise explain_refusal(token, await read_error(answer))
+        if call.opening is not None:
+            await call.opening(answer)
+        return answer
 
     def _row_for(self, error: UpstreamError) -> str:
         """What may cure this error, "" when nothing does."""
@@ -15893,7 +15959,8 @@ class Attempts:
             if self._copilot.may_change_version():
                 return "version"
             return ""
-        if error.unsent or status in HICCUP_STATUS and error.answered:
+        is_told = error.answered or error.showed_nothing
+        if error.unsent or status in HICCUP_STATUS and is_told:
             wish = error.headers.get("retry-after", "0")
             if wish in ("0", "1"):
                 return "hiccup"
@@ -19169,21 +19236,24 @@ class Exchange:
         """The end of the stream, in one write with its last bytes."""
         self._send(self.frame_end(last))
 
-    async def relay(self, answer: UpstreamResponse, pipeline: StreamRelay) -> None:
+    async def relay(
+        self, answer: UpstreamResponse, pipeline: StreamRelay, begun: bytes
+    ) -> None:
         """Send a stream on as it comes, to its end: proper, cut, or given up.  A cut one ends with
-        the dialect's error event, never politely.  Raises ClientGone."""
+        the dialect's error event, never politely.  begun: what is there for the client already.
+        Raises ClientGone."""
         problem: ProxyError | None = None
-        last = b""
+        last = begun
         try:
             while not (answer.done or pipeline.ended):
-                last = pipeline.feed(
-                    await answer.read(self.app.settings.answer_timeout_s)
-                )
-                if last and not (answer.done or pipeline.ended):
+                if last:
                     self.write(last)
                     last = b""
                     if self.client.is_slow:
                         await self.client.room()
+                last = pipeline.feed(
+                    await answer.read(self.app.settings.answer_timeout_s)
+                )
         except UpstreamError as error:
             problem = forget_frames(error)
         except (ClientGone, GeneratorExit):
@@ -20995,6 +21065,7 @@ class Job:
         self.keep: Callable[[str, bytes], None] | None = None
         self.plan: Plan | None = None
         self.repaired: list[str] = []
+        self.echo: Json = {}  # what the answer repeats, beside what the body says
         self.copilot: Account
         self.model: Model
         self.attempts: Attempts
@@ -21048,6 +21119,7 @@ class Job:
         await inline_images(exchange, body)
         if self.client is RESPONSES:
             owner = owner_of(exchange, copilot)
+            self.echo = given(previous_response_id=body.get("previous_response_id"))
             if exchange.app.store.expand(owner, body, len(exchange.body)):
                 exchange.put_body(dumps(body))
             if body.get("store") is not False:
@@ -21129,7 +21201,7 @@ class Job:
             exchange.id,
             (model.id, BY_HUB + upstream.path) in refused,
         )
-        plan.attach(headers, self.repaired)
+        plan.attach(headers, self.repaired, self.echo)
         plan.request.measure(exchange.record.elapsed_ns)
         self.copilot.memory.prepare(plan)
         return plan
@@ -21165,6 +21237,7 @@ class Job:
             exchange.id,
             exchange.app.settings.answer_timeout_s,
             model.id,
+            functools.partial(self.open, plan),
         )
 
     async def send(self, plan: Plan, call: Call) -> UpstreamResponse:
@@ -21180,6 +21253,26 @@ class Job:
         exchange.headers.update(passed_headers(answer.headers))
         exchange.record.hear(answer.headers, plan.meter)
         return answer
+
+    async def open(self, plan: Plan, answer: UpstreamResponse) -> None:
+        """Read an answer until it shows something to a user, a whole one to its end.  Raises
+        UpstreamError for a failure before: it can still be answered by its status, or the
+        upstream be asked again."""
+        exchange = self.exchange
+        plan.begin()
+        is_stream = "event-stream" in answer.headers.get("content-type", "")
+        timeout_s = exchange.app.settings.answer_timeout_s
+        try:
+            if plan.pipeline is not None and (is_stream or exchange.started):
+                plan.begun = await read_beginning(answer, plan.pipeline, timeout_s)
+                return
+            if plan.pipeline is not None and not plan.is_translated:
+                exchange.expect_whole()  # no keep-alive before a whole answer
+            data = await answer.read_all(timeout_s=timeout_s)
+            plan.begun, plan.is_whole = plan.read(data, is_stream), True
+        except BaseException:
+            answer.close()
+            raise
 
     async def remedy(self, plan: Plan, error: ProxyError) -> bool:
         """The last three rows of the retry ladder, see Attempts -> is another try prepared?"""
@@ -21222,6 +21315,7 @@ class Job:
         if plan.pipeline is None or not (self.exchange.started or is_wanted):
             return False
         self.exchange.record.fail(error)
+        plan.begin()
         self.exchange.finish(plan.pipeline.close(error))
         return True
 
@@ -21231,21 +21325,36 @@ class Job:
         assert plan is not None
         self.data = b""  # several MB that nobody needs any more
         exchange.put_body(b"")
-        is_stream = "event-stream" in answer.headers.get("content-type", "")
-        if plan.pipeline is not None and (is_stream or exchange.started):
-            await exchange.relay(answer, plan.pipeline)
+        if plan.pipeline is not None and not plan.is_whole:
+            await exchange.relay(answer, plan.pipeline, plan.begun)
             return
-
-        if not plan.is_translated:  # a whole answer: no keep-alive before it
-            exchange.expect_whole()
-        data = await answer.read_all(timeout_s=exchange.app.settings.answer_timeout_s)
-        data = plan.read(data, is_stream)
         if plan.pipeline is not None and plan.is_translated:
-            exchange.finish(data)
+            exchange.finish(plan.begun)
             return
         if self.keep is not None:
-            self.keep(str(plan.answer.get("id")), data)
-        exchange.reply(data)
+            self.keep(str(plan.answer.get("id")), plan.begun)
+        exchange.reply(plan.begun)
+
+
+async def read_beginning(
+    answer: UpstreamResponse, pipeline: StreamRelay, timeout_s: float
+) -> bytes:
+    """What of a stream is for the client up to its first content.  Raises UpstreamError."""
+    out: list[bytes] = []
+    try:
+        while not (answer.done or pipeline.ended or pipeline.has_content):
+            out.append(pipeline.feed(await answer.read(timeout_s)))
+        if answer.done:
+            out.append(pipeline.close())
+    except UpstreamError as error:
+        error.mark_early()
+        raise
+
+    failure = pipeline.error
+    if isinstance(failure, UpstreamError) and not pipeline.has_content:
+        failure.mark_early()
+        raise failure
+    return b"".join(out)
 
 
 async def compact(job: Job) -> None:
@@ -21310,7 +21419,6 @@ async def make_compaction(job: Job) -> tuple[Json, Usage | None]:
         plan = part.plan
         if answer is None or plan is None:
             break  # it was told already
-        plan.read(await answer.read_all(), plan.streams)
         usage = Usage.of(plan.meter.counts)
         output = [as_object(item) for item in as_list(plan.answer.get("output"))]
         own = [item for item in output if item.get("type") in COMPACTIONS]
@@ -21512,10 +21620,10 @@ async def completions(exchange: Exchange) -> None:
             return
         text = prompt if echo else ""
         if plan.pipeline is not None:
-            await exchange.relay(answer, CompletionStream(plan.pipeline, text))
+            stream = CompletionStream(plan.pipeline, text)
+            await exchange.relay(answer, stream, stream.reshape(plan.begun))
             return
 
-        plan.read(await answer.read_all(), plan.streams)
         whole = as_completion(plan.answer, text, at)
         choices += whole["choices"]
         for key in counts:

@@ -82,7 +82,11 @@ QUIRKS = frozenset((
     "early_done",            # responses: [DONE] before response.completed
     "no_total_tokens", "empty_output", "no_sequence_numbers"))  # responses: what completed lacks
 #: further oddities, off by default: "obfuscation" (a field beside each delta), "cipher_deltas"
-#: (argument deltas are ciphertext, only .done is plain), "plain_ids" (short ids)
+#: (argument deltas are ciphertext, only .done is plain), "plain_ids" (short ids), "late_names" (a
+#: call's name comes after its id), "empty_usage" (chat: usage {} behind the real one)
+#: codes of failures inside an answer, by the marker `code`; the first is each dialect's usual one
+TOLD_CODES = ("", "rate_limited", "user_model_rate_limited:this", "model_overloaded",
+              "quota_exceeded", "session_quota_exceeded", "server_error")
 POLLER = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
@@ -207,6 +211,8 @@ class Markers:
     stall: int = -1      # silent after K text events until fake.release(), then go on
     error: int = -1      # the dialect's in-stream error after K text events, then a clean end
     fail: int = 0        # 1: error= uses response.failed / finish_reason "error" instead
+    code: int = 0        # of error= and told=: a place in TOLD_CODES
+    told: int = 0        # 1: the answer without stream is that error, with status 200
     noend: int = 0       # 1: end the body cleanly without the terminal events
     split: int = 0       # 1: each event goes out in two TCP sends, cut in the middle
     bytewise: int = 0    # 1: one byte in each chunk and TCP send
@@ -945,6 +951,10 @@ def chat_call_frames(said: Said) -> Iterator[Frame]:
     for call in chat_calls(said, 1 if split else 0):
         kind, key = ("custom", "input") if "custom" in call else ("function", "arguments")
         arguments = call[kind].pop(key)
+        if said.has("late_names"):
+            nameless = {"index": call["index"], "id": call.pop("id"), "type": kind,
+                        kind: {key: ""}}
+            yield sse(chat_chunk(said, {"tool_calls": [nameless]}, int(split)))
         call[kind][key] = ""
         yield sse(chat_chunk(said, {"role": "assistant", "tool_calls": [call]}, int(split)))
         for part in (arguments[:8], arguments[8:]):
@@ -982,6 +992,8 @@ def chat_frames(said: Said) -> Iterator[Frame]:
         yield sse({"choices": [], "created": CREATED, "id": "chatcmpl-fake",
                    "model": said.ask.name, "usage": chat_usage(said),
                    "copilot_usage": copilot_usage(said)})
+    if said.has("empty_usage"):
+        yield sse({"choices": [], "created": CREATED, "id": "chatcmpl-fake", "usage": {}})
     yield sse("[DONE]")
 
 
@@ -989,7 +1001,8 @@ def chat_error(said: Said) -> Frame:
     """An error inside the stream, in one of the two forms seen."""
     if said.markers.fail:
         return sse(chat_chunk(said, {}, finish_reason="error"))
-    return sse({"error": {"message": "fake stream error", "code": "internal_error"}})
+    code = TOLD_CODES[said.markers.code] or "internal_error"
+    return sse({"error": {"message": "fake stream error", "code": code}})
 
 
 def reasons_in_chat(ask: Ask) -> bool:
@@ -1170,7 +1183,8 @@ class ResponseStream:
             "id": self.new_id("resp", "changing_response_id"), "object": "response",
             "created_at": CREATED, "status": status, "model": self.said.ask.name, "error": None,
             "incomplete_details": None, "instructions": self.said.ask.body.get("instructions"),
-            "output": output or [], "parallel_tool_calls": True, "store": False,
+            "output": output or [], "store": False,
+            "parallel_tool_calls": self.said.ask.body.get("parallel_tool_calls") is not False,
             "tool_choice": "auto", "tools": self.said.ask.body.get("tools") or [], "usage": None}
         if status in ("completed", "incomplete"):
             total, cached, used = self.said.usage
@@ -1212,6 +1226,8 @@ class ResponseStream:
             hollow: Json = {"summary": [], "content": [], "arguments": "", "input": ""}
             started = {name: hollow.get(name, value) for name, value in item.items()
                        if name != "encrypted_content"}
+            if self.said.has("late_names") and "name" in started:
+                started["name"] = ""
             yield self.event("response.output_item.added", output_index=index,
                              item=self.with_id(index, dict(started, status="in_progress")))
             yield from parts.get(item["type"], self.call)(index, item)
@@ -1266,8 +1282,9 @@ def responses_body(said: Said) -> Json:
 
 def responses_error(said: Said) -> Frame:
     """`error` event, or response.failed."""
-    error = {"code": "internal_error", "message": "fake stream error"}
-    if said.markers.fail:
+    code = TOLD_CODES[said.markers.code] or "internal_error"
+    error = {"code": code, "message": "fake stream error"}
+    if said.markers.fail or said.markers.code:
         failed = dict(ResponseStream(said).body("failed"), error=error)
         return sse({"type": "response.failed", "response": failed}, "response.failed")
     return sse(dict(error, type="error"), "error")
@@ -1595,8 +1612,8 @@ def messages_frames(said: Said) -> Iterator[Frame]:
 
 def messages_error(said: Said) -> Frame:
     """`event: error`."""
-    return sse({"type": "error", "error": {"type": "overloaded_error",
-                                           "message": "fake stream error"}}, "error")
+    code = TOLD_CODES[said.markers.code] or "overloaded_error"
+    return sse({"type": "error", "error": {"type": code, "message": "fake stream error"}}, "error")
 
 
 class Dialect(NamedTuple):
@@ -1608,6 +1625,12 @@ class Dialect(NamedTuple):
     body: Callable[[Said], Json]
     frames: Callable[[Said], Iterator[Frame]]
     error: Callable[[Said], Frame]
+
+
+def told_failure(frame: Frame) -> Json:
+    """The failure that an event tells, as a whole answer."""
+    event: Json = json.loads(frame.data.partition(b"data: ")[2])
+    return event.get("response", event)  # type: ignore[no-any-return]
 
 
 def read_prompt(dialect: Dialect, body: Json) -> Prompt:
@@ -2361,7 +2384,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self._stream(dialect, said)
             else:
                 self._note(said)
-                self._reply(200, dialect.body(said))
+                self._reply(200, told_failure(dialect.error(said)) if said.markers.told
+                            else dialect.body(said))
         finally:
             self.fake.add(open_streams=-streams)
 

@@ -6,7 +6,8 @@ import json
 import unittest
 from typing import Any, Iterator
 
-from support import cp
+from support import ProxyCase, REQUESTS, Reply, chat, cp, message, response as ask_responses
+from fake_upstream import CHAT, MESSAGES, RESPONSES, TOLD_CODES, Answer
 
 CHAT_MODEL = "gpt-4.1"
 
@@ -260,17 +261,17 @@ class FailuresInStreams(unittest.TestCase):
                      "insufficient_quota", "permission_error", "insufficient_quota"),
                  "server_error": ("server_error", "api_error", "server_error")}
         for client, upstream in CELLS:
-            for code, (chat, messages, responses) in types.items():
+            for code, (of_chat, of_messages, of_responses) in types.items():
                 with self.subTest(client=client, upstream=upstream, code=code):
                     events, relay = relayed(client, upstream, sse(
                         *START[upstream], *TEXT[upstream]) + failing(upstream, code))
                     last = events[-1]
                     if client == "responses":
                         self.assertEqual(last["type"], "response.failed")
-                        self.assertEqual(last["response"]["error"]["code"], responses)
+                        self.assertEqual(last["response"]["error"]["code"], of_responses)
                     else:
                         self.assertEqual(last["error"]["type"],
-                                         chat if client == "chat" else messages)
+                                         of_chat if client == "chat" else of_messages)
                     self.assertEqual(relay.failure, "no")
 
     def test_a_failure_in_a_whole_answer_is_one(self) -> None:
@@ -432,6 +433,208 @@ class ResponsesDiagonal(unittest.TestCase):
         answer = {"id": "resp_1", "status": "completed", "output": [], "instructions": "Other"}
         cp.RESPONSES.mend(answer, "asked", cp.Request("asked", echo=echo))
         self.assertEqual((answer["instructions"], answer["metadata"]), ("Other", {"a": "b"}))
+
+
+#: dialect of a client -> its path and how it asks; of an upstream -> its path and a model of it
+CLIENTS = {"chat": ("/v1/chat/completions", chat), "messages": ("/v1/messages", message),
+           "responses": ("/v1/responses", ask_responses)}
+UPSTREAMS = {"chat": (CHAT, "gpt-4.1"), "messages": (MESSAGES, "claude-only-4.6"),
+             "responses": (RESPONSES, "gpt-5.3-codex")}
+
+
+class BeforeTheFirstByte(ProxyCase):
+    """What fails before anything was shown is answered by its status, or asked again."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        only = dict(next(m for m in self.fake.models if m["id"] == "claude-sonnet-4.6"),
+                    id="claude-only-4.6", supported_endpoints=[MESSAGES])
+        self.fake.models.append(only)
+
+    def ask(self, client: str, upstream: str, text: str, stream: bool, **more: Any) -> Reply:
+        path, make = CLIENTS[client]
+        body = dict(make(text, UPSTREAMS[upstream][1], **more), stream=stream)
+        return self.proxy.post(path, body)
+
+    def calls(self, upstream: str) -> int:
+        path = UPSTREAMS[upstream][0]
+        return sum(record.path == path for record in self.fake.requests)
+
+    def error_of(self, reply: Reply) -> Any:
+        return reply.json["error"]
+
+    def test_told_failures_are_real_statuses(self) -> None:
+        statuses = {"rate_limited": 429, "user_model_rate_limited:this": 429,
+                    "model_overloaded": 529,
+                    "quota_exceeded": 402, "session_quota_exceeded": 402, "server_error": 500}
+        types = {429: ("rate_limit_error", "rate_limit_error"),
+                 402: ("insufficient_quota", "permission_error"),
+                 529: ("server_error", "overloaded_error"), 500: ("server_error", "api_error")}
+        for client, upstream in CELLS:
+            for code, status in statuses.items():
+                for stream in (True, False):
+                    with self.subTest(client=client, upstream=upstream, code=code, stream=stream):
+                        self.proxy.post("/limits/clear", {})
+                        before = self.calls(upstream)
+                        marker = "@@events=3 error=0 told=1 reasoning=0 code=%d@@"
+                        reply = self.ask(client, upstream, marker % TOLD_CODES.index(code), stream)
+                        self.assertEqual(reply.status, status, reply)
+                        error = self.error_of(reply)
+                        self.assertEqual(error["type"], types[status][client == "messages"])
+                        self.assertIn("fake stream error", error["message"])
+                        is_limit = status in (402, 429)
+                        self.assertEqual(self.calls(upstream) - before, 1 if is_limit else 2)
+                        if status != 500:
+                            self.assertGreaterEqual(int(reply.headers["retry-after"]), 1)
+                        if is_limit:               # and now nothing is sent for a while
+                            self.assertEqual(self.ask(client, upstream, "a", stream).status, status)
+                            self.assertEqual(self.calls(upstream) - before, 1)
+
+    def test_one_more_try_makes_it_good(self) -> None:
+        for client, upstream in CELLS:
+            for thinking in ([], HIDDEN[upstream]):
+                for last in (failing(upstream, "server_error"),
+                             failing(upstream, "overloaded_error"), []):
+                    with self.subTest(client=client, upstream=upstream, last=last):
+                        frames = sse(*START[upstream], *thinking) + last
+                        self.fake.script(UPSTREAMS[upstream][0], Answer(
+                            chunks=frames, end=bool(last)))
+                        reply = self.ask(client, upstream, "hello @@reasoning=0@@", True)
+                        self.assertEqual(reply.status, 200, reply)
+                        self.assertIn(b"hello", reply.body)
+                        self.assertNotIn(b"error", reply.body.replace(b'"error":null', b""))
+
+    def test_a_stream_that_has_shown_something_is_not_asked_again(self) -> None:
+        for client, upstream in CELLS:
+            with self.subTest(client=client, upstream=upstream):
+                before = self.calls(upstream)
+                reply = self.ask(client, upstream, "@@events=3 error=1 reasoning=0@@", True)
+                self.assertEqual(reply.status, 200)
+                self.assertIn(b"fake stream error", reply.body)
+                self.assertEqual(self.calls(upstream) - before, 1)
+
+    def test_a_stream_that_is_cut_at_once_is_a_502(self) -> None:
+        for path, make in REQUESTS:
+            for more in ("", " rst=1"):
+                reply = self.proxy.stream(path, make("@@events=5 reasoning=0 cut=0%s@@" % more))
+                self.assertEqual(reply.status, 502)
+                self.assertTrue(self.error_of(reply)["message"])
+
+    def test_headers_about_retries_are_passed(self) -> None:
+        told = {"x-should-retry": "false", "retry-after-ms": "1500",
+                "x-ratelimit-remaining-requests": "0", "anthropic-ratelimit-requests-limit": "5"}
+        for client, upstream in CELLS:
+            with self.subTest(client=client, upstream=upstream):
+                self.proxy.post("/limits/clear", {})
+                self.fake.script(UPSTREAMS[upstream][0], Answer(429, dict(told), {
+                    "error": {"message": "slow down", "code": "rate_limited"}}))
+                reply = self.ask(client, upstream, "a", False)
+                self.assertEqual(reply.status, 429)
+                self.assertEqual(reply.headers["retry-after"], "2")
+                for name in told:
+                    self.assertIn(name, reply.headers)
+                self.assertLessEqual(int(reply.headers["retry-after-ms"]), 1500)
+
+
+class WhatIsForeseenAndRepeated(ProxyCase):
+    def test_message_start_foresees_the_prompt(self) -> None:
+        for model in ("gpt-4.1", "gpt-5.3-codex"):
+            for text, least, most in (("hello", 1, 50), ("many words " * 40000, 60000, 200000)):
+                events = self.proxy.stream("/v1/messages", message(text, model)).events
+                foreseen = events[0]["message"]["usage"]["input_tokens"]
+                self.assertTrue(least < foreseen < most, foreseen)
+                told = events[-2]["usage"]
+                self.assertEqual(events[-2]["type"], "message_delta")
+                self.assertNotEqual(told["input_tokens"], foreseen)
+                self.assertGreater(told["output_tokens"], 0)
+
+    def test_a_response_object_repeats_its_request(self) -> None:
+        said = {"instructions": "Be brief.", "metadata": {"a": "b"}, "temperature": 0.5,
+                "max_output_tokens": 50, "tool_choice": "auto", "parallel_tool_calls": False,
+                "tools": [{"type": "function", "name": "f", "parameters": {
+                    "type": "object", "properties": {}}}], "user": "me"}
+        for model in ("gpt-4.1", "gpt-5.3-codex", "claude-sonnet-4.6"):
+            body = ask_responses("hi", model, **said)
+            whole = self.proxy.post("/v1/responses", body).json
+            first = whole["id"]
+            following = dict(body, input="and?", previous_response_id=first)
+            answers = [whole, self.proxy.post("/v1/responses", following).json]
+            for event in self.proxy.stream("/v1/responses", following).events:
+                answers += [event["response"]] if "response" in event else []
+            for at, answer in enumerate(answers):
+                with self.subTest(model=model, at=at):
+                    for name, value in said.items():
+                        if name != "temperature" or model == "claude-sonnet-4.6":
+                            self.assertEqual(answer[name], value, name)
+                    self.assertEqual(answer.get("previous_response_id"), first if at else None)
+            self.assertGreater(len(answers), 4)
+
+
+class SameFields(unittest.TestCase):
+    """What a whole answer carries a stream carries, too, in every dialect that has a word."""
+    TOKENS = [{"token": "Hi", "logprob": -0.5, "bytes": [72, 105], "top_logprobs": []}]
+    NOTE = {"url": "https://a.example", "title": "A", "start_index": 0, "end_index": 2}
+
+    def upstream_events(self, upstream: str) -> list[Any]:
+        if upstream == "chat":
+            first = chunk({"content": "Hi"}, logprobs={"content": self.TOKENS},
+                          system_fingerprint="fp", service_tier="default")
+            note = {"type": "url_citation", "url_citation": self.NOTE}
+            return [*START[upstream], first, chunk({"annotations": [note]}), *END[upstream]]
+        if upstream == "messages":
+            cite = {"type": "web_search_result_location", "url": self.NOTE["url"], "title": "A",
+                    "cited_text": "words", "encrypted_index": "e"}
+            return [*START[upstream], *TEXT[upstream][:2], block("delta", index=1, delta={
+                "type": "citations_delta", "citation": cite}), TEXT[upstream][2], *END[upstream]]
+        delta = dict(TEXT[upstream][1], logprobs=self.TOKENS)
+        note = response("output_text.annotation.added", output_index=1, content_index=0,
+                        item_id="msg_1", annotation_index=0,
+                        annotation=dict(self.NOTE, type="url_citation"))
+        return [*START[upstream], TEXT[upstream][0], delta, note, *END[upstream]]
+
+    def test_citations_and_logprobs_cross_over(self) -> None:
+        for client, upstream in CELLS:
+            if client == upstream:
+                continue
+            with self.subTest(client=client, upstream=upstream):
+                frames = sse(*self.upstream_events(upstream))
+                streamed, _ = relayed(client, upstream, frames)
+                request = cp.Request("asked", client)
+                answer = cp.read_answer(cp.DIALECTS[upstream], b"".join(frames), True, request)
+                whole = cp.DIALECTS[client].encode_response(answer, request)
+                for found in (json.dumps(streamed), json.dumps(whole)):
+                    self.assertIn('"url": "https://a.example"', found)
+                    if client != "messages" and upstream != "messages":
+                        self.assertIn('"logprob": -0.5', found)
+                    if client == "chat":
+                        self.assertIn('"url_citation": {"url"', found)
+
+    def test_a_thinking_that_alternates_with_the_text_leaves_it_whole(self) -> None:
+        pieces = [chunk({"reasoning_text": "a"}), chunk({"content": "Hel"}),
+                  chunk({"reasoning_text": "b"}), chunk({"content": "lo "}),
+                  chunk({"reasoning_text": "c", "content": "you"}), chunk({"content": "."})]
+        frames = sse(*START["chat"], *pieces, *END["chat"])
+        for client in ("messages", "responses"):
+            events, _ = relayed(client, "chat", frames)
+            text = json.dumps(events)
+            if client == "messages":
+                kinds = [event["content_block"]["type"] for event in events
+                         if event["type"] == "content_block_start"]
+                self.assertEqual(kinds, ["thinking", "text", "thinking"])
+            else:
+                kinds = [item["type"] for item in events[-1]["response"]["output"]]
+                self.assertEqual(kinds, ["reasoning", "message", "reasoning"])
+                self.assertIn("Hello you.", text)
+
+    def test_calls_named_late_begin_with_their_name(self) -> None:
+        late = [chunk(call(0, id="a")), chunk(call(0, arguments='{"x"')),
+                chunk(call(0, name="f", arguments=":1}"))]
+        for client in ("messages", "responses"):
+            events, _ = relayed(client, "chat", sse(
+                *START["chat"], *late, chunk({}, "tool_calls"), "[DONE]"))
+            begun = [event.get("content_block") or event.get("item") for event in events
+                     if event["type"] in ("content_block_start", "response.output_item.added")]
+            self.assertEqual([one["name"] for one in begun], ["f"])
 
 
 if __name__ == "__main__":

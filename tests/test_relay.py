@@ -91,8 +91,9 @@ class StreamTest(RelayCase):
                     self.assertIn(b"error", reply.frames[-1].data)
 
     def test_a_cut_at_any_place_ends_with_an_error_event(self) -> None:
+        """Behind the first word; before it the answer is a 502, see test_answers."""
         for path, make in REQUESTS:
-            for place in (0, 1, 3, 5):
+            for place in (1, 3, 5):
                 for more in ("", " rst=1") + (" bytewise=1 crlf=1",) * (SLOW or place == 1):
                     with self.subTest(path=path, place=place, more=more):
                         client = self.client()
