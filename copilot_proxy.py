@@ -2577,8 +2577,13 @@ class StreamRelay:
     def restart(self) -> StreamRelay:
         """A new one for the same client, for another try of the upstream."""
         fresh = self._copy()
-        fresh.on_final, fresh.names = self.on_final, self.names
+        fresh.serve_like(self)
         return fresh
+
+    def serve_like(self, other: StreamRelay) -> None:
+        """Do for the client what another one was to do."""
+        self.on_final = other.on_final
+        self.names = other.names
 
     def _copy(self) -> StreamRelay:
         return type(self)(self.dialect, self.asked, self._options, self.request)
@@ -4975,6 +4980,7 @@ class ChatChunks:
 
     def rest(self) -> list[Json]:
         """At the end: calls that were never named."""
+        self.logprobs = None
         nameless = [
             call for call in self._open.values() if call.number < 0 and call.waiting
         ]
@@ -5072,7 +5078,6 @@ class ChatStream(StreamRelay):
         if not self._started:
             return b""
         rest = self._chunks.rest()
-        self._chunks.logprobs = None
         if rest:
             out = self._chunk({"tool_calls": rest})
         else:
