@@ -4980,7 +4980,6 @@ class ChatChunks:
 
     def rest(self) -> list[Json]:
         """At the end: calls that were never named."""
-        self.logprobs = None
         nameless = [
             call for call in self._open.values() if call.number < 0 and call.waiting
         ]
@@ -5078,6 +5077,7 @@ class ChatStream(StreamRelay):
         if not self._started:
             return b""
         rest = self._chunks.rest()
+        self._chunks.read({})
         if rest:
             out = self._chunk({"tool_calls": rest})
         else:
