@@ -1754,6 +1754,10 @@ class Request:
         """Take the time with this from now on."""
         self.elapsed_ns = elapsed_ns
 
+    def foresee(self, prompt_tokens: int) -> None:
+        """Note the estimate of the prompt."""
+        self.prompt_tokens = prompt_tokens
+
     def lose(self, name: str, reason: str) -> None:
         """Record that something the client said does not go upstream."""
         self.losses.add(name, reason)
@@ -11618,10 +11622,6 @@ class Plan:
             fit_body(edit, upstream, model)
 
         request.now, request.key, request.echo = now, key, echo
-        if is_translated and wants_stream and client.tells_prompt_first:
-            request.prompt_tokens = estimate_tokens(
-                edit.body, model.is_claude, sample_tokens
-            )
         if pipeline is not None:
             pipeline.names = edit.names
         if not wants_stream:
@@ -21043,6 +21043,27 @@ def tell_no_search(exchange: Exchange, body: Json, model: Model) -> None:
 COMPACT_PATH = "/responses/compact"
 
 
+async def read_beginning(
+    answer: UpstreamResponse, pipeline: StreamRelay, timeout_s: float
+) -> bytes:
+    """What of a stream is for the client up to its first content.  Raises UpstreamError."""
+    out: list[bytes] = []
+    try:
+        while not (answer.done or pipeline.ended or pipeline.has_content):
+            out.append(pipeline.feed(await answer.read(timeout_s)))
+        if answer.done:
+            out.append(pipeline.close())
+    except UpstreamError as error:
+        error.mark_early()
+        raise
+
+    failure = pipeline.error
+    if isinstance(failure, UpstreamError) and not pipeline.has_content:
+        failure.mark_early()
+        raise failure
+    return b"".join(out)
+
+
 class Job:
     """A request to a model, from its body to its answer.  Its life, top to bottom:
 
@@ -21207,6 +21228,9 @@ class Job:
             (model.id, BY_HUB + upstream.path) in refused,
         )
         plan.attach(headers, self.repaired, self.echo)
+        if plan.is_translated and plan.pipeline and client.tells_prompt_first:
+            sent = plan.edit.body
+            plan.request.foresee(estimate_tokens(sent, model.is_claude, sample_tokens))
         plan.request.measure(exchange.record.elapsed_ns)
         self.copilot.memory.prepare(plan)
         return plan
@@ -21339,27 +21363,6 @@ class Job:
         if self.keep is not None:
             self.keep(str(plan.answer.get("id")), plan.begun)
         exchange.reply(plan.begun)
-
-
-async def read_beginning(
-    answer: UpstreamResponse, pipeline: StreamRelay, timeout_s: float
-) -> bytes:
-    """What of a stream is for the client up to its first content.  Raises UpstreamError."""
-    out: list[bytes] = []
-    try:
-        while not (answer.done or pipeline.ended or pipeline.has_content):
-            out.append(pipeline.feed(await answer.read(timeout_s)))
-        if answer.done:
-            out.append(pipeline.close())
-    except UpstreamError as error:
-        error.mark_early()
-        raise
-
-    failure = pipeline.error
-    if isinstance(failure, UpstreamError) and not pipeline.has_content:
-        failure.mark_early()
-        raise failure
-    return b"".join(out)
 
 
 async def compact(job: Job) -> None:
