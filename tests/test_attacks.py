@@ -59,6 +59,16 @@ WHOLE = b"%x\r\n%b\r\n0\r\n\r\n" % (len(GOOD), GOOD)
 BOMB = gzip.compress(b" " * (40 << 20))
 
 ATTACKS = (
+    # -- paths that hold what other clients put into the body
+    Attack("a Gemini method nobody knows", line(b"POST /v1beta/models/gpt-4.1:hack"), (404,)),
+    Attack("a Gemini path of colons", line(b"POST /v1beta/models/" + b":" * 9000), (404,)),
+    Attack("a Gemini model of 9 KB", line(b"POST /v1beta/models/" + b"a" * 9000
+                                          + b":generateContent"), (400, 404)),
+    Attack("a Gemini path that climbs", line(b"POST /v1beta/models/..%2f..%2ftoken:countTokens"),
+           (400, 404)),
+    Attack("an Azure deployment without a name", line(b"POST /openai/deployments//chat/completions"),
+           (400, 404)),
+    Attack("an Azure path of prefixes", line(b"GET " + b"/openai/v1" * 900 + b"/nowhere"), (404,)),
     # -- request smuggling
     Attack("CL and TE", head(LENGTH, CHUNKED) + WHOLE, (400,)),
     Attack("TE and CL", head(CHUNKED, LENGTH) + WHOLE, (400,)),
