@@ -8698,21 +8698,23 @@ def _read_inline(blob: Json, place: str, request: Request) -> list[Part]:
     )
 
 
+def is_image_address(address: str, kind: str) -> bool:
+    """Can this be fetched as an image?  Files that Google stores cannot."""
+    is_linked = address.lower().startswith(("https://", "http://"))
+    is_stored = "generativelanguage" in address[:MAX_HOST_CHARS]
+    return is_linked and not is_stored and kind.lower().startswith("image/")
+
+
 def _read_linked(file: Json, place: str, request: Request) -> list[Part]:
     """A file by its address.  Only images can be fetched, and only if the user allows that."""
-    address, kind = (
-        str(file.get("fileUri") or ""),
-        str(file.get("mimeType") or "image/"),
-    )
+    address = str(file.get("fileUri") or "")
     inline = _DATA_URL.match(address)
     if inline:
         return media_parts(inline.group(1), inline.group(2), None, place + ".fileData")
-    is_linked = address.lower().startswith(("https://", "http://"))
-    is_stored = "generativelanguage" in address[:MAX_HOST_CHARS]
-    if not is_linked or is_stored or not kind.lower().startswith("image/"):
+    if not is_image_address(address, str(file.get("mimeType") or "image/")):
         raise BadRequest(
-            "'%s.fileData': files that are stored elsewhere cannot be read: send the "
-            "file itself as inlineData" % place,
+            "'%s.fileData': files that are stored elsewhere cannot be read: send the file "
+            "itself as inlineData" % place,
             param=place,
         )
     return [Image(url=address)]
@@ -10859,6 +10861,20 @@ def linked_images(body: Json) -> list[LinkedImage]:
             and not is_inline_image(url)
         ):
             found.append(LinkedImage(part, holder, key, url))
+    return found + gemini_links(body)
+
+
+def gemini_links(body: Json) -> list[LinkedImage]:
+    """The same in Gemini's words, which become a data: URL in the place of the address."""
+    found = []
+    for content in as_list(body.get("contents")):
+        for part in map(as_object, gemini_parts(content)):
+            for name, key in (("fileData", "fileUri"), ("file_data", "file_uri")):
+                file = as_object(part.get(name))
+                kind = file.get("mimeType") or file.get("mime_type") or "image/"
+                url = str(file.get(key) or "")
+                if is_image_address(url, str(kind)):
+                    found.append(LinkedImage(part, file, key, url))
     return found
 
 
@@ -10875,8 +10891,11 @@ def image_parts(body: Json) -> list[Json]:
 
 def put_note(part: Json) -> None:
     """Turn an image into a few words that say that it was left out."""
+    kind = "text"
+    if part.get("type") == "input_image":
+        kind = "input_text"
     note = given(
-        type="input_text" if part["type"] == "input_image" else "text",
+        type=kind if "type" in part else None,
         cache_control=part.get("cache_control"),
         text=SHED_IMAGE,
     )

@@ -66,8 +66,8 @@ ATTACKS = (
                                           + b":generateContent"), (400, 404)),
     Attack("a Gemini path that climbs", line(b"POST /v1beta/models/..%2f..%2ftoken:countTokens"),
            (400, 404)),
-    Attack("an Azure deployment without a name", line(b"POST /openai/deployments//chat/completions"),
-           (400, 404)),
+    Attack("an Azure deployment without a name",
+           line(b"POST /openai/deployments//chat/completions"), (400, 404)),
     Attack("an Azure path of prefixes", line(b"GET " + b"/openai/v1" * 900 + b"/nowhere"), (404,)),
     # -- request smuggling
     Attack("CL and TE", head(LENGTH, CHUNKED) + WHOLE, (400,)),

@@ -199,6 +199,20 @@ class RequestTest(unittest.TestCase):
             with self.assertRaisesRegex(cp.BadRequest, word):
                 decode(body)
 
+    def test_images_by_address_can_be_fetched(self) -> None:
+        file = {"fileUri": "https://example.com/a.png", "mimeType": "image/png"}
+        other = {"file_uri": "https://example.com/b.png"}
+        body = one({"fileData": file}, {"file_data": other}, {"fileData": {"fileUri": "files/x"}},
+                   {"fileData": {"fileUri": "https://example.com/c.pdf",
+                                 "mimeType": "application/pdf"}})
+        links = cp.linked_images(body)
+        self.assertEqual([link.url for link in links], [file["fileUri"], other["file_uri"]])
+        links[0].put("image/png", PIXEL)
+        cp.put_note(links[1].part)
+        del body["contents"][0]["parts"][2:]
+        self.assertEqual(decode(body).turns[0].parts, [cp.Image("image/png", PIXEL),
+                                                       cp.Text(cp.SHED_IMAGE)])
+
     def test_what_nobody_runs_is_a_loss(self) -> None:
         request = decode(one({"text": "x"}, {"executableCode": {"code": "1+1"}}, {"odd": {"a": 1}},
                              {"thoughtSignature": base64.b64encode(b"google's own").decode()},
