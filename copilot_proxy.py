@@ -4074,6 +4074,19 @@ def note_unknown(request: Request, source: Json, *known: str) -> None:
             request.lose(name[:60], NO_COUNTERPART)
 
 
+def _joined_run(run: list[Reasoning]) -> list[Part]:
+    """Words without state belong to the first state, unless the states have words of their own."""
+    loose = "".join(part.text for part in run if not part.signature)
+    states: list[Part] = [part for part in run if part.signature]
+    if not loose or any(map(text_in, states)):
+        return states
+    for at, part in enumerate(states):
+        if isinstance(part, Reasoning) and not part.redacted:
+            states[at] = replace(part, text=loose)
+            return states
+    return [Reasoning(loose), *states]
+
+
 def join_thoughts(turns: list[Turn]) -> None:
     """Thinking that came in pieces, with its state behind the last one, becomes one part again."""
     for turn in turns:
@@ -4086,19 +4099,6 @@ def join_thoughts(turns: list[Turn]) -> None:
                 joined += [*_joined_run(run), part]
                 run = []
         turn.parts[:] = joined + _joined_run(run)
-
-
-def _joined_run(run: list[Reasoning]) -> list[Part]:
-    """Words without state belong to the first state, unless the states have words of their own."""
-    loose = "".join(part.text for part in run if not part.signature)
-    states: list[Part] = [part for part in run if part.signature]
-    if not loose or any(map(text_in, states)):
-        return states
-    for at, part in enumerate(states):
-        if isinstance(part, Reasoning) and not part.redacted:
-            states[at] = replace(part, text=loose)
-            return states
-    return [Reasoning(loose), *states]
 
 
 class UnansweredCalls:
@@ -10848,6 +10848,20 @@ class LinkedImage(NamedTuple):
             self.holder[self.key] = "data:%s;base64,%s" % (media_type, data)
 
 
+def gemini_links(body: Json) -> list[LinkedImage]:
+    """The same in Gemini's words, which become a data: URL in the place of the address."""
+    found = []
+    for content in as_list(body.get("contents")):
+        for part in map(as_object, gemini_parts(content)):
+            for name, key in (("fileData", "fileUri"), ("file_data", "file_uri")):
+                file = as_object(part.get(name))
+                kind = file.get("mimeType") or file.get("mime_type") or "image/"
+                url = str(file.get(key) or "")
+                if is_image_address(url, str(kind)):
+                    found.append(LinkedImage(part, file, key, url))
+    return found
+
+
 def linked_images(body: Json) -> list[LinkedImage]:
     """All that are named by URL, in order."""
     found = []
@@ -10862,20 +10876,6 @@ def linked_images(body: Json) -> list[LinkedImage]:
         ):
             found.append(LinkedImage(part, holder, key, url))
     return found + gemini_links(body)
-
-
-def gemini_links(body: Json) -> list[LinkedImage]:
-    """The same in Gemini's words, which become a data: URL in the place of the address."""
-    found = []
-    for content in as_list(body.get("contents")):
-        for part in map(as_object, gemini_parts(content)):
-            for name, key in (("fileData", "fileUri"), ("file_data", "file_uri")):
-                file = as_object(part.get(name))
-                kind = file.get("mimeType") or file.get("mime_type") or "image/"
-                url = str(file.get(key) or "")
-                if is_image_address(url, str(kind)):
-                    found.append(LinkedImage(part, file, key, url))
-    return found
 
 
 def last_turn(body: Json) -> Json:
