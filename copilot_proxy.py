@@ -4161,7 +4161,9 @@ def pair_by_order(turns: list[Turn]) -> None:
 def preflight(request: Request, model: Model) -> None:
     """Refuse images for a model without eyes, leave fields of OpenAI's own to its models."""
     if not model.is_openai:
-        for key in request.openai.keys() - HARMLESS:
+        for key in (
+            request.openai.keys() - HARMLESS | {"logprobs"} & request.openai.keys()
+        ):
             request.lose(key, "the model is not OpenAI's")
         request.openai = {}
     elif model.id.startswith(("gpt-4", "gpt-3")) and request.openai.pop(
@@ -5439,6 +5441,8 @@ class ChatCompletions(Dialect):
         options = as_object(body.get("stream_options"))
         request.wants_usage = options.get("include_usage") is True
         request.openai.update(given(verbosity=body.get("verbosity") or None))
+        if body.get("logprobs") is True:
+            request.openai["logprobs"] = True
         for at, message in enumerate(check_list(body, "messages")):
             self.read_turn(request, message, "messages[%d]" % at)
         return request
@@ -6033,6 +6037,7 @@ _OWN_ITEMS = frozenset(
         "image_generation_call",
     )
 )
+LOGPROBS = "message.output_text.logprobs"  # of `include`
 _TEXT_EVENTS = (
     "response.output_text.delta",
     "response.output_text.done",
@@ -6614,6 +6619,8 @@ class Responses(Dialect):
         request = read_fields(self, body, "input instructions")
         verbosity = as_object(body.get("text")).get("verbosity")
         request.openai.update(given(verbosity=verbosity or None))
+        if LOGPROBS in as_list(body.get("include")) or body.get("top_logprobs"):
+            request.openai["logprobs"] = True
         if body.get("instructions"):
             request.add_turn("system", [Text(str(body["instructions"]))])
         if isinstance(body.get("input"), str):
@@ -6775,6 +6782,8 @@ class Responses(Dialect):
         body.update(given(instructions="\n\n".join(instructions) or None))
         if "verbosity" in body:
             body.setdefault("text", {})["verbosity"] = body.pop("verbosity")
+        if body.pop("logprobs", None):
+            body["include"] = [LOGPROBS]
         if model.efforts and not request.hides_thinking:
             # other dialects' clients have no word for the summary and want to see the thinking
             body.setdefault("reasoning", {})["summary"] = "auto"
@@ -22027,6 +22036,8 @@ def read_embeddings(
         value = as_object(loads(answer, decode_vectors, VECTORS_ROOM_BYTES))
     except ValueError:
         value = {}
+    if value.get("error"):
+        raise told_error(value)
     items = [
         item
         for item in as_list(value.get("data"))

@@ -520,6 +520,28 @@ class BeforeTheFirstByte(ProxyCase):
                 self.assertEqual(reply.status, 502)
                 self.assertTrue(self.error_of(reply)["message"])
 
+    def test_a_failure_told_in_place_of_embeddings(self) -> None:
+        self.fake.script("/embeddings", Answer(body={
+            "error": {"code": "rate_limited", "message": "slow down"}}))
+        reply = self.proxy.post("/v1/embeddings", {
+            "model": "text-embedding-3-small", "input": "a"})
+        self.assertEqual((reply.status, self.error_of(reply)["message"]), (429, "slow down"))
+
+    def test_the_wish_for_log_probabilities_crosses_over_or_is_named(self) -> None:
+        include = "message.output_text.logprobs"
+        for client, said in (("chat", {"logprobs": True, "top_logprobs": 2}),
+                             ("responses", {"include": [include], "top_logprobs": 2})):
+            for upstream in NAMES:
+                reply = self.ask(client, upstream, "hi", False, **said)
+                self.assertEqual(reply.status, 200, reply)
+                sent = json.loads(self.fake.last(UPSTREAMS[upstream][0]).body)
+                if upstream == "messages":
+                    self.assertIn("logprobs", reply.headers["x-copilot-proxy-lossy"])
+                elif upstream == "chat":
+                    self.assertIs(sent["logprobs"], True)
+                else:
+                    self.assertIn(include, sent["include"])
+
     def test_headers_about_retries_are_passed(self) -> None:
         told = {"x-should-retry": "false", "retry-after-ms": "1500",
                 "x-ratelimit-remaining-requests": "0", "anthropic-ratelimit-requests-limit": "5"}
