@@ -1183,7 +1183,7 @@ def floats_to_base64(vector: list[float]) -> str:
 
 
 # ==== 5. Vocabulary ===============================================================================
-# What the dialects have in common, in neutral words.  Glossary: dialect = one of the three API
+# What the dialects have in common, in neutral words.  Glossary: dialect = one of the five API
 # shapes; model = an entry of the upstream's catalogue; asked = the model id that the client wrote;
 # loss = something of the request that did not go upstream, and why.
 
@@ -3275,7 +3275,7 @@ def refuse_image_urls(content: Any, place: str) -> None:
             )
 
 
-# ---- From one dialect to another: what all three share ----
+# ---- From one dialect to another: what all share ----
 
 OPAQUE_TAG = "cpx1."  # marks state that this proxy packed; a dot never is in base64
 FOREIGN_STATE = "minted by another dialect"

@@ -388,11 +388,16 @@ class ChatClients(ClientCase):
         self.assertEqual({reply.json["choices"][0]["message"]["content"] for reply in replies},
                          {"Echo: title", "Echo: tags", "Echo: follow-ups"})
 
-    def test_a_later_dialect_is_a_clear_404(self) -> None:
-        reply = self.proxy.request(
-            "POST", "/v1beta/models/gemini-3.1-pro-preview:streamGenerateContent?alt=sse",
-            {"contents": []}, {"x-goog-api-key": "any"})
-        self.assertEqual((reply.status, reply.json["error"]["code"]), (404, "unknown_url"))
+    def test_gemini_cli_is_answered_in_its_dialect(self) -> None:
+        path = "/v1beta/models/gemini-3.1-pro-preview:%s?alt=sse"
+        said = [{"parts": [{"text": "hi"}]}]
+        for method, contents, status in (("streamGenerateContent", said, 200),
+                                         ("streamGenerateContent", [], 400), ("predict", [], 404)):
+            reply = self.proxy.request("POST", path % method, {"contents": contents},
+                                       {"x-goog-api-key": "any"})
+            self.assertEqual(reply.status, status, reply)
+            if status != 200:
+                self.assertEqual(reply.json["error"]["code"], status)
 
 
 class ResponsesClients(ClientCase):
