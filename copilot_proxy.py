@@ -229,6 +229,7 @@ EXPOSED_HEADERS = (  # that pages of --cors-origin may read, beside those of the
     "retry-after",
     "retry-after-ms",
     "x-should-retry",
+    "x-copilot-proxy-search",
     "x-copilot-proxy-auto",
     "x-copilot-proxy-credits",
     "x-copilot-proxy-fallback",
@@ -376,6 +377,8 @@ AUTO_PROMPT_TOKENS, AUTO_OUTPUT_TOKENS = (
     128000,
     16000,
 )  # of auto, where nothing is listed
+MAX_QUERY_CHARS, MAX_QUERIES = 4000, 20  # of a search of the web; of one request
+MAX_SOURCES = 50  # of a search
 MAX_IMAGES, MAX_GEMINI_IMAGES = 20, 10  # the upstream's own limits
 ATTACHMENTS_URL = "https://github.com/github-copilot/chat/attachments/"
 NANO, MILLION = 10**9, 10**6  # nano-AIU of a credit (USD 0.01)
@@ -1240,6 +1243,13 @@ def read_usage(usage: Json) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count is not None}
 
 
+def parts_of(share: float) -> int:
+    """0.1 -> 100000 of a million; what is no share is 0."""
+    if 0 < share < 1:
+        return round(share * MILLION)
+    return 0
+
+
 class PriceTier(NamedTuple):
     """Prices of prompts up to a length.  most_tokens: of such a prompt; nano: kind of token ->
     nano-AIU for `Prices.batch` of them."""
@@ -1343,13 +1353,6 @@ class Prices:
             kind: price * MILLION / self.batch / NANO
             for kind, price in self.tiers[0].nano.items()
         }
-
-
-def parts_of(share: float) -> int:
-    """0.1 -> 100000 of a million; what is no share is 0."""
-    if 0 < share < 1:
-        return round(share * MILLION)
-    return 0
 
 
 #: by these words a notice of the upstream is known to announce the end of a model
@@ -11299,6 +11302,149 @@ def retirement_of(asked: str) -> str:
     return ""
 
 
+#: models that search the web for others, the cheapest first; after them any GPT from 5 on
+SEARCH_MODELS = ("gpt-5-mini", "gpt-5.4-mini", "gpt-5.4-nano", "gpt-5.6-luna")
+QUERY_HEAD = "Perform a web search for the query:"  # of Claude Code
+
+
+@dataclass(frozen=True)
+class SearchWish:
+    """A search of the web.  filters, location: of the tool, in OpenAI's words."""
+
+    query: str
+    filters: Json = field(default_factory=dict)
+    location: Json | None = None
+
+    @classmethod
+    def of_message(cls, body: Json) -> SearchWish:
+        """From a request whose only tool is Anthropic's search."""
+        turns = dicts_in(body, "messages")
+        texts = [
+            text_of(turn.get("content")) for turn in turns if turn.get("role") == "user"
+        ]
+        query = "".join(texts[-1:]).strip()
+        if query.startswith(QUERY_HEAD):
+            query = query[len(QUERY_HEAD) :].strip()
+
+        tool = (dicts_in(body, "tools") or [{}])[0]
+        filters = given(
+            allowed_domains=words(tool.get("allowed_domains")) or None,
+            blocked_domains=words(tool.get("blocked_domains")) or None,
+        )
+        return cls(query, filters, as_object(tool.get("user_location")) or None)
+
+    def request(self, model: Model) -> Json:
+        """The body for /responses."""
+        tool = given(
+            type="web_search", filters=self.filters or None, user_location=self.location
+        )
+        part = {"type": "input_text", "text": self.query[:MAX_QUERY_CHARS]}
+        return {
+            "model": model.id,
+            "input": [{"role": "user", "content": [part]}],
+            "tools": [tool],
+            "stream": False,
+            "store": False,
+        }
+
+
+def search_blocks(query: str, use: str, content: Any) -> list[Json]:
+    """The call of a search and its result, or its error."""
+    return [
+        {
+            "type": "server_tool_use",
+            "id": use,
+            "name": "web_search",
+            "input": {"query": query},
+        },
+        {"type": "web_search_tool_result", "tool_use_id": use, "content": content},
+    ]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search has found.  sources: (url, title), each url once."""
+
+    text: str
+    sources: list[tuple[str, str]]
+    usage: Usage | None = None
+
+    @classmethod
+    def read(cls, answer: Json, usage: Usage | None) -> SearchResult:
+        """From the model's answer.  Raises UpstreamError where it has not searched."""
+        items = dicts_in(answer, "output")
+        parts = [part for item in items for part in dicts_in(item, "content")]
+        marks = [mark for part in parts for mark in dicts_in(part, "annotations")]
+        sources: dict[str, str] = {}
+        for mark in marks[:MAX_SOURCES]:
+            url = mark.get("url")
+            if mark.get("type") == "url_citation" and isinstance(url, str):
+                sources.setdefault(url, str(mark.get("title") or url))
+
+        text = text_of(parts).strip()
+        has_searched = any(item.get("type") == "web_search_call" for item in items)
+        if not text or not (has_searched or sources):
+            raise UpstreamError("the model did not search")
+        return cls(text, list(sources.items()), usage)
+
+    @property
+    def told(self) -> str:
+        """The words with the sources behind them."""
+        lines = ["- %s: %s" % (title, url) for url, title in self.sources]
+        if lines:
+            return "\n".join([self.text, "", "Sources:", *lines])
+        return self.text
+
+    def blocks(self, query: str, use: str) -> list[Json]:
+        """As Anthropic's search tells it; the opaque content is ours and carries nothing."""
+        results = [
+            {
+                "type": "web_search_result",
+                "url": url,
+                "title": title,
+                "page_age": None,
+                "encrypted_content": pack_opaque("search", None, url),
+            }
+            for url, title in self.sources
+        ]
+        return [
+            *search_blocks(query, use, results),
+            {"type": "text", "text": self.told},
+        ]
+
+
+def search_frames(message: Json) -> bytes:
+    """A whole message as a stream: the input of a call and texts come as deltas."""
+    usage = message["usage"]
+    head = dict(
+        message,
+        content=[],
+        stop_reason=None,
+        usage=dict(usage, output_tokens=0),
+    )
+    events: list[Json] = [{"type": "message_start", "message": head}]
+    for at, block in enumerate(message["content"]):
+        shown, delta = block, None
+        if block["type"] == "server_tool_use":
+            shown = dict(block, input={})
+            text = dumps(block["input"]).decode()
+            delta = {"type": "input_json_delta", "partial_json": text}
+        elif block["type"] == "text":
+            shown = dict(block, text="")
+            delta = {"type": "text_delta", "text": block["text"]}
+        events.append(
+            {"type": "content_block_start", "index": at, "content_block": shown}
+        )
+        if delta:
+            events.append({"type": "content_block_delta", "index": at, "delta": delta})
+        events.append({"type": "content_block_stop", "index": at})
+
+    end = {"stop_reason": message["stop_reason"], "stop_sequence": None}
+    events.append({"type": "message_delta", "delta": end, "usage": usage})
+    events.append({"type": "message_stop"})
+    return b"".join(Frame(event["type"], dumps(event)).encode() for event in events)
+
+
 AUTO_NAMES = ("auto", "copilot-auto")
 AUTO_TIERS = ("efficiency", "balance", "intelligence")
 
@@ -12434,6 +12580,12 @@ REPAIRS = (
         "Anthropic, OpenAI",
     ),
     Repair(
+        "tool",
+        r"use of the (web.search) tool is not supported",
+        lambda plan, name: drop_tool(plan, name.replace(" ", "_")),
+        "Copilot, of Anthropic's search",
+    ),
+    Repair(
         "cache time",
         r"cache_control\S{0,40}ttl|extended-cache-ttl",
         lambda plan: drop_cache_times(plan),
@@ -12980,6 +13132,8 @@ OPTIONS = (
         "switch",
         where="start models debug",
     ),
+    Option("search-model", "", "model that searches the web, else a small GPT"),
+    Option("no-web-search", False, "searches of the web fail", "switch"),
     Option(
         "fetch-images",
         False,
@@ -13231,6 +13385,8 @@ class Settings:
     model_alias: tuple[str, ...] = ()
     strict_models: bool = False
     fetch_images: bool = False
+    search_model: str = ""
+    no_web_search: bool = False
     api_key: tuple[str, ...] = ()
     requests_per_minute: int = 0
     max_concurrency: int = 0
@@ -17730,6 +17886,7 @@ LABELS = {
     "/messages/count_tokens": "count_tokens",
     "/responses/input_tokens": "count_tokens",
     "/responses/compact": "compact",
+    "/alpha/search": "search",
     "/api/chat": "ollama",
     "/api/generate": "ollama",
     "/api/embed": "embeddings",
@@ -20812,6 +20969,20 @@ async def account_for(exchange: Exchange) -> Account:
     )
 
 
+async def choose_model(
+    exchange: Exchange, copilot: Account, body: Json, refused: str = ""
+) -> Model:
+    """The model that the upstream chooses for a request that asks for `auto`."""
+    key = session_key(exchange.head.headers, body)
+    if key:
+        key = "%s %s" % (exchange.caller.key_id, key)
+    tier = copilot.tier_of(exchange.record.asked.model) or ""
+    model = await copilot.auto.choose(AutoWish.read(key, tier, body), refused)
+    exchange.headers["x-copilot-proxy-auto"] = printable(model.id)
+    exchange.app.ledger.stats.count({"auto": {model.id: 1}})
+    return model
+
+
 async def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
     """(account, model) of a request.  Raises AuthError, BadRequest."""
     sessions, asked = exchange.app.sessions, body.get("model")
@@ -20847,20 +21018,6 @@ async def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
         body["model"] = model.id
 
     return copilot, model
-
-
-async def choose_model(
-    exchange: Exchange, copilot: Account, body: Json, refused: str = ""
-) -> Model:
-    """The model that the upstream chooses for a request that asks for `auto`."""
-    key = session_key(exchange.head.headers, body)
-    if key:
-        key = "%s %s" % (exchange.caller.key_id, key)
-    tier = copilot.tier_of(exchange.record.asked.model) or ""
-    model = await copilot.auto.choose(AutoWish.read(key, tier, body), refused)
-    exchange.headers["x-copilot-proxy-auto"] = printable(model.id)
-    exchange.app.ledger.stats.count({"auto": {model.id: 1}})
-    return model
 
 
 def name_model(exchange: Exchange, model: Model) -> None:
@@ -21010,62 +21167,35 @@ async def fall_back(
     return other
 
 
-def tell_no_search(exchange: Exchange, body: Json, model: Model) -> None:
-    """Claude Code asks for a search in a request of its own.  Where the upstream has none the
-    answer is a search that failed, instead of words made without one."""
-    query = text_of(
-        as_object((as_list(body.get("messages")) or [0])[-1]).get("content")
-    )
-    use = stable_id("srvtoolu_", exchange.id)
-    blocks: list[Json] = [
-        {
-            "type": "server_tool_use",
-            "id": use,
-            "name": "web_search",
-            "input": {"query": query},
-        },
-        {
-            "type": "web_search_tool_result",
-            "tool_use_id": use,
-            "content": {
-                "type": "web_search_tool_result_error",
-                "error_code": "unavailable",
-            },
-        },
-        {
-            "type": "text",
-            "text": "Web search failed: GitHub Copilot does not serve it for %s."
-            % model.id,
-        },
+def failed_search(query: str, use: str, error: ProxyError) -> list[Json]:
+    """A search that failed, as its client reads it."""
+    if is_limit(error):
+        code = "too_many_requests"
+    else:
+        code = "unavailable"
+    content = {"type": "web_search_tool_result_error", "error_code": code}
+    words_ = {"type": "text", "text": "Web search failed: %s" % error}
+    return [*search_blocks(query, use, content), words_]
+
+
+async def search_model(exchange: Exchange, copilot: Account) -> Model:
+    """The model that searches.  Raises BadRequest."""
+    settings = exchange.app.settings
+    if settings.no_web_search:
+        raise BadRequest("searching the web is off here (--no-web-search)")
+    if settings.search_model:
+        return await copilot.find_model(settings.search_model)
+
+    models = [
+        model
+        for model in await copilot.models()
+        if model.state == "enabled" and RESPONSES.path in model.endpoints
     ]
-
-    request = Request(str(body["model"]), "messages", key=exchange.id)
-
-    if body.get("stream") is not True:
-        whole = MESSAGES.encode_response(Response(exchange.id, ""), request)
-        exchange.reply_json(dict(whole, content=blocks))
-        return
-
-    encoder = MESSAGES.stream_encoder(request)
-    frames = [
-        Frame(kind, dumps(dict({"type": kind, "index": at}, **more))).encode()
-        for at, block in enumerate(blocks)
-        for kind, more in (
-            ("content_block_start", {"content_block": block}),
-            ("content_block_stop", {}),
-        )
-    ]
-
-    exchange.expect_stream(MESSAGES.keepalive)
-    exchange.finish(
-        b"".join(
-            [
-                encoder.feed(ResponseStart(exchange.id, "")),
-                *frames,
-                encoder.feed(ResponseEnd("stop")),
-            ]
-        )
-    )
+    for name in (*SEARCH_MODELS, "gpt-5"):
+        for model in models:
+            if model.id == name or name == "gpt-5" and model.id.startswith(name):
+                return model
+    raise BadRequest("no model of this account searches the web")
 
 
 COMPACT_PATH = "/responses/compact"
@@ -21200,7 +21330,7 @@ class Job:
                 self.plan = await self.compute(self.make_plan)
             plan = self.plan
             if plan is None:
-                tell_no_search(self.exchange, self.body, self.model)
+                await self.answer_search()
                 return None
 
             data = await self.compute(functools.partial(self.body_for, plan))
@@ -21214,6 +21344,53 @@ class Job:
                 if not self.tell(plan, error):
                     raise
                 return None
+
+    @classmethod
+    async def search(
+        cls, exchange: Exchange, copilot: Account, wish: SearchWish
+    ) -> SearchResult:
+        """Have a model search; it costs what its tokens do.  Raises ProxyError."""
+        model = await search_model(exchange, copilot)
+        exchange.record.begin_by("agent")  # it is a step of a tool
+        exchange.headers["x-copilot-proxy-search"] = printable(model.id)
+        exchange.app.ledger.stats.count({"searches": {model.id: 1}})
+        exchange.app.log.info(
+            "%s %s searches the web", exchange.id, printable(model.id)
+        )
+
+        job = cls(exchange, RESPONSES)
+        job.take(copilot, model, wish.request(model))
+        answer = await job.ask()
+        if answer is None or job.plan is None:
+            raise UpstreamError("the search has no answer")
+        job.plan.read(await answer.read_all(), job.plan.streams)
+        return SearchResult.read(job.plan.answer, Usage.of(job.plan.meter.counts))
+
+    async def answer_search(self) -> None:
+        """Claude Code asks for a search in a request of its own: another model makes it.  One that
+        fails is told as such, instead of words made without one."""
+        exchange, body = self.exchange, self.body
+        wish = SearchWish.of_message(body)
+        use, count, usage = stable_id("srvtoolu_", exchange.id), 1, Usage()
+        if body.get("stream") is True:
+            exchange.expect_stream(MESSAGES.keepalive)
+        try:
+            found = await self.search(exchange, self.copilot, wish)
+            blocks, usage = found.blocks(wish.query, use), found.usage or usage
+        except (UpstreamError, BadRequest) as error:
+            blocks, count = failed_search(wish.query, use, error), 0
+            exchange.record.fail(error)
+
+        request = Request(str(body["model"]), "messages", key=exchange.id)
+        message = MESSAGES.encode_response(
+            Response(exchange.id, "", usage=usage), request
+        )
+        message["content"] = blocks
+        message["usage"]["server_tool_use"] = {"web_search_requests": count}
+        if body.get("stream") is True:
+            exchange.finish(search_frames(message))
+        else:
+            exchange.reply_json(message)
 
     async def compute(self, work: Callable[[], Any]) -> Any:
         """`work()`, with a large body in a thread: streams would stand still meanwhile."""
@@ -21391,6 +21568,38 @@ class Job:
         if self.keep is not None:
             self.keep(str(plan.answer.get("id")), plan.begun)
         exchange.reply(plan.begun)
+
+
+async def alpha_search(exchange: Exchange) -> None:
+    """POST /alpha/search: Codex' search of its own.  Pages cannot be opened: there is only what
+    the searching model says of them."""
+    exchange.answer_in(RESPONSES)
+    body = exchange.json_object()
+    key = session_key(exchange.head.headers, body)
+    asked = str(body.get("model") or "")
+    exchange.record.name(exchange.caller.key_id, key, asked, False)
+    commands = as_object(body.get("commands"))
+    searches = dicts_in(commands, "search_query")[:MAX_QUERIES]
+    queries = [str(one["q"]) for one in searches if isinstance(one.get("q"), str)]
+    if not commands:
+        texts = [text_of(item.get("content")) for item in input_items(body)]
+        queries = [text for text in texts if text][-1:]
+    if not queries:
+        exchange.reply_json(
+            {"output": "Only search_query is supported here.", "encrypted_output": None}
+        )
+        return
+
+    settings = as_object(body.get("settings"))
+    domains = [name for one in searches for name in words(one.get("domains"))]
+    filters = as_object(settings.get("filters"))
+    if domains:
+        filters = dict(filters, allowed_domains=domains)
+    wish = SearchWish(
+        "\n".join(queries), filters, as_object(settings.get("user_location")) or None
+    )
+    found = await Job.search(exchange, await account_for(exchange), wish)
+    exchange.reply_json({"output": found.told, "encrypted_output": None})
 
 
 async def compact(job: Job) -> None:
@@ -21768,6 +21977,7 @@ def stats_report(exchange: Exchange) -> Json:
         "totals": {**NO_COUNTS, "requests": 0, "errors": 0, **stats.group("totals")},
         "price_check": price_check(stats),
         "auto": stats.group("auto"),
+        "searches": stats.group("searches"),
         "approvals": [],
         "budget": None,
         "history": ledger.history_state(),
@@ -22800,6 +23010,7 @@ ROUTES: Routes = {
     },
     "/responses/input_tokens": {"POST": count_input},
     COMPACT_PATH: {"POST": functools.partial(complete, RESPONSES)},
+    "/alpha/search": {"POST": alpha_search},
     "/responses/*": {"GET": stored_response, "DELETE": stored_response},
     "/completions": {"POST": completions},
     "/messages": {"POST": functools.partial(complete, MESSAGES)},

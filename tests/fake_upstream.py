@@ -1146,8 +1146,16 @@ def response_items(said: Said) -> List[Json]:
         summary = [{"type": "summary_text", "text": said.reasoning}]
         sealed = said.ask.fake.seal("reasoning", "state %d" % said.ask.fake.next_number())
         items.append({"type": "reasoning", "summary": summary, "encrypted_content": sealed})
+    found = said.ask.fake.search_results
+    searches = found is not None and any(
+        tool.get("type") == "web_search" for tool in said.ask.body.get("tools") or [])
+    if searches:
+        items.append({"type": "web_search_call", "status": "completed",
+                      "action": {"type": "search", "query": said.text}})
     if said.pieces:
-        part = {"type": "output_text", "text": said.text, "annotations": [], "logprobs": []}
+        part = {"type": "output_text", "text": said.text, "logprobs": [], "annotations": [
+            {"type": "url_citation", "url": url, "title": title, "start_index": 0, "end_index": 1}
+            for title, url in (found or [] if searches else [])]}
         items.append({"type": "message", "role": "assistant", "status": "completed",
                       "content": [part]})
     for call in said.calls:
@@ -1979,6 +1987,8 @@ class FakeUpstream:
         self.selector_s = 86400.0          # life of a choice
         self.selectors: Dict[str, Tuple[str, str]] = {}  # token -> (model, login)
         self.refused_versions: Set[str] = set()  # X-GitHub-Api-Version values that get 466
+        #: (title, url) that hosted searches cite; None: models do not search
+        self.search_results: Optional[List[Tuple[str, str]]] = None
         self.compacts = False              # /responses makes a compaction item for a trigger
         self.billing_notice = False        # /models refuses all but the developer CLI identity
         self.count_tokens_fails = False

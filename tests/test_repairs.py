@@ -209,6 +209,10 @@ CASES = (
             "invalid_value", "tools[0].type")),
     Case("tool", MESSAGES, message("hi", SONNET, tools=[
         TOOL, {"type": "web_search_20250305", "name": "web_search"}]), at(""), None),
+    Case("tool", MESSAGES, message("hi", SONNET, tools=[
+        TOOL, {"type": "web_search_20250305", "name": "web_search"}]),
+        holds_text("web_search_20250305"), bad(
+            "The use of the web search tool is not supported.", "unsupported_value")),
     Case("beta", MESSAGES, message("hi", SONNET),
          lambda ask: "advanced" in ask.headers.get("anthropic-beta", ""), bad_message(
              "Unexpected value(s) `advanced-tool-use-2025-11-20` for the `anthropic-beta` header."),
@@ -830,6 +834,7 @@ class HiccupTest(Posting):
 
 class SearchTest(Posting):
     """Claude Code's search: a tool error where the upstream has no search."""
+    settings = {"no_web_search": True}
     SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
 
     def check(self, model: str, calls: int, stream: bool) -> None:
@@ -841,6 +846,9 @@ class SearchTest(Posting):
         if stream:
             blocks = [e["content_block"] for e in reply.events if e["type"] ==
                       "content_block_start"]
+            texts = [e["delta"].get("text", "") for e in reply.events
+                     if e["type"] == "content_block_delta"]
+            blocks[-1]["text"] += "".join(texts)
             self.assertEqual(reply.events[-1]["type"], "message_stop")
             self.assertEqual(reply.events[0]["message"]["model"], model)
         else:
