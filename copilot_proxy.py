@@ -21363,7 +21363,6 @@ class Job:
         answer = await job.ask()
         if answer is None or job.plan is None:
             raise UpstreamError("the search has no answer")
-        job.plan.read(await answer.read_all(), job.plan.streams)
         return SearchResult.read(job.plan.answer, Usage.of(job.plan.meter.counts))
 
     async def answer_search(self) -> None:
