@@ -275,6 +275,10 @@ WORKER_IDLE_S = 10.0  # then an idle worker thread ends
 MAX_WORKERS, WORKER_QUEUE = 6, 256  # threads for what may block; what may wait for one
 INLINE_BYTES = 128 * 1024  # a larger body is parsed in a thread
 HEADS_KEPT = 200  # beginnings of upstream requests
+DEFER_S = (
+    0.001  # what a request leaves to be recorded waits no longer for a quiet moment
+)
+LOG_TIME = "%H:%M:%S"
 SLICE_S, MAX_SLICE_S = 0.001, 0.008  # of computing between two looks at the streams
 ACCEPTED_AT_ONCE = 16  # connections in one round of the loop
 SPARE_FILES = 32  # kept free for logins, history, the pool
@@ -16965,6 +16969,26 @@ class Events:
                 reader.put(b"")
 
 
+#: one statement for many rows: each runs outside the interpreter's lock, which the loop wants
+ROWS_PER_INSERT = 999 // len(ROW_FIELDS)  # 999: values that any SQLite takes at once
+
+
+def insert_rows(link: Any, rows: list[Json]) -> None:
+    """Write rows; of texts only what fits on a line."""
+    one = "(%s?)" % ("?, " * (len(ROW_FIELDS) - 1))
+    values = []
+    for row in rows:
+        for value in map(row.get, ROW_FIELDS):
+            if isinstance(value, str) and not (value.isascii() and len(value) < 200):
+                value = printable(value)
+            values.append(value)
+    link.execute(
+        "INSERT INTO requests (%s) VALUES %s"
+        % (", ".join(ROW_FIELDS), ", ".join([one] * len(rows))),
+        values,
+    )
+
+
 class History:
     """The table of requests in SQLite.  One thread writes and reads it, so that no request waits
     for the disk: rows go into a queue, and where the file cannot be written they stay there until
@@ -17102,23 +17126,10 @@ class History:
         while self._jobs:
             self._jobs.popleft()(link)
         while self._rows:
-            rows = [self._rows[at] for at in range(min(len(self._rows), 1000))]
+            most = min(len(self._rows), ROWS_PER_INSERT)
+            rows = [self._rows[at] for at in range(most)]
             with link:
-                link.executemany(
-                    "INSERT INTO requests (%s) VALUES (%s?)"
-                    % (", ".join(ROW_FIELDS), "?, " * (len(ROW_FIELDS) - 1)),
-                    [
-                        [
-                            printable(value)
-                            if isinstance(value, str)
-                            and not (value.isascii() and len(value) < 200)
-                            else value
-                            for value in map(row.get, ROW_FIELDS)
-                        ]
-                        for row in rows
-                    ],
-                )
-
+                insert_rows(link, rows)
                 if secrets.randbelow(1000) < len(rows):  # now and then
                     link.execute(
                         "DELETE FROM requests WHERE at < ? OR n <= (SELECT MAX(n) FROM "
@@ -17426,6 +17437,11 @@ class Budget:
         self._limits = {"": limit} if limit else {}
         self._spent: collections.OrderedDict[str, int] = collections.OrderedDict()
 
+    @property
+    def is_set(self) -> bool:
+        """Is anything limited?"""
+        return bool(self._limits)
+
     async def admit(self, payer: str, wish: str | None, running: int = 0) -> None:
         """May another call go up?  wish: the header that limits this payer; running: nano-AIU that
         its request has spent so far.  Raises RateLimited, BadRequest."""
@@ -17595,8 +17611,10 @@ class Stats:
             for group, amounts in groups.items():
                 counts = self._counts[group]
                 for name, amount in amounts.items():
-                    if name in counts or len(counts) < MAX_NAMES:
-                        counts[name] = counts.get(name, 0) + amount
+                    if name in counts:
+                        counts[name] += amount
+                    elif len(counts) < MAX_NAMES:
+                        counts[name] = amount
 
     def group(self, name: str) -> dict[Any, int]:
         """{name: count}"""
@@ -17937,6 +17955,44 @@ LOOK_PATHS = frozenset(
 )
 
 
+@functools.lru_cache(maxsize=1)
+def log_time(second: int) -> str:
+    """The time of day as a line of the log begins."""
+    return time.strftime(LOG_TIME, time.localtime(second))
+
+
+class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """The log of the command line.  The lines of requests come ready, several at a time: to make a
+    LogRecord of each and to format it takes longer than all the rest of the accounting."""
+
+    @staticmethod
+    def line(level: int, text: str) -> str:
+        """As RedactingFormatter writes it.  text: one line, redacted."""
+        letter = logging.getLevelName(level)[0]
+        return f"{log_time(int(time.time()))} {letter} {visible(text)}\n"
+
+    def write_lines(self, lines: str) -> None:
+        """Write ready lines; a stream that is dead or closed fails no request."""
+        self.acquire()
+        try:
+            self.stream.write(lines)
+            self.flush()
+        except (OSError, ValueError):
+            pass
+        finally:
+            self.release()
+
+
+def line_handler(log: logging.Logger) -> LogHandler | None:
+    """The handler that takes ready lines; None where the log is configured in another way."""
+    handlers = log.handlers
+    if len(handlers) != 1 or log.propagate or log.filters:
+        return None
+    if isinstance(handlers[0], LogHandler):
+        return handlers[0]
+    return None
+
+
 class Notes:
     """Names of what was changed of a request, as its header and its row list them: as many as fit
     into MAX_NOTE_CHARS, then how many more there are."""
@@ -17998,7 +18054,7 @@ class RequestRecord:
     The endpoint that serves the request writes down what it learns, by the methods here; so does
     whoever ends the request.  route: local, passthrough or translated; model: the one that is
     asked; account: that serves; path: the upstream's; error: its kind; failure: in words; meters:
-    one for each answer of the upstream."""
+    one for each answer of the upstream; total_ms: 0 while it runs."""
 
     id: str
     asked: AskedFor
@@ -18016,6 +18072,7 @@ class RequestRecord:
     repairs: Notes = field(default_factory=Notes)
     meters: list[Meter] = field(default_factory=list)
     upstream_id: str | None = None
+    total_ms: float = 0.0
 
     @classmethod
     def begin(
@@ -18094,6 +18151,10 @@ class RequestRecord:
         self.failure = self.failure or "the client left"
         self.error = self.error or "client_left"
 
+    def end(self) -> None:
+        """It is over."""
+        self.total_ms = self.elapsed_ms()
+
     # -- what is known
 
     @property
@@ -18106,6 +18167,8 @@ class RequestRecord:
 
     def counts(self) -> dict[str, int]:
         """What the upstream told so far of tokens and nano-AIU, all its answers together."""
+        if len(self.meters) == 1:
+            return self.meters[0].counts
         total: collections.Counter[str] = collections.Counter()
         for meter in self.meters:
             total.update(meter.counts)
@@ -18156,7 +18219,7 @@ class RequestRecord:
             "estimate": self.estimate(),
             "sent_ms": self.sent_ms or None,
             "first_ms": self.first_byte_ms or None,
-            "total_ms": self.elapsed_ms(),
+            "total_ms": self.total_ms or self.elapsed_ms(),
             "repairs": str(self.repairs) or None,
             "losses": str(self.losses) or None,
             "upstream_id": self.upstream_id,
@@ -18221,6 +18284,8 @@ class Ledger:
         self.history = History(path, log)
         self.budget = Budget(settings.budget, lambda: clock()[1], log, self.events.tell)
         self.running: dict[str, RequestRecord] = {}
+        self._ended: collections.deque[RequestRecord] = collections.deque()
+        self._lines: list[str] = []  # of the log, not written yet
         self.recent: collections.deque[Json] = collections.deque(maxlen=RECENT)
         self.quotas: dict[tuple[str, str], tuple[Account, str, Any, float]] = {}
 
@@ -18235,39 +18300,58 @@ class Ledger:
         if record.asked.label and self.events.readers:
             self.events.tell("request", dict(shown(record.row()), state="running"))
 
+    def end(self, record: RequestRecord) -> None:
+        """A request has ended; it is recorded by `settle`, which may be called a moment later.
+        At once where a budget could be passed meanwhile."""
+        record.end()
+        self._ended.append(record)
+        if record.account is not None:
+            for meter in record.meters:
+                if meter.quotas:
+                    self.see_quotas(record.account, "stream", meter.quotas)
+        if self.budget.is_set:
+            self.settle()
+
+    def settle(self) -> None:
+        """Record the requests that have ended; called before anybody looks."""
+        while self._ended:
+            record = self._ended.popleft()
+            _, error = outcome(self.record, record)
+            if error is not None:
+                self._log.error("%s could not be counted", record.id, exc_info=error)
+
+        lines, self._lines = self._lines, []
+        handler = line_handler(self._log)
+        if lines and handler is not None:
+            handler.write_lines("".join(lines))
+
     def record(self, record: RequestRecord) -> None:
-        """A request has ended: into the counts, the quotas, the history, the log, to the page."""
+        """A request has ended: into the counts, the history, the log, to the page."""
         self.running.pop(record.id, None)
         row, account = record.row(), record.account
         group = "looks" if record.is_look else "requests"
         told: dict[str, dict[Any, int]] = {
             group: {(record.route, str(record.status)): 1}
         }
-        for meter in record.meters:
-            if meter.quotas and account:
-                self.see_quotas(account, "stream", meter.quotas)
         if record.asked.label:
             told.update(self._record_row(row, redact(record.failure)))
         for stats in [self.stats, account.stats] if account else [self.stats]:
             stats.count(told)
 
-        log, level = self._log, logging.INFO
+        level = logging.INFO
         if record.is_look:
             level = logging.DEBUG
-        if log.isEnabledFor(level):
-            # as log.info would, but without its search for the caller's line in each request
-            log.handle(
-                log.makeRecord(
-                    log.name,
-                    level,
-                    "",
-                    0,
-                    record.log_line(row),
-                    (),
-                    None,
-                    extra={"row": row},
-                )
-            )
+        if self._log.isEnabledFor(level):
+            self._log_request(level, record, row)
+
+    def _log_request(self, level: int, record: RequestRecord, row: Json) -> None:
+        log, text = self._log, record.log_line(row)
+        if line_handler(log) is not None:
+            self._lines.append(LogHandler.line(level, text))
+            return
+        # as log.info would, but without its search for the caller's line in each request
+        extra = {"row": row}
+        log.handle(log.makeRecord(log.name, level, "", 0, text, (), None, extra=extra))
 
     def _record_row(self, row: Json, message: str) -> dict[str, dict[Any, int]]:
         """-> what it adds to the counts."""
@@ -18892,6 +18976,7 @@ class App:
         self.stop.set()
         self.login.close()
         self.upstream.pool.close()
+        self.ledger.settle()
         self.ledger.history.close()
 
 
@@ -19773,6 +19858,29 @@ class Task:
         self.deadline = math.inf
 
 
+class Deferred:
+    """Work that one round of the loop leaves to the next, each piece once."""
+
+    def __init__(self) -> None:
+        self._of_this_round: dict[Callable[[], None], None] = {}
+        self._due: dict[Callable[[], None], None] = {}
+
+    @property
+    def is_due(self) -> bool:
+        """Has an earlier round left something?"""
+        return bool(self._due)
+
+    def add(self, work: Callable[[], None]) -> None:
+        """Do it in the next round."""
+        self._of_this_round[work] = None
+
+    def take(self) -> Iterable[Callable[[], None]]:
+        """What an earlier round has left, at the end of this one."""
+        due, self._due = self._due, self._of_this_round
+        self._of_this_round = {}
+        return due
+
+
 class EventLoop:
     """One thread for everything that waits.
 
@@ -19808,6 +19916,7 @@ class EventLoop:
         self._tasks: dict[Task, None] = {}
         self._turns: collections.deque[tuple[Task, Wait]] = collections.deque()
         self._timers: list[tuple[float, int, Task, Wait]] = []
+        self._deferred = Deferred()
         self._tick_s = min(1.0, settings.keepalive_s / 4, settings.head_timeout_s / 4)
         self._now = self._ticked_at = time.monotonic()
         self._thread = threading.Thread(
@@ -19903,6 +20012,15 @@ class EventLoop:
                 ),
             )
 
+    def defer(self, work: Callable[[], None]) -> None:
+        """Call `work` once in the next round, when what is urgent in that has been done, or after
+        DEFER_S.  So a client's next request is with the upstream before its last one is counted."""
+        self._deferred.add(work)
+
+    def _do_deferred(self) -> None:
+        for work in self._deferred.take():
+            self._guard(work)
+
     def cancel(self, task: Task | None, error: BaseException) -> None:
         """Throw an error into a coroutine that waits."""
         if task is not None and task.what is not None:
@@ -19919,6 +20037,7 @@ class EventLoop:
             self._take_inbox()
             self._take_turns()
             self._run_timers()
+            self._do_deferred()
             if self._now - self._ticked_at >= self._tick_s:
                 self._ticked_at = self._now
                 self._tick()
@@ -19928,9 +20047,12 @@ class EventLoop:
         """How long nothing can happen but in sockets."""
         if self._inbox or self._turns:
             return 0.0
+        most = self._tick_s
+        if self._deferred.is_due:
+            most = DEFER_S
         if self._timers:
-            return min(self._tick_s, max(0.0, self._timers[0][0] - time.monotonic()))
-        return self._tick_s
+            return min(most, max(0.0, self._timers[0][0] - time.monotonic()))
+        return most
 
     def _on_ready(self, connection: Connection, mask: int) -> None:
         task = connection.waiter
@@ -20039,6 +20161,8 @@ class EventLoop:
         for task in list(self._tasks):
             self._guard(task.work.close)
         self._tasks.clear()
+        self._do_deferred()
+        self._do_deferred()  # what has ended just now
         self.workers.stop()
 
 
@@ -20414,9 +20538,8 @@ class Server(ThreadingHTTPServer):
         """The exchange is over: one log line."""
         self._running.pop(exchange, None)
         self.app.admission.leave(exchange.ticket)
-        _, error = outcome(self.app.ledger.record, exchange.record)
-        if error is not None:
-            self.app.log.error("%s could not be counted", exchange.id, exc_info=error)
+        self.app.ledger.end(exchange.record)
+        self.loop.defer(self.app.ledger.settle)
 
     # -- begin and end
 
@@ -21091,6 +21214,8 @@ async def admit(exchange: Exchange, body: Json, model: Model, calls: int = 1) ->
         return
 
     app = exchange.app
+    if exchange.ticket.wish is not None:
+        app.ledger.settle()  # what this payer has spent
     exchange.headers.update(await app.admission.admit(exchange.ticket, calls))
     app.ledger.show_running(exchange.record)
 
@@ -21943,6 +22068,7 @@ def stats_report(exchange: Exchange) -> Json:
     """Everything that /stats, /metrics and the page show at a glance; no secret, no words.  The
     operator sees that of all, others what is their account's."""
     app, ledger = exchange.app, exchange.app.ledger
+    ledger.settle()
     names, account = own_names(exchange), exchange.caller.account
     if names and account:
         stats = account.stats
@@ -22143,6 +22269,7 @@ async def history(exchange: Exchange) -> None:
     """GET /history: the newest rows, or those before row `before`; model, client, state and text
     choose among them."""
     ledger, limit = exchange.app.ledger, number_of(exchange, "limit", 50, 500)
+    ledger.settle()
     before = number_of(exchange, "before", MAX_COUNT, MAX_COUNT)
     names, wanted = own_names(exchange), wanted_rows(exchange)
     owners = names or ("", "")
@@ -22186,6 +22313,7 @@ async def summary(exchange: Exchange) -> None:
     """GET /history/summary: sums by local day and hour, by model, client and account, and with
     `sessions=1` by session."""
     check_operator(exchange)
+    exchange.app.ledger.settle()
     days = number_of(exchange, "days", 30, 366)
     year, month, day = time.localtime(exchange.app.clock()[1])[:3]
     since = time.mktime((year, month, day - days + 1, 0, 0, 0, 0, 0, -1))
@@ -25175,12 +25303,13 @@ class JsonFormatter(RedactingFormatter):
 
 def set_up_logging(verbose: bool, as_json: bool) -> None:
     """Log to standard error; a library user configures the logger himself."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        JsonFormatter()
-        if as_json
-        else RedactingFormatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
-    )
+    if as_json:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(JsonFormatter())
+    else:
+        handler = LogHandler(sys.stderr)
+        form = "%(asctime)s %(levelname).1s %(message)s"
+        handler.setFormatter(RedactingFormatter(form, LOG_TIME))
     log = logging.getLogger("copilot_proxy")
     log.handlers[:] = [handler]
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
