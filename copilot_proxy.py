@@ -12497,7 +12497,7 @@ Repair = collections.namedtuple(
 )
 # No pattern may look further ahead than a fixed number of characters, or try a name again from
 # each of its letters: that would take the square of the text's length.
-_FAR = r".{0,%d}" % MAX_SAID
+_FAR = r".{0,300}"
 _QUOTES = r"['\"`\\]{0,8}"
 _NAME = (
     _QUOTES + r"(?<![\w.$\[\]-])([\w.$\[\]-]+)" + _QUOTES
@@ -12616,7 +12616,7 @@ REPAIRS = (
     Repair(
         "beta",
         r"(?i)value\(s\) (" + _FAR + r"?) for the .?anthropic-beta|"
-        r"(?:invalid|unknown) beta(.*-\d.*)",
+        r"(?:invalid|unknown) beta(" + _FAR + r"-\d.*)",
         drop_betas,
         "Anthropic, Bedrock",
     ),
@@ -14253,6 +14253,16 @@ _TLS_REMEDIES = (
 )
 
 
+def without_answer(
+    kind: type[UpstreamError], reason: str, is_unsent: bool
+) -> UpstreamError:
+    """The error of a connection that gave no answer.  Who raises it has no name for it, which
+    would lead from the error's traceback back to it."""
+    error = kind(reason)
+    error.unsent = is_unsent
+    return error
+
+
 def explain_connect_error(error: Exception, host: str, proxied: bool) -> UpstreamError:
     """Why a host could not be reached, and what to do: as an error for the client."""
     text = str(error)
@@ -14292,9 +14302,8 @@ def explain_connect_error(error: Exception, host: str, proxied: bool) -> Upstrea
             504,
         )
 
-    failure = UpstreamError(f"cannot connect to {host}{way}: {plain_reason(error)}")
-    failure.unsent = True
-    return failure
+    reason = f"cannot connect to {host}{way}: {plain_reason(error)}"
+    return without_answer(UpstreamError, reason, True)
 
 
 class HostNames:
@@ -14523,9 +14532,7 @@ class HttpConnection(Connection):
             self.close()
             if is_kept:
                 raise
-            failure = UpstreamError(str(error))
-            failure.unsent = error.unsent
-            raise failure from None
+            raise without_answer(UpstreamError, str(error), error.unsent) from None
         except BaseException:
             self.close()
             raise
@@ -14534,7 +14541,7 @@ class HttpConnection(Connection):
         head, body = request.head, request.body or b""
         if self.forward:
             head = self._for_proxy(head)
-        broken: OSError | None = None
+        broken = ""
         try:
             if len(body) <= READ_BYTES:  # in one packet
                 await self._send(head + body)
@@ -14542,7 +14549,7 @@ class HttpConnection(Connection):
                 await self._send(head)
                 await self._send(body)
         except OSError as error:
-            broken = error  # an early answer may still be readable
+            broken = plain_reason(error)  # an early answer may still be readable
         return await self._read_head(request.timeout_s, broken)
 
     def _for_proxy(self, head: bytes) -> bytes:
@@ -14561,11 +14568,11 @@ class HttpConnection(Connection):
         )
 
     async def _read_head(
-        self, timeout_s: float, broken: OSError | None
+        self, timeout_s: float, broken: str
     ) -> tuple[int, str, Headers]:
         """broken: why the request could not be sent whole."""
         deadline = time.monotonic() + timeout_s
-        is_unsent = broken is not None
+        is_unsent = bool(broken)
         interim_bytes = 0  # of the 1xx answers before
         data = b""
         while True:
@@ -14587,16 +14594,14 @@ class HttpConnection(Connection):
             try:
                 more = await self.receive(max(0.0, deadline - time.monotonic()))
             except OSError as error:
-                more, broken = b"", error
+                more, broken = b"", plain_reason(error)
             if not more:
-                if broken:
-                    reason = plain_reason(broken)
-                else:
-                    reason = "connection closed"
-                kind = UpstreamError if data else StaleConnection
-                failure = kind(f"the upstream gave no answer ({reason})")
-                failure.unsent = is_unsent and not data
-                raise failure
+                reason = (
+                    f"the upstream gave no answer ({broken or 'connection closed'})"
+                )
+                if data:
+                    raise UpstreamError(reason)
+                raise without_answer(StaleConnection, reason, is_unsent)
             data += more
 
     def close(self) -> None:
@@ -21464,6 +21469,7 @@ class Job:
             try:
                 return await self.send(plan, call)
             except ProxyError as error:
+                forget_frames(error)
                 if await self.remedy(plan, error):
                     continue
                 if not self.tell(plan, error):

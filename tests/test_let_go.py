@@ -69,6 +69,12 @@ class LetGoTest(ProxyCase):
         self.fake.script(CHAT, Answer(503, body=REFUSAL), Answer(401, body=REFUSAL))
         self.assert_let_go(CHAT_PATH, chat("a"), 200)
 
+    def test_a_refusal_that_is_repaired(self) -> None:
+        words = {"error": {"message": "Unsupported parameter: 'top_p' is not supported"}}
+        self.fake.script(CHAT, Answer(400, body=words))
+        self.assert_let_go(CHAT_PATH, chat("a", top_p=0.5), 200)
+        self.assertNotIn("top_p", self.fake.last(CHAT).json)
+
     def test_streams_that_end_badly(self) -> None:
         for marks in ("@@cut=1@@", "@@error=1@@", "@@rst=1 cut=1@@", "@@noend=1@@"):
             for path, make in ((CHAT_PATH, chat), ("/v1/messages", message)):
