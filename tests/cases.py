@@ -12,9 +12,11 @@ import ssl
 import tempfile
 import threading
 import unittest
-from typing import Any
+from typing import Any, Dict, List, Optional
+from unittest import mock
 
-from support import Command, run_main, Proxy, ProxyCase, RawClient, Reply, TestClock, chat, cp, post
+from support import (Command, Proxy, ProxyCase, RawClient, Reply, TestClock, chat, cp, post,
+                     run_main, wait_until)
 from fake_upstream import FakeUpstream
 
 
@@ -324,3 +326,67 @@ def pump(source: Any, target: Any) -> None:
             target.sendall(data)
     with contextlib.suppress(OSError):
         target.shutdown(socket.SHUT_RDWR)
+
+
+class HistoryCase(ProxyCase):
+    settings: Dict[str, Any] = dict(no_history=False)
+
+    def setUp(self) -> None:
+        self.enter(mock.patch.object(cp, "HISTORY_PAUSE_S", 0.01))
+        self.enter(mock.patch.object(cp, "HISTORY_RETRY_S", 0.02))
+        self.enter(mock.patch.object(cp, "HISTORY_BUSY_S", 0.05))
+        super().setUp()
+
+    def rows(self, count: int, proxy: Optional[Proxy] = None) -> List[Dict[str, Any]]:
+        """The history, newest first, once it has `count` rows."""
+        return wait_until(lambda: (lambda rows: rows if len(rows) == count else None)(
+            (proxy or self.proxy).get("/history?limit=500").json["rows"]), "%d rows" % count)
+
+    def stats(self, proxy: Optional[Proxy] = None) -> Dict[str, Any]:
+        return (proxy or self.proxy).get("/stats").json
+
+    def path(self, proxy: Optional[Proxy] = None) -> str:
+        return os.path.join((proxy or self.proxy).data_dir, "history.sqlite3")
+
+
+class Reader:
+    """A reader of /history/events in a thread; `events` grows."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.sock = proxy.connect()
+        self.sock.sendall(b"GET /history/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        self.events: List[Any] = []
+        self.raw = b""
+        self.ended = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        wait_until(lambda: self.of("hello"), "hello")
+
+    def _run(self) -> None:
+        body, decoder, frames = cp.BodyDecoder(0, True), cp.SSEDecoder(), b""
+        head = b""
+        with contextlib.suppress(OSError):
+            while not self.ended:
+                data = self.sock.recv(65536)
+                self.raw += data
+                if b"\r\n\r\n" not in head:
+                    head += data
+                    _, _, data = head.partition(b"\r\n\r\n")
+                    if b"\r\n\r\n" not in head:
+                        continue
+                for frame in decoder.feed(body.feed(data)):
+                    self.events.append((frame.event, json.loads(frame.data)))
+                self.ended = not data or body.done
+        del frames
+
+    def of(self, kind: str) -> List[Any]:
+        return [value for event, value in list(self.events) if event == kind]
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self._thread.join(5)
+        self.sock.close()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import functools
 import http.client
 import io
@@ -13,6 +14,7 @@ import json
 import logging
 import os
 import py_compile
+import random
 import shutil
 import signal
 import socket
@@ -126,6 +128,51 @@ class TestClock:
 
     def __call__(self) -> tuple[float, float]:
         return (time.monotonic() + self.monotonic_offset_s, time.time() + self.wall_offset_s)
+
+
+class StillClock:
+    """A clock that stands still until it is moved; reads (monotonic, wall)."""
+
+    def __init__(self, wall: float) -> None:
+        self.monotonic, self.wall = 1000.0, wall
+
+    def __call__(self) -> tuple[float, float]:
+        return self.monotonic, self.wall
+
+    def move(self, seconds: float) -> None:
+        self.monotonic += seconds
+        self.wall += seconds
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where something stands inside a JSON value: ("messages", 0, "content")."""
+    if path:
+        yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(
+        value if isinstance(value, list) else ())
+    for key, item in inner:
+        yield from places(item, path + (key,))
+
+
+def with_value(body: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy of the body with another value at this place."""
+    changed = copy.deepcopy(body)
+    target = changed
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
+    return changed
+
+
+def cuts(data: bytes, rounds: int = 12, seed: int = 7) -> list[list[bytes]]:
+    """Ways to hand over `data`: whole, byte by byte, in few or many pieces at random."""
+    chance = random.Random(seed)
+    ways = [[data], [data[at:at + 1] for at in range(len(data))]]
+    for _ in range(rounds):
+        marks = sorted(chance.randrange(len(data) + 1) for _ in range(chance.choice((1, 2, 9, 20))))
+        ends = [0] + marks + [len(data)]
+        ways.append([data[a:b] for a, b in zip(ends, ends[1:])])
+    return ways
 
 
 class Proxy:

@@ -3,16 +3,18 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
+import threading
 import time
 import unittest
-from typing import Any
+from typing import Any, Dict, List
 from unittest import mock
 
-from support import (PATHS, REQUESTS, ProxyCase, RawClient, chat, cp, post, said, second_proxy,
-                     wait_until)
-from fake_upstream import CHAT
-from cases import SharedCase
+from support import (PATHS, REQUESTS, ProxyCase, RawClient, Reply, chat, cp, message, post, said,
+                     second_proxy, wait_until)
+from fake_upstream import CHAT, MESSAGES
+from cases import HistoryCase, Reader, SharedCase
 
 GONE_S = 1.0                       # in which a client's leaving must reach the upstream
 LOG = logging.getLogger("copilot_proxy")
@@ -157,6 +159,108 @@ class PolicyTest(SharedCase):
         self.assertIn("gpt-4.1", asked)
         self.assertNotIn("\x1b", asked)
         self.assertNotIn("x" * 60, asked)
+
+
+class ApprovalTest(HistoryCase):
+    settings = dict(no_history=False, manual=True)
+
+    def setUp(self) -> None:
+        self.enter(mock.patch("sys.stdin", io.StringIO("")))
+        super().setUp()
+
+    def ask(self, text: str, replies: List[Reply]) -> threading.Thread:
+        thread = threading.Thread(target=lambda: replies.append(self.proxy.post(
+            "/v1/messages", message(text), **{"User-Agent": "asker/1.0"})), daemon=True)
+        thread.start()
+        return thread
+
+    def waiting(self, count: int) -> List[Dict[str, Any]]:
+        return wait_until(lambda: (lambda found: len(found) == count and (found or [{}]))(
+            self.proxy.get("/approvals").json["approvals"]))
+
+    def test_the_page_allows_and_refuses(self) -> None:
+        with Reader(self.proxy) as reader:
+            for allow, status in ((True, 200), (False, 403)):
+                replies: List[Reply] = []
+                thread = self.ask("may I ask " + "x" * 500, replies)
+                question = self.waiting(1)[0]
+                self.assertEqual((question["client"], question["model"], question["state"]),
+                                 ("asker/1.0", "claude-sonnet-4.6", "waiting"))
+                self.assertEqual(len(question["text"]), 200)
+                self.assertEqual(self.stats()["approvals"], [question])
+                answer = self.proxy.post("/approvals/" + question["id"], {"allow": allow})
+                self.assertEqual((answer.status, answer.json["state"]),
+                                 (200, "allowed" if allow else "refused"))
+                thread.join(10)
+                self.assertEqual(replies[0].status, status)
+                gone = self.proxy.post("/approvals/" + question["id"], {"allow": True})
+                self.assertEqual((gone.status, gone.json["error"]["code"]), (404, "approval_gone"))
+            self.assertEqual(replies[0].json["error"]["type"], "permission_error")
+            self.assertEqual(self.fake.count(MESSAGES), 1)
+            wait_until(lambda: len(reader.of("approval")) == 4)
+            self.assertEqual([told["state"] for told in reader.of("approval")],
+                             ["waiting", "allowed", "waiting", "refused"])
+        for body in ({}, {"allow": 1}, {"allow": "yes"}):
+            self.assertEqual(self.proxy.post("/approvals/x", body).status, 400)
+        for row in self.rows(2):
+            self.assertNotIn("may I", json.dumps(row))
+
+    def test_a_client_that_leaves_takes_its_question_along(self) -> None:
+        with self.proxy.connect() as sock:
+            body = json.dumps(chat("hello")).encode()
+            sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+                         b"application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            self.waiting(1)
+        self.waiting(0)
+        self.assertEqual(self.rows(1)[0]["error"], "client_left")
+        self.assertEqual(self.fake.count(CHAT), 0)
+
+    def test_the_server_ends_while_a_question_stands(self) -> None:
+        replies: List[Reply] = []
+        thread = self.ask("hello", replies)
+        self.waiting(1)
+        self.proxy.server.finish(0.1)
+        thread.join(10)
+        self.assertEqual(replies[0].status, 503)
+
+    def test_too_many_questions(self) -> None:
+        with mock.patch.object(cp, "RATE_QUEUE", 0):
+            self.assertEqual(self.proxy.post("/v1/messages", message("a")).status, 429)
+
+    def test_terminal_and_page_answer_the_same_questions(self) -> None:
+        class Terminal(io.StringIO):
+            lines: List[str] = []
+            typed = threading.Semaphore(0)
+
+            def isatty(self) -> bool:
+                return True
+
+            def readline(self, size: int = -1) -> str:
+                self.typed.acquire()
+                return self.lines.pop(0)
+
+        terminal = Terminal()
+        stderr = self.enter(contextlib.redirect_stderr(io.StringIO()))
+        with mock.patch("sys.stdin", terminal):
+            replies: List[Reply] = []
+            threads = [self.ask("question %d" % at, replies) for at in range(2)]
+            first, second = self.waiting(2)
+            wait_until(lambda: first["text"] in stderr.getvalue(), "the first one is asked")
+            self.assertNotIn(second["text"], stderr.getvalue())
+            self.proxy.post("/approvals/" + first["id"], {"allow": True})
+            wait_until(lambda: "press Enter" in stderr.getvalue(), "the terminal is told")
+            self.assertNotIn(second["text"], stderr.getvalue())
+            terminal.lines.append("y\n")          # for the first: it must not allow the second
+            terminal.typed.release()
+            wait_until(lambda: second["text"] in stderr.getvalue(), "the next is asked")
+            self.waiting(1)
+            terminal.lines.append("n\n")
+            terminal.typed.release()
+            for thread in threads:
+                thread.join(10)
+            self.assertEqual(sorted(reply.status for reply in replies), [200, 403])
+            terminal.lines.append("")
+            terminal.typed.release()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 from support import (PATHS, REQUESTS, ProxyCase, chat, cp, message,
                      release, response, said, second_proxy)
 from fake_upstream import CHAT, RESPONSES, Answer, FakeUpstream
-from cases import (SharedCase, stream_text)
+from cases import SharedCase, stream_text
 
 
 class CureTest(ProxyCase):

@@ -787,5 +787,19 @@ class RefreshedTest(unittest.TestCase):
         self.assertEqual(self.fetches, 0)
 
 
+class ModelListTest(ProxyCase):
+    def test_a_slow_list_keeps_no_other_request_waiting(self) -> None:
+        account = wait_until(lambda: self.proxy.app.login.account)
+        for path in ("/v1/models", "/v1/models/gpt-4.1"):
+            account.catalogue.value = None
+            self.fake.script("/models", Answer(status=0, hold=True))
+            getter = threading.Thread(target=self.proxy.get, args=(path,))
+            getter.start()
+            self.assertTrue(self.fake.wait_for(lambda: self.fake.holding), path)
+            self.assertEqual(self.proxy.get("/stats").status, 200)
+            self.fake.release()
+            getter.join()
+
+
 if __name__ == "__main__":
     unittest.main()

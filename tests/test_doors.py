@@ -22,7 +22,7 @@ from support import (HERE, KEY, OTHER_KEY, PATHS, REQUESTS, ROOT, SLOW, Command,
                      RawClient, Reply, bearer, chat, clean_environment, cp, get, memory_bytes,
                      message, need_files, post, release, run_main, said, second_proxy, send,
                      wait_until, workers)
-from fake_upstream import (CHAT, DEVICE_CODE, DEVICE_POLL, EXCHANGE, MODELS, Answer, FakeUpstream)
+from fake_upstream import CHAT, DEVICE_CODE, DEVICE_POLL, EXCHANGE, MODELS, Answer, FakeUpstream
 from cases import FolderCase, SharedCase
 
 CERTIFICATE = os.path.join(HERE, "localhost.pem")        # self-signed, good for 100 years

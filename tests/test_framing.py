@@ -9,21 +9,10 @@ import zlib
 from typing import Any, Callable
 from unittest import mock
 
-from support import cp
+from support import cp, cuts
 
 HOST = b"Host: 127.0.0.1"
 TRAILING = b"GET /next HTTP/1.1\r\n"
-
-
-def cuts(data: bytes, rounds: int = 12, seed: int = 7) -> list[list[bytes]]:
-    """Ways to hand over `data`: whole, byte by byte, in two at random, in many at random."""
-    chance = random.Random(seed)
-    ways = [[data], [data[at:at + 1] for at in range(len(data))]]
-    for _ in range(rounds):
-        places = sorted(chance.randrange(len(data) + 1) for _ in range(chance.choice((1, 2, 9))))
-        ends = [0] + places + [len(data)]
-        ways.append([data[a:b] for a, b in zip(ends, ends[1:])])
-    return ways
 
 
 def head(*lines: bytes) -> bytes:

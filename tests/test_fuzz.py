@@ -3,12 +3,14 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 import gzip
+import operator
 import random
 import time
 import unittest
 
-from support import SLOW, chunked_post, memory_bytes, post, raw_exchange, translated
+from support import SLOW, chunked_post, memory_bytes, places, post, raw_exchange, translated
 import copilot_proxy as cp
 from copilot_proxy import DIALECTS, ProxyError, Request
 from cases import SharedCase
@@ -20,19 +22,11 @@ ODD = (None, 1, -1, 1.5, True, "", "x", [], {}, [None], [1], ["x"], [[]], [{}], 
 FUZZ_SEEDS = SEEDS if SLOW else SEEDS[:20]
 
 
-def places(value, found):
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, inner in items:
-        found.append((value, key))
-        if isinstance(inner, (dict, list)) and inner:
-            places(inner, found)
-    return found
-
-
 def mutate(rng: random.Random, body: dict) -> dict:
     body = copy.deepcopy(body)
     for _ in range(rng.randint(1, 2)):
-        where, key = rng.choice(places(body, []))
+        *path, key = rng.choice(list(places(body)))
+        where = functools.reduce(operator.getitem, path, body)
         if rng.random() < 0.2 and isinstance(where, dict):
             del where[key]
             if not body:

@@ -2,24 +2,23 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import re
-import socket
 import sqlite3
 import stat
 import sys
 import threading
 import time
 import unittest
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Optional
 from unittest import mock
 
-from support import (REQUESTS, SLOW, Proxy, ProxyCase, Reply, chat, message, response,
-                     second_proxy, wait_until)
+from support import (REQUESTS, SLOW, Proxy, ProxyCase, chat, message, response, second_proxy,
+                     wait_until)
 import copilot_proxy as cp
 from fake_upstream import CHAT, MESSAGES, Answer, FakeUpstream
+from cases import HistoryCase, Reader
 
 COUNTS = ("input", "cache_read", "cache_write", "output", "reasoning", "nano_aiu")
 BODIES = {"/v1/chat/completions": "messages", "/v1/responses": "input", "/v1/messages": "messages"}
@@ -30,27 +29,6 @@ MIXED = (("/v1/chat/completions", chat("one")), ("/v1/responses", response("two"
          ("/v1/responses", response("five", model="claude-sonnet-4.6")),
          ("/v1/chat/completions", chat("six", model="gpt-5.3-codex")),
          ("/v1/chat/completions", chat("seven", model="claude-sonnet-4.6")))
-
-
-class HistoryCase(ProxyCase):
-    settings: Dict[str, Any] = dict(no_history=False)
-
-    def setUp(self) -> None:
-        self.enter(mock.patch.object(cp, "HISTORY_PAUSE_S", 0.01))
-        self.enter(mock.patch.object(cp, "HISTORY_RETRY_S", 0.02))
-        self.enter(mock.patch.object(cp, "HISTORY_BUSY_S", 0.05))
-        super().setUp()
-
-    def rows(self, count: int, proxy: Optional[Proxy] = None) -> List[Dict[str, Any]]:
-        """The history, newest first, once it has `count` rows."""
-        return wait_until(lambda: (lambda rows: rows if len(rows) == count else None)(
-            (proxy or self.proxy).get("/history?limit=500").json["rows"]), "%d rows" % count)
-
-    def stats(self, proxy: Optional[Proxy] = None) -> Dict[str, Any]:
-        return (proxy or self.proxy).get("/stats").json
-
-    def path(self, proxy: Optional[Proxy] = None) -> str:
-        return os.path.join((proxy or self.proxy).data_dir, "history.sqlite3")
 
 
 class FigureTest(HistoryCase):
@@ -538,49 +516,6 @@ class DatabaseTest(HistoryCase):
             self.assertEqual(self.stats(other)["history"]["dropped"], 0)
 
 
-class Reader:
-    """A reader of /history/events in a thread; `events` grows."""
-
-    def __init__(self, proxy: Proxy) -> None:
-        self.sock = proxy.connect()
-        self.sock.sendall(b"GET /history/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        self.events: List[Any] = []
-        self.raw = b""
-        self.ended = False
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        wait_until(lambda: self.of("hello"), "hello")
-
-    def _run(self) -> None:
-        body, decoder, frames = cp.BodyDecoder(0, True), cp.SSEDecoder(), b""
-        head = b""
-        with contextlib.suppress(OSError):
-            while not self.ended:
-                data = self.sock.recv(65536)
-                self.raw += data
-                if b"\r\n\r\n" not in head:
-                    head += data
-                    _, _, data = head.partition(b"\r\n\r\n")
-                    if b"\r\n\r\n" not in head:
-                        continue
-                for frame in decoder.feed(body.feed(data)):
-                    self.events.append((frame.event, json.loads(frame.data)))
-                self.ended = not data or body.done
-        del frames
-
-    def of(self, kind: str) -> List[Any]:
-        return [value for event, value in list(self.events) if event == kind]
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
-        self._thread.join(5)
-        self.sock.close()
-
-
 class EventTest(HistoryCase):
     settings = dict(no_history=False, keepalive_s=0.1, budget=1000.0)
 
@@ -638,270 +573,6 @@ class EventTest(HistoryCase):
             events.tell("request", {"at": at})
         self.assertNotIn(readers[0], events.readers)
         self.assertEqual(events.readers, readers[1:])
-
-
-class ApprovalTest(HistoryCase):
-    settings = dict(no_history=False, manual=True)
-
-    def setUp(self) -> None:
-        self.enter(mock.patch("sys.stdin", io.StringIO("")))
-        super().setUp()
-
-    def ask(self, text: str, replies: List[Reply]) -> threading.Thread:
-        thread = threading.Thread(target=lambda: replies.append(self.proxy.post(
-            "/v1/messages", message(text), **{"User-Agent": "asker/1.0"})), daemon=True)
-        thread.start()
-        return thread
-
-    def waiting(self, count: int) -> List[Dict[str, Any]]:
-        return wait_until(lambda: (lambda found: len(found) == count and (found or [{}]))(
-            self.proxy.get("/approvals").json["approvals"]))
-
-    def test_the_page_allows_and_refuses(self) -> None:
-        with Reader(self.proxy) as reader:
-            for allow, status in ((True, 200), (False, 403)):
-                replies: List[Reply] = []
-                thread = self.ask("may I ask " + "x" * 500, replies)
-                question = self.waiting(1)[0]
-                self.assertEqual((question["client"], question["model"], question["state"]),
-                                 ("asker/1.0", "claude-sonnet-4.6", "waiting"))
-                self.assertEqual(len(question["text"]), 200)
-                self.assertEqual(self.stats()["approvals"], [question])
-                answer = self.proxy.post("/approvals/" + question["id"], {"allow": allow})
-                self.assertEqual((answer.status, answer.json["state"]),
-                                 (200, "allowed" if allow else "refused"))
-                thread.join(10)
-                self.assertEqual(replies[0].status, status)
-                gone = self.proxy.post("/approvals/" + question["id"], {"allow": True})
-                self.assertEqual((gone.status, gone.json["error"]["code"]), (404, "approval_gone"))
-            self.assertEqual(replies[0].json["error"]["type"], "permission_error")
-            self.assertEqual(self.fake.count(MESSAGES), 1)
-            wait_until(lambda: len(reader.of("approval")) == 4)
-            self.assertEqual([told["state"] for told in reader.of("approval")],
-                             ["waiting", "allowed", "waiting", "refused"])
-        for body in ({}, {"allow": 1}, {"allow": "yes"}):
-            self.assertEqual(self.proxy.post("/approvals/x", body).status, 400)
-        for row in self.rows(2):
-            self.assertNotIn("may I", json.dumps(row))
-
-    def test_a_client_that_leaves_takes_its_question_along(self) -> None:
-        with self.proxy.connect() as sock:
-            body = json.dumps(chat("hello")).encode()
-            sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
-                         b"application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
-            self.waiting(1)
-        self.waiting(0)
-        self.assertEqual(self.rows(1)[0]["error"], "client_left")
-        self.assertEqual(self.fake.count(CHAT), 0)
-
-    def test_the_server_ends_while_a_question_stands(self) -> None:
-        replies: List[Reply] = []
-        thread = self.ask("hello", replies)
-        self.waiting(1)
-        self.proxy.server.finish(0.1)
-        thread.join(10)
-        self.assertEqual(replies[0].status, 503)
-
-    def test_too_many_questions(self) -> None:
-        with mock.patch.object(cp, "RATE_QUEUE", 0):
-            self.assertEqual(self.proxy.post("/v1/messages", message("a")).status, 429)
-
-    def test_terminal_and_page_answer_the_same_questions(self) -> None:
-        class Terminal(io.StringIO):
-            lines: List[str] = []
-            typed = threading.Semaphore(0)
-
-            def isatty(self) -> bool:
-                return True
-
-            def readline(self, size: int = -1) -> str:
-                self.typed.acquire()
-                return self.lines.pop(0)
-
-        terminal = Terminal()
-        stderr = self.enter(contextlib.redirect_stderr(io.StringIO()))
-        with mock.patch("sys.stdin", terminal):
-            replies: List[Reply] = []
-            threads = [self.ask("question %d" % at, replies) for at in range(2)]
-            first, second = self.waiting(2)
-            wait_until(lambda: first["text"] in stderr.getvalue(), "the first one is asked")
-            self.assertNotIn(second["text"], stderr.getvalue())
-            self.proxy.post("/approvals/" + first["id"], {"allow": True})
-            wait_until(lambda: "press Enter" in stderr.getvalue(), "the terminal is told")
-            self.assertNotIn(second["text"], stderr.getvalue())
-            terminal.lines.append("y\n")          # for the first: it must not allow the second
-            terminal.typed.release()
-            wait_until(lambda: second["text"] in stderr.getvalue(), "the next is asked")
-            self.waiting(1)
-            terminal.lines.append("n\n")
-            terminal.typed.release()
-            for thread in threads:
-                thread.join(10)
-            self.assertEqual(sorted(reply.status for reply in replies), [200, 403])
-            terminal.lines.append("")
-            terminal.typed.release()
-
-
-class Clock:
-    """A wall clock that is moved."""
-
-    def __init__(self, now: float) -> None:
-        self.now = now
-
-    def __call__(self) -> Any:
-        return time.monotonic(), self.now
-
-
-def local(year: int, month: int, day: int, hour: int = 0, minute: int = 0, second: int = 0
-          ) -> float:
-    return time.mktime((year, month, day, hour, minute, second, 0, 0, -1))
-
-
-class BudgetTest(HistoryCase):
-    noon = local(2026, 11, 21, 12)
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.clock = Clock(self.noon)
-
-    @contextlib.contextmanager
-    def limited(self, **settings: Any) -> Iterator[Proxy]:
-        with Proxy(self.fake, clock=self.clock, **dict({"no_history": False}, **settings)) as proxy:
-            yield proxy
-
-    def cost(self) -> float:
-        """Credits of one request of `chat("a")`."""
-        self.proxy.post("/v1/chat/completions", chat("a"))
-        return self.fake.told[-1][4] / 1e9
-
-    def test_warning_then_429_in_every_dialect_until_midnight(self) -> None:
-        limit = self.cost() * 4.5
-        with self.limited(budget=limit) as proxy, Reader(proxy) as reader:
-            for at in range(5):
-                self.assertEqual(proxy.post("/v1/chat/completions", chat("a")).status, 200)
-                told = wait_until(lambda: reader.of("budget")[at:])[0]
-                self.assertEqual(told["state"], ("ok", "ok", "ok", "warning", "spent")[at])
-                wait_until(lambda: len(proxy.app.ledger.recent) == at + 1)
-            self.assertEqual(proxy.log_text().count("of today's budget"), 2)
-            report = self.stats(proxy)["budget"]
-            self.assertAlmostEqual(report["percent"], 500 / 4.5, places=3)
-            self.assertEqual((report["ends_at"], report["state"], report["estimated"]),
-                             (local(2026, 11, 22), "spent", False))
-            asked = len(self.fake.requests)
-            for path, make in REQUESTS + (("/v1/embeddings", lambda text: {
-                    "model": "text-embedding-3-small", "input": text}),):
-                for stream in (False, True):
-                    reply = proxy.post(path, dict(make("a"), stream=stream))
-                    error = reply.json["error"]
-                    self.assertEqual(reply.status, 429)
-                    self.assertEqual(error["type"], "rate_limit_error")
-                    self.assertIn("2026-11-22 00:00", error["message"])
-                    self.assertEqual(error.get("code", "budget_exceeded"), "budget_exceeded")
-                    self.assertEqual(reply.headers["x-should-retry"], "false")
-                    self.assertAlmostEqual(int(reply.headers["retry-after"]), 12 * 3600, delta=2)
-            self.assertEqual(len(self.fake.requests), asked)
-            self.assertEqual(proxy.get("/v1/models").status, 200)
-            self.clock.now = local(2026, 11, 21, 23, 59, 59)
-            self.assertEqual(proxy.post("/v1/chat/completions", chat("a")).status, 429)
-            self.clock.now = local(2026, 11, 22)
-            self.assertEqual(proxy.post("/v1/chat/completions", chat("a")).status, 200)
-            self.assertEqual(self.stats(proxy)["budget"]["ends_at"], local(2026, 11, 23))
-
-    def test_it_survives_a_restart_of_the_same_day(self) -> None:
-        limit = self.cost() * 1.5
-        with self.limited(budget=limit) as first:
-            for _ in range(2):
-                self.assertEqual(first.post("/v1/chat/completions", chat("a")).status, 200)
-                wait_until(lambda: self.stats(first)["budget"]["used"])
-            self.assertEqual(first.post("/v1/chat/completions", chat("a")).status, 429)
-            used = self.stats(first)["budget"]["used"]
-            first.app.close()
-            with self.limited(budget=limit, data_dir=first.data_dir) as second:
-                self.assertEqual(second.post("/v1/chat/completions", chat("a")).status, 429)
-                self.assertEqual(self.stats(second)["budget"]["used"], used)
-                second.app.close()
-            self.clock.now += 86400
-            with self.limited(budget=limit, data_dir=first.data_dir) as third:
-                self.assertEqual(third.post("/v1/chat/completions", chat("a")).status, 200)
-        with self.limited(budget=limit, no_history=True) as without:
-            for status in (200, 200, 429):
-                self.assertEqual(without.post("/v1/chat/completions", chat("a")).status, status)
-                wait_until(lambda: not without.app.ledger.running)
-
-    def test_nothing_is_lost_when_the_clock_passes_midnight(self) -> None:
-        self.clock.now = local(2026, 11, 21, 23, 59, 59)
-        with self.limited(budget=1e5) as proxy:
-            statuses: List[int] = []
-
-            def run() -> None:
-                for at in range(20):
-                    path, make = REQUESTS[at % 3]
-                    reply = proxy.post(path, dict(make("a"), stream=at % 2 == 1))
-                    statuses.append(reply.status)
-
-            threads = [threading.Thread(target=run) for _ in range(3)]
-            for thread in threads:
-                thread.start()
-            wait_until(lambda: len(statuses) > 15)
-            self.clock.now += 2
-            for thread in threads:
-                thread.join(30)
-            self.assertEqual(statuses, [200] * 60)
-            rows = self.rows(60, proxy)
-            days = proxy.get("/history/summary").json["by_day"]
-            self.assertEqual([day["day"] for day in days], ["2026-11-21", "2026-11-22"])
-            self.assertEqual(sum(row["nano_aiu"] for row in rows if row["at"] > self.clock.now - 1),
-                             round(self.stats(proxy)["budget"]["used"] * 1e9))
-            self.assertEqual(sum(day["nano_aiu"] for day in days),
-                             sum(told[4] for told in self.fake.told))
-
-    def test_a_session_has_a_budget_of_its_own(self) -> None:
-        cost = self.cost()
-        with self.limited() as proxy:
-            headers = {"x-copilot-proxy-budget": "%.9f" % (cost * 1.5), "session_id": "one"}
-            for status in (200, 200, 429):
-                reply = proxy.post("/v1/chat/completions", chat("a"), **headers)
-                self.assertEqual(reply.status, status)
-                wait_until(lambda: not proxy.app.ledger.running)
-            self.assertIn("session", reply.json["error"]["message"])
-            self.assertNotIn("retry-after", reply.headers)
-            self.assertEqual(proxy.post("/v1/chat/completions", chat("a"), **dict(
-                headers, session_id="two")).status, 200)
-            session = self.rows(4, proxy)[-1]["session"]
-            report = self.stats(proxy)["budget"]
-            self.assertIsNone(report["limit"])
-            self.assertEqual([(s["session"], s["state"]) for s in report["sessions"]][0],
-                             (session, "spent"))
-            proxy.app.close()
-            with self.limited(data_dir=proxy.data_dir) as again:
-                self.assertEqual(again.post("/v1/chat/completions", chat("a"),
-                                            **headers).status, 429)
-                for wrong in ("much", "-1", "nan"):
-                    self.assertEqual(again.post("/v1/chat/completions", chat("a"), **{
-                        "x-copilot-proxy-budget": wrong}).status, 400, wrong)
-
-    def test_what_is_not_told_counts_as_estimated(self) -> None:
-        self.fake.quirks.add("no_credits")
-        with self.limited(budget=100.0) as proxy:
-            proxy.post("/v1/responses", response("a"))
-            row = self.rows(1, proxy)[0]
-            report = self.stats(proxy)["budget"]
-            self.assertEqual((report["used"], report["estimated"]),
-                             (row["estimate"] / 1e9, True))
-
-    def test_session_keys(self) -> None:
-        key = cp.session_key
-        named = key({"session_id": "abc"}, {})
-        self.assertEqual(named, key({"x-session-id": "abc"}, {"prompt_cache_key": "other"}))
-        self.assertEqual(named, key({}, {"prompt_cache_key": "abc"}))
-        self.assertEqual(key({}, {"metadata": {"user_id": "user_x_account_y_session_z"}}),
-                         key({}, {"metadata": {"user_id": "user_1_account_2_session_z"}}))
-        old, new = ({"metadata": {"user_id": json.dumps({"device_id": d, "session_id": "s"})}}
-                    for d in ("one", "two"))
-        self.assertEqual(key({}, old), key({}, new))
-        for nothing in ({}, {"prompt_cache_key": 5}, {"metadata": 5}, {"metadata": {"user_id": 5}},
-                        {"metadata": {"user_id": "me"}}):
-            self.assertIsNone(key({}, nothing), nothing)
 
 
 SAMPLE = re.compile(r'([a-zA-Z_:][\w:]*)(?:\{((?:[a-zA-Z_]\w*="(?:[^"\\\n]|\\["\\n])*",?)*)\})? '

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import re
 import logging
@@ -13,10 +12,10 @@ import sys
 import threading
 import time
 import unittest
-from typing import Any, Iterator
+from typing import Any
 
 from support import (PATHS, REQUESTS, SLOW, RawClient, chat, chunked_post, get, message, need_files,
-                     post, raw_exchange, release, response, said)
+                     places, post, raw_exchange, release, response, said, with_value)
 from fake_upstream import CHAT, EMBEDDINGS, MESSAGES, RESPONSES, Answer
 from cases import SharedCase
 
@@ -119,26 +118,6 @@ def strings_in(answer: Any) -> str:
     inner = answer.values() if isinstance(answer, dict) else (
         answer if isinstance(answer, list) else ())
     return answer if isinstance(answer, str) else " ".join(strings_in(item) for item in inner)
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where something stands inside a JSON value."""
-    if path:
-        yield path
-    inner = value.items() if isinstance(value, dict) else enumerate(
-        value if isinstance(value, list) else ())
-    for key, item in inner:
-        yield from places(item, path + (key,))
-
-
-def with_value(body: Any, path: tuple[Any, ...], value: Any) -> Any:
-    """A copy of the body with another value at this place."""
-    changed = copy.deepcopy(body)
-    target = changed
-    for key in path[:-1]:
-        target = target[key]
-    target[path[-1]] = value
-    return changed
 
 
 def wrong_values(path: str) -> tuple[Any, ...]:

@@ -10,7 +10,8 @@ import unittest
 from typing import Any, Iterator
 
 from fake_upstream import CHAT, MESSAGES, RESPONSES, Answer, Ask, FakeUpstream, Refuse
-from support import REQUESTS, Proxy, ProxyCase, Reply, TestClock, chat, message, wait_until
+from support import (REQUESTS, Proxy, ProxyCase, Reply, StillClock, TestClock, chat, message,
+                     wait_until)
 import copilot_proxy as cp
 
 NOW = 1790000000.0                     # 2026-09-21T14:13:20Z
@@ -32,20 +33,6 @@ def refusal(status: int = 429, words: str = "slow down", code: str | None = None
 def with_headers(status: int, headers: dict[str, str], code: str | None = None
                  ) -> cp.UpstreamError:
     return cp.UpstreamError("no", status, code, headers=headers)
-
-
-class Clock:
-    """A clock that stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.monotonic, self.wall = 1000.0, NOW
-
-    def __call__(self) -> tuple[float, float]:
-        return self.monotonic, self.wall
-
-    def move(self, seconds: float) -> None:
-        self.monotonic += seconds
-        self.wall += seconds
 
 
 class HintTest(unittest.TestCase):
@@ -155,7 +142,7 @@ class HintTest(unittest.TestCase):
 
 class RestCase(unittest.TestCase):
     def setUp(self) -> None:
-        self.clock = Clock()
+        self.clock = StillClock(NOW)
         self.limits = cp.RateLimits(self.clock)
 
     def ask(self, error: cp.UpstreamError | None = None, model: str = "m"

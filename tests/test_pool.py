@@ -4,7 +4,7 @@ from __future__ import annotations
 import unittest
 from typing import Any
 
-from support import (PATHS, REQUESTS, ProxyCase, chat, said)
+from support import PATHS, REQUESTS, ProxyCase, chat, said
 from fake_upstream import CHAT, Answer
 
 

@@ -7,7 +7,7 @@ import unittest
 import unittest.mock
 from typing import Any
 
-from support import (Command, ProxyCase, Reply, chat, cp, message, second_proxy, wait_until)
+from support import Command, ProxyCase, Reply, chat, cp, message, second_proxy, wait_until
 from fake_upstream import EXCHANGE, USAGE, Answer, FakeUpstream
 
 KEY = "made-up-operator-key"

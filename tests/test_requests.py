@@ -6,10 +6,10 @@ import copy
 import json
 import random
 import unittest
-from typing import Any, Iterator
+from typing import Any
 
 from fake_upstream import default_models
-from support import SLOW, cp
+from support import SLOW, cp, places, with_value
 from wire import (CATALOGUE, assistant, user, chat_of as chat, message_of as message,
                   response_of as response)
 
@@ -519,14 +519,6 @@ class MessagesRequests(Requests):
                 self.assertEqual(self.refused(SONNET, body).param, param)
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    pairs = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, inner in pairs:
-        yield path + (key,)
-        if isinstance(inner, (dict, list)):
-            yield from places(inner, path + (key,))
-
-
 RICH: tuple[tuple[Any, Any], ...] = (
     (cp.CHAT, chat({"role": "developer", "content": "s"},
                    user([{"type": "text", "text": "a"},
@@ -581,14 +573,9 @@ class WrongTypes(unittest.TestCase):
         models = {"chat": (GPT, SONNET, MINI), "responses": (CODEX, GPT),
                   "messages": (SONNET, HAIKU, OPUS7, GPT)}
         for dialect, rich in RICH:
-            text = json.dumps(rich)
             for path in places(rich):
                 for wild in WILD if SLOW else chance.sample(WILD, 6):
-                    body = json.loads(text)
-                    target = body
-                    for key in path[:-1]:
-                        target = target[key]
-                    target[path[-1]] = copy.deepcopy(wild)
+                    body = with_value(rich, path, copy.deepcopy(wild))
                     self.survives(dialect, body, chance.choice(models[dialect.name]),
                                   "%s = %r" % (path, wild))
 
@@ -611,11 +598,7 @@ class WrongTypes(unittest.TestCase):
         for entry in default_models():
             for path in places(entry):
                 for wild in (None, 5, "x", [1], {"a": 1}):
-                    odd = copy.deepcopy(entry)
-                    target = odd
-                    for key in path[:-1]:
-                        target = target[key]
-                    target[path[-1]] = wild
+                    odd = with_value(entry, path, wild)
                     model = cp.Model.from_entry(odd)
                     self.assertIsInstance((model.efforts, model.version, model.is_listed,
                                            model.output_cap(True), model.output_cap(False)), tuple)

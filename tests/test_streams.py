@@ -5,14 +5,14 @@ end in the dialect's error, never politely.
 """
 from __future__ import annotations
 
-import copy
 import json
 import random
 import re
 import unittest
-from typing import Any, Iterator
+from typing import Any
 
-from support import cp
+from support import cp, cuts, places, with_value
+from wire import frame as sse
 
 CLAUDE, CODEX, GPT = "claude-sonnet-4.6", "gpt-5.3-codex", "gpt-4.1"
 DONE = b"data: [DONE]\n\n"
@@ -20,21 +20,6 @@ DONE = b"data: [DONE]\n\n"
 
 def dumps(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def sse(value: Any, event: str = "") -> bytes:
-    name = b"event: " + event.encode() + b"\n" if event else b""
-    return name + b"data: " + dumps(value) + b"\n\n"
-
-
-def cuts(data: bytes, rounds: int = 1, seed: int = 7) -> Iterator[list[bytes]]:
-    """Byte by byte, and cut at random places."""
-    chance = random.Random(seed)
-    yield [data[at:at + 1] for at in range(len(data))]
-    for _ in range(rounds):
-        places = sorted(chance.randrange(len(data) + 1) for _ in range(chance.choice((1, 3, 20))))
-        ends = [0] + places + [len(data)]
-        yield [data[a:b] for a, b in zip(ends, ends[1:])]
 
 
 def events(data: bytes) -> list[Any]:
@@ -553,7 +538,7 @@ class AnyCut(unittest.TestCase):
         for case in CASES:
             with self.subTest(case.dialect.name + ": " + case.name):
                 whole, relay = case.whole()
-                for parts in cuts(b"".join(case.raw)):
+                for parts in cuts(b"".join(case.raw), 1):
                     out, other = case.run(parts)
                     self.assertEqual(events(out), whole)
                     self.assertEqual((other.meter.counts, other.ended, other.failure),
@@ -564,7 +549,7 @@ class AnyCut(unittest.TestCase):
         for case in CASES:
             with self.subTest(case.dialect.name + ": " + case.name):
                 whole, _ = case.run([b"".join(case.raw)])
-                for parts in list(cuts(b"".join(case.raw)))[1:] + [case.raw]:
+                for parts in cuts(b"".join(case.raw), 1)[2:] + [case.raw]:
                     self.assertEqual(case.run(parts)[0], whole)
 
     def test_frame_by_frame_comes_without_delay(self) -> None:
@@ -682,7 +667,7 @@ class AnyCut(unittest.TestCase):
                 for place in places(value):
                     if chance.random() > 0.03:
                         continue
-                    changed = replaced(value, place, chance.choice(wild))
+                    changed = with_value(value, place, chance.choice(wild))
                     mad = case.raw[:at] + [sse(changed, frame.event)] + case.raw[at + 1:]
                     try:
                         case.run([b"".join(mad)])
@@ -696,23 +681,6 @@ class AnyCut(unittest.TestCase):
         for dialect in cp.DIALECTS.values():
             with self.assertRaises(cp.UpstreamError):
                 dialect.stream("a", {}).feed(b"data: " + b"x" * 2000)
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    pairs = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, inner in pairs:
-        yield path + (key,)
-        if isinstance(inner, (dict, list)):
-            yield from places(inner, path + (key,))
-
-
-def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
-    value = copy.deepcopy(value)
-    target = value
-    for key in path[:-1]:
-        target = target[key]
-    target[path[-1]] = new
-    return value
 
 
 class ChatStreams(unittest.TestCase):
@@ -763,12 +731,12 @@ class ChatStreams(unittest.TestCase):
 
     def test_plain_stream_passes_byte_identical(self) -> None:
         case = CHAT_CASES[0]
-        for parts in [[b"".join(case.raw)], case.raw] + list(cuts(b"".join(case.raw))):
+        for parts in [case.raw] + cuts(b"".join(case.raw), 1):
             self.assertEqual(case.run(parts)[0], b"".join(case.raw))
 
     def test_only_the_model_changes_under_another_name(self) -> None:
         case = CHAT_CASES[1]
-        for parts in [[b"".join(case.raw)], case.raw] + list(cuts(b"".join(case.raw))):
+        for parts in [case.raw] + cuts(b"".join(case.raw), 1):
             self.assertEqual(case.run(parts)[0], b"".join(case.raw).replace(
                 b'"model":"gpt-4.1"', b'"model":"openai/gpt-4.1"'))
 
@@ -920,7 +888,7 @@ class ResponsesStreams(unittest.TestCase):
         stream.response("response.created")
         stream.message(*"Hello world")
         raw = stream.finish()
-        for parts in [[b"".join(raw)], raw] + list(cuts(b"".join(raw))):
+        for parts in [raw] + cuts(b"".join(raw), 1):
             self.assertEqual(Case("", cp.RESPONSES, raw).run(parts)[0], b"".join(raw))
 
     def test_long_ids_are_short_and_typed_for_the_client(self) -> None:
@@ -949,7 +917,7 @@ class MessagesStreams(unittest.TestCase):
             if case.asked != CLAUDE:
                 continue
             raw = b"".join(case.raw)
-            for parts in [[raw], case.raw] + list(cuts(raw)):
+            for parts in [case.raw] + cuts(raw, 1):
                 out, relay = case.run(parts)
                 self.assertEqual(out, raw, case.name)
                 self.assertEqual(relay.failure, case.want.get("failure"))
@@ -960,7 +928,7 @@ class MessagesStreams(unittest.TestCase):
         case = MESSAGES_CASES[1]
         want = b"".join(case.raw).replace(b'"model":"%b"' % CLAUDE.encode(),
                                           b'"model":"%b"' % case.asked.encode(), 1)
-        for parts in [[b"".join(case.raw)], case.raw] + list(cuts(b"".join(case.raw))):
+        for parts in [case.raw] + cuts(b"".join(case.raw), 1):
             self.assertEqual(case.run(parts)[0], want)
 
     def test_model_name_is_exchanged_in_spaced_json_too(self) -> None:

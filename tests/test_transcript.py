@@ -32,7 +32,7 @@ DATA_URL = "data:image/png;base64,iVBORw0KGgo="
 
 # ---- Histories in all three dialects, made from one plan
 
-class Writer:
+class History:
     """A history in one dialect: `say`, `call` one or more tools, `result`."""
 
     def __init__(self, dialect: str) -> None:
@@ -82,7 +82,7 @@ SCHEMA = {"type": "object", "properties": {}}
 
 def some_history(rng: random.Random, dialect: str) -> tuple[list[Any], list[str]]:
     """(items of a healthy history that ends with a user's turn, the texts of its results)."""
-    writer, texts, number = Writer(dialect), [], 0
+    writer, texts, number = History(dialect), [], 0
     for _ in range(rng.randrange(1, 6)):
         writer.say("user", "please %d" % rng.randrange(1000))
         for _ in range(rng.randrange(3)):
@@ -174,7 +174,7 @@ class PairingTest(unittest.TestCase):
         for dialect in UPSTREAMS:
             for seed in SEEDS:
                 items, _ = some_history(random.Random(seed), dialect)
-                writer = Writer(dialect)
+                writer = History(dialect)
                 writer.items = items
                 edit = cp.Edit(writer.body())
                 cp.pair_calls(edit, cp.DIALECTS[dialect])
@@ -187,7 +187,7 @@ class PairingTest(unittest.TestCase):
         for dialect, model in UPSTREAMS.items():
             for seed in SEEDS:
                 rng = random.Random(seed)
-                writer = Writer(dialect)
+                writer = History(dialect)
                 writer.items, texts = some_history(rng, dialect)
                 for _ in range(rng.randrange(1, 4)):
                     mutate(rng, writer.items, dialect)
@@ -217,7 +217,7 @@ class PairingTest(unittest.TestCase):
             for upstream, model in UPSTREAMS.items():
                 for seed in list(SEEDS)[:12] if client != upstream else ():
                     rng = random.Random(seed)
-                    writer = Writer(client)
+                    writer = History(client)
                     writer.items, _ = some_history(rng, client)
                     mutate(rng, writer.items, client)
                     body = writer.body(model=model)
@@ -230,7 +230,7 @@ class PairingTest(unittest.TestCase):
 
     def test_a_missing_result_is_told_as_an_error(self) -> None:
         for dialect in UPSTREAMS:
-            writer = Writer(dialect)
+            writer = History(dialect)
             writer.say("user", "go")
             writer.call("call_1", "call_2")
             writer.results(call_2="two")
@@ -243,7 +243,7 @@ class PairingTest(unittest.TestCase):
 
     def test_an_orphan_is_told_as_text_and_as_a_loss(self) -> None:
         for dialect in UPSTREAMS:
-            writer = Writer(dialect)
+            writer = History(dialect)
             writer.say("user", "go")
             writer.results(call_9="nine")
             edit = fitted(dialect, writer.body())
@@ -253,7 +253,7 @@ class PairingTest(unittest.TestCase):
 
     def test_a_result_behind_other_turns_comes_back_to_its_call(self) -> None:
         for dialect in UPSTREAMS:
-            writer = Writer(dialect)
+            writer = History(dialect)
             writer.say("user", "go")
             writer.call("call_1")
             writer.say("user", "something else")
@@ -270,7 +270,7 @@ class PairingTest(unittest.TestCase):
     def test_equal_results_are_told_once_other_ones_as_text(self) -> None:
         for dialect in UPSTREAMS:
             for second, count in (("same", 0), ("other", 1)):
-                writer = Writer(dialect)
+                writer = History(dialect)
                 writer.say("user", "go")
                 writer.call("call_1")
                 writer.results(call_1="same")
@@ -281,7 +281,7 @@ class PairingTest(unittest.TestCase):
                     self.assertEqual(sent.count("same"), 1)
 
     def test_ids_that_come_again_are_told_apart_for_anthropic(self) -> None:
-        writer = Writer("messages")
+        writer = History("messages")
         for word in ("one", "two"):
             writer.say("user", "go")
             writer.call("call_0")
@@ -294,19 +294,19 @@ class PairingTest(unittest.TestCase):
         self.assertEqual(len({call["id"] for call in calls}), 2)
         self.assertEqual([(r["tool_use_id"], r["content"]) for r in results],
                          [(call["id"], word) for call, word in zip(calls, ("one", "two"))])
-        chat_writer = Writer("chat")                     # the others do not mind
+        chat_history = History("chat")                     # the others do not mind
         for word in ("one", "two"):
-            chat_writer.say("user", "go")
-            chat_writer.call("call_0")
-            chat_writer.results(call_0=word)
-        edit = cp.Edit(chat_writer.body())
+            chat_history.say("user", "go")
+            chat_history.call("call_0")
+            chat_history.results(call_0=word)
+        edit = cp.Edit(chat_history.body())
         cp.pair_calls(edit, cp.CHAT)
         self.assertFalse(edit.changed)
 
     def test_results_stand_before_text_and_in_one_turn_for_anthropic(self) -> None:
         def result(name: str) -> Any:
             return {"type": "tool_result", "tool_use_id": name, "content": name}
-        writer = Writer("messages")
+        writer = History("messages")
         writer.say("user", "go")
         writer.call("a", "b")
         writer.items += [{"role": "user", "content": [{"type": "text", "text": "t"}, result("a")]},
@@ -317,7 +317,7 @@ class PairingTest(unittest.TestCase):
             result("a"), result("b"), {"type": "text", "text": "t"}]}])
 
     def test_system_turns_may_stand_between_a_call_and_its_result(self) -> None:
-        writer = Writer("messages")
+        writer = History("messages")
         writer.say("user", "go")
         writer.call("a")
         writer.say("system", "note")
@@ -404,7 +404,7 @@ class StrictTest(unittest.TestCase):
         for dialect, model in (("chat", "gpt-5-mini"), ("chat", "claude-sonnet-4.6"),
                                ("responses", "gpt-5.4"), ("messages", "claude-haiku-4.5")):
             for odd in ("x" * 90, "functions.run:0", "a b"):
-                writer = Writer(dialect)
+                writer = History(dialect)
                 writer.say("user", "go")
                 writer.call(odd)
                 writer.results(**{odd: "done"})
@@ -416,7 +416,7 @@ class StrictTest(unittest.TestCase):
     def test_names_are_the_same_in_tools_history_and_choice(self) -> None:
         name = "mcp server.tool with spaces/" + "x" * 80
         for dialect, model in UPSTREAMS.items():
-            writer = Writer(dialect)
+            writer = History(dialect)
             writer.say("user", "go")
             writer.call("c")
             writer.results(c="done")
@@ -571,7 +571,7 @@ class CacheTest(ProxyCase):
         for client, upstream in (("messages", "messages"), ("chat", "chat"),
                                  ("responses", "messages"), ("responses", "chat"),
                                  ("chat", "messages"), ("messages", "chat")):
-            writer = Writer(client)
+            writer = History(client)
             if client == "chat":
                 writer.say("system", "Be brief.")
             for word in ("one", "two", "three"):
@@ -612,7 +612,7 @@ class CacheTest(ProxyCase):
     def test_what_needs_nothing_goes_up_as_the_clients_own_bytes(self) -> None:
         mark = {"type": "ephemeral"}
         for client in UPSTREAMS:
-            writer = Writer(client)
+            writer = History(client)
             writer.items, _ = some_history(random.Random(3), client)
             model = {"chat": "gpt-4.1", "responses": "gpt-5.4"}.get(client, "claude-sonnet-4.6")
             more: dict[str, Any] = {"chat": {}, "messages": {
@@ -761,7 +761,7 @@ class FetchTest(ProxyCase):
                          {"host", "accept", "accept-encoding", "user-agent"})
 
     def test_images_inside_a_tools_result(self) -> None:
-        writer = Writer("messages")
+        writer = History("messages")
         writer.say("user", "go")
         writer.call("a")
         writer.results(a="x")
@@ -895,7 +895,7 @@ class CompactionTest(ProxyCase):
     """POST /responses/compact and `compaction_trigger`, for every model."""
 
     def history(self) -> list[Any]:
-        writer = Writer("responses")
+        writer = History("responses")
         writer.say("developer", "Be brief.")
         writer.say("user", "The secret word is maple.")
         writer.call("c1")

@@ -329,14 +329,17 @@ def assert_failed(client: str, out: bytes) -> None:
 
 # ---- Upstream streams, written out ----
 
-def sse(*events: object, named: bool = False) -> bytes:
-    out = []
-    for event in events:
-        data = event if isinstance(event, str) else json.dumps(event, ensure_ascii=False,
-                                                               separators=(",", ":"))
-        head = "event: %s\n" % event["type"] if named and not isinstance(event, str) else ""
-        out.append("%sdata: %s\n\n" % (head, data))
-    return "".join(out).encode()
+def frame(value: Any, event: str = "") -> bytes:
+    """One server-sent event; a string is sent as it is, everything else as JSON."""
+    data = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False,
+                                                           separators=(",", ":"))
+    return ("%sdata: %s\n\n" % ("event: %s\n" % event if event else "", data)).encode()
+
+
+def sse(*events: Any, named: bool = False) -> bytes:
+    """Several of them, named by their type if wanted."""
+    return b"".join(frame(event, event["type"] if named and not isinstance(event, str) else "")
+                    for event in events)
 
 
 def chunk(delta: dict, reason: object = None, index: int = 0, **more: object) -> dict:
