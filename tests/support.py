@@ -1,6 +1,37 @@
 """What the tests share: a proxy in this process, the command line as a subprocess, a raw client.
 
-Every test imports this module first; it puts the root of the repository on the path.
+Every test imports this module first; it puts the root of the repository on the path.  Bases of
+test cases and doubles stand in cases.py, bodies and streams of the dialects in wire.py, the
+make-believe service in fake_upstream.py (test_fake_upstream.py), figures of the file in gauges.py.
+
+Section of copilot_proxy.py and the test_*.py that hold it:
+
+     1 Imports          layers old_pythons
+     2 Constants        layers
+     3 Errors           helpers answers
+     4 Helpers          helpers escapes numbers json_bounds patterns
+     5 Vocabulary       laws
+     6 Framing          framing fuzz
+     7 Dialects         requests whole_answers streams laws matrix translate clients normalise
+                        answers tools wishes bounds fuzz hostile sdk sessions
+     8 Transcript care  transcript tools
+     9 Planning         models estimator today prices
+    10 Repairs          repairs bounds
+    11 Settings         settings start_checks
+    12 Storage          auth doors
+    13 Upstream HTTP    pool network cli upstream_heads waiting
+    14 GitHub           auth machine_tokens refused_login
+    15 Copilot          copilot calls auto identity limits refused_login
+    16 History          history
+    17 Policy           admission budget doors ledger limits record
+    18 HTTP server      server relay loop waiting attacks freezing let_go hosts doors fuzz
+                        hostile
+    19 Page             browser
+    20 Endpoints        endpoints translate server
+    21 Demo             cli
+    22 Setup            setup readme
+    23 Commands         cli auth network output today
+    24 Main             cli output scaleout
 """
 from __future__ import annotations
 

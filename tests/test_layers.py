@@ -13,6 +13,7 @@ import tempfile
 import unittest
 from typing import Any
 
+import support
 from support import HERE, ROOT, Proxy, chat, clean_environment
 import copilot_proxy as cp
 from fake_upstream import FakeUpstream
@@ -170,6 +171,17 @@ class ImportTest(unittest.TestCase):
 
 class TestFilesTest(unittest.TestCase):
     """The tests themselves."""
+
+    def test_every_section_and_every_test_file_is_in_the_table(self) -> None:
+        """In the docstring of support.py: where to look for the tests of a section."""
+        text = (support.__doc__ or "").split("hold it:")[1]
+        listed = [(int(number), name.strip()) for number, name in
+                  re.findall(r"^    ([ \d]\d) (.{16})", text, re.M)]
+        self.assertEqual(listed, [(number, name) for _, number, name in SOURCE.banners])
+        named = {"test_%s.py" % word for line in text.splitlines() for word in line[24:].split()}
+        there = {os.path.basename(path) for path in glob.glob(os.path.join(HERE, "test_*.py"))}
+        self.assertEqual(named - there, set(), "no such file")
+        self.assertEqual(there - named, {"test_fake_upstream.py"}, "name it in support.py's table")
 
     def test_no_line_of_a_test_is_too_long(self) -> None:
         for path in sorted(glob.glob(os.path.join(HERE, "*.py"))):
