@@ -418,12 +418,17 @@ class JsonValues(unittest.TestCase):
             self.assertEqual(list(cp.loads(cp.dumps(value))), ["z", "a"])
 
     def test_whatever_is_read_can_be_written(self) -> None:
-        for depth in (100, 900, 3000, 20000):
+        read = []
+        for depth in (1, 50, 100, 200, 400, 900, 3000, 20000):
+            raw = b"[" * depth + b"]" * depth
             try:
-                value = cp.loads(b"[" * depth + b"]" * depth)
+                value = cp.loads(raw)
             except ValueError:
                 continue
-            cp.dumps(value)
+            self.assertEqual(cp.dumps(value), raw)
+            read.append(depth)
+        self.assertEqual(read[:3], [1, 50, 100])
+        self.assertLess(read[-1], 20000)
 
     def test_leniency_helpers_never_raise(self) -> None:
         checks: tuple[tuple[Callable[[Any], Any], Any, Any], ...] = (

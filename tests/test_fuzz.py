@@ -14,7 +14,8 @@ from support import SLOW, chunked_post, memory_bytes, places, post, raw_exchange
 import copilot_proxy as cp
 from copilot_proxy import DIALECTS, ProxyError, Request
 from cases import SharedCase
-from wire import CELLS, MODEL, PARALLEL, SEEDS, events_of, run, some_request, some_response
+from wire import (CELLS, MODEL, PARALLEL, SEEDS, assert_failed, events_of, run, some_request,
+                  some_response)
 
 ODD = (None, 1, -1, 1.5, True, "", "x", [], {}, [None], [1], ["x"], [[]], [{}], {"type": "x"},
        {"type": None}, {"type": []}, {"text": 1}, "\ud800", "cpx1.e30=", {"a": {"b": []}})
@@ -38,7 +39,7 @@ def mutate(rng: random.Random, body: dict) -> dict:
 
 class Fuzz(unittest.TestCase):
     def test_requests(self) -> None:
-        rng = random.Random(11)
+        rng, taken, refused = random.Random(11), 0, 0
         for client, upstream in CELLS:
             for seed in FUZZ_SEEDS:
                 body = DIALECTS[client].encode_request(some_request(seed, client), MODEL)
@@ -46,12 +47,17 @@ class Fuzz(unittest.TestCase):
                     odd = mutate(rng, body)
                     with self.subTest(client=client, upstream=upstream, body=odd):
                         try:
-                            translated(client, upstream, odd, MODEL)
+                            sent = translated(client, upstream, odd, MODEL)[0].body
+                            self.assertEqual(cp.loads(cp.dumps(sent)), sent)
+                            taken += 1
                         except ProxyError as error:
                             self.assertEqual(error.status, 400)
+                            refused += 1
+        self.assertGreater(taken, refused)                  # one odd value is seldom in the way
+        self.assertGreater(refused, taken // 50)
 
     def test_bodies(self) -> None:
-        rng = random.Random(12)
+        rng, read, refused = random.Random(12), 0, 0
         for client, upstream in CELLS:
             for seed in FUZZ_SEEDS:
                 body = DIALECTS[upstream].encode_response(some_response(seed, upstream),
@@ -62,12 +68,17 @@ class Fuzz(unittest.TestCase):
                         try:
                             answer = cp.read_answer(DIALECTS[upstream], cp.dumps(odd), False,
                                                     Request("asked"))
-                            DIALECTS[client].encode_response(answer, Request("asked"))
-                        except ProxyError:
-                            pass
+                            out = DIALECTS[client].encode_response(answer, Request("asked"))
+                            self.assertEqual(cp.loads(cp.dumps(out)), out)
+                            read += 1
+                        except ProxyError as error:
+                            self.assertGreaterEqual(error.status, 500)
+                            refused += 1
+        self.assertGreater(read, refused)
+        self.assertGreater(refused, 0)
 
     def test_streams(self) -> None:
-        rng = random.Random(13)
+        rng, failed, streams = random.Random(13), 0, 0
         for client, upstream in CELLS:
             events = events_of(PARALLEL[upstream])
             for _ in range(600 if SLOW else 30):
@@ -85,8 +96,14 @@ class Fuzz(unittest.TestCase):
                     for raw in data.split(b"\n\n"):
                         if raw:
                             decoder.read(raw[6:])
-                    _, pipe = run(client, upstream, data)
+                    out, pipe = run(client, upstream, data)
                     self.assertTrue(pipe.ended)
+                    streams += 1
+                    if pipe.failure is not None:
+                        assert_failed(client, out)
+                        failed += 1
+        self.assertGreater(failed, 0)                       # the whole list of cells has some
+        self.assertGreater(streams - failed, streams // 2)
 
 
 ENDS = (b"\r\n", b"\n", b"\r", b"\x00", b"\xff", b":", b" ", b"\t", b"{", b"[", b"]", b"}", b'"',

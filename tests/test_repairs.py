@@ -411,26 +411,37 @@ class PatchTest(unittest.TestCase):
         wild: tuple[Any, ...] = (None, True, -1, 10 ** 30, 1.5, "", "x", [], [None], [[{}]], ["x"],
                                  {}, {"type": "text"}, {"a": {"b": [1, {"type": []}]}})
         model = cp.Model.from_entry(next(e for e in default_models() if e["id"] == SONNET))
-        errors = [case.refusal.body if isinstance(case.refusal.body, str)
-                  else case.refusal.body["error"]["message"] for case in CASES if case.refusal]
+
+        def raised(refusal: Refuse) -> cp.UpstreamError:
+            about = refusal.body["error"] if isinstance(refusal.body, dict) else {}
+            error = cp.UpstreamError(about.get("message", refusal.body), refusal.status,
+                                     about.get("code"), about.get("param"))
+            error.answered = True
+            return error
+
+        refusals = [case.refusal for case in CASES if case.refusal]
+        repaired: set[str] = set()
         for case in CASES:
+            own = [case.refusal] if case.refusal else []
             dialect = next(d for d in cp.DIALECTS.values() if d.path == case.path)
-            for _ in range(60 if SLOW else 2):
+            for number in range(60 if SLOW else 3):
                 body = json.loads(json.dumps(case.body))
                 plan = cp.Plan.make(dialect, dialect, body, model, 0, "k")
-                plan.edit.body = self.mutilated(case.body, wild, chance)
+                if number:
+                    plan.edit.body = self.mutilated(case.body, wild, chance)
                 memory = cp.Memory()
                 memory.prepare(plan)
-                for words in chance.sample(errors, 12):
-                    error = cp.UpstreamError(words, chance.choice((400, 401, 413)))
-                    error.answered = True
+                for refusal in own + chance.sample(refusals, 12):
+                    error = raised(refusal)
                     with contextlib.suppress(cp.BadRequest):     # tools that are no objects
                         memory.repair(plan, error)
                 memory.learn(plan)
+                repaired.update(plan.repairs.names)
                 plan.edit.body = self.mutilated(case.body, wild, chance)
                 with contextlib.suppress(cp.BadRequest):
                     memory.prepare(plan)
-                cp.dumps(plan.edit.body)
+                self.assertEqual(cp.loads(cp.dumps(plan.edit.body)), plan.edit.body)
+        self.assertEqual({repair.name for repair in cp.REPAIRS} - repaired, {"beta"})   # a header
 
     def mutilated(self, body: Any, wild: tuple[Any, ...], chance: random.Random) -> dict[str, Any]:
         """A copy with some values replaced by nonsense."""

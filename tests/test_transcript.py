@@ -168,7 +168,12 @@ class PairingTest(unittest.TestCase):
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [
             {"type": "tool_use", "id": "t1", "name": "f", "input": {}}]},
             {"type": []}, {"role": "user", "content": [{"type": "text", "text": "b"}]}]
-        cp.pair_calls(cp.Edit({"model": "m", "messages": turns}), cp.MESSAGES)
+        edit = cp.Edit({"model": "m", "messages": copy.deepcopy(turns)})
+        cp.pair_calls(edit, cp.MESSAGES)
+        sent = edit.body["messages"]
+        self.assertEqual(sent[:2] + sent[3:], turns)
+        self.assertEqual([(block["type"], block["tool_use_id"]) for block in sent[2]["content"]],
+                         [("tool_result", "t1")])
 
     def test_healthy_histories_stay_as_they_are(self) -> None:
         for dialect in UPSTREAMS:

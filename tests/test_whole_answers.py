@@ -3,8 +3,14 @@ from __future__ import annotations
 
 import copy
 import unittest
+from typing import Any
 
 from support import cp
+
+
+def as_objects(value: Any) -> list[Any]:
+    """The objects in a list, which may be no list at all."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 class WholeAnswers(unittest.TestCase):
@@ -82,7 +88,17 @@ class WholeAnswers(unittest.TestCase):
                            {"output": [None, {"id": 5, "type": []}]}, {"usage": []}, {"id": {}},
                            {"usage": {"input_tokens": "x", "prompt_tokens_details": 5}},
                            {"choices": [{"message": {"tool_calls": [5, {"function": 5}]}}]}):
-                dialect.mend(copy.deepcopy(answer), "m")
+                mended = copy.deepcopy(answer)
+                with self.subTest(dialect=dialect.name, answer=answer):
+                    self.assertTrue(dialect.mend(mended, "m"))
+                    self.assertEqual(mended["model"], "m")
+                    self.assertEqual(cp.loads(cp.dumps(mended)), mended)
+                    if dialect is not cp.MESSAGES:          # whose ids are the upstream's own
+                        self.assertRegex(mended["id"], r"\A(chatcmpl-|resp_)\w{1,60}\Z")
+                    if dialect is cp.CHAT:
+                        for choice in as_objects(mended.get("choices")):
+                            self.assertEqual(choice["message"]["role"], "assistant")
+                            self.assertIn(choice["finish_reason"], ("stop", "tool_calls"))
 
     def test_usage_counts_add_up_in_both_families(self) -> None:
         for usage, counts in (
