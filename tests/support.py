@@ -13,7 +13,8 @@ Section of copilot_proxy.py and the test_*.py that hold it:
      5 Vocabulary       laws
      6 Framing          framing fuzz
      7 Dialects         requests whole_answers streams laws matrix translate clients normalise
-                        answers tools wishes bounds fuzz hostile sdk sessions
+                        answers tools wishes capabilities gemini ollama bounds fuzz client_fuzz
+                        hostile sdk sessions
      8 Transcript care  transcript tools
      9 Planning         models estimator today prices
     10 Repairs          repairs bounds
@@ -22,12 +23,12 @@ Section of copilot_proxy.py and the test_*.py that hold it:
     13 Upstream HTTP    pool network cli upstream_heads waiting
     14 GitHub           auth machine_tokens refused_login
     15 Copilot          copilot calls auto identity limits refused_login
-    16 History          history
+    16 History          history looks
     17 Policy           admission budget doors ledger limits record
     18 HTTP server      server relay loop waiting attacks freezing let_go hosts doors fuzz
                         hostile
     19 Page             browser
-    20 Endpoints        endpoints translate server
+    20 Endpoints        endpoints translate server gemini ollama azure
     21 Demo             cli
     22 Setup            setup readme
     23 Commands         cli auth network output today
