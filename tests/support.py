@@ -4,7 +4,7 @@ Every test imports this module first; it puts the root of the repository on the 
 test cases and doubles stand in cases.py, bodies and streams of the dialects in wire.py, the
 make-believe service in fake_upstream.py (test_fake_upstream.py), figures of the file in gauges.py.
 
-Section of copilot_proxy.py and the test_*.py that hold it:
+Section of copilot_proxy.py and the test_*.py that hold it (others name theirs in their docstring):
 
      1 Imports          layers old_pythons
      2 Constants        layers
@@ -24,11 +24,11 @@ Section of copilot_proxy.py and the test_*.py that hold it:
     14 GitHub           auth machine_tokens refused_login
     15 Copilot          copilot calls auto identity limits refused_login
     16 History          history looks
-    17 Policy           admission budget doors ledger limits record
+    17 Policy           admission budget deferred doors ledger limits record
     18 HTTP server      server relay loop waiting attacks freezing let_go hosts doors fuzz
                         hostile
     19 Page             browser
-    20 Endpoints        endpoints translate server gemini ollama azure
+    20 Endpoints        endpoints translate server gemini ollama azure search
     21 Demo             cli
     22 Setup            setup readme
     23 Commands         cli auth network output today
