@@ -204,10 +204,7 @@ CLI_HEADERS = {  # the command line's: the only one that tokens of machines may 
 }
 INTENT, MODEL_INTENT = "conversation-agent", "model-access"
 ANTHROPIC_VERSION = "2023-06-01"
-CONTEXT_BETA, CACHE_BETA = (
-    "context-management-2025-06-27",
-    "extended-cache-ttl-2025-04-11",
-)
+CONTEXT_BETA = "context-management-2025-06-27"
 TOOL_BETA = "advanced-tool-use-2025-11-20"
 BETA_PREFIXES = (
     "interleaved-thinking-",
@@ -7639,8 +7636,6 @@ class Messages(Dialect):
             needed = []
         if any("defer_loading" in tool for tool in tools):
             needed.append(TOOL_BETA)
-        if any(mark.get("ttl") == "1h" for mark in self.cache_marks(body)):
-            needed.append(CACHE_BETA)
         return needed
 
     @staticmethod
@@ -12591,7 +12586,7 @@ REPAIRS = (
     ),
     Repair(
         "cache time",
-        r"cache_control\S{0,40}ttl|extended-cache-ttl",
+        r"cache_control\S{0,40}ttl",
         lambda plan: drop_cache_times(plan),
         "Anthropic, Bedrock",
     ),
@@ -23361,6 +23356,19 @@ def demo_embeddings(exchange: Exchange) -> None:
     )
 
 
+def demo_auto(exchange: Exchange) -> None:
+    """POST /auto of the demo: always the same model."""
+    chosen = DEMO_MODELS[0]
+    exchange.reply_json(
+        {
+            "session_token": "demo",
+            "expires_at": int(time.time()) + 3600,
+            "selected_model": chosen,
+            "discounted_costs": {chosen["id"]: 0.1},
+        }
+    )
+
+
 def demo_token(exchange: Exchange) -> None:
     """A token of the make-believe Copilot."""
     exchange.reply_json(
@@ -23404,6 +23412,7 @@ DEMO_ROUTES: Routes = {
         "GET": lambda x: (demo_token if x.argument == "v2/token" else demo_user)(x)
     },
     "/user": {"GET": demo_user},
+    "/auto": {"POST": demo_auto},
     "/models": {"GET": lambda x: x.reply_json({"object": "list", "data": DEMO_MODELS})},
     "/chat/completions": {"POST": functools.partial(demo_answer, CHAT)},
     "/responses": {"POST": functools.partial(demo_answer, RESPONSES)},

@@ -62,7 +62,7 @@ FORBIDDEN_HEADERS = re.compile(
     r"|originator|openai-beta|openai-organization|anthropic-dangerous-direct-browser-access"
     r"|x-stainless-.*|x-codex-.*)$")
 BETA_PREFIXES = ("interleaved-thinking-", "context-management-", "advanced-tool-use-",
-                 "mid-conversation-system-", "extended-cache-ttl-")
+                 "mid-conversation-system-")
 ATTACHMENTS = "https://github.com/github-copilot/chat/attachments/"  # the one image URL let through
 QUOTA_HEADER = "ent=300&ov=0.0&ovPerm=false&rem=75.5&rst=2026-12-01T00%3A00%3A00Z"
 NOISE_HEADERS = {  # a relay must not pass these on
@@ -1397,9 +1397,6 @@ def check_cache(ask: Ask) -> None:
             continue
         marks += 1
         only(mark, ("type", "ttl"), path + ".cache_control.ephemeral.")
-        if mark.get("ttl") == "1h" and "extended-cache-ttl" not in ask.headers.get(
-                "anthropic-beta", "") and ask.record.path != COUNT_TOKENS:
-            raise extra(path + ".cache_control.ephemeral.ttl")
         if mark.get("type") != "ephemeral" or mark.get("ttl") not in (None, "5m", "1h"):
             raise bad_message(path + ".cache_control.type: Input should be 'ephemeral'")
     if marks > 4:

@@ -8,7 +8,7 @@ from typing import Any
 from support import ProxyCase, Reply, TestClock, Proxy, bearer, chat, message, response
 import copilot_proxy as cp
 from fake_upstream import (AUTO, AUTO_PAIR, CHAT, COUNT_TOKENS, MESSAGES, RESPONSES, Answer,
-                           make_model)
+                           FakeUpstream, make_model)
 
 ROUNDS = 9
 TOOL = {"name": "look", "description": "d", "parameters": {"type": "object", "properties": {}}}
@@ -239,6 +239,21 @@ class AbsentTest(AutoCase):
             with self.subTest(odd):
                 reply = self.ask(odd.decode())
                 self.assertEqual(reply.json["model"], "gpt-4.1")
+
+
+class DemoTest(unittest.TestCase):
+    """The demo plays it, too."""
+
+    def test_the_demo_has_auto(self) -> None:
+        with FakeUpstream() as fake:
+            settings = cp.Settings(demo=True, no_history=True)
+            server = cp.start_demo(settings)
+            self.addCleanup(server.finish, 0.2)
+            with Proxy(fake, github_url=settings.github_url, no_history=True) as proxy:
+                reply = proxy.post("/v1/chat/completions", chat("hello", model="auto"))
+                self.assertEqual(reply.json["model"], "gpt-5-mini")
+                self.assertEqual(reply.headers["x-copilot-proxy-auto"], "gpt-5-mini")
+                self.assertEqual(proxy.get("/stats").json["auto"], {"gpt-5-mini": 1})
 
 
 class ListedTest(AutoCase):
