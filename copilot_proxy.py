@@ -20624,42 +20624,62 @@ body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 sys
 header, main { max-width: 74rem; margin: auto; padding: 0 1rem; } main:focus { outline: none; }
 h1 { font-size: 1.15rem; margin: 0; } h2 { font-size: 1rem; margin: 0; flex: 1 0 auto; }
 h3, .sub, .key, .pill, caption, dt, th { font-size: .82rem; } p, dd { margin: .2rem 0; }
+h3 { margin: .9rem 0 .3rem; } dd { min-width: 0; overflow-wrap: anywhere; }
 .line, nav, header { display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center; }
-header { padding-top: 1rem; } main h1 { margin: 1rem 0; } nav { flex: 1; } pre { overflow: auto; }
+header { padding-top: 1rem; } main h1 { margin: 1rem 0; } nav { flex: 1; }
+nav a { text-decoration: none; padding: .15rem .1rem; border-bottom: 2px solid transparent; }
+nav a[aria-current] { border-color: var(--accent); font-weight: 600; }
+pre { overflow: auto; max-height: 22rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  background: var(--soft); border-radius: .45rem; padding: .6rem .8rem; margin: .3rem 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem;
   margin: 1rem 0; padding: 1rem 1.2rem; } .card > :first-child { margin-bottom: .7rem; }
 .loud, button:hover { border-color: var(--accent); } .stale section { filter: grayscale(1); }
 .pill { font-weight: 600; } .pill::before { content: "● "; } a, .run { color: var(--accent); }
 .good { color: var(--good); } .warn { color: var(--warn); } .bad { color: var(--bad); }
 .dim, caption, dt, th, .sub { color: var(--dim); } .code { font-size: 2rem; letter-spacing: .1em; }
-button, input, select { font: inherit; font-size: .88rem; color: inherit; background: var(--card);
-  border: 1px solid var(--line); border-radius: .45rem; padding: .3rem .75rem; max-width: 100%; }
+button, input, select, textarea { font: inherit; font-size: .88rem; color: inherit;
+  background: var(--card); border: 1px solid var(--line); border-radius: .45rem;
+  padding: .3rem .75rem; max-width: 100%; } textarea { width: 100%; min-height: 4.5rem; }
 button { cursor: pointer; } .main { background: var(--accent); color: var(--card); }
+.link { border: 0; padding: 0; background: none; color: var(--accent); text-align: left;
+  font-weight: 600; font-size: inherit; overflow-wrap: anywhere; }
+.link:hover { text-decoration: underline; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 .skip:not(:focus) { position: absolute; left: -99rem; } dd.big { font: 600 1.3rem system-ui; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr));
-  gap: .8rem 2.5rem; } .tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0; }
-.tiles .card { flex: 1 1 8rem; margin: 0; padding: .8rem 1rem; } .ends > :first-child { flex: 1; }
-ul { list-style: none; margin: 0; padding: 0; font-size: .9rem; }
-details, #limits li { margin: .7rem 0; }
+  gap: .8rem 2.5rem; } .grid > * { min-width: 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(9.5rem, 46%), 1fr));
+  gap: .8rem; margin: 1rem 0; } .tiles .card { margin: 0; padding: .8rem 1rem; }
+.ends > :first-child { flex: 1; } ul, ol { list-style: none; margin: 0; padding: 0;
+  font-size: .9rem; } details, #limits li { margin: .7rem 0; }
+.facts { display: grid; grid-template-columns: minmax(6rem, auto) 1fr; gap: .2rem 1rem;
+  margin: .3rem 0; font-size: .9rem; } .facts dd { margin: 0; }
+dialog { border: 1px solid var(--line); border-radius: .7rem 0 0 .7rem; background: var(--card);
+  color: var(--ink); width: min(36rem, 100%); max-width: 100%; height: 100%; max-height: 100%;
+  margin: 0 0 0 auto; padding: 1rem 1.2rem; overflow: auto; }
+dialog::backdrop { background: rgb(0 0 0 / .35); }
 svg { display: block; width: 100%; } text { fill: var(--dim); font-size: 11px; }
 .bar { height: .5rem; border-radius: .25rem; background: var(--soft); margin: .25rem 0 .5rem; }
 .key svg { display: inline-block; width: .7rem; margin-right: .3rem; }
 .s0 { fill: var(--s0); } .s1 { fill: #2ea294; } .s2 { fill: #d08c1d; } .s3 { fill: #8d98b4; }
 .over { fill: var(--bad); } .clear { opacity: 0; } line { stroke: var(--line); }
+.picked .clear { opacity: .16; fill: var(--dim); }
+polyline { fill: none; stroke: var(--s0); stroke-width: 2; } circle { fill: var(--s0); }
+.readout { min-height: 1.5em; font-size: .88rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; } th { white-space: nowrap; }
 caption, th, td { text-align: left; padding: .45rem .9rem .45rem 0; vertical-align: top; }
-tbody tr { border-top: 1px solid var(--line); } code, pre { font: .85em monospace; }
+tbody tr { border-top: 1px solid var(--line); } code, pre { font: .85em/1.5 monospace; }
+.rows tbody tr { cursor: pointer; } .rows tbody tr:hover { background: var(--soft); }
 @media (prefers-reduced-motion: no-preference) { .run::before { animation: beat 1.4s infinite; } }
 @keyframes beat { 50% { opacity: .2; } } @media (min-width: 62rem) { td:first-child {
-  min-width: 17rem; } td:nth-child(n+4) { white-space: nowrap; } }
-@media (max-width: 62rem) { nav { order: 1; flex-basis: 100%; } .cards thead { display: none; }
+  min-width: 15rem; } td:nth-child(n+4) { white-space: nowrap; } }
+@media (max-width: 46rem) { nav { order: 1; flex-basis: 100%; } .cards thead { display: none; }
   .cards :is(table, tbody, td, caption) { display: block; padding: 0 0 .2rem; }
   .cards tr { display: grid; grid-template-columns: repeat(6, 1fr); gap: .3rem .8rem; }
   .cards td { grid-column: span 2; min-width: 0; } .cards td:nth-child(-n+3) { grid-column:
     span 3; } .cards tr { padding: .6rem 0; } .cards td:first-child { grid-column: 1 / -1; }
   .cards td + td::before { content: attr(data-label); font-size: .75rem; display: block;
-    color: var(--dim); } }
+    color: var(--dim); } .card { padding: .8rem .9rem; } }
 """
 PAGE_SCRIPT = r"""
 'use strict'; const $ = id => document.getElementById(id);
@@ -20668,6 +20688,30 @@ const pause = ms => new Promise(done => setTimeout(done, ms));
 function el(name, ...children) {                            // el('p.sub.dim', 'text', node)
   const [tag, ...classes] = name.split('.'), e = document.createElement(tag);
   e.className = classes.join(' '); e.append(...children); return e; }
+function button(text, work, kind) {
+  const e = el('button' + (kind ? '.' + kind : ''), text);
+  e.type = 'button'; e.onclick = work; return e; }
+function copyButton(text, label) {                          // text: a function
+  const e = button(label || 'Copy', () => navigator.clipboard.writeText(text()).then(
+    () => { e.textContent = 'Copied'; setTimeout(() => e.textContent = label || 'Copy', 1500); },
+    () => { e.textContent = 'Select it by hand'; }));
+  return e; }
+function save(name, kind, text) {                           // as a file of the browser's user
+  const link = el('a'); link.href = URL.createObjectURL(new Blob([text], { type: kind }));
+  link.download = name; link.click(); setTimeout(() => URL.revokeObjectURL(link.href), 1000); }
+function csv(list) {                                        // a sheet must not run a cell
+  const names = [...new Set(list.flatMap(Object.keys))];
+  const cell = v => v === null || v === undefined ? '' : known(v) ? v
+    : '"' + String(v).replace(/^[=+\-@\t]/, "'$&").replace(/"/g, '""') + '"';
+  return [names, ...list.map(one => names.map(name => one[name]))].map(
+    cells => cells.map(cell).join(',')).join('\r\n') + '\r\n'; }
+const options = (id, pairs, first) => {                     // keeps what is chosen
+  const box = $(id), was = box.value, list = first === undefined ? pairs : [['', first], ...pairs];
+  box.replaceChildren(...list.map(([value, text]) => { const e = el('option', text);
+    e.value = value; return e; }));
+  box.value = list.some(([value]) => value === was) ? was : (list[0] || [''])[0]; };
+const facts = pairs => el('dl.facts', ...pairs.filter(([, value]) => value).flatMap(
+  ([name, ...value]) => [el('dt', name), el('dd', ...value)]));
 const SVG = document.querySelector('svg').namespaceURI;
 function svg(tag, attributes, ...children) {
   const e = document.createElementNS(SVG, tag);
@@ -20702,12 +20746,14 @@ const prompt = c => total([c.input, c.cache_read, c.cache_write]);
 const hits = c => percent(known(c.cache_read) ? 100 * c.cache_read / prompt(c) : null);
 const inOut = c => total([prompt(c), c.output]) === null ? 'unknown'
   : count(prompt(c)) + ' in, ' + count(c.output) + ' out';
+const ago = s => span(Math.max(0, Date.now() - s * 1000)) + ' ago';
 const human = name => (name.charAt(0).toUpperCase() + name.slice(1)).replace(/_/g, ' ');
 // -- the server: a key goes as header, which is why events are read with fetch
 const KEY = 'copilot_proxy_key', stored = sessionStorage;
 let locked = null, stream = null, live = false, ready = null, goneAt = 0;
 async function call(path, options) {
-  const headers = { 'Content-Type': 'application/json' }, key = stored.getItem(KEY);
+  const headers = { 'Content-Type': 'application/json', 'X-Copilot-Proxy-Page': '1' };
+  const key = stored.getItem(KEY);
   if (key) headers.Authorization = 'Bearer ' + key;
   const answer = await fetch(path, { headers, cache: 'no-store', ...options });
   if (answer.ok) return answer;
@@ -20746,6 +20792,7 @@ function showHealth(health) {
   const problem = (health.token || {}).problem, was = ready; ready = health.status === 'ok';
   showState((!ready ? 'login required' : problem ? 'no Copilot token' : 'ready')
     + (health.demo ? ' (demo)' : ''), ready && !problem, 0);
+  $('demo').hidden = !health.demo;
   show('version', 'copilot_proxy ' + health.version + ', up for ' + span(health.uptime_s * 1000));
   showLogin(health.login || health); if (was !== ready) soon(loadAll, 50); }
 function showLogin({ user_code, verification_uri = '', problem }) {
@@ -20754,12 +20801,15 @@ function showLogin({ user_code, verification_uri = '', problem }) {
   if (box.dataset.mark === mark) return;                    // else it would be read out again
   box.dataset.mark = mark; link.target = '_blank'; link.rel = 'noreferrer';
   if (/^https?:/.test(verification_uri)) link.href = verification_uri;
-  const button = el('button.main', 'Get a login code');
-  button.onclick = () => post('/auth/device/start', {}).then(showHealth, error => button.after(
-    el('p.bad', error.message)));
+  const start = button('Get a login code', () => post('/auth/device/start', {}).then(showHealth,
+    error => start.after(el('p.bad', error.message))), 'main');
   box.replaceChildren(el('h2', 'Log in to GitHub'), ...user_code
-    ? [el('p', 'Open ', link, ' and enter this code:'), el('p.code', user_code)]
-    : [el('p', problem || 'Nobody is logged in.'), button]); }
+    ? [el('p', 'Open ', link, ' and enter this code:'),
+      el('p.line', el('span.code', user_code), copyButton(() => user_code, 'Copy the code')),
+      el('p.run', 'Waiting for GitHub. This page goes on by itself; a code lives 15 minutes.')]
+    : [el('p', problem || 'Nobody is logged in.'), el('p.sub', 'You get a code and enter it at '
+      + 'GitHub, with the account that has Copilot. The proxy never sees your password.'),
+      start]); }
 const KINDS = { ok: 'good', enabled: 'good', done: 'good', problem: 'bad' };
 const pill = (text, kind) => el('span.pill.' + (kind || KINDS[text] || 'warn'), text);
 const account = ({ account, state, problem, token }) => el('p.line', el('b', account), pill(state),
@@ -20776,11 +20826,11 @@ function showAsks() {
     el('p.line', decider(one, 'Allow', 'main'), decider(one, 'Deny', 'plain')))));
   if (had) $(asks.size ? 'asks-head' : 'main').focus(); }
 function decider({ id, client, model }, text, kind) {
-  const button = el('button.' + kind, text), done = () => { asks.delete(id); showAsks(); };
-  button.setAttribute('aria-label', text + ' ' + client + ' to ask ' + model);
-  button.onclick = () => post('/approvals/' + id, { allow: kind === 'main' }).then(
-    done, error => button.after(error.message));
-  return button; }
+  const done = () => { asks.delete(id); showAsks(); };
+  const e = button(text, () => post('/approvals/' + id, { allow: kind === 'main' }).then(
+    done, error => e.after(error.message)), kind);
+  e.setAttribute('aria-label', text + ' ' + client + ' to ask ' + model);
+  return e; }
 // -- quota, budget, tiles
 const bar = parts => svg('svg', { class: 'bar', 'aria-hidden': true }, ...parts.map(([x, size,
   color]) => svg('rect', { x: x + '%', width: size + '%', height: '100%', class: color })));
@@ -20807,31 +20857,53 @@ function showQuota() {
     one => meter('Budget of session ' + one.session, one.percent, of(one))));
   show('quota', ...list.length ? list : [el('li.dim', 'No quota is known yet.')]); }
 function limitLine({ account, scope, status, code, until, next_probe }) {
-  const button = el('button', 'Clear'), name = join([scope === 'account' ? 'All models' : scope,
-    several && account], ', ');
+  const name = join([scope === 'account' ? 'All models' : scope, several && account], ', ');
   const left = next_probe * 1000 - Date.now();
-  button.setAttribute('aria-label', 'Clear the limit of ' + name);
-  button.onclick = () => post('/limits/clear', { scope, account }).then(loadStats,
-    error => button.after(error.message));
+  const clear = button('Clear', () => post('/limits/clear', { scope, account }).then(loadStats,
+    error => clear.after(error.message)));
+  clear.setAttribute('aria-label', 'Clear the limit of ' + name);
   return el('li.line.ends', el('span', el('b', name), ' limited by GitHub (' + join([status, code],
     ' ') + ') until ' + when(until) + '. Next probe: ' + (left > 0 ? 'in ' + span(left)
-    : 'with the next request') + '.'), button); }
+    : 'with the next request') + '.'), clear); }
 function showStats({ totals, accounts, quotas, limits }) {
   sums = totals; lanes = quotas; several = accounts.length > 1; showTiles(); showQuota();
   show('limits', ...limits.map(limitLine));
   show('accounts', ...accounts.map(account)); }
+let today = null, pastDays = [];                             // sums as /history/summary tells them
+function perDay(lane) {                                     // what is spent in a day, else null
+  const spent = pastDays.map(day => day.credits || 0), mean = total(spent) / (spent.length || 1);
+  if (mean > 0) return mean;
+  const begun = Date.now() / 1000 - lane.resets_at + 30 * 86400;   // a quota is for a month
+  return known(lane.used) && lane.used > 0 && begun > 86400 ? lane.used / begun * 86400 : null; }
+function forecast(lane) {                                   // in words; '' when nothing is known
+  const rate = perDay(lane), days = (lane.resets_at - Date.now() / 1000) / 86400;
+  if (!rate || !(lane.left > 0) || !(days > 0)) return '';
+  const rest = lane.left - rate * days, about = 'at ' + fine(rate) + ' a day ';
+  return rest >= 0 ? about + fine(rest) + ' will be left at the reset'
+    : about + 'used up in ' + span(lane.left / rate * 864e5) + ', '
+      + span(-rest / rate * 864e5) + ' too early'; }
+function creditTiles(c, of) {                               // none where nothing is known
+  const lane = lanes.find(l => !l.unlimited && known(l.left) && known(l.total) && l.total > 0);
+  const some = known(c.credits) || known(c.estimated_credits) || !c.requests;
+  return [some && ['Credits' + of, c.requests ? cost(c) : fine(0), known(c.estimated_credits)
+    ? (known(c.credits) ? 'those with ~ are estimated' : 'estimated by the list prices')
+    : c.requests ? 'as GitHub reports them' : 'nothing was asked yet'],
+    lane && ['Credits left', lane.left < 0 ? fine(0) : fine(lane.left), forecast(lane)
+      || (lane.resets_at ? 'until ' + when(lane.resets_at) : '')]].filter(Boolean); }
 function showTiles() {
-  const kept = summary.enabled, of = kept ? ' today' : ' since start';
-  const c = kept ? lastDays(1)[0] : !sums ? {} : sums.requests ? sums : NOTHING;
+  const of = today ? ' today' : ' since start';
+  const c = today || (!sums ? {} : sums.requests ? sums : NOTHING);
+  const isEmpty = !c.requests, dash = text => isEmpty ? '–' : text;
   show('tiles', ...[['Running now', String([...rows.values()].filter(isOpen).length),
     asks.size ? asks.size + ' to decide' : 'requests'],
-    ['Requests' + of, count(c.requests), count(c.errors) + ' failed'],
-    ['Credits' + of, cost(c), known(c.estimated_credits) ? '~ is an estimate' : 'by GitHub'],
+    ['Requests' + of, count(c.requests), count(c.errors) + ' failed'], ...creditTiles(c, of),
     ['Tokens' + of, count(total([prompt(c), c.output])), inOut(c)],
-    ['Cache hits' + of, c.requests === 0 ? '–' : hits(c), 'of the prompt tokens']].map(
+    ['Cache hits' + of, dash(hits(c)), 'of the prompt tokens'],
+    known(c.first_ms) && ['First byte' + of, span(c.first_ms), 'on average']].filter(Boolean).map(
     ([dt, big, sub]) => el('div.card', el('dt', dt), el('dd.big', big), el('dd.sub', sub)))); }
 // -- charts: a metric is a list of [name, color, figure]
-let summary = { enabled: false, days: 7, by_day: [], by_model: [], by_client: [] };
+let summary = { enabled: false, days: 7, by_day: [], by_hour: [], by_model: [], by_client: [],
+  by_account: [], by_session: [] };
 const METRICS = {
   credits: [['reported', 's0', c => c.credits], ['estimated', 's3', c => c.estimated_credits]],
   tokens: [['prompt', 's0', c => total([c.input, c.cache_write])],
@@ -20842,7 +20914,32 @@ const words = c => $('metric').value === 'credits' ? cost(c) : count(height(c));
 function stack(c, scale) {                                  // [[from, size, color]...]
   const sizes = metric().map(part => (part[2](c) || 0) * scale);
   return metric().map((part, at) => [total(sizes.slice(0, at)) || 0, sizes[at], part[1]]); }
-const NOTHING = { requests: 0, errors: 0, input: 0, cache_read: 0, output: 0, credits: 0 };
+const NOTHING = { requests: 0, errors: 0, input: 0, cache_read: 0, output: 0, credits: 0,
+  first_ms: null, timed: 0 };
+const SUMMED = ['requests', 'errors', 'input', 'output', 'cache_read', 'cache_write', 'reasoning',
+  'credits', 'estimated_credits', 'timed'];
+function mergeSums(list) {                                  // sums of sums, and the mean's mean
+  const all = Object.fromEntries(SUMMED.map(name => [name, total(list.map(c => c[name]))]));
+  const spent = total(list.map(c => known(c.first_ms) ? c.first_ms * c.timed : null));
+  return { ...all, first_ms: all.timed ? spent / all.timed : null }; }
+function weeks(days) {                                      // by their first day
+  const found = [];
+  for (let end = days.length; end > 0; end -= 7) {
+    const part = days.slice(Math.max(0, end - 7), end);
+    found.unshift({ ...mergeSums(part), name: 'week from ' + part[0].day, day: part[0].day }); }
+  return found; }
+function lastHours(number) {                                // those without requests, too
+  const found = new Map(summary.by_hour.map(c => [c.hour, c]));
+  return Array.from({ length: number }, (_, at) => {
+    const date = new Date(Date.now() - (number - 1 - at) * 36e5);
+    const local = new Date(date - date.getTimezoneOffset() * 6e4).toISOString();
+    const hour = local.slice(0, 13).replace('T', ' ');
+    const day = hour.slice(0, 10);
+    return { ...(found.get(hour) || NOTHING), name: hour + ':00', hour, day }; }); }
+function buckets() {
+  const grain = $('grain').value, days = lastDays(summary.days);
+  return grain === 'hour' ? lastHours(48) : grain === 'week' ? weeks(days)
+    : days.map(c => ({ ...c, name: c.day })); }
 function lastDays(number) {                                 // those without requests, too
   const date = ms => new Date(ms).toISOString().slice(0, 10);
   const found = new Map(summary.by_day.map(c => [c.day, c]));
@@ -20853,32 +20950,72 @@ function lastDays(number) {                                 // those without req
 function axisStep(most) {                                   // a round figure, 4 of which suffice
   const unit = 10 ** Math.floor(Math.log10(most / 3 || 1));
   return [1, 2, 5, 10].find(n => n * unit * 4 >= most) * unit; }
+const chartText = (x, y, words, anchor) => svg('text', { x, y, 'text-anchor': anchor }, words);
+function label(c) {
+  return c.hour ? c.hour.slice(11) + ' h' : clock(Date.parse(c.day + 'T12:00') / 1000,
+    { month: 'short', day: 'numeric' }); }
+function barOf(c, at, slot, scale, width) {
+  const x = 42 + (at + .15) * slot, middle = Math.min(x + .35 * slot, width - 20);
+  return svg('g', {}, svg('title', {}, c.name + ': ' + words(c)),
+    ...[[0, 140, 'clear'], ...stack(c, scale)].map(([from, size, color]) => svg('rect',
+      { x, y: 150 - from - size, width: .7 * slot, height: size, class: color })),
+    height(c) === null ? chartText(middle, 146, '?', 'middle') : ''); }
+function pickable(chart, list) {                            // values on hover and by arrow keys
+  const bars = [...chart.querySelectorAll('g')]; let at = -1;
+  const pick = next => {
+    if (bars[at]) bars[at].classList.remove('picked');
+    at = Math.max(0, Math.min(bars.length - 1, next)); bars[at].classList.add('picked');
+    const c = list[at];
+    show('readout', el('b', c.name), ': ' + words(c) + ' ' + $('metric').value + ', '
+      + count(c.requests) + ' requests, ' + count(c.errors) + ' failed, ' + inOut(c)
+      + ', cache ' + hits(c) + ', first byte ' + span(c.first_ms)); };
+  bars.forEach((bar, n) => { bar.onpointerenter = () => pick(n); });
+  chart.onfocus = () => at < 0 && pick(bars.length - 1);
+  chart.onkeydown = event => {
+    const step = { ArrowLeft: -1, ArrowRight: 1, Home: -1e9, End: 1e9 }[event.key];
+    if (step) { event.preventDefault(); pick(at + step); } }; }
 function showDays() {
-  const days = lastDays(summary.days), width = Math.max(260, $('days').clientWidth);
-  const most = Math.max(0, ...days.map(height)), step = axisStep(most);
-  const steps = Math.ceil(most / step) || 1, slot = (width - 42) / days.length;
-  const text = (x, y, words, anchor) => svg('text', { x, y, 'text-anchor': anchor }, words);
+  const list = buckets(), width = Math.max(260, $('days').clientWidth);
+  const most = Math.max(0, ...list.map(height)), step = axisStep(most);
+  const steps = Math.ceil(most / step) || 1, slot = (width - 42) / list.length;
   const chart = svg('svg', { viewBox: '0 0 ' + width + ' 172', height: 172, role: 'img',
-    'aria-label': $('metric').value + ' by day: ' + (join(days.map(
-      c => c.requests && c.day + ' ' + words(c)), ', ') || 'none') });
+    tabindex: 0, 'aria-label': $('metric').value + ' by ' + $('grain').value + ': ' + (join(
+      list.map(c => c.requests && c.name + ' ' + words(c)), ', ') || 'none')
+      + '. Arrow keys show each.' });
   for (let n = 0, y = 150; n <= steps; n++, y -= 140 / steps) chart.append(
     svg('line', { x1: 42, x2: width, y1: y, y2: y }),
-    text(34, y + 4, step < 1 ? fine(n * step) : count(n * step), 'end'));
-  days.forEach((c, at) => {
-    const x = 42 + (at + .15) * slot, middle = Math.min(x + .35 * slot, width - 20);
-    chart.append(svg('g', {}, svg('title', {}, c.day + ': ' + words(c)),
-      ...[[0, 140, 'clear'], ...stack(c, 140 / step / steps)].map(([from, size, color]) =>
-        svg('rect', { x, y: 150 - from - size, width: .7 * slot, height: size, class: color })),
-      height(c) === null ? text(middle, 146, '?', 'middle') : ''));
-    if ((days.length - 1 - at) % Math.ceil(70 / slot) === 0) chart.append(text(middle, 167, clock(
-      Date.parse(c.day + 'T12:00') / 1000, { month: 'short', day: 'numeric' }), 'middle')); });
-  show('days', chart); }
+    chartText(34, y + 4, step < 1 ? fine(n * step) : count(n * step), 'end'));
+  list.forEach((c, at) => {
+    chart.append(barOf(c, at, slot, 140 / step / steps, width));
+    if ((list.length - 1 - at) % Math.ceil(70 / slot) === 0) chart.append(chartText(
+      Math.max(60, Math.min(42 + (at + .5) * slot, width - 20)), 167, label(c), 'middle')); });
+  pickable(chart, list); show('readout', 'Point at a bar, or use the arrow keys on the chart.');
+  show('days', chart);
+  showLine('cache-line', list, c => c.cache_read === null || !prompt(c) ? null
+    : 100 * (c.cache_read || 0) / prompt(c), percent);
+  showLine('first-line', list, c => c.first_ms, span); }
+function showLine(id, list, figure, spell) {
+  const values = list.map(figure), most = Math.max(...values.filter(known), 0);
+  const width = Math.max(220, $(id).clientWidth);
+  const slot = (width - 60) / Math.max(1, list.length - 1);
+  const at = (v, n) => [52 + n * slot, 80 - 66 * v / (most || 1)];
+  const points = values.map((v, n) => known(v) ? at(v, n) : null);
+  const told = join(list.map((c, n) => known(values[n]) && c.name + ' ' + spell(values[n])), ', ');
+  const dots = points.map((p, n) => p && svg('circle', { cx: p[0], cy: p[1], r: 2.5 },
+    svg('title', {}, list[n].name + ': ' + spell(values[n]))));
+  show(id, svg('svg', { viewBox: '0 0 ' + width + ' 90', height: 90, role: 'img',
+    'aria-label': told || 'nothing known' }, svg('line', { x1: 52, x2: width, y1: 80, y2: 80 }),
+    chartText(46, 18, told ? spell(most) : '', 'end'), chartText(46, 84, '0', 'end'),
+    svg('polyline', { points: points.filter(Boolean).map(p => p.join()).join(' ') }),
+    ...dots.filter(Boolean))); }
 function showRank(field) {
   const best = summary['by_' + field].slice().sort((a, b) => height(b) - height(a)).slice(0, 8);
   const scale = 100 / (height(best[0] || {}) || 1);
-  show('by-' + field, ...best.map(c => gauge(c[field] || 'unknown', words(c), stack(c, scale)))); }
+  const list = best.map(c => gauge(c[field] || 'unknown', words(c), stack(c, scale)));
+  show('by-' + field, ...list.length ? list : [el('li.dim', 'none')]); }
 function showUsage() {
-  $('charts').hidden = !summary.enabled; showDays(); showRank('model'); showRank('client');
+  $('charts').hidden = !summary.enabled; showDays();
+  ['model', 'client', 'account', 'session'].forEach(showRank);
   show('legend', ...metric().map(([name, color]) => el('span', svg('svg', { viewBox: '0 0 9 9' },
     svg('rect', { width: 9, height: 9, rx: 2, class: color })), name))); }
 // -- tables: with roles, since on a phone each row is a card
@@ -20891,39 +21028,281 @@ function fill(id, heads, lines) {
   for (const row of lines) heads.forEach((text, at) => { row.cells[at].dataset.label = text; });
   body.replaceChildren(...lines); }
 const rows = new Map(), made = new WeakMap(), isOpen = row => row.state === 'running';
-let shown = 15;
+let shown = 15, older = null;                               // older: the next page, null at the end
+const isLeft = row => row.error === 'client_left', isFailed = row => !!row.error && !isLeft(row);
+const stateOf = row => isOpen(row) ? 'running' : isLeft(row) ? 'left' : !isFailed(row) ? 'done'
+  : row.status === 404 ? 'not_found' : 'failed';
+const phase = row => row.first_ms ? 'streaming' : row.sent_ms ? 'waiting for GitHub'
+  : 'waiting for its turn';
 function outcome(row) {
-  if (isOpen(row)) return pill(row.first_ms ? 'streaming' : 'waiting', 'run');
-  if (!row.error && row.status < 400) return pill('done');
-  const left = row.status === 499, what = left ? 'the client left' : human(row.error || 'failed');
-  return two(pill(what, left ? 'dim' : 'bad'), row.message || 'status ' + row.status); }
+  if (isOpen(row)) return pill(phase(row), 'run');
+  if (stateOf(row) === 'done') return pill('done');
+  const left = isLeft(row), what = left ? 'the client left' : human(row.error);
+  const kind = { failed: 'bad', not_found: 'warn', left: 'dim' }[stateOf(row)];
+  return two(pill(what, kind), row.message || 'status ' + row.status); }
+const usedModel = row => row.model && row.asked && row.model !== row.asked
+  ? ' → ' + row.model : '';
+const nameOf = row => row.asked || row.model || 'unknown';
 function requestLine(row) {
-  const asked = row.asked || row.model || 'unknown', open = isOpen(row);
-  const age = open ? Date.now() - row.at * 1000 : row.total_ms;
-  const used = row.model && row.model !== asked ? ' → ' + row.model : '';
+  const open = isOpen(row), age = open ? Date.now() - row.at * 1000 : row.total_ms;
   const yet = text => open ? text.replace(/unknown/g, '…') : text;
-  return line(two(el('div', el('b', asked), used), row.client || 'unknown client',
+  const opener = button(nameOf(row), () => openStory(row.id), 'link');
+  opener.setAttribute('aria-label', 'Story of the request to ' + nameOf(row) + ', ' + time(row.at));
+  const e = line(two(el('div', opener, usedModel(row)), row.program || 'unknown client',
       several && row.account, time(row.at)), outcome(row),
     two(row.route, row.dialect, row.streamed && 'streamed', ...row.repairs || [],
       ...(row.losses || []).map(field => 'without ' + field)),
-    two(yet(span(row.first_ms)), span(age) + ' in all'), two(yet(inOut(row)), row.cache_read
-      && hits(row) + ' from cache'), yet(rowCost(row))); }
+    two(yet(span(row.first_ms)), span(age) + (open ? ' so far' : ' in all')),
+    two(yet(inOut(row)), row.cache_read && hits(row) + ' from cache'), yet(rowCost(row)));
+  e.onclick = event => event.target.closest('button') || openStory(row.id);
+  return e; }
 const lineOf = row => !isOpen(row) && made.get(row) || made.set(row, requestLine(row)).get(row);
-function showRequests() {
+function wishes() {
+  return { model: $('by-one-model').value, client: $('by-one-client').value,
+           state: $('by-state').value, text: $('by-text').value.trim() }; }
+const TEXTS = ['id', 'client', 'account', 'session', 'asked', 'model', 'path', 'error', 'message',
+  'repairs', 'losses', 'upstream_id'];
+function matches(row, { model, client, state, text }) {
+  return (!model || [row.model, row.asked].includes(model))
+    && (!client || row.program === client) && (!state || stateOf(row) === state)
+    && (!text || TEXTS.some(name => String(row[name] || '').toLowerCase().includes(
+      text.toLowerCase()))); }
+function listRows() {
   const rank = row => isOpen(row) * 1e12 + row.at;
-  const list = [...rows.values()].sort((a, b) => rank(b) - rank(a));
-  list.slice(300).forEach(row => rows.delete(row.id));
-  fill('requests', ['Model', 'State', 'Route', 'First byte', 'Tokens', 'Credits'],
-       list.slice(0, shown).map(lineOf));
-  $('more').hidden = list.length <= shown; showTiles();
-  if (list.some(isOpen)) soon(showRequests, 1000); }
+  return [...rows.values()].sort((a, b) => rank(b) - rank(a)); }
+const EMPTY = () => el('li', el('p', 'No request has come in yet. Send the first one:'),
+  el('pre', 'curl ' + location.origin + '/v1/models'), el('p', 'or see ',
+    Object.assign(el('a', 'Connect'), { href: '#connect' }),
+  ' for your client, and try it there.'));
+const miniLine = row => el('li.line.ends', el('span', button(nameOf(row), () => openStory(row.id),
+  'link'), el('span.sub', ' ' + join([row.program || 'unknown client', time(row.at),
+  !isOpen(row) && span(row.total_ms)], ' · '))), outcome(row));
+function showNewest() {
+  const list = listRows().slice(0, 5).map(miniLine);
+  show('newest', ...list.length ? list : [EMPTY()]); }
+function showRequests() {
+  const all = listRows(), wish = wishes(), list = all.filter(row => matches(row, wish));
+  all.slice(3000).forEach(row => rows.delete(row.id));
+  if (view === 'requests') fill('requests', ['Model', 'State', 'Route', 'First byte', 'Tokens',
+    'Credits'], list.slice(0, shown).map(lineOf));
+  if (view === 'overview') showNewest();
+  $('more').hidden = list.length <= shown && older === null;
+  if (list.length) show('rows-problem', '');
+  else show('rows-problem', all.length ? 'Nothing fits this filter.' : 'No request yet.');
+  showCalled(); showTiles();
+  if (all.some(isOpen)) soon(showRequests, 1000); }
+function chooseRows() {
+  const some = name => [...new Set([...rows.values()].map(row => row[name]).filter(Boolean))];
+  options('by-one-model', some('model').sort().map(name => [name, name]), 'any');
+  options('by-one-client', some('program').sort().map(name => [name, name]), 'any'); }
+function loadRows(before) {
+  const wish = wishes(), query = new URLSearchParams({ limit: 200 });
+  if (before) query.set('before', before);
+  for (const name in wish) if (wish[name] && wish[name] !== 'running') query.set(name, wish[name]);
+  return load('rows-problem', '/history?' + query, page => {
+    page.rows.forEach(row => rows.has(row.id) || rows.set(row.id, row));
+    older = page.next; chooseRows(); showRequests(); }); }
+// -- the story of one request
+const REMEDIES = { login_required: 'Log in: see the top of this page.',
+  model_not_found: 'Ask for a model of the list under Models, or name one with --fallback.',
+  quota_exceeded: 'The quota is used up: wait for the reset, or ask a model that is included.',
+  rate_limited: 'Wait as long as the answer says; the proxy itself holds later ones back.',
+  rate_limit_exceeded: 'Wait as long as the answer says; fewer requests at once may help.',
+  context_length_exceeded: 'The prompt is too long for this model: compact it, or ask'
+    + ' a larger one.',
+  client_left: 'The client hung up, often by a timeout of its own or since a person stopped it.',
+  invalid_request_error: 'The client sent what the API does not take; the message names the field.',
+  upstream_stream_ended: 'The connection to GitHub broke. Send it again; if it goes on, run: '
+    + 'copilot_proxy.py debug --network', stream_error: 'GitHub ended the stream. Send it again.' };
+const REMEDY_BY_STATUS = { 401: 'Check the key of the client, or log in again.',
+  402: REMEDIES.quota_exceeded, 403: 'The account may not use this model; see Models.',
+  404: REMEDIES.model_not_found, 429: REMEDIES.rate_limited,
+  502: 'GitHub failed, not this proxy. Try again; see githubstatus.com.',
+  503: 'The proxy or GitHub is overloaded; try again in a moment.',
+  504: 'GitHub took too long. Try again, or ask a smaller model.' };
+function why(row) {
+  const model = row.model || 'the model';
+  return { passthrough: model + ' speaks the client\u2019s own API: the body goes on as it is, '
+    + 'apart from what is named below',
+    translated: model + ' has no endpoint for ' + row.dialect + ': the request was translated to '
+      + (row.path || 'another API') + ' and the answer back',
+    local: 'answered here, nothing went to GitHub' }[row.route] || row.route; }
+const KINDS_OF_TOKENS = [['input', 'prompt, not cached'], ['cache_read', 'prompt from the cache'],
+  ['cache_write', 'prompt written to the cache'], ['output', 'output'],
+  ['reasoning', 'reasoning (part of the output)']];
+function stages(row) {                                      // [[name, from, until in ms]...]
+  const end = isOpen(row) ? Date.now() - row.at * 1000 : row.total_ms;
+  return [['here, before it went up', 0, row.sent_ms], ['until the first byte', row.sent_ms,
+    row.first_ms], [row.streamed ? 'streaming' : 'the rest', row.first_ms, end]].filter(
+    ([, from, until]) => known(from) && known(until) && until >= from); }
+function priceParts(row) {
+  const model = catalogue.find(m => m.id === row.model), price = model && model.price;
+  const parts = KINDS_OF_TOKENS.filter(([name]) => price && known(price[name]) && row[name]);
+  return parts.map(([name, text]) => count(row[name]) + ' ' + text + ' × $' + cents(price[name])
+    + ' a million = $' + few(row[name] * price[name] / 1e6)); }
+function reportOf(row) {                                    // no account, key, session or words
+  const told = ['id', 'dialect', 'route', 'path', 'asked', 'model', 'streamed', 'status', 'error',
+    'initiator', 'repairs', 'losses', 'input', 'cache_read', 'cache_write', 'output', 'reasoning',
+    'credits', 'sent_ms', 'first_ms', 'total_ms', 'upstream_id', 'client'];
+  return [$('version').textContent.split(',')[0], 'at: ' + new Date(row.at * 1000).toISOString(),
+    ...told.map(name => name + ': ' + (Array.isArray(row[name]) ? row[name].join(', ')
+      : row[name] ?? 'unknown'))].join('\n'); }
+function storyParts(row) {
+  const end = isOpen(row) ? Date.now() - row.at * 1000 : row.total_ms, parts = priceParts(row);
+  const failed = isFailed(row) || isLeft(row);
+  return [failed && el('p.bad', row.message || human(row.error) + ', status ' + row.status),
+    failed && el('p', REMEDIES[row.error] || REMEDY_BY_STATUS[row.status]
+      || 'The log of this request may say more: look for the id below.'),
+    el('h3', 'Stages'), el('ol', ...stages(row).map(([name, from, until], at) => gauge(name,
+      span(until - from), [[100 * from / end, 100 * (until - from) / end, 's' + at]]))),
+    facts([['In all', span(end)], ['Began', clock(row.at, { dateStyle: 'medium',
+      timeStyle: 'medium' })]]),
+    el('h3', 'Way'), facts([['Client', row.client || 'unknown'], ['Asked for', row.asked],
+      ['Model', row.model], ['API', row.dialect + (row.streamed ? ', streamed' : '')],
+      ['Route', row.route + ': ' + why(row)], ['Path', row.path],
+      ['Begun by', row.initiator], ['Repaired', (row.repairs || []).join(', ')],
+      ['Not sent', (row.losses || []).join(', ')], ['Status', String(row.status || '')]]),
+    el('h3', 'Tokens and cost'), facts([...KINDS_OF_TOKENS.map(([name, text]) => [human(text),
+      known(row[name]) && String(row[name])]), ['Cost', rowCost(row) + ' credits'
+        + (known(row.credits) ? ', as GitHub reports' : known(row.estimated_credits)
+          ? ', by the list prices' : '')], ['Made of', parts.length && el('ul', ...parts.map(
+      text => el('li', text)))]]),
+    el('h3', 'For the log and for GitHub'), facts([['Request id', row.id],
+      ['GitHub\u2019s id', row.upstream_id], ['Account', row.account], ['Session', row.session]]),
+    el('p.line', copyButton(() => reportOf(row), 'Copy for a bug report'),
+      el('span.sub', 'without account, key, session and texts'))].filter(Boolean); }
+function openStory(id) {
+  const row = rows.get(id), box = $('drawer'); if (!row) return;
+  const head = el('h2', nameOf(row) + usedModel(row)); head.id = 'story-head';
+  box.replaceChildren(el('div.line', head, outcomePill(row), button('Close', () => box.close())),
+    ...storyParts(row));
+  box.onclick = event => event.target === box && box.close();
+  if (!box.open) box.showModal();
+  if (!catalogue.length) loadModels().then(() => catalogue.length && box.open && openStory(id)); }
+const outcomePill = row => isOpen(row) ? pill(phase(row), 'run') : pill(human(stateOf(row)),
+  { done: 'good', failed: 'bad', left: 'dim' }[stateOf(row)]);
 const PRICES = [['input', 'in'], ['cache_read', 'cached'], ['output', 'out']];
 const price = p => !p ? 'unknown' : join(PRICES.map(([field, name]) => known(p[field])
   && '$' + cents(p[field]) + ' ' + name), ', ') || cents(p.multiplier).replace(/\d$/, '$&×');
-const showModels = list => fill('catalogue', ['Model', 'State', 'Endpoints', 'Context', 'Output',
-  'Price'], list.data.map(m => line(two(el('b', m.id), m.display_name), pill(m.state),
-    m.supported_endpoints.join(' ') || 'unknown', count(m.context_window),
-    count(m.max_output_tokens), price(m.price))));
+let catalogue = [];
+function showModels(list) {
+  catalogue = list.data; chooseModels();
+  fill('catalogue', ['Model', 'State', 'Endpoints', 'Context', 'Output', 'Price'], list.data.map(
+    m => line(two(el('b', m.id), m.display_name, m.notice), pill(m.state),
+      m.supported_endpoints.join(' ') || 'unknown', count(m.context_window),
+      count(m.max_output_tokens), price(m.price)))); }
+// -- connect a client
+let clients = [], pickedAt = Date.now() / 1000, told = null;
+function loadClients() {
+  if (clients.length) return loadSteps();
+  return load('connect-problem', '/connect', value => {
+    clients = value.clients; options('client', clients.map(c => [c.name, c.about]));
+    options('shell', value.shells.map(name => [name, name.replace('bash', 'bash, zsh')]));
+    if (/Win/.test(navigator.platform)) $('shell').value = 'powershell';
+    loadSteps(); }); }
+function loadSteps() {
+  pickedAt = Date.now() / 1000; if (!$('client').value) return;
+  return load('connect-problem', '/connect/' + $('client').value + '?shell=' + $('shell').value,
+    value => { told = value; showSteps(); showCalled(); }); }
+function showSteps() {
+  const key = told.needs_key ? stored.getItem(KEY) || 'YOUR-KEY' : 'dummy';
+  const fillIn = text => text.replaceAll(told.key, key);
+  show('steps', ...told.steps.flatMap(({ title, text }) => [el('h3', title),
+    el('pre', fillIn(text)), copyButton(() => fillIn(text))]),
+    told.note ? el('pre', fillIn(told.note)) : ''); }
+function showCalled() {
+  if (view !== 'connect') return;
+  const row = listRows().find(row => row.at >= pickedAt && row.program);
+  show('called', ...row ? [pill('It called', 'good'), el('span', row.program + ' asked '
+    + nameOf(row) + ' ' + ago(row.at) + ': ' + (isOpen(row) ? phase(row) : stateOf(row))),
+    button('Its story', () => openStory(row.id))]
+    : [pill('Waiting for its first request', 'run')]); }
+// -- try it
+const TOOL = { name: 'get_weather', description: 'The weather of a place', schema: { type: 'object',
+  properties: { place: { type: 'string' } }, required: ['place'] } };
+const DIALECTS = {
+  chat: { path: '/v1/chat/completions',
+    body: ask => ({ messages: [{ role: 'user', content: ask.text }],
+      ...ask.stream && { stream_options: { include_usage: true } } }),
+    tool: t => ({ type: 'function', function: { name: t.name, description: t.description,
+      parameters: t.schema } }),
+    text: e => join((e.choices || []).map(c => (c.delta || c.message || {}).content
+      || callText((c.delta || c.message || {}).tool_calls)), '') },
+  responses: { path: '/v1/responses', body: ask => ({ input: ask.text }),
+    tool: t => ({ type: 'function', name: t.name, description: t.description,
+      parameters: t.schema }),
+    text: e => e.type === 'response.output_text.delta'
+      || e.type === 'response.function_call_arguments.delta' ? e.delta
+      : e.object === 'response' ? join((e.output || []).flatMap(item => item.arguments
+        || (item.content || []).map(part => part.text)), '') : '' },
+  messages: { path: '/v1/messages', body: ask => ({ max_tokens: 1024,
+      messages: [{ role: 'user', content: ask.text }] }),
+    tool: t => ({ name: t.name, description: t.description, input_schema: t.schema }),
+    text: e => e.type === 'content_block_delta' ? e.delta.text || e.delta.partial_json || ''
+      : e.type === 'message' ? join(e.content.map(part => part.text
+        || part.input && JSON.stringify(part.input)), '') : '' } };
+const callText = calls => join((calls || []).map(c => join([c.function.name, c.function.arguments],
+  ' ')), '');
+function tryBody() {
+  const kind = DIALECTS[$('try-dialect').value], stream = $('try-stream').checked;
+  return { model: $('try-model').value, ...kind.body({ text: $('try-text').value, stream }),
+    stream, ...$('try-tool').checked && { tools: [kind.tool(TOOL)] } }; }
+const MAKERS = {
+  chat: ['openai', 'OpenAI', 'chat.completions.create'],
+  responses: ['openai', 'OpenAI', 'responses.create'],
+  messages: ['anthropic', 'Anthropic', 'messages.create'] };
+const python = value => JSON.stringify(value, null, 4).replace(/\b(true|false|null)\b(?=,?$)/gm,
+  word => ({ true: 'True', false: 'False', null: 'None' })[word]);
+function tryCode() {
+  const name = $('try-dialect').value, body = tryBody(), [pack, type, method] = MAKERS[name];
+  const base = location.origin + (name === 'messages' ? '' : '/v1'), text = JSON.stringify(body);
+  return { curl: () => 'curl -N ' + location.origin + DIALECTS[name].path
+      + " \\\n  -H 'Content-Type: application/json' -H 'Authorization: Bearer YOUR-KEY' \\\n  -d '"
+      + text.replace(/'/g, "'\\''") + "'",
+    Python: () => 'from ' + pack + ' import ' + type + '\n\nclient = ' + type + '(base_url="' + base
+      + '", api_key="YOUR-KEY")\nanswer = client.' + method + '(**' + python(body) + ')\n'
+      + (body.stream ? 'for event in answer:\n    print(event)' : 'print(answer)'),
+    JavaScript: () => 'import ' + type + " from '"
+      + (pack === 'openai' ? pack : '@anthropic-ai/sdk')
+      + "';\n\nconst client = new " + type + "({ baseURL: '" + base + "', apiKey: 'YOUR-KEY' });\n"
+      + 'const answer = await client.' + method + '(' + JSON.stringify(body, null, 2) + ');\n'
+      + (body.stream ? 'for await (const event of answer) console.log(event);'
+        : 'console.log(answer);') }[$('try-kind').value](); }
+const showCode = () => show('try-code', tryCode());
+function chooseModels() {
+  options('try-model', catalogue.filter(m => m.state === 'enabled' && !/embed/.test(m.id)).map(
+    m => [m.id, m.id])); showCode(); }
+let trial = null;
+function takeTrial(text, whole) {                           // raw text -> what it says, its usage
+  const kind = DIALECTS[$('try-dialect').value];
+  const events = whole ? [text] : [...text.matchAll(/^data: (\{.*)$/gm)].map(found => found[1]);
+  let said = '', usage = null;
+  for (const data of events) {
+    try {
+      const e = JSON.parse(data); said += kind.text(e);
+      usage = e.usage || (e.response || e.message || {}).usage || usage;
+    } catch { /* a line that is not whole yet */ } }
+  show('try-answer', said); return usage; }
+async function sendTrial() {
+  const began = performance.now(), body = tryBody(), parts = [];
+  let first = null, usage = null; trial = new AbortController();
+  ['try-answer', 'try-raw', 'try-facts'].forEach(id => show(id, ''));
+  const answer = await call(DIALECTS[$('try-dialect').value].path, { method: 'POST',
+    body: JSON.stringify(body), signal: trial.signal });
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let part; !(part = await reader.read()).done;) {
+    first = first === null ? performance.now() - began : first; parts.push(part.value);
+    show('try-raw', parts.join('').slice(-2e5));
+    usage = takeTrial(parts.join(''), !body.stream); }
+  const id = answer.headers.get('x-request-id');
+  $('try-facts').replaceChildren(...facts([['First byte', span(first)],
+    ['In all', span(performance.now() - began)], ['Tokens', usage && JSON.stringify(usage)],
+    ['Request id', id]]).childNodes, ...id ? [button('Its story', () => openStory(id))] : []); }
+function tryIt(event) {
+  event.preventDefault(); $('try-stop').disabled = false; show('try-state', pill('running', 'run'));
+  sendTrial().then(() => show('try-state', pill('done')), error => show('try-state',
+    trial && trial.signal.aborted ? 'stopped' : el('span.bad', error.message))).finally(() => {
+    $('try-stop').disabled = true; }); }
 // -- loading: a problem is told where the data would stand
 const load = (id, path, done) => get(path).then(value => { done(value); show(id,
   value.enabled === false ? 'The history is off: figures since the start.' : value.problem || '');
@@ -20932,29 +21311,47 @@ const loadModels = () => load('problem', '/models' + ($('all').checked ? '?all=1
                               showModels);
 const loadQuota = () => load('quota-problem', '/usage',
                              value => show('raw', JSON.stringify(value, null, 2)));
-const loadUsage = () => load('history-problem', '/history/summary?days=' + $('range').value,
-                             value => { summary = value; showUsage(); loadStats(); });
+const loadUsage = () => load('history-problem', '/history/summary?sessions=1&days='
+  + $('range').value, value => { summary = value; showUsage(); });
 const loadStats = () => get('/stats').then(showStats, () => {});
+const loadToday = () => get('/history/summary?days=1').then(value => {
+  today = value.enabled ? value.total : null; showTiles(); loadStats(); }, () => {});
+const loadForecast = () => get('/history/summary?days=8').then(value => {
+  pastDays = value.by_day.slice(0, -1); showTiles(); }, () => {});
+const LOADERS = { overview() { loadToday(); loadForecast(); if (ready) loadQuota(); },
+  requests() { loadRows(); }, usage: loadUsage,
+  connect() { if (ready) { loadClients(); loadModels(); } },
+  models() { if (ready) loadModels(); }, account() { if (ready) loadQuota(); } };
 function loadAll() {
-  loadUsage(); load('history-problem', '/history?limit=200', page => {
-    page.rows.forEach(row => rows.has(row.id) || rows.set(row.id, row)); showRequests(); });
-  if (ready) { loadModels(); loadQuota(); } }
+  LOADERS[view](); if (view !== 'requests') loadRows();
+  if (view !== 'overview') { loadToday(); if (ready && view !== 'account') loadQuota(); } }
+// -- views
+const VIEWS = Object.keys(LOADERS); let view = 'overview';
+function route(isFirst) {
+  const wanted = location.hash.slice(1);
+  if (VIEWS.includes(wanted) || !wanted) view = wanted || 'overview';
+  document.querySelectorAll('[data-view]').forEach(e => { e.hidden = e.dataset.view !== view; });
+  document.querySelectorAll('nav a').forEach(e => e.hash === '#' + view
+    ? e.setAttribute('aria-current', 'page') : e.removeAttribute('aria-current'));
+  if (isFirst !== true) { LOADERS[view](); showRequests(); if (view === 'usage') showUsage(); } }
 const ON = {
   hello(value) {
     budget = value.budget; live = true; asks.clear(); showStats(value);
+    show('live-problem', '');
     [...rows.values()].filter(isOpen).forEach(row => rows.delete(row.id));
     for (const row of [...value.running, ...value.recent]) rows.set(row.id, row);
     value.approvals.forEach(one => asks.set(one.id, one));
     showAsks(); showRequests(); soon(loadAll, 50); },
   request(row) {
-    rows.set(row.id, row); soon(showRequests, 100); if (!isOpen(row)) soon(loadUsage, 3000); },
+    rows.set(row.id, row); soon(showRequests, 100); soon(chooseRows, 1000);
+    if (!isOpen(row)) { soon(loadToday, 2000); if (view === 'usage') soon(loadUsage, 10e3); } },
   approval(one) { asks[one.state === 'waiting' ? 'set' : 'delete'](one.id, one); showAsks(); },
   quota() { soon(loadStats, 1000); },                       // accounts get their names late
   budget(value) { budget = value; showQuota(); } };
 async function follow() {
   for (;; await pause(2000)) {
     await locked; await readEvents().catch(error => error.name === 'Error'
-      && show('history-problem', 'No live updates: ' + error.message));
+      && show('live-problem', 'No live updates: ' + error.message));
     live = false; check(); } }
 async function watch() {
   for (;; await pause(live && ready ? 20e3 : 2000)) { await check(); if (live) loadStats(); } }
@@ -20964,45 +21361,110 @@ function setTheme(theme) {
   kept.setItem('theme', theme); document.documentElement.dataset.theme = theme;
   show('theme', '◐ ' + theme); $('theme').setAttribute('aria-label', 'Theme: ' + theme);
   $('theme').onclick = () => setTheme(NEXT[theme]); }
-$('metric').onchange = showUsage; $('range').onchange = loadUsage; $('all').onchange = loadModels;
-$('again').onclick = loadQuota; $('more').onclick = () => { shown += 50; showRequests(); };
-window.onresize = () => soon(showUsage, 200); show('base', location.origin + '/v1');
+$('metric').onchange = $('grain').onchange = showUsage; $('range').onchange = loadUsage;
+$('all').onchange = loadModels; $('again').onclick = loadQuota;
+$('more').onclick = () => {
+  shown += 50; showRequests();
+  if (older !== null && listRows().length < shown + 50) loadRows(older); };
+const refilter = () => { shown = 15; older = null; showRequests(); loadRows(); };
+['by-one-model', 'by-one-client', 'by-state'].forEach(id => { $(id).onchange = refilter; });
+$('by-text').oninput = () => { showRequests(); soon(refilter, 300); };
+$('filter').onsubmit = event => { event.preventDefault(); refilter(); };
+const filtered = () => listRows().filter(row => matches(row, wishes()));
+$('rows-csv').onclick = () => save('requests.csv', 'text/csv', csv(filtered()));
+$('rows-json').onclick = () => save('requests.json', 'application/json',
+                                    JSON.stringify(filtered(), null, 1));
+$('csv').onclick = () => save('usage.csv', 'text/csv', csv(buckets()));
+$('json').onclick = () => save('usage.json', 'application/json', JSON.stringify(summary, null, 1));
+$('client').onchange = $('shell').onchange = loadSteps;
+$('try').onsubmit = tryIt; $('try').oninput = showCode; $('try-kind').onchange = showCode;
+$('try-stop').onclick = () => trial && trial.abort();
+$('try-copy').replaceWith(copyButton(tryCode));
+window.onresize = () => soon(showUsage, 200); window.onhashchange = route;
+show('base', location.origin + '/v1'); route(true);
+setInterval(() => view === 'overview' && live && loadForecast(), 3e5);
 setTheme(kept.getItem('theme') || 'auto'); showTiles(); showQuota(); follow(); watch();
 """
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>copilot_proxy</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>%s</style></head>
 <body><a class="skip" href="#main">Skip to content</a><header><h1>copilot_proxy</h1>
-<span id="state" class="pill" role="status">loading</span><nav aria-label="Sections">
-<a href="#usage">Usage</a> <a href="#activity">Requests</a> <a href="#models">Models</a>
-<a href="#account">Account</a></nav><button id="theme"></button></header>
+<span id="state" class="pill" role="status">loading</span><nav aria-label="Views">
+<a href="#overview">Overview</a> <a href="#requests">Requests</a> <a href="#usage">Usage</a>
+<a href="#connect">Connect</a> <a href="#models">Models</a> <a href="#account">Account</a></nav>
+<button id="theme"></button></header>
 <main id="main" tabindex="-1"><p id="gone" class="card bad" role="alert" hidden></p>
+<p id="live-problem" class="warn" role="status"></p>
 <form id="lock" class="card loud" hidden><h2>This server asks for a key</h2><p class="line">
 <label for="key">API key</label><input id="key" type="password" autocomplete="off" required>
 <button class="main">Show</button><span id="lock-note" class="bad" role="alert"></span></p>
-<p class="sub">It stays in this tab and is forgotten when the tab is closed.</p></form>
+<p class="sub">It stays in this tab and is forgotten when the tab is closed. An operator's key is
+one that --api-key names, or that the start printed.</p></form>
 <section id="login" class="card loud" aria-live="polite" hidden></section>
 <section id="asks" class="card loud" aria-live="polite" hidden><h2 id="asks-head" tabindex="-1">
-Waiting for your decision</h2><ul id="ask-list"></ul></section><dl id="tiles" class="tiles"></dl>
+Waiting for your decision</h2><ul id="ask-list"></ul></section>
+<div data-view="overview"><p id="demo" class="card" hidden>This is the demo: models, answers,
+quota and the history before its start are made up.</p><dl id="tiles" class="tiles"></dl>
 <section class="card" aria-label="Quota"><div class="line"><h2>Quota</h2><button id="again">Refresh
 </button></div><p id="quota-problem" class="bad"></p><ul id="limits"></ul>
 <ul id="quota" class="grid"></ul></section>
-<section id="usage" class="card" aria-label="Usage"><div class="line"><h2>Usage</h2><label>Show
-<select id="metric"><option>credits<option>tokens<option>requests</select></label><label>of
+<section class="card" aria-label="Newest requests"><div class="line"><h2>Newest requests</h2>
+<a href="#requests">All requests</a></div><ul id="newest"></ul></section></div>
+<section id="activity" data-view="requests" class="card cards rows" aria-label="Requests" hidden>
+<div class="line"><h2>Requests</h2><button id="rows-csv">CSV</button>
+<button id="rows-json">JSON</button></div>
+<form id="filter" class="line" role="search" aria-label="Filter the requests">
+<label>Model <select id="by-one-model"></select></label>
+<label>Client <select id="by-one-client"></select></label>
+<label>State <select id="by-state"><option value="">any<option value="running">running
+<option value="done">done<option value="failed">failed<option value="not_found">not found
+<option value="left">client left</select></label>
+<label>Text <input id="by-text" type="search" maxlength="200" placeholder="id, session, error…">
+</label></form><p id="rows-problem" class="warn" role="status"></p>
+<table id="requests"><caption>Running and ended ones, the newest first; each opens its story
+</caption></table><button id="more">Show more</button></section>
+<section id="usage" data-view="usage" class="card" aria-label="Usage" hidden><div class="line">
+<h2>Usage</h2><label>Show
+<select id="metric"><option>credits<option>tokens<option>requests</select></label><label>by
+<select id="grain"><option>hour<option selected>day<option>week</select></label><label>of
 <select id="range"><option value="7">7 days<option value="30" selected>30 days<option value="90">90
-days</select></label></div><p id="history-problem" class="warn"></p><div id="charts">
-<p id="legend" class="line key"></p><div id="days"><svg/></div><div class="grid"><div>
-<h3>By model</h3><ul id="by-model"></ul></div><div><h3>By client</h3><ul id="by-client"></ul></div>
-</div></div></section><section id="activity" class="card cards" aria-label="Requests"><h2>Requests
-</h2><table id="requests"><caption>Running and recent ones, the newest first</caption></table>
-<button id="more">Show more</button></section><section id="models" class="card cards"
-aria-label="Models"><div class="line"><h2>Models</h2><label><input id="all" type="checkbox"> hidden
+days</select></label><button id="csv">CSV</button><button id="json">JSON</button></div>
+<p id="history-problem" class="warn"></p><div id="charts">
+<p id="legend" class="line key"></p><p id="readout" class="readout" aria-live="polite"></p>
+<div id="days"><svg/></div><div class="grid"><div><h3>Cache hits</h3><div id="cache-line"></div>
+</div><div><h3>Time to the first byte</h3><div id="first-line"></div></div></div>
+<div class="grid"><div><h3>By model</h3><ul id="by-model"></ul></div><div><h3>By client</h3>
+<ul id="by-client"></ul></div><div><h3>By account</h3><ul id="by-account"></ul></div>
+<div><h3>By session</h3><ul id="by-session"></ul></div></div></div></section>
+<div data-view="connect" hidden><section class="card" aria-label="Connect a client">
+<div class="line"><h2>Connect a client</h2><label>Client <select id="client"></select></label>
+<label>Shell <select id="shell"></select></label></div>
+<p id="connect-problem" class="bad"></p><div id="steps"></div>
+<p id="called" class="line" role="status"></p></section>
+<section class="card" aria-label="Try it"><h2>Try it</h2><form id="try"><p class="line">
+<label>Model <select id="try-model"></select></label><label>API <select id="try-dialect">
+<option value="chat">Chat Completions<option value="responses">Responses
+<option value="messages">Messages</select></label>
+<label><input id="try-stream" type="checkbox" checked> stream</label>
+<label><input id="try-tool" type="checkbox"> offer a tool</label></p>
+<label>Prompt <textarea id="try-text">Say hello in one sentence.</textarea></label><p class="line">
+<button class="main">Send</button><button id="try-stop" type="button" disabled>Stop</button>
+<span id="try-state" role="status"></span></p></form><div class="grid"><div><h3>Answer</h3>
+<pre id="try-answer" tabindex="0" aria-label="Answer"></pre><dl id="try-facts" class="facts"></dl>
+</div><div><h3>Raw</h3><pre id="try-raw" tabindex="0" aria-label="Raw answer"></pre></div></div>
+<h3>The same as a program</h3><p class="line"><label>As <select id="try-kind"><option>curl
+<option>Python<option>JavaScript</select></label><button id="try-copy" type="button">Copy</button>
+</p><pre id="try-code" tabindex="0" aria-label="The request as a program"></pre></section></div>
+<section id="models" data-view="models" class="card cards" aria-label="Models" hidden>
+<div class="line"><h2>Models</h2><label><input id="all" type="checkbox"> hidden
 ones, too</label></div><p id="problem" class="bad"></p><table id="catalogue"><caption>Prices are
 USD for a million tokens, or a multiple of one premium request</caption></table></section>
-<section id="account" class="card" aria-label="Account"><h2>Account</h2><div id="accounts"></div>
+<section id="account" data-view="account" class="card" aria-label="Account" hidden>
+<h2>Account</h2><div id="accounts"></div>
 <p><a href="/auth/device">Add or manage accounts</a></p><p>OpenAI clients: base URL
 <code id="base"></code>; Anthropic clients: without <code>/v1</code>.</p><details><summary>What
 GitHub says about the usage</summary><pre id="raw" tabindex="0"></pre></details>
-<p id="version" class="sub"></p></section></main><script>%s</script></body></html>
+<p id="version" class="sub"></p></section>
+<dialog id="drawer" aria-labelledby="story-head"></dialog></main><script>%s</script></body></html>
 """ % (PAGE_STYLE, PAGE_SCRIPT)
 
 
@@ -23130,7 +23592,7 @@ async def list_deployments(exchange: Exchange) -> None:
     )
 
 
-ROUTES: Routes = {
+ROUTES: dict[str, Mapping[str, Endpoint]] = {
     "/chat/completions": {"POST": functools.partial(complete, CHAT)},
     "/responses": {
         "POST": functools.partial(complete, RESPONSES),
@@ -24090,6 +24552,73 @@ def probe_host(upstream: Upstream, url: str) -> Iterator[tuple[str, str, bool]]:
         )
     finally:
         wire.close()
+
+
+def setup_steps(recipe: Recipe, values: dict[str, str], shell: str, files: Any) -> Any:
+    """[{title, text}] of what a person copies for a client, as `setup` prints it."""
+    line = command_line(recipe, values, shell)
+    direct = recipe.env or values["url"] in line
+    steps = [{"title": "Into " + path, "text": text.rstrip()} for path, text in files]
+
+    if line and direct:
+        steps.insert(0, {"title": "In a terminal, for this time", "text": line})
+    elif line:
+        steps.append({"title": "Then", "text": line})
+
+    return steps
+
+
+def own_url(exchange: Exchange) -> str:
+    """How the caller reaches this server: by the name that its request has used."""
+    settings = exchange.app.settings
+    host = exchange.head.headers.get("host") or "127.0.0.1:%d" % (
+        settings.port or DEFAULT_PORT
+    )
+    return "http%s://%s" % ("s" * bool(settings.tls_cert), host)
+
+
+async def connect(exchange: Exchange) -> None:
+    """GET /connect: the clients that can be set up; GET /connect/CLIENT?shell=bash: what `setup`
+    prints for one, with a made-up key in it that the page replaces."""
+    check_operator(exchange)
+
+    if not exchange.argument:
+        clients = [{"name": name, "about": one.about} for name, one in CLIENTS.items()]
+        exchange.reply_json({"clients": clients, "shells": list(SHELLS)})
+        return
+
+    recipe = CLIENTS.get(exchange.argument)
+    shell = exchange.parameter("shell") or "bash"
+    if recipe is None:
+        raise BadRequest("there is no such client; GET /connect lists them", 404)
+    if shell not in SHELLS:
+        raise BadRequest("'shell' must be one of " + ", ".join(SHELLS), param="shell")
+
+    copilot = await account_for(exchange)
+    models = listed_models(await copilot.models(), False, copilot.auto.is_there)
+    chat = [model for model in models if model.kind == "chat"]
+    main, small = pick_model(chat, *recipe.main), pick_model(chat, *recipe.small)
+    if main is None or small is None:
+        raise BadRequest("this account has no chat model", 404)
+
+    values = fill(recipe, models, own_url(exchange), EXAMPLE_KEY, main, small)
+    environ = exchange.app.environ
+    files = [fill_file(recipe, row, values, models, environ) for row in recipe.files]
+    exchange.reply_json(
+        {
+            "about": recipe.about,
+            "key": EXAMPLE_KEY,
+            "needs_key": exchange.app.accounts.keys.is_closed,
+            "steps": setup_steps(recipe, values, shell, files),
+            "note": recipe.note % values,
+        }
+    )
+
+
+#: what the texts of GET /connect have for a key
+EXAMPLE_KEY = "YOUR-KEY"
+ROUTES["/connect"] = {"GET": connect}
+ROUTES["/connect/*"] = {"GET": connect}
 
 
 # ==== 23. Commands ================================================================================

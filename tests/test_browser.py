@@ -75,6 +75,7 @@ ROW = """
 [...([...document.querySelectorAll('#requests tbody tr')].find(e => e.innerText.includes(%r))
   || { cells: [] }).cells].map(e => e.innerText.replace(/\\s+/g, ' '))
 """
+VIEWS = ("overview", "requests", "usage", "connect", "models", "account")
 BACKGROUND = "getComputedStyle(document.body).backgroundColor"
 
 
@@ -100,10 +101,16 @@ class PageCase(ProxyCase):
         super().setUp()
         self.pages: list[Page] = []
 
-    def open(self, path: str = "/", proxy: Proxy | None = None, **more: Any) -> Page:
-        page = self.browser.open((proxy or self.proxy).url + path, **more)
+    def open(self, path: str = "/", proxy: Proxy | None = None, view: str = "",
+             **more: Any) -> Page:
+        page = self.browser.open((proxy or self.proxy).url + path + (view and "#" + view), **more)
         self.pages.append(page)
         return page
+
+    def go(self, page: Page, view: str) -> None:
+        """To another view, as a click on its link does."""
+        page.run("document.querySelector('nav a[href=\"#%s\"]').click()" % view)
+        page.wait_for("view === %r" % view)
 
     def close(self, page: Page) -> None:
         self.pages.remove(page)
@@ -123,9 +130,12 @@ class PageCase(ProxyCase):
         page.wait_for("document.body.innerText.includes(%r)" % text)
 
     def wait_until_shown(self, page: Page) -> None:
-        """Models and quota are on the page."""
+        """Models and quota are on the page, each in its view; it stays in the view it has."""
+        before = page.run("view")
+        page.wait_for("$('quota').textContent.includes('unlimited')")
+        self.go(page, "models")
         self.wait_for_text(page, "gpt-5.3-codex")
-        self.wait_for_text(page, "unlimited")
+        self.go(page, before)
 
     def logged_out(self) -> tuple[FakeUpstream, Proxy]:
         """A proxy that nobody is logged in at; each poll is "pending" until `outcomes.clear()`."""
@@ -161,6 +171,9 @@ class LoggedIn(PageCase):
                 self.wait_until_shown(page)
                 self.wait_for_text(page, "ready")
                 text = page.text()
+                for view in ("models", "account"):
+                    self.go(page, view)
+                    text += page.text()
                 for part in ("claude-sonnet-4.6", "/v1/messages", "text-embedding-3-small",
                              self.proxy.url + "/v1", "unlimited"):
                     self.assertIn(part, text)
@@ -185,7 +198,9 @@ class LoggedIn(PageCase):
     def test_narrow(self) -> None:
         page = self.open(width=NARROW_PX, height=740)
         self.wait_until_shown(page)
-        self.check_fits(page)
+        for view in VIEWS:
+            self.go(page, view)
+            self.check_fits(page)
         self.check_quiet(page)
         self.shoot(page, "narrow")
 
@@ -196,8 +211,11 @@ class LoggedIn(PageCase):
                 self.wait_until_shown(page)
                 self.assertEqual(page.run("matchMedia('(prefers-color-scheme: dark)').matches"),
                                  dark)
-                self.check_contrast(page)
-                self.shoot(page, "dark" if dark else "light")
+                for view in VIEWS:
+                    self.go(page, view)
+                    self.check_contrast(page)
+                    self.assertEqual(page.run(NAMELESS), [], view)
+                    self.shoot(page, view + (" dark" if dark else " light"))
 
     def test_contrast_of_a_problem(self) -> None:
         refusal = Answer(status=403, body={"error": {"message": "no models for you"}})
@@ -205,13 +223,13 @@ class LoggedIn(PageCase):
             with self.subTest(dark=dark):
                 fake = self.enter(FakeUpstream())
                 fake.script(MODELS, *[refusal] * 50)
-                page = self.open(dark=dark, proxy=self.enter(Proxy(fake)))
+                page = self.open(view="models", dark=dark, proxy=self.enter(Proxy(fake)))
                 page.wait_for("document.getElementById('problem').innerText")
                 self.check_contrast(page)
                 self.shoot(page, "problem dark" if dark else "problem light")
 
     def test_server_gone_and_there_again(self) -> None:
-        page = self.open()
+        page = self.open(view="models")
         self.wait_until_shown(page)
         self.check_quiet(page)
         port = self.proxy.port
@@ -225,13 +243,14 @@ class LoggedIn(PageCase):
         self.wait_for_text(page, "ready")
         self.assertNotIn("No answer since", page.text())
         again.post("/v1/chat/completions", chat("back"), **{"User-Agent": "returned/1.0"})
-        self.wait_for_text(page, "returned/1.0")          # events are read again, too
+        self.go(page, "overview")
+        self.wait_for_text(page, "returned")              # events are read again, too
         self.assertEqual([c for c in page.complaints() if "Failed to load" not in c], [])
 
     def test_text_of_the_upstream_is_no_markup(self) -> None:
         evil = "<img src=x onerror=alert(1)>"
         self.fake.models[0] = dict(self.fake.models[0], id=evil)
-        page = self.open()
+        page = self.open(view="models")
         self.wait_for_text(page, evil)
         self.assertEqual(page.run("document.images.length"), 0)
         self.check_quiet(page)
@@ -386,12 +405,15 @@ class Busy(PageCase):
         self.addCleanup(thread.join, 10)
         return thread
 
-    def open_busy(self, **more: Any) -> Page:
+    def open_busy(self, view: str = "requests", **more: Any) -> Page:
         page = self.open(**more)
         self.wait_until_shown(page)
-        page.wait_for("document.querySelectorAll('#requests tbody tr').length > 5 && "
-                      "!!document.querySelector('#days svg') && "
-                      "document.querySelectorAll('#quota li').length > 4")
+        page.wait_for("document.querySelectorAll('#quota li').length > 4")
+        self.go(page, "usage")
+        page.wait_for("document.querySelectorAll('#days g').length == 30")
+        self.go(page, "requests")
+        page.wait_for("document.querySelectorAll('#requests tbody tr').length > 5")
+        self.go(page, view)
         return page
 
     def test_quota_bars(self) -> None:
@@ -411,7 +433,7 @@ class Busy(PageCase):
 
     def test_usage_is_what_the_proxy_tells(self) -> None:
         self.play()
-        page = self.open_busy()
+        page = self.open_busy("usage")
         told = self.proxy.get("/history/summary?days=30").json
         for metric, figure in (
                 ("tokens", lambda c: sum(c[f] or 0 for f in (
@@ -441,6 +463,7 @@ class Busy(PageCase):
             self.assertEqual(labels[0], "0")
             self.assertRegex(page.run("document.querySelector('#days svg').getAttribute("
                                       "'aria-label')"), r"^%s by day: \d{4}-.* [\d.]+" % metric)
+        self.go(page, "overview")
         text = page.text()
         self.assertIn("%d\n" % told["total"]["requests"], text[text.index("Requests today"):])
         self.assertEqual(page.run("document.querySelectorAll('#days g').length"), 30)
@@ -449,13 +472,13 @@ class Busy(PageCase):
     def test_rows_say_what_happened(self) -> None:
         self.play()
         page = self.open_busy()
-        row = page.run(ROW % "nobody/0")
+        row = page.run(ROW % "nobody")
         self.assertIn("gpt-4.1", row[0])
         self.assertEqual((row[1], row[2]), ("done", "passthrough chat"))
         self.assertRegex(row[3], r"[\d.]+ m?s .*in all")
         self.assertRegex(row[4], r"\d+ in, \d+ out")
         self.assertEqual(row[5], "unknown")               # not 0
-        row = page.run(ROW % "aider/0.86")
+        row = page.run(ROW % "aider")
         self.assertIn("no-such-model-at-all", row[0])
         self.assertRegex(row[1], r"^[A-Z][\w ]+ .*no-such-model-at-all")
         self.assertEqual((row[4], row[5]), ("unknown", "unknown"))
@@ -465,26 +488,29 @@ class Busy(PageCase):
         self.check_quiet(page)
 
     def test_a_running_stream_appears_and_ends(self) -> None:
-        page = self.open()
+        page = self.open(view="requests")
         self.wait_until_shown(page)
         thread = self.stream("@@stall=2@@ hello " * 3, **{"User-Agent": "slow/1.0"})
         self.wait_for_text(page, "streaming")
-        row = page.run(ROW % "slow/1.0")
+        row = page.run(ROW % "slow")
         self.assertEqual((row[1], row[5]), ("streaming", "…"))
         self.assertRegex(row[3], r"^\d+ m?s ")             # the first byte's time stands already
+        self.go(page, "overview")
         self.assertRegex(page.text(), r"Running now\s+1\b")
-        page.wait_for("parseFloat((%s)[3].split(' s in')[0].split(' ').pop()) >= 1" % (
-            ROW % "slow/1.0"))                            # its time goes on
+        self.go(page, "requests")
+        page.wait_for("parseFloat((%s)[3].split(' s so far')[0].split(' ').pop()) >= 1" % (
+            ROW % "slow"))                            # its time goes on
         self.shoot(page, "running")
         self.fake.release()
         thread.join(10)
-        page.wait_for("(%s)[1] == 'done'" % (ROW % "slow/1.0"))
-        row = page.run(ROW % "slow/1.0")
+        page.wait_for("(%s)[1] == 'done'" % (ROW % "slow"))
+        row = page.run(ROW % "slow")
         told = next(row for row in self.proxy.get("/stats").json["recent"]
                     if row["client"] == "slow/1.0")
         prompt = told["input"] + (told["cache_read"] or 0) + (told["cache_write"] or 0)
         self.assertTrue(row[4].startswith("%d in, %d out" % (prompt, told["output"])), row)
         self.assertIn("%.2g" % told["credits"], row[5])
+        self.go(page, "overview")
         self.wait_for_text(page, "Running now\n0")
         self.check_quiet(page)
 
@@ -504,9 +530,11 @@ class Busy(PageCase):
             thread.join(60)
         self.wait_for_text(page, "Requests today\n200\n0 failed")
         self.wait_for_text(page, "Running now\n0")
+        self.go(page, "requests")
         self.assertEqual(page.run("document.querySelectorAll('#requests tbody tr').length"), 15)
         page.run("$('more').click()")
         page.wait_for("document.querySelectorAll('#requests tbody tr').length == 65")
+        self.go(page, "overview")
         told = self.proxy.get("/history/summary?days=1").json["total"]
         prompt = told["input"] + told["cache_read"] + told["cache_write"]
         self.assertIn("%s in, %s out" % tuple(page.run("[count(%d), count(%d)]" % (
@@ -518,14 +546,18 @@ class Busy(PageCase):
         self.play()
         self.stream("@@stall=1@@ hello there, you", **{"User-Agent": "slow/1.0"})
         for dark in (False, True):
-            for width in (NARROW_PX, 1280):
+            for width in (NARROW_PX, 768, 1440):
                 with self.subTest(dark=dark, width=width):
                     page = self.open_busy(dark=dark, width=width, height=900)
                     self.wait_for_text(page, "streaming")
-                    self.check_contrast(page)
-                    if width == NARROW_PX:
-                        self.check_fits(page)
-                    self.shoot(page, "busy %s %d" % ("dark" if dark else "light", width))
+                    for view in VIEWS:
+                        self.go(page, view)
+                        self.check_contrast(page)
+                        self.assertEqual(page.run(NAMELESS), [], view)
+                        self.assertLessEqual(
+                            page.run("document.scrollingElement.scrollWidth"), width, view)
+                        self.shoot(page, "busy %s %s %d" % (
+                            view, "dark" if dark else "light", width))
                     self.check_quiet(page)
                     self.close(page)              # each holds one of six connections to a host
         for width in (600, 760, 900, 1000):
@@ -551,7 +583,7 @@ class Busy(PageCase):
 
     def test_text_of_clients_is_no_markup(self) -> None:
         evil = "<img src=x onerror=alert(1)>"
-        page = self.open()
+        page = self.open(view="requests")
         self.wait_until_shown(page)
         self.proxy.post("/v1/chat/completions", chat("a", evil), **{"User-Agent": evil})
         self.wait_for_text(page, evil)
@@ -562,10 +594,12 @@ class Busy(PageCase):
         proxy = self.enter(Proxy(self.fake, no_history=True))
         proxy.post("/v1/chat/completions", chat("a"), **{"User-Agent": "one/1"})
         page = self.open(proxy=proxy)
-        self.wait_for_text(page, "The history is off")
         self.wait_for_text(page, "Requests since start\n1\n")
-        self.assertIn("one/1", page.text())
-        self.assertTrue(page.run("$('charts').hidden"))
+        self.wait_for_text(page, "one · ")
+        self.go(page, "usage")
+        self.wait_for_text(page, "The history is off")
+        page.wait_for("$('charts').hidden")
+        self.go(page, "overview")
         proxy.post("/v1/chat/completions", chat("b"))
         self.wait_for_text(page, "Requests since start\n2\n")
         self.check_quiet(page, proxy)
@@ -704,7 +738,7 @@ class Locked(PageCase):
         self.wait_until_shown(page)
         self.proxy.post("/v1/chat/completions", chat("a"), **{
             "User-Agent": "one/1", "Authorization": "Bearer " + self.KEY})
-        self.wait_for_text(page, "one/1")                 # by events, with the key
+        self.wait_for_text(page, "one · ")                # by events, with the key
         self.assertTrue(page.run("$('lock').hidden"))
         page.send("Page.reload")
         page.wait_for("document.readyState == 'complete' && performance.now() < 30000")
