@@ -271,7 +271,8 @@ SEND_TIMEOUT_S = 60.0  # a client that takes nothing
 WORKER_IDLE_S = 10.0  # then an idle worker thread ends
 MAX_WORKERS, WORKER_QUEUE = 6, 256  # threads for what may block; what may wait for one
 INLINE_BYTES = 128 * 1024  # a larger body is parsed in a thread
-HEADS_KEPT = 200  # beginnings of upstream requests
+HEADS_KEPT = 200  # of requests, and beginnings of upstream requests
+MAX_KEPT_HEAD_BYTES = 4096  # of such a request
 DEFER_S = (
     0.001  # what a request leaves to be recorded waits no longer for a quiet moment
 )
@@ -1407,15 +1408,15 @@ class Model:
             entry,
         )
 
-    @property
+    @functools.cached_property
     def is_openai(self) -> bool:
         return "openai" in self.vendor.lower()
 
-    @property
+    @functools.cached_property
     def is_claude(self) -> bool:
         return self.vendor == "Anthropic" or self.id.startswith("claude")
 
-    @property
+    @functools.cached_property
     def is_gemini(self) -> bool:
         return self.vendor == "Google" or self.id.startswith("gemini")
 
@@ -1435,11 +1436,17 @@ class Model:
             if isinstance(e, str)
         ]
 
+    @functools.cached_property
+    def reasons(self) -> bool:
+        """Is it one of OpenAI's reasoning models?"""
+        is_named_so = re.match(r"gpt-5|o\d", self.id) is not None
+        return self.is_openai and (is_named_so or bool(self.efforts))
+
     def can(self, ability: str) -> bool:
         """Is this among what the upstream says that the model supports?"""
         return self.supports.get(ability) is True
 
-    @property
+    @functools.cached_property
     def is_kimi(self) -> bool:
         return self.vendor.startswith("Moonshot") or self.id.startswith("kimi")
 
@@ -1452,7 +1459,7 @@ class Model:
             return MAX_GEMINI_IMAGES
         return 0
 
-    @property
+    @functools.cached_property
     def version(self) -> tuple[int, ...]:
         """'claude-opus-4.6' -> (4, 6); () when the id has no number."""
         found = re.search(r"(\d{1,9})(?:\.(\d{1,9}))?", self.id)
@@ -2078,9 +2085,32 @@ def _parse_fields(raw: bytes) -> Headers:
     return headers
 
 
+_LENGTH_FIELD = re.compile(
+    rb"\r\nContent-Length: ([0-9]{1,10})(?=\r\n|\Z)", re.IGNORECASE
+)
+
+
 def parse_request_head(raw: bytes) -> RequestHead:
     """A request head without its closing empty line.  Raises BadRequest (400, 414, 431, 505).
-    b"GET / HTTP/1.1\\r\\nHost: a" -> RequestHead("GET", "/", 1, {"host": "a"})"""
+    b"GET / HTTP/1.1\\r\\nHost: a" -> RequestHead("GET", "/", 1, {"host": "a"})
+
+    Clients repeat their heads but for the length of the body: each is parsed once."""
+    length = _LENGTH_FIELD.search(raw)
+    if len(raw) > MAX_KEPT_HEAD_BYTES or length is None:
+        return _parse_request_head(raw)
+    start, end = length.span(1)
+    known = _known_request_head(raw[:start] + b"0" + raw[end:])
+    headers = known.headers.copy()
+    headers["content-length"] = length[1].decode()
+    return RequestHead(known.method, known.target, known.minor, headers)
+
+
+@functools.lru_cache(maxsize=HEADS_KEPT)
+def _known_request_head(raw: bytes) -> RequestHead:
+    return _parse_request_head(raw)
+
+
+def _parse_request_head(raw: bytes) -> RequestHead:
     line, _, rest = raw.partition(b"\r\n")
     words = line.split(b" ")
     if len(words) != 3 or not _TOKEN.match(words[0]) or not words[1]:
@@ -2975,8 +3005,12 @@ FILE_TYPES = ("file", "input_file", "document")
 def content_parts(body: Json) -> Iterator[Json]:
     """Every part of a conversation in any dialect, in order, also those of tools' results."""
     for item in as_list(body.get("messages")) + as_list(body.get("input")):
-        for key in ("content", "output") if isinstance(item, dict) else ():
-            for part in as_list(item.get(key)):
+        if not isinstance(item, dict):
+            continue
+        for content in (item.get("content"), item.get("output")):
+            if not isinstance(content, list):
+                continue
+            for part in content:
                 if isinstance(part, dict):
                     yield part
                     yield from filter(as_object, as_list(part.get("content")))
@@ -3147,6 +3181,19 @@ SIDE_REQUESTS = (
 )
 
 
+#: a text of a user that none of these begins or is in is no side request
+_USER_STARTS = tuple(
+    mark
+    for row in SIDE_REQUESTS
+    for mark in row.marks
+    if row.place == "user" and row.how != "holds"
+)
+_USER_PARTS = {
+    row.marks[0] for row in SIDE_REQUESTS if row.place == "user" and row.how == "holds"
+}
+_SYSTEM_SIDE_REQUESTS = tuple(row for row in SIDE_REQUESTS if row.place == "system")
+
+
 def _has_mark(text: str, mark: str, how: str) -> bool:
     if how == "is":
         return text == mark
@@ -3171,7 +3218,15 @@ def is_reminder(text: str) -> bool:
 def side_request(user_text: str, system_text: str) -> str:
     """The kind of a request that the client made by itself, "" for others.  See SIDE_REQUESTS."""
     texts = {"user": user_text.strip(), "system": system_text.strip()}
-    for row in SIDE_REQUESTS:
+    rows: tuple[SideRequest, ...] = _SYSTEM_SIDE_REQUESTS
+    if texts["user"].startswith(_USER_STARTS) or any(
+        part in texts["user"] for part in _USER_PARTS
+    ):
+        rows = SIDE_REQUESTS
+    elif not texts["system"]:
+        return ""
+
+    for row in rows:
         text = texts[row.place]
         if _has_mark(text, row.marks[0], row.how) and all(
             _has_mark(text, mark, row.how) for mark in row.marks
@@ -5229,18 +5284,18 @@ class ChatCompletions(Dialect):
         for key in ("max_tokens", "max_completion_tokens"):
             if key in body and (body[key] is None or body[key] == -1):
                 edit.drop(body, key)  # how some clients say: no limit
-        reasons = model.is_openai and bool(
-            model.efforts or re.match(r"gpt-5|o\d", model.id)
-        )
         old, new = "max_tokens", "max_completion_tokens"
         if not model.is_openai:
             old, new = new, old
-        if old in body and (reasons or not model.is_openai):
+        is_renamed = not model.is_openai or model.reasons
+        if old in body and is_renamed:
             limit = edit.drop(body, old)
             edit.set(body, new, body.get(new, limit))
-        cap = model.output_cap(body.get("stream") is True)
-        if not model.is_openai and cap and "max_tokens" not in body:
-            edit.set(body, "max_tokens", cap)  # Claude and Gemini stop early without
+
+        if not model.is_openai and "max_tokens" not in body:
+            cap = model.output_cap(body.get("stream") is True)
+            if cap:  # Claude and Gemini stop early without
+                edit.set(body, "max_tokens", cap)
 
     def is_in_shape(self, item: Any) -> bool:
         if type(item) is not dict or "type" in item or "function_call" in item:
@@ -5278,8 +5333,10 @@ class ChatCompletions(Dialect):
         return write_part(part, "")
 
     def takes_stops(self, stops: list[str], model: Model) -> bool:
+        if not stops:
+            return True
         refuses = re.match(r"gpt-[5-9]|o\d", model.id)  # OpenAI's reasoning models do
-        return len(stops) <= MAX_STOP_SEQUENCES and not (stops and refuses)
+        return len(stops) <= MAX_STOP_SEQUENCES and not refuses
 
     def tool_steps(self, item: Json) -> list[ToolStep]:
         calls = [str(call.get("id")) for call in item.get("tool_calls") or ()]
@@ -10551,6 +10608,8 @@ def tidy_parts(edit: Edit, parts: list[Any]) -> list[Json]:
 def fit_names(edit: Edit, calls: list[Json]) -> None:
     """Names of tools that the upstream would refuse become short ones everywhere alike, which
     `restore_names` turns back in the answer."""
+    if not calls and "tools" not in edit.body and "tool_choice" not in edit.body:
+        return
     tools = list(
         map(as_object, as_list(edit.body.get("tools")) + [edit.body.get("tool_choice")])
     )
@@ -12884,6 +12943,12 @@ def lane_rooms(lanes: Mapping[str, Any]) -> dict[str, float]:
     return rooms
 
 
+@functools.lru_cache(maxsize=HEADS_KEPT)
+def is_quota_name(name: str) -> bool:
+    """Is this a header of the upstream that tells of a quota?"""
+    return name.startswith(QUOTA_PREFIXES)
+
+
 def header_lanes(
     headers: Headers, prefixes: tuple[str, ...] = QUOTA_PREFIXES
 ) -> dict[str, str]:
@@ -12891,7 +12956,7 @@ def header_lanes(
     return {
         name[len(prefix) :]: value
         for name, value in headers.items()
-        if name.startswith(prefixes)
+        if is_quota_name(name)
         for prefix in prefixes
         if name.startswith(prefix)
     }
@@ -17930,6 +17995,7 @@ def gemini_method(path: str) -> str:
     return ""
 
 
+@functools.lru_cache(maxsize=HEADS_KEPT)
 def label_of(path: str) -> str:
     """The name in the history of what is asked at a path, "" for what is not kept."""
     if path.startswith(DEPLOYMENTS + "/"):
@@ -19342,7 +19408,7 @@ class Exchange:
 
     def __init__(self, client: ClientConnection, head: RequestHead, app: App) -> None:
         self.client, self.head, self.app = client, head, app
-        self.path = normalise_path(split_target(head.target)[1].partition("?")[0])
+        self.path = path_of(head.target)
         self.record = RequestRecord.begin(
             head.method, self.path, head.headers, app.clock()[1]
         )
@@ -19651,6 +19717,12 @@ def split_target(target: str) -> tuple[str | None, str]:
 PATH_PREFIXES = ("/v1", "/api/v1", "/openai/v1", "/v1beta/openai")
 
 
+@functools.lru_cache(maxsize=HEADS_KEPT)
+def path_of(target: str) -> str:
+    """The normalised path of a request target."""
+    return normalise_path(split_target(target)[1].partition("?")[0])
+
+
 def normalise_path(path: str) -> str:
     """'//v1/v1/models/' -> '/models': doubled slashes, a final one and any /v1 are left out.
     '/openai/v1/responses' -> '/responses': so are prefixes that only name the kind of API."""
@@ -19667,6 +19739,7 @@ def normalise_path(path: str) -> str:
     return path.rstrip("/") or "/"
 
 
+@functools.lru_cache(maxsize=HEADS_KEPT)
 def dialect_of(path: str) -> Dialect:
     """In whose words errors are told until an endpoint knows better."""
     if path.startswith("/messages"):
@@ -19724,17 +19797,21 @@ def as_seen(
     )
 
 
-def check_host(text: str, settings: Settings, own_address: str) -> None:
-    """DNS rebinding: only names of this server are served.  Raises BadRequest 403."""
+def check_host(text: str, settings: Settings, sock: Any) -> None:
+    """DNS rebinding: only names of this server are served, and the address that the connection
+    `sock` has come to.  Raises BadRequest 403."""
     name = split_host(text)[0]
+
     if not name:
         raise BadRequest(
             f"the host {printable(text, 60)} is malformed", 403, "host_not_allowed"
         )
+
     if not (
         is_loopback(name)
         or name in settings.allow_host
-        or name in (settings.host.strip("[]").lower(), own_address)
+        or name == settings.host.strip("[]").lower()
+        or name == bare_address(sock.getsockname())
     ):
         raise BadRequest(
             "the host name %s is not served here; allow it with --allow-host"
@@ -20226,7 +20303,7 @@ class Handler:
         exchange.caller = Caller(address)
         named = split_target(exchange.head.target)[0]
         for text in (host,) if named is None else (named, host):
-            check_host(text, settings, bare_address(exchange.client.sock.getsockname()))
+            check_host(text, settings, exchange.client.sock)
 
         origin = headers.get("origin")
         if origin is None:
@@ -21650,21 +21727,28 @@ def upstream_headers(
     return headers
 
 
+def question_about(headers: Headers, body: Json, model: Model, calls: int) -> Json:
+    """What the person sees who is asked to approve a request."""
+    turns = as_list(body.get("messages") or body.get("input"))
+    last = as_object(turns[-1]) if turns else {}
+    text = text_of(last.get("content")) or text_of(body.get("input"))
+    if calls > 1:
+        text = "[%d calls] %s" % (calls, text)
+    return {
+        "client": headers.get("user-agent", "an unnamed client")[:200],
+        "model": model.id,
+        "text": text[:200],
+    }
+
+
 async def admit(exchange: Exchange, body: Json, model: Model, calls: int = 1) -> None:
     """Wait until this request may go up, once.  calls: how many it takes, see `admit_next`.
     Raises RateLimited, BadRequest, ClientGone."""
     headers, asked = exchange.head.headers, exchange.record.asked
     if exchange.ticket is None:
-        turns = as_list(body.get("messages") or body.get("input"))
-        last = as_object(turns[-1]) if turns else {}
-        text = text_of(last.get("content")) or text_of(body.get("input"))
-        if calls > 1:
-            text = "[%d calls] %s" % (calls, text)
-        about = {
-            "client": headers.get("user-agent", "an unnamed client")[:200],
-            "model": model.id,
-            "text": text[:200],
-        }
+        about: Json = {}
+        if exchange.app.settings.manual:
+            about = question_about(headers, body, model, calls)
         exchange.ticket = Ticket(
             exchange.caller.name,
             asked.payer,

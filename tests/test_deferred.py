@@ -75,5 +75,30 @@ class RecordedLaterTest(unittest.TestCase):
                 self.assertEqual(stats["running"], [])
 
 
+class KnownHeadTest(unittest.TestCase):
+    """A head that came before is not parsed again: what was refused stays refused."""
+
+    def test_only_the_length_of_the_body_differs(self) -> None:
+        raw = (b"POST /v1/messages HTTP/1.1\r\nHost: a\r\ncontent-length: %d\r\nX: 1")
+        first = cp.parse_request_head(raw % 5)
+        first.headers["x"] = "changed by its owner"
+        second = cp.parse_request_head(raw % 1234)
+        self.assertEqual(second.headers, {"host": "a", "content-length": "1234", "x": "1"})
+        self.assertEqual(second.body_form(), (1234, False))
+
+    def test_two_lengths_are_refused_again_and_again(self) -> None:
+        raw = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: %d"
+        for number in (5, 6, 5, 6):
+            with self.assertRaises(cp.BadRequest):
+                cp.parse_request_head(raw % number)
+
+    def test_a_length_inside_another_field_is_none(self) -> None:
+        raw = b"POST / HTTP/1.1\r\nHost: a\r\nX: Content-Length: 5"
+        self.assertNotIn("content-length", cp.parse_request_head(raw).headers)
+        raw += b"\r\nContent-Length: 7"
+        self.assertEqual(cp.parse_request_head(raw).headers["x"], "Content-Length: 5")
+        self.assertEqual(cp.parse_request_head(raw).headers["content-length"], "7")
+
+
 if __name__ == "__main__":
     unittest.main()
