@@ -19412,7 +19412,7 @@ class Exchange:
         self.record = RequestRecord.begin(
             head.method, self.path, head.headers, app.clock()[1]
         )
-        self.argument = ""  # what a route with a pattern matched
+        self.argument: str = ""  # what a route with a pattern matched
         self.is_same_origin = True  # no page of another origin has sent it
         self.caller = Caller(client.address)
         self.ticket: Ticket | None = None  # once it wants to go up
