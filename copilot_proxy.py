@@ -2085,31 +2085,6 @@ def _parse_fields(raw: bytes) -> Headers:
     return headers
 
 
-_LENGTH_FIELD = re.compile(
-    rb"\r\nContent-Length: ([0-9]{1,10})(?=\r\n|\Z)", re.IGNORECASE
-)
-
-
-def parse_request_head(raw: bytes) -> RequestHead:
-    """A request head without its closing empty line.  Raises BadRequest (400, 414, 431, 505).
-    b"GET / HTTP/1.1\\r\\nHost: a" -> RequestHead("GET", "/", 1, {"host": "a"})
-
-    Clients repeat their heads but for the length of the body: each is parsed once."""
-    length = _LENGTH_FIELD.search(raw)
-    if len(raw) > MAX_KEPT_HEAD_BYTES or length is None:
-        return _parse_request_head(raw)
-    start, end = length.span(1)
-    known = _known_request_head(raw[:start] + b"0" + raw[end:])
-    headers = known.headers.copy()
-    headers["content-length"] = length[1].decode()
-    return RequestHead(known.method, known.target, known.minor, headers)
-
-
-@functools.lru_cache(maxsize=HEADS_KEPT)
-def _known_request_head(raw: bytes) -> RequestHead:
-    return _parse_request_head(raw)
-
-
 def _parse_request_head(raw: bytes) -> RequestHead:
     line, _, rest = raw.partition(b"\r\n")
     words = line.split(b" ")
@@ -2132,6 +2107,31 @@ def _parse_request_head(raw: bytes) -> RequestHead:
     if head.minor == 1 and "host" not in head.headers:
         raise BadRequest("the Host header is missing")
     return head
+
+
+@functools.lru_cache(maxsize=HEADS_KEPT)
+def _known_request_head(raw: bytes) -> RequestHead:
+    return _parse_request_head(raw)
+
+
+_LENGTH_FIELD = re.compile(
+    rb"\r\nContent-Length: ([0-9]{1,10})(?=\r\n|\Z)", re.IGNORECASE
+)
+
+
+def parse_request_head(raw: bytes) -> RequestHead:
+    """A request head without its closing empty line.  Raises BadRequest (400, 414, 431, 505).
+    b"GET / HTTP/1.1\\r\\nHost: a" -> RequestHead("GET", "/", 1, {"host": "a"})
+
+    Clients repeat their heads but for the length of the body: each is parsed once."""
+    length = _LENGTH_FIELD.search(raw)
+    if len(raw) > MAX_KEPT_HEAD_BYTES or length is None:
+        return _parse_request_head(raw)
+    start, end = length.span(1)
+    known = _known_request_head(raw[:start] + b"0" + raw[end:])
+    headers = known.headers.copy()
+    headers["content-length"] = length[1].decode()
+    return RequestHead(known.method, known.target, known.minor, headers)
 
 
 _STATUS_LINE = re.compile(r"HTTP/1\.[0-9] ([0-9]{3})(?: (.*))?\r?\Z", re.DOTALL)
@@ -19717,12 +19717,6 @@ def split_target(target: str) -> tuple[str | None, str]:
 PATH_PREFIXES = ("/v1", "/api/v1", "/openai/v1", "/v1beta/openai")
 
 
-@functools.lru_cache(maxsize=HEADS_KEPT)
-def path_of(target: str) -> str:
-    """The normalised path of a request target."""
-    return normalise_path(split_target(target)[1].partition("?")[0])
-
-
 def normalise_path(path: str) -> str:
     """'//v1/v1/models/' -> '/models': doubled slashes, a final one and any /v1 are left out.
     '/openai/v1/responses' -> '/responses': so are prefixes that only name the kind of API."""
@@ -19737,6 +19731,12 @@ def normalise_path(path: str) -> str:
     if path.startswith("/openai/") and not (path + "/").startswith(DEPLOYMENTS + "/"):
         path = path[len("/openai") :]  # Azure's older form
     return path.rstrip("/") or "/"
+
+
+@functools.lru_cache(maxsize=HEADS_KEPT)
+def path_of(target: str) -> str:
+    """The normalised path of a request target."""
+    return normalise_path(split_target(target)[1].partition("?")[0])
 
 
 @functools.lru_cache(maxsize=HEADS_KEPT)
