@@ -243,6 +243,14 @@ MAX_HEADER_FIELDS = 128
 MAX_BODY_BYTES = 32 * 1024 * 1024  # as the upstream's own services use
 JSON_CHECK_BYTES = 1024 * 1024  # smaller bodies are parsed without a look
 JSON_ROOM_BYTES = 64 * 1024 * 1024  # of values beside their texts: 1.8 million numbers
+JSON_ESCAPE_BYTES = 88  # that json takes for each escape of a text while it reads that
+WIDE_TEXT_BYTES = 4 * 1024 * 1024  # a longer text with an emoji is kept narrow
+MAX_WIDE_BYTES = 8 * 1024 * 1024  # the same, with many emojis among other letters
+WIDE_SHARES = 0.005, 0.06  # of emojis among other letters: many, and few others
+MAX_FOREIGN_SHARE = 0.5  # of all that is not ASCII, in what is written in ASCII
+LARGE_BLOCK_BYTES = 8 * 1024 * 1024  # else glibc keeps blocks of up to 32 MB
+TRIMMED_BYTES = 1024 * 1024  # a larger body's memory is given back at once
+BATCH_ITEMS, MAX_BATCH_DEPTH = 100, 4  # of a list in a large body, written at once
 VECTORS_ROOM_BYTES = 256 * 1024 * 1024  # of one batch of embeddings
 JSON_PIECE_BYTES = 128 * 1024  # looked at in one piece
 MAX_PATH_STEPS = 16  # of a field that an upstream's error names
@@ -339,7 +347,9 @@ HICCUP_STATUS = (500, 502, 503, 504, 529)
 MAX_CALLS, MAX_REPAIRS = 5, 3  # upstream calls of one request; repairs among them
 MAX_LEARNED, MAX_MARKS = 500, 5000  # remembered: models with repairs, refused state
 MAX_LESSONS = 50  # of facts, and of refused values, of one model
-MAX_MARKED_IMAGES, MARKED_CHARS = 50, 200  # of one refusal; of each end of a value
+MAX_MARKED_IMAGES = 50  # of one refusal
+MAX_JOINED_STATES = 1000  # of reasoning, in one slot of a client
+MARKED_CHARS = 1000  # of each end of a text, to tell it from others
 LIMIT_S, QUOTA_LIMIT_S = 7 * 86400.0, 32 * 86400.0  # the longest rest that is believed
 LIMIT_PAUSE_S, QUOTA_PAUSE_S = 10.0, 3600.0  # a rest whose length nobody said
 LIMIT_PAUSE_MAX_S = 300.0  # the first doubles up to this while the limit repeats
@@ -362,7 +372,7 @@ MAX_LOSSES, MAX_LOSS_CHARS = 200, 60  # recorded for one request; of a field's n
 MAX_NOTE_CHARS = 2048  # of the headers that list losses and repairs
 STORE_COUNT, STORE_BYTES = (
     2000,
-    64 * 1024 * 1024,
+    32 * 1024 * 1024,
 )  # of answers that clients may name later
 STORE_AGE_S = 6 * 3600.0
 MAX_REFERENCES, MAX_KEPT_IDS = (
@@ -370,7 +380,7 @@ MAX_REFERENCES, MAX_KEPT_IDS = (
     5000,
 )  # to kept items in one request; of items of an answer
 IMAGE_BYTES, IMAGE_TIMEOUT_S = 5 * 1024 * 1024, 15.0  # of a fetched image
-IMAGE_CACHE_BYTES = 16 * 1024 * 1024  # of fetched images, as base64
+IMAGE_CACHE_BYTES = 8 * 1024 * 1024  # of fetched images, as base64
 AUTO_TIMEOUT_S = 5.0  # for the choice of a model by `auto`
 AUTO_LIFE_S, AUTO_LIFE_MAX_S = 1800.0, 86400.0  # of a choice that names no end; at most
 AUTO_RENEW_S, AUTO_ABSENT_S = 300.0, 600.0  # before its end; where there is no auto
@@ -720,12 +730,13 @@ def valid_text(data: bytes) -> bytes:
     No upstream takes such a text, and a history that holds one would be refused for ever."""
     if not _SURROGATE.search(data):
         return data
-    mended = _ESCAPES.sub(
-        lambda found: b"\\ufffd" if found.group(1) else found.group(), data
-    )
-    if mended == data:
-        return data
-    return mended
+    mended = bytearray()
+    at = 0
+    for found in _ESCAPES.finditer(data):
+        if found.group(1):
+            mended += data[at : found.start()] + b"\\ufffd"
+            at = found.end()
+    return bytes(mended + data[at:]) if mended else data
 
 
 def _has_long_digits(data: bytes) -> bool:
@@ -764,19 +775,70 @@ def _room_of(data: bytes) -> int:
     )
 
 
+def _json_pieces(data: bytes) -> Iterator[bytes]:
+    """A JSON text piece by piece; no escape is cut.  Each quote in them is one that begins or ends
+    a text: what was `\\\\` or `\\"` is `\\/`."""
+    start = 0
+    while start < len(data):
+        end = start + JSON_PIECE_BYTES
+        while data[end - 1 : end] == b"\\":
+            end += 1
+        yield data[start:end].replace(b"\\\\", b"\\/").replace(b'\\"', b"\\/")
+        start = end
+
+
 def _outside_texts(data: bytes) -> Iterator[bytes]:
     """A JSON text without its texts, piece by piece: of `{"a": "b[", "c": 1}` remains
     `{"":"","":1}`."""
-    start, is_inside = 0, False
-    while start < len(data):
-        end = start + JSON_PIECE_BYTES
-        while data[end - 1 : end] == b"\\":  # an escape is not cut
-            end += 1
-        piece = data[start:end].replace(b"\\\\", b"").replace(b'\\"', b"")
+    is_inside = False
+    for piece in _json_pieces(data):
         parts = piece.split(b'"')
         yield b'""'.join(parts[is_inside::2])
         is_inside ^= len(parts) % 2 == 0
-        start = end
+
+
+def _has_many_escapes(data: bytes, most: int) -> bool:
+    """Are there more escapes than this in one text?  json makes an object of each, and of what
+    stands between two, until it comes to the text's end."""
+    if data.count(b"\\") <= most:
+        return False
+    escapes, is_inside = 0, False
+    for piece in _json_pieces(data):
+        for at, part in enumerate(piece.split(b'"')):
+            if at:
+                escapes, is_inside = 0, not is_inside
+            if is_inside and len(part) > 1:
+                escapes += part.count(b"\\")
+                if escapes > most:
+                    return True
+    return False
+
+
+_FOUR_BYTES = re.compile(rb"[\xf0-\xf4][\x80-\xbf]{3}")  # of UTF-8: an emoji
+
+
+def _as_escape(found: re.Match[bytes]) -> bytes:
+    """An emoji as JSON writes it in ASCII.  Raises ValueError where it is none."""
+    return json.dumps(found.group().decode())[1:-1].encode()
+
+
+def _count_emojis(data: bytes) -> int:
+    """How many characters a JSON text holds for which Python takes four bytes."""
+    return sum(data.count(bytes([lead])) for lead in range(0xF0, 0xF5))
+
+
+def decode_json(data: bytes) -> str:
+    """The characters of a JSON text.  Raises ValueError, TooManyValues.
+
+    Python takes four bytes for each character of a text that holds one emoji, so those of a long
+    one are read as escapes, unless there are many."""
+    if len(data) > WIDE_TEXT_BYTES and not data.isascii():
+        share = _count_emojis(data) / len(data)
+        if 0 < share < WIDE_SHARES[0]:
+            data = _FOUR_BYTES.sub(_as_escape, data)
+        elif WIDE_SHARES[0] <= share < WIDE_SHARES[1] and len(data) > MAX_WIDE_BYTES:
+            raise TooManyValues("it holds too many emojis for its length")
+    return data.decode("utf-8-sig" if data[:1] == b"\xef" else "utf-8")
 
 
 def _check_marks(data: bytes, room_bytes: int) -> None:
@@ -804,16 +866,71 @@ def loads(
     TooManyValues for one that would take far more than `room_bytes` beside its texts."""
     if len(data) > JSON_CHECK_BYTES:
         _check_marks(data, room_bytes)
+        if _has_many_escapes(data, room_bytes // JSON_ESCAPE_BYTES):
+            raise TooManyValues("a text in it holds too many escapes")
     if decode is _decode and len(data) > MAX_INT_DIGITS and _has_long_digits(data):
         decode = _decode_digits
 
     try:
-        value = decode(data.decode("utf-8-sig" if data[:1] == b"\xef" else "utf-8"))
+        value = decode(decode_json(data))
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if len(data) > MAX_JSON_DEPTH and _is_deep(value, data):
         raise ValueError("nested too deeply")
     return value
+
+
+_ASCII = bytes(range(128))
+
+
+_write_ascii = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def _dumps_ascii(value: Any) -> bytes:
+    return _write_ascii(value).encode()
+
+
+def _json_batches(
+    value: Any, encode: Callable[[Any], bytes], depth: int
+) -> Iterator[bytes]:
+    """The JSON of a value in pieces: the batches of its long lists, and what stands around."""
+    if depth > MAX_BATCH_DEPTH or not isinstance(value, (dict, list)) or not value:
+        yield encode(value)
+    elif isinstance(value, dict):
+        lead = b"{"
+        for key, inner in value.items():
+            yield lead + encode(key) + b":"
+            yield from _json_batches(inner, encode, depth + 1)
+            lead = b","
+        yield b"}"
+    elif len(value) > BATCH_ITEMS:
+        lead = b"["
+        for at in range(0, len(value), BATCH_ITEMS):
+            yield lead + encode(value[at : at + BATCH_ITEMS])[1:-1]
+            lead = b","
+        yield b"]"
+    else:
+        lead = b"["
+        for inner in value:
+            yield lead
+            yield from _json_batches(inner, encode, depth + 1)
+            lead = b","
+        yield b"]"
+
+
+def rewrite(value: Any, source: bytes) -> bytes:
+    """The JSON of what was made of the JSON text `source`.
+
+    Of a large one it is written piece by piece, since json keeps all of its small pieces until the
+    end; and in ASCII where most of it is and an emoji would make it four times as large."""
+    if len(source) <= INLINE_BYTES:
+        return dumps(value)
+    encode = dumps
+    if _count_emojis(source) or b"\\ud8" in source or b"\\uD8" in source:
+        foreign_bytes = len(source.translate(None, _ASCII))
+        if foreign_bytes < len(source) * MAX_FOREIGN_SHARE:
+            encode = _dumps_ascii
+    return b"".join(_json_batches(value, encode, 0))
 
 
 def as_object(value: Any) -> Json:
@@ -1170,6 +1287,13 @@ def told_error(answer: Json) -> UpstreamError:
     if error.status in (503, 529):
         error.headers["retry-after"] = "%d" % OVERLOAD_PAUSE_S
     return error
+
+
+def ends_of(text: str) -> str:
+    """A text that tells a long one from others, in constant time: its length and its ends."""
+    if len(text) <= 2 * MARKED_CHARS:
+        return text
+    return f"{len(text)} {text[:MARKED_CHARS]} {text[-MARKED_CHARS:]}"
 
 
 def stable_id(prefix: str, text: str) -> str:
@@ -1554,6 +1678,10 @@ class Edit:
             bytes, bytes
         ] = {}  # a shortened tool's name as JSON -> the client's
 
+    def forget_body(self) -> None:
+        """It has been accepted: nobody needs it while the answer comes."""
+        self.body = {}
+
     def set(self, target: Json, key: str, value: Any) -> None:
         """Set `key` where it is not `value` already; its place among the keys stays."""
         if (
@@ -1772,6 +1900,10 @@ class Request:
     def lose(self, name: str, reason: str) -> None:
         """Record that something the client said does not go upstream."""
         self.losses.add(name, reason)
+
+    def forget_turns(self) -> None:
+        """They are written down: the request lives as long as its answer, they need not."""
+        self.turns = []
 
     def add_turn(self, role: str, parts: list[Part]) -> None:
         """Results of one round of tools belong into one user turn, a model's parts into one."""
@@ -3430,8 +3562,11 @@ def is_packed(state: Any) -> bool:
 def unpack_opaque(text: Any) -> list[tuple[str, str | None, str]]:
     """[(dialect, id, blob)] of one packed state, or of several that a client has joined; [] for
     anything that was not packed here."""
+    if not is_packed(text):
+        return []
     found = []
-    for piece in text.split(OPAQUE_TAG)[1:] if is_packed(text) else ():
+    pieces = text.split(OPAQUE_TAG, MAX_JOINED_STATES + 1)
+    for piece in pieces[1 : MAX_JOINED_STATES + 1]:
         try:
             dialect, state_id, blob = loads(base64.b64decode(piece))
             found.append((str(dialect), word(state_id), str(blob)))
@@ -3575,18 +3710,15 @@ def input_items(body: Json) -> list[Json]:
 
 def conversation_key(body: Json, model: Model) -> str:
     """The same for all requests of a conversation: made of what stays at its head."""
-    heads = [
-        next(
-            (
-                text_of(item.get("content"))
-                for item in input_items(body)
-                if item.get("role") in roles
-            ),
-            "",
+    heads = [text_of(body.get("instructions"))]
+    for roles in (SYSTEM_ROLES, ("user",)):
+        texts = (
+            text_of(item.get("content"))
+            for item in input_items(body)
+            if item.get("role") in roles
         )
-        for roles in (("system", "developer"), ("user",))
-    ]
-    return stable_id("", dumps([model.id, body.get("instructions"), *heads]).decode())
+        heads.append(next(texts, ""))
+    return stable_id("", dumps([model.id, *map(ends_of, heads)]).decode())
 
 
 def client_id(prefix: str, text: str, request: Request) -> str:
@@ -11128,6 +11260,7 @@ def translate_request(
     for name, reason in before.losses:
         request.lose(name, reason)
     edit = Edit(upstream.encode_request(request, model), request.losses)
+    request.forget_turns()
     fit_body(edit, upstream, model)
     return edit, request
 
@@ -12302,13 +12435,9 @@ def value_mark(value: Any) -> str:
     """What tells a value from others, in constant time; '' for objects and lists."""
     if isinstance(value, (dict, list)):
         return ""
-    if isinstance(value, str):
-        text = value
-    else:
-        text = repr(value)
-    return stable_id(
-        "", "%d %s %s" % (len(text), text[:MARKED_CHARS], text[-MARKED_CHARS:])
-    )
+    if not isinstance(value, str):
+        value = repr(value)
+    return stable_id("", ends_of(value))
 
 
 def drop_value(plan: Plan, path: str, mark: str = "") -> bool:
@@ -19328,23 +19457,24 @@ class ClientConnection(Connection):
     async def read_body(self, length: int, chunked: bool) -> bytes:
         """Raises BadRequest (400, 408, 413), ClientGone when it ends in the middle."""
         decoder = BodyDecoder(length, chunked)
-        parts: list[bytes] = []
-        size, began = 0, time.monotonic()
+        body = bytearray()  # it may come in millions of pieces
+        began = time.monotonic()
         while True:
             data, self.ahead = self.ahead, b""
-            parts.append(decoder.feed(data))
-            size += len(parts[-1])
-            if size > MAX_BODY_BYTES:
+            piece = decoder.feed(data)
+            if len(body) + len(piece) > MAX_BODY_BYTES:
                 raise BadRequest(f"the body is larger than {MAX_BODY_BYTES} bytes", 413)
+            if decoder.done and not body:  # nearly always
+                self.ahead = decoder.rest
+                return piece
+            body += piece
             if decoder.done:
                 self.ahead = decoder.rest
-                if len(parts) == 1:
-                    return parts[0]
-                return b"".join(parts)
+                return bytes(body)
 
             if self.at_end:
                 raise ClientGone
-            late = began + self.settings.body_stall_s + size / BODY_BYTES_PER_S
+            late = began + self.settings.body_stall_s + len(body) / BODY_BYTES_PER_S
             pause = min(self.settings.body_stall_s, late - time.monotonic())
             if not await wait(News(self, pause)):
                 raise BadRequest("the request body came too slowly", 408)
@@ -19880,6 +20010,7 @@ class Workers:
             if work is None:
                 break
             work()
+            work = None  # it holds a whole request, which an idle thread must not keep
         with self._lock:
             self._free -= 1
             self._count -= 1
@@ -20396,13 +20527,16 @@ class Handler:
 
 
 def give_back_memory() -> None:
-    """Compiling this file took 12 MB that glibc would keep for ever, and each new thread would
-    open an arena of its own: return the one, forbid the other.  Elsewhere nothing happens."""
+    """Compiling this file took 12 MB that glibc would keep for ever, as it would that of a large
+    request, and each new thread would open an arena of its own: return the one, forbid the other.
+    Elsewhere nothing happens."""
     with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
         import ctypes
 
         libc = ctypes.CDLL(None)
         libc.mallopt(-8, 1)  # M_ARENA_MAX
+        libc.mallopt(-3, LARGE_BLOCK_BYTES)  # M_MMAP_THRESHOLD: given back at once
+        libc.mallopt(-1, 2 * LARGE_BLOCK_BYTES)  # M_TRIM_THRESHOLD
         libc.malloc_trim(0)
 
 
@@ -21697,7 +21831,7 @@ def fit_model(data: bytes, edit: Edit, model_id: str) -> bytes:
     if not edit.changed:
         found = list(re.finditer(rb'"model"\s*:\s*' + re.escape(dumps(asked)), data))
     if len(found) != 1:
-        return dumps(dict(edit.body, model=model_id))
+        return rewrite(dict(edit.body, model=model_id), data)
     start, end = found[0].span()
     return data[:start] + b'"model":' + dumps(model_id) + data[end:]
 
@@ -21947,17 +22081,21 @@ class Job:
 
     async def serve(self, body: Json) -> None:
         """All stages behind `read`; `body` is what the exchange's bytes say."""
-        exchange = self.exchange
-        copilot, model = await resolve(exchange, body)
-        body = await self.expand(body, copilot, model)
-        self.take(copilot, model, body, exchange.body)
-
+        await self.begin(body)
+        del body  # this lasts as long as the answer
         if self.is_compaction():
             await compact(self)
             return
         answer = await self.ask()
         if answer is not None:
             await self.answer(answer)
+
+    async def begin(self, body: Json) -> None:
+        """The stages from `identify` to `expand`."""
+        exchange = self.exchange
+        copilot, model = await resolve(exchange, body)
+        body = await self.expand(body, copilot, model)
+        self.take(copilot, model, body, exchange.body)
 
     async def expand(self, body: Json, copilot: Account, model: Model) -> Json:
         """The body with all that it only names, in the shape of its dialect."""
@@ -21969,14 +22107,14 @@ class Job:
             )  # Cursor asks so, and reads a chat answer
             tell_losses(exchange, request.losses)
             body = dict(CHAT.encode_request(request, model), model=body["model"])
-            exchange.put_body(dumps(body))
+            exchange.put_body(rewrite(body, exchange.body))
 
         await inline_images(exchange, body)
         if self.client is RESPONSES:
             owner = owner_of(exchange, copilot)
             self.echo = given(previous_response_id=body.get("previous_response_id"))
             if exchange.app.store.expand(owner, body, len(exchange.body)):
-                exchange.put_body(dumps(body))
+                exchange.put_body(rewrite(body, exchange.body))
             if body.get("store") is not False:
                 self.keep = functools.partial(
                     exchange.app.store.put, owner, exchange.body
@@ -22114,7 +22252,7 @@ class Job:
     def body_for(self, plan: Plan) -> bytes:
         """What is sent: the client's own bytes as far as possible."""
         if plan.is_translated:
-            data = dumps(plan.edit.body)
+            data = rewrite(plan.edit.body, self.data)
         else:
             data = fit_model(self.data, plan.edit, self.model.id)
         if (
@@ -22122,6 +22260,7 @@ class Job:
             and "Copilot-Vision-Request" in plan.headers
             and shed_images(plan.edit, len(data))
         ):
+            note_images_left(plan)
             data = fit_model(self.data, plan.edit, self.model.id)
         return data
 
@@ -22228,8 +22367,12 @@ class Job:
         """Whole, or as it comes.  Raises ProxyError, ClientGone."""
         exchange, plan = self.exchange, self.plan
         assert plan is not None
-        self.data = b""  # several MB that nobody needs any more
+        is_large = len(self.data) > TRIMMED_BYTES
+        self.data, self.body = b"", {}  # several MB that nobody needs any more
         exchange.put_body(b"")
+        plan.edit.forget_body()
+        if is_large:
+            await wait(InThread(give_back_memory))
         if plan.pipeline is not None and not plan.is_whole:
             await exchange.relay(answer, plan.pipeline, plan.begun)
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import http.client
 import json
 import os
 import socket
@@ -12,15 +13,16 @@ import tempfile
 import threading
 import time
 import unittest
+import urllib.parse
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any, Callable, NamedTuple
 from unittest import mock
 
-from support import (DEADLINE_S, SLOW, Proxy, ProxyCase, Reply, chat, message, response,
-                     wait_until)
+from support import (DEADLINE_S, SLOW, Command, Proxy, ProxyCase, Reply, chat, message, response,
+                     send, wait_until)
 import copilot_proxy as cp
-from fake_upstream import (CHAT, EMBEDDINGS, MESSAGES, RESPONSES, Answer, Ask, Refuse, bad,
-                           bad_message, default_models)
+from fake_upstream import (CHAT, EMBEDDINGS, MESSAGES, RESPONSES, Answer, Ask, FakeUpstream,
+                           Refuse, bad, bad_message, default_models)
 from wire import assistant, user
 
 Json = Any
@@ -929,6 +931,203 @@ class LearningTest(ProxyCase):
     def ask_compaction(self, body: Json) -> None:
         reply = self.proxy.post("/v1/responses/compact", body)
         self.assertEqual(reply.status, 200, reply)
+
+
+MB = 1024 * 1024
+MOST_TIMES_BODY, MOST_BYTES = 8, 300 * MB
+#: a Python from 3.12 on that compiled the script itself keeps the memory of that: 75 MB before any
+#: request, in place of 30
+MOST_GROWTH_BYTES = 240 * MB
+#: a smaller body is bounded by MOST_BYTES alone: an empty object takes two bytes on the wire and
+#: 64 of memory, so no multiple of a small body holds
+LARGE_BODY_BYTES = 8 * MB
+
+
+def status_bytes(pid: int, name: str) -> int:
+    """A figure of a process in /proc: VmRSS now, or its peak VmHWM."""
+    with open("/proc/%d/status" % pid, encoding="ascii") as file:
+        line = next(line for line in file if line.startswith(name + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def can_measure() -> bool:
+    """Are there peaks of processes here, and may they be set back?"""
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+        return status_bytes(os.getpid(), "VmHWM") > 0
+    except (OSError, StopIteration):
+        return False
+
+
+def largest(make: Callable[[int], bytes], most_bytes: int = 31 * MB) -> bytes:
+    """The largest such body that the reader takes: many dense values are refused before they are
+    read, so the worst is what just passes."""
+    def fits(count: int) -> bool:
+        data = make(count)
+        if len(data) > most_bytes:
+            return False
+        try:
+            cp.loads(data)
+        except cp.TooManyValues:
+            return False
+        return True
+
+    count = 1 << 14
+    while fits(2 * count):
+        count *= 2
+    for step in (count // 2, count // 4, count // 8):
+        if fits(count + step):
+            count += step
+    return make(count)
+
+
+def turns_of(model: str, content: bytes, more: bytes = b"") -> bytes:
+    """A conversation with a short question at its end, so that the echo of the fake is short."""
+    return (b'{"model":"%s","max_tokens":9,"messages":[{"role":"user","content":%b},'
+            b'{"role":"assistant","content":"b"},{"role":"user","content":"hi"}]%b}'
+            % (model.encode(), content, more))
+
+
+def many(piece: bytes, count: int) -> bytes:
+    return b",".join([piece] * count)
+
+
+def image(size: int) -> bytes:
+    return b'{"type":"image_url","image_url":{"url":"data:image/png;base64,iVBORw0KGgo%b"}}' % (
+        b"A" * size)
+
+
+def numbered(count: int, tail: bytes = b"") -> bytes:
+    return b"".join(b',"field_%d%b":1' % (number, tail) for number in range(count))
+
+
+GPT, CODEX, SONNET = FAMILIES[:3]
+HEAVY: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "nested lists": (CHAT, lambda: largest(
+        lambda n: turns_of(GPT, b'"a"', b',"metadata":{"a":[%b]}' % many(b"[[]]", n)))),
+    "a deep nest beside many": (CHAT, lambda: largest(
+        lambda n: turns_of(CODEX, b'"a"', b',"metadata":{"a":%b1%b,"b":[%b]}' % (
+            b'{"x":[' * 80, b"]}" * 80, many(b"{}", n))))),
+    "short fields": (CHAT, lambda: largest(lambda n: turns_of(CODEX, b'"a"', numbered(n)))),
+    "long fields": (CHAT, lambda: largest(
+        lambda n: turns_of(CODEX, b'"a"', numbered(n, b"x" * 80)))),
+    "messages that are translated": (CHAT, lambda: largest(
+        lambda n: b'{"model":"gpt-5.3-codex","messages":[%b]}' % many(
+            b'{"role":"user","content":"a"}', n))),
+    "parts that are translated": (MESSAGES, lambda: largest(
+        lambda n: turns_of(GPT, b"[%b]" % many(b'{"type":"text","text":"a"}', n)))),
+    "equal call ids": (MESSAGES, lambda: largest(
+        lambda n: b'{"model":"claude-sonnet-4.6","max_tokens":9,"messages":[{"role":"user",'
+        b'"content":"a"},{"role":"assistant","content":[%b]}]}' % many(
+            b'{"type":"tool_use","id":"c","name":"f","input":{}}', n))),
+    "one text": (CHAT, lambda: turns_of(CODEX, b'"%b"' % (b"x" * 31 * MB))),
+    "one text with one emoji": (CHAT, lambda: turns_of(
+        CODEX, b'"%b\xf0\x9f\x98\x80"' % (b"x" * 31 * MB))),
+    "an escaped emoji": (MESSAGES, lambda: turns_of(
+        GPT, b'"%b\\ud83d\\ude00"' % (b"x" * 31 * MB))),
+    "an emoji in every line": (MESSAGES, lambda: turns_of(
+        SONNET, b'"%b"' % ((b"x" * 200 + b"\xf0\x9f\x98\x80") * (31 * MB // 204)))),
+    "an emoji in every word": (MESSAGES, lambda: turns_of(
+        CODEX, b'"%b"' % ((b"x" * 10 + b"\xf0\x9f\x98\x80") * (31 * MB // 14)))),
+    "an old image": (CHAT, lambda: turns_of(CODEX, b"[%b]" % image(30 * MB))),
+    "an image": (CHAT, lambda: b'{"model":"gpt-5.3-codex","messages":[{"role":"user","content":'
+                 b"[%b]}]}" % image(30 * MB)),
+    "joined states of reasoning": (CHAT, lambda: turns_of(SONNET, b'"a"').replace(
+        b'"content":"b"', b'"content":"b","reasoning_opaque":"%b"' % (b"cpx1." * 6 * MB))),
+}
+
+
+@unittest.skipUnless(can_measure(), "the peak of another process is measured on Linux only")
+class MemoryTest(unittest.TestCase):
+    """What one request makes the real server take, at its peak."""
+
+    fake: FakeUpstream
+    command: Command
+    port: int
+
+    def setUp(self) -> None:
+        self.fake = self.enter(FakeUpstream())
+        self.fake.lenient = {"fields"}
+        home = self.enter(tempfile.TemporaryDirectory())
+        self.command = self.enter(Command("start", "--port", "0", "--github-url", self.fake.url,
+                                          home=home, GH_TOKEN="ghu_fake"))
+        self.port = urllib.parse.urlsplit(self.command.wait_for_url()).port or 0
+        for path, body in ((CHAT, chat("hi")), (RESPONSES, response("hi")),
+                           (MESSAGES, message("hi"))):
+            self.post(path, json.dumps(body).encode())
+
+    def enter(self, manager: Any) -> Any:
+        value = manager.__enter__()
+        self.addCleanup(manager.__exit__, None, None, None)
+        return value
+
+    def post(self, path: str, data: bytes) -> Reply:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        try:
+            route = path if path.startswith("/v1") else "/v1" + path
+            return send(connection, "POST", route, data)
+        finally:
+            connection.close()
+
+    def check(self, path: str, data: bytes, size: int = 0) -> None:
+        """size: of the request with all that it refers to."""
+        pid = self.command.process.pid
+        with open("/proc/%d/clear_refs" % pid, "w", encoding="ascii") as file:
+            file.write("5")
+        before = status_bytes(pid, "VmRSS")
+        reply = self.post(path, data)
+        peak = status_bytes(pid, "VmHWM")
+        size = size or len(data)
+        about = "%d of %.1f MB: %.1f MB, then %.1f MB" % (
+            reply.status, size / MB, before / MB, peak / MB)
+        self.assertEqual(reply.status, 200, about + repr(reply.body[:300]))
+        self.assertLess(peak, max(MOST_BYTES, before + MOST_GROWTH_BYTES), about)
+        if size >= LARGE_BODY_BYTES:
+            self.assertLess(peak - before, MOST_TIMES_BODY * size, about)
+
+    def test_no_body_takes_more_than_eight_times_its_size_or_300_megabytes(self) -> None:
+        for name in ("nested lists", "long fields", "messages that are translated", "an image"):
+            path, make = HEAVY[name]
+            with self.subTest(name):
+                self.check(path, make())
+
+    def test_one_emoji_makes_no_text_eight_times_as_large(self) -> None:
+        path, make = HEAVY["one text with one emoji"]
+        self.check(path, make())
+
+    @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
+    def test_every_heavy_body_by_itself(self) -> None:
+        for name, (path, make) in HEAVY.items():
+            with self.subTest(name):
+                self.doCleanups()
+                self.setUp()
+                self.check(path, make())
+
+    def test_a_text_that_takes_many_times_its_size_to_read_is_refused(self) -> None:
+        emojis = (b"x" * 21 + b"\xf0\x9f\x98\x80") * (31 * MB // 25)
+        for text_of_it in (b"\\n" * (31 * MB // 2), b"\\u4e2d" * (31 * MB // 6),
+                           b"\\ud83d" * (31 * MB // 6), b'a\\"' * (31 * MB // 3), emojis):
+            with self.subTest(text_of_it[:30]):
+                data = turns_of(GPT, b'"%b"' % text_of_it)
+                self.assertEqual(self.post(CHAT, data).status, 413)
+                self.assertLess(status_bytes(self.command.process.pid, "VmHWM"), MOST_BYTES)
+
+    def test_references_take_no_more_than_the_same_request_written_out(self) -> None:
+        reply = self.post(RESPONSES, json.dumps(response("x" * MB)).encode())
+        item = {"type": "item_reference", "id": reply.json["output"][-1]["id"]}
+        for count in (29, 4000):
+            body = response([HELLO] + [item] * count + [HELLO])
+            if count == 29:
+                self.check(RESPONSES, json.dumps(body).encode(), count * MB)
+                continue
+            pid = self.command.process.pid
+            self.assertEqual(self.post(RESPONSES, json.dumps(body).encode()).status, 413)
+            self.assertLess(status_bytes(pid, "VmHWM"), MOST_BYTES)
+
+    def test_two_thousand_embeddings_stay_below_300_megabytes(self) -> None:
+        body = {"model": "text-embedding-3-small", "dimensions": 1536, "input": ["a"] * 2048}
+        self.check(EMBEDDINGS, json.dumps(body).encode())
 
 
 if __name__ == "__main__":
