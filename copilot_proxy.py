@@ -736,7 +736,9 @@ def valid_text(data: bytes) -> bytes:
         if found.group(1):
             mended += data[at : found.start()] + b"\\ufffd"
             at = found.end()
-    return bytes(mended + data[at:]) if mended else data
+    if mended:
+        return bytes(mended + data[at:])
+    return data
 
 
 def _has_long_digits(data: bytes) -> bool:
@@ -902,6 +904,7 @@ def _json_batches(
             yield lead + encode(key) + b":"
             yield from _json_batches(inner, encode, depth + 1)
             lead = b","
+
         yield b"}"
     elif len(value) > BATCH_ITEMS:
         lead = b"["
