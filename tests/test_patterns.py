@@ -302,13 +302,17 @@ def find_growth(run: Callable[[str], Callable[[], Any]], beginning: str, piece: 
         if seconds > TOO_SLOW_S and count * len(piece) < SHORT_CHARS:
             return "%.1f s for %d characters" % (seconds, len(text(count)))
 
-    # a quarter more first: an exponential pattern would never come to the end of twice the text
-    for size in (count + count // 4 + 1, 2 * count):
-        ratio = growth(run(text(count)), run(text(size)))
-        if ratio > MAX_RATIO:
-            return "%.1f times as long for %d as for %d characters" % (
-                ratio, len(text(size)), len(text(count)))
-    return None
+    # a quarter more first: an exponential pattern would never come to the end of twice the text;
+    # then twice as much twice, since memory has steps of its own
+    quarter_more = count + count // 4 + 1
+    worst = growth(run(text(count)), run(text(quarter_more)))
+    if not worst:
+        worst = growth(run(text(count)), run(text(2 * count)))
+        worst = worst and growth(run(text(2 * count)), run(text(4 * count)))
+    if not worst:
+        return None
+    return "%.1f times as long for a quarter more or twice as much of %d characters" % (
+        worst, len(text(count)))
 
 
 def growth(small: Callable[[], Any], large: Callable[[], Any]) -> float:
