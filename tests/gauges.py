@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import functools
 import io
 import os
 import re
@@ -186,6 +187,12 @@ def branch_points(node: ast.AST) -> int:
         elif isinstance(inner, ast.comprehension):
             points += 1 + len(inner.ifs)
     return points
+
+
+@functools.lru_cache(maxsize=None)
+def the_source() -> Source:
+    """The file itself, parsed once for all who look at it."""
+    return Source()
 
 
 class Place(NamedTuple):

@@ -5,7 +5,7 @@ import concurrent.futures
 import unittest
 from typing import Any
 
-from support import ProxyCase, Reply, TestClock, Proxy, bearer, chat, message, response
+from support import ProxyCase, Reply, TestClock, Proxy, bearer, chat, message
 import copilot_proxy as cp
 from fake_upstream import (AUTO, AUTO_PAIR, CHAT, COUNT_TOKENS, MESSAGES, RESPONSES, Answer,
                            FakeUpstream, make_model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unittest
 from typing import Any
 
-from support import ProxyCase, chat, message, response
+from support import ProxyCase, message, response
 import copilot_proxy as cp
 from fake_upstream import CHAT, COUNT_TOKENS, MESSAGES, RESPONSES, make_claude, make_model, \
     today_models

@@ -12,7 +12,7 @@ import unittest
 from typing import Any
 
 from fake_upstream import FakeUpstream
-from support import Proxy, ProxyCase, chat, cp, wait_until
+from support import SLOW, Proxy, ProxyCase, chat, cp, wait_until
 
 
 def a_row(at: float, **more: Any) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class Sums(ProxyCase):
             self.assertEqual(self.proxy.get("/history?" + query).status, 400, query)
 
     def test_200000_rows_are_summed_within_a_second_and_today_at_once(self) -> None:
-        now, many = time.time(), 200000
+        now, many = time.time(), 200_000 if SLOW else 20_000
         link = sqlite3.connect(":memory:")
         self.addCleanup(link.close)
         link.execute("CREATE TABLE requests (n INTEGER PRIMARY KEY, %s)" % cp.COLUMNS)
@@ -125,7 +125,7 @@ class Sums(ProxyCase):
             told = cp.summarise(link, now - 15 * 86400, False)
             took.append(time.thread_time() - began)
         self.assertEqual(told["total"][0]["requests"], many)
-        self.assertLess(min(took), 1.0)
+        self.assertLess(min(took), many / 200_000)
         began = time.thread_time()
         cp.summarise(link, now - 3600, True)
         self.assertLess(time.thread_time() - began, 0.3)

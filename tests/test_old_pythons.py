@@ -11,6 +11,7 @@ import tempfile
 import unittest
 
 from support import ROOT, SCRIPT, clean_environment
+from gauges import the_source
 
 WANTED = "copilot_proxy.py needs Python 3.8 or newer"
 
@@ -33,11 +34,9 @@ def run(*args: str) -> tuple[int, str, str]:
 
 class OldPythonTest(unittest.TestCase):
     def test_the_check_stands_before_all_other_imports(self) -> None:
-        with open(SCRIPT, encoding="utf-8") as file:
-            tree = ast.parse(file.read())
-        kinds = [ast.dump(node) for node in tree.body]
+        tree = the_source().tree
         check = next(at for at, node in enumerate(tree.body) if isinstance(node, ast.If)
-                     and "version_info" in kinds[at])
+                     and "version_info" in ast.dump(node))
         before = [ast.unparse(node) if hasattr(ast, "unparse") else node.names[0].name
                   for node in tree.body[:check] if isinstance(node, (ast.Import, ast.ImportFrom))]
         self.assertEqual([name.split()[-1] for name in before], ["annotations", "sys"])

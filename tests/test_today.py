@@ -16,9 +16,10 @@ import unittest
 import unittest.mock
 from typing import Any, Iterator
 
-from support import (ROOT, SCRIPT, Proxy, ProxyCase, chat, clean_environment, message, response,
-                     run_main, wait_until)
+from support import (ROOT, SCRIPT, Proxy, ProxyCase, chat, clean_environment, compiled, message,
+                     response, run_main, wait_until)
 import copilot_proxy as cp
+from gauges import the_source
 from fake_upstream import (CHAT, EMBEDDINGS, MESSAGES, MODELS, RESPONSES, Answer, FakeUpstream,
                            make_model, today_models)
 
@@ -415,9 +416,10 @@ class WarningTest(CommandCase):
         self.put_all()
         env = clean_environment(self.home, GH_TOKEN="ghu_fake",
                                 COPILOT_PROXY_GITHUB_URL=self.fake.url, **self.ALIASES)
-        done = subprocess.run([sys.executable, SCRIPT, "models", "--json"], env=env, timeout=30,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, universal_newlines=True)
+        done = subprocess.run([sys.executable, compiled(SCRIPT), "models", "--json"], env=env,
+                              timeout=30, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              universal_newlines=True)
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual(len(json.loads(done.stdout)), len(self.fake.models))
         self.check(done.stderr)
@@ -600,10 +602,8 @@ class TextTest(unittest.TestCase):
                 self.assert_alive(printed.getvalue(), name)
 
     def test_docstrings(self) -> None:
-        with open(SCRIPT, encoding="utf-8") as file:
-            tree = ast.parse(file.read())
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-        for node in ast.walk(tree):
+        for node in the_source().nodes:
             if isinstance(node, kinds) and getattr(node, "name", "") != "ModelName":
                 self.assert_alive(ast.get_docstring(node) or "", getattr(node, "name", "module"))
 
