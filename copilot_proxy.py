@@ -20887,6 +20887,7 @@ tbody tr { border-top: 1px solid var(--line); } code, pre { font: .85em/1.5 mono
 @media (prefers-reduced-motion: no-preference) { .run::before { animation: beat 1.4s infinite; } }
 @keyframes beat { 50% { opacity: .2; } } @media (min-width: 62rem) { td:first-child {
   min-width: 15rem; } td:nth-child(n+4) { white-space: nowrap; } }
+@media (min-width: 46rem) { .pill { white-space: nowrap; } }
 @media (max-width: 46rem) { nav { order: 1; flex-basis: 100%; } .cards thead { display: none; }
   .cards :is(table, tbody, td, caption) { display: block; padding: 0 0 .2rem; }
   .cards tr { display: grid; grid-template-columns: repeat(6, 1fr); gap: .3rem .8rem; }
@@ -20951,6 +20952,9 @@ function span(ms) {
     : (ms / size).toFixed(size > 1e3 ? 0 : 1) + unit; }
 const clock = (s, style) => new Date(s * 1000).toLocaleString([], style);
 const time = s => clock(s, { timeStyle: 'medium' });
+const isToday = s => new Date(s * 1000).toDateString() === new Date().toDateString();
+const moment = s => isToday(s) ? time(s) : clock(s, { month: 'short', day: 'numeric',
+  hour: 'numeric', minute: '2-digit' });
 const when = s => clock(s, { dateStyle: 'medium', timeStyle: 'short' })
   + (s * 1000 > Date.now() ? ', in ' + span(s * 1000 - Date.now()) : '');
 const cost = c => join([known(c.credits) && fine(c.credits), known(c.estimated_credits)
@@ -21106,7 +21110,7 @@ function creditTiles(c, of) {                               // none where nothin
       || (lane.resets_at ? 'until ' + when(lane.resets_at) : '')]].filter(Boolean); }
 function showTiles() {
   const of = today ? ' today' : ' since start';
-  const c = today || (!sums ? {} : sums.requests ? sums : NOTHING);
+  const told = today || sums || {}, c = told.requests === 0 ? NOTHING : told;
   const isEmpty = !c.requests, dash = text => isEmpty ? '–' : text;
   show('tiles', ...[['Running now', String([...rows.values()].filter(isOpen).length),
     asks.size ? asks.size + ' to decide' : 'requests'],
@@ -21263,7 +21267,7 @@ function requestLine(row) {
   const opener = button(nameOf(row), () => openStory(row.id), 'link');
   opener.setAttribute('aria-label', 'Story of the request to ' + nameOf(row) + ', ' + time(row.at));
   const e = line(two(el('div', opener, usedModel(row)), row.program || 'unknown client',
-      several && row.account, time(row.at)), outcome(row),
+      several && row.account, moment(row.at)), outcome(row),
     two(row.route, row.dialect, row.streamed && 'streamed', ...row.repairs || [],
       ...(row.losses || []).map(field => 'without ' + field)),
     two(yet(span(row.first_ms)), span(age) + (open ? ' so far' : ' in all')),
@@ -21289,7 +21293,7 @@ const EMPTY = () => el('li', el('p', 'No request has come in yet. Send the first
     Object.assign(el('a', 'Connect'), { href: '#connect' }),
   ' for your client, and try it there.'));
 const miniLine = row => el('li.line.ends', el('span', button(nameOf(row), () => openStory(row.id),
-  'link'), el('span.sub', ' ' + join([row.program || 'unknown client', time(row.at),
+  'link'), el('span.sub', ' ' + join([row.program || 'unknown client', moment(row.at),
   !isOpen(row) && span(row.total_ms)], ' · '))), outcome(row));
 function showNewest() {
   const list = listRows().slice(0, 5).map(miniLine);
@@ -21547,7 +21551,8 @@ function route(isFirst) {
   document.querySelectorAll('[data-view]').forEach(e => { e.hidden = e.dataset.view !== view; });
   document.querySelectorAll('nav a').forEach(e => e.hash === '#' + view
     ? e.setAttribute('aria-current', 'page') : e.removeAttribute('aria-current'));
-  if (isFirst !== true) { LOADERS[view](); showRequests(); if (view === 'usage') showUsage(); } }
+  if (isFirst === true) return;
+  scrollTo(0, 0); LOADERS[view](); showRequests(); if (view === 'usage') showUsage(); }
 const ON = {
   hello(value) {
     budget = value.budget; live = true; asks.clear(); showStats(value);
@@ -21568,7 +21573,7 @@ async function follow() {
       && show('live-problem', 'No live updates: ' + error.message));
     live = false; check(); } }
 async function watch() {
-  for (;; await pause(live && ready ? 20e3 : 2000)) { await check(); if (live) loadStats(); } }
+  for (;; await pause(live && ready ? 20e3 : 2000)) { await check(); if (live) loadToday(); } }
 // -- controls
 const NEXT = { auto: 'light', light: 'dark', dark: 'auto' }, kept = localStorage;
 function setTheme(theme) {
@@ -23887,8 +23892,27 @@ ROUTES: dict[str, Mapping[str, Endpoint]] = {
 
 DEMO_TEXT = "This is the copilot_proxy demo; no model was asked."
 DEMO_PAUSE_S = 0.02  # between two words, so that streaming can be seen
+DEMO_SLOW_PAUSE_S = 0.5  # the same when the prompt says "slow"
+DEMO_RETRY_S = 20  # how long the demo's rate limit lasts
+DEMO_REASONING = "The demo pretends to think, since the prompt speaks of thinking."
+DEMO_DAYS = 14  # of made-up history
+#: of the made-up history: User-Agent, its dialect, the upstream's path, the model
+DEMO_HABITS = (
+    ("claude-cli/2.1.14", "messages", "/v1/messages", "claude-sonnet-5"),
+    ("claude-cli/2.1.14", "messages", "/v1/messages", "claude-haiku-4.5"),
+    ("codex_cli_rs/0.91.0", "responses", "/responses", "gpt-5.3-codex"),
+    ("opencode/1.4.2", "chat", "/responses", "gpt-5.6-terra"),
+    ("aider/0.86.1", "chat", "/chat/completions", "gemini-3.1-pro-preview"),
+    ("OpenAI/Python", "chat", "/chat/completions", "gpt-5-mini"),
+)
+#: what goes wrong in it now and then: status, error
+DEMO_FAULTS = (
+    (429, "rate_limit_exceeded"),
+    (502, "upstream_error"),
+    (404, "model_not_found"),
+)
 #: credits for a million tokens, in the upstream's own shape; the same for all models
-DEMO_PRICES = {
+DEMO_PRICES: Json = {
     "batch_size": MILLION,
     "default": {
         "input_price": 100,
@@ -23973,8 +23997,8 @@ DEMO_MODELS = [
 ]
 
 
-def demo_response(request: Request, prompt_tokens: int) -> Response:
-    """What the demo says: the prompt, or a call of the first tool when it speaks of a tool."""
+def demo_prompt(request: Request) -> tuple[str, bool]:
+    """(what was said last, is it the result of a tool?)"""
     if request.turns:
         parts = request.turns[-1].parts
     else:
@@ -23982,25 +24006,77 @@ def demo_response(request: Request, prompt_tokens: int) -> Response:
     results = [
         result_text(part, request) for part in parts if isinstance(part, ToolResult)
     ]
-    said = "\n".join(results) or join_texts(parts)
-    text = "%s %s: %s" % (
-        DEMO_TEXT,
-        "The tool answered" if results else "You said",
-        said[:2000],
-    )
+    return "\n".join(results) or join_texts(parts), bool(results)
 
-    calls = bool(request.tools) and not results and "tool" in said.lower()
-    if calls:
-        part: Part = ToolCall("call_" + request.key, request.tools[0].name)
+
+def demo_usage(
+    request: Request, prompt_tokens: int, output: int, reasoning: int
+) -> Usage:
+    """Most of a long conversation comes from the cache, as it would."""
+    cached = 0
+    if len(request.turns) > 1 or prompt_tokens > 1024:
+        cached = prompt_tokens * 3 // 4
+    return Usage(prompt_tokens - cached, cached, 0, output + reasoning, reasoning)
+
+
+def demo_response(request: Request, prompt_tokens: int) -> Response:
+    """What the demo says: the prompt, or a call of the first tool when it speaks of a tool."""
+    said, is_result = demo_prompt(request)
+    if is_result:
+        verb = "The tool answered"
     else:
-        part = Text(text)
-    return Response(
-        "",
-        request.model,
-        [part],
-        "tool_use" if calls else "stop",
-        Usage(prompt_tokens, output=len(text.split())),
+        verb = "You said"
+    text = "%s %s: %s" % (DEMO_TEXT, verb, said[:2000])
+    thinks = "think" in said.lower()
+    if thinks:
+        reasoning = len(DEMO_REASONING.split())
+    else:
+        reasoning = 0
+    usage = demo_usage(request, prompt_tokens, len(text.split()), reasoning)
+
+    calls = bool(request.tools) and not is_result and "tool" in said.lower()
+    parts: list[Part] = [Text(text)]
+    if calls:
+        parts = [ToolCall("call_" + request.key, request.tools[0].name)]
+    if thinks:
+        parts.insert(0, Reasoning(DEMO_REASONING, request.key, minted_by="demo"))
+
+    return Response("", request.model, parts, "tool_use" if calls else "stop", usage)
+
+
+def demo_trouble(said: str) -> None:
+    """The prompt may ask for trouble.  Raises ProxyError."""
+    lowered = said.lower()
+
+    if "rate limit" in lowered:
+        raise RateLimited(
+            "the demo limits this model, since the prompt says so",
+            code="rate_limited",
+            headers={"retry-after": str(DEMO_RETRY_S)},
+        )
+
+    if "please fail" in lowered:
+        raise BadRequest("the demo fails, since the prompt says so", code="demo_error")
+
+
+def demo_cost(usage: Usage) -> int:
+    """Nano-AIU by the demo's prices."""
+    prices = DEMO_PRICES["default"]
+    credits: int = (
+        usage.input * prices["input_price"]
+        + usage.cache_read * prices["cache_read_price"]
+        + usage.output * prices["output_price"]
     )
+    return credits * NANO // MILLION
+
+
+_USAGE_OBJECT = re.compile(rb'"usage": ?\{')
+
+
+def with_demo_cost(data: bytes, usage: Usage) -> bytes:
+    """Say beside each usage object what it cost, as Copilot does."""
+    cost = b'"copilot_usage":{"total_nano_aiu":%d},"usage":{' % demo_cost(usage)
+    return _USAGE_OBJECT.sub(cost, data)
 
 
 async def demo_answer(dialect: Dialect, exchange: Exchange) -> None:
@@ -24008,13 +24084,22 @@ async def demo_answer(dialect: Dialect, exchange: Exchange) -> None:
     body = exchange.json_object()
     request = dialect.decode_request(body)
     request.now, request.key, request.wants_usage = int(time.time()), exchange.id, True
+    said, _ = demo_prompt(request)
+    demo_trouble(said)
     response = demo_response(request, estimate_tokens(body))
+    usage = response.usage or Usage()
+
     if not request.stream:
-        exchange.reply_json(dialect.encode_response(response, request))
+        answer = dumps(dialect.encode_response(response, request))
+        exchange.reply(with_demo_cost(answer, usage))
         return
 
     encoder = dialect.stream_encoder(request)
     exchange.expect_stream(b": demo\n\n")
+    if "slow" in said.lower():
+        pause_s = DEMO_SLOW_PAUSE_S
+    else:
+        pause_s = DEMO_PAUSE_S
 
     for event in unfold(response):
         words: list[Event] = [event]
@@ -24023,11 +24108,91 @@ async def demo_answer(dialect: Dialect, exchange: Exchange) -> None:
                 PartDelta(event.index, w) for w in re.findall(r"\S+\s*", event.text)
             ]
         for word_ in words:
-            exchange.write(encoder.feed(word_))
+            exchange.write(with_demo_cost(encoder.feed(word_), usage))
             if len(words) > 1:
-                await wait(Pause(DEMO_PAUSE_S))
+                await wait(Pause(pause_s))
 
     exchange.finish()
+
+
+def demo_number(text: str, most: int) -> int:
+    """A number from 0 to `most` - 1 that looks random and is the same each time."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") % most
+
+
+def demo_row(at: float, number: int) -> Json:
+    """One request of the made-up history; its ids say that it is made up."""
+
+    def pick(name: str, most: int) -> int:
+        return demo_number("%s %d" % (name, number), most)
+
+    agent, dialect, path, model = DEMO_HABITS[pick("habit", len(DEMO_HABITS))]
+    prompt = 1500 + pick("prompt", 40000)
+    cached = prompt * pick("cached", 90) // 100
+    usage = Usage(prompt - cached, cached, 0, 60 + pick("output", 1200))
+    first_ms = 350.0 + pick("first", 1600)
+    is_native = path.endswith("/" + dialect) or (dialect, path) == (
+        "chat",
+        "/chat/completions",
+    )
+    row: Json = dict.fromkeys(ROW_FIELDS)
+    row.update(
+        id="demo-%d" % number,
+        at=at,
+        account="demo",
+        client=agent,
+        session="demo-%d" % (number // 9),
+        dialect=dialect,
+        path=path,
+        route="passthrough" if is_native else "translated",
+        asked=model,
+        model=model,
+        streamed=1,
+        status=200,
+        initiator="user" if number % 9 == 0 else "agent",
+        sent_ms=2.0 + pick("sent", 9),
+        first_ms=first_ms,
+        total_ms=first_ms + usage.output * (8 + pick("pace", 12)),
+        upstream_id="demo",
+    )
+
+    if pick("fault", 40) == 0:
+        row["status"], row["error"] = DEMO_FAULTS[pick("kind", len(DEMO_FAULTS))]
+    else:
+        cost = demo_cost(usage)
+        row.update(
+            input=usage.input,
+            cache_read=usage.cache_read,
+            output=usage.output,
+            reasoning=usage.output // 3,
+            nano_aiu=cost,
+            estimate=cost,
+        )
+    return row
+
+
+def seed_demo(history: History, now: float) -> None:
+    """Two weeks of made-up history, so that every chart has something to show: more on working
+    days, most of it in working hours."""
+    rows: list[Json] = []
+    year, month, day = time.localtime(now)[:3]
+
+    for back in range(DEMO_DAYS, -1, -1):
+        midnight = time.mktime((year, month, day - back, 0, 0, 0, 0, 0, -1))
+        weekend = time.localtime(midnight).tm_wday > 4
+        count = 6 + demo_number("day %d" % back, 12) + (0 if weekend else 28)
+        minutes = sorted(
+            8 * 60 + demo_number("minute %d %d" % (back, at), 11 * 60)
+            for at in range(count)
+        )
+        rows += [
+            demo_row(midnight + 60 * minute, len(rows) + at)
+            for at, minute in enumerate(minutes)
+        ]
+
+    for row in rows:
+        if row["at"] < now:
+            history.put(row)
 
 
 def demo_embeddings(exchange: Exchange) -> None:
@@ -24074,17 +24239,19 @@ def demo_token(exchange: Exchange) -> None:
 
 
 def demo_user(exchange: Exchange) -> None:
-    """GET /copilot_internal/user and /user of the demo."""
+    """GET /copilot_internal/user and /user of the demo; its quota ends with the month."""
+    days = 32 - time.gmtime().tm_mday  # from any day of a month into the next one
+
     exchange.reply_json(
         {
             "login": "demo",
             "copilot_plan": "demo",
             "quota_snapshots": {
                 "premium_interactions": {
-                    "entitlement": 300,
-                    "remaining": 226,
-                    "percent_remaining": 75.4,
-                    "quota_remaining": 226.3,
+                    "entitlement": 1500,
+                    "remaining": 640,
+                    "percent_remaining": 42.7,
+                    "quota_remaining": 640.3,
                     "unlimited": False,
                 },
                 "chat": {
@@ -24094,7 +24261,9 @@ def demo_user(exchange: Exchange) -> None:
                     "unlimited": True,
                 },
             },
-            "quota_reset_date": "2099-01-01",
+            "quota_reset_date": time.strftime(
+                "%Y-%m-01", time.gmtime(time.time() + 86400 * days)
+            ),
         }
     )
 
@@ -26125,6 +26294,8 @@ def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int
             if settings.demo:
                 stack.callback(start_demo(settings).finish, 0)
             app = App(settings)
+            if settings.demo:
+                seed_demo(app.ledger.history, time.time())
             stack.callback(app.close)
             return COMMANDS[flags.command][1](app, flags)
     except ProxyError as error:

@@ -2,7 +2,8 @@
 
 Skips itself where there is none, and without COPILOT_PROXY_BROWSER_TESTS=1: it takes a while.
 
-PAGE_SHOTS=folder in the environment makes it leave a picture of each state there.
+PAGE_SHOTS=folder in the environment makes it leave a picture of each state there, PAGE_PICTURE=1
+makes it write .github/page.png, which the README shows.
 """
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import collections
 import os
 import sys
 import threading
+import time
 import unittest
 from typing import Any
 from unittest import mock
@@ -20,7 +22,7 @@ if sys.platform == "win32":
 
 from browser import Browser, Page, find_chromium
 from fake_upstream import CHAT, MODELS, USAGE, Answer, FakeUpstream
-from support import REQUESTS, Proxy, ProxyCase, Reply, chat, cp, message, response
+from support import REQUESTS, Proxy, ProxyCase, Reply, chat, cp, message, response, wait_until
 
 NARROW_PX = 360
 MANY = 100000               # polls that answer "pending" until the test says otherwise
@@ -748,6 +750,252 @@ class Locked(PageCase):
         self.assertEqual(page.run("Object.values(localStorage).join() + document.cookie"), "auto")
         self.assertEqual([url for url in page.urls() if self.KEY in url], [])
         self.assertEqual([c for c in page.complaints() if "401" not in c], [])
+
+
+PICTURE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+                       ".github", "page.png")
+PICTURE_BYTES = 200000
+#: what the page would give to the clipboard or save as a file
+CATCH = """
+window.copied = []; window.saved = [];
+Object.defineProperty(navigator, 'clipboard', { value: { writeText: text => {
+  window.copied.push(text); return Promise.resolve(); } } });
+URL.createObjectURL = blob => { blob.text().then(text => window.saved.push(text)); return '#'; };
+HTMLAnchorElement.prototype.click = (click => function () {
+  return this.download ? undefined : click.call(this); })(HTMLAnchorElement.prototype.click);
+"""
+
+
+class DemoPage(PageCase):
+    def setUp(self) -> None:
+        super().setUp()
+        upstream = cp.start_demo(cp.Settings(demo=True))
+        self.addCleanup(upstream.app.close)
+        self.addCleanup(upstream.finish, 0.0)
+
+        class Fake:
+            url = upstream.url
+        fake: Any = Fake()
+        self.demo = self.enter(Proxy(
+            fake, demo=True, no_history=False, github_token="ghu_demo"))
+        cp.seed_demo(self.demo.app.ledger.history, time.time())
+        wait_until(lambda: self.demo.get("/history/summary").json["total"]["requests"] > 300)
+        self.demo.get("/usage")
+
+    def view(self, view: str = "", **more: Any) -> Page:
+        page = self.open(proxy=self.demo, view=view, **more)
+        page.run(CATCH)
+        page.wait_for("live && $('tiles').children.length > 5")
+        return page
+
+    def key(self, page: Page, name: str) -> None:
+        for kind in ("keyDown", "keyUp"):
+            page.send("Input.dispatchKeyEvent", type=kind, key=name, code=name,
+                      windowsVirtualKeyCode={"Enter": 13, "Escape": 27, "ArrowLeft": 37}[name],
+                      **({"text": "\r"} if name == "Enter" and kind == "keyDown" else {}))
+
+
+class Overview(DemoPage):
+    def test_one_look_tells_credits_and_the_forecast(self) -> None:
+        for model in ("gpt-5-mini", "gpt-5.3-codex", "claude-sonnet-4.6"):
+            self.demo.post("/v1/chat/completions", chat("please think " * 400, model),
+                           **{"User-Agent": "opencode/1.4.2"})
+        wait_until(lambda: "demo-" not in self.demo.get("/history").json["rows"][2]["id"])
+        page = self.view(width=1280, height=800)
+        page.wait_for("/Requests today\\n3[^]* a day /.test($('tiles').innerText)")
+        text = page.run("$('tiles').innerText")
+        for part in ("Requests today", "Credits today", "Credits left", "Cache hits today",
+                     "First byte today", "as GitHub reports them"):
+            self.assertIn(part, text)
+        self.assertNotIn("unknown", text)
+        self.assertRegex(text, r"at [\d.]+ a day ([\d.]+ will be left at the reset|used up in)")
+        self.wait_for_text(page, "This is the demo")
+        path = PICTURE if os.environ.get("PAGE_PICTURE") == "1" else os.path.join(
+            self.demo.data_dir, "page.png")
+        self.go(page, "usage")
+        page.wait_for("document.querySelectorAll('#days g').length == 30")
+        page.run("$('range').value = '7'; $('range').onchange(); $('metric').value = 'tokens';"
+                 "$('metric').onchange()")
+        self.shoot(page, "demo usage")
+        self.go(page, "overview")
+        page.screenshot(path)
+        self.assertLess(os.path.getsize(path), PICTURE_BYTES)
+        self.check_quiet(page, self.demo)
+
+    def test_every_view_at_every_width_light_and_dark(self) -> None:
+        for dark in (False, True):
+            for width in (NARROW_PX, 768, 1440):
+                page = self.view(width=width, height=900, dark=dark)
+                for view in VIEWS:
+                    self.go(page, view)
+                    page.run("new Promise(done => setTimeout(done, 300))")
+                    self.check_contrast(page)
+                    self.assertEqual(page.run(NAMELESS), [], view)
+                    self.assertLessEqual(
+                        page.run("document.scrollingElement.scrollWidth"), width, view)
+                    self.shoot(page, "demo %s %s %d" % (view, "dark" if dark else "light", width))
+                self.check_quiet(page, self.demo)
+                self.close(page)
+
+
+class Stories(DemoPage):
+    def test_a_request_opens_by_keyboard_tells_all_and_gives_the_focus_back(self) -> None:
+        self.demo.post("/v1/messages", message("tell me", "gpt-5.3-codex"),
+                       **{"User-Agent": "claude-cli/2.1.9"})
+        page = self.view("requests")
+        page.wait_for("document.querySelector('#requests tbody .link').innerText "
+                      "== 'gpt-5.3-codex'")
+        page.run("document.querySelector('#requests tbody .link').focus()")
+        self.key(page, "Enter")
+        page.wait_for("$('drawer').open")
+        page.wait_for("$('drawer').innerText.includes('a million')")
+        page.run("openStory([...rows.values()].sort((a, b) => b.at - a.at)[0].id)")
+        text = page.run("$('drawer').innerText")
+        for part in ("Stages", "until the first byte", "claude-cli/2.1.9", "translated",
+                     "has no endpoint for messages", "/responses", "as GitHub reports",
+                     "Request id"):
+            self.assertIn(part, text)
+        self.check_contrast(page)
+        self.assertEqual(page.run(NAMELESS), [])
+        self.shoot(page, "story")
+        page.run("[...document.querySelectorAll('#drawer button')].find("
+                 "e => e.innerText == 'Copy for a bug report').click()")
+        report = page.wait_for("window.copied[0]")
+        for part in ("copilot_proxy ", "route: translated", "status: 200"):
+            self.assertIn(part, report)
+        for part in ("session", "account", "tell me"):
+            self.assertNotIn(part, report)
+        self.key(page, "Escape")
+        page.wait_for("!$('drawer').open && document.activeElement.className == 'link'")
+        self.check_quiet(page, self.demo)
+
+    def test_an_error_stands_in_words_with_what_to_do(self) -> None:
+        self.demo.post("/v1/messages", message("rate limit", "claude-haiku-4.5"))
+        page = self.view("requests", width=NARROW_PX, height=740)
+        page.wait_for("document.querySelector('#requests tbody .link').innerText "
+                      "== 'claude-haiku-4.5'")
+        page.run("document.querySelector('#requests tbody .link').click()")
+        text = page.wait_for("$('drawer').innerText")
+        self.assertIn("since the prompt says so", text)
+        self.assertIn("Wait as long as the answer says", text)
+        self.check_fits(page)
+        self.shoot(page, "story narrow")
+
+    def test_filters_reach_the_whole_history(self) -> None:
+        page = self.view("requests")
+        page.wait_for("$('by-one-client').options.length > 4")
+        page.run("$('by-one-client').value = 'Codex'; $('by-one-client').onchange()")
+        page.wait_for("older === null || filtered().length >= 15")
+        shown = page.run("[...document.querySelectorAll('#requests tbody tr')].map("
+                         "e => e.innerText)")
+        self.assertTrue(shown)
+        self.assertEqual([text for text in shown if "Codex" not in text], [])
+        page.run("$('rows-csv').click()")
+        saved = page.wait_for("window.saved[0]")
+        self.assertIn('"codex_cli_rs/0.91.0"', saved)
+        self.assertNotIn("claude-cli", saved)
+        page.run("$('by-one-client').value = ''; $('by-state').value = 'failed';"
+                 "$('by-state').onchange()")
+        told = self.demo.get("/history?state=failed&limit=500").json["rows"]
+        page.wait_for("filtered().length == %d" % len(told))
+        page.run("$('by-state').value = ''; $('by-text').value = 'demo-7'; $('by-text').oninput()")
+        told = self.demo.get("/history?text=demo-7&limit=200").json["rows"]
+        page.wait_for("filtered().length == %d" % len(told))
+        page.run("$('by-text').value = 'nothing like it'; $('by-text').oninput()")
+        self.wait_for_text(page, "Nothing fits this filter.")
+        self.check_quiet(page, self.demo)
+
+
+class Charts(DemoPage):
+    def test_values_by_keyboard_by_hour_and_week_and_as_files(self) -> None:
+        page = self.view("usage", width=1280, height=900)
+        page.wait_for("document.querySelectorAll('#days g').length == 30")
+        page.run("document.querySelector('#days svg').focus()")
+        newest = page.run("$('readout').innerText")
+        self.assertIn("requests", newest)
+        self.key(page, "ArrowLeft")
+        before = page.run("$('readout').innerText")
+        self.assertNotEqual(newest, before)
+        self.assertRegex(before, r"^\d{4}-\d\d-\d\d: [\d.]+ credits, \d+ requests")
+        for grain, bars in (("hour", 48), ("week", 5), ("day", 30)):
+            page.run("$('grain').value = %r; $('grain').onchange()" % grain)
+            self.assertEqual(page.run("document.querySelectorAll('#days g').length"), bars)
+        for field in ("model", "client", "account", "session"):
+            self.assertGreater(page.run("$('by-%s').children.length" % field), 0, field)
+        for line in ("cache-line", "first-line"):
+            self.assertGreater(page.run(
+                "document.querySelectorAll('#%s circle').length" % line), 10)
+        page.run("$('csv').click(); $('json').click()")
+        page.wait_for("window.saved.length == 2")
+        self.assertEqual(len(page.run("window.saved[0]").split("\r\n")), 32)
+        self.assertIn('"by_session"', page.run("window.saved[1]"))
+        self.shoot(page, "charts")
+        self.check_quiet(page, self.demo)
+
+    def test_a_cell_is_never_a_formula(self) -> None:
+        page = self.view()
+        self.assertEqual(page.run("csv([{ a: '=1+1', b: 'x\"y' }, { a: 3 }])"),
+                         "\"a\",\"b\"\r\n\"'=1+1\",\"x\"\"y\"\r\n3,\r\n")
+
+
+class Connect(DemoPage):
+    def test_the_steps_of_each_client_and_the_first_call(self) -> None:
+        page = self.view("connect")
+        page.wait_for("$('steps').innerText.includes('ANTHROPIC_BASE_URL')")
+        self.assertIn(self.demo.url, page.run("$('steps').innerText"))
+        self.assertNotIn("YOUR-KEY", page.run("$('steps').innerText"))
+        for name in cp.CLIENTS:
+            page.run("$('client').value = %r; $('client').onchange()" % name)
+            page.wait_for("told.about === %r && $('steps').innerText.length > 20"
+                          % cp.CLIENTS[name].about)
+        self.wait_for_text(page, "Waiting for its first request")
+        page.run("document.querySelector('#steps button').click()")
+        self.assertIn("curl", page.wait_for("window.copied[0]"))
+        self.demo.post("/v1/messages", message("hi", "claude-haiku-4.5"),
+                       **{"User-Agent": "claude-cli/2.1.9"})
+        self.wait_for_text(page, "Claude Code asked claude-haiku-4.5")
+        self.check_quiet(page, self.demo)
+
+    def test_the_endpoint_refuses_what_it_does_not_know(self) -> None:
+        self.assertEqual(self.demo.get("/connect/nothing").status, 404)
+        self.assertEqual(self.demo.get("/connect/codex?shell=tcsh").status, 400)
+
+
+class TryIt(DemoPage):
+    def test_each_api_streamed_and_whole_with_and_without_a_tool(self) -> None:
+        page = self.view("connect")
+        page.wait_for("$('try-model').options.length > 5")
+        for dialect in ("chat", "responses", "messages"):
+            for stream in ("true", "false"):
+                for tool in ("false", "true"):
+                    with self.subTest(dialect=dialect, stream=stream, tool=tool):
+                        page.run("show('try-state', ''); $('try-dialect').value = %r;"
+                                 "$('try-stream').checked = %s; $('try-tool').checked = %s;"
+                                 "$('try-text').value = 'use the tool'; $('try').requestSubmit()"
+                                 % (dialect, stream, tool))
+                        page.wait_for("$('try-state').innerText == 'done'")
+                        said = page.run("$('try-answer').innerText")
+                        if tool == "false":
+                            self.assertIn("You said: use the tool", said)
+                        else:
+                            self.assertIn("{}", said)
+                        self.assertIn("tokens", page.run("$('try-facts').innerText"))
+                        self.assertTrue(page.run("$('try-raw').innerText"))
+        self.check_quiet(page, self.demo)
+
+    def test_code_follows_the_form_and_an_error_stands_there(self) -> None:
+        page = self.view("connect")
+        page.wait_for("$('try-model').options.length > 5")
+        for kind, part in (("curl", "curl -N"), ("Python", "from openai import OpenAI"),
+                           ("JavaScript", "import OpenAI from 'openai'")):
+            page.run("$('try-kind').value = %r; $('try-kind').onchange()" % kind)
+            self.assertIn(part, page.run("$('try-code').innerText"))
+        page.run("$('try-text').value = 'please fail'; $('try').requestSubmit()")
+        self.wait_for_text(page, "since the prompt says so")
+        page.run("$('try-text').value = 'slow ' + 'word '.repeat(200); $('try').requestSubmit()")
+        page.wait_for("$('try-answer').innerText.length > 5")
+        page.run("$('try-stop').click()")
+        self.wait_for_text(page, "stopped")
 
 
 if __name__ == "__main__":
