@@ -2456,20 +2456,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._send_chunk(data[at:at + size])
 
     def _hold(self) -> None:
-        """Wait for fake.release()."""
+        """Wait for fake.release(); one that comes when `holding` has risen is not lost."""
+        wake = self.fake.waker()
         self.fake.add(holding=1)
         try:
-            self._wait(None)
+            self._wait(None, wake)
         finally:
             self.fake.add(holding=-1)
 
-    def _wait(self, seconds: Optional[float]) -> None:
+    def _wait(self, seconds: Optional[float], wake: Optional[socket.socket] = None) -> None:
         """Let time pass (None: until release) with an eye on client and fake.
 
         Raises Gone as soon as the client hangs up, Drop when the fake closes.
         """
         deadline = None if seconds is None else time.monotonic() + seconds
-        wake = self.fake.waker()
+        wake = wake or self.fake.waker()
         with POLLER() as poller:
             poller.register(self.connection, selectors.EVENT_READ)
             poller.register(wake, selectors.EVENT_READ)

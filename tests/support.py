@@ -462,7 +462,7 @@ def release(fake: FakeUpstream, holding: int = 1) -> None:
         raise AssertionError("the fake holds %d, not %d" % (fake.holding, holding))
     fake.release()
     while not fake.wait_for(lambda: fake.holding == 0, 0.1):
-        fake.release()               # it was just about to listen
+        fake.release()               # of what came behind it
 
 
 KEY, OTHER_KEY = "made-up-operator-key", "made-up-second-key"

@@ -10,7 +10,7 @@ from unittest import mock
 
 from cases import SharedCase
 from fake_upstream import CHAT, MESSAGES, RESPONSES, Answer
-from support import REQUESTS, ProxyCase, RawClient, chat, cp, post, wait_until
+from support import REQUESTS, ProxyCase, RawClient, chat, cp, post, release, wait_until
 
 UPSTREAM = {"/v1/chat/completions": CHAT, "/v1/responses": RESPONSES, "/v1/messages": MESSAGES}
 
@@ -110,7 +110,7 @@ class HalfClosedTest(SharedCase):
                     client.sock.shutdown(socket.SHUT_WR)
                     wait_until(lambda: any(one.at_end for one in
                                            list(self.proxy.server.loop.clients)), "it is seen")
-                    self.fake.release()
+                    release(self.fake)
                     answer = client.answer()
                     self.assertEqual(answer.status, 200, answer.body)
                     self.assertTrue(client.is_closed())
@@ -126,7 +126,7 @@ class HalfClosedTest(SharedCase):
                 client.sock.shutdown(socket.SHUT_WR)
                 wait_until(lambda: any(one.at_end for one in
                                        list(self.proxy.server.loop.clients)), "it is seen")
-                self.fake.release()
+                release(self.fake)
                 answer = client.answer()
                 self.assertEqual(answer.status, 200)
                 self.assertIn(ENDINGS[path], answer.body)
