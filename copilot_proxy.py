@@ -93,6 +93,7 @@ import datetime
 import email.utils
 import errno
 import functools
+import gc
 import hashlib
 import heapq
 import hmac
@@ -279,6 +280,7 @@ SEND_TIMEOUT_S = 60.0  # a client that takes nothing
 WORKER_IDLE_S = 10.0  # then an idle worker thread ends
 MAX_WORKERS, WORKER_QUEUE = 6, 256  # threads for what may block; what may wait for one
 INLINE_BYTES = 128 * 1024  # a larger body is parsed in a thread
+COLLECT_AFTER = 20_000  # new objects
 HEADS_KEPT = 200  # of requests, and beginnings of upstream requests
 MAX_KEPT_HEAD_BYTES = 4096  # of such a request
 DEFER_S = (
@@ -2346,6 +2348,7 @@ def render_head(start: str, fields_: Iterable[tuple[str, str]]) -> bytes:
 
 #: the usual chunk sizes as they are written: a look-up beats a check and a conversion
 _CHUNK_SIZES = {b"%x" % size: size for size in range(1, 2048)}
+MANY_CHUNKS_BYTES = 2048  # read at once
 
 
 class BodyDecoder:
@@ -2418,6 +2421,8 @@ class BodyDecoder:
     @staticmethod
     def _whole_chunks(data: bytes, at: int, out: list[bytes]) -> int:
         """The hot path: chunks that are here whole -> where the first other thing begins."""
+        if len(data) >= MANY_CHUNKS_BYTES:
+            at = BodyDecoder._many_chunks(data, at, out)
         find, add, size_of = data.find, out.append, _CHUNK_SIZES.get
         while True:
             line_end = find(b"\r\n", at, at + 8)
@@ -2432,6 +2437,20 @@ class BodyDecoder:
                 return at
             add(data[line_end + 2 : stop])
             at = stop + 2
+
+    @staticmethod
+    def _many_chunks(data: bytes, at: int, out: list[bytes]) -> int:
+        """The same for chunks by the hundred, without a step for each.  Where each piece between
+        two line ends is as long as the one before it says, these are the chunks."""
+        pieces = data[at:].split(b"\r\n")
+        end = (len(pieces) - 1) // 2 * 2
+        if end and pieces[end - 2] == b"0":  # the end of the body
+            end -= 2
+        chunks = pieces[1:end:2]
+        if list(map(_CHUNK_SIZES.get, pieces[:end:2])) != list(map(len, chunks)):
+            return at
+        out += chunks
+        return len(data) - len(b"\r\n".join(pieces[end:]))
 
     def _take_line(self, line: bytes) -> None:
         if self._state == "end":
@@ -2715,6 +2734,17 @@ class DeltaTemplate:
         if raw.find(b'"', start) == stop or _JSON_TEXT.match(raw, start, stop):
             return raw[start:stop]
         return None
+
+    def match_all(self, block: bytes) -> list[bytes]:
+        """The texts of a block of such events, [] where it has another one or a quote in a text.
+        A burst has hundreds of them, and this takes no step for each."""
+        before, behind = self._before, self._behind
+        if not before or not block.startswith(before) or not block.endswith(behind):
+            return []
+        texts = block[len(before) : -len(behind)].split(behind + before)
+        if b'"' in b"".join(texts) or b'\\"' in block:
+            return []
+        return texts
 
 
 class StreamRelay:
@@ -5213,11 +5243,14 @@ class ChatStream(StreamRelay):
         self._blanks: dict[int, int] = {}  # index of a call -> run of white space
 
     def _quick(self, block: bytes) -> bytes:
-        text = self._template.match(block)
-        if text is None:
-            return b""
         before, behind = self._around
-        return before + text + behind
+        text = self._template.match(block)
+        if text is not None:
+            return before + text + behind
+        texts = self._template.match_all(block)
+        if texts:
+            return before + (behind + before).join(texts) + behind
+        return b""
 
     def _learn(self, raw: bytes, out: bytes, text: str) -> None:
         """A mended text chunk is the pattern for the next ones."""
@@ -20543,6 +20576,14 @@ def give_back_memory() -> None:
         libc.malloc_trim(0)
 
 
+def spare_collector() -> None:
+    """What is there at the start stays: the collector need not look at it again and again.  A
+    request makes hundreds of objects and hardly a cycle, so it may look less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(COLLECT_AFTER)
+
+
 def file_limit() -> int:
     """How many files this process may open; Windows' select ends at 512 sockets."""
     try:
@@ -25352,6 +25393,7 @@ def cmd_start(app: App, flags: argparse.Namespace) -> int:
             target=offer_claude_code, args=(app, server.url), daemon=True
         ).start()
     time.sleep(0.1)
+    spare_collector()
     give_back_memory()
     while not interrupts:
         time.sleep(0.1)

@@ -1,0 +1,67 @@
+"""Many chunks and events at once take a way of their own: it gives the very same bytes."""
+
+from __future__ import annotations
+
+import random
+import unittest
+
+from support import cp
+
+
+def chunked(payloads: list[bytes]) -> bytes:
+    body = b"".join(b"%x\r\n%b\r\n" % (len(one), one) for one in payloads)
+    return body + b"0\r\n\r\n"
+
+
+class ManyChunksTest(unittest.TestCase):
+    def test_any_payload_and_any_cut_gives_the_same_body(self) -> None:
+        numbers = random.Random(7)
+        for alphabet in (b"ab", b"a\n", b"a\r\n", b"0\r\n1"):
+            for _ in range(40):
+                sizes = [numbers.choice((1, 2, 5, 40, 300)) for _ in range(60)]
+                payloads = [bytes(numbers.choices(alphabet, k=size)) for size in sizes]
+                raw = chunked(payloads) + b"NEXT"
+                cut = numbers.choice((1, 700, 5000, len(raw)))
+                decoder, found = cp.BodyDecoder(None, True), b""
+                for at in range(0, len(raw), cut):
+                    found += decoder.feed(raw[at : at + cut])
+                self.assertEqual(found, b"".join(payloads))
+                self.assertEqual((decoder.done, decoder.rest), (True, b"NEXT"))
+
+    def test_a_wrong_size_among_many_is_refused(self) -> None:
+        raw = chunked([b"x" * 40] * 100)
+        with self.assertRaises(cp.BadRequest):
+            cp.BodyDecoder(None, True).feed(raw.replace(b"28\r\n", b"27\r\n", 50))
+
+
+class ChatRunTest(unittest.TestCase):
+    """Blocks of text chunks that differ in nothing but the text."""
+
+    EVENT = b'data: {"id":"c","object":"chat.completion.chunk","created":1,"model":"m",' \
+            b'"choices":[{"index":0,"delta":{"content":%b}}]}\n\n'
+
+    def relay(self, blocks: list[bytes]) -> bytes:
+        stream = cp.CHAT.stream("m", {})
+        return b"".join(map(stream.feed, blocks))
+
+    def test_a_block_is_what_its_events_are(self) -> None:
+        texts = ["a", "b c", 'with "quotes"', "back\\slash\\", "line\n", "\u00e4\u4e2d", "z",
+                 '"', "\\", "end"]
+        events = [self.EVENT % cp.dumps(text) for text in ["first", "second"] + texts * 20]
+        one_by_one = self.relay(events)
+        for size in (2, 3, 7, 50, len(events)):
+            blocks = [b"".join(events[at : at + size]) for at in range(0, len(events), size)]
+            self.assertEqual(self.relay(blocks), one_by_one)
+
+    def test_plain_texts_need_no_look_at_each(self) -> None:
+        template = cp.DeltaTemplate()
+        event = self.EVENT % b'"hello"'
+        self.assertTrue(template.learn(event, "hello"))
+        block = b"".join(self.EVENT % cp.dumps(text) for text in ("a", "b", "c\n"))
+        self.assertEqual(template.match_all(block), [b"a", b"b", b"c\\n"])
+        self.assertEqual(template.match_all(block + b": comment\n\n" + event), [])
+        self.assertEqual(template.match_all(block + self.EVENT % b'"a\\"b"'), [])
+
+
+if __name__ == "__main__":
+    unittest.main()
