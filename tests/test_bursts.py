@@ -1,4 +1,4 @@
-"""Many chunks and events at once take a way of their own: it gives the very same bytes."""
+"""Many chunks and events at once take a way of their own: it gives the very same bytes (sections 6 and 7)."""
 
 from __future__ import annotations
 
