@@ -1,4 +1,7 @@
-"""Many chunks and events at once take a way of their own: it gives the very same bytes (sections 6 and 7)."""
+"""Many chunks and events at once take a way of their own (sections 6 and 7).
+
+It gives the very same bytes.
+"""
 
 from __future__ import annotations
 

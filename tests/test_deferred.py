@@ -1,4 +1,4 @@
-"""What is recorded a moment after the answer: nothing is lost by it, and nobody sees the gap (sections 6, 16 and 18)."""
+"""What is recorded a moment after the answer: nothing is lost by it, and nobody sees the gap."""
 
 from __future__ import annotations
 
