@@ -1150,6 +1150,19 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z_.-]+)(?::([0-9]{0,5}))?\Z")
 _NO_HOST = ("", 0)
 
 
+def short_ipv6(text: str) -> str:
+    """'0:0::1' -> '::1', '::ffff:127.0.0.1' -> '127.0.0.1', '' for what is no IPv6 address."""
+    if text == "::1":
+        return text
+    import ipaddress
+
+    try:
+        address = ipaddress.IPv6Address(text)
+    except ValueError:
+        return ""
+    return str(address.ipv4_mapped or address)
+
+
 @functools.lru_cache(maxsize=256)
 def split_host(text: str) -> tuple[str, int]:
     """Name and port of a Host header: the name in lower case and without its final dot, an IPv6
@@ -1171,19 +1184,6 @@ def split_host(text: str) -> tuple[str, int]:
     if not all(labels) or max(map(len, labels)) > MAX_LABEL_CHARS:
         return _NO_HOST
     return name, port
-
-
-def short_ipv6(text: str) -> str:
-    """'0:0::1' -> '::1', '::ffff:127.0.0.1' -> '127.0.0.1', '' for what is no IPv6 address."""
-    if text == "::1":
-        return text
-    import ipaddress
-
-    try:
-        address = ipaddress.IPv6Address(text)
-    except ValueError:
-        return ""
-    return str(address.ipv4_mapped or address)
 
 
 _ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)/?\Z")
@@ -1270,16 +1270,16 @@ def read_error_text(body: bytes, phrase: str) -> ErrorText:
     )
 
 
+def status_phrase(status: int, phrase: str = "") -> str:
+    """The words for an error without any: (503, "") -> '503 Service Unavailable'."""
+    return "%d %s" % (status, phrase or http.client.responses.get(status, "error"))
+
+
 def unwrap_error(
     status: int, body: bytes, phrase: str
 ) -> tuple[str, str | None, str | None]:
     """(message, code, param) out of any error body.  -> ("no quota", "quota_exceeded", None)"""
     return read_error_text(body, status_phrase(status, phrase))[:3]
-
-
-def status_phrase(status: int, phrase: str = "") -> str:
-    """The words for an error without any: (503, "") -> '503 Service Unavailable'."""
-    return "%d %s" % (status, phrase or http.client.responses.get(status, "error"))
 
 
 def told_error(answer: Json) -> UpstreamError:
@@ -2921,6 +2921,210 @@ class ToolStep(NamedTuple):
     may_stand_between: bool = False
 
 
+SYSTEM_ROLES = ("system", "developer")
+
+
+REMINDER_START, REMINDER_END = "<system-reminder>", "</system-reminder>"
+
+
+def is_reminder(text: str) -> bool:
+    """Is this one reminder or several, and nothing else?  Claude Code puts such texts beside tool
+    results; no human wrote them."""
+    *reminders, rest = text.split(REMINDER_END)
+    return (
+        bool(reminders)
+        and not rest.strip()
+        and all(reminder.lstrip().startswith(REMINDER_START) for reminder in reminders)
+    )
+
+
+def text_of(content: Any) -> str:
+    """The text of a content field in any dialect: a string, or parts with a `text`."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(
+        part["text"]
+        for part in as_list(content)
+        if isinstance(part, dict) and isinstance(part.get("text"), str)
+    )
+
+
+class SideRequest(NamedTuple):
+    """How to know a request that a client makes by itself.  marks: all must be there; how: the
+    text "starts" with it, it "begins" a line, stands anywhere ("holds"), or "is" the text.
+    kind: of interaction, as the upstream's header names it behind "conversation-"."""
+
+    client: str
+    place: str  # system, user
+    how: str
+    marks: tuple[str, ...]
+    kind: str = "background"
+
+
+CONTINUED = "This session is being continued from a previous conversation that ran out of context."
+
+
+SUMMARY_PROMPT = (
+    "Somebody will continue this conversation who knows nothing of it but what you write now. Give "
+    "them a summary as plain text: what the user wants, in their words where these matter; what "
+    "was decided and why; what was done and found out, with exact names of files, commands, values "
+    "and errors; what is open and the next step. Do not call tools and add nothing else."
+)
+
+
+#: requests that no human wrote: compaction, continuation, titles, topics, safety checks
+SIDE_REQUESTS = (
+    SideRequest(
+        "Claude Code",
+        "user",
+        "holds",
+        (
+            "CRITICAL: Respond with TEXT ONLY. Do NOT call any tools.",
+            "Your task is to create a detailed summary of the conversation so far",
+            "Pending Tasks:",
+        ),
+        "compaction",
+    ),
+    SideRequest(
+        "Claude Code",
+        "user",
+        "holds",
+        (
+            "CRITICAL: Respond with TEXT ONLY. Do NOT call any tools.",
+            "Your task is to create a detailed summary of the conversation so far",
+            "Current Work:",
+        ),
+        "compaction",
+    ),
+    SideRequest("Claude Code", "user", "starts", (CONTINUED,), "agent"),
+    SideRequest(
+        "Claude Code", "user", "starts", ("Please write a 5-10 word title for",)
+    ),
+    SideRequest(
+        "Claude Code",
+        "system",
+        "begins",
+        ("You are a helpful AI assistant tasked with summarizing conversations",),
+        "compaction",
+    ),
+    SideRequest(
+        "Claude Code",
+        "system",
+        "begins",
+        ("You are a security monitor for autonomous AI coding agents",),
+    ),
+    SideRequest(
+        "Claude Code",
+        "system",
+        "begins",
+        ("Analyze if this message indicates a new conversation topic",),
+    ),
+    SideRequest(
+        "Claude Code", "system", "begins", ("Generate a concise, sentence-case title",)
+    ),
+    SideRequest(
+        "Claude Code", "system", "begins", ("Summarize this coding conversation in",)
+    ),
+    SideRequest(
+        "opencode",
+        "user",
+        "starts",
+        ("The previous request exceeded the provider's size limit",),
+        "agent",
+    ),
+    SideRequest(
+        "opencode",
+        "user",
+        "is",
+        ("Continue if you have next steps, or stop and ask for clarification",),
+        "agent",
+    ),
+    SideRequest(
+        "opencode",
+        "system",
+        "begins",
+        ("You are an anchored context summarization assistant for coding sessions.",),
+        "compaction",
+    ),
+    SideRequest("opencode", "system", "begins", ("You are a title generator.",)),
+    SideRequest("Open WebUI", "user", "starts", ("### Task:\nGenerate a concise",)),
+    SideRequest(
+        "Open WebUI", "user", "starts", ("### Task:\nGenerate 1-3 broad tags",)
+    ),
+    SideRequest(
+        "Open WebUI", "user", "starts", ("### Task:\nSuggest 3-5 relevant follow-up",)
+    ),
+    SideRequest("this proxy", "user", "is", (SUMMARY_PROMPT,), "compaction"),
+)
+
+
+_SYSTEM_SIDE_REQUESTS = tuple(row for row in SIDE_REQUESTS if row.place == "system")
+
+
+#: a text of a user that none of these begins or is in is no side request
+_USER_STARTS = tuple(
+    mark
+    for row in SIDE_REQUESTS
+    for mark in row.marks
+    if row.place == "user" and row.how != "holds"
+)
+
+
+_USER_PARTS = {
+    row.marks[0] for row in SIDE_REQUESTS if row.place == "user" and row.how == "holds"
+}
+
+
+def _has_mark(text: str, mark: str, how: str) -> bool:
+    if how == "is":
+        return text == mark
+    if how == "starts":
+        return text.startswith(mark)
+    if how == "begins":
+        return text.startswith(mark) or "\n" + mark in text
+    return mark in text
+
+
+def side_request(user_text: str, system_text: str) -> str:
+    """The kind of a request that the client made by itself, "" for others.  See SIDE_REQUESTS."""
+    texts = {"user": user_text.strip(), "system": system_text.strip()}
+    rows: tuple[SideRequest, ...] = _SYSTEM_SIDE_REQUESTS
+    if texts["user"].startswith(_USER_STARTS) or any(
+        part in texts["user"] for part in _USER_PARTS
+    ):
+        rows = SIDE_REQUESTS
+    elif not texts["system"]:
+        return ""
+
+    for row in rows:
+        text = texts[row.place]
+        if _has_mark(text, row.marks[0], row.how) and all(
+            _has_mark(text, mark, row.how) for mark in row.marks
+        ):
+            return row.kind
+    return ""
+
+
+IMAGE_TYPES = ("image", "image_url", "input_image")
+
+
+def content_parts(body: Json) -> Iterator[Json]:
+    """Every part of a conversation in any dialect, in order, also those of tools' results."""
+    for item in as_list(body.get("messages")) + as_list(body.get("input")):
+        if not isinstance(item, dict):
+            continue
+        for content in (item.get("content"), item.get("output")):
+            if not isinstance(content, list):
+                continue
+            for part in content:
+                if isinstance(part, dict):
+                    yield part
+                    yield from filter(as_object, as_list(part.get("content")))
+
+
+FILE_TYPES = ("file", "input_file", "document")
+
+
 class Dialect:
     """What all dialects have in common.  Stateless: a stream's state lives in its StreamRelay."""
 
@@ -3163,24 +3367,6 @@ def _has_parts(content: Any, kinds: Container[Any]) -> bool:
     return True
 
 
-IMAGE_TYPES = ("image", "image_url", "input_image")
-FILE_TYPES = ("file", "input_file", "document")
-
-
-def content_parts(body: Json) -> Iterator[Json]:
-    """Every part of a conversation in any dialect, in order, also those of tools' results."""
-    for item in as_list(body.get("messages")) + as_list(body.get("input")):
-        if not isinstance(item, dict):
-            continue
-        for content in (item.get("content"), item.get("output")):
-            if not isinstance(content, list):
-                continue
-            for part in content:
-                if isinstance(part, dict):
-                    yield part
-                    yield from filter(as_object, as_list(part.get("content")))
-
-
 def check_list(body: Json, key: str) -> list[Json]:
     """`body[key]` as a list of objects.  Raises BadRequest naming the place."""
     items = body.get(key)
@@ -3235,207 +3421,7 @@ def strings_in(value: Any) -> Iterator[str]:
             todo.extend(item)
 
 
-SYSTEM_ROLES = ("system", "developer")
-REMINDER_START, REMINDER_END = "<system-reminder>", "</system-reminder>"
-
-
-class SideRequest(NamedTuple):
-    """How to know a request that a client makes by itself.  marks: all must be there; how: the
-    text "starts" with it, it "begins" a line, stands anywhere ("holds"), or "is" the text.
-    kind: of interaction, as the upstream's header names it behind "conversation-"."""
-
-    client: str
-    place: str  # system, user
-    how: str
-    marks: tuple[str, ...]
-    kind: str = "background"
-
-
 COMPACTIONS = ("compaction", "compaction_summary", "context_compaction")
-CONTINUED = "This session is being continued from a previous conversation that ran out of context."
-SUMMARY_PROMPT = (
-    "Somebody will continue this conversation who knows nothing of it but what you write now. Give "
-    "them a summary as plain text: what the user wants, in their words where these matter; what "
-    "was decided and why; what was done and found out, with exact names of files, commands, values "
-    "and errors; what is open and the next step. Do not call tools and add nothing else."
-)
-
-#: requests that no human wrote: compaction, continuation, titles, topics, safety checks
-SIDE_REQUESTS = (
-    SideRequest(
-        "Claude Code",
-        "user",
-        "holds",
-        (
-            "CRITICAL: Respond with TEXT ONLY. Do NOT call any tools.",
-            "Your task is to create a detailed summary of the conversation so far",
-            "Pending Tasks:",
-        ),
-        "compaction",
-    ),
-    SideRequest(
-        "Claude Code",
-        "user",
-        "holds",
-        (
-            "CRITICAL: Respond with TEXT ONLY. Do NOT call any tools.",
-            "Your task is to create a detailed summary of the conversation so far",
-            "Current Work:",
-        ),
-        "compaction",
-    ),
-    SideRequest("Claude Code", "user", "starts", (CONTINUED,), "agent"),
-    SideRequest(
-        "Claude Code", "user", "starts", ("Please write a 5-10 word title for",)
-    ),
-    SideRequest(
-        "Claude Code",
-        "system",
-        "begins",
-        ("You are a helpful AI assistant tasked with summarizing conversations",),
-        "compaction",
-    ),
-    SideRequest(
-        "Claude Code",
-        "system",
-        "begins",
-        ("You are a security monitor for autonomous AI coding agents",),
-    ),
-    SideRequest(
-        "Claude Code",
-        "system",
-        "begins",
-        ("Analyze if this message indicates a new conversation topic",),
-    ),
-    SideRequest(
-        "Claude Code", "system", "begins", ("Generate a concise, sentence-case title",)
-    ),
-    SideRequest(
-        "Claude Code", "system", "begins", ("Summarize this coding conversation in",)
-    ),
-    SideRequest(
-        "opencode",
-        "user",
-        "starts",
-        ("The previous request exceeded the provider's size limit",),
-        "agent",
-    ),
-    SideRequest(
-        "opencode",
-        "user",
-        "is",
-        ("Continue if you have next steps, or stop and ask for clarification",),
-        "agent",
-    ),
-    SideRequest(
-        "opencode",
-        "system",
-        "begins",
-        ("You are an anchored context summarization assistant for coding sessions.",),
-        "compaction",
-    ),
-    SideRequest("opencode", "system", "begins", ("You are a title generator.",)),
-    SideRequest("Open WebUI", "user", "starts", ("### Task:\nGenerate a concise",)),
-    SideRequest(
-        "Open WebUI", "user", "starts", ("### Task:\nGenerate 1-3 broad tags",)
-    ),
-    SideRequest(
-        "Open WebUI", "user", "starts", ("### Task:\nSuggest 3-5 relevant follow-up",)
-    ),
-    SideRequest("this proxy", "user", "is", (SUMMARY_PROMPT,), "compaction"),
-)
-
-
-#: a text of a user that none of these begins or is in is no side request
-_USER_STARTS = tuple(
-    mark
-    for row in SIDE_REQUESTS
-    for mark in row.marks
-    if row.place == "user" and row.how != "holds"
-)
-_USER_PARTS = {
-    row.marks[0] for row in SIDE_REQUESTS if row.place == "user" and row.how == "holds"
-}
-_SYSTEM_SIDE_REQUESTS = tuple(row for row in SIDE_REQUESTS if row.place == "system")
-
-
-def _has_mark(text: str, mark: str, how: str) -> bool:
-    if how == "is":
-        return text == mark
-    if how == "starts":
-        return text.startswith(mark)
-    if how == "begins":
-        return text.startswith(mark) or "\n" + mark in text
-    return mark in text
-
-
-def is_reminder(text: str) -> bool:
-    """Is this one reminder or several, and nothing else?  Claude Code puts such texts beside tool
-    results; no human wrote them."""
-    *reminders, rest = text.split(REMINDER_END)
-    return (
-        bool(reminders)
-        and not rest.strip()
-        and all(reminder.lstrip().startswith(REMINDER_START) for reminder in reminders)
-    )
-
-
-def side_request(user_text: str, system_text: str) -> str:
-    """The kind of a request that the client made by itself, "" for others.  See SIDE_REQUESTS."""
-    texts = {"user": user_text.strip(), "system": system_text.strip()}
-    rows: tuple[SideRequest, ...] = _SYSTEM_SIDE_REQUESTS
-    if texts["user"].startswith(_USER_STARTS) or any(
-        part in texts["user"] for part in _USER_PARTS
-    ):
-        rows = SIDE_REQUESTS
-    elif not texts["system"]:
-        return ""
-
-    for row in rows:
-        text = texts[row.place]
-        if _has_mark(text, row.marks[0], row.how) and all(
-            _has_mark(text, mark, row.how) for mark in row.marks
-        ):
-            return row.kind
-    return ""
-
-
-def text_of(content: Any) -> str:
-    """The text of a content field in any dialect: a string, or parts with a `text`."""
-    if isinstance(content, str):
-        return content
-    return "\n".join(
-        part["text"]
-        for part in as_list(content)
-        if isinstance(part, dict) and isinstance(part.get("text"), str)
-    )
-
-
-def prepare_tools(
-    edit: Edit, is_offered: Callable[[Json], bool], *refused: str
-) -> None:
-    """Leave out tools that nobody runs upstream, and of the others what some backend refuses and
-    no model needs.  Raises BadRequest when a tool that must be called was left out."""
-    body = edit.body
-    kept: list[Json] = []
-
-    for tool in check_list(body, "tools") if body.get("tools") else ():
-        if not is_offered(tool):
-            kind = printable(str(tool.get("type")), 60)
-            edit.lose("tools", "the tool %s is not offered upstream" % kind)
-            refuse_forced_tool(body, tool)
-            continue
-        kept.append(tool)
-        for key in refused:
-            edit.drop(tool, key)
-        for holder in (tool, as_object(tool.get("function"))):
-            for key in ("parameters", "input_schema"):
-                edit.drop(as_object(holder.get(key)), "$schema")
-
-    if kept:
-        edit.replace(body, "tools", kept)
-    else:
-        drop_tool_fields(edit)
 
 
 def refuse_forced_tool(body: Json, tool: Json) -> None:
@@ -3468,6 +3454,33 @@ def drop_tool_fields(edit: Edit) -> None:
         wish = choice
     if wish not in (None, "auto", "none"):
         edit.lose("tool_choice", "there are no tools")
+
+
+def prepare_tools(
+    edit: Edit, is_offered: Callable[[Json], bool], *refused: str
+) -> None:
+    """Leave out tools that nobody runs upstream, and of the others what some backend refuses and
+    no model needs.  Raises BadRequest when a tool that must be called was left out."""
+    body = edit.body
+    kept: list[Json] = []
+
+    for tool in check_list(body, "tools") if body.get("tools") else ():
+        if not is_offered(tool):
+            kind = printable(str(tool.get("type")), 60)
+            edit.lose("tools", "the tool %s is not offered upstream" % kind)
+            refuse_forced_tool(body, tool)
+            continue
+        kept.append(tool)
+        for key in refused:
+            edit.drop(tool, key)
+        for holder in (tool, as_object(tool.get("function"))):
+            for key in ("parameters", "input_schema"):
+                edit.drop(as_object(holder.get(key)), "$schema")
+
+    if kept:
+        edit.replace(body, "tools", kept)
+    else:
+        drop_tool_fields(edit)
 
 
 def is_inline_image(url: str) -> bool:
@@ -4246,6 +4259,13 @@ def result_text(result: ToolResult, request: Request) -> str:
     )
 
 
+def note_unknown(request: Request, source: Json, *known: str) -> None:
+    """Record the fields that no other dialect has; nulls mean nothing."""
+    for name in source.keys() - HARMLESS - set(known):
+        if source[name] is not None:
+            request.lose(name[:60], NO_COUNTERPART)
+
+
 def add_tool(request: Request, tool: Json, schema_key: str, **more: Any) -> None:
     """A function that the client offers, unless one of its name is there; more: of Tool."""
     note_unknown(
@@ -4289,13 +4309,6 @@ def drop_hosted_tool(request: Request, tool: Json) -> None:
             "run" % kind,
             param="tool_choice",
         )
-
-
-def note_unknown(request: Request, source: Json, *known: str) -> None:
-    """Record the fields that no other dialect has; nulls mean nothing."""
-    for name in source.keys() - HARMLESS - set(known):
-        if source[name] is not None:
-            request.lose(name[:60], NO_COUNTERPART)
 
 
 def _joined_run(run: list[Reasoning]) -> list[Part]:
@@ -4400,6 +4413,40 @@ def preflight(request: Request, model: Model) -> None:
         isinstance(p, Image) for p in parts
     ):
         raise BadRequest("model %s takes no images" % model.id, param=request.turns_key)
+
+
+def budget_to_effort(budget: int) -> str:
+    """A thinking budget in tokens -> an effort: below 4k low, below 16k medium, else high."""
+    if budget < 4096:
+        return "low"
+    if budget < 16384:
+        return "medium"
+    return "high"
+
+
+#: the effort words in order, and the thinking budget in tokens that each stands for
+EFFORT_BUDGETS = (
+    ("low", 2048),
+    ("medium", 8192),
+    ("high", 16384),
+    ("xhigh", 24576),
+    ("max", 32000),
+)
+
+
+def clamp_effort(effort: str, listed: list[str]) -> str:
+    """The listed effort nearest to the wish, the lower one where both are as near."""
+    order = [name for name, _ in EFFORT_BUDGETS]
+    if effort in listed or not listed:
+        return effort
+    if effort in order:
+        place = order.index(effort)
+    else:
+        place = 1
+    return min(
+        listed,
+        key=lambda name: abs((order.index(name) if name in order else -1) - place),
+    )
 
 
 def fit_effort(request: Request, model: Model) -> str | None:
@@ -6406,6 +6453,10 @@ def empty_response(request: Request, response_id: str, created_at: int) -> Json:
     )
 
 
+def _is_reasoning(item: Any) -> bool:
+    return as_object(item).get("type") == "reasoning"
+
+
 class ResponsesStream(StreamRelay):
     """Response events with ids that stay: the upstream gives one item another id in every event,
     and strict clients give up on a mismatch.  The first id per `output_index` is kept.
@@ -6632,10 +6683,6 @@ class ResponsesStream(StreamRelay):
             status="failed", error={"code": error.response_code, "message": str(error)}
         )
         return self._render({"type": "response.failed", "response": answer})
-
-
-def _is_reasoning(item: Any) -> bool:
-    return as_object(item).get("type") == "reasoning"
 
 
 class Responses(Dialect):
@@ -7540,14 +7587,6 @@ class ResponsesEncoder(StreamEncoder):
 
 # ---- Messages ----
 
-#: the effort words in order, and the thinking budget in tokens that each stands for
-EFFORT_BUDGETS = (
-    ("low", 2048),
-    ("medium", 8192),
-    ("high", 16384),
-    ("xhigh", 24576),
-    ("max", 32000),
-)
 _REFUSED_FIELDS = (
     "context_management",
     "inference_geo",
@@ -7570,30 +7609,6 @@ TOOL_SEARCH = "tool_search_tool_"  # ... and those of the tool that finds other 
 SEARCH_TOOLS = "web_search_"  # how the types of Anthropic's hosted search begin
 CACHE_TIMES = ("5m", "1h")  # how long the prompt cache may be kept
 _COUNTED_FIELDS = ("model", "messages", "system", "tools", "tool_choice")
-
-
-def budget_to_effort(budget: int) -> str:
-    """A thinking budget in tokens -> an effort: below 4k low, below 16k medium, else high."""
-    if budget < 4096:
-        return "low"
-    if budget < 16384:
-        return "medium"
-    return "high"
-
-
-def clamp_effort(effort: str, listed: list[str]) -> str:
-    """The listed effort nearest to the wish, the lower one where both are as near."""
-    order = [name for name, _ in EFFORT_BUDGETS]
-    if effort in listed or not listed:
-        return effort
-    if effort in order:
-        place = order.index(effort)
-    else:
-        place = 1
-    return min(
-        listed,
-        key=lambda name: abs((order.index(name) if name in order else -1) - place),
-    )
 
 
 def think_adaptively(edit: Edit) -> bool:
@@ -7756,6 +7771,15 @@ class MessagesStream(StreamRelay):
         inner = as_object(event.get("error"))
         is_own = event.get("type") == "error" and inner.get("type") == error.types()[1]
         return self._fail(error, raw if is_own and not error.overflow else b"")
+
+
+def _as_blocks(content: Any) -> list[Any]:
+    """'a' -> [{"type": "text", "text": "a"}]; a list stays."""
+    if isinstance(content, str):
+        if content:
+            return [{"type": "text", "text": content}]
+        return []
+    return as_list(content)
 
 
 class Messages(Dialect):
@@ -8641,15 +8665,6 @@ class MessagesEncoder(StreamEncoder):
         return self._event("message_delta", delta=delta, usage=usage) + self._event(
             "message_stop"
         )
-
-
-def _as_blocks(content: Any) -> list[Any]:
-    """'a' -> [{"type": "text", "text": "a"}]; a list stays."""
-    if isinstance(content, str):
-        if content:
-            return [{"type": "text", "text": content}]
-        return []
-    return as_list(content)
 
 
 def filter_betas(value: str) -> str:
@@ -10050,6 +10065,17 @@ class TranslatedStream(StreamRelay):
         return self.tell([StreamError(told)])
 
 
+def parse_answer(data: bytes) -> Json:
+    """An upstream's whole body.  Raises UpstreamError."""
+    try:
+        value = loads(data)
+    except ValueError:
+        raise UpstreamError("the upstream's answer is not JSON") from None
+    if not isinstance(value, dict):
+        raise UpstreamError("the upstream's answer is no JSON object")
+    return value
+
+
 def read_answer(
     upstream: Dialect,
     data: bytes,
@@ -10126,17 +10152,6 @@ class CompletionStream(StreamRelay):
                 self._echo = ""
             out.append(raw)
         return b"".join(out)
-
-
-def parse_answer(data: bytes) -> Json:
-    """An upstream's whole body.  Raises UpstreamError."""
-    try:
-        value = loads(data)
-    except ValueError:
-        raise UpstreamError("the upstream's answer is not JSON") from None
-    if not isinstance(value, dict):
-        raise UpstreamError("the upstream's answer is no JSON object")
-    return value
 
 
 # ==== 8. Transcript care ==========================================================================
@@ -10592,6 +10607,69 @@ def is_paired(steps: Iterable[ToolStep], once: bool) -> bool:
     return not waiting
 
 
+def orphan_as_text(item: Json, dialect: Dialect) -> Json:
+    """A user turn with the text of a result whose call is not there."""
+    content = dialect.result_content(item)
+    text = text_of(content)
+    if content and not text:
+        text = dumps(content).decode("utf-8", "replace")[:MAX_ERROR_TEXT]
+    return {"role": "user", "content": ORPHAN + text}
+
+
+def rename_repeated_calls(step: ToolStep, results: list[Json], seen: set[str]) -> None:
+    """Give each call whose id was there before an id of its own, and its result, too.
+    seen: ids of earlier steps; those of this one are added."""
+    blocks: list[Json] = []
+    for number, call_id in enumerate(step.calls):
+        if call_id in seen:
+            blocks = blocks or [
+                b for b in step.item["content"] if b.get("type") == "tool_use"
+            ]
+            call_id = stable_id("call_", "%s %d" % (call_id, len(seen)))
+            blocks[number]["id"] = results[number]["content"][0]["tool_use_id"] = (
+                call_id
+            )
+        seen.add(call_id)
+
+
+def _in_order(steps: list[ToolStep], dialect: Dialect, edit: Edit) -> Iterator[Json]:
+    """A result belongs to the latest open call of its id before it, else to one behind it."""
+    calls, results, orphans = OpenCalls(), {}, set()
+    early: list[tuple[Json, str]] = []
+    for at, step in enumerate(steps):
+        calls.open(at, step.calls)
+        if step.answers is None:
+            continue
+        place = calls.take(step.item, step.answers)
+        if place is not None:
+            results[place] = step.item
+        elif not calls.is_repeat(step.item, step.answers):
+            early.append((step.item, step.answers))
+
+    for item, call_id in early:
+        place = calls.take(item, call_id)
+        if place is not None:
+            results[place] = item
+        elif not calls.is_repeat(item, call_id):
+            orphans.add(id(item))
+            calls.note(item, call_id)
+
+    seen: set[str] = set()
+    for at, step in enumerate(steps):
+        if id(step.item) in orphans:
+            edit.lose("tool result", "its call is not there: told as text")
+            yield orphan_as_text(step.item, dialect)
+        elif step.answers is None:
+            yield step.item
+        made = [
+            results.get((at, number)) or dialect.missing_result(step.item, call_id)
+            for number, call_id in enumerate(step.calls)
+        ]
+        if dialect.unique_call_ids:
+            rename_repeated_calls(step, made, seen)
+        yield from made
+
+
 def pair_calls(edit: Edit, dialect: Dialect) -> None:
     """Put each result directly behind its call: a missing one is told as an error, one without a
     call as text, one that comes twice is told once."""
@@ -10659,70 +10737,53 @@ class OpenCalls:
         return stable_id("", json.dumps(item, sort_keys=True))
 
 
-def rename_repeated_calls(step: ToolStep, results: list[Json], seen: set[str]) -> None:
-    """Give each call whose id was there before an id of its own, and its result, too.
-    seen: ids of earlier steps; those of this one are added."""
-    blocks: list[Json] = []
-    for number, call_id in enumerate(step.calls):
-        if call_id in seen:
-            blocks = blocks or [
-                b for b in step.item["content"] if b.get("type") == "tool_use"
-            ]
-            call_id = stable_id("call_", "%s %d" % (call_id, len(seen)))
-            blocks[number]["id"] = results[number]["content"][0]["tool_use_id"] = (
-                call_id
-            )
-        seen.add(call_id)
-
-
-def _in_order(steps: list[ToolStep], dialect: Dialect, edit: Edit) -> Iterator[Json]:
-    """A result belongs to the latest open call of its id before it, else to one behind it."""
-    calls, results, orphans = OpenCalls(), {}, set()
-    early: list[tuple[Json, str]] = []
-    for at, step in enumerate(steps):
-        calls.open(at, step.calls)
-        if step.answers is None:
-            continue
-        place = calls.take(step.item, step.answers)
-        if place is not None:
-            results[place] = step.item
-        elif not calls.is_repeat(step.item, step.answers):
-            early.append((step.item, step.answers))
-
-    for item, call_id in early:
-        place = calls.take(item, call_id)
-        if place is not None:
-            results[place] = item
-        elif not calls.is_repeat(item, call_id):
-            orphans.add(id(item))
-            calls.note(item, call_id)
-
-    seen: set[str] = set()
-    for at, step in enumerate(steps):
-        if id(step.item) in orphans:
-            edit.lose("tool result", "its call is not there: told as text")
-            yield orphan_as_text(step.item, dialect)
-        elif step.answers is None:
-            yield step.item
-        made = [
-            results.get((at, number)) or dialect.missing_result(step.item, call_id)
-            for number, call_id in enumerate(step.calls)
-        ]
-        if dialect.unique_call_ids:
-            rename_repeated_calls(step, made, seen)
-        yield from made
-
-
-def orphan_as_text(item: Json, dialect: Dialect) -> Json:
-    """A user turn with the text of a result whose call is not there."""
-    content = dialect.result_content(item)
-    text = text_of(content)
-    if content and not text:
-        text = dumps(content).decode("utf-8", "replace")[:MAX_ERROR_TEXT]
-    return {"role": "user", "content": ORPHAN + text}
-
-
 # ---- What strict upstreams refuse: nulls, emptiness, ids, names, schemas ----
+
+
+def fit_names(edit: Edit, calls: list[Json]) -> None:
+    """Names of tools that the upstream would refuse become short ones everywhere alike, which
+    `restore_names` turns back in the answer."""
+    if not calls and "tools" not in edit.body and "tool_choice" not in edit.body:
+        return
+    tools = list(
+        map(as_object, as_list(edit.body.get("tools")) + [edit.body.get("tool_choice")])
+    )
+    tools += [
+        inner
+        for tool in tools
+        for inner in as_list(
+            tool.get("tools") or as_object(tool.get("allowed_tools")).get("tools")
+        )
+    ]
+
+    for tool in map(as_object, tools + calls):
+        tool = as_object(tool.get("function")) or tool
+        name = tool.get("name")
+        if isinstance(name, str) and not _TOOL_NAME.match(name):
+            short = stable_id(re.sub(r"[^A-Za-z0-9_-]", "_", name)[:31] + "_", name)
+            edit.names[dumps(short)] = dumps(name)
+            edit.set(tool, "name", short)
+
+
+def tidy_parts(edit: Edit, parts: list[Any]) -> list[Json]:
+    """Make the parts of one item fit for strict upstreams; returns the tool calls among them."""
+    calls: list[Json] = []
+    for part in parts:
+        if not isinstance(part, dict):
+            continue
+        if None in part.values():
+            drop_nulls(edit, part)
+        kind = part.get("type")
+        if kind == "tool_use":
+            calls.append(part)
+            fit_id(edit, part, "id")
+            if not isinstance(part.get("input"), dict):
+                edit.set(part, "input", arguments_object(str(part.get("input") or "")))
+        elif kind == "tool_result":
+            fit_id(edit, part, "tool_use_id")
+        elif kind == "image_url":
+            drop_nulls(edit, as_object(part.get("image_url")))
+    return calls
 
 
 def tidy_history(edit: Edit, dialect: Dialect, model: Model) -> None:
@@ -10752,70 +10813,7 @@ def tidy_history(edit: Edit, dialect: Dialect, model: Model) -> None:
     fit_names(edit, calls)
 
 
-def tidy_parts(edit: Edit, parts: list[Any]) -> list[Json]:
-    """Make the parts of one item fit for strict upstreams; returns the tool calls among them."""
-    calls: list[Json] = []
-    for part in parts:
-        if not isinstance(part, dict):
-            continue
-        if None in part.values():
-            drop_nulls(edit, part)
-        kind = part.get("type")
-        if kind == "tool_use":
-            calls.append(part)
-            fit_id(edit, part, "id")
-            if not isinstance(part.get("input"), dict):
-                edit.set(part, "input", arguments_object(str(part.get("input") or "")))
-        elif kind == "tool_result":
-            fit_id(edit, part, "tool_use_id")
-        elif kind == "image_url":
-            drop_nulls(edit, as_object(part.get("image_url")))
-    return calls
-
-
-def fit_names(edit: Edit, calls: list[Json]) -> None:
-    """Names of tools that the upstream would refuse become short ones everywhere alike, which
-    `restore_names` turns back in the answer."""
-    if not calls and "tools" not in edit.body and "tool_choice" not in edit.body:
-        return
-    tools = list(
-        map(as_object, as_list(edit.body.get("tools")) + [edit.body.get("tool_choice")])
-    )
-    tools += [
-        inner
-        for tool in tools
-        for inner in as_list(
-            tool.get("tools") or as_object(tool.get("allowed_tools")).get("tools")
-        )
-    ]
-
-    for tool in map(as_object, tools + calls):
-        tool = as_object(tool.get("function")) or tool
-        name = tool.get("name")
-        if isinstance(name, str) and not _TOOL_NAME.match(name):
-            short = stable_id(re.sub(r"[^A-Za-z0-9_-]", "_", name)[:31] + "_", name)
-            edit.names[dumps(short)] = dumps(name)
-            edit.set(tool, "name", short)
-
-
 # ---- Schemas of tools for OpenAI ----
-
-
-def fit_openai_schema(edit: Edit, schema: Json) -> bool:
-    """Give objects their `properties` and arrays their `items`, which OpenAI's validator demands.
-    Returns False when not every property is required, as strict tools must have it."""
-    is_strict = True
-    for node in schema_nodes(schema):
-        kind = node.get("type")
-        if kind == "array" and "items" not in node:
-            edit.set(node, "items", {})
-        if kind != "object":
-            continue
-        if not isinstance(node.get("properties"), dict):
-            edit.set(node, "properties", {})
-        if len(as_list(node.get("required"))) < len(node["properties"]):
-            is_strict = False
-    return is_strict
 
 
 def schema_nodes(schema: Json) -> Iterator[Json]:
@@ -10833,6 +10831,23 @@ def schema_nodes(schema: Json) -> Iterator[Json]:
             todo.extend(as_list(node.get(word_)))
         for word_ in ("properties", "$defs", "definitions"):
             todo.extend(as_object(node.get(word_)).values())
+
+
+def fit_openai_schema(edit: Edit, schema: Json) -> bool:
+    """Give objects their `properties` and arrays their `items`, which OpenAI's validator demands.
+    Returns False when not every property is required, as strict tools must have it."""
+    is_strict = True
+    for node in schema_nodes(schema):
+        kind = node.get("type")
+        if kind == "array" and "items" not in node:
+            edit.set(node, "items", {})
+        if kind != "object":
+            continue
+        if not isinstance(node.get("properties"), dict):
+            edit.set(node, "properties", {})
+        if len(as_list(node.get("required"))) < len(node["properties"]):
+            is_strict = False
+    return is_strict
 
 
 def fit_openai_tools(edit: Edit, upstream: Dialect) -> None:
@@ -11884,6 +11899,20 @@ def wider_sibling(model: Model, betas: str, models: list[Model]) -> Model:
     return next((other for other in models if other.id in names), model)
 
 
+def check_endpoint(model: Model, path: str) -> None:
+    """Raises BadRequest when the model cannot be asked at this upstream path."""
+    if path not in model.endpoints:
+        spoken = (
+            ", ".join(e for e in model.endpoints if e.startswith("/")) or "no endpoint"
+        )
+        raise BadRequest(
+            "model %s is not accessible via %s: it speaks %s"
+            % (model.id, path, spoken),
+            code="unsupported_api_for_model",
+            param="model",
+        )
+
+
 def choose_upstream(
     client: Dialect,
     model: Model,
@@ -11909,20 +11938,6 @@ def choose_upstream(
     if not found:
         check_endpoint(model, known[0].path)
     return (found or known)[0]
-
-
-def check_endpoint(model: Model, path: str) -> None:
-    """Raises BadRequest when the model cannot be asked at this upstream path."""
-    if path not in model.endpoints:
-        spoken = (
-            ", ".join(e for e in model.endpoints if e.startswith("/")) or "no endpoint"
-        )
-        raise BadRequest(
-            "model %s is not accessible via %s: it speaks %s"
-            % (model.id, path, spoken),
-            code="unsupported_api_for_model",
-            param="model",
-        )
 
 
 def needs_hub(client: Dialect, body: Json, model: Model) -> bool:
@@ -17646,6 +17661,14 @@ def payer_of(key: str | None, session: str | None, agent: str | None) -> str:
     return name
 
 
+def local_time(at: Any) -> str:
+    """A moment as people write it here, "?" for what is none: files may hold anything."""
+    moment = moment_or_none(at)
+    if moment is None:
+        return "?"
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
+
+
 class Budget:
     """`--budget`: credits that may be spent in a day of local time, and in a session whose client
     says how many.  What an answer cost is known at its end, so those that run may pass the limit.
@@ -17818,14 +17841,6 @@ class Budget:
                 "sessions": lines,
             }
         return None
-
-
-def local_time(at: Any) -> str:
-    """A moment as people write it here, "?" for what is none: files may hold anything."""
-    moment = moment_or_none(at)
-    if moment is None:
-        return "?"
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
 
 
 class Stats:
@@ -19561,6 +19576,68 @@ async def drain(answer: UpstreamResponse) -> None:
         answer.finish()
 
 
+PATH_PREFIXES = ("/v1", "/api/v1", "/openai/v1", "/v1beta/openai")
+
+
+def normalise_path(path: str) -> str:
+    """'//v1/v1/models/' -> '/models': doubled slashes, a final one and any /v1 are left out.
+    '/openai/v1/responses' -> '/responses': so are prefixes that only name the kind of API."""
+    while "//" in path:
+        path = path.replace("//", "/")
+    prefix = "/"
+    while prefix:
+        prefix = next(
+            (one for one in PATH_PREFIXES if (path + "/").startswith(one + "/")), ""
+        )
+        path = path[len(prefix) :]
+    if path.startswith("/openai/") and not (path + "/").startswith(DEPLOYMENTS + "/"):
+        path = path[len("/openai") :]  # Azure's older form
+    return path.rstrip("/") or "/"
+
+
+def split_target(target: str) -> tuple[str | None, str]:
+    """(host and port, path and query) of a request target.  The first is None for the usual form;
+    a client that believes in a proxy writes a whole URL."""
+    if not target.lower().startswith(("http://", "https://")):
+        return None, target
+    rest = target.partition("://")[2]
+    host = re.split("[/?#]", rest, maxsplit=1)[0]
+    path = rest[len(host) :]
+    if path[:1] != "/":
+        path = "/" + path
+    return host, path
+
+
+@functools.lru_cache(maxsize=HEADS_KEPT)
+def path_of(target: str) -> str:
+    """The normalised path of a request target."""
+    return normalise_path(split_target(target)[1].partition("?")[0])
+
+
+@functools.lru_cache(maxsize=HEADS_KEPT)
+def dialect_of(path: str) -> Dialect:
+    """In whose words errors are told until an endpoint knows better."""
+    if path.startswith("/messages"):
+        return MESSAGES
+    if path.startswith(("/v1beta/", "/v1alpha/")) or gemini_method(path):
+        return GEMINI
+    if path.startswith("/api/"):
+        return OLLAMA
+    return CHAT
+
+
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> str:
+    return email.utils.formatdate(second, usegmt=True)
+
+
+def exposed_headers(fields_: list[tuple[str, str]]) -> str:
+    """What a page of another origin may read of this answer: all but the rules about it."""
+    names = [name.lower() for name, _ in fields_]
+    own = [name for name in names if not name.startswith("access-control-")]
+    return ", ".join(dict.fromkeys((*EXPOSED_HEADERS, *own)))
+
+
 class Exchange:
     """One request and its answer.
     `reply` and `fail` send a whole answer.  A stream is announced with `expect_stream`; then either
@@ -19849,72 +19926,10 @@ class Exchange:
                 self.app.log.warning("--log-bodies: %s", plain_reason(error))
 
 
-def exposed_headers(fields_: list[tuple[str, str]]) -> str:
-    """What a page of another origin may read of this answer: all but the rules about it."""
-    names = [name.lower() for name, _ in fields_]
-    own = [name for name in names if not name.startswith("access-control-")]
-    return ", ".join(dict.fromkeys((*EXPOSED_HEADERS, *own)))
-
-
-@functools.lru_cache(maxsize=1)
-def http_date(second: int) -> str:
-    return email.utils.formatdate(second, usegmt=True)
-
-
 Endpoint = Callable[[Exchange], Optional[Work]]  # None where it is through already
 Routes = Mapping[
     str, Mapping[str, Endpoint]
 ]  # path -> method -> endpoint; "/x/*" for a tail
-
-
-def split_target(target: str) -> tuple[str | None, str]:
-    """(host and port, path and query) of a request target.  The first is None for the usual form;
-    a client that believes in a proxy writes a whole URL."""
-    if not target.lower().startswith(("http://", "https://")):
-        return None, target
-    rest = target.partition("://")[2]
-    host = re.split("[/?#]", rest, maxsplit=1)[0]
-    path = rest[len(host) :]
-    if path[:1] != "/":
-        path = "/" + path
-    return host, path
-
-
-PATH_PREFIXES = ("/v1", "/api/v1", "/openai/v1", "/v1beta/openai")
-
-
-def normalise_path(path: str) -> str:
-    """'//v1/v1/models/' -> '/models': doubled slashes, a final one and any /v1 are left out.
-    '/openai/v1/responses' -> '/responses': so are prefixes that only name the kind of API."""
-    while "//" in path:
-        path = path.replace("//", "/")
-    prefix = "/"
-    while prefix:
-        prefix = next(
-            (one for one in PATH_PREFIXES if (path + "/").startswith(one + "/")), ""
-        )
-        path = path[len(prefix) :]
-    if path.startswith("/openai/") and not (path + "/").startswith(DEPLOYMENTS + "/"):
-        path = path[len("/openai") :]  # Azure's older form
-    return path.rstrip("/") or "/"
-
-
-@functools.lru_cache(maxsize=HEADS_KEPT)
-def path_of(target: str) -> str:
-    """The normalised path of a request target."""
-    return normalise_path(split_target(target)[1].partition("?")[0])
-
-
-@functools.lru_cache(maxsize=HEADS_KEPT)
-def dialect_of(path: str) -> Dialect:
-    """In whose words errors are told until an endpoint knows better."""
-    if path.startswith("/messages"):
-        return MESSAGES
-    if path.startswith(("/v1beta/", "/v1alpha/")) or gemini_method(path):
-        return GEMINI
-    if path.startswith("/api/"):
-        return OLLAMA
-    return CHAT
 
 
 #: what holds no data and asks for the key itself
@@ -21828,6 +21843,26 @@ async def choose_model(
     return model
 
 
+def name_model(exchange: Exchange, model: Model) -> None:
+    """Note the model that answers, for the log and for the header that always names it."""
+    exchange.record.ask(model)
+    exchange.headers["x-copilot-proxy-model"] = printable(model.id)
+
+
+def fit_model(data: bytes, edit: Edit, model_id: str) -> bytes:
+    """The body to send: the client's own bytes where nothing but the model's id changes."""
+    asked = edit.body["model"]
+    if asked == model_id and not edit.changed:
+        return data
+    found: list[re.Match[bytes]] = []
+    if not edit.changed:
+        found = list(re.finditer(rb'"model"\s*:\s*' + re.escape(dumps(asked)), data))
+    if len(found) != 1:
+        return rewrite(dict(edit.body, model=model_id), data)
+    start, end = found[0].span()
+    return data[:start] + b'"model":' + dumps(model_id) + data[end:]
+
+
 async def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
     """(account, model) of a request.  Raises AuthError, BadRequest."""
     sessions, asked = exchange.app.sessions, body.get("model")
@@ -21863,26 +21898,6 @@ async def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
         body["model"] = model.id
 
     return copilot, model
-
-
-def name_model(exchange: Exchange, model: Model) -> None:
-    """Note the model that answers, for the log and for the header that always names it."""
-    exchange.record.ask(model)
-    exchange.headers["x-copilot-proxy-model"] = printable(model.id)
-
-
-def fit_model(data: bytes, edit: Edit, model_id: str) -> bytes:
-    """The body to send: the client's own bytes where nothing but the model's id changes."""
-    asked = edit.body["model"]
-    if asked == model_id and not edit.changed:
-        return data
-    found: list[re.Match[bytes]] = []
-    if not edit.changed:
-        found = list(re.finditer(rb'"model"\s*:\s*' + re.escape(dumps(asked)), data))
-    if len(found) != 1:
-        return rewrite(dict(edit.body, model=model_id), data)
-    start, end = found[0].span()
-    return data[:start] + b'"model":' + dumps(model_id) + data[end:]
 
 
 def upstream_headers(
@@ -22040,10 +22055,11 @@ async def search_model(exchange: Exchange, copilot: Account) -> Model:
     if settings.search_model:
         return await copilot.find_model(settings.search_model)
 
+    path = RESPONSES.path  # the only endpoint that searches
     models = [
         model
         for model in await copilot.models()
-        if model.state == "enabled" and RESPONSES.path in model.endpoints
+        if model.state == "enabled" and path in model.endpoints
     ]
     for name in (*SEARCH_MODELS, "gpt-5"):
         for model in models:
@@ -22803,6 +22819,14 @@ def check_operator(exchange: Exchange) -> None:
         raise BadRequest("this is for the operator's key", 403)
 
 
+def lost_lines(app: App) -> int:
+    """Lines of the log that nobody took, counted by the streams they were written to."""
+    return sum(
+        getattr(getattr(handler, "stream", None), "lost", 0)
+        for handler in app.log.handlers
+    )
+
+
 def stats_report(exchange: Exchange) -> Json:
     """Everything that /stats, /metrics and the page show at a glance; no secret, no words.  The
     operator sees that of all, others what is their account's."""
@@ -22852,14 +22876,6 @@ def stats_report(exchange: Exchange) -> Json:
         report["approvals"] = list(app.admission.approval.waiting.values())
         report["budget"] = ledger.budget.report()
     return report
-
-
-def lost_lines(app: App) -> int:
-    """Lines of the log that nobody took, counted by the streams they were written to."""
-    return sum(
-        getattr(getattr(handler, "stream", None), "lost", 0)
-        for handler in app.log.handlers
-    )
 
 
 def label_value(value: Any) -> str:
@@ -23205,6 +23221,21 @@ async def embeddings(exchange: Exchange) -> None:
     exchange.reply(b",".join(items))
 
 
+def price_entry(model: Model) -> Json | None:
+    """USD per million tokens, or the multiplier of a request; None where nothing is listed."""
+    prices = {name: price / 100 for name, price in model.prices.per_million().items()}
+    billing = as_object(model.entry.get("billing"))
+    multiplier = text_number_or_none(billing.get("multiplier"))
+    if prices or multiplier is not None:
+        return dict(
+            dict.fromkeys(("input", "cache_read", "cache_write", "output")),
+            **prices,
+            multiplier=multiplier,
+            auto_discount=model.prices.auto_discount / MILLION,
+        )
+    return None
+
+
 def model_entry(model: Model) -> Json:
     """One model so that the OpenAI and the Anthropic SDKs both parse it."""
     found = re.search(r"(20\d\d)-(\d\d)-(\d\d)", str(model.entry.get("version") or ""))
@@ -23240,21 +23271,6 @@ def model_entry(model: Model) -> Json:
         "promo": model.promo or None,
         "price": price_entry(model),
     }
-
-
-def price_entry(model: Model) -> Json | None:
-    """USD per million tokens, or the multiplier of a request; None where nothing is listed."""
-    prices = {name: price / 100 for name, price in model.prices.per_million().items()}
-    billing = as_object(model.entry.get("billing"))
-    multiplier = text_number_or_none(billing.get("multiplier"))
-    if prices or multiplier is not None:
-        return dict(
-            dict.fromkeys(("input", "cache_read", "cache_write", "output")),
-            **prices,
-            multiplier=multiplier,
-            auto_discount=model.prices.auto_discount / MILLION,
-        )
-    return None
 
 
 async def shown_models(exchange: Exchange) -> list[Model]:
@@ -23326,11 +23342,6 @@ async def token(exchange: Exchange) -> None:
     exchange.reply_json({"token": value.value})
 
 
-def health(exchange: Exchange) -> None:
-    """200 as soon as the port serves; whether calls will work is in `status`."""
-    exchange.reply_json(health_report(exchange))
-
-
 def health_report(exchange: Exchange) -> Json:
     """Login state, code to enter, token state; no secret, and to strangers only whether it works:
     who knows the code could log in as somebody else."""
@@ -23360,6 +23371,11 @@ def health_report(exchange: Exchange) -> Json:
             )
 
     return report
+
+
+def health(exchange: Exchange) -> None:
+    """200 as soon as the port serves; whether calls will work is in `status`."""
+    exchange.reply_json(health_report(exchange))
 
 
 def page(exchange: Exchange) -> None:
@@ -25017,6 +25033,10 @@ def own_url(exchange: Exchange) -> str:
     return "http%s://%s" % ("s" * bool(settings.tls_cert), host)
 
 
+#: what the texts of GET /connect have for a key
+EXAMPLE_KEY = "YOUR-KEY"
+
+
 async def connect(exchange: Exchange) -> None:
     """GET /connect: the clients that can be set up; GET /connect/CLIENT?shell=bash: what `setup`
     prints for one, with a made-up key in it that the page replaces."""
@@ -25055,8 +25075,6 @@ async def connect(exchange: Exchange) -> None:
     )
 
 
-#: what the texts of GET /connect have for a key
-EXAMPLE_KEY = "YOUR-KEY"
 ROUTES["/connect"] = {"GET": connect}
 ROUTES["/connect/*"] = {"GET": connect}
 
@@ -25230,24 +25248,6 @@ def print_code(code: DeviceCode) -> None:
     )
 
 
-def open_server(app: App) -> Server:
-    """Bind the ports.  Raises ProxyError that says what is in the way."""
-    settings = app.settings
-    try:
-        server = Server(app, ROUTES, settings.host.strip("[]"), settings.port)
-    except OSError as error:
-        raise port_refused(error, settings.host, settings.port, "--port") from None
-    if settings.ollama_port:
-        try:
-            server.listen_too(settings.ollama_port)
-        except OSError as error:
-            server.server_close()
-            raise port_refused(
-                error, settings.host, settings.ollama_port, "--ollama-port"
-            ) from None
-    return server
-
-
 def port_refused(error: OSError, host: str, port: int, option: str) -> ProxyError:
     """What to tell of a port that cannot be bound."""
     if error.errno == errno.EADDRINUSE:
@@ -25269,6 +25269,24 @@ def port_refused(error: OSError, host: str, port: int, option: str) -> ProxyErro
         hint = plain_reason(error)
 
     return ProxyError("cannot serve on %s port %d: %s" % (host, port, hint))
+
+
+def open_server(app: App) -> Server:
+    """Bind the ports.  Raises ProxyError that says what is in the way."""
+    settings = app.settings
+    try:
+        server = Server(app, ROUTES, settings.host.strip("[]"), settings.port)
+    except OSError as error:
+        raise port_refused(error, settings.host, settings.port, "--port") from None
+    if settings.ollama_port:
+        try:
+            server.listen_too(settings.ollama_port)
+        except OSError as error:
+            server.server_close()
+            raise port_refused(
+                error, settings.host, settings.ollama_port, "--ollama-port"
+            ) from None
+    return server
 
 
 def banner(server: Server) -> str:
@@ -25356,6 +25374,102 @@ def look_up_models(app: App) -> None:
         run(run(app.login.copilot()).models())
 
 
+def catch_signals() -> list[int]:
+    """A list that Ctrl-C, SIGTERM and SIGHUP append to; a second one ends the process at once,
+    but not a SIGHUP: a terminal that is closed sends it twice, by its shell and by the system.
+    Under nohup SIGHUP stays ignored."""
+    seen: list[int] = []
+    hangup = getattr(signal, "SIGHUP", None)
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(number)
+        if len(seen) > 1 and number != hangup:
+            os._exit(130)
+
+    if threading.current_thread() is not threading.main_thread():
+        return seen
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), note)
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        signal.signal(hangup, note)
+    return seen
+
+
+def model_for(models: list[Model], asked: str, patterns: tuple[str, ...]) -> Model:
+    """The chat model that was asked for, else the best for this client.  Raises ConfigError."""
+    chat = [m for m in models if m.kind == "chat"]
+    if asked:
+        model = resolve_model(asked, chat, {})
+    else:
+        model = pick_model(chat, *patterns)
+    if model is None:
+        raise ConfigError(
+            "there is no chat model '%s'; the account has: %s"
+            % (printable(asked), ", ".join(m.id for m in chat) or "none")
+        )
+
+    fate = fate_of_name(asked, chat) if asked else ""
+    if fate:
+        print("%s: %s" % (printable(asked), fate), file=sys.stderr)
+    if model.notice:
+        print(
+            "%s: %s" % (printable(model.id), printable(model.notice, 300)),
+            file=sys.stderr,
+        )
+    return model
+
+
+def ask_model(what: str, models: list[Model], patterns: tuple[str, ...]) -> Model:
+    """By number or name, until the answer can be used; an empty one takes the best.  Raises
+    ConfigError where there is no chat model."""
+    best = model_for(models, "", patterns)
+
+    while True:
+        say("%s model [%s]: " % (what, best.id))
+        if sys.stdin.isatty():
+            typed = sys.stdin.readline().strip()
+        else:
+            typed = ""
+
+        if not typed:
+            return best
+        if re.fullmatch("[0-9]{1,9}", typed):
+            if 0 < int(typed) <= len(models):
+                return models[int(typed) - 1]
+            say("there is no number %s: 1 to %d" % (typed, len(models)))
+            continue
+
+        try:
+            return model_for(models, typed, patterns)
+        except ConfigError as error:
+            say(str(error))
+
+
+def client_key(settings: Settings) -> str:
+    """A key that this server takes, as far as the settings tell."""
+    return next((key for key in settings.api_key if key != "auto"), "dummy")
+
+
+def offer_claude_code(app: App, url: str) -> None:
+    """start --claude-code: ask for the models, then print and copy the launch command."""
+    wait_for_login(app)
+    recipe, chosen = CLIENTS["claude-code"], []
+    try:
+        found = run(run(app.login.copilot()).models())
+        models = [m for m in listed_models(found) if m.kind == "chat"]
+        say(
+            "\n".join("%3d  %s" % (at, visible(m.id)) for at, m in enumerate(models, 1))
+        )
+        for what, patterns in (("main", recipe.main), ("small, fast", recipe.small)):
+            chosen.append(ask_model(what, models, patterns))
+        values = fill(recipe, models, url, client_key(app.settings), *chosen)
+        line = command_line(recipe, values, shell_of(app.environ), True)
+        say("\nTo start Claude Code, paste:\n\n%s\n\n%s" % (line, copy_text(line)))
+    except ProxyError as error:
+        say("error: %s" % error)
+
+
 def cmd_start(app: App, flags: argparse.Namespace) -> int:
     """Serve.  The port opens before anything is asked of GitHub."""
     settings = app.settings
@@ -25400,56 +25514,6 @@ def cmd_start(app: App, flags: argparse.Namespace) -> int:
     server.finish(settings.grace)
     if interrupts[0] == signal.SIGINT:
         return 130
-    return 0
-
-
-def catch_signals() -> list[int]:
-    """A list that Ctrl-C, SIGTERM and SIGHUP append to; a second one ends the process at once,
-    but not a SIGHUP: a terminal that is closed sends it twice, by its shell and by the system.
-    Under nohup SIGHUP stays ignored."""
-    seen: list[int] = []
-    hangup = getattr(signal, "SIGHUP", None)
-
-    def note(number: int, frame: Any) -> None:
-        seen.append(number)
-        if len(seen) > 1 and number != hangup:
-            os._exit(130)
-
-    if threading.current_thread() is not threading.main_thread():
-        return seen
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), note)
-    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
-        signal.signal(hangup, note)
-    return seen
-
-
-def cmd_auth(app: App, flags: argparse.Namespace) -> int:
-    """Log in without a server, or list, import, forget a login."""
-    settings = app.settings
-    if flags.list:
-        return list_logins(app)
-    if flags.logout is not None:
-        return log_out(app, flags.logout)
-    if flags.import_login:
-        github_token = import_login(app)
-    elif settings.github_token and flags.github_token:
-        github_token = settings.github_token
-    else:
-        login = DeviceLogin(app.github, settings.poll_margin_s, app.stop, print_code)
-        github_token = login.run()
-
-    github_token = check_github_token(github_token)
-    copilot = run(app.github.fetch_copilot_token(github_token))
-    app.login.file.save(github_token)
-    if settings.show_token and sys.stdout.isatty():
-        say("GitHub token: %s\nCopilot token: %s" % (github_token, copilot.value))
-    name = run(app.github.fetch_login(github_token))
-    say(
-        "logged in%s; kept in %s"
-        % (" as " + printable(name) if name else "", app.login.file.path)
-    )
     return 0
 
 
@@ -25500,25 +25564,6 @@ def log_out(app: App, name: str) -> int:
     return 0
 
 
-def import_login(app: App) -> str:
-    """A login of another program on this machine.  Asks first on a terminal."""
-    for source, found in find_logins(app):
-        if found.startswith(REFUSED_PREFIX):
-            say(
-                "%s holds a classic personal access token, which Copilot does not accept"
-                % source
-            )
-            continue
-        if not confirm("use the login found in %s ?" % source):
-            continue
-        say("using the login found in %s" % source)
-        return found
-    raise AuthError(
-        "no login to import was found in the environment or in an editor's files: run "
-        "copilot_proxy.py auth"
-    )
-
-
 def find_logins(app: App) -> Iterator[tuple[str, str]]:
     """(where, token) of logins in the environment and in the editor plugins' files."""
     for name in (
@@ -25552,23 +25597,58 @@ def find_logins(app: App) -> Iterator[tuple[str, str]]:
                 yield path, value
 
 
-def cmd_check_usage(app: App, flags: argparse.Namespace) -> int:
-    """Quota as bars, or the upstream's answer as JSON."""
-    answer = run(open_account(app).fetch_usage())
-    if flags.json:
-        say(json.dumps(answer, indent=2))
-        return 0
-    say(
-        "%s, plan %s"
-        % (
-            printable(str(answer.get("login") or "?")),
-            printable(str(answer.get("copilot_plan") or "?")),
-        )
+def confirm(question: str) -> bool:
+    """Ask on a terminal; without one the answer is yes."""
+    if not sys.stdin.isatty():
+        return True
+    say(question + " [y/N]")
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def import_login(app: App) -> str:
+    """A login of another program on this machine.  Asks first on a terminal."""
+    for source, found in find_logins(app):
+        if found.startswith(REFUSED_PREFIX):
+            say(
+                "%s holds a classic personal access token, which Copilot does not accept"
+                % source
+            )
+            continue
+        if not confirm("use the login found in %s ?" % source):
+            continue
+        say("using the login found in %s" % source)
+        return found
+    raise AuthError(
+        "no login to import was found in the environment or in an editor's files: run "
+        "copilot_proxy.py auth"
     )
-    for line in [
-        quota_line(quota_lane(name, said)) for name, said in quotas_of(answer).items()
-    ] or ["the account reports no quotas"]:
-        say(line)
+
+
+def cmd_auth(app: App, flags: argparse.Namespace) -> int:
+    """Log in without a server, or list, import, forget a login."""
+    settings = app.settings
+    if flags.list:
+        return list_logins(app)
+    if flags.logout is not None:
+        return log_out(app, flags.logout)
+    if flags.import_login:
+        github_token = import_login(app)
+    elif settings.github_token and flags.github_token:
+        github_token = settings.github_token
+    else:
+        login = DeviceLogin(app.github, settings.poll_margin_s, app.stop, print_code)
+        github_token = login.run()
+
+    github_token = check_github_token(github_token)
+    copilot = run(app.github.fetch_copilot_token(github_token))
+    app.login.file.save(github_token)
+    if settings.show_token and sys.stdout.isatty():
+        say("GitHub token: %s\nCopilot token: %s" % (github_token, copilot.value))
+    name = run(app.github.fetch_login(github_token))
+    say(
+        "logged in%s; kept in %s"
+        % (" as " + printable(name) if name else "", app.login.file.path)
+    )
     return 0
 
 
@@ -25589,6 +25669,51 @@ def quota_line(lane: Json) -> str:
         printable(lane["name"], 24),
         ", ".join(parts) or "reports no numbers",
     )
+
+
+def cmd_check_usage(app: App, flags: argparse.Namespace) -> int:
+    """Quota as bars, or the upstream's answer as JSON."""
+    answer = run(open_account(app).fetch_usage())
+    if flags.json:
+        say(json.dumps(answer, indent=2))
+        return 0
+    say(
+        "%s, plan %s"
+        % (
+            printable(str(answer.get("login") or "?")),
+            printable(str(answer.get("copilot_plan") or "?")),
+        )
+    )
+    for line in [
+        quota_line(quota_lane(name, said)) for name, said in quotas_of(answer).items()
+    ] or ["the account reports no quotas"]:
+        say(line)
+    return 0
+
+
+def missing_models(app: App, models: list[Model]) -> list[str]:
+    """A line for each alias, --fallback and setting of a client that names a model which this
+    account does not have."""
+    lines = app.settings.missing_models(models)
+    for recipe in CLIENTS.values():
+        for place, name in models_in_settings(recipe, app.environ):
+            fate = fate_of_name(name, models, app.settings.strict_models)
+            if fate:
+                lines.append(
+                    "%s: %s is named by %s: %s"
+                    % (recipe.about, printable(name), printable(place, 300), fate)
+                )
+    return lines
+
+
+def price_of(model: Model) -> str:
+    """As the account reports it: USD per million tokens in/out, or the request multiplier."""
+    price = price_entry(model) or {}
+    if price.get("input") is not None and price.get("output") is not None:
+        return "$%.2f/$%.2f" % (price["input"], price["output"])
+    if price.get("multiplier") is None:
+        return "-"
+    return "%gx" % price["multiplier"]
 
 
 def cmd_models(app: App, flags: argparse.Namespace) -> int:
@@ -25622,78 +25747,6 @@ def cmd_models(app: App, flags: argparse.Namespace) -> int:
     for line in notices:
         say(line)
     return 0
-
-
-def missing_models(app: App, models: list[Model]) -> list[str]:
-    """A line for each alias, --fallback and setting of a client that names a model which this
-    account does not have."""
-    lines = app.settings.missing_models(models)
-    for recipe in CLIENTS.values():
-        for place, name in models_in_settings(recipe, app.environ):
-            fate = fate_of_name(name, models, app.settings.strict_models)
-            if fate:
-                lines.append(
-                    "%s: %s is named by %s: %s"
-                    % (recipe.about, printable(name), printable(place, 300), fate)
-                )
-    return lines
-
-
-def price_of(model: Model) -> str:
-    """As the account reports it: USD per million tokens in/out, or the request multiplier."""
-    price = price_entry(model) or {}
-    if price.get("input") is not None and price.get("output") is not None:
-        return "$%.2f/$%.2f" % (price["input"], price["output"])
-    if price.get("multiplier") is None:
-        return "-"
-    return "%gx" % price["multiplier"]
-
-
-def cmd_debug(app: App, flags: argparse.Namespace) -> int:
-    """What runs where; --network: is everything in reach; --health: does a server serve."""
-    if flags.health is not None:
-        return check_health(app, flags.health)
-    report = debug_report(app)
-    well = True
-    if flags.network:
-        report["network"], well = probe_network(app)
-    report["missing_models"] = missing_models(app, models_at_hand(app)) or ["none"]
-    if flags.bundle:
-        write_bundle(app, report, flags.bundle)
-        return 0
-
-    if flags.json:
-        say(json.dumps(report, indent=2))
-    for name, value in report.items() if not flags.json else ():
-        for at, line in enumerate(value if isinstance(value, list) else [value]):
-            say(
-                "%-14s %s"
-                % (name.replace("_", " ") if not at else "", printable(str(line), 500))
-            )
-
-    if well:
-        return 0
-    return 1
-
-
-def models_at_hand(app: App) -> list[Model]:
-    """The account's models for `debug`, [] without a login or where they cannot be had within
-    MODELS_WAIT_S.  Nothing is asked when no setting names a model."""
-    models: list[Model] = []
-    settings = app.settings
-    names = [*settings.model_alias, *filter(None, [settings.fallback])]
-    for recipe in CLIENTS.values():
-        names += [name for _, name in models_in_settings(recipe, app.environ)]
-
-    def fetch() -> None:
-        with contextlib.suppress(ProxyError):
-            models.extend(run(open_account(app).models()))
-
-    if names:
-        thread = threading.Thread(target=fetch, daemon=True)
-        thread.start()
-        thread.join(MODELS_WAIT_S)
-    return models
 
 
 def check_health(app: App, url: str) -> int:
@@ -25757,6 +25810,59 @@ def debug_report(app: App) -> Json:
     }
 
 
+def probe_network(app: App) -> tuple[list[str], bool]:
+    """(a line for each hop to each host, is everything well)."""
+    settings, lines, well = app.settings, [], True
+    with contextlib.suppress(ImportError, OSError):
+        import winreg
+
+        registry: Any = winreg
+        path = r"Software\Microsoft\Windows\CurrentVersion\Internet Settings"
+        with registry.OpenKey(registry.HKEY_CURRENT_USER, path) as key:
+            script = redact(printable(registry.QueryValueEx(key, "AutoConfigURL")[0]))
+            lines.append("Windows' own proxy setting " + PAC_REMEDY % script)
+
+    copilot_url = settings.copilot_url or settings.usual_copilot_url
+    try:
+        copilot = open_account(app)
+        value: CopilotToken = run(copilot.token.get())
+        copilot_url = value.api_url
+        end = "token for %s, good for %d s%s; it lists %d models" % (
+            value.api_url,
+            value.lifetime_s,
+            " (direct mode)" if value.direct else "",
+            len(run(copilot.models())),
+        )
+    except ProxyError as error:
+        well, end = False, "copilot FAILED: %s" % error
+    for url in dict.fromkeys((settings.github_url, settings.rest_url, copilot_url)):
+        lines.append(url + "/")
+        for hop, text, good in probe_host(app.upstream, url + "/"):
+            lines.append("  %-5s %s%s" % (hop, "" if good else "FAILED: ", text))
+            well = well and good
+    return lines + [end], well
+
+
+def models_at_hand(app: App) -> list[Model]:
+    """The account's models for `debug`, [] without a login or where they cannot be had within
+    MODELS_WAIT_S.  Nothing is asked when no setting names a model."""
+    models: list[Model] = []
+    settings = app.settings
+    names = [*settings.model_alias, *filter(None, [settings.fallback])]
+    for recipe in CLIENTS.values():
+        names += [name for _, name in models_in_settings(recipe, app.environ)]
+
+    def fetch() -> None:
+        with contextlib.suppress(ProxyError):
+            models.extend(run(open_account(app).models()))
+
+    if names:
+        thread = threading.Thread(target=fetch, daemon=True)
+        thread.start()
+        thread.join(MODELS_WAIT_S)
+    return models
+
+
 def write_bundle(app: App, report: Json, path: str) -> None:
     """debug --bundle: all of it in a new file for a bug report; no secret, no words of anybody."""
     given = {
@@ -25796,37 +25902,31 @@ def write_bundle(app: App, report: Json, path: str) -> None:
     say("wrote %s: read it before you attach it to a report" % path)
 
 
-def probe_network(app: App) -> tuple[list[str], bool]:
-    """(a line for each hop to each host, is everything well)."""
-    settings, lines, well = app.settings, [], True
-    with contextlib.suppress(ImportError, OSError):
-        import winreg
+def cmd_debug(app: App, flags: argparse.Namespace) -> int:
+    """What runs where; --network: is everything in reach; --health: does a server serve."""
+    if flags.health is not None:
+        return check_health(app, flags.health)
+    report = debug_report(app)
+    well = True
+    if flags.network:
+        report["network"], well = probe_network(app)
+    report["missing_models"] = missing_models(app, models_at_hand(app)) or ["none"]
+    if flags.bundle:
+        write_bundle(app, report, flags.bundle)
+        return 0
 
-        registry: Any = winreg
-        path = r"Software\Microsoft\Windows\CurrentVersion\Internet Settings"
-        with registry.OpenKey(registry.HKEY_CURRENT_USER, path) as key:
-            script = redact(printable(registry.QueryValueEx(key, "AutoConfigURL")[0]))
-            lines.append("Windows' own proxy setting " + PAC_REMEDY % script)
+    if flags.json:
+        say(json.dumps(report, indent=2))
+    for name, value in report.items() if not flags.json else ():
+        for at, line in enumerate(value if isinstance(value, list) else [value]):
+            say(
+                "%-14s %s"
+                % (name.replace("_", " ") if not at else "", printable(str(line), 500))
+            )
 
-    copilot_url = settings.copilot_url or settings.usual_copilot_url
-    try:
-        copilot = open_account(app)
-        value: CopilotToken = run(copilot.token.get())
-        copilot_url = value.api_url
-        end = "token for %s, good for %d s%s; it lists %d models" % (
-            value.api_url,
-            value.lifetime_s,
-            " (direct mode)" if value.direct else "",
-            len(run(copilot.models())),
-        )
-    except ProxyError as error:
-        well, end = False, "copilot FAILED: %s" % error
-    for url in dict.fromkeys((settings.github_url, settings.rest_url, copilot_url)):
-        lines.append(url + "/")
-        for hop, text, good in probe_host(app.upstream, url + "/"):
-            lines.append("  %-5s %s%s" % (hop, "" if good else "FAILED: ", text))
-            well = well and good
-    return lines + [end], well
+    if well:
+        return 0
+    return 1
 
 
 def offered_models(app: App, url: str, key: str) -> list[Model]:
@@ -25873,33 +25973,77 @@ def offered_models(app: App, url: str, key: str) -> list[Model]:
     return models
 
 
-def client_key(settings: Settings) -> str:
-    """A key that this server takes, as far as the settings tell."""
-    return next((key for key in settings.api_key if key != "auto"), "dummy")
+def write_settings(recipe: Recipe, files: list[tuple[str, str]]) -> None:
+    """Show each difference, ask on a terminal, keep a backup, write."""
+    import difflib
+
+    if not files:
+        raise ConfigError("%s: there is no settings file to write" % recipe.about)
+    for path, text in files:
+        path = os.path.realpath(path)
+        old, new = merge_file(path, text)
+        say(
+            "".join(
+                difflib.unified_diff(
+                    old.splitlines(True), new.splitlines(True), path, path
+                )
+            )
+            or "%s is as it should be" % path
+        )
+        if old == new or not confirm("write %s ?" % path):
+            continue
+        try:
+            if old:
+                backup = "%s.%d.bak" % (path, time.time())
+                write_file(backup, old.encode())
+                say("the old one is kept as " + backup)
+            write_file(path, new.encode())
+        except OSError as error:
+            raise ConfigError("cannot write %s: %s" % (path, error.strerror)) from None
+        say("wrote " + path)
 
 
-def model_for(models: list[Model], asked: str, patterns: tuple[str, ...]) -> Model:
-    """The chat model that was asked for, else the best for this client.  Raises ConfigError."""
-    chat = [m for m in models if m.kind == "chat"]
-    if asked:
-        model = resolve_model(asked, chat, {})
-    else:
-        model = pick_model(chat, *patterns)
-    if model is None:
-        raise ConfigError(
-            "there is no chat model '%s'; the account has: %s"
-            % (printable(asked), ", ".join(m.id for m in chat) or "none")
+def try_client(app: App, recipe: Recipe, values: dict[str, str], model: Model) -> str:
+    """One streamed request in the client's dialect through the running server."""
+    dialect, began = recipe.dialect, time.monotonic()
+    url = values["url"] + "/v1" + dialect.path.replace("/v1", "")
+    request = Request(
+        values["main"],
+        turns=[Turn("user", [Text("Say hello in one word.")])],
+        max_output_tokens=200,
+        stream=True,
+    )
+
+    answer = run(
+        app.upstream.send_again(
+            UpstreamRequest(
+                "POST",
+                url,
+                {
+                    "Content-Type": "application/json",
+                    "Authorization": "Bearer " + values["key"],
+                },
+                dumps(
+                    dict(dialect.encode_request(request, model), model=values["main"])
+                ),
+            )
+        )
+    )
+
+    data = run(answer.read_all())
+
+    if answer.status != 200:
+        raise UpstreamError(
+            "%s answered %d: %s"
+            % (url, answer.status, unwrap_error(answer.status, data, "")[0])
         )
 
-    fate = fate_of_name(asked, chat) if asked else ""
-    if fate:
-        print("%s: %s" % (printable(asked), fate), file=sys.stderr)
-    if model.notice:
-        print(
-            "%s: %s" % (printable(model.id), printable(model.notice, 300)),
-            file=sys.stderr,
-        )
-    return model
+    return "ok: %s answered through %s in %.1f s: %s" % (
+        values["main"],
+        url,
+        time.monotonic() - began,
+        printable(join_texts(read_answer(dialect, data, True, request).parts)),
+    )
 
 
 def cmd_setup(app: App, flags: argparse.Namespace) -> int:
@@ -25980,132 +26124,6 @@ def cmd_setup(app: App, flags: argparse.Namespace) -> int:
     if flags.copy:
         say(copy_text(line if direct or not files else files[0][1]))
     return 0
-
-
-def write_settings(recipe: Recipe, files: list[tuple[str, str]]) -> None:
-    """Show each difference, ask on a terminal, keep a backup, write."""
-    import difflib
-
-    if not files:
-        raise ConfigError("%s: there is no settings file to write" % recipe.about)
-    for path, text in files:
-        path = os.path.realpath(path)
-        old, new = merge_file(path, text)
-        say(
-            "".join(
-                difflib.unified_diff(
-                    old.splitlines(True), new.splitlines(True), path, path
-                )
-            )
-            or "%s is as it should be" % path
-        )
-        if old == new or not confirm("write %s ?" % path):
-            continue
-        try:
-            if old:
-                backup = "%s.%d.bak" % (path, time.time())
-                write_file(backup, old.encode())
-                say("the old one is kept as " + backup)
-            write_file(path, new.encode())
-        except OSError as error:
-            raise ConfigError("cannot write %s: %s" % (path, error.strerror)) from None
-        say("wrote " + path)
-
-
-def confirm(question: str) -> bool:
-    """Ask on a terminal; without one the answer is yes."""
-    if not sys.stdin.isatty():
-        return True
-    say(question + " [y/N]")
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def try_client(app: App, recipe: Recipe, values: dict[str, str], model: Model) -> str:
-    """One streamed request in the client's dialect through the running server."""
-    dialect, began = recipe.dialect, time.monotonic()
-    url = values["url"] + "/v1" + dialect.path.replace("/v1", "")
-    request = Request(
-        values["main"],
-        turns=[Turn("user", [Text("Say hello in one word.")])],
-        max_output_tokens=200,
-        stream=True,
-    )
-
-    answer = run(
-        app.upstream.send_again(
-            UpstreamRequest(
-                "POST",
-                url,
-                {
-                    "Content-Type": "application/json",
-                    "Authorization": "Bearer " + values["key"],
-                },
-                dumps(
-                    dict(dialect.encode_request(request, model), model=values["main"])
-                ),
-            )
-        )
-    )
-
-    data = run(answer.read_all())
-
-    if answer.status != 200:
-        raise UpstreamError(
-            "%s answered %d: %s"
-            % (url, answer.status, unwrap_error(answer.status, data, "")[0])
-        )
-
-    return "ok: %s answered through %s in %.1f s: %s" % (
-        values["main"],
-        url,
-        time.monotonic() - began,
-        printable(join_texts(read_answer(dialect, data, True, request).parts)),
-    )
-
-
-def ask_model(what: str, models: list[Model], patterns: tuple[str, ...]) -> Model:
-    """By number or name, until the answer can be used; an empty one takes the best.  Raises
-    ConfigError where there is no chat model."""
-    best = model_for(models, "", patterns)
-
-    while True:
-        say("%s model [%s]: " % (what, best.id))
-        if sys.stdin.isatty():
-            typed = sys.stdin.readline().strip()
-        else:
-            typed = ""
-
-        if not typed:
-            return best
-        if re.fullmatch("[0-9]{1,9}", typed):
-            if 0 < int(typed) <= len(models):
-                return models[int(typed) - 1]
-            say("there is no number %s: 1 to %d" % (typed, len(models)))
-            continue
-
-        try:
-            return model_for(models, typed, patterns)
-        except ConfigError as error:
-            say(str(error))
-
-
-def offer_claude_code(app: App, url: str) -> None:
-    """start --claude-code: ask for the models, then print and copy the launch command."""
-    wait_for_login(app)
-    recipe, chosen = CLIENTS["claude-code"], []
-    try:
-        found = run(run(app.login.copilot()).models())
-        models = [m for m in listed_models(found) if m.kind == "chat"]
-        say(
-            "\n".join("%3d  %s" % (at, visible(m.id)) for at, m in enumerate(models, 1))
-        )
-        for what, patterns in (("main", recipe.main), ("small, fast", recipe.small)):
-            chosen.append(ask_model(what, models, patterns))
-        values = fill(recipe, models, url, client_key(app.settings), *chosen)
-        line = command_line(recipe, values, shell_of(app.environ), True)
-        say("\nTo start Claude Code, paste:\n\n%s\n\n%s" % (line, copy_text(line)))
-    except ProxyError as error:
-        say("error: %s" % error)
 
 
 COMMANDS: Mapping[str, tuple[str, Callable[[App, argparse.Namespace], int]]] = {
@@ -26304,6 +26322,21 @@ def set_up_logging(verbose: bool, as_json: bool) -> None:
 # ==== 24. Main ====================================================================================
 
 
+def queue_output(stack: contextlib.ExitStack) -> None:
+    """From here on nobody waits for who reads the output, until `stack` is closed."""
+
+    def report(lines: int) -> None:
+        log.warning("%d lines of the log are lost: nobody took them in time", lines)
+
+    log = logging.getLogger("copilot_proxy")
+    output = QueuedOutput(sys.stdout, lambda lines: None)
+    errors = QueuedOutput(sys.stderr, report)
+    stack.callback(output.close)
+    stack.callback(errors.close)
+    stack.enter_context(contextlib.redirect_stdout(output))
+    stack.enter_context(contextlib.redirect_stderr(errors))
+
+
 def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int:
     """Run one command -> exit code.  `main(["start", "--port", "0"])`
     signals: what `catch_signals` gave when the caller is not in the main thread."""
@@ -26350,21 +26383,6 @@ def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int
         return 1
     except KeyboardInterrupt:
         return 130
-
-
-def queue_output(stack: contextlib.ExitStack) -> None:
-    """From here on nobody waits for who reads the output, until `stack` is closed."""
-
-    def report(lines: int) -> None:
-        log.warning("%d lines of the log are lost: nobody took them in time", lines)
-
-    log = logging.getLogger("copilot_proxy")
-    output = QueuedOutput(sys.stdout, lambda lines: None)
-    errors = QueuedOutput(sys.stderr, report)
-    stack.callback(output.close)
-    stack.callback(errors.close)
-    stack.enter_context(contextlib.redirect_stdout(output))
-    stack.enter_context(contextlib.redirect_stderr(errors))
 
 
 def flush_output() -> None:
