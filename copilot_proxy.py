@@ -3143,6 +3143,10 @@ class Dialect:
     substitutes: tuple[
         str, ...
     ] = ()  # dialects to ask in when a model lacks this one, best first
+    limit_names: tuple[str, ...] = ()  # where the limit of tokens has had two names
+    answers_search = False  # True: a hosted search has blocks of its own in an answer
+    keeps_answers = False  # True: clients name earlier answers by their ids
+    reads_overflow_in_streams = False  # True: clients act on it as an event only
     takes_files = True  # False: the upstream's endpoint refuses PDFs and the like
     counts_tokens = False  # True: the upstream counts a prompt in this dialect
     reads_compactions = False  # True: the upstream's own compaction items may go up
@@ -3305,6 +3309,14 @@ class Dialect:
     def takes_stops(self, stops: list[str], model: Model) -> bool:
         """Does the upstream watch for these stop sequences itself?"""
         return not stops
+
+    def upstream_headers(self, headers: Headers) -> Headers:
+        """What this dialect's endpoint wants to see of a client's headers."""
+        return {}
+
+    def answer_headers(self, request_id: str) -> list[tuple[str, str]]:
+        """The headers that clients of this dialect look for in every answer."""
+        return []
 
     def tool_steps(self, item: Json) -> list[ToolStep]:
         """The steps of one message or item.  Raises AttributeError or TypeError for an odd one."""
@@ -5391,6 +5403,7 @@ class ChatCompletions(Dialect):
 
     name, path = "chat", "/chat/completions"
     cache_mark = "copilot_cache_control"
+    limit_names = ("max_tokens", "max_completion_tokens")
     takes_files = False
     stop_key = "stop"
     own_parts = frozenset(("text", "image_url", "input_audio", "file", "refusal"))
@@ -6706,6 +6719,8 @@ class Responses(Dialect):
         )
     )
     substitutes = ("chat", "messages")
+    keeps_answers = True
+    reads_overflow_in_streams = True
     reads_compactions = True
     knows_allowed_tools = True
     has_freeform_tools = True
@@ -7789,6 +7804,7 @@ class Messages(Dialect):
     name, path = "messages", "/v1/messages"
     counts_tokens = True
     tells_prompt_first = True
+    answers_search = True
     unique_call_ids = True
     stop_key = "stop_sequences"
     system_key = "system"
@@ -8137,6 +8153,16 @@ class Messages(Dialect):
         return all(
             _has_parts(result.get("content", ""), ("text",)) for result in results
         )
+
+    def upstream_headers(self, headers: Headers) -> Headers:
+        wanted = {"anthropic-version": ANTHROPIC_VERSION}
+        betas = filter_betas(headers.get("anthropic-beta", ""))
+        if betas:
+            wanted["anthropic-beta"] = betas
+        return wanted
+
+    def answer_headers(self, request_id: str) -> list[tuple[str, str]]:
+        return [("request-id", request_id)]  # where Anthropic's SDK looks for it
 
     def takes_stops(self, stops: list[str], model: Model) -> bool:
         return all(stop.strip() for stop in stops)  # white space alone is refused
@@ -12531,14 +12557,12 @@ def clamp(plan: Plan, path: str, side: str, limit: str) -> bool:
 
 def rename_limit(plan: Plan, old: str) -> bool:
     """max_tokens as max_completion_tokens, or the reverse."""
-    body, is_there = plan.edit.body, old in plan.edit.body and plan.upstream is CHAT
-    if is_there:
-        if old == "max_completion_tokens":
-            new = "max_tokens"
-        else:
-            new = "max_completion_tokens"
-        body.setdefault(new, plan.edit.drop(body, old))
-    return is_there
+    body, names = plan.edit.body, plan.upstream.limit_names
+    if old not in body or old not in names:
+        return False
+    new = names[1 - names.index(old)]
+    body.setdefault(new, plan.edit.drop(body, old))
+    return True
 
 
 def lower_effort(plan: Plan, words: str) -> bool:
@@ -12683,7 +12707,7 @@ def drop_tool(plan: Plan, name: str) -> bool:
     }:  # as functions the model can call them
         return not plan.is_translated and avoid(plan, BY_HUB + plan.upstream.path)
 
-    if hosted and hosted == tools and plan.client is MESSAGES:
+    if hosted and hosted == tools and plan.client.answers_search:
         return avoid(plan, SEARCH_TOOLS)
     if not hosted or dumps(name) in dumps(plan.edit.body.get("tool_choice")):
         return False
@@ -19885,11 +19909,7 @@ class Exchange:
         self.record.begin_answer(status)
         fields_ = [("Date", http_date(int(time.time()))), ("x-request-id", self.id)]
 
-        if self.dialect is MESSAGES:
-            fields_.append(
-                ("request-id", self.id)
-            )  # where Anthropic's SDK looks for it
-
+        fields_ += self.dialect.answer_headers(self.id)
         if kind:
             fields_.append(("Content-Type", kind))
         fields_ += more
@@ -21916,12 +21936,7 @@ def upstream_headers(
         headers["Copilot-Session-Token"] = model.selector
     if client.has_images(body):
         headers["Copilot-Vision-Request"] = "true"
-    if upstream is MESSAGES:
-        headers["anthropic-version"] = ANTHROPIC_VERSION
-        betas = filter_betas(given.get("anthropic-beta", ""))
-        if betas:
-            headers["anthropic-beta"] = betas
-
+    headers.update(upstream.upstream_headers(given))
     return headers
 
 
@@ -22166,16 +22181,8 @@ class Job:
         """The body with all that it only names, in the shape of its dialect."""
         exchange = self.exchange
 
-        if self.client is CHAT and "input" in body and "messages" not in body:
-            request = RESPONSES.decode_request(
-                body
-            )  # Cursor asks so, and reads a chat answer
-            tell_losses(exchange, request.losses)
-            body = dict(CHAT.encode_request(request, model), model=body["model"])
-            exchange.put_body(rewrite(body, exchange.body))
-
         await inline_images(exchange, body)
-        if self.client is RESPONSES:
+        if self.client.keeps_answers:
             owner = owner_of(exchange, copilot)
             self.echo = given(previous_response_id=body.get("previous_response_id"))
             if exchange.app.store.expand(owner, body, len(exchange.body)):
@@ -22190,7 +22197,7 @@ class Job:
     def is_compaction(self) -> bool:
         """Does it ask for one item in the place of the conversation so far?"""
         last = as_object((as_list(self.body.get("input")) or [None])[-1])
-        return self.client is RESPONSES and (
+        return self.client.reads_compactions and (
             self.exchange.path == COMPACT_PATH or last.get("type") == COMPACTION_TRIGGER
         )
 
@@ -22286,9 +22293,9 @@ class Job:
         kinds = [
             str(as_object(tool).get("type")) for tool in as_list(body.get("tools"))
         ]
-        has_search = upstream is MESSAGES and (model.id, SEARCH_TOOLS) not in refused
+        has_search = upstream.answers_search and (model.id, SEARCH_TOOLS) not in refused
         if (
-            client is MESSAGES
+            client.answers_search
             and kinds
             and not has_search
             and all(kind.startswith(SEARCH_TOOLS) for kind in kinds)
@@ -22418,9 +22425,7 @@ class Job:
             size = estimate_tokens(plan.edit.body, self.model.is_claude)
             most = self.model.limit("max_prompt_tokens") or size - 1
             error.overflow = max(size, most + 1), most
-        is_wanted = (
-            error.overflow and self.client is RESPONSES
-        )  # Codex reads it there only
+        is_wanted = error.overflow and self.client.reads_overflow_in_streams
         if plan.pipeline is None or not (self.exchange.started or is_wanted):
             return False
         self.exchange.record.fail(error)
@@ -22526,7 +22531,7 @@ async def make_compaction(job: Job) -> tuple[Json, Usage | None]:
     the same model, packed.  Raises ProxyError."""
     copilot, model = job.copilot, job.model
     refusal = model.id, COMPACTION_TRIGGER
-    can = RESPONSES.path in model.endpoints and refusal not in copilot.memory.refused
+    can = job.client.path in model.endpoints and refusal not in copilot.memory.refused
 
     for native in (True, False) if can else (False,):
         part = Job.part(job, RESPONSES, compaction_request(job.body, native))
