@@ -371,6 +371,7 @@ class LeavingTest(LoopCase):
                     leave(client)
                 self.read_to_end(client, leave)
                 self.settled_quietly()
+                wait_until(lambda: len(self.lines("status=200")) > lines, "a line a request")
                 self.assertEqual(len(self.lines("status=200")), lines + 1, "one line a request")
 
     def test_with_much_sent_ahead_it_is_noticed_by_the_second_ping(self) -> None:
