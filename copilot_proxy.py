@@ -297,6 +297,8 @@ LINGER_S = 2.0  # reading on after a refusal, so that it can be read
 CONNECT_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 900.0  # until the head, and between bytes: long silent reasoning
 GITHUB_TIMEOUT_S = 30.0
+ERROR_BODY_S = 10.0  # for all of a refusal's words
+SMALL_ANSWER_S = 60.0  # for all of a token, a usage report, a list of models
 CODE_LIFE_S, MAX_CODE_LIFE_S = 900.0, 86400.0  # of a login code: GitHub's, the longest
 POLL_S, MAX_POLL_S = 5.0, 3600.0  # between two questions whether a login was granted
 CODE_PAUSE_S = 5.0  # between two login codes, however soon the first expires
@@ -15029,23 +15031,46 @@ class UpstreamResponse:
             raise StreamCut(f"the upstream's body is malformed: {error}") from None
 
     async def read_all(
-        self, limit: int = MAX_ANSWER_BYTES, timeout_s: float = ANSWER_TIMEOUT_S
+        self,
+        limit: int = MAX_ANSWER_BYTES,
+        timeout_s: float = ANSWER_TIMEOUT_S,
+        total_s: float = math.inf,
     ) -> bytes:
         """The whole rest of the body, at most `limit` bytes (more is an UpstreamError).
-        `timeout_s` is the longest silence.  Raises StreamCut, UpstreamError 504."""
-        parts: list[bytes] = []
-        size = 0
+        `timeout_s` is the longest silence, `total_s` the longest time in all.  Raises StreamCut,
+        UpstreamError 504."""
+        body = bytearray()
+        deadline = time.monotonic() + total_s
         try:
             while not self.done:
-                parts.append(await self.read(timeout_s))
-                size += len(parts[-1])
-                if size > limit:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise UpstreamError("the upstream's answer came too slowly", 504)
+                body += await self.read(min(timeout_s, left))
+                if len(body) > limit:
                     raise UpstreamError(
                         f"the upstream's answer is larger than {limit} bytes"
                     )
         finally:
             self.finish()
-        return b"".join(parts)
+        return bytes(body)
+
+    async def read_beginning(self, limit: int, total_s: float) -> bytes:
+        """What comes of the body in so many seconds, at most `limit` bytes; the rest is given
+        up."""
+        body = bytearray()
+        deadline = time.monotonic() + total_s
+        try:
+            while not self.done and len(body) < limit:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                body += await self.read(left)
+        except UpstreamError:  # it was cut, or silent: the beginning must do
+            pass
+        finally:
+            self.finish()
+        return bytes(body[:limit])
 
     def finish(self) -> None:
         """Give the connection back if it can be used again, else give it up."""
@@ -15314,7 +15339,7 @@ class Upstream:
     ) -> tuple[int, Any, Headers, bytes]:
         """(status, JSON value or None, headers, raw body) of a small answer."""
         answer = await self.send_again(request)
-        body = await answer.read_all(limit=MAX_BODY_BYTES, timeout_s=request.timeout_s)
+        body = await answer.read_all(MAX_BODY_BYTES, request.timeout_s, SMALL_ANSWER_S)
 
         try:
             value = loads(body)
@@ -16278,11 +16303,7 @@ CURES, MAX_CURES = ("login", "version", "hiccup"), 2  # of these together
 
 async def read_error(answer: UpstreamResponse) -> UpstreamError:
     """The upstream's refusal as an error."""
-    try:
-        body = await answer.read_all(MAX_ANSWER_BYTES, GITHUB_TIMEOUT_S)
-    except StreamCut:
-        body = b""
-
+    body = await answer.read_beginning(MAX_ERROR_BYTES, ERROR_BODY_S)
     if answer.status >= 400:
         status = answer.status
     else:
@@ -16685,7 +16706,9 @@ class Copilot:
                 raise
 
         try:
-            body = await answer.read_all(MAX_BODY_BYTES, GITHUB_TIMEOUT_S)
+            body = await answer.read_all(
+                MAX_BODY_BYTES, GITHUB_TIMEOUT_S, SMALL_ANSWER_S
+            )
             entries = as_list(as_object(loads(body)).get("data"))
         except ValueError:
             raise UpstreamError("the model list is not JSON") from None
@@ -16892,7 +16915,11 @@ class AutoMode:
         answer = await self._copilot.send(call)
         try:
             return as_object(
-                loads(await answer.read_all(MAX_ERROR_BYTES, AUTO_TIMEOUT_S))
+                loads(
+                    await answer.read_all(
+                        MAX_ERROR_BYTES, AUTO_TIMEOUT_S, AUTO_TIMEOUT_S
+                    )
+                )
             )
         except ValueError:
             raise UpstreamError("the choice of a model is not JSON") from None
@@ -22595,9 +22622,8 @@ async def fetch_count(
             GITHUB_TIMEOUT_S,
         )
     )
-    counted = count_or_zero(
-        as_object(loads(await answer.read_all())).get("input_tokens")
-    )
+    body = await answer.read_all(MAX_ERROR_BYTES, GITHUB_TIMEOUT_S, SMALL_ANSWER_S)
+    counted = count_or_zero(as_object(loads(body)).get("input_tokens"))
     exchange.record.go_up("passthrough", "")
     return counted
 

@@ -15,7 +15,7 @@ import time
 import unittest
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 from unittest import mock
 
 from support import (DEADLINE_S, SLOW, Command, Proxy, ProxyCase, Reply, chat, message, response,
@@ -931,6 +931,67 @@ class LearningTest(ProxyCase):
     def ask_compaction(self, body: Json) -> None:
         reply = self.proxy.post("/v1/responses/compact", body)
         self.assertEqual(reply.status, 200, reply)
+
+
+class DrippingTest(ProxyCase):
+    """What comes byte by byte ends by a time limit, though it is never silent for long."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.over = threading.Event()
+        self.addCleanup(self.over.set)
+        for name in ("ERROR_BODY_S", "SMALL_ANSWER_S"):
+            self.enter(mock.patch.object(cp, name, 0.3))
+
+    def drip(self, beginning: bytes) -> Iterator[bytes]:
+        """The beginning, then byte by byte until the test is over."""
+        yield beginning
+        while not self.over.wait(0.02):
+            yield b" "
+
+    def answer(self, status: int, beginning: bytes, kind: str = "application/json") -> Answer:
+        chunks: Any = self.drip(beginning)
+        return Answer(status=status, headers={"content-type": kind}, chunks=chunks)
+
+    def test_a_refusal_that_drips_is_told_with_what_has_come(self) -> None:
+        for status in (400, 404, 422):
+            for stream in (False, True):
+                self.fake.script(CHAT, self.answer(status, b'{"error": {"message": "no"}}'))
+                began = time.monotonic()
+                reply = self.proxy.post("/v1/chat/completions", chat("hi", stream=stream))
+                with self.subTest(status, stream=stream):
+                    self.assertEqual((reply.status, reply.json["error"]["message"]),
+                                     (status, "no"))
+                    self.assertLess(time.monotonic() - began, DEADLINE_S)
+
+    def test_a_list_of_models_that_drips_is_given_up(self) -> None:
+        account = wait_until(lambda: self.proxy.app.login.account)
+        account.catalogue.value = None
+        self.fake.script("/models", self.answer(200, b'{"data": ['))
+        began = time.monotonic()
+        self.assertEqual(self.proxy.get("/v1/models").status, 504)
+        self.assertLess(time.monotonic() - began, DEADLINE_S)
+
+    def test_a_count_that_drips_is_estimated(self) -> None:
+        self.fake.script("/v1/messages/count_tokens", self.answer(200, b'{"input_tokens": '))
+        began = time.monotonic()
+        reply = self.proxy.post("/v1/messages/count_tokens", message("hi"))
+        self.assertEqual((reply.status, reply.json["input_tokens"] > 0), (200, True))
+        self.assertLess(time.monotonic() - began, DEADLINE_S)
+
+    def test_a_refusal_of_many_megabytes_is_not_read_to_its_end(self) -> None:
+        sent: list[int] = []
+
+        def pieces() -> Iterator[bytes]:
+            for _ in range(1000):
+                sent.append(1)
+                yield b"x" * 100_000
+        chunks: Any = pieces()
+        self.fake.script(CHAT, Answer(status=400, chunks=chunks))
+        reply = self.proxy.post("/v1/chat/completions", chat("hi"))
+        self.assertEqual(reply.status, 400)
+        self.assertLess(len(reply.body), 5000)
+        self.assertLess(len(sent), 1000)
 
 
 MB = 1024 * 1024
