@@ -297,6 +297,7 @@ LINGER_S = 2.0  # reading on after a refusal, so that it can be read
 CONNECT_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 900.0  # until the head, and between bytes: long silent reasoning
 GITHUB_TIMEOUT_S = 30.0
+CLIENT_LEFT = "client_left"  # the error of a request whose client hung up
 ERROR_BODY_S = 10.0  # for all of a refusal's words
 SMALL_ANSWER_S = 60.0  # for all of a token, a usage report, a list of models
 CODE_LIFE_S, MAX_CODE_LIFE_S = 900.0, 86400.0  # of a login code: GitHub's, the longest
@@ -352,6 +353,7 @@ MAX_CALLS, MAX_REPAIRS = 5, 3  # upstream calls of one request; repairs among th
 MAX_LEARNED, MAX_MARKS = 500, 5000  # remembered: models with repairs, refused state
 MAX_LESSONS = 50  # of facts, and of refused values, of one model
 MAX_MARKED_IMAGES = 50  # of one refusal
+KNOWN_PIECES, KNOWN_PIECE_CHARS = 1 << 15, 24  # whose tokens are remembered
 MAX_JOINED_STATES = 1000  # of reasoning, in one slot of a client
 MARKED_CHARS = 1000  # of each end of a text, to tell it from others
 LIMIT_S, QUOTA_LIMIT_S = 7 * 86400.0, 32 * 86400.0  # the longest rest that is believed
@@ -1673,8 +1675,14 @@ class Edit:
     """A request body that is being made fit for the upstream, and the record of what was done.
     As long as `changed` is False the bytes that the client sent go upstream as they are."""
 
-    def __init__(self, body: Json, losses: Losses | None = None) -> None:
+    def __init__(
+        self,
+        body: Json,
+        losses: Losses | None = None,
+        go_on: Callable[[], None] = lambda: None,
+    ) -> None:
         self.body = body
+        self.go_on = go_on  # asked between long steps: may raise ClientGone
         self.changed = False
         if losses is None:
             self.losses = Losses()
@@ -10601,6 +10609,7 @@ def normalise(edit: Edit, client: Dialect, model: Model) -> None:
     if not client.path:
         return
     for step in FIELD_STEPS:
+        edit.go_on()
         step(edit, client, model)
     turns = edit.body.get(client.turns_key)
     if not isinstance(turns, list):
@@ -10608,6 +10617,7 @@ def normalise(edit: Edit, client: Dialect, model: Model) -> None:
     edit.is_words = all(map(is_words, turns))
     if not edit.is_words and not all(map(client.is_in_shape, turns)):
         for step in TURN_STEPS:
+            edit.go_on()
             step(edit, client, model)
 
 
@@ -11309,9 +11319,13 @@ def compaction_request(body: Json, native: bool) -> Json:
 
 def fit_body(edit: Edit, upstream: Dialect, model: Model) -> None:
     """Make a body in the upstream's dialect fit for it.  Raises BadRequest."""
+    edit.go_on()
     pair_calls(edit, upstream)
+    edit.go_on()
     upstream.prepare(edit, model)
+    edit.go_on()
     tidy_history(edit, upstream, model)
+    edit.go_on()
     if model.is_claude and model.version >= (4, 6):
         end_with_user(edit)
     upstream.fit_cache(edit, model)
@@ -11324,6 +11338,7 @@ def fit_body(edit: Edit, upstream: Dialect, model: Model) -> None:
     if model.is_gemini:
         schemas = GeminiSchema()
         for holder, key in upstream.tool_schemas(edit.body):
+            edit.go_on()
             edit.set(holder, key, schemas.convert(holder[key]))
 
 
@@ -11335,11 +11350,14 @@ def translate_request(
     the meaning."""
     drop_nonce(before)
     expand_compactions(before, upstream)
+    before.go_on()
     request = client.decode_request(before.body)
     for name, reason in before.losses:
         request.lose(name, reason)
-    edit = Edit(upstream.encode_request(request, model), request.losses)
+    before.go_on()
+    body = upstream.encode_request(request, model)
     request.forget_turns()
+    edit = Edit(body, request.losses, before.go_on)
     fit_body(edit, upstream, model)
     return edit, request
 
@@ -12040,12 +12058,14 @@ class Plan:
         now: int,
         key: str,
         by_hub: bool = False,
+        go_on: Callable[[], None] = lambda: None,
     ) -> Plan:
         """Translate the body or fit it.  An answer longer than the model gives in one piece is
-        asked for as a stream and folded.  by_hub: translate even where the dialects are the same.
-        `body` may be changed.  Raises BadRequest."""
+        asked for as a stream and folded.  by_hub: translate even where the dialects are the same;
+        go_on: asked between the steps, may raise ClientGone.  `body` may be changed.  Raises
+        BadRequest."""
         echo = client.echo_of(body)  # as the client wrote it
-        edit = Edit(body)
+        edit = Edit(body, go_on=go_on)
         normalise(edit, client, model)
         is_translated = (
             client is not upstream or by_hub or needs_hub(client, body, model)
@@ -12200,7 +12220,6 @@ _SCRIPTS = (
 )
 
 
-@functools.lru_cache(maxsize=1 << 16)
 def _weigh(piece: str) -> float:
     """Tokens of one match, on average: ' return' -> 1, '_HEAD' -> 1.8, '12.' -> 2, ' ==' -> 1"""
     size, last, mark = len(piece), piece[-1], "" if piece[0].isalpha() else piece[0]
@@ -12256,6 +12275,9 @@ def _weigh(piece: str) -> float:
     return 1.0 + (len(marks) - 2.5) * each
 
 
+_known_weight = functools.lru_cache(maxsize=KNOWN_PIECES)(_weigh)
+
+
 def count_text(text: str) -> int:
     """About how many o200k tokens `text` has; over a mix 3 % too many rather than one too few.
     Measured: half of the texts within 5 % (English, code, JSON, Chinese, Japanese, numbers), nine
@@ -12264,7 +12286,15 @@ def count_text(text: str) -> int:
     for at in range(0, len(text), _CHUNK_CHARS):
         chunk = text[at : at + _CHUNK_CHARS]
         pieces = (_ASCII_PIECES if chunk.isascii() else _PIECES).findall(chunk)
-        total += sum(map(_weigh, pieces))
+        if max(map(len, pieces), default=0) <= KNOWN_PIECE_CHARS:
+            total += sum(map(_known_weight, pieces))
+        else:  # long ones would fill the memory
+            total += sum(
+                _known_weight(piece)
+                if len(piece) <= KNOWN_PIECE_CHARS
+                else _weigh(piece)
+                for piece in pieces
+            )
     return int(total * _LEAN + 0.999)
 
 
@@ -12424,7 +12454,15 @@ def estimate_tokens(
                 for field, inner in value.items()
             )
 
-    return int(count("\n".join(texts)) * (_CLAUDE_FACTOR if is_claude else 1)) + tokens
+    total = 0
+    short: list[str] = []
+    for text in texts:
+        if len(text) > _CHUNK_CHARS:
+            total += count(text)  # by itself: joined it would take its size once more
+        else:
+            short.append(text)
+    total += count("\n".join(short))
+    return int(total * (_CLAUDE_FACTOR if is_claude else 1)) + tokens
 
 
 # ==== 10. Repairs =================================================================================
@@ -17975,6 +18013,11 @@ class KeptResponse:
         return input_items(loads(self.request))
 
 
+def is_reference(item: Json) -> bool:
+    """Does an item only name one of an earlier answer?"""
+    return item.get("type") == "item_reference"
+
+
 class ResponseStore:
     """Answers of /responses that their client may name later: bounded in number, bytes and age,
     the oldest go first.  `owner` is whose they are.  `_lock` guards the fields."""
@@ -18054,19 +18097,24 @@ class ResponseStore:
 
         size_bytes: of the request as it came.  Raises BadRequest in OpenAI's words for what is
         gone, since clients then send the whole input, and 413 for what grows too large."""
+        if not self.is_named(body):
+            return False
         items = input_items(body)
         previous = body.get("previous_response_id")
-        has_references = any(item.get("type") == "item_reference" for item in items)
-        if not previous and not has_references:
-            return False
-
-        if has_references:
+        if any(map(is_reference, items)):
             items, size_bytes = self._resolve(owner, items, size_bytes)
         if previous:
             items = self._history(owner, str(previous), size_bytes) + items
             del body["previous_response_id"]
         body["input"] = items
         return True
+
+    @staticmethod
+    def is_named(body: Json) -> bool:
+        """Does a request name anything that may be here?"""
+        return bool(body.get("previous_response_id")) or any(
+            map(is_reference, input_items(body))
+        )
 
     def _resolve(
         self, owner: str, items: list[Json], size_bytes: int
@@ -18441,12 +18489,12 @@ class RequestRecord:
     def leave(self) -> None:
         """The client hung up before it was answered."""
         self.status = self.status or 499
-        self.error = "client_left"
+        self.error = CLIENT_LEFT
 
     def leave_stream(self) -> None:
         """The client hung up while its answer was sent."""
         self.failure = self.failure or "the client left"
-        self.error = self.error or "client_left"
+        self.error = self.error or CLIENT_LEFT
 
     def end(self) -> None:
         """It is over."""
@@ -18663,7 +18711,7 @@ class Ledger:
             }
         if row["nano_aiu"] is None and row["estimate"] is not None:
             counts["estimate"] = row["estimate"]
-        errors = int(row["error"] not in (None, "client_left") and row["status"] != 404)
+        errors = int(row["error"] not in (None, CLIENT_LEFT) and row["status"] != 404)
 
         self.budget.spend(row)
         self.history.put(row)
@@ -19743,9 +19791,24 @@ class Exchange:
 
     async def read_json(self) -> Json:
         """The same; a large body is parsed in a thread, since streams would stand still."""
-        if len(self.body) <= INLINE_BYTES:
-            return self.json_object()
-        return await wait(InThread(self.json_object))  # type: ignore[no-any-return]
+        body: Json = await self.compute(self.json_object, len(self.body))
+        return body
+
+    async def compute(self, work: Callable[[], Any], size_bytes: int) -> Any:
+        """`work()`; for a large body in a thread, since streams would stand still meanwhile."""
+        if size_bytes <= INLINE_BYTES:
+            return work()
+
+        def begin() -> Any:
+            self.go_on()
+            return work()
+
+        return await wait(InThread(begin))
+
+    def go_on(self) -> None:
+        """Long work asks here between its steps.  Raises ClientGone when nobody waits for it."""
+        if self.record.error == CLIENT_LEFT:
+            raise ClientGone
 
     def json_object(self) -> Json:
         """The body.  Raises BadRequest."""
@@ -22134,6 +22197,17 @@ async def read_beginning(
     return b"".join(out)
 
 
+async def put_in_kept(exchange: Exchange, owner: str, body: Json) -> bool:
+    """ResponseStore.expand, in a thread: what a small request names may be large."""
+    size_bytes = len(exchange.body)
+    store = exchange.app.store
+    if not store.is_named(body):
+        return False
+    work = functools.partial(store.expand, owner, body, size_bytes)
+    is_changed: bool = await exchange.compute(work, INLINE_BYTES + 1)
+    return is_changed
+
+
 class Job:
     """A request to a model, from its body to its answer.  Its life, top to bottom:
 
@@ -22212,7 +22286,7 @@ class Job:
         if self.client.keeps_answers:
             owner = owner_of(exchange, copilot)
             self.echo = given(previous_response_id=body.get("previous_response_id"))
-            if exchange.app.store.expand(owner, body, len(exchange.body)):
+            if await put_in_kept(exchange, owner, body):
                 exchange.put_body(rewrite(body, exchange.body))
             if body.get("store") is not False:
                 self.keep = functools.partial(
@@ -22250,7 +22324,7 @@ class Job:
                 forget_frames(error)
                 if await self.remedy(plan, error):
                     continue
-                if not self.tell(plan, error):
+                if not await self.tell(plan, error):
                     raise
                 return None
 
@@ -22301,10 +22375,8 @@ class Job:
             exchange.reply_json(message)
 
     async def compute(self, work: Callable[[], Any]) -> Any:
-        """`work()`, with a large body in a thread: streams would stand still meanwhile."""
-        if len(self.data) <= INLINE_BYTES:
-            return work()
-        return await wait(InThread(work))
+        """`work()`, with a large body in a thread."""
+        return await self.exchange.compute(work, len(self.data))
 
     def make_plan(self) -> Plan | None:
         """How to ask the model, with all that was learned of it; None for a search where there is
@@ -22339,6 +22411,7 @@ class Job:
             int(time.time()),
             exchange.id,
             (model.id, BY_HUB + upstream.path) in refused,
+            go_on=exchange.go_on,
         )
         plan.attach(headers, self.repaired, self.echo)
         if plan.is_translated and plan.pipeline and client.tells_prompt_first:
@@ -22433,23 +22506,29 @@ class Job:
         if other is not None:
             self.attempts.take(row)
             self.model, self.plan = other, None
-            self.body = dict(loads(self.data), model=other.id)
-            self.data = dumps(self.body)
+            data = self.data
+            body = await self.compute(functools.partial(loads, data))
+            self.body = dict(body, model=other.id)
+            self.data = await self.compute(functools.partial(rewrite, self.body, data))
             return True
 
-        if not self.attempts.may("repair") or not self.copilot.memory.repair(
-            plan, error
-        ):
+        if not self.attempts.may("repair"):
+            return False
+        repair = functools.partial(self.copilot.memory.repair, plan, error)
+        if not await self.compute(repair):
             return False
         self.attempts.take("repair")
         if plan.repairs.is_stale:
-            self.body, self.plan = loads(self.data), None
+            body = await self.compute(functools.partial(loads, self.data))
+            self.body, self.plan = body, None
         return True
 
-    def tell(self, plan: Plan, error: ProxyError) -> bool:
+    async def tell(self, plan: Plan, error: ProxyError) -> bool:
         """Could the client be told of the error inside a stream?  Else it is raised."""
         if error.overflow == (0, 0):
-            size = estimate_tokens(plan.edit.body, self.model.is_claude)
+            size = await self.compute(
+                functools.partial(estimate_tokens, plan.edit.body, self.model.is_claude)
+            )
             most = self.model.limit("max_prompt_tokens") or size - 1
             error.overflow = max(size, most + 1), most
         is_wanted = error.overflow and self.client.reads_overflow_in_streams
@@ -22485,7 +22564,7 @@ async def alpha_search(exchange: Exchange) -> None:
     """POST /alpha/search: Codex' search of its own.  Pages cannot be opened: there is only what
     the searching model says of them."""
     exchange.answer_in(RESPONSES)
-    body = exchange.json_object()
+    body = await exchange.read_json()
     key = session_key(exchange.head.headers, body)
     asked = str(body.get("model") or "")
     exchange.record.name(exchange.caller.key_id, key, asked, False)
@@ -22632,7 +22711,8 @@ async def count_tokens(exchange: Exchange) -> None:
     """The upstream's own count for models with /v1/messages, else an estimate, always 200: Claude
     Code waits for it."""
     exchange.answer_in(MESSAGES)
-    body = exchange.json_object()
+    body = await exchange.read_json()
+    size_bytes = len(exchange.body)
     check_list(body, "messages")
     counted, is_claude = 0, True  # the higher estimate until the model is known
 
@@ -22642,30 +22722,33 @@ async def count_tokens(exchange: Exchange) -> None:
         check_endpoint(model, MESSAGES.path)
         copilot.limits.admit(model.id, may_probe=False)
         await inline_images(exchange, body)
-        edit = Edit(body)
+        edit = Edit(body, go_on=exchange.go_on)
         drop_nonce(edit)
-        fit_body(edit, MESSAGES, model)
+        fit = functools.partial(fit_body, edit, MESSAGES, model)
+        await exchange.compute(fit, size_bytes)
         headers = upstream_headers(exchange, MESSAGES, MESSAGES, body, model)
         counted = await fetch_count(exchange, copilot, edit, model, headers)
     except (ProxyError, ValueError) as error:
         if isinstance(error, BadRequest) and error.code != "unsupported_api_for_model":
             raise
 
-    exchange.reply_json({"input_tokens": counted or estimate_tokens(body, is_claude)})
+    if not counted:
+        estimate = functools.partial(estimate_tokens, body, is_claude)
+        counted = await exchange.compute(estimate, size_bytes)
+    exchange.reply_json({"input_tokens": counted})
 
 
 async def count_input(exchange: Exchange) -> None:
     """POST /responses/input_tokens: an estimate."""
     exchange.answer_in(RESPONSES)
-    body = exchange.json_object()
+    body = await exchange.read_json()
     copilot, model = await resolve(exchange, body)
-    exchange.app.store.expand(owner_of(exchange, copilot), body, len(exchange.body))
-    exchange.reply_json(
-        {
-            "object": "response.input_tokens",
-            "input_tokens": estimate_tokens(body, model.is_claude),
-        }
-    )
+    size_bytes = len(exchange.body)
+    if await put_in_kept(exchange, owner_of(exchange, copilot), body):
+        size_bytes = MAX_BODY_BYTES
+    estimate = functools.partial(estimate_tokens, body, model.is_claude)
+    counted = await exchange.compute(estimate, size_bytes)
+    exchange.reply_json({"object": "response.input_tokens", "input_tokens": counted})
 
 
 async def stored_response(exchange: Exchange) -> None:
@@ -22729,7 +22812,7 @@ async def stored_response(exchange: Exchange) -> None:
 
 async def completions(exchange: Exchange) -> None:
     """POST /completions, the old shape: each prompt is a chat of its own."""
-    body = exchange.json_object()
+    body = await exchange.read_json()
     given = body.pop("prompt", None)
     if isinstance(given, str):
         prompts = [given]
@@ -23232,7 +23315,7 @@ async def fetch_vectors(
 
 async def embeddings(exchange: Exchange) -> None:
     """POST /embeddings; the numbers may be packed."""
-    body = exchange.json_object()
+    body = await exchange.read_json()
     packing = body.pop("encoding_format", None)
     if packing not in (None, "float", "base64"):
         raise BadRequest(
@@ -23622,7 +23705,7 @@ async def gemini_models(exchange: Exchange) -> None:
 async def complete_with(exchange: Exchange, dialect: Dialect, body: Json) -> None:
     """`complete` with another body than the client's bytes say."""
     exchange.answer_in(dialect)
-    exchange.put_body(dumps(body))
+    exchange.put_body(rewrite(body, exchange.body))
     await Job(exchange, dialect).serve(body)
 
 
@@ -23654,9 +23737,10 @@ async def count_content(exchange: Exchange, body: Json) -> None:
         with contextlib.suppress(ProxyError, ValueError):
             copilot.limits.admit(model.id, may_probe=False)
             counted = await fetch_count(exchange, copilot, plan.edit, model, headers)
-    exchange.reply_json(
-        {"totalTokens": counted or estimate_tokens(plan.edit.body, model.is_claude)}
-    )
+    if not counted:
+        estimate = functools.partial(estimate_tokens, plan.edit.body, model.is_claude)
+        counted = await exchange.compute(estimate, len(exchange.body))
+    exchange.reply_json({"totalTokens": counted})
 
 
 def content_text(request: Json, place: str) -> str:
@@ -23822,7 +23906,7 @@ async def ollama_call(dialect: Ollama, exchange: Exchange) -> None:
 
 async def ollama_embed(exchange: Exchange) -> None:
     """POST /api/embed, and the older /api/embeddings with one text and one vector."""
-    body = exchange.json_object()
+    body = await exchange.read_json()
     is_old = exchange.path == "/api/embeddings"
     texts = body.get("input")
     if is_old:

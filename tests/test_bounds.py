@@ -994,6 +994,92 @@ class DrippingTest(ProxyCase):
         self.assertLess(len(sent), 1000)
 
 
+class LeavingTest(ProxyCase):
+    """Nothing long is computed for a client that has left, and nobody waits for it meanwhile."""
+
+    def large(self) -> bytes:
+        """A body that is prepared in a thread."""
+        turns = [user("a%d" % number) for number in range(5000)]
+        return json.dumps(message("", "gpt-5.3-codex", messages=turns)).encode()
+
+    def test_preparing_stops_when_the_client_has_left(self) -> None:
+        begun, go_on, over = (threading.Event() for _ in range(3))
+        steps: list[str] = []
+        pair_calls, fit_body, tidy = cp.pair_calls, cp.fit_body, cp.tidy_history
+
+        def pair(*what: Any) -> None:
+            begun.set()
+            go_on.wait(DEADLINE_S)
+            pair_calls(*what)
+
+        def fit(*what: Any) -> None:
+            try:
+                fit_body(*what)
+            finally:
+                over.set()
+
+        def count(*what: Any) -> None:
+            steps.append("tidy_history")
+            tidy(*what)
+
+        self.addCleanup(go_on.set)
+        self.enter(mock.patch.multiple(cp, pair_calls=pair, fit_body=fit, tidy_history=count))
+        for path in ("messages", "chat/completions"):
+            with self.subTest(path):
+                seen = len(self.proxy.get("/stats").json["recent"])
+                data = self.large()
+                sock = self.proxy.connect()
+                sock.sendall(post_head(path, data) + data)
+                self.assertTrue(begun.wait(DEADLINE_S))
+                sock.close()
+                wait_until(lambda: len(self.proxy.get("/stats").json["recent"]) > seen)
+                go_on.set()
+                self.assertTrue(over.wait(DEADLINE_S))
+                self.assertEqual(steps, [])
+                for event in (begun, go_on, over):
+                    event.clear()
+        self.assertEqual(self.fake.count(RESPONSES), 0)
+
+    def test_others_are_served_while_a_large_prompt_is_counted(self) -> None:
+        begun, go_on = threading.Event(), threading.Event()
+        self.addCleanup(go_on.set)
+        estimate = cp.estimate_tokens
+
+        def slow(*what: Any) -> int:
+            begun.set()
+            go_on.wait(DEADLINE_S)
+            return int(estimate(*what))
+
+        self.enter(mock.patch.object(cp, "estimate_tokens", slow))
+        body = {"messages": message("x" * 300_000)["messages"]}
+        gemini = {"contents": [{"parts": [{"text": "x" * 300_000}]}]}
+        for path, more in (("/v1/messages/count_tokens", dict(body, model="gpt-4.1")),
+                           ("/v1/responses/input_tokens", response("x" * 300_000)),
+                           ("/v1beta/models/gpt-4.1:countTokens", gemini)):
+            replies: list[Reply] = []
+            asker = threading.Thread(target=lambda: replies.append(
+                self.proxy.post(path, more)))                     # noqa: B023
+            with self.subTest(path):
+                asker.start()
+                self.assertTrue(begun.wait(DEADLINE_S))
+                self.assertEqual(self.proxy.get("/health").status, 200)
+                go_on.set()
+                asker.join(DEADLINE_S)
+                self.assertEqual([reply.status for reply in replies], [200])
+                begun.clear()
+                go_on.clear()
+
+    def test_long_pieces_of_a_counted_text_are_not_remembered(self) -> None:
+        """Each piece of base64 stayed in a cache of 65,536 entries: 4 GB."""
+        cp._known_weight.cache_clear()
+        for number in range(20):
+            self.assertGreater(cp.count_text(("%x" % (number + 16)) * 3000), 2000)
+        self.assertEqual(cp._known_weight.cache_info().currsize, 0)
+        cp.count_text("some words")
+        self.assertGreater(cp._known_weight.cache_info().currsize, 0)
+
+
+
 MB = 1024 * 1024
 MOST_TIMES_BODY, MOST_BYTES = 8, 300 * MB
 #: a Python from 3.12 on that compiled the script itself keeps the memory of that: 75 MB before any
