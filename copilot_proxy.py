@@ -11335,6 +11335,7 @@ def fit_body(edit: Edit, upstream: Dialect, model: Model) -> None:
         fit_kimi(edit, model)
     if model.most_images:
         limit_images(edit, model.most_images)
+
     if model.is_gemini:
         schemas = GeminiSchema()
         for holder, key in upstream.tool_schemas(edit.body):
@@ -15079,6 +15080,7 @@ class UpstreamResponse:
         UpstreamError 504."""
         body = bytearray()
         deadline = time.monotonic() + total_s
+
         try:
             while not self.done:
                 left = deadline - time.monotonic()
@@ -15091,6 +15093,7 @@ class UpstreamResponse:
                     )
         finally:
             self.finish()
+
         return bytes(body)
 
     async def read_beginning(self, limit: int, total_s: float) -> bytes:
