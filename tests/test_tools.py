@@ -75,7 +75,8 @@ class VendorToolTest(unittest.TestCase):
                 if kind != "tool_search_output":
                     del body["input"][-1]["tools"]
                 with self.subTest(tool=tool["type"], upstream=upstream):
-                    edit, request = translated("responses", upstream, copy.deepcopy(body), model)
+                    edit, _ = translated("responses", upstream, copy.deepcopy(body), model)
+                    request = cp.RESPONSES.decode_request(copy.deepcopy(body))
                     (made,) = [part for turn in request.turns for part in turn.parts
                                if isinstance(part, cp.ToolCall)]
                     (result,) = [part for turn in request.turns for part in turn.parts
