@@ -102,6 +102,7 @@ import http.client
 import json
 import logging
 import math
+import operator
 import os
 import platform
 import queue
@@ -2468,13 +2469,12 @@ class BodyDecoder:
         two line ends is as long as the one before it says, these are the chunks."""
         pieces = data[at:].split(b"\r\n")
         end = (len(pieces) - 1) // 2 * 2
-        if end and pieces[end - 2] == b"0":  # the end of the body
-            end -= 2
         chunks = pieces[1:end:2]
-        if list(map(_CHUNK_SIZES.get, pieces[:end:2])) != list(map(len, chunks)):
-            return at
-        out += chunks
-        return len(data) - len(b"\r\n".join(pieces[end:]))
+        said = map(_CHUNK_SIZES.get, pieces[:end:2])
+        fits = [*map(operator.eq, said, map(len, chunks)), False]
+        count = fits.index(False)
+        out += chunks[:count]
+        return len(data) - len(b"\r\n".join(pieces[2 * count :]))
 
     def _take_line(self, line: bytes) -> None:
         if self._state == "end":
