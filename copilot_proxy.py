@@ -251,7 +251,6 @@ MAX_WIDE_BYTES = 8 * 1024 * 1024  # the same, with many emojis among other lette
 WIDE_SHARES = 0.005, 0.06  # of emojis among other letters: many, and few others
 MAX_FOREIGN_SHARE = 0.5  # of all that is not ASCII, in what is written in ASCII
 LARGE_BLOCK_BYTES = 8 * 1024 * 1024  # else glibc keeps blocks of up to 32 MB
-TRIMMED_BYTES = 1024 * 1024  # a larger body's memory is given back at once
 BATCH_ITEMS, MAX_BATCH_DEPTH = 100, 4  # of a list in a large body, written at once
 VECTORS_ROOM_BYTES = 256 * 1024 * 1024  # of one batch of embeddings
 JSON_PIECE_BYTES = 128 * 1024  # looked at in one piece
@@ -19754,6 +19753,28 @@ def exposed_headers(fields_: list[tuple[str, str]]) -> str:
     return ", ".join(dict.fromkeys((*EXPOSED_HEADERS, *own)))
 
 
+def give_back_memory() -> None:
+    """Compiling this file took 12 MB that glibc would keep for ever, as it would that of a large
+    request, and each new thread would open an arena of its own: return the one, forbid the other.
+    Elsewhere nothing happens."""
+    with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
+        import ctypes
+
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-8, 1)  # M_ARENA_MAX
+        libc.mallopt(-3, LARGE_BLOCK_BYTES)  # M_MMAP_THRESHOLD: given back at once
+        libc.mallopt(-1, 2 * LARGE_BLOCK_BYTES)  # M_TRIM_THRESHOLD
+        libc.malloc_trim(0)
+
+
+def spare_collector() -> None:
+    """What is there at the start stays: the collector need not look at it again and again.  A
+    request makes hundreds of objects and hardly a cycle, so it may look less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(COLLECT_AFTER)
+
+
 class Exchange:
     """One request and its answer.
     `reply` and `fail` send a whole answer.  A stream is announced with `expect_stream`; then either
@@ -19808,6 +19829,8 @@ class Exchange:
 
     async def read_json(self) -> Json:
         """The same; a large body is parsed in a thread, since streams would stand still."""
+        if len(self.body) > LARGE_BLOCK_BYTES:
+            await wait(InThread(give_back_memory))  # of requests before
         body: Json = await self.compute(self.json_object, len(self.body))
         return body
 
@@ -20702,28 +20725,6 @@ class Handler:
                 "-H 'Content-Type: application/json')",
                 415,
             )
-
-
-def give_back_memory() -> None:
-    """Compiling this file took 12 MB that glibc would keep for ever, as it would that of a large
-    request, and each new thread would open an arena of its own: return the one, forbid the other.
-    Elsewhere nothing happens."""
-    with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
-        import ctypes
-
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-8, 1)  # M_ARENA_MAX
-        libc.mallopt(-3, LARGE_BLOCK_BYTES)  # M_MMAP_THRESHOLD: given back at once
-        libc.mallopt(-1, 2 * LARGE_BLOCK_BYTES)  # M_TRIM_THRESHOLD
-        libc.malloc_trim(0)
-
-
-def spare_collector() -> None:
-    """What is there at the start stays: the collector need not look at it again and again.  A
-    request makes hundreds of objects and hardly a cycle, so it may look less often."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(COLLECT_AFTER)
 
 
 def file_limit() -> int:
@@ -22570,12 +22571,12 @@ class Job:
         """Whole, or as it comes.  Raises ProxyError, ClientGone."""
         exchange, plan = self.exchange, self.plan
         assert plan is not None
-        is_large = len(self.data) > TRIMMED_BYTES
+        is_large = len(self.data) > LARGE_BLOCK_BYTES
         self.data, self.body = b"", {}  # several MB that nobody needs any more
         exchange.put_body(b"")
         plan.edit.forget_body()
         if is_large:
-            await wait(InThread(give_back_memory))
+            exchange.client.loop.workers.put(give_back_memory)  # nobody waits for it
         if plan.pipeline is not None and not plan.is_whole:
             await exchange.relay(answer, plan.pipeline, plan.begun)
             return

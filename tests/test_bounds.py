@@ -291,16 +291,75 @@ MESSAGES_CASES: dict[str, Make] = {
     "odd blocks of a result": lambda n: conversation(
         HELLO, assistant([use("c")]), user([result("c", [{"type": "o%d" % i} for i in range(n)])])),
 }
+# ---- Gemini and Ollama, dialects of clients alone
+
+
+def content(role: str, *parts: Json) -> Json:
+    return {"role": role, "parts": list(parts)}
+
+
+def contents(*given: Json, **more: Any) -> Json:
+    return dict({"contents": list(given)}, **more)
+
+
+GEMINI_HELLO = content("user", {"text": "hi"})
+GEMINI_CALL = {"functionCall": {"name": "f", "args": {}}}
+
+
+def gemini_result(number: int) -> Json:
+    return {"functionResponse": {"name": "f", "response": {"a": number}}}
+
+
+GEMINI_CASES: dict[str, Make] = {
+    "contents": lambda n: contents(*[content("user", {"text": "a%d" % i}) for i in range(n)]),
+    "parts": lambda n: contents(content("user", *[{"text": "a%d" % i} for i in range(n)])),
+    "parts of odd kinds": lambda n: contents(
+        content("user", *[{"kind_%d" % i: 1} for i in range(n)])),
+    "calls of one turn": lambda n: contents(
+        GEMINI_HELLO, content("model", *[GEMINI_CALL] * n),
+        content("user", *map(gemini_result, range(n)))),
+    "calls, then their results": lambda n: contents(
+        GEMINI_HELLO, *[content("model", GEMINI_CALL)] * n,
+        *[content("user", gemini_result(i)) for i in range(n)]),
+    "results before their calls": lambda n: contents(
+        *[content("user", gemini_result(i)) for i in range(n)],
+        *[content("model", GEMINI_CALL)] * n),
+    "thoughts": lambda n: contents(GEMINI_HELLO, content("model", *[
+        {"text": "t", "thought": True, "thoughtSignature": "s%d" % i} for i in range(n)]),
+        GEMINI_HELLO),
+    "tools": lambda n: contents(GEMINI_HELLO, tools=[
+        {"functionDeclarations": [{"name": "f%d" % i}]} for i in range(n)]),
+    "allowed tools": lambda n: contents(
+        GEMINI_HELLO, tools=[{"functionDeclarations": [{"name": "f%d" % i} for i in range(n)]}],
+        toolConfig={"functionCallingConfig": {
+            "mode": "ANY", "allowedFunctionNames": ["f%d" % i for i in range(n)]}}),
+    "fields": lambda n: contents(GEMINI_HELLO, generationConfig=fields(n), **fields(n)),
+}
+OLLAMA_CALL = {"function": {"name": "f", "arguments": {}}}
+OLLAMA_CASES: dict[str, Make] = {
+    "messages": lambda n: conversation(*[user("a%d" % i) for i in range(n)]),
+    "calls of one message": lambda n: conversation(
+        HELLO, assistant("", tool_calls=[OLLAMA_CALL] * n),
+        *[{"role": "tool", "tool_name": "f", "content": "r%d" % i} for i in range(n)]),
+    "calls, then their results": lambda n: conversation(
+        HELLO, *[assistant("", tool_calls=[OLLAMA_CALL]) for i in range(n)],
+        *[{"role": "tool", "tool_name": "f", "content": "r%d" % i} for i in range(n)]),
+    "images": lambda n: conversation(user("a", images=["AAAA"] * n)),
+    "tools": lambda n: chat_tools(*[function("f%d" % i) for i in range(n)]),
+    "options": lambda n: dict(conversation(HELLO), options=fields(n)),
+    "numbers of a context": lambda n: {"prompt": "a", "context": list(range(n))},
+}
 #: (client's dialect, what there are many of, maker, models)
 TIMED = [(dialect, name, make, models) for dialect, cases, models in (
     ("chat", CHAT_CASES, FAMILIES[:3]), ("chat", SCHEMA_CASES, FAMILIES[3:]),
-    ("responses", RESPONSES_CASES, FAMILIES[:3]), ("messages", MESSAGES_CASES, FAMILIES[:3]))
+    ("responses", RESPONSES_CASES, FAMILIES[:3]), ("messages", MESSAGES_CASES, FAMILIES[:3]),
+    ("gemini", GEMINI_CASES, FAMILIES[:3]), ("ollama", OLLAMA_CASES, FAMILIES[:3]))
     for name, make in cases.items()]
 
 
 def prepare(dialect: str, body: Json, model: cp.Model) -> cp.Plan:
     """All that is done to a request before it goes up, and the names of its tools coming back."""
-    client = cp.DIALECTS[dialect]
+    client = cp.CLIENT_DIALECTS[dialect]
     plan = cp.Plan.make(client, cp.choose_upstream(client, model, ()), body, model, 0, "key")
     client.initiator(body)
     client.has_images(body)
