@@ -725,10 +725,10 @@ class SeveralCallsTest(ProxyCase):
         self.assertEqual(self.complete(proxy, 1).status, 429)
 
     def test_the_rate_holds_between_the_calls_of_a_request(self) -> None:
-        for send in (lambda proxy: self.complete(proxy, 4), lambda proxy: self.embed(proxy, 2048)):
+        for ask in (lambda proxy: self.complete(proxy, 4), lambda proxy: self.embed(proxy, 2048)):
             proxy = self.limited(rate_limit=0.1)
             began = time.monotonic()
-            self.assertEqual(send(proxy).status, 200)
+            self.assertEqual(ask(proxy).status, 200)
             self.assertGreaterEqual(time.monotonic() - began, 0.3)
 
     def test_a_request_whose_last_call_would_come_in_hours_is_refused_at_once(self) -> None:
