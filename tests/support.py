@@ -53,6 +53,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import unittest
@@ -666,15 +667,15 @@ class Block:
 
 
 def read_blocks(text: str) -> Iterator[Block]:
-    """Every fenced block."""
+    """Every fenced block, without the indentation that a list gives it."""
     heading = language = ""
     lines: list[str] | None = None
     for line in text.splitlines():
-        if line.startswith("```"):
+        if line.lstrip().startswith("```"):
             if lines is None:
-                language, lines = line[3:].strip(), []
+                language, lines = line.strip()[3:].strip(), []
             else:
-                yield Block(language, "\n".join(lines), heading)
+                yield Block(language, textwrap.dedent("\n".join(lines)), heading)
                 lines = None
         elif lines is not None:
             lines.append(line)
@@ -682,8 +683,13 @@ def read_blocks(text: str) -> Iterator[Block]:
             heading = line.strip("# ")
 
 
-def readme() -> str:
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+#: what people read, by the folders of the repository
+DOCUMENTS = ("README.md", ".github/OPERATING.md", ".github/CONTRIBUTING.md")
+
+
+def document(name: str) -> str:
+    """The text of one of DOCUMENTS."""
+    with open(os.path.join(ROOT, *name.split("/")), encoding="utf-8") as file:
         return file.read()
 
 

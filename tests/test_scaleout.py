@@ -1,5 +1,5 @@
 """nginx before two replicas with a rolling restart, and the container's command line as its user
-in a clean root: both as README.md has them."""
+in a clean root: both as OPERATING.md has them."""
 from __future__ import annotations
 
 import contextlib
@@ -19,12 +19,12 @@ import time
 import unittest
 from typing import Any
 
-from support import (JSON_TYPE, SCRIPT, SLOW, Command, chat, read_blocks, readme, run_command,
+from support import (JSON_TYPE, SCRIPT, SLOW, Command, chat, document, read_blocks, run_command,
                      wait_until)
 import copilot_proxy as cp
 from fake_upstream import FakeUpstream
 
-BLOCKS = list(read_blocks(readme()))
+BLOCKS = list(read_blocks(document(".github/OPERATING.md")))
 NGINX = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
 
 
@@ -64,7 +64,7 @@ class RollingRestartTest(unittest.TestCase):
         return command
 
     def nginx(self) -> None:
-        """The README's own configuration on the ports of this test."""
+        """OPERATING.md's own configuration on the ports of this test."""
         block = next(block.text for block in BLOCKS if block.language == "nginx")
         for theirs, ours in ((4400, self.front), (4401, self.ports[0]), (4402, self.ports[1])):
             block = block.replace("127.0.0.1:%d" % theirs, "127.0.0.1:%d" % ours)
@@ -144,16 +144,16 @@ class RollingRestartTest(unittest.TestCase):
 
 
 def docker_words() -> list[str]:
-    """The README's docker command as words."""
+    """OPERATING.md's docker command as words."""
     for block in BLOCKS:
         for line in block.commands:
             if line.startswith("docker run"):
                 return shlex.split(line)
-    raise AssertionError("README.md has no docker command")
+    raise AssertionError("OPERATING.md has no docker command")
 
 
 class ContainerTest(unittest.TestCase):
-    """README's docker line: its own words, and that command in a clean root."""
+    """OPERATING.md's docker line: its own words, and that command in a clean root."""
 
     def test_compose_says_the_same_as_docker_run(self) -> None:
         words = docker_words()

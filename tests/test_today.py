@@ -16,8 +16,8 @@ import unittest
 import unittest.mock
 from typing import Any, Iterator
 
-from support import (ROOT, SCRIPT, Proxy, ProxyCase, chat, clean_environment, compiled, message,
-                     response, run_main, wait_until)
+from support import (DOCUMENTS, SCRIPT, Proxy, ProxyCase, chat, clean_environment, compiled,
+                     document, message, response, run_main, wait_until)
 import copilot_proxy as cp
 from gauges import the_source
 from fake_upstream import (CHAT, EMBEDDINGS, MESSAGES, MODELS, RESPONSES, Answer, FakeUpstream,
@@ -587,9 +587,9 @@ class TextTest(unittest.TestCase):
         for text in ("gpt-5-mini", "gpt-5.3-codex", "claude-sonnet-4.6", "claude-opus-4.8", "foo3"):
             self.assertIsNone(RETIRED.search(text), text)
 
-    def test_the_readme(self) -> None:
-        with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
-            self.assert_alive(file.read().replace("copilot-", ""), "README.md")
+    def test_the_readme_and_its_neighbours(self) -> None:
+        for name in DOCUMENTS:
+            self.assert_alive(document(name).replace("copilot-", ""), name)
 
     def test_the_help(self) -> None:
         parser = cp.build_parser()
