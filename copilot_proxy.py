@@ -22513,7 +22513,9 @@ class Job:
             if plan.pipeline is not None and not plan.is_translated:
                 exchange.expect_whole()  # no keep-alive before a whole answer
             data = await answer.read_all(timeout_s=timeout_s)
-            plan.begun, plan.is_whole = plan.read(data, is_stream), True
+            work = functools.partial(plan.read, data, is_stream)
+            plan.begun = await exchange.compute(work, len(data))
+            plan.is_whole = True
         except BaseException:
             answer.close()
             raise
@@ -23325,6 +23327,11 @@ async def fetch_vectors(
 
     items: list[bytes] = []
     counts = {"prompt_tokens": 0, "total_tokens": 0}
+
+    def write_batch(data: bytes, wanted: int, meter: Meter) -> None:
+        for item in read_embeddings(data, wanted, counts, meter):
+            items.append(write(item, len(items)))  # a third of what its numbers take
+
     for at in range(0, len(texts), batch):
         if at:
             await admit_next(exchange)
@@ -23334,10 +23341,9 @@ async def fetch_vectors(
         exchange.headers.update(passed_headers(answer.headers))
         meter = Meter()
         exchange.record.hear(answer.headers, meter)
-        for item in read_embeddings(
-            await answer.read_all(), len(part["input"]), counts, meter
-        ):
-            items.append(write(item, len(items)))  # a third of what its numbers take
+        data = await answer.read_all()
+        work = functools.partial(write_batch, data, len(part["input"]), meter)
+        await exchange.compute(work, len(data))
     return items, counts
 
 

@@ -1099,22 +1099,26 @@ class LeavingTest(ProxyCase):
                     event.clear()
         self.assertEqual(self.fake.count(RESPONSES), 0)
 
-    def test_others_are_served_while_a_large_prompt_is_counted(self) -> None:
+    def test_others_are_served_while_something_large_is_counted_or_read(self) -> None:
         begun, go_on = threading.Event(), threading.Event()
         self.addCleanup(go_on.set)
-        estimate = cp.estimate_tokens
 
-        def slow(*what: Any) -> int:
-            begun.set()
-            go_on.wait(DEADLINE_S)
-            return int(estimate(*what))
+        def slow(function: Callable[..., Any]) -> Callable[..., Any]:
+            def work(*what: Any) -> Any:
+                begun.set()
+                go_on.wait(DEADLINE_S)
+                return function(*what)
+            return work
 
-        self.enter(mock.patch.object(cp, "estimate_tokens", slow))
+        self.enter(mock.patch.multiple(cp, estimate_tokens=slow(cp.estimate_tokens),
+                                       read_embeddings=slow(cp.read_embeddings)))
         body = {"messages": message("x" * 300_000)["messages"]}
         gemini = {"contents": [{"parts": [{"text": "x" * 300_000}]}]}
+        vectors = {"model": "text-embedding-3-small", "dimensions": 1536, "input": ["a"] * 30}
         for path, more in (("/v1/messages/count_tokens", dict(body, model="gpt-4.1")),
                            ("/v1/responses/input_tokens", response("x" * 300_000)),
-                           ("/v1beta/models/gpt-4.1:countTokens", gemini)):
+                           ("/v1beta/models/gpt-4.1:countTokens", gemini),
+                           ("/v1/embeddings", vectors)):
             replies: list[Reply] = []
             asker = threading.Thread(target=lambda: replies.append(
                 self.proxy.post(path, more)))                     # noqa: B023
