@@ -22506,6 +22506,7 @@ class Job:
         plan.begin()
         is_stream = "event-stream" in answer.headers.get("content-type", "")
         timeout_s = exchange.app.settings.answer_timeout_s
+
         try:
             if plan.pipeline is not None and (is_stream or exchange.started):
                 plan.begun = await read_beginning(answer, plan.pipeline, timeout_s)
