@@ -665,10 +665,16 @@ class AnthropicErrors(SdkCase):
         self.assertTrue(error.request_id)
         self.assertEqual(body["request_id"], error.request_id)
 
+    def test_what_it_does_not_know_is_no_bad_request(self) -> None:
+        """A bare text is a turn, and a block that nobody knows stays as text."""
+        for messages in ("hi", [user([{"type": "unheard_of", "text": "hi"}])]):
+            self.assertTrue(self.ask(messages=messages).content)
+
     def test_bad_requests(self) -> None:
         cases: tuple[dict[str, Any], ...] = (
-            {"messages": []}, {"messages": "hi"}, {"messages": [{"role": "user", "content": []}]},
-            {"messages": [user([{"type": "unheard_of"}])]}, {"max_tokens": -1},
+            {"messages": []}, {"messages": 5}, {"messages": [{"role": "user", "content": []}]},
+            {"messages": [user([{"type": "image", "source": {"type": "file"}}])]},
+            {"max_tokens": -1},
             {"model": "text-embedding-3-small"}, {"extra_body": {"thread": {"type": "create"}}})
         for more in cases:
             for stream in (False, True):
