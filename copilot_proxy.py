@@ -1835,6 +1835,16 @@ class ToolResult(Part):
     name: str = field(default="", compare=False)
 
 
+def side_of(part: Part, role: str) -> str:
+    """The role in whose turn a part belongs, wherever it stands: calls are the model's, results
+    the user's."""
+    if isinstance(part, ToolResult):
+        return "user"
+    if isinstance(part, (ToolCall, Reasoning)):
+        return "assistant"
+    return role
+
+
 @dataclass
 class Turn:
     """role: system (OpenAI's developer, too), user or assistant."""
@@ -1935,6 +1945,14 @@ class Request:
         self.turns = []
 
     def add_turn(self, role: str, parts: list[Part]) -> None:
+        """Parts of one turn; those that belong in another's become turns of their own."""
+        if all(side_of(part, role) == role for part in parts):
+            self._add_turn(role, parts)
+            return
+        for part in parts:
+            self._add_turn(side_of(part, role), [part])
+
+    def _add_turn(self, role: str, parts: list[Part]) -> None:
         """Results of one round of tools belong into one user turn, a model's parts into one."""
         last = self.turns[-1] if self.turns else None
         is_all_results = bool(parts) and all(
@@ -3415,6 +3433,11 @@ def check_list(body: Json, key: str) -> list[Json]:
     return items
 
 
+def empty_conversation() -> BadRequest:
+    """For a request whose turns say nothing: every upstream refuses it, in words of its own."""
+    return BadRequest("the conversation is empty: no turn in it has any content")
+
+
 def walk_objects(value: Any) -> Iterator[Json]:
     """Every JSON object inside `value`, outermost first, without recursion."""
     todo = [value]
@@ -3501,7 +3524,7 @@ def prepare_tools(
 
     for tool in check_list(body, "tools") if body.get("tools") else ():
         if not is_offered(tool):
-            kind = printable(str(tool.get("type")), 60)
+            kind = printable(str(tool.get("type") or next(iter(tool), "")), 60)
             edit.lose("tools", "the tool %s is not offered upstream" % kind)
             refuse_forced_tool(body, tool)
             continue
@@ -3716,10 +3739,14 @@ def join_states(states: list[str]) -> str | None:
 
 
 def usable_parts(turn: Turn, request: Request, dialect: str) -> list[Part]:
-    """The parts of a turn that may go upstream: foreign reasoning never does."""
+    """The parts of a turn that may go upstream: foreign reasoning never does, and no upstream takes
+    a file from the model; the words of one stay."""
     kept: list[Part] = []
     for part in turn.parts:
-        if not isinstance(part, Reasoning) or (
+        if turn.role == "assistant" and isinstance(part, (Image, Document)):
+            request.lose("file", "in a turn of the model's")
+            kept.append(Text(plain_text(part) or "[a file was left out]"))
+        elif not isinstance(part, Reasoning) or (
             part.signature and part.minted_by == dialect
         ):
             kept.append(part)
@@ -3957,6 +3984,9 @@ def _read_file(part: Json, place: str, request: Request) -> list[Part]:
 def _read_source(part: Json, place: str, request: Request) -> list[Part]:
     """Anthropic's image or document: base64, a URL, plain text, or parts of its own."""
     kind, source = part.get("type"), as_object(part.get("source"))
+    if not source and isinstance(part.get("data"), str):  # as servers of MCP write it
+        media_type = part.get("mimeType") or part.get("media_type")
+        source = {"type": "base64", "media_type": media_type, "data": part["data"]}
     if source.get("type") == "content":
         title = word(part.get("title"))
         if title:
@@ -5467,7 +5497,7 @@ class ChatCompletions(Dialect):
                 self._prepare_message(edit, model, message, "messages[%d]" % at)
             self._move_tool_images(edit)
 
-        prepare_tools(edit, lambda tool: True)
+        prepare_tools(edit, lambda tool: "type" in tool)  # Gemini's tools have none
         self._prepare_max_tokens(edit, model)
 
     @staticmethod
@@ -5619,6 +5649,10 @@ class ChatCompletions(Dialect):
                 fit_id(edit, call, "id")
         if item.get("role") == "tool":
             fit_id(edit, item, "tool_call_id")
+        if item.get("refusal") and not model.is_openai:  # others know texts alone
+            refusal = edit.drop(item, "refusal")
+            texts = filter(None, (text_of(item.get("content")), str(refusal)))
+            edit.set(item, "content", "\n\n".join(texts))
         if type(item.get("content")) is str and item["content"]:
             return True
         had_content = item.get("content") is not None
@@ -6769,7 +6803,9 @@ class Responses(Dialect):
         wanted, include = "reasoning.encrypted_content", as_list(body.get("include"))
         if model.efforts and wanted not in include:  # needed to go on without a store
             edit.set(body, "include", include + [wanted])
-        prepare_tools(edit, lambda tool: tool.get("type") not in _REFUSED_TOOLS)
+        prepare_tools(
+            edit, lambda tool: tool.get("type") not in (None, *_REFUSED_TOOLS)
+        )
 
         if not isinstance(body.get("input"), str):
             items = check_list(body, "input")
@@ -7725,6 +7761,20 @@ def client_tool(tool: Json) -> Json | None:
     return None
 
 
+#: of an answer, beside role and content: a history needs none of them
+_ANSWER_FIELDS = frozenset(
+    (
+        "id",
+        "type",
+        "model",
+        "status",
+        "phase",
+        "stop_reason",
+        "stop_sequence",
+        "stop_details",
+        "usage",
+    )
+)
 _SHAPED_BLOCKS = frozenset(
     ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
 )
@@ -7811,6 +7861,16 @@ class MessagesStream(StreamRelay):
         return self._fail(error, raw if is_own and not error.overflow else b"")
 
 
+#: blocks that one role alone may have
+_BLOCK_ROLES = {"tool_use": "assistant", "tool_result": "user"}
+
+
+def is_misplaced(block: Any, role: Any) -> bool:
+    """Does this block stand in a turn where the upstream refuses it?"""
+    kind = as_object(block).get("type")
+    return isinstance(kind, str) and _BLOCK_ROLES.get(kind, role) != role
+
+
 def _as_blocks(content: Any) -> list[Any]:
     """'a' -> [{"type": "text", "text": "a"}]; a list stays."""
     if isinstance(content, str):
@@ -7890,9 +7950,11 @@ class Messages(Dialect):
                 edit.drop(body, key, "refused upstream" if body.get(key) else "")
         messages = check_list(body, "messages")
         self._prepare_system(edit)
-        if any(m.get("role") == "system" for m in messages):
+        if any(m.get("role") in SYSTEM_ROLES for m in messages):
             edit.replace(body, "messages", self._fold_system_turns(messages))
         for at, message in enumerate(body["messages"]):
+            if len(message) > 2:
+                self._drop_answer_fields(edit, message, at)
             if isinstance(message.get("content"), list):
                 blocks = [self._fit_block(edit, b, at) for b in message["content"]]
                 edit.replace(message, "content", [b for b in blocks if b is not None])
@@ -7905,7 +7967,10 @@ class Messages(Dialect):
             refused = tuple(key for key in refused if key != "defer_loading")
         prepare_tools(
             edit,
-            lambda tool: str(tool.get("type") or "custom").startswith(offered),
+            lambda tool: (
+                ("type" in tool or "name" in tool)  # Gemini's tools have neither
+                and str(tool.get("type") or "custom").startswith(offered)
+            ),
             *refused,
         )  # no search upstream: that is told
 
@@ -7955,6 +8020,16 @@ class Messages(Dialect):
             edit.drop(body, "system")
 
     @staticmethod
+    def _drop_answer_fields(edit: Edit, message: Json, at: int) -> None:
+        """Some clients replay an answer whole, with its id and usage: the upstream takes role and
+        content alone."""
+        for key in [key for key in message if key not in ("role", "content")]:
+            is_harmless = key in _ANSWER_FIELDS or not message[key]
+            edit.drop(message, key)
+            if not is_harmless:
+                edit.lose("messages[%d].%s" % (at, key), "no field of a message")
+
+    @staticmethod
     def _drop_empty_turns(edit: Edit) -> None:
         """Claude refuses turns without a word.  A system text alone becomes the user's turn."""
         body = edit.body
@@ -7970,8 +8045,9 @@ class Messages(Dialect):
             system = None
         if system:
             kept.append({"role": "user", "content": system})
-        if kept:
-            edit.replace(body, "messages", kept)
+        if not kept:
+            raise empty_conversation()
+        edit.replace(body, "messages", kept)
 
     @staticmethod
     def _as_reminder(block: Any) -> Any:
@@ -7989,7 +8065,7 @@ class Messages(Dialect):
         waiting: list[Json] = []
         for message in messages + [{"role": "end"}]:
             blocks = _as_blocks(message.get("content"))
-            if message.get("role") == "system":
+            if message.get("role") in SYSTEM_ROLES:
                 waiting += [Messages._as_reminder(block) for block in blocks]
                 continue
             if waiting and message.get("role") == "user":
@@ -8170,6 +8246,8 @@ class Messages(Dialect):
         content = item.get("content")
         if not _has_parts(content, _SHAPED_BLOCKS):
             return False
+        if any(is_misplaced(block, item["role"]) for block in as_list(content)):
+            return False
         results = [
             block for block in as_list(content) if block["type"] == "tool_result"
         ]
@@ -8186,6 +8264,14 @@ class Messages(Dialect):
 
     def answer_headers(self, request_id: str) -> list[tuple[str, str]]:
         return [("request-id", request_id)]  # where Anthropic's SDK looks for it
+
+    def is_own_item(self, item: Json) -> bool:
+        role, content = item.get("role"), item.get("content")
+        if isinstance(content, dict):
+            content = [content]
+        return role is not None and not any(
+            is_misplaced(block, role) for block in as_list(content)
+        )
 
     def takes_stops(self, stops: list[str], model: Model) -> bool:
         return all(stop.strip() for stop in stops)  # white space alone is refused
@@ -8321,9 +8407,12 @@ class Messages(Dialect):
 
     def read_turn(self, request: Request, item: Json, place: str) -> None:
         role = item.get("role")
+        if role == "developer":
+            role = "system"
         if role not in ("user", "assistant", "system"):
             raise BadRequest("'%s.role' must be user or assistant" % place, param=place)
-        request.add_turn(role, read_content(item.get("content"), place, request))
+        parts = read_content(item.get("content"), place, request)
+        request.add_turn(role, parts)
 
     def read_tool(self, tool: Json, request: Request) -> None:
         shown = client_tool(tool) or tool
@@ -10480,16 +10569,34 @@ def shape_choice(edit: Edit, client: Dialect, model: Model) -> None:
 _ANTHROPIC_PARTS = ("tool_use", "tool_result", "thinking", "redacted_thinking")
 
 
+def give_call_ids(edit: Edit, client: Dialect, model: Model) -> None:
+    """Items of the local shell may have ids alone, and those do not go up."""
+    named: dict[str, Any] = {}  # id of a call -> its call_id
+    for item in as_list(edit.body.get(client.turns_key)):
+        if not str(as_object(item).get("type")).startswith("local_shell_call"):
+            continue
+        item_id = item.get("id")
+        if not isinstance(item_id, str):
+            continue
+        if item.get("call_id"):
+            named[item_id] = item["call_id"]
+        else:
+            edit.set(item, "call_id", named.get(item_id, item_id))
+
+
 def _reader_of(item: Json, client: Dialect) -> Dialect:
     """The dialect in whose shape an item of a conversation is written."""
-    if item.get("role") == "tool" or item.get("tool_calls"):
+    if item.get("role") == "tool" or item.get("tool_calls") or item.get("refusal"):
         return CHAT
     if item.get("role") is None and item.get("type") is not None:
         return RESPONSES
-    if client.turns_key == "messages" or item.get("role") == "user":
-        parts = as_list(item.get("content"))
-        if any(as_object(part).get("type") in _ANTHROPIC_PARTS for part in parts):
-            return MESSAGES
+    content = item.get("content")
+    if isinstance(content, list):
+        parts = content
+    else:
+        parts = [content]
+    if any(as_object(part).get("type") in _ANTHROPIC_PARTS for part in parts):
+        return MESSAGES
     return client
 
 
@@ -10549,7 +10656,10 @@ def shape_content(edit: Edit, client: Dialect, item: Json, place: str) -> None:
             continue
         shaped: list[Any] = []
         for part in parts:
-            if isinstance(part, dict) and str(part.get("type")) in client.own_parts:
+            is_own = (
+                isinstance(part, dict) and str(part.get("type")) in client.own_parts
+            )
+            if is_own and (part.get("source") or "data" not in part):
                 if part.get("type") == "tool_result":
                     shape_content(edit, client, part, place)
                 elif part.get("type") in IMAGE_TYPES:
@@ -10574,6 +10684,24 @@ def rewrite_item(
     return client.write_turns(request.turns, request, model)
 
 
+def fit_call_ids(edit: Edit, items: list[Json]) -> None:
+    """An item that was rewritten has a call id that every upstream takes; the others get theirs
+    before calls are paired, so that a call and its result have the same."""
+    places: list[tuple[Json, str]] = []
+    for item in items:
+        places += [(item, "call_id"), (item, "tool_call_id")]
+        places += [(call, "id") for call in dicts_in(item, "tool_calls")]
+        for block in dicts_in(item, "content"):
+            if block.get("type") == "tool_use":
+                places.append((block, "id"))
+            elif block.get("type") == "tool_result":
+                places.append((block, "tool_use_id"))
+
+    for holder, key in places:
+        if isinstance(holder.get(key), str):
+            fit_id(edit, holder, key)
+
+
 def shape_turns(edit: Edit, client: Dialect, model: Model) -> None:
     """Items and parts in the shape of another dialect, and those that no dialect knows: their text
     stays, since a session must not end because its history holds one."""
@@ -10582,6 +10710,7 @@ def shape_turns(edit: Edit, client: Dialect, model: Model) -> None:
     if not isinstance(items, list):
         return
     shaped: list[Any] = []
+    is_mixed = False
     for at, item in enumerate(items):
         place = "%s[%d]" % (key, at)
         if isinstance(item, str):
@@ -10593,8 +10722,11 @@ def shape_turns(edit: Edit, client: Dialect, model: Model) -> None:
             shaped.append(item)
         else:
             shaped += rewrite_item(edit, client, item, model, place)
+            is_mixed = True
 
     edit.replace(edit.body, key, shaped)
+    if is_mixed:
+        fit_call_ids(edit, dicts_in(edit.body, key))
 
 
 #: what is done to every request, in this order: to its fields, then to its turns
@@ -10609,6 +10741,7 @@ FIELD_STEPS: tuple[Callable[[Edit, Dialect, Model], None], ...] = (
 )
 TURN_STEPS: tuple[Callable[[Edit, Dialect, Model], None], ...] = (
     convert_function_turns,
+    give_call_ids,
     shape_turns,
 )
 
@@ -10683,6 +10816,18 @@ def rename_repeated_calls(step: ToolStep, results: list[Json], seen: set[str]) -
         seen.add(call_id)
 
 
+def rename_twin_calls(step: ToolStep, results: list[Json]) -> None:
+    """In Chat, calls of one message must differ in their ids: nothing else tells their results
+    apart.  The later of two gets an id of its own, and so does its result."""
+    seen: set[str] = set()
+    for number, call_id in enumerate(step.calls):
+        if call_id in seen:
+            own_id = stable_id("call_", "%s %d" % (call_id, number))
+            step.item["tool_calls"][number]["id"] = own_id
+            results[number]["tool_call_id"] = own_id
+        seen.add(call_id)
+
+
 def _in_order(steps: list[ToolStep], dialect: Dialect, edit: Edit) -> Iterator[Json]:
     """A result belongs to the latest open call of its id before it, else to one behind it."""
     calls, results, orphans = OpenCalls(), {}, set()
@@ -10718,6 +10863,8 @@ def _in_order(steps: list[ToolStep], dialect: Dialect, edit: Edit) -> Iterator[J
         ]
         if dialect.unique_call_ids:
             rename_repeated_calls(step, made, seen)
+        elif len(set(step.calls)) < len(step.calls):
+            rename_twin_calls(step, made)
         yield from made
 
 
@@ -10842,6 +10989,8 @@ def tidy_history(edit: Edit, dialect: Dialect, model: Model) -> None:
     body, key = edit.body, dialect.turns_key
     drop_nulls(edit, body)
     dialect.drop_foreign_fields(edit, model)
+    if body.get(key) == []:
+        raise empty_conversation()
 
     if edit.is_words:
         fit_names(edit, [])
@@ -10861,6 +11010,8 @@ def tidy_history(edit: Edit, dialect: Dialect, model: Model) -> None:
 
     if kept:
         edit.replace(body, key, kept)
+    elif isinstance(body.get(key), list):
+        raise empty_conversation()
     fit_names(edit, calls)
 
 

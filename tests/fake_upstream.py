@@ -1089,16 +1089,19 @@ def check_items(ask: Ask) -> None:
 def check_outputs(ask: Ask) -> None:
     """Each tool output answers a call of the same input, and each call is answered."""
     waiting: Set[str] = set()
+    vendor: Set[str] = set()         # of tools that have items of their own, like the shell
     for item in response_input(ask.body):
         kind = str(item.get("type"))
         if kind in ("function_call", "custom_tool_call"):
             waiting.add(item["call_id"])
             check_name(item["name"])
-        elif kind.endswith("_call_output"):
-            if item.get("call_id") not in waiting:
+        elif kind.endswith("_call") and item.get("call_id"):
+            vendor.add(item["call_id"])
+        elif kind.endswith("_call_output") or kind == "tool_search_output":
+            if item.get("call_id") not in waiting | vendor:
                 raise bad("No tool call found for function call output with call_id %s."
                           % item.get("call_id"), param="input")
-            waiting.remove(item["call_id"])
+            waiting.discard(item["call_id"])
     if waiting:
         raise bad("No tool output found for function call %s." % sorted(waiting)[0], param="input")
     for tool in ask.body.get("tools") or []:
