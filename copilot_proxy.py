@@ -20363,20 +20363,20 @@ class Workers:
                 break
             work()
             work = None  # it holds a whole request, which an idle thread must not keep
-        with self._lock:
-            self._free -= 1
-            self._count -= 1
 
     def _next(self) -> Callable[[], None] | None:
-        """None: nothing more is to be done by this thread."""
+        """None: this thread has nothing more to do, and counts no more.  It is not counted from
+        the look into the queue on, else work could be left to a thread that ends."""
         try:
             return self._queue.get(timeout=WORKER_IDLE_S)
         except queue.Empty:
             pass
         with self._lock:
-            if self._queue.empty():
-                return None
-            return self._queue.get()
+            if not self._queue.empty():
+                return self._queue.get()
+            self._free -= 1
+            self._count -= 1
+            return None
 
 
 class Alarm(Connection):
@@ -20631,7 +20631,10 @@ class EventLoop:
         return error is None
 
     def _give_up(self, connection: Connection) -> None:
-        """After a fault of ours: this connection is over, the others go on."""
+        """After a fault of ours: this connection is over, the others go on.  So do the listeners
+        and the alarm, without which nobody would be served any more."""
+        if isinstance(connection, (Listener, Alarm)):
+            return
         self.watch(connection, 0)
         if isinstance(connection, ClientConnection):
             connection.at_end = True
@@ -20660,7 +20663,8 @@ class EventLoop:
     def _tick(self) -> None:
         """Deadlines, and what clients are sent in a silence."""
         for task in [task for task in list(self._tasks) if task.deadline <= self._now]:
-            if task.what is not None:
+            # an earlier one of them may have resumed it: then it waits for something else
+            if task.what is not None and task.deadline <= self._now:
                 self._resume(task, False)
         for client in list(self.clients):
             if not self._guard(client.on_tick, self._now):
@@ -20683,6 +20687,9 @@ class EventLoop:
         self, task: Task, value: Any = None, error: BaseException | None = None
     ) -> None:
         """Run a coroutine until it waits or ends."""
+        if task not in self._tasks:
+            return  # it has ended: the server stops, and closes all of them
+
         what, task.what = task.what, None
         if isinstance(what, Ready):
             what.connection.waiter = None
@@ -20995,7 +21002,8 @@ class Server(ThreadingHTTPServer):
             self.loop.clients.discard,
         )
         if len(self.loop.clients) >= self._most_clients:
-            self._refuse_connection(request)
+            with contextlib.suppress(OSError):  # it has gone already
+                self._refuse_connection(request)
             client.close()
             return
         self.loop.clients.add(client)

@@ -1,0 +1,148 @@
+"""Faults of the event loop that a second look has found: each with its symptom."""
+from __future__ import annotations
+
+import logging
+import time
+import unittest
+from typing import Any
+from unittest import mock
+
+from support import RawClient, cp, get, second_proxy, wait_until
+from cases import RelayCase
+
+
+class Errors(logging.Handler):
+    """Keeps what was logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))
+
+
+class Expired(cp.Wait):  # type: ignore[misc]
+    """A wait that nothing but its time ends."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+
+    def begin(self, loop: Any, task: Any) -> None:
+        """Nothing resumes it."""
+
+
+def make_loop(case: unittest.TestCase) -> tuple[Any, Errors]:
+    """A loop that does not run: the tests call its rounds themselves."""
+    log, errors = logging.Logger("faults"), Errors()
+    log.addHandler(errors)
+    loop = cp.EventLoop(cp.Settings(), log)
+    case.addCleanup(loop.close)
+    return loop, errors
+
+
+async def wait_for(what: Any) -> Any:
+    return await cp.wait(what)
+
+
+class StopTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.loop, self.errors = make_loop(self)
+
+    def test_a_coroutine_that_begins_while_the_server_stops_is_no_fault(self) -> None:
+        self.loop.post(self.loop._stop)
+        self.loop.spawn(wait_for(cp.Signal()))
+        self.loop._take_inbox()
+        self.assertEqual(self.errors.lines, [])
+
+    def test_a_pause_or_a_turn_that_is_due_at_the_stop_does_not_end_the_loop_early(self) -> None:
+        for what in (cp.Pause(0.0), cp.NextTurn()):
+            with self.subTest(what=type(what).__name__):
+                loop, errors = make_loop(self)
+                loop.spawn(wait_for(what))
+                loop._take_inbox()
+                loop.post(loop._stop)
+                loop._take_inbox()
+                loop._now = time.monotonic() + 1
+                loop._take_turns()
+                loop._run_timers()
+                self.assertEqual(errors.lines, [])
+
+    def test_a_signal_that_was_set_before_the_stop_is_no_fault(self) -> None:
+        signal = cp.Signal()
+        self.loop.spawn(wait_for(signal))
+        self.loop._take_inbox()
+        self.loop.post(self.loop._stop)
+        signal.set()
+        self.loop._take_inbox()
+        self.assertEqual(self.errors.lines, [])
+
+
+class DeadlineTest(unittest.TestCase):
+    def test_a_new_wait_is_not_ended_by_the_deadline_of_the_one_before(self) -> None:
+        loop, _ = make_loop(self)
+        results: list[Any] = []
+
+        async def second() -> None:
+            try:
+                await cp.wait(Expired(0.0))
+            except cp.ClientGone:
+                results.append(await cp.wait(Expired(60.0)))
+
+        task: list[Any] = []
+
+        async def first() -> None:
+            await cp.wait(Expired(0.0))
+            loop.cancel(task[0], cp.ClientGone())
+
+        loop.spawn(first())
+        task.append(loop.spawn(second()))
+        loop._take_inbox()
+        loop._now = time.monotonic() + 1
+        loop._tick()
+        self.assertEqual(results, [])
+        loop._stop()
+
+
+class WorkerEndsTest(unittest.TestCase):
+    def test_work_that_comes_just_when_the_last_thread_ends_is_not_left_lying(self) -> None:
+        done: list[int] = []
+        pool = cp.Workers()
+        pool._count = pool._free = 1  # one thread, that is idle: this one
+        with mock.patch.object(cp, "WORKER_IDLE_S", 0.001):
+            self.assertIsNone(pool._next())
+            self.assertTrue(pool.put(lambda: done.append(1)))
+            wait_until(lambda: done == [1], "another thread does it")
+
+
+class TooManyTest(RelayCase):
+    def test_a_client_that_resets_while_it_is_refused_does_not_deafen_the_server(self) -> None:
+        def reset(sock: Any, data: Any) -> int:
+            raise ConnectionResetError("reset by peer")
+
+        with second_proxy(self) as proxy:  # type: ignore[arg-type]
+            server = proxy.server
+            most, server._most_clients = server._most_clients, 0
+            with mock.patch.object(cp, "send_now", reset), RawClient(proxy.port) as refused:
+                self.assertTrue(refused.is_closed())
+            server._most_clients = most
+            with RawClient(proxy.port) as client:
+                self.assertEqual(client.ask(get("/health")).status, 200)
+
+    def test_a_fault_in_letting_a_client_in_does_not_deafen_the_server(self) -> None:
+        tried: list[int] = []
+
+        def fail(*args: Any) -> Any:
+            tried.append(1)
+            raise RuntimeError("a fault put in by a test")
+
+        with second_proxy(self) as proxy:  # type: ignore[arg-type]
+            with mock.patch.object(proxy.server, "process_request", fail):
+                with RawClient(proxy.port):
+                    wait_until(lambda: tried, "it was to be let in")
+            with RawClient(proxy.port) as client:
+                self.assertEqual(client.ask(get("/health")).status, 200)
+
+
+if __name__ == "__main__":
+    unittest.main()
