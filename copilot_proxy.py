@@ -22955,7 +22955,8 @@ async def stored_response(exchange: Exchange) -> None:
         exchange.reply_json({"id": response_id, "object": "response", "deleted": True})
         return
 
-    found = store.find(owner, response_id)
+    find = functools.partial(store.find, owner, response_id)
+    found = await exchange.compute(find, INLINE_BYTES + 1)  # what is kept may be large
     if (
         found is None
         or tail not in ("", "input_items")

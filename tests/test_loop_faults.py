@@ -1,7 +1,8 @@
-"""Faults of the event loop that a second look has found: each with its symptom."""
+"""Sections 18 and 20: faults of the event loop and its threads, each by its symptom."""
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import unittest
 from typing import Any
@@ -142,6 +143,18 @@ class TooManyTest(RelayCase):
                     wait_until(lambda: tried, "it was to be let in")
             with RawClient(proxy.port) as client:
                 self.assertEqual(client.ask(get("/health")).status, 200)
+
+
+class KeptTest(RelayCase):
+    def test_a_large_kept_response_is_not_parsed_in_the_loops_thread(self) -> None:
+        names: list[str] = []
+
+        def find(*args: Any) -> Any:
+            names.append(threading.current_thread().name)
+
+        with mock.patch.object(self.proxy.app.store, "find", find):
+            self.assertEqual(self.client().ask(get("/v1/responses/resp_1")).status, 404)
+        self.assertEqual(names, ["worker"])
 
 
 if __name__ == "__main__":
