@@ -270,6 +270,7 @@ MAX_UNNAMED_CHARS = 64 * 1024  # of arguments before the name of their tool
 READ_BYTES = 64 * 1024  # of one look at a socket
 RECORD_BYTES = 16 * 1024  # of a TLS record, at most
 NAME_AGE_S = 60.0  # of the addresses of a host
+NAME_ERROR_AGE_S = 0.2  # of a failed look-up: for all who waited for it, hardly longer
 
 HANDSHAKE_S = 10.0  # of TLS, from the connection's beginning
 HEAD_TIMEOUT_S = 30.0  # a request head, from its first byte
@@ -14811,8 +14812,11 @@ class HostNames:
 
     @staticmethod
     def _is_old(value: tuple[float, Any]) -> bool:
-        is_error = isinstance(value[1], Exception)
-        return is_error or time.monotonic() - value[0] >= NAME_AGE_S
+        if isinstance(value[1], Exception):
+            longest_s = NAME_ERROR_AGE_S
+        else:
+            longest_s = NAME_AGE_S
+        return time.monotonic() - value[0] >= longest_s
 
 
 #: what connect_ex returns while a connection is being made

@@ -1,4 +1,4 @@
-"""Sections 18 and 20: faults of the event loop and its threads, each by its symptom."""
+"""Faults of the event loop, its threads and waits (sections 13, 18, 20), each by its symptom."""
 from __future__ import annotations
 
 import logging
@@ -8,7 +8,7 @@ import unittest
 from typing import Any
 from unittest import mock
 
-from support import RawClient, cp, get, second_proxy, wait_until
+from support import DEADLINE_S, RawClient, cp, get, second_proxy, wait_until
 from cases import RelayCase
 
 
@@ -155,6 +155,48 @@ class KeptTest(RelayCase):
         with mock.patch.object(self.proxy.app.store, "find", find):
             self.assertEqual(self.client().ask(get("/v1/responses/resp_1")).status, 404)
         self.assertEqual(names, ["worker"])
+
+
+class NamesTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.names, self.look_ups = cp.HostNames(), 0
+        self.gate = threading.Event()
+        patch = mock.patch.object(self.names, "_look_up", self.look_up)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def look_up(self, host: str, port: int, flags: int = 0) -> Any:
+        if not flags:
+            self.look_ups += 1
+            self.gate.wait(DEADLINE_S)
+        raise OSError("no such name")
+
+    def ask(self, number: int) -> list[str]:
+        """So many at the same time -> what each of them was told."""
+        loop, _ = make_loop(self)
+        told: list[str] = []
+
+        def end(value: Any, error: Any) -> None:
+            told.append(str(error))
+
+        loop.start()
+        for _ in range(number):
+            loop.spawn(self.names.find("host.invalid", 443), end)
+        wait_until(lambda: self.look_ups == 1, "the name is looked up")
+        loop.post(self.gate.set)  # behind all who ask
+        wait_until(lambda: len(told) == number, "all are told")
+        loop.stop()
+        return told
+
+    def test_many_who_wait_for_a_name_that_cannot_be_found_wait_for_one_look_up(self) -> None:
+        with mock.patch.object(cp, "NAME_ERROR_AGE_S", DEADLINE_S):
+            self.assertEqual(self.ask(10), ["no such name"] * 10)
+        self.assertEqual(self.look_ups, 1)
+
+    def test_a_name_that_could_not_be_found_is_looked_up_again_soon(self) -> None:
+        old = time.monotonic() - cp.NAME_ERROR_AGE_S, OSError("no such name")
+        self.assertTrue(self.names._is_old(old))
+        self.assertLessEqual(cp.NAME_ERROR_AGE_S, 1.0)
 
 
 if __name__ == "__main__":
