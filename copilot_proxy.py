@@ -21089,7 +21089,7 @@ class Server(ThreadingHTTPServer):
             if refusal is not None:
                 exchange.refuse(refusal)
             await exchange.client.flushed()
-        except ClientGone:
+        except (ClientGone, UpstreamError):  # the latter at the end of the server
             exchange.client_left()
             return False
 
@@ -22550,7 +22550,10 @@ class Job:
         try:
             found = await self.search(exchange, self.copilot, wish)
             blocks, usage = found.blocks(wish.query, use), found.usage or usage
-        except (UpstreamError, BadRequest) as error:
+        except ProxyError as error:
+            is_of_search = isinstance(error, (UpstreamError, BadRequest))
+            if not (is_of_search or exchange.started):
+                raise  # the client can still be told by a status
             blocks, count = failed_search(wish.query, use, error), 0
             exchange.record.fail(error)
 

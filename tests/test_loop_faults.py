@@ -8,7 +8,7 @@ import unittest
 from typing import Any
 from unittest import mock
 
-from support import DEADLINE_S, RawClient, cp, get, second_proxy, wait_until
+from support import DEADLINE_S, RawClient, chat, cp, get, post, second_proxy, wait_until
 from cases import RelayCase
 
 
@@ -77,6 +77,20 @@ class StopTest(unittest.TestCase):
         signal.set()
         self.loop._take_inbox()
         self.assertEqual(self.errors.lines, [])
+
+
+class SlowAtTheEndTest(RelayCase):
+    def test_a_client_that_has_not_taken_its_answer_at_the_end_is_no_fault(self) -> None:
+        with second_proxy(self) as proxy:  # type: ignore[arg-type]
+            with RawClient(proxy.port) as client:
+                client.send(post("/v1/chat/completions", chat("a" * 12_000_000)))
+                wait_until(
+                    lambda: any(one.out for one in proxy.server.loop.clients.copy()),
+                    "a part of the answer is not taken",
+                )
+                proxy.server.finish(0.05)
+            errors = [one.getMessage() for one in proxy.logs if one.levelname == "ERROR"]
+            self.assertEqual(errors, [])
 
 
 class DeadlineTest(unittest.TestCase):
@@ -154,6 +168,22 @@ class KeptTest(RelayCase):
 
         with mock.patch.object(self.proxy.app.store, "find", find):
             self.assertEqual(self.client().ask(get("/v1/responses/resp_1")).status, 404)
+        self.assertEqual(names, ["worker"])
+
+
+class EmbeddingsTest(RelayCase):
+    def test_a_large_batch_of_vectors_is_not_parsed_in_the_loops_thread(self) -> None:
+        names: list[str] = []
+        read = cp.read_embeddings
+
+        def note(*args: Any) -> Any:
+            names.append(threading.current_thread().name)
+            return read(*args)
+
+        body = {"model": "text-embedding-3-small", "input": ["a", "b"]}
+        patches = mock.patch.multiple(cp, read_embeddings=note, INLINE_BYTES=100)
+        with patches, self.client() as client:
+            self.assertEqual(client.ask(post("/v1/embeddings", body)).status, 200)
         self.assertEqual(names, ["worker"])
 
 

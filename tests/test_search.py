@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import unittest
 from typing import Any
+from unittest import mock
 
-from support import Proxy, ProxyCase, message
+from support import Proxy, ProxyCase, cp, message
 from fake_upstream import MESSAGES, RESPONSES, Answer, bad, today_models
 
 RESULTS = [("One", "https://one.example/a"), ("Two", "https://two.example/b"),
@@ -147,6 +148,30 @@ class FailureTest(SearchCase):
     def test_no_model_searches(self) -> None:
         self.fake.models = [e for e in self.fake.models if e["id"] == MODEL]
         self.check(self.ask())
+
+
+class LateFailureTest(SearchCase):
+    settings = dict(keepalive_s=0.05)
+
+    def test_a_limit_that_is_met_behind_a_keep_alive_ends_the_stream_properly(self) -> None:
+        async def search(exchange: Any, copilot: Any, wish: Any) -> Any:
+            while not exchange.started:
+                await cp.wait(cp.Pause(0.01))
+            raise cp.RateLimited("no more searches today")
+
+        with mock.patch.object(cp.Job, "search", staticmethod(search)):
+            events = self.ask(stream=True).events
+        self.assertEqual(events[-1]["type"], "message_stop")
+        self.assertIn("no more searches today", str(events))
+
+    def test_a_limit_that_is_met_at_once_is_told_by_its_status(self) -> None:
+        async def search(exchange: Any, copilot: Any, wish: Any) -> Any:
+            raise cp.RateLimited("no more searches today")
+
+        with mock.patch.object(cp.Job, "search", staticmethod(search)):
+            reply = self.proxy.post("/v1/messages", message(
+                "Perform a web search for the query: cats", MODEL, stream=True, tools=[TOOL]))
+        self.assertEqual(reply.status, 429)
 
 
 class AlphaTest(SearchCase):
