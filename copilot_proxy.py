@@ -20637,9 +20637,8 @@ class EventLoop:
     def _give_up(self, connection: Connection) -> None:
         """After a fault of ours: this connection is over, the others go on.  So do the listeners
         and the alarm, without which nobody would be served any more."""
-        if isinstance(connection, (Listener, Alarm)):
-            return
-        self.watch(connection, 0)
+        if isinstance(connection, (ClientConnection, HttpConnection)):
+            self.watch(connection, 0)
         if isinstance(connection, ClientConnection):
             connection.at_end = True
             self.cancel(connection.task, ClientGone())
