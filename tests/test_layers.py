@@ -30,9 +30,10 @@ HEAVY = {"ssl", "difflib", "ipaddress", "resource", "webbrowser", "sqlite3", "ge
 #: sys.stdlib_module_names
 STDLIB = {"__future__", "argparse", "base64", "binascii", "calendar", "collections", "contextlib",
           "ctypes",
-          "dataclasses", "difflib", "email", "errno", "functools", "getpass", "gzip", "hashlib",
+          "dataclasses", "datetime", "difflib", "email", "errno", "functools", "gc", "getpass",
+          "gzip", "hashlib", "heapq",
           "hmac", "html", "http", "importlib", "io", "ipaddress", "itertools", "json", "logging",
-          "math", "os", "platform", "queue", "re", "resource", "secrets", "select", "selectors",
+          "math", "operator", "os", "platform", "queue", "re", "resource", "secrets", "select", "selectors",
           "shlex", "shutil", "signal", "socket", "socketserver", "sqlite3", "ssl", "stat",
           "string", "struct", "subprocess", "sys", "tempfile", "textwrap", "threading", "time",
           "traceback", "types", "typing", "unicodedata", "urllib", "uuid", "webbrowser",
