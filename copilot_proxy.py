@@ -12904,7 +12904,7 @@ def drop_tool(plan: Plan, name: str) -> bool:
         and "input_schema" not in tool
     ]
 
-    kinds = {tool["type"] for tool in hosted}
+    kinds = {word(tool["type"]) for tool in hosted}
 
     if kinds & {
         "custom",

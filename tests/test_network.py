@@ -69,6 +69,20 @@ def run_openssl(*args: str) -> None:
 
 
 @unittest.skipUnless(shutil.which("openssl"), "no openssl at hand to make certificates with")
+@contextlib.contextmanager
+def silent_port() -> Iterator[int]:
+    """A port whose queue is full: the system answers no further connection, as firewalls do."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.socket())
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        for _ in range(5):
+            one = stack.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(server.getsockname())
+        yield server.getsockname()[1]
+
+
 class CompanyTest(unittest.TestCase):
     """A proxy that inspects, made-up hosts, and every way in which it goes wrong."""
 
@@ -241,13 +255,15 @@ class CompanyTest(unittest.TestCase):
         self.assertIn("DNS   FAILED: cannot find the host octo.ghe.com", walk)
 
     @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
-    def test_a_port_that_nothing_serves_and_a_silent_firewall(self) -> None:
+    def test_a_port_that_nothing_serves(self) -> None:
         self.told("cannot connect to api.octo.ghe.com through the proxy",
                   HTTPS_PROXY="http://127.0.0.1:1")
-        with unittest.mock.patch.object(socket, "create_connection",
-                                        side_effect=socket.timeout("timed out")):
+
+    @unittest.skipUnless(SLOW and sys.platform == "linux", "COPILOT_PROXY_SLOW_TESTS=1, Linux only")
+    def test_a_silent_firewall(self) -> None:
+        with silent_port() as port, unittest.mock.patch.object(cp, "CONNECT_TIMEOUT_S", 0.3):
             walk = self.told("a firewall? Behind a company proxy set HTTPS_PROXY",
-                             HTTPS_PROXY="http://127.0.0.1:1")
+                             HTTPS_PROXY="http://127.0.0.1:%d" % port)
         self.assertIn("TCP   FAILED: ", walk)
 
     @unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
