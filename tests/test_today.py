@@ -405,7 +405,7 @@ class WarningTest(CommandCase):
         code, output = self.run_here("models", **self.ALIASES)
         self.assertEqual(code, 0, output)
         self.check(output)
-        self.assertIn(os.path.join(self.home, ".codex", "config.toml"), output)
+        self.assertIn(cp.printable(os.path.join(self.home, ".codex", "config.toml")), output)
         code, output = self.run_here("models", "--fallback", "nope", "--model-alias", "a=gpt-99")
         self.assertIn("--fallback nope: this account does not list it; requests with it get 404",
                       output)
