@@ -165,17 +165,19 @@ class KeysAtStartTest(unittest.TestCase):
     def test_stored_keys_are_listed_at_the_start_and_a_new_one_is_logged(self) -> None:
         fake = FakeUpstream().start()
         self.addCleanup(fake.close)
-        home = tempfile.mkdtemp()
+        home_folder = tempfile.TemporaryDirectory()
+        self.addCleanup(home_folder.cleanup)
+        home = home_folder.name
         folder = os.path.join(home, "data")
         host = fake.url.partition("://")[2]
         keys = cp.KeyFile(os.path.join(folder, "proxy_accounts.json"), host, ())
         made = keys.add("sk-copilot-made-up", "hubot\n\x1b[31m", "ghu_hubot")
         start = ("start", "--github-url", fake.url, "--data-dir", folder, "--port", "0",
                  "--api-key", "auto")
-        server = Command(*start, home=home)
-        server.wait_for_url()
-        server.stop()
-        output = server.output()
+        with Command(*start, home=home) as server:
+            server.wait_for_url()
+            server.stop()
+            output = server.output()
         self.assertIn("key %s of hubot" % made.id, output)
         self.assertNotIn("\x1b", output)
         self.assertRegex(output, "key [0-9a-f]{8} was issued to the operator")
