@@ -72,7 +72,12 @@ from fake_upstream import CHAT, MESSAGES, RESPONSES, FakeUpstream  # noqa: E402
 SCRIPT = os.path.join(ROOT, "copilot_proxy.py")
 DEADLINE_S = 10.0            # for anything that should happen at once
 SLOW = os.environ.get("COPILOT_PROXY_SLOW_TESTS") == "1"      # the long run, as in .ci/run
+#: decorates what is long, or is a variant of what the plain run has
+long_run = unittest.skipUnless(SLOW, "COPILOT_PROXY_SLOW_TESTS=1 only")
 JSON_TYPE = {"Content-Type": "application/json"}
+
+# Client, proxy and fake are threads of one process here, and hand over to each other all the time.
+sys.setswitchinterval(0.0005)
 
 # The product's logger has no handler as a library; the tests keep it quiet and look at records.
 logging.getLogger("copilot_proxy").addHandler(logging.NullHandler())
@@ -227,6 +232,8 @@ class Proxy:
         self.settings = cp.Settings(**values).check()
         self.app = cp.App(self.settings, environ or {}, clock or cp.read_clock)
         self.server = cp.Server(self.app, cp.ROUTES, "127.0.0.1", self.settings.port)
+        loop = self.server.loop                 # looks at its deadlines once a second, else
+        loop._tick_s = min(loop._tick_s, 0.05)
         self.logs: list[logging.LogRecord] = []
         self._handler = _ListHandler(self.logs)
 
@@ -540,9 +547,8 @@ class Command:
         return line.partition("Anthropic clients")[2].split()[0].rstrip('",')
 
     def wait(self, timeout_s: float = 20.0) -> int:
-        code = self.process.wait(timeout_s)
-        self._reader.join(5)
-        return code
+        self._reader.join(timeout_s)          # its output ends with it, and is noticed at once
+        return self.process.wait(timeout_s)
 
     def stop(self, signal_number: int = 15) -> int:
         if self.process.poll() is None:

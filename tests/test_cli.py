@@ -23,7 +23,8 @@ from typing import Any, Iterator
 
 import support
 from support import (SCRIPT, SLOW, Command, Reply, accepts, ask, chat, clean_environment,
-                     interrupts_on, message, patient, response, run_command, run_main, wait_until)
+                     interrupts_on, long_run, message, patient, response, run_command, run_main,
+                     wait_until)
 import copilot_proxy as cp
 from fake_upstream import CHAT, EXCHANGE, MODELS, USAGE, USER, Answer, FakeUpstream, Token
 from cases import CliCase, MappingProxy
@@ -235,6 +236,7 @@ class DemoTest(unittest.TestCase):
         self.assertTrue(chunks[-1]["usage"]["total_tokens"])
         self.assertTrue(answer.is_done)
 
+    @long_run
     def test_responses_stream_in_the_shape_of_the_sdk(self) -> None:
         events = ask(self.url, "POST", "/v1/responses", response("Hi", stream=True)).events
         kinds = [event["type"] for event in events]
@@ -247,6 +249,7 @@ class DemoTest(unittest.TestCase):
         self.assertEqual({event["item_id"] for event in events if "item_id" in event},
                          {events[-1]["response"]["output"][0]["id"]})
 
+    @long_run
     def test_messages_stream_in_the_shape_of_the_sdk(self) -> None:
         answer = ask(self.url, "POST", "/v1/messages", message("Hi", stream=True))
         kinds = [event["type"] for event in answer.events if event["type"] != "ping"]

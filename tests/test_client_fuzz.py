@@ -14,7 +14,7 @@ from support import SLOW, cp
 from client_wire import GeminiWriter, OllamaWriter, gemini_pieces, ollama_pieces, stream_of
 from wire import MODEL, PARALLEL, PIXEL, SCHEMA, events_of
 
-ROUNDS = 6_000 if SLOW else 700
+ROUNDS = 6_000 if SLOW else 300
 ODD: tuple[Any, ...] = (None, True, 0, -1, 1e300, 2 ** 70, "", "x", "\ud800", [], {}, [[]], [None],
                         [5], ["x"], {"a": 1}, {"parts": 5}, [{"text": 5}], {"role": 5}, "==", "é",
                         {"type": ["STRING", 5]}, {"functionCall": {"args": []}})

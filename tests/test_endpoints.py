@@ -159,7 +159,7 @@ class WholeForStreamTest(ProxyCase):
 
     def slow(self, end: bool = True) -> Answer:
         def parts() -> Iterator[bytes]:
-            time.sleep(0.3)
+            time.sleep(0.12)
             yield json.dumps({"id": "a", "object": "chat.completion", "created": 1,
                               "model": "gpt-4.1", "choices": [{
                                   "index": 0, "finish_reason": "stop",

@@ -7,7 +7,7 @@ import json
 import logging
 import unittest
 
-from support import ProxyCase, chat, cp, run_main, wait_until
+from support import SLOW, ProxyCase, chat, cp, run_main, wait_until
 from fake_upstream import CHAT, EXCHANGE, Answer, FakeUpstream, make_model
 from cases import FolderCase
 
@@ -160,8 +160,8 @@ class TerminalTest(FolderCase):
             fake.logins["ghu_fake"] = EVIL
             common = ("--github-url", fake.url, "--github-token", "ghu_fake")
             for args in (("models",), ("models", "--json"), ("check-usage",),
-                         ("check-usage", "--json"), ("debug",), ("debug", "--network"),
-                         ("auth", "--list")):
+                         ("check-usage", "--json"), ("debug",), ("auth", "--list"),
+                         *([("debug", "--network")] if SLOW else [])):
                 with self.subTest(args=args):
                     _, output = run_main(self.home, *args, *common)
                     self.assertEqual([ascii(c) for c in RAW if c in output], [], ascii(output))

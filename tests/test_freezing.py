@@ -11,7 +11,7 @@ import unittest
 import urllib.parse
 from typing import Any
 
-from support import Command, chat, message, response, send
+from support import SLOW, Command, chat, message, response, send
 from fake_upstream import FakeUpstream
 
 HEALTH_S = 0.5               # the longest wait of another client, whatever is being served
@@ -140,7 +140,7 @@ class JsonTest(FreezingCase):
     def test_thirty_megabytes_of_empty_lists_neither_freeze_nor_fill_the_memory(self) -> None:
         before = self.peak_bytes()
         for piece in (b"[],", b'{"a":1},', b'"ab",', b"1000,", b"1.5,"):
-            for size in (3_000_000, 30_000_000):
+            for size in (3_000_000, 30_000_000) if SLOW or piece == b"[]," else (3_000_000,):
                 body = b"[" + piece * (size // len(piece)) + b"0]"
                 body = b'{"model":"gpt-4.1","messages":[],"x":' + body + b"}"
                 with self.subTest(piece=piece, size=size):

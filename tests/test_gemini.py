@@ -6,7 +6,7 @@ import json
 import unittest
 from typing import Any
 
-from support import KEY, Proxy, cp
+from support import KEY, Proxy, cp, long_run
 from cases import SharedCase
 from client_wire import (GeminiWriter, Grid, Laws, gemini_pieces, read_gemini, stream_of,
                          whole_gemini)
@@ -260,6 +260,7 @@ class RequestTest(unittest.TestCase):
                         self.assertEqual(found, wanted)
                         self.assertEqual(back.losses, [])
 
+    @long_run
     def test_many_calls_and_results_take_linear_time(self) -> None:
         calls = [{"functionCall": {"name": "f%d" % at}} for at in range(20000)]
         results = [{"functionResponse": {"name": "f%d" % at}} for at in reversed(range(20000))]
@@ -387,10 +388,10 @@ class RouteTest(SharedCase):
                 self.assertIn("error", gemini_pieces(reply.body, is_array)[-1])
 
     def test_silence_is_filled_with_what_googles_sdk_can_read(self) -> None:
-        with Proxy(self.fake, keepalive_s=0.05) as proxy:
+        with Proxy(self.fake, keepalive_s=0.02) as proxy:
             for query, is_array in (("?alt=sse", False), ("", True)):
                 reply = proxy.post("/v1beta/models/%s:streamGenerateContent%s" % (GPT, query),
-                                   one({"text": "hi @@events=3 delay_ms=150@@"}))
+                                   one({"text": "hi @@events=3 delay_ms=50@@"}))
                 self.assertIn(b"\n\n\n" if query else b"\n\n", reply.body)
                 whole_gemini(gemini_pieces(reply.body, is_array))
 

@@ -14,8 +14,8 @@ import unittest
 from typing import Any, Dict, Optional
 from unittest import mock
 
-from support import (REQUESTS, SLOW, Proxy, ProxyCase, chat, message, response, second_proxy,
-                     wait_until)
+from support import (REQUESTS, SLOW, Proxy, ProxyCase, chat, long_run, message, response,
+                     second_proxy, wait_until)
 import copilot_proxy as cp
 from fake_upstream import CHAT, MESSAGES, Answer, FakeUpstream
 from cases import HistoryCase, Reader
@@ -433,6 +433,7 @@ class DatabaseTest(HistoryCase):
         rows = self.rows(5)
         self.assertLess(len(rows[-1]["error"]), 210)
 
+    @long_run
     def test_a_locked_file_at_the_start_delays_one_request_at_most(self) -> None:
         self.enter(mock.patch.object(cp, "BUDGET_WAIT_S", 0.3))
         self.ask()

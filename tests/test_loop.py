@@ -18,9 +18,9 @@ import unittest
 from typing import Any, Callable, Iterator
 from unittest import mock
 
-from support import (DEADLINE_S, REQUESTS, Proxy, RawClient, chat, cp, get, memory_bytes, message,
-                     need_files, patient, post, release, response, said, second_proxy, wait_until,
-                     workers)
+from support import (DEADLINE_S, REQUESTS, Proxy, RawClient, chat, cp, get, long_run, memory_bytes,
+                     message, need_files, patient, post, release, response, said, second_proxy,
+                     wait_until, workers)
 from fake_upstream import CHAT, EXCHANGE, Answer
 from cases import DELTAS, ENDINGS, PINGS, OpenStream, RelayCase, numbered, stream_text
 
@@ -349,6 +349,7 @@ class LeavingTest(LoopCase):
     def test_while_events_flow(self) -> None:
         self.each(lambda: self.open(chat("@@events=20000 delay_ms=1@@", stream=True)).client)
 
+    @long_run
     def test_while_the_upstream_is_paused_for_it(self) -> None:
         def begin() -> RawClient:
             stream, torrent = self.pour()
@@ -496,6 +497,7 @@ class BackPressureTest(LoopCase):
         self.assert_poured(stream, torrent)
         self.assertIn(b"[DONE]", stream.client.ask(post(CHAT_PATH, chat("a", stream=True))).body)
 
+    @long_run
     def test_a_pause_is_neither_silence_nor_a_place_for_pings(self) -> None:
         with second_proxy(self, keepalive_s=0.04, answer_timeout_s=0.15) as proxy:  # type: ignore
             stream, torrent = self.pour(proxy=proxy)
@@ -759,6 +761,7 @@ class FaultTest(LoopCase):
             broken.rest()
         self.assert_finish(others)
 
+    @long_run
     def test_a_fault_in_framing_an_event_or_a_ping_hurts_its_stream_only(self) -> None:
         for body in (chat("@@events=20000 delay_ms=1@@", stream=True),
                      chat("@@events=5 stall=2@@", stream=True)):
@@ -811,6 +814,7 @@ class FaultTest(LoopCase):
                 pass
         self.assert_finish(others)
 
+    @long_run
     def test_a_fault_in_refusing_a_slow_head_closes_its_connection(self) -> None:
         others, client = self.others(), self.client()
         with mock.patch.object(self.proxy.server, "_answer", boom):

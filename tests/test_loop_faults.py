@@ -8,7 +8,7 @@ import unittest
 from typing import Any
 from unittest import mock
 
-from support import DEADLINE_S, RawClient, chat, cp, get, post, second_proxy, wait_until
+from support import DEADLINE_S, RawClient, chat, cp, get, long_run, post, second_proxy, wait_until
 from cases import RelayCase
 
 
@@ -80,6 +80,7 @@ class StopTest(unittest.TestCase):
 
 
 class SlowAtTheEndTest(RelayCase):
+    @long_run
     def test_a_client_that_has_not_taken_its_answer_at_the_end_is_no_fault(self) -> None:
         with second_proxy(self) as proxy:  # type: ignore[arg-type]
             with RawClient(proxy.port) as client:

@@ -18,7 +18,7 @@ from fake_upstream import DIALECTS as CHECKED
 from fake_upstream import Ask, FakeUpstream, Recorded, Refuse, default_models, read_prompt, \
     run_checks
 
-ROUNDS = 20_000 if SLOW else 1_200
+ROUNDS = 20_000 if SLOW else 300
 PNG = "iVBORw0KGgo="
 URL = "data:image/png;base64," + PNG
 IMAGE: Any = {"type": "base64", "media_type": "image/png", "data": PNG}

@@ -14,8 +14,8 @@ import unittest.mock
 import urllib.parse
 from typing import Any, Iterator
 
-from support import (DEADLINE_S, REQUESTS, Proxy, ProxyCase, TestClock, chat, cp, raw_exchange,
-                     run_command)
+from support import (DEADLINE_S, REQUESTS, Proxy, ProxyCase, TestClock, chat, cp, long_run,
+                     raw_exchange, run_command)
 from fake_upstream import CHAT, EXCHANGE, MESSAGES, MODELS, Answer, make_model
 from cases import SharedCase
 
@@ -198,6 +198,7 @@ class CatalogueTest(ProxyCase):
         self.fake.models = [self.entry(version="gpt-odd-2024-02-29")]
         self.assertEqual(self.listed()["created"], 1709164800)
 
+    @long_run
     def test_odd_limits_and_prices_are_no_500(self) -> None:
         for value in ODD_NUMBERS:
             with self.subTest(value=str(value)[:20]):
@@ -234,6 +235,7 @@ class CatalogueTest(ProxyCase):
         self.assertEqual(self.proxy.get("/v1/models").json["data"], [])
         self.assertEqual(self.proxy.post(CHAT_PATH, chat("a")).status, 404)
 
+    @long_run
     def test_ten_thousand_models_are_searched_quickly_for_a_name_that_is_none(self) -> None:
         ids = ["gpt-%d.%d-%s" % (n % 97, n % 89, "mini nano codex max".split()[n % 4] * (n % 7))
                for n in range(MANY_MODELS - 1)] + ["claude-opus-9.9"]

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import unittest
 
-from support import ROOT, SCRIPT, clean_environment
+from support import ROOT, SCRIPT, clean_environment, long_run
 from gauges import the_source
 
 WANTED = "copilot_proxy.py needs Python 3.8 or newer"
@@ -41,6 +41,7 @@ class OldPythonTest(unittest.TestCase):
                   for node in tree.body[:check] if isinstance(node, (ast.Import, ast.ImportFrom))]
         self.assertEqual([name.split()[-1] for name in before], ["annotations", "sys"])
 
+    @long_run
     def test_the_file_has_no_syntax_that_keeps_python_3_7_from_the_check(self) -> None:
         with open(SCRIPT, encoding="utf-8") as file:
             ast.parse(file.read(), feature_version=(3, 7))

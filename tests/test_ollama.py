@@ -194,9 +194,9 @@ class RouteTest(SharedCase):
                 self.assertIn("error", ollama_pieces(reply.body)[-1])
 
     def test_silence_is_filled_with_what_json_readers_skip(self) -> None:
-        with Proxy(self.fake, keepalive_s=0.05) as proxy:
+        with Proxy(self.fake, keepalive_s=0.02) as proxy:
             reply = proxy.post("/api/chat", {"model": GPT, "messages": [
-                {"role": "user", "content": "hi @@events=3 delay_ms=150@@"}]})
+                {"role": "user", "content": "hi @@events=3 delay_ms=50@@"}]})
             self.assertRegex(reply.body, b"\n +{")
             whole_ollama(ollama_pieces(reply.body))
 

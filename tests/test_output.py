@@ -15,9 +15,10 @@ import threading
 import time
 import unittest
 from typing import Any, Callable
+from unittest import mock
 
-from support import (DEADLINE_S, SCRIPT, ProxyCase, Reply, accepts, ask, chat, clean_environment,
-                     compiled, cp, send, wait_until)
+from support import (DEADLINE_S, SCRIPT, SLOW, ProxyCase, Reply, accepts, ask, chat,
+                     clean_environment, compiled, cp, long_run, send, wait_until)
 from cases import CliCase
 
 POSIX = os.name == "posix"
@@ -86,36 +87,44 @@ class UnreadTest(unittest.TestCase):
         return log
 
     def test_a_thousand_requests_while_nobody_reads_stderr(self) -> None:
-        self.check(subprocess.DEVNULL, self.pipe(os.pipe))
+        self.check(subprocess.DEVNULL, self.pipe(os.pipe), 1000 if SLOW else 300)
 
+    @long_run
     def test_a_full_stderr_stops_nothing(self) -> None:
         self.check(subprocess.DEVNULL, self.pipe(full_pipe), 50)
 
+    @long_run
     def test_a_full_stdout_stops_nothing(self) -> None:
         self.check(self.pipe(full_pipe), subprocess.DEVNULL, 50)
 
+    @long_run
     def test_both_full_and_the_same_stop_nothing(self) -> None:
         end = self.pipe(full_pipe)
         self.check(end, end, 50)
 
+    @long_run
     def test_a_dead_stdout_is_no_end_at_the_banner(self) -> None:
         self.check(self.pipe(dead_pipe), subprocess.DEVNULL, 50)
 
+    @long_run
     def test_a_dead_stderr_is_counted(self) -> None:
         end = self.pipe(dead_pipe)
         self.assertGreater(self.check(end, end, 200)["lost_lines"], 100)
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "a device that is always full")
+    @long_run
     def test_a_full_disk_stops_nothing(self) -> None:
         end = self.pipe(lambda: os.open("/dev/full", os.O_WRONLY))
         self.check(end, end, 50)
 
+    @long_run
     def test_what_was_logged_before_the_end_is_written(self) -> None:
         with tempfile.TemporaryFile() as file:
             self.check(subprocess.DEVNULL, file.fileno(), 200)
             file.seek(0)
             self.assertEqual(file.read().count(b" GET /models "), 200)
 
+    @long_run
     def test_a_reader_that_comes_late_gets_whole_lines_and_the_number_of_lost_ones(self) -> None:
         read, write = os.pipe()
         self.addCleanup(os.close, write)
@@ -190,8 +199,10 @@ class QueueTest(unittest.TestCase):
         output, _ = self.open(stream)
         output.write("a\n")
         began = time.monotonic()
-        output.close()
+        with mock.patch.object(cp, "OUTPUT_END_S", 0.1):
+            output.close()
         self.assertLess(time.monotonic() - began, DEADLINE_S / 2)
+        gate.set()
 
     def test_closed_streams_and_streams_that_refuse_are_counted(self) -> None:
         stream = io.StringIO()
