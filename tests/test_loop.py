@@ -645,6 +645,7 @@ class SilenceTest(LoopCase):
                                      "Echo: b")
                     stream.client.__exit__()
 
+    @long_run
     @patient
     def test_a_trickle_is_no_silence(self) -> None:
         with second_proxy(self, keepalive_s=0.1,                      # type: ignore[arg-type]

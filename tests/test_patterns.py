@@ -379,7 +379,7 @@ class PatternTest(unittest.TestCase):
         self.assertTrue(any(isinstance(pattern.text, bytes) for pattern in patterns))
 
     def test_what_takes_longer_is_noticed(self) -> None:
-        """The two that froze the server are among them; two of them in the short run."""
+        """The two that froze the server are among them; one of them in the short run."""
         bad = [
             (r"(a+)+b", "match"), (r"(?:a|a)*b", "match"), (r"(?:a|ab|b)*c", "search"),
             (r"(\w+\s*)+:", "match"), (r"(x+x+)+y", "match"), (r"a*a*a*b", "match"),
@@ -389,7 +389,7 @@ class PatternTest(unittest.TestCase):
             (r"(?s)\s*(?:<system-reminder>.*?</system-reminder>\s*)+\Z", "match"),
             (r"(?:-latest|@[\w-]+|-v\d+(?::\d+)?|-20\d{6}|-20\d\d-\d\d-\d\d)+\Z", "sub"),
             (r"(?:\[1m\])+\Z", "sub"), (r"[\w-]+-\d[\w-]*", "findall")]
-        for text, method in bad if SLOW else bad[::13]:
+        for text, method in bad if SLOW else bad[13:14]:
             with self.subTest(pattern=text, method=method):
                 self.assertEqual(len(faults_of(Pattern("bad", text, 0, (method,)))), 1)
 
