@@ -270,6 +270,7 @@ MAX_UNNAMED_CHARS = 64 * 1024  # of arguments before the name of their tool
 READ_BYTES = 64 * 1024  # of one look at a socket
 RECORD_BYTES = 16 * 1024  # of a TLS record, at most
 NAME_AGE_S = 60.0  # of the addresses of a host
+MAX_LOOK_UPS, LOOK_UP_PAUSE_S = 3, 0.05  # threads that ask the resolver; between looks for one
 NAME_ERROR_AGE_S = 0.2  # of a failed look-up: for all who waited for it, hardly longer
 
 HANDSHAKE_S = 10.0  # of TLS, from the connection's beginning
@@ -314,6 +315,7 @@ TOKEN_RETRY_S = (
     15.0,
     60.0,
 )  # pauses after failed refreshes, the last one repeats
+HELD_START_BYTES = 4 * 1024 * 1024  # of an answer that is held back until its content begins
 CODE_WAIT_S, CODE_LOOK_S = (
     5.0,
     0.005,
@@ -14777,10 +14779,16 @@ def explain_connect_error(error: Exception, host: str, proxied: bool) -> Upstrea
 
 
 class HostNames:
-    """Addresses of hosts, looked up in a thread and kept for NAME_AGE_S."""
+    """Addresses of hosts, looked up in a thread and kept for NAME_AGE_S.
+
+    A resolver may hang for minutes, and no thread can be called back from it; so at most
+    MAX_LOOK_UPS threads ask it at a time, one for each host, and the others stay free.
+    `_running`: the hosts they ask for; `_lock` guards it."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int], Refreshed] = {}
+        self._lock = threading.Lock()
+        self._running: set[tuple[str, int]] = set()
 
     async def find(self, host: str, port: int) -> list[tuple[int, Any]]:
         """[(address family, address)].  Raises OSError."""
@@ -14800,10 +14808,36 @@ class HostNames:
 
     async def _fetch(self, host: str, port: int) -> tuple[float, Any]:
         """(monotonic time, what the resolver says or its error)"""
-        look_up = functools.partial(self._look_up, host, port)
-        found = await wait(InThread(lambda: outcome(look_up), CONNECT_TIMEOUT_S))
+        name = (host, port)
+        deadline = time.monotonic() + CONNECT_TIMEOUT_S
+        while not self._claim(name):
+            if time.monotonic() >= deadline:
+                return time.monotonic(), socket.timeout("the resolver does not answer")
+            await wait(Pause(LOOK_UP_PAUSE_S))
+
+        look_up = functools.partial(self._look_up_claimed, name)
+        left_s = max(0.0, deadline - time.monotonic())
+        try:
+            found = await wait(InThread(lambda: outcome(look_up), left_s))
+        except ProxyError:  # no thread takes it
+            self._running.discard(name)
+            raise
         addresses, error = found or (None, socket.timeout("timed out"))
         return time.monotonic(), error or addresses
+
+    def _claim(self, name: tuple[str, int]) -> bool:
+        """May a thread ask for this host now?"""
+        with self._lock:
+            if name in self._running or len(self._running) >= MAX_LOOK_UPS:
+                return False
+            self._running.add(name)
+            return True
+
+    def _look_up_claimed(self, name: tuple[str, int]) -> list[tuple[int, Any]]:
+        try:
+            return self._look_up(*name)
+        finally:
+            self._running.discard(name)
 
     @staticmethod
     def _look_up(host: str, port: int, flags: int = 0) -> list[tuple[int, Any]]:
@@ -17947,7 +17981,7 @@ class Budget:
         self._began = self._ends = 0.0  # of the day
         self._estimated = False
         #: payer -> credits, and nano-AIU that were spent; '' is the day
-        self._limits = {"": limit} if limit else {}
+        self._limits = {"": limit} if limit else {}  # the payer of the last call is last
         self._spent: collections.OrderedDict[str, int] = collections.OrderedDict()
 
     @property
@@ -17966,18 +18000,15 @@ class Budget:
                 "x-copilot-proxy-budget: say how many credits this session may spend"
             )
 
-        with self._lock:
-            if limit is not None and (
-                payer in self._limits or len(self._limits) < MAX_SESSIONS
-            ):
-                self._limits[payer] = limit
+        if limit is not None:
+            self._set_limit(payer, limit)
 
         deadline = time.monotonic() + BUDGET_WAIT_S
         while not self.loaded.is_set() and time.monotonic() < deadline:
             await wait(Pause(BUDGET_LOOK_S))
         self.loaded.set()  # a locked file delays nobody else
-        for line in self._lines({"": running, payer: running}):
-            if line["state"] != "spent" or line["session"] not in ("", wish and payer):
+        for line in self._lines({"": running, payer: running}, ("", wish and payer)):
+            if line["state"] != "spent":
                 continue
             text = (
                 "this session's budget is spent, %.2f of %g credits: begin a new one or "
@@ -17998,9 +18029,21 @@ class Budget:
                 headers=headers,
             )
 
-    def _lines(self, running: Mapping[str, int] | None = None) -> list[Json]:
+    def _set_limit(self, payer: str, limit: float) -> None:
+        """Every call of a session states its limit anew, so the oldest ones can be dropped."""
+        with self._lock:
+            self._limits.pop(payer, None)
+            self._limits[payer] = limit
+            while len(self._limits) > MAX_SESSIONS:
+                del self._limits[next(filter(None, self._limits))]
+
+    def _lines(
+        self,
+        running: Mapping[str, int] | None = None,
+        payers: Container[str | None] | None = None,
+    ) -> list[Json]:
         """What is limited, how much of it is used; a new day begins when it is time.  running:
-        payer -> nano-AIU that are spent, but not recorded yet."""
+        payer -> nano-AIU that are spent, but not recorded yet; payers: these only."""
         running = running or {}
 
         with self._lock:
@@ -18015,6 +18058,7 @@ class Budget:
             used = [
                 (name, limit, (self._spent.get(name, 0) + running.get(name, 0)) / NANO)
                 for name, limit in self._limits.items()
+                if payers is None or name in payers
             ]
 
         shares = [spent / limit if limit else 1.0 for _, limit, spent in used]
@@ -19307,11 +19351,19 @@ class Accounts:
 
     # -- logins that browsers begin: each belongs to the one that knows its state token
 
-    def open_login(self, by_key: bool) -> tuple[str, DeviceLogin]:
+    async def open_login(self, by_key: bool) -> tuple[str, DeviceLogin]:
         """(state token, login): the default account's own while nobody is logged in, so that all
         works then; else one of another account.  by_key: the operator's key is behind this.
         Without it the default login, which another person may grant, yields no key.
-        Raises RateLimited."""
+        Waits until the login has a code or a problem.  Raises RateLimited."""
+        state, login = self._begin_login(by_key)
+        deadline = time.monotonic() + GITHUB_TIMEOUT_S
+        while not login.ready.is_set() and time.monotonic() < deadline:
+            await wait(Pause(CODE_LOOK_S))
+        return state, login
+
+    def _begin_login(self, by_key: bool) -> tuple[str, DeviceLogin]:
+        """As open_login, without the waiting."""
         now, state = time.monotonic(), secrets.token_urlsafe(32)
         services, is_default = self._services, self._login.account is None
         if is_default:
@@ -19345,7 +19397,6 @@ class Accounts:
 
             self._logins[stable_id("", state)] = BrowserLogin(now, login, gives_key)
 
-        login.ready.wait(GITHUB_TIMEOUT_S)
         return state, login
 
     def _check_seat(self, token: str) -> None:
@@ -19364,7 +19415,7 @@ class Accounts:
             )
         return begun
 
-    def claim_login(self, state: str) -> Json:
+    async def claim_login(self, state: str) -> Json:
         """The key of a granted login, this once; None where it yields none.
         Raises BadRequest 403, 409, ConfigError."""
         begun, key, text = self.find_login(state), stable_id("", state), new_key()
@@ -19372,7 +19423,7 @@ class Accounts:
         if not login.token:
             raise BadRequest("nobody has granted this login yet", 409, "login_pending")
         if not begun.gives_key:
-            name = run(self._services.github.fetch_login(login.token))
+            name = await self._services.github.fetch_login(login.token)
             return {"login": name or None, "key": None, "key_id": None}
 
         with self._lock:
@@ -19383,8 +19434,9 @@ class Accounts:
             )
 
         try:
-            name = run(self._services.github.fetch_login(login.token))
-            made = self.issue_key(text, name, login.token)
+            name = await self._services.github.fetch_login(login.token)
+            issue_key = functools.partial(self.issue_key, text, name, login.token)
+            made: Key = await wait(InThread(issue_key))
         except ProxyError:
             with self._lock:
                 self._logins[key] = entry
@@ -20586,8 +20638,8 @@ class EventLoop:
             self._guard(work)
 
     def cancel(self, task: Task | None, error: BaseException) -> None:
-        """Throw an error into a coroutine that waits."""
-        if task is not None and task.what is not None:
+        """Throw an error into a coroutine that waits, or has not begun."""
+        if task is not None and not getattr(task.work, "cr_running", False):
             self._resume(task, None, error)
 
     # -- the loop
@@ -22369,11 +22421,17 @@ COMPACT_PATH = "/responses/compact"
 async def read_beginning(
     answer: UpstreamResponse, pipeline: StreamRelay, timeout_s: float
 ) -> bytes:
-    """What of a stream is for the client up to its first content.  Raises UpstreamError."""
+    """What of a stream is for the client up to its first content, or up to HELD_START_BYTES.
+    Raises UpstreamError."""
     out: list[bytes] = []
+    size_bytes = 0
     try:
         while not (answer.done or pipeline.ended or pipeline.has_content):
-            out.append(pipeline.feed(await answer.read(timeout_s)))
+            if size_bytes > HELD_START_BYTES:
+                break
+            received = await answer.read(timeout_s)
+            size_bytes += len(received)
+            out.append(pipeline.feed(received))
         if answer.done:
             out.append(pipeline.close())
     except UpstreamError as error:
@@ -23761,8 +23819,7 @@ async def begin_login(exchange: Exchange) -> None:
     if not exchange.caller.is_operator:
         raise BadRequest("only the operator's key can begin a login", 403)
     by_key = bool(exchange.caller.key_id)
-    open_login = functools.partial(exchange.app.accounts.open_login, by_key)
-    state, login = await wait(InThread(open_login))
+    state, login = await exchange.app.accounts.open_login(by_key)
     if login.code is None:
         raise UpstreamError(login.problem or "GitHub gave no login code in time")
     exchange.reply_json(
@@ -23799,8 +23856,7 @@ async def claim_login(exchange: Exchange) -> None:
     without the operator's key."""
     check_door(exchange)
     state = str(exchange.json_object().get("state"))
-    claim = functools.partial(exchange.app.accounts.claim_login, state)
-    exchange.reply_json(await wait(InThread(claim)))
+    exchange.reply_json(await exchange.app.accounts.claim_login(state))
 
 
 def own_keys(exchange: Exchange) -> list[Key]:

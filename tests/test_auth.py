@@ -353,6 +353,21 @@ class StartWithoutLoginTest(ProxyCase):
             self.assertEqual(self.proxy.post("/v1/chat/completions", chat("hi")).status, 401)
         self.assertEqual(self.fake.device.issued, 1)
 
+    def test_browsers_that_wait_for_a_silent_github_hold_no_thread(self) -> None:
+        self.fake.script(DEVICE_CODE, Answer(hold=True, status=503))
+        browsers = [threading.Thread(target=self.proxy.post, args=("/auth/device/start", {}))
+                    for _ in range(2 * cp.MAX_WORKERS)]
+        for browser in browsers:
+            browser.start()
+        accounts = self.proxy.app.accounts
+        wait_until(lambda: len(accounts._logins) == len(browsers))
+        done = threading.Event()
+        self.proxy.server.loop.workers.put(done.set)
+        self.assertTrue(done.wait(5))
+        self.fake.release()
+        for browser in browsers:
+            browser.join(20)
+
     def test_a_denied_login_is_reported_and_can_be_begun_again(self) -> None:
         self.fake.device.outcomes.clear()
         self.fake.device.outcomes.extend(["denied"] + ["pending"] * 100000)

@@ -181,14 +181,28 @@ class BudgetLockTest(unittest.TestCase):
         cp.run(budget.admit("a", "5"))
         self.assertEqual(budget._limits, {"a": 5})
 
-    def test_a_known_session_may_change_its_budget_when_there_is_no_room_for_new_ones(self) -> None:
-        budget = cp.Budget(0, time.time, cp.logging.getLogger("copilot_proxy"), lambda *a: None)
+    def full(self) -> cp.Budget:
+        """A budget with as many limited sessions as are remembered."""
+        budget = cp.Budget(50, time.time, cp.logging.getLogger("copilot_proxy"), lambda *a: None)
         budget.loaded.set()
-        budget._limits = {"s%d" % number: 5.0 for number in range(cp.MAX_SESSIONS)}
+        for number in range(cp.MAX_SESSIONS):
+            cp.run(budget.admit("s%d" % number, "5"))
+        return budget
+
+    def test_a_known_session_may_change_its_budget_when_there_is_no_room_for_new_ones(self) -> None:
+        budget = self.full()
         budget._add({"s1": 6 * cp.NANO})
         with self.assertRaises(cp.RateLimited):
             cp.run(budget.admit("s1", "5"))
         cp.run(budget.admit("s1", "7"))
+
+    def test_a_new_session_has_its_budget_when_a_thousand_others_have_one(self) -> None:
+        budget = self.full()
+        budget._add({"new": 6 * cp.NANO})
+        with self.assertRaises(cp.RateLimited):
+            cp.run(budget.admit("new", "5"))
+        self.assertLessEqual(len(budget._limits), cp.MAX_SESSIONS)
+        self.assertEqual(budget._limits[""], 50)           # the day's own is never dropped
 
 
 if __name__ == "__main__":

@@ -229,6 +229,72 @@ class NamesTest(unittest.TestCase):
         self.assertTrue(self.names._is_old(old))
         self.assertLessEqual(cp.NAME_ERROR_AGE_S, 1.0)
 
+    def test_a_resolver_that_hangs_leaves_threads_to_others(self) -> None:
+        loop, _ = make_loop(self)
+        results: list[Any] = []
+        loop.start()
+        self.addCleanup(loop.stop)
+        self.addCleanup(self.gate.set)
+        for number in range(3 * cp.MAX_WORKERS):
+            loop.spawn(self.names.find("host%d.invalid" % number, 443), lambda *result: None)
+        wait_until(lambda: self.look_ups == cp.MAX_LOOK_UPS, "some look-ups hang")
+        loop.spawn(wait_for(cp.InThread(lambda: "done")), lambda *result: results.append(result))
+        wait_until(lambda: results, "other work is done meanwhile")
+        self.assertEqual((results, self.look_ups), ([("done", None)], cp.MAX_LOOK_UPS))
+
+    def test_look_ups_that_had_to_queue_are_made_when_a_thread_is_free(self) -> None:
+        loop, _ = make_loop(self)
+        errors: list[str] = []
+        loop.start()
+        self.addCleanup(loop.stop)
+        number = 2 * cp.MAX_LOOK_UPS
+        for at in range(number):
+            loop.spawn(self.names.find("host%d.invalid" % at, 443),
+                       lambda value, error: errors.append(str(error)))
+        wait_until(lambda: self.look_ups == cp.MAX_LOOK_UPS, "the first ones hang")
+        self.gate.set()
+        wait_until(lambda: len(errors) == number, "all have their answer")
+        self.assertEqual(errors, ["no such name"] * number)
+
+
+class WithinTest(unittest.TestCase):
+    def test_work_that_has_not_begun_is_not_begun_for_one_who_has_left(self) -> None:
+        loop, _ = make_loop(self)
+        begun: list[str] = []
+
+        async def work() -> None:
+            begun.append("begun")
+
+        task = loop.spawn(cp.within(5.0, work()), lambda *result: None)
+        loop._resume(task)                 # it waits, and its work is to begin in the next round
+        loop.cancel(task, cp.ClientGone())
+        loop._take_inbox()
+        self.assertEqual(begun, [])
+        self.assertEqual(len(loop._tasks), 0)
+
+
+class HeldStartTest(unittest.TestCase):
+    def test_an_answer_without_content_is_not_held_back_without_end(self) -> None:
+        class Answer:
+            done, reads = False, 0
+
+            async def read(self, timeout_s: float) -> bytes:
+                self.reads += 1
+                return b": comment\n" * 1000
+
+        class Relay:
+            ended = has_content = False
+            error = None
+
+            def feed(self, data: bytes) -> bytes:
+                return data
+
+        answer: Any = Answer()
+        relay: Any = Relay()
+        with mock.patch.object(cp, "HELD_START_BYTES", 25000):
+            start = cp.run(cp.read_beginning(answer, relay, 1.0))
+        self.assertEqual((answer.reads, len(start)), (3, 30000))
+
 
 if __name__ == "__main__":
     unittest.main()
