@@ -270,7 +270,10 @@ MAX_UNNAMED_CHARS = 64 * 1024  # of arguments before the name of their tool
 READ_BYTES = 64 * 1024  # of one look at a socket
 RECORD_BYTES = 16 * 1024  # of a TLS record, at most
 NAME_AGE_S = 60.0  # of the addresses of a host
-MAX_LOOK_UPS, LOOK_UP_PAUSE_S = 3, 0.05  # threads that ask the resolver; between looks for one
+MAX_LOOK_UPS, LOOK_UP_PAUSE_S = (
+    3,
+    0.05,
+)  # threads that ask the resolver; between looks for one
 NAME_ERROR_AGE_S = 0.2  # of a failed look-up: for all who waited for it, hardly longer
 
 HANDSHAKE_S = 10.0  # of TLS, from the connection's beginning
@@ -315,7 +318,9 @@ TOKEN_RETRY_S = (
     15.0,
     60.0,
 )  # pauses after failed refreshes, the last one repeats
-HELD_START_BYTES = 4 * 1024 * 1024  # of an answer that is held back until its content begins
+HELD_START_BYTES = (
+    4 * 1024 * 1024
+)  # of an answer that is held back until its content begins
 CODE_WAIT_S, CODE_LOOK_S = (
     5.0,
     0.005,
@@ -17981,7 +17986,11 @@ class Budget:
         self._began = self._ends = 0.0  # of the day
         self._estimated = False
         #: payer -> credits, and nano-AIU that were spent; '' is the day
-        self._limits = {"": limit} if limit else {}  # the payer of the last call is last
+        # the payer of the last call is last
+        if limit:
+            self._limits = {"": limit}
+        else:
+            self._limits = {}
         self._spent: collections.OrderedDict[str, int] = collections.OrderedDict()
 
     @property
