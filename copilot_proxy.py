@@ -100,6 +100,7 @@ import hmac
 import html
 import http.client
 import json
+import locale
 import logging
 import math
 import operator
@@ -118,6 +119,7 @@ import tempfile
 import threading
 import time
 import types
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -436,6 +438,19 @@ BUDGET_WARNING = 0.8  # of the budget
 OUTPUT_QUEUE_CHARS = 512 * 1024  # of log and terminal, while nobody takes them
 OUTPUT_PAUSE_S = 0.02  # between two writes: many lines are one write then
 OUTPUT_LOOK_S, OUTPUT_END_S = 0.1, 0.5  # how often a full pipe is looked at; at the end
+
+#: what people read, in other languages: the English text, as it stands in the code -> the other.
+#: First what `start` and the login print, then the page.
+CHINESE = {
+    "OpenAI clients": "OpenAI 客户端",
+    "Anthropic clients": "Anthropic 客户端",
+    "status page": "状态页面",
+    "Next: %s  (or codex, aider, ...).  Ctrl-C ends it.": (
+        "下一步：%s（或 codex、aider 等）。按 Ctrl-C 退出。"
+    ),
+    "DEMO": "演示",
+}
+TEXTS: Mapping[str, Mapping[str, str]] = {"en": {}, "zh": CHINESE}
 
 # ==== 3. Errors ===================================================================================
 # Whose fault it is decides the class; the status decides the name on the wire.  An error is raised
@@ -1140,6 +1155,18 @@ def visible(text: str, keep: str = "") -> str:
 def printable(text: str, limit: int = 200) -> str:
     """`text` on one ASCII line, safe for any console: control and other characters escaped."""
     return ascii(text[:limit])[1:-1]
+
+
+def translated(text: str, language: str) -> str:
+    """`text` in this language, itself where TEXTS has no other.  '%s' and the like stay."""
+    return TEXTS.get(language, {}).get(text, text)
+
+
+def language_of(locale_name: str) -> str:
+    """'zh_CN.UTF-8' or Windows' 'Chinese (Simplified)_China' -> 'zh', all else 'en'."""
+    if locale_name.lower().startswith(("zh", "chinese")):
+        return "zh"
+    return "en"
 
 
 def host_of(url: str) -> str:
@@ -13680,6 +13707,9 @@ OPTIONS = (
     Option("log-json", False, "the log as one JSON object per line", "switch"),
     Option("log-bodies", "", "folder for every request and answer WITH ITS WORDS"),
     Option("open", False, "open the status page in the browser", "switch"),
+    Option(
+        "lang", "", "language of page and banner, en or zh; else that of the locale"
+    ),
     Option("demo", False, "play without account and network", "switch"),
 )
 _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
@@ -13883,6 +13913,7 @@ class Settings:
     log_json: bool = False
     log_bodies: str = ""
     open: bool = False
+    lang: str = ""  # "": nobody has chosen, English
     demo: bool = False
 
     keepalive_s: float = KEEPALIVE_S
@@ -13917,6 +13948,9 @@ class Settings:
             raise ConfigError(
                 "--account-type: choose individual, business or enterprise"
             )
+
+        if self.lang not in ("", *TEXTS):
+            raise ConfigError("--lang: choose %s" % " or ".join(TEXTS))
 
         for flag_, port in (("--port", self.port), ("--ollama-port", self.ollama_port)):
             if not 0 <= port <= 65535:
@@ -25592,6 +25626,31 @@ class QueuedOutput:
         return True
 
 
+def columns(text: str) -> int:
+    """How wide it stands on a terminal: letters of Chinese take two columns."""
+    return len(text) + sum(unicodedata.east_asian_width(char) in "WF" for char in text)
+
+
+def console_language(language: str) -> str:
+    """The same, or English where this console cannot show its letters."""
+    sample = "".join(TEXTS.get(language, {}).values())
+    try:
+        sample.encode(getattr(sys.stdout, "encoding", "") or "ascii")
+    except (LookupError, UnicodeEncodeError):
+        return "en"
+    return language
+
+
+def locale_name(environ: Mapping[str, str]) -> str:
+    """The user's locale, 'de_DE.UTF-8'; '' when there is none."""
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        if environ.get(name):
+            return environ[name]
+    if os.name == "nt":  # it has no such variables
+        return locale.getlocale()[0] or ""
+    return ""
+
+
 def load_settings(flags: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
     """Flags and environment, with the token from standard input.  Raises ConfigError."""
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(flags).items()}
@@ -25600,6 +25659,8 @@ def load_settings(flags: argparse.Namespace, environ: Mapping[str, str]) -> Sett
         settings.github_token = sys.stdin.readline().strip()
         if not settings.github_token:
             raise ConfigError("--github-token -: standard input holds no token")
+    if not settings.lang:
+        settings.lang = language_of(locale_name(environ))
     return settings
 
 
@@ -25671,18 +25732,26 @@ def open_server(app: App) -> Server:
 
 
 def banner(server: Server) -> str:
-    """What `start` prints once it serves."""
-    return "\n".join(
-        (
-            "copilot_proxy %s%s"
-            % (__version__, " DEMO" if server.app.settings.demo else ""),
-            "  OpenAI clients     %s/v1" % server.url,
-            "  Anthropic clients  %s" % server.url,
-            "  status page        %s/" % server.url,
-            "  set up a client    copilot_proxy.py setup claude-code (or codex, aider, ...)",
-            "Ctrl-C ends it.",
-        )
+    """What `start` prints once it serves: three lines that matter, and what to do next."""
+    settings = server.app.settings
+    language = console_language(settings.lang)
+    title = "copilot_proxy " + __version__
+    if settings.demo:
+        title += " " + translated("DEMO", language)
+
+    rows = (
+        ("OpenAI clients", server.url + "/v1"),
+        ("Anthropic clients", server.url),
+        ("status page", server.url + "/"),
     )
+    labels = [translated(label, language) for label, _ in rows]
+    width = max(map(columns, labels)) + 2
+    lines = [
+        "  %s%s%s" % (label, " " * (width - columns(label)), url)
+        for label, (_, url) in zip(labels, rows)
+    ]
+    hint = translated("Next: %s  (or codex, aider, ...).  Ctrl-C ends it.", language)
+    return "\n".join([title, *lines, hint % "copilot_proxy.py setup claude-code"])
 
 
 def json_banner(server: Server, notice: str) -> str:

@@ -150,7 +150,7 @@ class SettingsTest(unittest.TestCase):
         special = {"host": "127.0.0.2", "account_type": "business",
                    "github_url": "https://octo.ghe.com", "copilot_url": "https://relay.example",
                    "api_key": "made-up-key", "trusted_proxy": "10.0.0.0/8",
-                   "allow_host": "proxy.lan", "cors_origin": "https://app.example"}
+                   "allow_host": "proxy.lan", "cors_origin": "https://app.example", "lang": "zh"}
         for option in cp.OPTIONS:
             text = special.get(option.field, samples.get(option.kind, "some"))
             with self.subTest(option=option.name):
