@@ -426,6 +426,7 @@ PRICED = (
 COUNTS = (*USAGE_FIELDS, "nano_aiu")
 MAX_FILTER_CHARS = 200  # of each wish of GET /history
 HISTORY_ROWS, HISTORY_AGE_S = 200000, 400 * 86400.0
+ROWS_FOLDED = 1000  # of the history into sums by hour, at a time
 HISTORY_QUEUE = 5000  # rows that wait while the file cannot be written
 HISTORY_PAUSE_S, HISTORY_RETRY_S = 0.25, 5.0  # between two writes; after a failed one
 HISTORY_BUSY_S, HISTORY_WAIT_S = 1.0, 2.0  # for other processes' locks; for an answer
@@ -17259,6 +17260,11 @@ SUMS = (
 )
 SUMMED = ("requests", "errors", *COUNTS, "estimate", "first_total_ms", "timed")
 SUMS_OF_SUMS = ", ".join("SUM(%s) AS %s" % (name, name) for name in SUMMED)
+#: Table `sums`: most rows, added up by hour, so that an open page need not have each of them read.
+#: A line is of one model, client and account, or of one session.  upto: the last row that is in.
+SUM_COLUMNS = "upto, hour TEXT, model, client, account, session, " + ", ".join(SUMMED)
+LOCAL_HOUR = "strftime('%Y-%m-%d %H', at, 'unixepoch', 'localtime')"
+IS_NEW = "n > (SELECT IFNULL(MAX(upto), 0) FROM sums)"  # a row that is not in yet
 SUMMARIES = (
     "total",
     "by_day",
@@ -17391,23 +17397,97 @@ def merge_clients(rows: list[Json]) -> list[Json]:
     return sorted(merged.values(), key=lambda row: -row["requests"])
 
 
-def summarise(link: Any, since: float, with_sessions: bool) -> Json:
-    """{"total": one line of sums, "by_day": lines, ...} of the requests since then.
-    The rows are read once: their sums by hour, model, client and account go into a table in
-    memory, and that is summed up for each answer."""
-    link.execute("DROP TABLE IF EXISTS temp.sums")
+def make_tables(link: Any) -> None:
+    """Make what is missing in the file.  Raises ValueError: it is of another version."""
     link.execute(
-        "CREATE TEMP TABLE sums AS SELECT "
-        "strftime('%%Y-%%m-%%d %%H', at, 'unixepoch', 'localtime') AS hour, "
-        "model, client, account, %s FROM requests WHERE at >= ? GROUP BY 1, 2, 3, 4"
-        % SUMS,
+        "CREATE TABLE IF NOT EXISTS requests (n INTEGER PRIMARY KEY, %s)" % COLUMNS
+    )
+    known = {column[1] for column in link.execute("PRAGMA table_info(requests)")}
+    missing = set(ROW_FIELDS) - known
+    if missing.difference(LATER_COLUMNS):
+        raise ValueError("it has the columns of another version")
+    for name in missing:
+        kind = LATER_COLUMNS[name]
+        link.execute("ALTER TABLE requests ADD COLUMN %s %s" % (name, kind))
+
+    link.execute("CREATE TABLE IF NOT EXISTS sums (%s)" % SUM_COLUMNS)
+    for table, column in (("requests", "at"), ("sums", "hour"), ("sums", "upto")):
+        link.execute(
+            "CREATE INDEX IF NOT EXISTS %s_%s ON %s (%s)"
+            % (table, column, table, column)
+        )
+    with link:  # all rows were deleted by hand: they are counted anew
+        link.execute(
+            "UPDATE sums SET upto = 0 "
+            "WHERE upto > (SELECT IFNULL(MAX(n), 0) FROM requests)"
+        )
+
+
+def fold_rows(link: Any) -> bool:
+    """Add the next ROWS_FOLDED rows to `sums` -> were there so many?"""
+    with link:
+        link.execute("BEGIN IMMEDIATE")  # another process may do the same
+        found = link.execute(
+            "SELECT n FROM requests WHERE %s ORDER BY n LIMIT 1 OFFSET %d"
+            % (IS_NEW, ROWS_FOLDED - 1)
+        ).fetchone()
+        if found is None:
+            return False
+        # both in one statement: what is new is looked up once
+        link.execute(
+            f"INSERT INTO sums "
+            f"SELECT ?1, {LOCAL_HOUR}, model, client, account, NULL, {SUMS} "
+            f"FROM requests WHERE {IS_NEW} AND n <= ?1 GROUP BY 2, 3, 4, 5 UNION ALL "
+            f"SELECT ?1, {LOCAL_HOUR}, NULL, NULL, NULL, session, {SUMS} FROM requests "
+            f"WHERE {IS_NEW} AND n <= ?1 AND session IS NOT NULL GROUP BY 2, 6",
+            found,
+        )
+
+    return True
+
+
+def delete_old(link: Any, now: float) -> None:
+    """Rows and sums that are too old, or too many."""
+    link.execute(
+        "DELETE FROM requests WHERE at < ? OR n <= (SELECT MAX(n) FROM requests) - ?",
+        (now - HISTORY_AGE_S, HISTORY_ROWS),
+    )
+    link.execute(
+        f"DELETE FROM sums WHERE hour < (SELECT {LOCAL_HOUR} FROM (SELECT ? AS at)) "
+        "OR rowid <= (SELECT MAX(rowid) FROM sums) - ?",
+        (now - HISTORY_AGE_S, HISTORY_ROWS),
+    )
+
+
+def sums_since(keys: str, which: str) -> str:
+    """A SELECT of `keys`, columns of both tables, and their sums since ?1: of the lines of `sums`
+    and of the rows that are not in there yet.  which: a condition in SQL."""
+    lines = ", ".join(SUMMED)
+    found = (
+        f"SELECT hour, {keys}, {lines} FROM sums WHERE {which} "
+        f"AND hour >= (SELECT {LOCAL_HOUR} FROM (SELECT ?1 AS at)) UNION ALL "
+        f"SELECT {LOCAL_HOUR} AS hour, {keys}, {SUMS} FROM requests "
+        f"WHERE {IS_NEW} AND at >= ?1 GROUP BY hour, {keys}"
+    )
+    return f"SELECT hour, {keys}, {SUMS_OF_SUMS} FROM ({found})"
+
+
+def summarise(link: Any, since: float, with_sessions: bool) -> Json:
+    """{"total": one line of sums, "by_day": lines, ...} of the requests since then, a full hour.
+    Sums by hour, model, client and account go into a table in memory, and that is summed up for
+    each answer."""
+    link.execute("DROP TABLE IF EXISTS temp.wanted")
+    link.execute(
+        "CREATE TEMP TABLE wanted AS %s GROUP BY 1, 2, 3, 4"
+        % sums_since("model, client, account", "session IS NULL"),
         (since,),
     )
 
     def grouped(key: str, order: str) -> list[Json]:
         return objects(
             link.execute(
-                f"SELECT {key}, {SUMS_OF_SUMS} FROM temp.sums GROUP BY 1 ORDER BY {order}"
+                f"SELECT {key}, {SUMS_OF_SUMS} FROM temp.wanted "
+                f"GROUP BY 1 ORDER BY {order}"
             )
         )
 
@@ -17421,14 +17501,16 @@ def summarise(link: Any, since: float, with_sessions: bool) -> Json:
         "by_session": [],
     }
     if with_sessions:
+        query = sums_since("session", "session IS NOT NULL")
         found["by_session"] = objects(
             link.execute(
-                f"SELECT session, {SUMS} FROM requests WHERE at >= ? AND session IS NOT NULL "
-                f"GROUP BY 1 ORDER BY requests DESC LIMIT {SESSIONS_SHOWN}",
+                f"SELECT session, {SUMS_OF_SUMS} FROM ({query} GROUP BY 1, 2) "
+                "WHERE session IS NOT NULL GROUP BY 1 "
+                f"ORDER BY requests DESC LIMIT {SESSIONS_SHOWN}",
                 (since,),
             )
         )
-    link.execute("DROP TABLE temp.sums")
+    link.execute("DROP TABLE temp.wanted")
     return {name: [finish_sums(row) for row in rows] for name, rows in found.items()}
 
 
@@ -17677,21 +17759,13 @@ class History:
                 "PRAGMA journal_mode=WAL",
                 "PRAGMA synchronous=NORMAL",
                 "PRAGMA temp_store=MEMORY",
-                "CREATE TABLE IF "
-                "NOT EXISTS requests (n INTEGER PRIMARY KEY, %s)" % COLUMNS,
             ):
                 link.execute(sql)
+            try:
+                make_tables(link)
+            except ValueError as error:
+                raise sqlite3.DatabaseError(str(error)) from None
 
-            known = {
-                column[1] for column in link.execute("PRAGMA table_info(requests)")
-            }
-            missing = set(ROW_FIELDS) - known
-            if missing.difference(LATER_COLUMNS):
-                raise sqlite3.DatabaseError("it has the columns of another version")
-            for name in missing:
-                kind = LATER_COLUMNS[name]
-                link.execute("ALTER TABLE requests ADD COLUMN %s %s" % (name, kind))
-            link.execute("CREATE INDEX IF NOT EXISTS requests_at ON requests (at)")
             while self.path == ":memory:" or os.path.exists(self.path):
                 closing = self._closing
                 self._work(link)
@@ -17709,15 +17783,13 @@ class History:
             with link:
                 insert_rows(link, rows)
                 if secrets.randbelow(1000) < len(rows):  # now and then
-                    link.execute(
-                        "DELETE FROM requests WHERE at < ? OR n <= (SELECT MAX(n) FROM "
-                        "requests) - ?",
-                        (time.time() - HISTORY_AGE_S, HISTORY_ROWS),
-                    )
+                    delete_old(link, time.time())
 
             for _ in rows:
                 self._rows.popleft()
 
+        while not self._jobs and fold_rows(link):
+            pass
         if self.problem:
             self.problem = ""
             self._log.warning("the history is written again")
@@ -23480,22 +23552,23 @@ async def summary(exchange: Exchange) -> None:
     """GET /history/summary: sums by local day and hour, by model, client and account, and with
     `sessions=1` by session."""
     check_operator(exchange)
-    exchange.app.ledger.settle()
+    ledger = exchange.app.ledger
+    ledger.settle()
     days = number_of(exchange, "days", 30, 366)
     year, month, day = time.localtime(exchange.app.clock()[1])[:3]
     since = time.mktime((year, month, day - days + 1, 0, 0, 0, 0, 0, -1))
     with_sessions = exchange.parameter("sessions") == "1"
-
     work = functools.partial(summarise, since=since, with_sessions=with_sessions)
-    read = functools.partial(exchange.app.ledger.history.read, work)
-    found = await wait(InThread(read)) or {key: [] for key in SUMMARIES}
 
-    total = [line for line in found["total"] if line["requests"]]
-    none = with_credits({**NO_COUNTS, "requests": 0, "errors": 0, "first_ms": None})
-    state = exchange.app.ledger.history_state()
-    exchange.reply_json(
-        {**state, **found, "days": days, "total": total[0] if total else none}
-    )
+    def answer() -> bytes:
+        """In a thread, since it is some 50 KB."""
+        found = ledger.history.read(work) or {key: [] for key in SUMMARIES}
+        none = with_credits({**NO_COUNTS, "requests": 0, "errors": 0, "first_ms": None})
+        total = [line for line in found["total"] if line["requests"]] or [none]
+        state = ledger.history_state()
+        return dumps({**state, **found, "days": days, "total": total[0]})
+
+    exchange.reply(await wait(InThread(answer)))
 
 
 async def events(exchange: Exchange) -> None:

@@ -112,8 +112,7 @@ class Sums(ProxyCase):
         now, many = time.time(), 200_000 if SLOW else 20_000
         link = sqlite3.connect(":memory:")
         self.addCleanup(link.close)
-        link.execute("CREATE TABLE requests (n INTEGER PRIMARY KEY, %s)" % cp.COLUMNS)
-        link.execute("CREATE INDEX requests_at ON requests (at)")
+        cp.make_tables(link)
         names = ", ".join(cp.ROW_FIELDS)
         places = ", ".join("?" * len(cp.ROW_FIELDS))
         rows = (list(a_row(now - 14 * 86400 * (1 - at / many), session="s%d" % (at // 50),
