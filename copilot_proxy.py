@@ -22670,17 +22670,20 @@ class Job:
         already.  Raises ProxyError, ClientGone."""
         if not isinstance(self.body.get("stream"), (bool, type(None))):
             raise BadRequest("'stream' must be true or false", param="stream")
+        last: Plan | None = None  # whose stream can tell the client of an error
         while True:
-            if self.plan is None:
-                self.plan = await self.compute(self.make_plan)
-            plan = self.plan
-            if plan is None:
+            try:
+                call = await self.prepare_call()
+            except ProxyError as error:
+                forget_frames(error)
+                if last is None or not await self.tell(last, error):
+                    raise
+                return None
+            plan = last = self.plan
+            if plan is None or call is None:
                 await self.answer_search()
                 return None
 
-            data = await self.compute(functools.partial(self.body_for, plan))
-            call = self.call_for(plan, data)
-            await admit(self.exchange, plan.edit.body, self.model)
             try:
                 return await self.send(plan, call)
             except ProxyError as error:
@@ -22690,6 +22693,18 @@ class Job:
                 if not await self.tell(plan, error):
                     raise
                 return None
+
+    async def prepare_call(self) -> Call | None:
+        """Plan and admit; None for a search where there is none.  Raises ProxyError."""
+        if self.plan is None:
+            self.plan = await self.compute(self.make_plan)
+        plan = self.plan
+        if plan is None:
+            return None
+        data = await self.compute(functools.partial(self.body_for, plan))
+        call = self.call_for(plan, data)
+        await admit(self.exchange, plan.edit.body, self.model)
+        return call
 
     @classmethod
     async def search(
