@@ -1,4 +1,4 @@
-"""Searches of the web in the middle of an answer: the proxy fulfils the model's calls of them."""
+"""Searches of the web in the middle of an answer: the proxy fulfils the calls (sections 7, 9, 20)."""
 from __future__ import annotations
 
 import unittest
