@@ -1,4 +1,4 @@
-"""Searches of the web in the middle of an answer: the proxy fulfils the calls (sections 7, 9, 20)."""
+"""Searches of the web in the middle of an answer, made by the proxy (sections 7, 9, 20)."""
 from __future__ import annotations
 
 import unittest
