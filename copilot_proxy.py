@@ -594,6 +594,10 @@ class ProxyError(Exception):
         self.code, self.param, self.details = code, param, details
         self.headers: Headers = headers or {}
 
+    def tell_overflow(self, tokens: int, limit: int) -> None:
+        """The prompt is too long by these counts."""
+        self.overflow = (tokens, limit)
+
     def types(self) -> tuple[str, str, str]:
         """(OpenAI's type, Anthropic's type, Google's status) for this HTTP status."""
         if self.status in ERROR_TYPES:
@@ -678,6 +682,16 @@ class UpstreamError(ProxyError):
                 self.overflow = (counts[1], counts[0])
             else:
                 self.overflow = (0, 0)
+
+    def mark_answered(self, opaque: bool = False) -> UpstreamError:
+        """The status is the upstream's own."""
+        self.answered = True
+        self.opaque = opaque
+        return self
+
+    def mark_unsent(self) -> None:
+        """The upstream cannot have seen the whole request."""
+        self.unsent = True
 
     def mark_early(self) -> None:
         """It ended a stream that had shown nothing yet; after a long silence nobody asks again."""
@@ -1330,7 +1344,7 @@ def told_error(answer: Json) -> UpstreamError:
     found = read_error_text(dumps(answer), "the model failed")
     status = next(filter(None, map(status_of, found.names)), 502)
     error = UpstreamError(found.message, status, found.code, found.param)
-    error.answered = True
+    error.mark_answered()
     if error.status in (503, 529):
         error.headers["retry-after"] = "%d" % OVERLOAD_PAUSE_S
     return error
@@ -1735,6 +1749,10 @@ class Edit:
             bytes, bytes
         ] = {}  # a shortened tool's name as JSON -> the client's
 
+    def note_words(self, is_words: bool) -> None:
+        """Is it a conversation of roles and texts, and nothing else?"""
+        self.is_words = is_words
+
     def forget_body(self) -> None:
         """It has been accepted: nobody needs it while the answer comes."""
         self.body = {}
@@ -1786,6 +1804,10 @@ class Part:
     cache: bool = (
         False  # True: the prompt cache may end here; a field of those that can say it
     )
+
+    def mark_cached(self) -> None:
+        """The client wants the prompt cache to end here."""
+        self.cache = True
 
 
 @dataclass
@@ -1964,6 +1986,19 @@ class Request:
     elapsed_ns: Callable[[], int] = field(default=lambda: 0, compare=False)
     losses: Losses = field(default_factory=Losses, compare=False)
 
+    def answer_as(self, now: int, key: str) -> None:
+        """The answer's time in unix seconds, and the key that its ids are made of."""
+        self.now = now
+        self.key = key
+
+    def report_usage(self) -> None:
+        """The client wants to read the usage at the end of a stream."""
+        self.wants_usage = True
+
+    def watch_for(self, stops: list[str]) -> None:
+        """The proxy itself ends the answer at these."""
+        self.cut_at = stops
+
     def measure(self, elapsed_ns: Callable[[], int]) -> None:
         """Take the time with this from now on."""
         self.elapsed_ns = elapsed_ns
@@ -2001,7 +2036,7 @@ class Request:
             and last.is_all_results
         )
         if last is not None and parts and last.role == role and joins:
-            last.parts += parts
+            last.parts.extend(parts)
         else:
             self.turns.append(Turn(role, parts, is_all_results))
 
@@ -2460,6 +2495,10 @@ class BodyDecoder:
             self.done, self.rest = True, data[len(taken) :]
         return taken
 
+    def end(self) -> None:
+        """The connection has ended, and a body that it delimits with it."""
+        self.done = True
+
     def _feed_chunked(self, data: bytes) -> bytes:
         data = self._tail + data if self._tail else data
         out: list[bytes] = []
@@ -2859,6 +2898,10 @@ class StreamRelay:
         fresh = self._copy()
         fresh.serve_like(self)
         return fresh
+
+    def call_at_end(self, keep: Callable[[str, bytes], None] | None) -> None:
+        """`keep` gets the final object's id and bytes."""
+        self.on_final = keep
 
     def serve_like(self, other: StreamRelay) -> None:
         """Do for the client what another one was to do."""
@@ -3981,7 +4024,7 @@ def read_part(part: Json, place: str, request: Request) -> list[Part]:
     reader = _PART_READERS.get(str(part.get("type")), _read_unknown)
     found = reader(part, place, request)
     if found and (part.get("cache_control") or part.get("copilot_cache_control")):
-        found[-1].cache = True
+        found[-1].mark_cached()
     return found
 
 
@@ -4503,7 +4546,7 @@ def preflight(request: Request, model: Model) -> None:
             request.openai.keys() - HARMLESS | {"logprobs"} & request.openai.keys()
         ):
             request.lose(key, "the model is not OpenAI's")
-        request.openai = {}
+        request.openai.clear()
     elif model.id.startswith(("gpt-4", "gpt-3")) and request.openai.pop(
         "verbosity", None
     ):
@@ -4623,7 +4666,7 @@ def watch_stops(request: Request) -> None:
     """The proxy itself is to end the answer at the stop sequences.  Every piece of the answer is
     looked through for all of them, so their number and length are bounded."""
     fitting = [stop for stop in request.stop if len(stop) <= MAX_STOP_CHARS]
-    request.cut_at = fitting[:MAX_WATCHED_STOPS]
+    request.watch_for(fitting[:MAX_WATCHED_STOPS])
     if len(request.cut_at) < len(request.stop):
         request.lose(
             "stop",
@@ -4911,6 +4954,10 @@ class StreamDecoder:
         self._template = DeltaTemplate()  # of the last delta
         self._template_index = -1  # ... and its part
 
+    def count_with(self, meter: Meter) -> None:
+        """Usage and the like go into this one."""
+        self.meter = meter
+
     def read(self, data: bytes) -> list[Event]:
         """Events of one frame's data.  A frame that equals the last delta but for one JSON string
         is not parsed: the rest of it means the same as last time."""
@@ -5160,6 +5207,11 @@ class StreamEncoder:
         self._on: dict[type[Event], Callable[[Any], bytes]] = {
             kind: getattr(self, name) for kind, name in self.METHODS
         }
+
+    def take_final(self) -> tuple[()] | tuple[str, bytes]:
+        """Id and frame of a whole response, once."""
+        final, self.final = self.final, ()
+        return final
 
     def feed(self, event: Event) -> bytes:
         """The bytes of one event, b"" behind the end."""
@@ -5821,7 +5873,8 @@ class ChatCompletions(Dialect):
             "messages max_completion_tokens n verbosity functions function_call",
         )
         options = as_object(body.get("stream_options"))
-        request.wants_usage = options.get("include_usage") is True
+        if options.get("include_usage") is True:
+            request.report_usage()
         request.openai.update(given(verbosity=body.get("verbosity") or None))
         if body.get("logprobs") is True:
             request.openai["logprobs"] = True
@@ -5878,7 +5931,7 @@ class ChatCompletions(Dialect):
             )
 
         if message.get("copilot_cache_control") and parts:
-            parts[-1].cache = True
+            parts[-1].mark_cached()
         request.add_turn({"developer": "system", "tool": "user"}.get(role, role), parts)
 
     def _read_assistant(self, message: Json) -> list[Part]:
@@ -8417,29 +8470,32 @@ class Messages(Dialect):
     def decode_request(self, body: Json) -> Request:
         if "thread" in body:
             self.prepare(Edit(body), Model(""))  # refuses it as clients want
-        request = read_fields(self, body, "messages system")
         thinking = as_object(body.get("thinking")).get("type")
-        request.hides_thinking = thinking in (None, "disabled")
-        if thinking == "disabled":
-            request.effort = "none"
         choice = as_object(body.get("tool_choice"))
-        if choice.get("type") == "tool":
-            request.tool_choice = Named(str(choice.get("name")))
-        else:
-            request.tool_choice = {
-                "auto": "auto",
-                "any": "required",
-                "none": "none",
-            }.get(str(choice.get("type")))
-
+        own: Json = {
+            "hides_thinking": thinking in (None, "disabled"),
+            "tool_choice": self._read_choice(choice),
+        }
+        if thinking == "disabled":
+            own["effort"] = "none"
         if choice.get("disable_parallel_tool_use"):
-            request.parallel_tool_calls = False
+            own["parallel_tool_calls"] = False
+
+        request = replace(read_fields(self, body, "messages system"), **own)
         system = read_content(body.get("system"), "system", request)
         if system:
             request.add_turn("system", system)
         for at, message in enumerate(check_list(body, "messages")):
             self.read_turn(request, message, "messages[%d]" % at)
         return request
+
+    @staticmethod
+    def _read_choice(choice: Json) -> str | Named | None:
+        """{"type": "any"} -> "required" """
+        if choice.get("type") == "tool":
+            return Named(str(choice.get("name")))
+        words = {"auto": "auto", "any": "required", "none": "none"}
+        return words.get(str(choice.get("type")))
 
     def read_turn(self, request: Request, item: Json, place: str) -> None:
         role = item.get("role")
@@ -10206,9 +10262,9 @@ class TranslatedStream(StreamRelay):
 
     def _end(self) -> None:
         self.ended = True
-        if self.on_final and self._encoder.final:
-            self.on_final(*self._encoder.final)
-            self._encoder.final = ()
+        final = self._encoder.take_final()
+        if self.on_final and final:
+            self.on_final(*final)
 
     def _block(self, block: bytes) -> bytes:
         out: list[Event] = []
@@ -10234,9 +10290,10 @@ class TranslatedStream(StreamRelay):
         return self.tell(events)
 
     def _error(self, error: ProxyError) -> bytes:
-        told = UpstreamError(str(error), error.status, error.code)
-        told.overflow = error.overflow
-        return self.tell([StreamError(told)])
+        failure = UpstreamError(str(error), error.status, error.code)
+        if error.overflow:
+            failure.tell_overflow(*error.overflow)
+        return self.tell([StreamError(failure)])
 
 
 def parse_answer(data: bytes) -> Json:
@@ -10259,7 +10316,8 @@ def read_answer(
 ) -> Response:
     """A whole answer of the upstream, or one that it streamed.  Raises UpstreamError."""
     decoder = upstream.stream_decoder()
-    decoder.meter = meter or decoder.meter
+    if meter is not None:
+        decoder.count_with(meter)
 
     if is_stream:
         splitter = SSEDecoder()
@@ -10796,7 +10854,7 @@ def normalise(edit: Edit, client: Dialect, model: Model) -> None:
     turns = edit.body.get(client.turns_key)
     if not isinstance(turns, list):
         return
-    edit.is_words = all(map(is_words, turns))
+    edit.note_words(all(map(is_words, turns)))
     if not edit.is_words and not all(map(client.is_in_shape, turns)):
         for step in TURN_STEPS:
             edit.go_on()
@@ -12224,6 +12282,24 @@ class PlanRepairs:
     words: tuple[str, ...] = ()
     is_stale: bool = False
 
+    def share(self, names: list[str]) -> None:
+        """Go on with the list of an earlier plan of this request."""
+        self.names = names
+
+    def use(self, memory: Any) -> None:
+        """This account's memory is asked, and learns."""
+        self.memory = memory
+
+    def quote(self, *words: str) -> None:
+        """These are the words to remember of the refusal."""
+        self.words = words
+
+    def avoid(self, model_id: str, what: str) -> bool:
+        """This model never takes such a thing -> is that news, so that another plan is needed?"""
+        self.is_stale |= (model_id, what) not in self.memory.refused
+        self.memory.refused.add((model_id, what))
+        return self.is_stale
+
 
 @dataclass
 class Plan:
@@ -12286,7 +12362,8 @@ class Plan:
             expand_compactions(edit, upstream)
             fit_body(edit, upstream, model)
 
-        request.now, request.key, request.echo = now, key, echo
+        request.answer_as(now, key)
+        request.echo.update(echo)
         if pipeline is not None:
             pipeline.names = edit.names
         if not wants_stream:
@@ -12311,6 +12388,11 @@ class Plan:
             self.meter = self.pipeline.meter
         self.tries += 1
 
+    def start(self, data: bytes, is_whole: bool = False) -> None:
+        """The client's bytes of what was read of the answer so far, or of all of it."""
+        self.begun = data
+        self.is_whole = is_whole
+
     def attach(self, headers: Headers, repaired: list[str], echo: Json) -> None:
         """The headers that go with the body, what was repaired for this request so far, and what
         the answer repeats beside what the body says."""
@@ -12324,7 +12406,7 @@ class Plan:
         if missing:
             both = ",".join(betas + missing)
             self.headers = dict(self.headers, **{"anthropic-beta": both})
-        self.repairs.names = repaired
+        self.repairs.share(repaired)
         self.request.echo.update(echo)
 
     @property
@@ -12720,9 +12802,7 @@ def places(value: Any, path: str) -> list[tuple[Json, str]]:
 
 def avoid(plan: Plan, what: str) -> bool:
     """Never again for this model; the request needs another plan."""
-    plan.repairs.is_stale |= (plan.model.id, what) not in plan.repairs.memory.refused
-    plan.repairs.memory.refused.add((plan.model.id, what))
-    return plan.repairs.is_stale
+    return plan.repairs.avoid(plan.model.id, what)
 
 
 def drop_places(plan: Plan, found: list[tuple[Json, str]]) -> bool:
@@ -12772,9 +12852,9 @@ def drop_value(plan: Plan, path: str, mark: str = "") -> bool:
         return marks == [mark] and drop_places(plan, found)
     is_single = len(marks) == 1 and marks[0] and not re.search(r"[.\[]\d", whole_path)
     if is_single:
-        plan.repairs.words = (whole_path, marks[0])
+        plan.repairs.quote(whole_path, marks[0])
     else:
-        plan.repairs.words = ()
+        plan.repairs.quote()
     return drop_places(plan, found)
 
 
@@ -12820,7 +12900,7 @@ def lower_effort(plan: Plan, words: str) -> bool:
             "low" if wish in ("none", "minimal") else wish, listed
         )
         plan.edit.lose("effort", "%s is refused" % wish[:20])
-        plan.repairs.words = (" ".join(listed),)  # of the catalogue, too
+        plan.repairs.quote(" ".join(listed))  # of the catalogue, too
     return bool(holder) and holder[key] != wish
 
 
@@ -12923,7 +13003,7 @@ def drop_images(plan: Plan, marks: str = "") -> bool:
         shed_images(plan.edit, size, size // 2)
 
     gone = [mark for part, mark in images if part.get("type") not in IMAGE_TYPES]
-    plan.repairs.words = (" ".join(gone[-MAX_MARKED_IMAGES:]),)
+    plan.repairs.quote(" ".join(gone[-MAX_MARKED_IMAGES:]))
     note_images_left(plan)
     return bool(gone)
 
@@ -12976,7 +13056,7 @@ def drop_all_betas(plan: Plan, refused: str = "") -> bool:
     sent = plan.headers.get("anthropic-beta", "")
     if not sent or refused not in ("", sent):
         return False
-    plan.repairs.words = (sent,)
+    plan.repairs.quote(sent)
     del plan.headers["anthropic-beta"]
     plan.edit.lose("anthropic-beta", REFUSED)
     return True
@@ -13236,7 +13316,7 @@ class Memory:
 
     def prepare(self, plan: Plan) -> None:
         """Change a plan by what was learned before."""
-        plan.repairs.memory = self
+        plan.repairs.use(self)
         if self._bad and drop_state(plan, True):
             plan.repairs.names.append("reasoning state")
         for store in (self._facts, self._values):
@@ -13264,9 +13344,7 @@ class Memory:
             doubtful = is_echo(found.group(), plan.edit.body)
             if doubtful and repair.name == "tool":  # it may teach at once, see `avoid`
                 continue
-            plan.repairs.words = tuple(
-                group for group in found.groups() if group is not None
-            )
+            plan.repairs.quote(*[word for word in found.groups() if word is not None])
             if not repair.patch(plan, *plan.repairs.words):
                 continue
 
@@ -14735,6 +14813,10 @@ class UpstreamRequest:
             head = b"%bContent-Length: %d\r\n\r\n" % (head[:-2], len(body))
         self.head = head
 
+    def avoid_kept_connections(self) -> None:
+        """One of them has proved closed."""
+        self.is_fresh = True
+
 
 class ProxyRefusal(OSError):
     """What a company proxy answered to CONNECT."""
@@ -14771,7 +14853,8 @@ def without_answer(
     """The error of a connection that gave no answer.  Who raises it has no name for it, which
     would lead from the error's traceback back to it."""
     error = kind(reason)
-    error.unsent = is_unsent
+    if is_unsent:
+        error.mark_unsent()
     return error
 
 
@@ -14928,6 +15011,10 @@ class HttpConnection(Connection):
         self.host, self.port = where.hostname or "", where.port or self.default_port
         self._names = names
         self._readable = Ready(self)
+
+    def serve(self, origin: str) -> None:
+        """It is to this origin, perhaps by way of a proxy."""
+        self.origin = origin
 
     async def open(self) -> None:
         """Connect, through the proxy if there is one, and begin TLS.  Raises UpstreamError."""
@@ -15304,7 +15391,8 @@ class UpstreamResponse:
                     "the upstream closed the connection in the middle of its answer",
                     code="upstream_stream_ended",
                 )
-            self._body.done, self._keep = True, False
+            self._body.end()
+            self._keep = False
             return b""
         try:
             return self._body.feed(data)
@@ -15595,7 +15683,7 @@ class Upstream:
         except urllib.error.URLError as error:
             name = host_of(origin)
             raise UpstreamError(f"cannot reach {name}: {plain_reason(error)}") from None
-        connection.origin = origin
+        connection.serve(origin)
         return connection  # type: ignore[no-any-return]
 
     async def send(self, request: UpstreamRequest) -> UpstreamResponse:
@@ -15614,7 +15702,7 @@ class Upstream:
         try:
             return await self.send(request)
         except StaleConnection:
-            request.is_fresh = True
+            request.avoid_kept_connections()
             return await self.send(request)
 
     async def fetch_json(
@@ -15755,7 +15843,7 @@ class ImageFetcher:
 
     async def _download(self, url: str) -> bytes:
         connection = self._connection_to(urllib.parse.urlsplit(url))
-        connection.origin = url
+        connection.serve(url)
         await connection.open()
         headers = {
             "Accept": "image/*",
@@ -15874,15 +15962,16 @@ def explain_refusal(token: CopilotToken, error: UpstreamError) -> UpstreamError:
     is_refused = error.status in (401, 403) or "access token" in str(error).lower()
     if not token.is_machine or not is_refused or is_limit(error):
         return error
-    told = UpstreamError(
+    explained = UpstreamError(
         "Copilot refuses this token (%s): %s" % (error, machine_hint(token.value)),
         error.status,
         error.code,
         error.param,
         error.headers,
     )
-    told.answered = error.answered
-    return told
+    if error.answered:
+        explained.mark_answered()
+    return explained
 
 
 def override(headers: Headers, own: Mapping[str, str]) -> Headers:
@@ -16600,8 +16689,9 @@ async def read_error(answer: UpstreamResponse) -> UpstreamError:
     error = UpstreamError(
         text, true_status(status, names), code, param, passed_headers(answer.headers)
     )
-    error.answered = answer.status >= 400
-    error.opaque = text == "Forbidden" and "x-github-request-id" in answer.headers
+    if answer.status >= 400:
+        is_opaque = text == "Forbidden" and "x-github-request-id" in answer.headers
+        error.mark_answered(is_opaque)
     return error
 
 
@@ -18716,6 +18806,13 @@ class AskedFor:
     streamed: bool = False
     is_look: bool = False
 
+    def name(self, key: str, session: str | None, model: str, streamed: bool) -> None:
+        """Its body has been read."""
+        self.key = key
+        self.session = session
+        self.model = model
+        self.streamed = streamed
+
     @property
     def payer(self) -> str:
         """Whose budget it is: of the session, or of the program, but never of two keys."""
@@ -18756,9 +18853,10 @@ class RequestRecord:
         """A request has come in."""
         label = label_of(path) if method == "POST" else ""
         agent = printable(headers.get("user-agent", "").partition(" ")[0], 60) or None
-        asked = AskedFor(method, path, label, agent, at, time.monotonic())
         by_page = headers.get(PAGE_HEADER) == "1" and not label
-        asked.is_look = by_page or (method == "GET" and path in LOOK_PATHS)
+        is_look = by_page or (method == "GET" and path in LOOK_PATHS)
+        began = time.monotonic()
+        asked = AskedFor(method, path, label, agent, at, began, is_look=is_look)
         return cls(new_request_id(), asked)
 
     # -- what happens to it
@@ -18778,10 +18876,7 @@ class RequestRecord:
 
     def name(self, key: str, session: str | None, model: str, streamed: bool) -> None:
         """Its body has been read."""
-        self.asked.key = key
-        self.asked.session = session
-        self.asked.model = model
-        self.asked.streamed = streamed
+        self.asked.name(key, session, model, streamed)
 
     def go_up(self, route: str, path: str, initiator: str = "") -> None:
         """It is sent to this path of the upstream."""
@@ -19228,6 +19323,10 @@ class DefaultLogin:
         self._refused: list[str] = []
         self._retry: threading.Thread | None = None
         self._lock = threading.Lock()
+
+    def announce_by(self, announce: Callable[[DeviceCode], None]) -> None:
+        """Tell each code in this way from now on."""
+        self.announce = announce
 
     def _log_code(self, code: DeviceCode) -> None:
         self._log.warning(
@@ -22842,7 +22941,7 @@ class Job:
         exchange = self.exchange
         exchange.log_body("sent", call.body or b"")
         if plan.pipeline is not None:
-            plan.pipeline.on_final = self.keep
+            plan.pipeline.call_at_end(self.keep)
             exchange.expect_stream(self.client.keepalive)
 
         answer = await self.attempts.send(call)
@@ -22862,14 +22961,13 @@ class Job:
 
         try:
             if plan.pipeline is not None and (is_stream or exchange.started):
-                plan.begun = await read_beginning(answer, plan.pipeline, timeout_s)
+                plan.start(await read_beginning(answer, plan.pipeline, timeout_s))
                 return
             if plan.pipeline is not None and not plan.is_translated:
                 exchange.expect_whole()  # no keep-alive before a whole answer
             data = await answer.read_all(timeout_s=timeout_s)
             work = functools.partial(plan.read, data, is_stream)
-            plan.begun = await exchange.compute(work, len(data))
-            plan.is_whole = True
+            plan.start(await exchange.compute(work, len(data)), is_whole=True)
         except BaseException:
             answer.close()
             raise
@@ -22914,7 +23012,7 @@ class Job:
                 functools.partial(estimate_tokens, plan.edit.body, self.model.is_claude)
             )
             most = self.model.limit("max_prompt_tokens") or size - 1
-            error.overflow = max(size, most + 1), most
+            error.tell_overflow(max(size, most + 1), most)
         is_wanted = error.overflow and self.client.reads_overflow_in_streams
         if plan.pipeline is None or not (self.exchange.started or is_wanted):
             return False
@@ -24643,7 +24741,8 @@ async def demo_answer(dialect: Dialect, exchange: Exchange) -> None:
     """A request of any dialect to the demo; streams come at a pace that can be seen."""
     body = exchange.json_object()
     request = dialect.decode_request(body)
-    request.now, request.key, request.wants_usage = int(time.time()), exchange.id, True
+    request.answer_as(int(time.time()), exchange.id)
+    request.report_usage()
     said, _ = demo_prompt(request)
     demo_trouble(said)
     response = demo_response(request, estimate_tokens(body))
@@ -26030,7 +26129,7 @@ def cmd_start(app: App, flags: argparse.Namespace) -> int:
     say(json_banner(server, new_key) if settings.log_json else banner(server) + new_key)
     if not github_token:
         if sys.stdout.isatty() and not settings.log_json:
-            app.login.announce = print_code
+            app.login.announce_by(print_code)
         app.login.begin()
     if settings.open:
         import webbrowser

@@ -336,7 +336,7 @@ GAUGES = (
           lambda source: max(len(found) for found in attributes(source).values())),
     Gauge("classes with more than 15 attributes", 0, 0,
           lambda source: sum(len(found) > MAX_ATTRIBUTES for found in attributes(source).values())),
-    Gauge("attributes set on something else than self", 92, 40,
+    Gauge("attributes set on something else than self", 50, 40,
           lambda source: len(foreign_stores(source))),
     Gauge("checks for a dialect outside its section", 0, 0,
           lambda source: len(identity_checks(source))),
