@@ -23863,6 +23863,7 @@ def model_entry(model: Model) -> Json:
         "state": model.state,
         "picker_enabled": model.picker,
         "supported_endpoints": list(model.endpoints),
+        "vision": model.supports.get("vision"),
         "context_window": model.limit("max_context_window_tokens") or None,
         "max_input_tokens": model.limit("max_prompt_tokens") or None,
         "max_output_tokens": model.limit("max_output_tokens") or None,
@@ -24989,10 +24990,15 @@ class Recipe:
     named: str = ""
 
 
-_LLM = "$LLM_USER_PATH:%s//" % {
-    "win32": "~/AppData/Roaming/io.datasette.llm",
-    "darwin": "~/Library/Application Support/io.datasette.llm",
-}.get(sys.platform, "~/.config/io.datasette.llm")
+#: where programs keep their settings on this system
+_SETTINGS = {
+    "win32": "$APPDATA:~/AppData/Roaming//",
+    "darwin": "~/Library/Application Support//",
+}.get(sys.platform, "$XDG_CONFIG_HOME:~/.config//")
+_LLM = "$LLM_USER_PATH:%s/io.datasette.llm//" % _SETTINGS.split(":")[-1].rstrip("/")
+_ZED = {
+    "win32": "$APPDATA:~/AppData/Roaming//Zed/",
+}.get(sys.platform, "$XDG_CONFIG_HOME:~/.config//zed/")
 _CODEX = "-c model_providers.copilot_proxy."
 
 CLIENTS: Mapping[str, Recipe] = {
@@ -25065,7 +25071,7 @@ experimental_bearer_token = "%(key)s"
    "npm": "@ai-sdk/openai-compatible", "name": "copilot_proxy",
    "options": {"baseURL": "%(base)s", "apiKey": "%(key)s"}, "models": {%(models)s}}}}""",
                 (
-                    '"%(id)s": {"name": "%(name)s", "limit": '
+                    '"%(id)s": {"name": "%(name)s", "attachment": %(vision)s, "limit": '
                     '{"context": %(context)s, "output": %(out)s}}'
                 ),
             ),
@@ -25123,6 +25129,109 @@ experimental_bearer_token = "%(key)s"
             "%(window)s\n  Max output      %(out)s"
         ),
     ),
+    "vscode": Recipe(
+        "VS Code (custom endpoint)",
+        note="Reload the window and choose a model below the chat's input.  If it asks for a key:\n"
+        "  %(key)s\n"
+        "Profiles other than the default one have a file of their own.",
+        files=(
+            (
+                _SETTINGS + "Code/User/chatLanguageModels.json",
+                """\
+[{"name": "copilot_proxy", "vendor": "customendpoint", "apiType": "chat-completions",
+  "models": [%(models)s]}]""",
+                (
+                    '{"id": "%(id)s", "name": "%(name)s", "url": "%(base)s/chat/completions", '
+                    '"toolCalling": true, "vision": %(vision)s, '
+                    '"maxInputTokens": %(window)s, "maxOutputTokens": %(out)s, '
+                    '"requestHeaders": {"Authorization": "Bearer %(key)s"}}'
+                ),
+            ),
+        ),
+    ),
+    "vscode-ollama": Recipe(
+        "VS Code (Ollama)",
+        OLLAMA,
+        note="Run Chat: Manage Language Models, choose Add Models and Ollama, and enter as its URL\n"
+        "  %(url)s\n"
+        "It lists %(main)s and the others by itself.  It sends no key (here: %(key)s), so a\n"
+        "server that wants one is for the custom endpoint: setup vscode",
+    ),
+    "copilot-cli": Recipe(
+        "Copilot CLI (own provider)",
+        RESPONSES,
+        (_LARGE_GPT, "gpt-", "claude-sonnet"),
+        env="COPILOT_PROVIDER_BASE_URL=%(base)s COPILOT_PROVIDER_API_KEY=%(key)s "
+        "COPILOT_PROVIDER_WIRE_API=responses COPILOT_MODEL=%(main)s "
+        "COPILOT_PROVIDER_MAX_PROMPT_TOKENS=%(window)s "
+        "COPILOT_PROVIDER_MAX_OUTPUT_TOKENS=%(out)s",
+        run="copilot",
+        note="COPILOT_OFFLINE=true beside them keeps it from calling GitHub by itself.",
+    ),
+    "xcode": Recipe(
+        "Xcode",
+        note="In Settings > Intelligence choose Add a Chat Provider, then Internet Hosted:\n"
+        "  URL %(url)s   API key %(key)s   API key header x-api-key\n"
+        "(or Locally Hosted with the port %(port)s, without a key), and choose %(main)s.",
+    ),
+    "jetbrains": Recipe(
+        "JetBrains AI Assistant",
+        note="In Settings > Tools > AI Assistant > Providers & API keys choose OpenAI-compatible:\n"
+        "  URL %(base)s   API key %(key)s   Tool calling on\n"
+        "Press Test Connection, then choose %(main)s in the chat.",
+    ),
+    "zed": Recipe(
+        "Zed",
+        env="GITHUB_COPILOT_PROXY_API_KEY=%(key)s",
+        run="zed",
+        note="The key %(key)s can also be entered under Settings > AI > LLM Providers.",
+        sign='"github_copilot_proxy"',
+        named=r'"provider" *: *"github_copilot_proxy" *,\s{0,80}"(model)" *: *"([^"\n]{1,200})"',
+        files=(
+            (
+                _ZED + "settings.json",
+                """\
+{"language_models": {"openai_compatible": {"github_copilot_proxy": {
+   "api_url": "%(base)s", "available_models": [%(models)s]}}},
+ "agent": {"default_model": {"provider": "github_copilot_proxy", "model": "%(main)s"}}}""",
+                (
+                    '{"name": "%(id)s", "display_name": "%(name)s", "max_tokens": %(context)s, '
+                    '"max_output_tokens": %(out)s, "capabilities": {"tools": true, '
+                    '"images": %(vision)s, "parallel_tool_calls": true, '
+                    '"prompt_cache_key": false}}'
+                ),
+            ),
+        ),
+    ),
+    "gemini-cli": Recipe(
+        "Gemini CLI",
+        GEMINI,
+        ("gemini.{0,40}pro", "gemini", "claude-sonnet", _LARGE_GPT, "gpt-"),
+        run="gemini -m %(main)s",
+        note="It takes another address only with both files: variables alone are refused.",
+        files=(
+            (
+                "$GEMINI_CLI_HOME:~//.gemini/settings.json",
+                """\
+{"security": {"auth": {"selectedType": "gemini-api-key"}},
+ "model": {"name": "%(main)s"}}""",
+                "",
+            ),
+            (
+                "$GEMINI_CLI_HOME:~//.gemini/.env",
+                'GOOGLE_GEMINI_BASE_URL="%(url)s"\nGEMINI_API_KEY="%(key)s"\n',
+                "",
+            ),
+        ),
+    ),
+    "home-assistant": Recipe(
+        "Home Assistant",
+        OLLAMA,
+        note="In Settings > Devices & services choose Add integration and Ollama:\n"
+        "  URL %(url)s   API key %(key)s   then Add conversation agent, model %(main)s\n"
+        "On another machine it needs the name of this one (setup --url) and a server that was\n"
+        "started with --host 0.0.0.0 --api-key auto --allow-host NAME.",
+    ),
     "open-webui": Recipe(
         "Open WebUI",
         run="open-webui serve",
@@ -25164,6 +25273,22 @@ experimental_bearer_token = "%(key)s"
         note="Anthropic() in Python and new Anthropic() in Node read these.\n"
         '  client.messages.create(model="%(main)s", ...)',
     ),
+    "openai-agents": Recipe(
+        "OpenAI Agents SDK",
+        RESPONSES,
+        (_LARGE_GPT, "gpt-", "claude-sonnet"),
+        env="OPENAI_BASE_URL=%(base)s OPENAI_API_KEY=%(key)s OPENAI_DEFAULT_MODEL=%(main)s "
+        "OPENAI_AGENTS_DISABLE_TRACING=1",
+        note="Agent(...) and Runner.run_sync(...) read these.  Tracing would send what is said\n"
+        'to OpenAI.  Another model for one agent: Agent(model="%(small)s", ...)',
+    ),
+    "langchain": Recipe(
+        "LangChain",
+        env="OPENAI_BASE_URL=%(base)s OPENAI_API_KEY=%(key)s",
+        note='ChatOpenAI(model="%(main)s") reads these.  Other classes reach all models, too:\n'
+        '  ChatAnthropic(model="%(main)s", base_url="%(url)s", api_key="%(key)s")\n'
+        '  ChatOllama(model="%(main)s", base_url="%(url)s")',
+    ),
     "curl": Recipe(
         "curl",
         main=(CHEAP_MODEL, "-mini", "gpt-", "claude"),
@@ -25203,9 +25328,11 @@ def quote_word(shell: str, word: str, always: bool = False) -> str:
 
 
 def pick_model(models: list[Model], *patterns: str) -> Model | None:
-    """The newest model of the first pattern that fits any, of equal ones the shortest id."""
+    """The newest model of the first pattern that fits any, of equal ones the shortest id; one
+    whose end is announced only where there is no other."""
+    living = [model for model in models if not model.notice]
     for pattern in (*patterns, ""):
-        found = [m for m in models if re.search(pattern, m.id)]
+        found = [m for m in living or models if re.search(pattern, m.id)]
         if found:
             return max(found, key=lambda m: (m.version, -len(m.id)))
     return None
@@ -25227,6 +25354,7 @@ def places_of(model: Model) -> dict[str, str]:
         "out": str(out),
         "window": str(prompt),
         "context": str(min(whole, prompt + out)),
+        "vision": str(model.supports.get("vision") is not False).lower(),
     }
 
 
@@ -25250,6 +25378,7 @@ def fill(
     return dict(
         places_of(main),
         url=url,
+        port=str(urllib.parse.urlsplit(url).port or ""),
         base=url + "/v1",
         key=key,
         main=spell(main),
@@ -25324,12 +25453,17 @@ def fill_file(
     items = [
         each % {**safe, **escape_all(places_of(m))} for m in models if m.kind == "chat"
     ]
-    safe["models"] = (",\n " if path.endswith(".json") else "").join(items)
-    safe["env"] = ",\n  ".join(
+    is_json = path.endswith(".json")
+    safe["models"] = (", " if is_json else "").join(items)
+    safe["env"] = ", ".join(
         "%s: %s" % (json.dumps(n), json.dumps(v))
         for n, v in variables_of(recipe, values)
     )
-    return path, text % safe
+
+    text = text % safe
+    if is_json:
+        text = json.dumps(json.loads(text), indent=2, ensure_ascii=False) + "\n"
+    return path, text
 
 
 def command_line(
@@ -25377,6 +25511,18 @@ def merge_json(old: Any, new: Any) -> Any:
     }
 
 
+def merge_named(old: list[Json], new: list[Json]) -> list[Json]:
+    """`new` into a list of objects that have names: those of the same name are merged."""
+    merged = list(old)
+    for one in new:
+        at = [n for n, other in enumerate(old) if other.get("name") == one["name"]]
+        if at:
+            merged[at[0]] = merge_json(old[at[0]], one)
+        else:
+            merged.append(one)
+    return merged
+
+
 def merge_lines(old: str, new: str) -> str:
     """`new` over a TOML or flat YAML text: its top keys replace theirs, a [table] or "- item" with
     the same first line is replaced up to its first empty line, the rest is added."""
@@ -25408,19 +25554,27 @@ def merge_lines(old: str, new: str) -> str:
 def merge_file(path: str, text: str) -> tuple[str, str]:
     """(what the file holds, what it shall hold).  Raises ConfigError."""
     old = ""
+
     try:
         with contextlib.suppress(FileNotFoundError), open(
             path, encoding="utf-8-sig"
         ) as file:
             old = file.read()
+
         if path.endswith(".json"):
-            merged = merge_json(loads((old or "{}").encode()), json.loads(text))
+            new = json.loads(text)
+            if isinstance(new, list):
+                merge = merge_named
+            else:
+                merge = merge_json
+            merged = merge(loads(old.encode()) if old.strip() else type(new)(), new)
             return old, json.dumps(merged, indent=2, ensure_ascii=False) + "\n"
     except (OSError, ValueError) as error:
         raise ConfigError(
             "cannot merge into %s (%s): put this into it by hand:\n%s"
             % (path, plain_reason(error), text)
         ) from None
+
     return old, text if path.endswith("copilot_proxy.yaml") else merge_lines(old, text)
 
 
@@ -26603,6 +26757,7 @@ def offered_models(app: App, url: str, key: str) -> list[Model]:
                 str(entry.get("display_name")),
                 kind=str(entry.get("kind")),
                 limits=limits,
+                supports={"vision": entry.get("vision")},
                 picker=True,
                 entry={"info_messages": [notice]} if entry.get("notice") else {},
             )
@@ -26640,10 +26795,45 @@ def write_settings(recipe: Recipe, files: list[tuple[str, str]]) -> None:
         say("wrote " + path)
 
 
+#: dialect of clients alone -> (route, body, where a piece of the answer has its words), for --check
+TRIALS: Mapping[str, tuple[str, str, tuple[str | int, ...]]] = {
+    GEMINI.name: (
+        "/v1beta/models/%(main)s:streamGenerateContent?alt=sse",
+        (
+            '{"contents": [{"role": "user", "parts": [{"text": "Say hello in one word."}]}], '
+            '"generationConfig": {"maxOutputTokens": 200}}'
+        ),
+        ("candidates", 0, "content", "parts", 0, "text"),
+    ),
+    OLLAMA.name: (
+        "/api/chat",
+        (
+            '{"model": "%(main)s", "options": {"num_predict": 200}, '
+            '"messages": [{"role": "user", "content": "Say hello in one word."}]}'
+        ),
+        ("message", "content"),
+    ),
+}
+
+
+def trial_words(data: bytes, place: tuple[str | int, ...]) -> str:
+    """The words of a stream that has a JSON value in each line.  Raises UpstreamError for one that
+    tells of an error."""
+    words = ""
+    for line in filter(None, data.splitlines()):
+        piece: Any = loads(line[line.index(b"{") :])
+        if "error" in piece:
+            raise told_error(piece)
+        with contextlib.suppress(LookupError, TypeError):
+            for step in place:
+                piece = piece[step]
+            words += piece
+    return words
+
+
 def try_client(app: App, recipe: Recipe, values: dict[str, str], model: Model) -> str:
     """One streamed request in the client's dialect through the running server."""
     dialect, began = recipe.dialect, time.monotonic()
-    url = values["url"] + "/v1" + dialect.path.replace("/v1", "")
     request = Request(
         values["main"],
         turns=[Turn("user", [Text("Say hello in one word.")])],
@@ -26651,22 +26841,23 @@ def try_client(app: App, recipe: Recipe, values: dict[str, str], model: Model) -
         stream=True,
     )
 
-    answer = run(
-        app.upstream.send_again(
-            UpstreamRequest(
-                "POST",
-                url,
-                {
-                    "Content-Type": "application/json",
-                    "Authorization": "Bearer " + values["key"],
-                },
-                dumps(
-                    dict(dialect.encode_request(request, model), model=values["main"])
-                ),
-            )
+    if dialect.name in TRIALS:
+        route, text, place = TRIALS[dialect.name]
+        url, body = (
+            values["url"] + route % values,
+            json.loads(text % escape_all(values)),
         )
-    )
+    else:
+        url = values["url"] + "/v1" + dialect.path.replace("/v1", "")
+        body = dict(dialect.encode_request(request, model), model=values["main"])
 
+    headers = {
+        "Content-Type": "application/json",
+        "Authorization": "Bearer " + values["key"],
+    }
+    answer = run(
+        app.upstream.send_again(UpstreamRequest("POST", url, headers, dumps(body)))
+    )
     data = run(answer.read_all())
 
     if answer.status != 200:
@@ -26675,11 +26866,16 @@ def try_client(app: App, recipe: Recipe, values: dict[str, str], model: Model) -
             % (url, answer.status, unwrap_error(answer.status, data, "")[0])
         )
 
+    if dialect.name in TRIALS:
+        words = trial_words(data, place)
+    else:
+        words = join_texts(read_answer(dialect, data, True, request).parts)
+
     return "ok: %s answered through %s in %.1f s: %s" % (
         values["main"],
         url,
         time.monotonic() - began,
-        printable(join_texts(read_answer(dialect, data, True, request).parts)),
+        printable(words),
     )
 
 

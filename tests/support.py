@@ -30,7 +30,7 @@ Section of copilot_proxy.py and the test_*.py that hold it (others name theirs i
     19 Page             browser
     20 Endpoints        endpoints translate server gemini ollama azure search
     21 Demo             cli
-    22 Setup            setup readme
+    22 Setup            setup setups readme
     23 Commands         cli auth network output today
     24 Main             cli output scaleout
 """

@@ -71,9 +71,11 @@ class PrintTest(SetupCase):
         for client, recipe in cp.CLIENTS.items():
             with self.subTest(client=client):
                 output = self.setup(client, "--key", "made-up-key")
-                base = self.proxy.url + ("" if recipe.dialect is cp.MESSAGES else "/v1")
-                self.assertRegex(output, re.escape(base) + r"(?![\w/])" if "curl" not in client
-                                 else re.escape(base + "/chat/completions"))
+                base = self.proxy.url
+                if recipe.dialect in (cp.CHAT, cp.RESPONSES) and client != "xcode":
+                    base += "/v1"               # Xcode adds it by itself
+                path = "/chat/completions" if client in ("curl", "vscode") else r"(?![\w/])"
+                self.assertRegex(output, re.escape(base) + path)
                 self.assertIn("made-up-key", output)
                 self.assertTrue([name for name in ids if name in output], output)
                 self.assertNotIn("%(", output)

@@ -1,0 +1,197 @@
+"""What editors, command lines and frameworks are set up and tried with (section 22)."""
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+import unittest
+import unittest.mock
+from typing import Any
+
+from support import Proxy, document, run_main
+import copilot_proxy as cp
+from fake_upstream import MESSAGES, Answer, FakeUpstream
+
+#: client -> the route that --check calls
+ROUTES = {
+    "vscode": "/v1/chat/completions", "vscode-ollama": "/api/chat",
+    "copilot-cli": "/v1/responses", "xcode": "/v1/chat/completions",
+    "jetbrains": "/v1/chat/completions", "zed": "/v1/chat/completions",
+    "gemini-cli": "/v1beta/models/gemini-", "home-assistant": "/api/chat",
+    "openai-agents": "/v1/responses", "langchain": "/v1/chat/completions",
+    "claude-code": "/v1/messages", "codex": "/v1/responses", "curl": "/v1/chat/completions"}
+NO_FILE = ("vscode-ollama", "xcode", "jetbrains", "home-assistant")
+
+
+class SetupsCase(unittest.TestCase):
+    """One server for the class, an empty home for each test."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.fake = FakeUpstream().start()
+        cls.addClassCleanup(cls.fake.close)
+        cls.proxy = Proxy(cls.fake).__enter__()
+        cls.addClassCleanup(cls.proxy.__exit__, None, None, None)
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.home = os.path.realpath(folder.name)
+
+    def run_setup(self, *args: str, **env: str) -> tuple[int, str]:
+        return run_main(self.home, "setup", *args, **{"PORT": str(self.proxy.port), **env})
+
+    def setup(self, *args: str, **env: str) -> str:
+        code, output = self.run_setup(*args, **env)
+        self.assertEqual(code, 0, output)
+        return output
+
+    def file_of(self, client: str, at: int = 0) -> str:
+        place = cp.CLIENTS[client].files[at][0]
+        name = place.rpartition(":")[2].replace("//", "/")
+        return os.path.join(self.home, *name.split("/")[1:])
+
+    def read(self, path: str) -> str:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+
+    def put(self, path: str, text: str) -> None:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+
+
+class CheckTest(SetupsCase):
+    def test_each_client_is_tried_by_its_own_route(self) -> None:
+        for client, route in ROUTES.items():
+            for model in ("", "claude-sonnet-4.6", "gpt-5.4", "gpt-5-mini"):
+                with self.subTest(client=client, model=model):
+                    words = ["--model", model] if model else []
+                    output = self.setup(client, "--check", *words)
+                    self.assertIn(self.proxy.url + route.replace("gemini-", model), output)
+                    self.assertRegex(output, r"ok: \S+ answered .*: Echo: Say hello in one word\.")
+
+    def test_what_goes_wrong_is_told_in_every_dialect(self) -> None:
+        for client in ("home-assistant", "gemini-cli"):
+            self.fake.script(MESSAGES, Answer(400, body={"error": {"message": "made up reason"}}))
+            code, output = self.run_setup(client, "--check", "--model", "claude-sonnet-4.6")
+            self.assertEqual(code, 1)
+            self.assertIn("answered 400: made up reason", output)
+
+    def test_an_answer_that_breaks_off_is_no_success(self) -> None:
+        real = cp.TRIALS
+        for client, dialect in (("home-assistant", "ollama"), ("gemini-cli", "gemini")):
+            path, body, place = real[dialect]
+            broken = body.replace("in one word.", "@@events=9 cut=3@@")
+            self.assertNotEqual(broken, body)
+            with unittest.mock.patch.dict(cp.TRIALS, {dialect: (path, broken, place)}):
+                code, output = self.run_setup(client, "--check")
+            self.assertEqual(code, 1, output)
+            self.assertIn("error: ", output)
+
+
+class TextTest(SetupsCase):
+    def test_a_client_without_a_settings_file_gets_a_few_lines(self) -> None:
+        for client in NO_FILE:
+            lines = self.setup(client, "--key", "made-up-key").strip().splitlines()
+            self.assertLessEqual(len(lines), 4, client)
+            self.assertIn("made-up-key", "\n".join(lines))
+            code, output = self.run_setup(client, "--write")
+            self.assertEqual(code, 2, output)
+
+    def test_json_has_a_line_for_each_key(self) -> None:
+        for client, recipe in cp.CLIENTS.items():
+            if any(place.endswith(".json") for place, _, _ in recipe.files):
+                text = self.setup(client)
+                self.assertRegex(text, r'(?m)^ +"[^"]+": .*$')
+                self.assertNotRegex(text, r'(?m)^ *"[^"]+": .*, "')
+
+    def test_every_model_of_the_account_is_offered_with_its_limits(self) -> None:
+        chat = {m["id"] for m in self.proxy.get("/v1/models").json["data"] if m["kind"] == "chat"}
+        self.setup("vscode", "--write")
+        (group,) = json.loads(self.read(self.file_of("vscode")))
+        self.assertEqual({m["id"] for m in group["models"]}, chat)
+        model = next(m for m in group["models"] if m["id"] == "gpt-5.3-codex")
+        self.assertEqual((model["maxInputTokens"], model["maxOutputTokens"], model["toolCalling"]),
+                         (272000, 128000, True))
+        self.assertEqual(model["url"], self.proxy.url + "/v1/chat/completions")
+        self.assertEqual(model["requestHeaders"], {"Authorization": "Bearer dummy"})
+        self.setup("zed", "--write")
+        zed = json.loads(self.read(self.file_of("zed")))
+        provider = zed["language_models"]["openai_compatible"]["github_copilot_proxy"]
+        self.assertEqual({m["name"] for m in provider["available_models"]}, chat)
+        self.assertEqual(zed["agent"]["default_model"]["provider"], "github_copilot_proxy")
+
+    def test_zeds_key_has_no_name_that_this_program_reads(self) -> None:
+        name = cp.CLIENTS["zed"].env.partition("=")[0]
+        self.assertNotIn(name, [v for option in cp.OPTIONS for v in option.variables])
+
+    def test_a_model_that_is_about_to_end_is_not_chosen(self) -> None:
+        models = [cp.Model("gpt-5-mini", entry={"info_messages": [
+            {"code": "retirement", "message": "ends on 1 May"}]}), cp.Model("gpt-5.4-mini")]
+        recipe = cp.CLIENTS["curl"]
+        self.assertEqual(cp.pick_model(models, *recipe.main), models[1])
+        self.assertEqual(cp.pick_model(models[:1], *recipe.main), models[0])
+
+    def test_curl_names_a_model_of_the_account(self) -> None:
+        named = re.findall(r'"model": "([^"]+)"', self.setup("curl", "--shell", "bash"))
+        self.assertEqual(named, ["gpt-5-mini"])
+
+
+class MergeTest(SetupsCase):
+    def test_other_providers_of_vs_code_stay_and_so_does_a_key_that_it_stored(self) -> None:
+        path = self.file_of("vscode")
+        other = {"name": "Mine", "vendor": "openai", "apiKey": "${input:chat.lm.secret.1}"}
+        kept = {"name": "copilot_proxy", "apiKey": "${input:chat.lm.secret.2}", "models": []}
+        self.put(path, json.dumps([other, kept]))
+        self.setup("vscode", "--write")
+        first, second = json.loads(self.read(path))
+        self.assertEqual(first, other)
+        self.assertEqual(second["apiKey"], kept["apiKey"])
+        self.assertTrue(second["models"])
+
+    def test_gemini_cli_keeps_other_variables(self) -> None:
+        path = self.file_of("gemini-cli", 1)
+        self.put(path, "# mine\nGEMINI_API_KEY=real\nOTHER=1\n")
+        self.setup("gemini-cli", "--write")
+        lines = self.read(path).splitlines()
+        self.assertIn("OTHER=1", lines)
+        self.assertEqual([line for line in lines if line.startswith("GEMINI_API_KEY")],
+                         ['GEMINI_API_KEY="dummy"'])
+
+    def test_a_retired_model_in_zeds_settings_is_found(self) -> None:
+        self.setup("zed", "--write")
+        environ = {"HOME": self.home}
+        path = self.file_of("zed")
+        text = re.sub(r'"model": "[^"]+"', '"model": "gpt-99"', self.read(path))
+        self.put(path, text)
+        with unittest.mock.patch.dict(os.environ, {"HOME": self.home, "APPDATA": ""}):
+            found = list(cp.models_in_settings(cp.CLIENTS["zed"], environ))
+        self.assertEqual([name for _, name in found], ["gpt-99"])
+
+
+def table_row(name: str, recipe: Any) -> str:
+    """A client's row in the README, made of what `setup` knows of it."""
+    files = [place.rpartition(":")[2].replace("//", "/") for place, _, _ in recipe.files]
+    written = ", ".join("`%s`" % file for file in files)
+    if not files and recipe.env:
+        written = "nothing: prints variables"
+    elif not files and recipe.run:
+        written = "nothing: prints a request"
+    elif not files:
+        written = "nothing: says what to enter"
+    return "| %s | `setup %s` | %s |" % (recipe.about, name, written)
+
+
+@unittest.skipUnless(sys.platform == "linux", "the README names the paths of Linux")
+class ReadmeTest(unittest.TestCase):
+    def test_the_table_of_clients_is_what_setup_knows(self) -> None:
+        text = document("README.md").split("\n## Clients\n")[1].split("\n### ")[0]
+        shown = [line for line in text.splitlines() if "| `setup " in line]
+        self.assertEqual(shown, [table_row(*one) for one in cp.CLIENTS.items()])
+
+
+if __name__ == "__main__":
+    unittest.main()
