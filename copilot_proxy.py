@@ -25152,7 +25152,7 @@ experimental_bearer_token = "%(key)s"
     "vscode-ollama": Recipe(
         "VS Code (Ollama)",
         OLLAMA,
-        note="Run Chat: Manage Language Models, choose Add Models and Ollama, and enter as its URL\n"
+        note="Run Chat: Manage Language Models, choose Add Models and Ollama.  Its URL is\n"
         "  %(url)s\n"
         "It lists %(main)s and the others by itself.  It sends no key (here: %(key)s), so a\n"
         "server that wants one is for the custom endpoint: setup vscode",
