@@ -3817,6 +3817,17 @@ def join_states(states: list[str]) -> str | None:
     return states[-1]
 
 
+def plain_text(part: Part) -> str:
+    """The words of a text, or of a document that is text; '' for everything else."""
+    if isinstance(part, Document) and part.text:
+        if part.title:
+            return "%s:\n%s" % (part.title, part.text)
+        return part.text
+    if isinstance(part, Text):
+        return part.text
+    return ""
+
+
 def usable_parts(turn: Turn, request: Request, dialect: str) -> list[Part]:
     """The parts of a turn that may go upstream: foreign reasoning never does, and no upstream takes
     a file from the model; the words of one stay."""
@@ -3954,17 +3965,6 @@ def document_from_file(source: Any, place: str) -> Document:
         str(source.get("file_url") or ""),
         title=word(source.get("filename")),
     )
-
-
-def plain_text(part: Part) -> str:
-    """The words of a text, or of a document that is text; '' for everything else."""
-    if isinstance(part, Document) and part.text:
-        if part.title:
-            return "%s:\n%s" % (part.title, part.text)
-        return part.text
-    if isinstance(part, Text):
-        return part.text
-    return ""
 
 
 def join_texts(parts: Iterable[Part]) -> str:
@@ -7969,6 +7969,12 @@ def _as_blocks(content: Any) -> list[Any]:
     return as_list(content)
 
 
+def filter_betas(value: str) -> str:
+    """The `anthropic-beta` values that the upstream knows.  'a-1,interleaved-thinking-2' -> ..."""
+    wanted = [beta.strip() for beta in value.split(",")]
+    return ",".join(beta for beta in wanted if beta.startswith(BETA_PREFIXES))
+
+
 class Messages(Dialect):
     """POST /v1/messages, Anthropic's shape.  The backend behind a model changes from request to
     request and differs in strictness, so everything that one of them refuses is left out."""
@@ -8895,12 +8901,6 @@ class MessagesEncoder(StreamEncoder):
         return self._event("message_delta", delta=delta, usage=usage) + self._event(
             "message_stop"
         )
-
-
-def filter_betas(value: str) -> str:
-    """The `anthropic-beta` values that the upstream knows.  'a-1,interleaved-thinking-2' -> ..."""
-    wanted = [beta.strip() for beta in value.split(",")]
-    return ",".join(beta for beta in wanted if beta.startswith(BETA_PREFIXES))
 
 
 # ---- Gemini and Ollama: dialects of clients alone ----
@@ -10922,6 +10922,53 @@ def rename_twin_calls(step: ToolStep, results: list[Json]) -> None:
         seen.add(call_id)
 
 
+class OpenCalls:
+    """Finds the call that each tool result belongs to: the latest one of its id that has none."""
+
+    def __init__(self) -> None:
+        #: id -> (step, numbers of the calls in it), for calls without a result
+        self._places: dict[str, list[tuple[int, collections.deque[int]]]] = {}
+        self._results: dict[str, list[Json]] = {}  # id -> those not in _digests yet
+        self._digests: dict[str, set[str]] = {}  # id -> of results that were taken
+
+    def open(self, at: int, calls: Sequence[str]) -> None:
+        """Step `at` makes these calls."""
+        for number, call_id in enumerate(calls):
+            groups = self._places.setdefault(call_id, [])
+            if not groups or groups[-1][0] != at:
+                groups.append((at, collections.deque()))
+            groups[-1][1].append(number)
+
+    def take(self, item: Json, call_id: str) -> tuple[int, int] | None:
+        """(step, number) of the call whose result `item` is; None when no such call is open."""
+        groups = self._places.get(call_id)
+        if not groups:
+            return None
+        at, numbers = groups[-1]
+        number = numbers.popleft()
+        if not numbers:
+            groups.pop()
+        self.note(item, call_id)
+        return at, number
+
+    def note(self, item: Json, call_id: str) -> None:
+        """This result is in the conversation now."""
+        self._results.setdefault(call_id, []).append(item)
+
+    def is_repeat(self, item: Json, call_id: str) -> bool:
+        """Is the very same result in the conversation already?"""
+        if call_id not in self._results:
+            return False
+        digests = self._digests.setdefault(call_id, set())
+        digests.update(map(self._digest, self._results[call_id]))
+        self._results[call_id].clear()
+        return self._digest(item) in digests
+
+    @staticmethod
+    def _digest(item: Json) -> str:
+        return stable_id("", json.dumps(item, sort_keys=True))
+
+
 def _in_order(steps: list[ToolStep], dialect: Dialect, edit: Edit) -> Iterator[Json]:
     """A result belongs to the latest open call of its id before it, else to one behind it."""
     calls, results, orphans = OpenCalls(), {}, set()
@@ -10980,53 +11027,6 @@ def pair_calls(edit: Edit, dialect: Dialect) -> None:
     edit.replace(
         edit.body, key, dialect.join_user_turns(_in_order(steps, dialect, edit))
     )
-
-
-class OpenCalls:
-    """Finds the call that each tool result belongs to: the latest one of its id that has none."""
-
-    def __init__(self) -> None:
-        #: id -> (step, numbers of the calls in it), for calls without a result
-        self._places: dict[str, list[tuple[int, collections.deque[int]]]] = {}
-        self._results: dict[str, list[Json]] = {}  # id -> those not in _digests yet
-        self._digests: dict[str, set[str]] = {}  # id -> of results that were taken
-
-    def open(self, at: int, calls: Sequence[str]) -> None:
-        """Step `at` makes these calls."""
-        for number, call_id in enumerate(calls):
-            groups = self._places.setdefault(call_id, [])
-            if not groups or groups[-1][0] != at:
-                groups.append((at, collections.deque()))
-            groups[-1][1].append(number)
-
-    def take(self, item: Json, call_id: str) -> tuple[int, int] | None:
-        """(step, number) of the call whose result `item` is; None when no such call is open."""
-        groups = self._places.get(call_id)
-        if not groups:
-            return None
-        at, numbers = groups[-1]
-        number = numbers.popleft()
-        if not numbers:
-            groups.pop()
-        self.note(item, call_id)
-        return at, number
-
-    def note(self, item: Json, call_id: str) -> None:
-        """This result is in the conversation now."""
-        self._results.setdefault(call_id, []).append(item)
-
-    def is_repeat(self, item: Json, call_id: str) -> bool:
-        """Is the very same result in the conversation already?"""
-        if call_id not in self._results:
-            return False
-        digests = self._digests.setdefault(call_id, set())
-        digests.update(map(self._digest, self._results[call_id]))
-        self._results[call_id].clear()
-        return self._digest(item) in digests
-
-    @staticmethod
-    def _digest(item: Json) -> str:
-        return stable_id("", json.dumps(item, sort_keys=True))
 
 
 # ---- What strict upstreams refuse: nulls, emptiness, ids, names, schemas ----
@@ -22405,6 +22405,14 @@ def name_model(exchange: Exchange, model: Model) -> None:
     exchange.headers["x-copilot-proxy-model"] = printable(model.id)
 
 
+def add_fields(data: bytes, fields_: Json) -> bytes:
+    """An object of JSON with more fields, none of which it has: before the others."""
+    if not fields_:
+        return data
+    begin = data.index(b"{") + 1
+    return b"%b%b,%b" % (data[:begin], dumps(fields_)[1:-1], data[begin:])
+
+
 def fit_model(data: bytes, edit: Edit, model_id: str) -> bytes:
     """The body to send: the client's own bytes where no more is changed than the model's id, and
     fields added.  To write 1 MB of JSON anew takes 4 ms, in which all streams stand still."""
@@ -22419,14 +22427,6 @@ def fit_model(data: bytes, edit: Edit, model_id: str) -> bytes:
     if edit.is_rewritten or asked != model_id:
         return rewrite(dict(edit.body, model=model_id), data)
     return add_fields(data, {name: edit.body[name] for name in sorted(edit.added)})
-
-
-def add_fields(data: bytes, fields_: Json) -> bytes:
-    """An object of JSON with more fields, none of which it has: before the others."""
-    if not fields_:
-        return data
-    begin = data.index(b"{") + 1
-    return b"%b%b,%b" % (data[:begin], dumps(fields_)[1:-1], data[begin:])
 
 
 async def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
