@@ -698,6 +698,7 @@ class Limited(PageCase):
     def test_limits_are_shown_and_cleared_one_by_one(self) -> None:
         page = self.open(width=NARROW_PX, height=740)
         self.wait_until_shown(page)
+        page.wait_for("$('raw').textContent")          # room that /usage reports would end a rest
         self.assertEqual(page.run("$('limits').children.length"), 0)
         for model in ("gpt-4.1", "gpt-4o"):
             self.fake.script(CHAT, Answer(402, {"retry-after": "2592000"}, {
