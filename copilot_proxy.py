@@ -139,6 +139,7 @@ from typing import (
     List,
     Mapping,
     NamedTuple,
+    NoReturn,
     Optional,
     Sequence,
     Tuple,
@@ -439,6 +440,9 @@ BUDGET_WARNING = 0.8  # of the budget
 OUTPUT_QUEUE_CHARS = 512 * 1024  # of log and terminal, while nobody takes them
 OUTPUT_PAUSE_S = 0.02  # between two writes: many lines are one write then
 OUTPUT_LOOK_S, OUTPUT_END_S = 0.1, 0.5  # how often a full pipe is looked at; at the end
+
+SCRIPT_NAME = "copilot_proxy.py"
+HELP_COLUMN = 30  # where the words of `--help` begin
 
 #: what people read, in other languages: the English text, as it stands in the code -> the other.
 #: First what `start` and the login print, then the page.
@@ -13561,7 +13565,8 @@ def limit_s(error: ProxyError, now: float, repeats: int = 0) -> float:
 class Option:
     """One setting: `--name`, `COPILOT_PROXY_NAME`, and what it is for.
     kind: text, int, float, switch, list; where: the commands that take it, 'network' means all
-    that talk to GitHub; env: further variables, read after COPILOT_PROXY_NAME."""
+    that talk to GitHub; env: further variables, read after COPILOT_PROXY_NAME; value: what its
+    value is, 'a|b' where it is one of these."""
 
     name: str
     default: Any
@@ -13570,6 +13575,7 @@ class Option:
     short: str = ""
     where: str = "start"
     env: tuple[str, ...] = ()
+    value: str = ""
 
     @property
     def field(self) -> str:
@@ -13589,12 +13595,14 @@ OPTIONS = (
         "-p",
         "start setup",
         ("PORT",),
+        value="PORT",
     ),
     Option(
         "ollama-port",
         0,
         "serve on this port, too, where programs look for Ollama: 11434",
         "int",
+        value="PORT",
     ),
     Option(
         "host",
@@ -13602,6 +13610,7 @@ OPTIONS = (
         "address to serve on; beyond loopback only with --api-key",
         where="start setup",
         env=("HOST",),
+        value="ADDRESS",
     ),
     Option(
         "verbose",
@@ -13614,10 +13623,10 @@ OPTIONS = (
     Option(
         "account-type",
         "individual",
-        "individual, business or enterprise: the API host to use "
-        "when GitHub names none",
+        "plan whose API host is used when GitHub names none",
         short="-a",
         where="network",
+        value="individual|business|enterprise",
     ),
     Option(
         "manual",
@@ -13631,6 +13640,7 @@ OPTIONS = (
         "least seconds between two requests to the upstream",
         "float",
         "-r",
+        value="SECONDS",
     ),
     Option(
         "wait",
@@ -13646,6 +13656,7 @@ OPTIONS = (
         short="-g",
         where="network",
         env=("GH_TOKEN", "GITHUB_TOKEN"),
+        value="TOKEN",
     ),
     Option(
         "show-token",
@@ -13667,16 +13678,28 @@ OPTIONS = (
         GITHUB_URL,
         "where to log in: https://TENANT.ghe.com",
         where="network",
+        value="URL",
     ),
     Option(
         "copilot-url",
         "",
         "Copilot API base, instead of the one GitHub names",
         where="network",
+        value="URL",
     ),
-    Option("client-id", CLIENT_ID, "app id of the device login", where="network"),
     Option(
-        "ca-file", "", "PEM file with further certificate authorities", where="network"
+        "client-id",
+        CLIENT_ID,
+        "app id of the device login",
+        where="network",
+        value="ID",
+    ),
+    Option(
+        "ca-file",
+        "",
+        "PEM file with further certificate authorities",
+        where="network",
+        value="FILE",
     ),
     Option(
         "tls-relaxed",
@@ -13691,26 +13714,30 @@ OPTIONS = (
         "folder of the login",
         where="network",
         env=("COPILOT_PROXY_HOME",),
+        value="DIR",
     ),
     Option(
         "header",
         (),
-        "NAME=VALUE sent upstream instead of the built-in value",
+        "header that goes upstream instead of the built-in one",
         "list",
         where="network",
+        value="NAME=VALUE",
     ),
     Option(
         "fallback",
         "",
         "model to ask instead when the quota is used up",
         where="start models debug",
+        value="MODEL",
     ),
     Option(
         "model-alias",
         (),
-        "FROM=TO: serve model TO under the name FROM",
+        "serve model TO under the name FROM",
         "list",
         where="start models debug",
+        value="FROM=TO",
     ),
     Option(
         "strict-models",
@@ -13719,7 +13746,12 @@ OPTIONS = (
         "switch",
         where="start models debug",
     ),
-    Option("search-model", "", "model that searches the web, else a small GPT"),
+    Option(
+        "search-model",
+        "",
+        "model that searches the web, else a small GPT",
+        value="MODEL",
+    ),
     Option("no-web-search", False, "searches of the web fail", "switch"),
     Option(
         "fetch-images",
@@ -13733,32 +13765,44 @@ OPTIONS = (
         (),
         "a key that clients must send; auto makes, stores and prints one",
         "list",
+        value="KEY",
     ),
     Option(
         "requests-per-minute",
         0,
         "most requests of one key in a minute; 0 is no limit",
         "int",
+        value="N",
     ),
     Option(
         "max-concurrency",
         0,
         "most requests at a time, the others wait; 0 is no limit",
         "int",
+        value="N",
     ),
-    Option("tls-cert", "", "PEM file with the certificate chain: serve https"),
-    Option("tls-key", "", "PEM file with its key, where --tls-cert does not hold it"),
+    Option(
+        "tls-cert", "", "PEM file with the certificate chain: serve https", value="FILE"
+    ),
+    Option(
+        "tls-key",
+        "",
+        "PEM file with its key, where --tls-cert does not hold it",
+        value="FILE",
+    ),
     Option(
         "trusted-proxy",
         (),
         "address or network whose X-Forwarded-* headers are believed",
         "list",
+        value="ADDRESS",
     ),
     Option(
         "allow-host",
         (),
         "a further name that clients may use in the Host header",
         "list",
+        value="NAME",
     ),
     Option(
         "cors-origin",
@@ -13766,6 +13810,7 @@ OPTIONS = (
         "a web page's origin that may call the API (https://app.example), or "
         "a scheme of a program (vscode-webview://*)",
         "list",
+        value="ORIGIN",
     ),
     Option(
         "grace",
@@ -13773,6 +13818,7 @@ OPTIONS = (
         "seconds that running answers get at shutdown",
         "float",
         where="start setup",
+        value="SECONDS",
     ),
     Option(
         "claude-code",
@@ -13781,16 +13827,65 @@ OPTIONS = (
         "switch",
         "-c",
     ),
-    Option("budget", 0.0, "credits that may be spent in a day; 0 is no limit", "float"),
+    Option(
+        "budget",
+        0.0,
+        "credits that may be spent in a day; 0 is no limit",
+        "float",
+        value="CREDITS",
+    ),
     Option("no-history", False, "write no history.sqlite3", "switch"),
     Option("log-json", False, "the log as one JSON object per line", "switch"),
-    Option("log-bodies", "", "folder for every request and answer WITH ITS WORDS"),
+    Option(
+        "log-bodies",
+        "",
+        "folder for every request and answer WITH ITS WORDS",
+        value="DIR",
+    ),
     Option("open", False, "open the status page in the browser", "switch"),
     Option(
-        "lang", "", "language of page and banner, en or zh; else that of the locale"
+        "lang",
+        "",
+        "language of page and banner, else that of the locale",
+        value="en|zh",
     ),
     Option("demo", False, "play without account and network", "switch"),
 )
+#: the headings of `--help`, with the names of their options as one reads them
+OPTION_GROUPS: Mapping[str, tuple[str, ...]] = {
+    "common options": ("port", "host", "api-key", "github-token", "demo"),
+    "server": ("ollama-port", "tls-cert", "tls-key", "grace"),
+    "login": ("account-type", "github-url", "client-id", "data-dir", "show-token"),
+    "network": ("proxy-env", "ca-file", "tls-relaxed", "copilot-url", "header"),
+    "who may use it": ("manual", "allow-host", "cors-origin", "trusted-proxy"),
+    "limits": (
+        "rate-limit",
+        "wait",
+        "requests-per-minute",
+        "max-concurrency",
+        "budget",
+        "fallback",
+    ),
+    "models": (
+        "model-alias",
+        "strict-models",
+        "search-model",
+        "no-web-search",
+        "fetch-images",
+        "claude-code",
+    ),
+    "seeing": (
+        "verbose",
+        "open",
+        "lang",
+        "log-json",
+        "log-bodies",
+        "no-history",
+    ),
+}
+COMMON_GROUP = "common options"
+#: only named by the other commands, but for that of one command
+HIDDEN_GROUPS, OWN_GROUP = ("login", "network"), ("auth", "login")
 _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 _GUARDED_HEADERS = (
     "authorization",
@@ -26885,8 +26980,11 @@ def cmd_setup(app: App, flags: argparse.Namespace) -> int:
 
     if flags.client not in [*CLIENTS, *SERVICES]:
         raise ConfigError(
-            "setup: choose one of %s; openai-sdk says what others need"
-            % ", ".join([*CLIENTS, *SERVICES])
+            "setup: choose one of %s; openai-sdk says what others need%s"
+            % (
+                ", ".join([*CLIENTS, *SERVICES]),
+                nearest(flags.client, [*CLIENTS, *SERVICES]),
+            )
         )
 
     if settings.host in ("0.0.0.0", "::"):
@@ -26959,17 +27057,114 @@ def cmd_setup(app: App, flags: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: Mapping[str, tuple[str, Callable[[App, argparse.Namespace], int]]] = {
-    "start": ("serve; logs in first if nobody is logged in", cmd_start),
-    "auth": ("log in to GitHub, no server", cmd_auth),
-    "check-usage": ("quota and resets", cmd_check_usage),
-    "debug": ("what runs where; never a secret", cmd_debug),
-    "models": ("the models of this account", cmd_models),
-    "setup": ("what to paste into a client, or a service manager's unit", cmd_setup),
+class Command(NamedTuple):
+    """One command: what it is for, its function, and two examples of what one types behind it."""
+
+    about: str
+    run: Callable[[App, argparse.Namespace], int]
+    examples: tuple[str, str]
+
+
+COMMANDS: Mapping[str, Command] = {
+    "start": Command(
+        "serve; logs in first if nobody is logged in",
+        cmd_start,
+        ("--demo", "--host 0.0.0.0 --api-key auto"),
+    ),
+    "auth": Command("log in to GitHub, no server", cmd_auth, ("--import", "--list")),
+    "check-usage": Command("quota and resets", cmd_check_usage, ("", "--json")),
+    "debug": Command(
+        "what runs where; never a secret",
+        cmd_debug,
+        ("--network", "--bundle report.json"),
+    ),
+    "models": Command("the models of this account", cmd_models, ("--all", "--json")),
+    "setup": Command(
+        "what to paste into a client, or a service manager's unit",
+        cmd_setup,
+        ("claude-code", "codex --write"),
+    ),
 }
 
 
-def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
+class HelpFormat(argparse.HelpFormatter):
+    """-p, --port PORT: the value stands once; what has lines of its own keeps them."""
+
+    def __init__(self, prog: str, **more: Any) -> None:
+        super().__init__(prog, max_help_position=HELP_COLUMN, **more)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return text
+        return super()._fill_text(text, width, indent)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, action.dest.upper())
+        return "%s %s" % (", ".join(action.option_strings), value)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """'; did you mean start?' for 'strat', '' where nothing is like it."""
+    import difflib
+
+    found = difflib.get_close_matches(word[:COMPARED_CHARS].lower(), list(known), 1)
+    if found:
+        return "; did you mean %s?" % found[0]
+    return ""
+
+
+class Parser(argparse.ArgumentParser):
+    """Of the command line, or of one command.  What is wrong is one line that names the nearest
+    word there is, and one that says where the others are."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(formatter_class=HelpFormat, **more)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit code 2."""
+        text = visible(redact(message[:MAX_ERROR_TEXT]))
+        self.exit(2, "error: %s\nfor help: %s --help\n" % (text, self.prog))
+
+    def option_strings(self) -> list[str]:
+        """'-p', '--port' and so on."""
+        return [name for action in self._actions for name in action.option_strings]
+
+    def refuse(self, rest: list[str]) -> NoReturn:
+        """For words of a command that it does not know."""
+        for word in rest:
+            if word.startswith("-"):
+                name = word.partition("=")[0]
+                self.error(
+                    "%s has no option %s%s"
+                    % (
+                        self.prog.split()[-1],
+                        name,
+                        nearest(name, self.option_strings()),
+                    )
+                )
+        self.error("%s: '%s' is one word too many" % (self.prog.split()[-1], rest[0]))
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; an unknown word ends the process with exit code 2, --help with 0."""
+    parser = Parser(prog=SCRIPT_NAME)
+    commands = add_commands(parser)
+    typed = sys.argv[1:] if argv is None else argv
+    if typed and typed[0][:1] not in ("", "-") and typed[0] not in COMMANDS:
+        parser.error(
+            "there is no command '%s'%s" % (typed[0], nearest(typed[0], COMMANDS))
+        )
+    flags, rest = parser.parse_known_args(typed)
+    if rest:
+        commands.get(flags.command, parser).refuse(rest)
+    if flags.command is None:
+        parser.print_help()
+    return flags
+
+
+def add_option(parser: Any, option: Option, is_shown: bool) -> None:
     """One row of OPTIONS as an argument, its help with default and environment names."""
     names = ([option.short] if option.short else []) + ["--" + option.name]
     if option.default in ("", None, (), False):
@@ -26978,11 +27173,9 @@ def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
         default = "default %s, " % option.default
 
     help_text = "%s [%senv %s]" % (option.help, default, ", ".join(option.variables))
-    more: Json = {
-        "dest": option.field,
-        "default": None,
-        "help": help_text.replace("%", "%%"),
-    }
+    more: Json = {"dest": option.field, "default": None, "help": argparse.SUPPRESS}
+    if is_shown:
+        more["help"] = help_text.replace("%", "%%")
 
     if option.kind in ("switch", "either"):
         parser.add_argument(*names, action="store_const", const=True, **more)
@@ -26995,24 +27188,52 @@ def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
                 help=argparse.SUPPRESS,
             )
     elif option.kind == "list":
-        parser.add_argument(
-            *names,
-            action="append",
-            metavar=option.help.split(" ")[0].strip(":")
-            if "=" in option.help.split(" ")[0]
-            else "VALUE",
-            **more,
-        )
+        parser.add_argument(*names, action="append", metavar=option.value, **more)
     else:
         kind = {"int": int, "float": float}.get(option.kind, str)
-        parser.add_argument(
-            *names, type=kind, metavar=option.field.split("_")[-1].upper(), **more
+        parser.add_argument(*names, type=kind, metavar=option.value, **more)
+
+
+def add_options(command: str, parser: Parser) -> None:
+    """The settings that this command takes, in the groups of OPTION_GROUPS.  Those of login and
+    network, which are many, are explained by `start` alone and only named by the others."""
+    named = {option.name: option for option in OPTIONS}
+    hidden: list[Option] = []
+    for title, names in OPTION_GROUPS.items():
+        taken = [
+            option
+            for option in map(named.__getitem__, names)
+            if option.where == "network" or command in option.where.split()
+        ]
+        if (
+            command != "start"
+            and title in HIDDEN_GROUPS
+            and (command, title) != OWN_GROUP
+        ):
+            hidden += taken
+            continue
+
+        target: Any = parser  # its first group
+        if taken and title != COMMON_GROUP:
+            target = parser.add_argument_group(title)
+        for option in taken:
+            add_option(target, option, True)
+
+    if hidden:
+        listed = " ".join("--" + option.name for option in hidden)
+        group = parser.add_argument_group(
+            "network and login", "explained by 'start --help': " + listed
         )
+        for option in hidden:
+            add_option(group, option, False)
 
 
-def add_command_flags(commands: Any) -> None:
+def add_command_flags(commands: Mapping[str, Parser]) -> None:
     """The flags of single commands that are no settings."""
-    auth, debug, table = (commands.choices[n] for n in ("auth", "debug", "models"))
+    for name in ("check-usage", "debug", "models"):
+        commands[name].add_argument("--json", action="store_true", help="as JSON")
+
+    auth, debug, table = (commands[name] for name in ("auth", "debug", "models"))
     auth.add_argument(
         "--import",
         dest="import_login",
@@ -27044,6 +27265,7 @@ def add_command_flags(commands: Any) -> None:
 
 def add_setup_flags(setup: argparse.ArgumentParser) -> None:
     """The flags of `setup`."""
+    setup.usage = "%(prog)s CLIENT [OPTION ...]"
     setup.add_argument(
         "client",
         nargs="?",
@@ -27062,7 +27284,8 @@ def add_setup_flags(setup: argparse.ArgumentParser) -> None:
         ("model", "main model"),
         ("small-model", "model for small tasks"),
     ):
-        setup.add_argument("--" + name, help=text, default="")
+        value = name.split("-")[-1].upper()
+        setup.add_argument("--" + name, help=text, default="", metavar=value)
 
     for name, text in (
         ("write", "merge into the client's files, show what changes, keep a backup"),
@@ -27072,33 +27295,50 @@ def add_setup_flags(setup: argparse.ArgumentParser) -> None:
         setup.add_argument("--" + name, action="store_true", help=text)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
-    parser = argparse.ArgumentParser(
-        prog="copilot_proxy.py",
-        description="Your own GitHub Copilot subscription as a local "
-        "OpenAI and Anthropic API.",
-    )
-
+def add_commands(parser: Parser) -> Mapping[str, Parser]:
+    """--version and all commands with their flags -> the parser of each command."""
     version = "copilot_proxy %s (Python %s, %s)" % (
         __version__,
         sys.version.split()[0],
         sys.platform,
     )
-
+    parser.description = (
+        "Your own GitHub Copilot subscription as a local OpenAI and Anthropic API."
+    )
+    parser.epilog = "\n".join(
+        (
+            "examples:",
+            "  %s start --demo" % SCRIPT_NAME,
+            "  %s setup --help" % SCRIPT_NAME,
+        )
+    )
+    parser.usage = "%(prog)s COMMAND [OPTION ...]"
     parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    made = parser.add_subparsers(
+        dest="command", metavar="COMMAND", title="commands", prog=SCRIPT_NAME
+    )
+    for name, command in COMMANDS.items():
+        lines = ["  %s %s %s" % (SCRIPT_NAME, name, line) for line in command.examples]
+        made.add_parser(
+            name,
+            help=command.about,
+            description=command.about,
+            usage="%(prog)s [OPTION ...]",
+            epilog="\n".join(["examples:", *map(str.rstrip, lines)]),
+        )
 
-    for name, (text, _) in COMMANDS.items():
-        sub = commands.add_parser(name, help=text, description=text)
-        for option in OPTIONS:
-            if option.where == "network" or name in option.where.split():
-                add_option(sub, option)
-        if name in ("check-usage", "debug", "models"):
-            sub.add_argument("--json", action="store_true", help="as JSON")
-
+    commands: Mapping[str, Parser] = made.choices
     add_command_flags(commands)
-    add_setup_flags(commands.choices["setup"])
+    add_setup_flags(commands["setup"])
+    for name, sub in commands.items():
+        add_options(name, sub)
+    return commands
+
+
+def build_parser() -> Parser:
+    """The whole command line."""
+    parser = Parser(prog=SCRIPT_NAME)
+    add_commands(parser)
     return parser
 
 
@@ -27181,11 +27421,9 @@ def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # consoles with an old code page
 
-    parser = build_parser()
-    flags = parser.parse_args(argv)
+    flags = parse_flags(argv)
     flags.signals = signals
     if flags.command is None:
-        parser.print_help()
         return 2
 
     try:
@@ -27205,7 +27443,7 @@ def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int
             if settings.demo:
                 seed_demo(app.ledger.history, time.time())
             stack.callback(app.close)
-            return COMMANDS[flags.command][1](app, flags)
+            return COMMANDS[flags.command].run(app, flags)
     except ProxyError as error:
         with contextlib.suppress(OSError, ValueError):
             print("error: %s" % visible(redact(str(error))), file=sys.stderr)

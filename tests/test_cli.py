@@ -46,14 +46,22 @@ class HelpTest(unittest.TestCase):
 
 
     def test_help_of_each_command_shows_default_and_environment_name(self) -> None:
+        """Where the options of network and login are only named, `start` explains them."""
+        groups = {name: title for title, names in cp.OPTION_GROUPS.items() for name in names}
         for name in COMMANDS:
-            output = self.help_of(name)
+            output, _, rest = self.help_of(name).partition("explained by 'start --help':")
+            named = rest.partition("\n\n")[0].split()
             entries = [" ".join(entry.split()) for entry in re.split(r"\n  (?=-)", output)]
             for option in cp.OPTIONS:
                 taken = option.where == "network" or name in option.where.split()
+                hidden = groups[option.name] in ("network", "login") and name != "start"
+                if name == "auth" and groups[option.name] == "login":
+                    hidden = False
                 found = [entry for entry in entries
                          if re.match(r"(-\w( \S+)?, )?--%s( |\Z)" % option.name, entry)]
                 with self.subTest(command=name, option=option.name):
+                    self.assertEqual("--" + option.name in named, taken and hidden)
+                    taken = taken and not hidden
                     self.assertEqual(len(found), int(taken))
                     for variable in option.variables if taken else ():
                         self.assertIn(variable, found[0])
