@@ -26090,13 +26090,13 @@ def locale_name(environ: Mapping[str, str]) -> str:
 def load_settings(flags: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
     """Flags and environment, with the token from standard input.  Raises ConfigError."""
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(flags).items()}
+    if not values.get("lang") and not environ.get("COPILOT_PROXY_LANG"):
+        values["lang"] = language_of(locale_name(environ))
     settings = Settings.merge(values, environ)
     if settings.github_token == "-":
         settings.github_token = sys.stdin.readline().strip()
         if not settings.github_token:
             raise ConfigError("--github-token -: standard input holds no token")
-    if not settings.lang:
-        settings.lang = language_of(locale_name(environ))
     return settings
 
 
@@ -26974,6 +26974,27 @@ def try_client(app: App, recipe: Recipe, values: dict[str, str], model: Model) -
     )
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    """'; did you mean start?' for 'strat', '' where nothing is like it."""
+    import difflib
+
+    found = difflib.get_close_matches(word[:COMPARED_CHARS].lower(), list(known), 1)
+    if found:
+        return "; did you mean %s?" % found[0]
+    return ""
+
+
+def local_url(settings: Settings) -> str:
+    """Where a server with these settings serves, as a client on this machine writes it."""
+    host = settings.host
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    if ":" in host:
+        host = "[%s]" % host
+    scheme = "https" if settings.tls_cert else "http"
+    return "%s://%s:%d" % (scheme, host, settings.port or DEFAULT_PORT)
+
+
 def cmd_setup(app: App, flags: argparse.Namespace) -> int:
     """What to paste for a client, or a service manager's unit."""
     settings, shell = app.settings, flags.shell or shell_of(app.environ)
@@ -26987,16 +27008,7 @@ def cmd_setup(app: App, flags: argparse.Namespace) -> int:
             )
         )
 
-    if settings.host in ("0.0.0.0", "::"):
-        host = "127.0.0.1"
-    else:
-        host = settings.host
-    url = "http%s://%s:%d" % (
-        "s" * bool(settings.tls_cert),
-        "[%s]" % host if ":" in host else host,
-        settings.port or DEFAULT_PORT,
-    )
-
+    url = local_url(settings)
     if flags.url:
         url = re.sub("(/v1)?/?$", "", flags.url)
     url = check_own_url(url, "--url" if flags.url else "--host")
@@ -27058,11 +27070,13 @@ def cmd_setup(app: App, flags: argparse.Namespace) -> int:
 
 
 class Command(NamedTuple):
-    """One command: what it is for, its function, and two examples of what one types behind it."""
+    """One command: what it is for, its function, two examples of what one types behind it, and
+    the word that it needs."""
 
     about: str
     run: Callable[[App, argparse.Namespace], int]
     examples: tuple[str, str]
+    operand: str = ""
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -27083,6 +27097,7 @@ COMMANDS: Mapping[str, Command] = {
         "what to paste into a client, or a service manager's unit",
         cmd_setup,
         ("claude-code", "codex --write"),
+        "CLIENT",
     ),
 }
 
@@ -27103,16 +27118,6 @@ class HelpFormat(argparse.HelpFormatter):
             return super()._format_action_invocation(action)
         value = self._format_args(action, action.dest.upper())
         return "%s %s" % (", ".join(action.option_strings), value)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """'; did you mean start?' for 'strat', '' where nothing is like it."""
-    import difflib
-
-    found = difflib.get_close_matches(word[:COMPARED_CHARS].lower(), list(known), 1)
-    if found:
-        return "; did you mean %s?" % found[0]
-    return ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -27147,21 +27152,10 @@ class Parser(argparse.ArgumentParser):
         self.error("%s: '%s' is one word too many" % (self.prog.split()[-1], rest[0]))
 
 
-def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; an unknown word ends the process with exit code 2, --help with 0."""
-    parser = Parser(prog=SCRIPT_NAME)
-    commands = add_commands(parser)
-    typed = sys.argv[1:] if argv is None else argv
-    if typed and typed[0][:1] not in ("", "-") and typed[0] not in COMMANDS:
-        parser.error(
-            "there is no command '%s'%s" % (typed[0], nearest(typed[0], COMMANDS))
-        )
-    flags, rest = parser.parse_known_args(typed)
-    if rest:
-        commands.get(flags.command, parser).refuse(rest)
-    if flags.command is None:
-        parser.print_help()
-    return flags
+def example_text(lines: Iterable[str]) -> str:
+    """The end of a help; a line is what one types behind the script's name."""
+    words_ = ["  %s %s" % (SCRIPT_NAME, line) for line in lines]
+    return "\n".join(["examples:", *map(str.rstrip, words_)])
 
 
 def add_option(parser: Any, option: Option, is_shown: bool) -> None:
@@ -27265,7 +27259,6 @@ def add_command_flags(commands: Mapping[str, Parser]) -> None:
 
 def add_setup_flags(setup: argparse.ArgumentParser) -> None:
     """The flags of `setup`."""
-    setup.usage = "%(prog)s CLIENT [OPTION ...]"
     setup.add_argument(
         "client",
         nargs="?",
@@ -27302,29 +27295,17 @@ def add_commands(parser: Parser) -> Mapping[str, Parser]:
         sys.version.split()[0],
         sys.platform,
     )
-    parser.description = (
-        "Your own GitHub Copilot subscription as a local OpenAI and Anthropic API."
-    )
-    parser.epilog = "\n".join(
-        (
-            "examples:",
-            "  %s start --demo" % SCRIPT_NAME,
-            "  %s setup --help" % SCRIPT_NAME,
-        )
-    )
-    parser.usage = "%(prog)s COMMAND [OPTION ...]"
     parser.add_argument("--version", action="version", version=version)
     made = parser.add_subparsers(
         dest="command", metavar="COMMAND", title="commands", prog=SCRIPT_NAME
     )
     for name, command in COMMANDS.items():
-        lines = ["  %s %s %s" % (SCRIPT_NAME, name, line) for line in command.examples]
         made.add_parser(
             name,
             help=command.about,
             description=command.about,
-            usage="%(prog)s [OPTION ...]",
-            epilog="\n".join(["examples:", *map(str.rstrip, lines)]),
+            usage=("%(prog)s " + command.operand).rstrip() + " [OPTION ...]",
+            epilog=example_text(name + " " + line for line in command.examples),
         )
 
     commands: Mapping[str, Parser] = made.choices
@@ -27335,11 +27316,37 @@ def add_commands(parser: Parser) -> Mapping[str, Parser]:
     return commands
 
 
+def make_parser() -> tuple[Parser, Mapping[str, Parser]]:
+    """The whole command line -> (its parser, the parser of each command)."""
+    parser = Parser(
+        prog=SCRIPT_NAME,
+        usage="%(prog)s COMMAND [OPTION ...]",
+        description="Your own GitHub Copilot subscription as a local OpenAI and "
+        "Anthropic API.",
+        epilog=example_text(("start --demo", "setup --help")),
+    )
+    return parser, add_commands(parser)
+
+
 def build_parser() -> Parser:
     """The whole command line."""
-    parser = Parser(prog=SCRIPT_NAME)
-    add_commands(parser)
-    return parser
+    return make_parser()[0]
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; an unknown word ends the process with exit code 2, --help with 0."""
+    parser, commands = make_parser()
+    typed = sys.argv[1:] if argv is None else argv
+    if typed and typed[0][:1] not in ("", "-") and typed[0] not in COMMANDS:
+        parser.error(
+            "there is no command '%s'%s" % (typed[0], nearest(typed[0], COMMANDS))
+        )
+    flags, rest = parser.parse_known_args(typed)
+    if rest:
+        commands.get(flags.command, parser).refuse(rest)
+    if flags.command is None:
+        parser.print_help()
+    return flags
 
 
 class RedactingFormatter(logging.Formatter):
