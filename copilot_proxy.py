@@ -3213,9 +3213,8 @@ def side_request(user_text: str, system_text: str) -> str:
     """The kind of a request that the client made by itself, "" for others.  See SIDE_REQUESTS."""
     texts = {"user": user_text.strip(), "system": system_text.strip()}
     rows: tuple[SideRequest, ...] = _SYSTEM_SIDE_REQUESTS
-    if texts["user"].startswith(_USER_STARTS) or any(
-        part in texts["user"] for part in _USER_PARTS
-    ):
+    user = texts["user"]
+    if user.startswith(_USER_STARTS) or any(map(user.__contains__, _USER_PARTS)):
         rows = SIDE_REQUESTS
     elif not texts["system"]:
         return ""
@@ -3247,6 +3246,13 @@ def content_parts(body: Json) -> Iterator[Json]:
 
 
 FILE_TYPES = ("file", "input_file", "document")
+
+
+def _has_part(body: Json, kinds: tuple[str, ...]) -> bool:
+    for part in content_parts(body):
+        if part.get("type") in kinds:
+            return True
+    return False
 
 
 class Dialect:
@@ -3365,19 +3371,14 @@ class Dialect:
 
     def interaction(self, body: Json) -> str:
         """What made the client ask: "user", "agent" or a kind of SIDE_REQUESTS."""
-        turns = list(map(as_object, as_list(body.get("messages", body.get("input")))))
-        leading = [
-            turn.get("content")
-            for turn in turns[:1]
-            if turn.get("role") in SYSTEM_ROLES
-        ]
+        turns = as_list(body.get("messages", body.get("input")))
+        said: Json = {"role": "user" if "input" in body else ""}
+        for turn in map(as_object, reversed(turns)):
+            if turn.get("role") not in SYSTEM_ROLES:
+                said = turn
+                break
 
-        system = [body.get("system"), body.get("instructions"), *leading]
-        said = [turn for turn in turns if turn.get("role") not in SYSTEM_ROLES] or [
-            {"role": "user" if "input" in body else ""}
-        ]
-        content = said[-1].get("content")
-
+        content = said.get("content")
         if isinstance(content, list):
             content = [
                 part
@@ -3385,17 +3386,23 @@ class Dialect:
                 if as_object(part).get("type") != "tool_result"
                 and not is_reminder(text_of([part]))
             ]
-        if said[-1].get("type") == "compaction_trigger":
+        if said.get("type") == "compaction_trigger":
             return "compaction"
-        if said[-1].get("role") != "user" or content == []:
+        if said.get("role") != "user" or content == []:
             return "agent"
-        system_text = "\n".join(filter(None, map(text_of, system)))
+
+        system = [body.get("system"), body.get("instructions")]
+        first = as_object(turns[0]) if turns else {}
+        if first.get("role") in SYSTEM_ROLES:
+            system.append(first.get("content"))
+        texts = map(text_of, filter(None, system))
+        system_text = "\n".join(filter(None, texts))
         return side_request(text_of(content), system_text) or "user"
 
     @staticmethod
     def has_images(body: Json) -> bool:
         """Is there an image anywhere, also inside a tool's result?"""
-        return any(part.get("type") in IMAGE_TYPES for part in content_parts(body))
+        return _has_part(body, IMAGE_TYPES)
 
     def betas(self, body: Json) -> list[str]:
         """Values of `anthropic-beta` that a body needs which is about to go up."""
@@ -3403,9 +3410,7 @@ class Dialect:
 
     def has_files(self, body: Json) -> bool:
         """Are there files that this dialect's own endpoint refuses?"""
-        return not self.takes_files and any(
-            part.get("type") in FILE_TYPES for part in content_parts(body)
-        )
+        return not self.takes_files and _has_part(body, FILE_TYPES)
 
     # What section 8 has to know of requests in this dialect.
 
@@ -3583,6 +3588,9 @@ def refuse_forced_tool(body: Json, tool: Json) -> None:
         )
 
 
+_TOOL_FIELDS = frozenset(("tools", "parallel_tool_calls", "tool_choice"))
+
+
 def drop_tool_fields(edit: Edit) -> None:
     """Without tools every field about them is refused: an empty list, too."""
     body = edit.body
@@ -3603,6 +3611,8 @@ def prepare_tools(
     """Leave out tools that nobody runs upstream, and of the others what some backend refuses and
     no model needs.  Raises BadRequest when a tool that must be called was left out."""
     body = edit.body
+    if _TOOL_FIELDS.isdisjoint(body):
+        return
     kept: list[Json] = []
 
     for tool in check_list(body, "tools") if body.get("tools") else ():
@@ -5809,21 +5819,23 @@ class ChatCompletions(Dialect):
 
     def mend(self, answer: Json, asked: str, request: Request | None = None) -> bool:
         choices = dicts_in(answer, "choices")
-        is_whole = (
-            len(choices) == 1
-            and self._is_whole(choices[0])
+        has_names = answer.get("id") and answer.get("object") and answer.get("created")
+        if (
+            has_names
             and answer.get("model") == asked
-            and all(answer.get(key) for key in ("id", "object", "created"))
-        )
-        if choices and not is_whole:
-            answer["choices"] = [self._join_choices(answer, choices[0])]
+            and len(choices) == 1
+            and self._is_whole(choices[0])
+        ):
+            return False
 
+        if choices:
+            answer["choices"] = [self._join_choices(answer, choices[0])]
         request = request or Request(asked)
         answer["id"] = answer.get("id") or client_id("chatcmpl-", "", request)
         answer["object"] = answer.get("object") or "chat.completion"
         answer["created"] = answer.get("created") or request.now
         answer["model"] = asked
-        return not is_whole
+        return True
 
     @staticmethod
     def _join_choices(answer: Json, first: Json) -> Json:
@@ -5844,11 +5856,9 @@ class ChatCompletions(Dialect):
 
     def check_answer(self, answer: Json) -> None:
         super().check_answer(answer)
-        if any(
-            choice.get("finish_reason") == "error"
-            for choice in dicts_in(answer, "choices")
-        ):
-            raise told_error({})
+        for choice in dicts_in(answer, "choices"):
+            if choice.get("finish_reason") == "error":
+                raise told_error({})
 
     @staticmethod
     def _is_whole(choice: Json) -> bool:
@@ -10844,6 +10854,24 @@ TURN_STEPS: tuple[Callable[[Edit, Dialect, Model], None], ...] = (
 )
 
 
+#: dialect -> the fields that FIELD_STEPS look at, with the conversation itself
+_SHAPED_FIELDS = {
+    dialect: old
+    | {"functions", "function_call", "tools", "tool_choice"}
+    | {"messages", "input", "system", "instructions"} - {DIALECTS[dialect].system_key}
+    for dialect, old in _OLD_NAMES.items()
+}
+
+
+def is_plain(body: Json, client: Dialect) -> bool:
+    """Is this a conversation of words, without a field that normalising would change?"""
+    own = client.turns_key
+    turns = body.get(own)
+    if type(turns) is not list or not all(map(is_words, turns)):
+        return False
+    return body.keys() & _SHAPED_FIELDS[client.name] == {own}
+
+
 def normalise(edit: Edit, client: Dialect, model: Model) -> None:
     """Make a request uniform in its own dialect.  Raises BadRequest.
 
@@ -10851,6 +10879,9 @@ def normalise(edit: Edit, client: Dialect, model: Model) -> None:
     behind it either.  A dialect of clients alone is translated in any case, by a reader that is
     lenient enough."""
     if not client.path:
+        return
+    if is_plain(edit.body, client):
+        edit.is_words = True
         return
     for step in FIELD_STEPS:
         edit.go_on()
@@ -11085,7 +11116,8 @@ def tidy_parts(edit: Edit, parts: list[Any]) -> list[Json]:
 def tidy_history(edit: Edit, dialect: Dialect, model: Model) -> None:
     """Make all parts of a conversation, and the names of tools, fit for strict upstreams."""
     body, key = edit.body, dialect.turns_key
-    drop_nulls(edit, body)
+    if None in body.values():
+        drop_nulls(edit, body)
     dialect.drop_foreign_fields(edit, model)
     if body.get(key) == []:
         raise empty_conversation()
@@ -11371,16 +11403,20 @@ def drop_nonce(edit: Edit) -> None:
     """Claude Code's first system line is another in each request and defeats the prompt cache."""
     body = edit.body
     first = (as_list(body.get("messages") or body.get("input")) or [{}])[0]
-    heads = [(body, "system"), (body, "instructions"), (as_object(first), "content")]
-    heads += [
-        (as_object(block), "text")
-        for holder, key in heads
-        for block in as_list(holder.get(key))
-    ]
-    for holder, key in heads:
-        text = holder.get(key)
-        if isinstance(text, str) and text.startswith(_NONCE_LINE):
-            edit.set(holder, key, text.partition("\n")[2])
+    for holder, key in (
+        (body, "system"),
+        (body, "instructions"),
+        (as_object(first), "content"),
+    ):
+        _drop_nonce_line(edit, holder, key)
+        for block in as_list(holder.get(key)):
+            _drop_nonce_line(edit, as_object(block), "text")
+
+
+def _drop_nonce_line(edit: Edit, holder: Json, key: str) -> None:
+    text = holder.get(key)
+    if isinstance(text, str) and text.startswith(_NONCE_LINE):
+        edit.set(holder, key, text.partition("\n")[2])
 
 
 class LinkedImage(NamedTuple):
@@ -11527,6 +11563,8 @@ def expand_compactions(edit: Edit, upstream: Dialect) -> None:
     """Our own compactions become text and replace what models did before; the upstream's stay
     where they can be read."""
     items = as_list(edit.body.get("input"))
+    if not items:
+        return
     kinds = [str(as_object(item).get("type")) for item in items]
     if COMPACTION_TRIGGER not in kinds and not any(
         kind in COMPACTIONS for kind in kinds
@@ -11591,7 +11629,7 @@ def fit_body(edit: Edit, upstream: Dialect, model: Model) -> None:
     if model.is_claude and model.version >= (4, 6):
         end_with_user(edit)
     upstream.fit_cache(edit, model)
-    if model.is_openai:
+    if model.is_openai and "tools" in edit.body:
         fit_openai_tools(edit, upstream)
     if model.is_kimi:
         fit_kimi(edit, model)
@@ -12232,6 +12270,9 @@ def choose_upstream(
     in the request and another of the model's dialects takes them.
     refused: (model id, path) that the upstream did not serve though its list says so; such a model
     is tried in what it does not list, too.  Raises BadRequest when nothing is left."""
+    is_refused = (model.id, client.path) in refused
+    if client.path in model.endpoints and not (is_refused or has_files):
+        return client  # nearly always
     known = [DIALECTS[name] for name in client.substitutes]
     if client.path:
         known.insert(0, client)
@@ -12253,24 +12294,27 @@ def needs_hub(client: Dialect, body: Json, model: Model) -> bool:
     """Does a request need translation though model and client speak one dialect?  So it is with
     stop sequences that the upstream cannot watch for, and with OpenAI's freeform tools, which its
     models know from GPT-5 on."""
-    if client.stop_key and not client.takes_stops(
-        words(body.get(client.stop_key)), model
-    ):
+    stops = body.get(client.stop_key)
+    if stops is not None and not client.takes_stops(words(stops), model):
         return True
-    if not client.has_freeform_tools or (model.is_openai and model.version >= (5,)):
+    if "tools" not in body or not client.has_freeform_tools:
+        return False
+    if model.is_openai and model.version >= (5,):
         return False
     return any(map(freeform_of, dicts_in(body, "tools")))
 
 
 def fold_long_answer(edit: Edit, upstream: Dialect, model: Model) -> None:
     """Ask for a stream where a whole answer as long as the client allows would be refused."""
-    cap = model.limit("max_non_streaming_output_tokens")
+    body = edit.body
     wish = max(
-        count_or_zero(edit.body.get(key))
-        for key in ("max_tokens", "max_completion_tokens")
+        count_or_zero(body.get("max_tokens")),
+        count_or_zero(body.get("max_completion_tokens")),
     )
-    if 0 < cap < wish and upstream.has_whole_answer_limit:
-        edit.set(edit.body, "stream", True)
+    if not wish or not upstream.has_whole_answer_limit:
+        return
+    if 0 < model.limit("max_non_streaming_output_tokens") < wish:
+        edit.set(body, "stream", True)
 
 
 @dataclass
@@ -12404,14 +12448,19 @@ class Plan:
             self.headers = dict(headers, Accept="text/event-stream")
         else:
             self.headers = headers
-        betas = [beta for beta in headers.get("anthropic-beta", "").split(",") if beta]
         needed = self.upstream.betas(self.edit.body)
+        if needed:
+            self._add_betas(needed)
+        self.repairs.share(repaired)
+        self.request.echo.update(echo)
+
+    def _add_betas(self, needed: list[str]) -> None:
+        sent = self.headers.get("anthropic-beta", "")
+        betas = [beta for beta in sent.split(",") if beta]
         missing = [beta for beta in needed if beta not in betas]
         if missing:
             both = ",".join(betas + missing)
             self.headers = dict(self.headers, **{"anthropic-beta": both})
-        self.repairs.share(repaired)
-        self.request.echo.update(echo)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -22765,6 +22814,13 @@ async def put_in_kept(exchange: Exchange, owner: str, body: Json) -> bool:
     return is_changed
 
 
+def is_search_alone(body: Json) -> bool:
+    """Are a request's tools searches, and nothing else?"""
+    tools = as_list(body.get("tools"))
+    kinds = [str(as_object(tool).get("type")) for tool in tools]
+    return bool(kinds) and all(kind.startswith(SEARCH_TOOLS) for kind in kinds)
+
+
 class Job:
     """A request to a model, from its body to its answer.  Its life, top to bottom:
 
@@ -22964,16 +23020,8 @@ class Job:
         )
         refused = self.copilot.memory.refused
         upstream = choose_upstream(client, model, refused, client.has_files(body))
-        kinds = [
-            str(as_object(tool).get("type")) for tool in as_list(body.get("tools"))
-        ]
         has_search = upstream.answers_search and (model.id, SEARCH_TOOLS) not in refused
-        if (
-            client.answers_search
-            and kinds
-            and not has_search
-            and all(kind.startswith(SEARCH_TOOLS) for kind in kinds)
-        ):
+        if client.answers_search and not has_search and is_search_alone(body):
             return None
 
         # as the client wrote it
