@@ -10881,11 +10881,13 @@ def normalise(edit: Edit, client: Dialect, model: Model) -> None:
     if not client.path:
         return
     if is_plain(edit.body, client):
-        edit.is_words = True
+        edit.note_words(True)
         return
+
     for step in FIELD_STEPS:
         edit.go_on()
         step(edit, client, model)
+
     turns = edit.body.get(client.turns_key)
     if not isinstance(turns, list):
         return
@@ -11399,6 +11401,12 @@ def gemini_schema(schema: Json) -> Json:
 # ---- The prompt cache, images ----
 
 
+def _drop_nonce_line(edit: Edit, holder: Json, key: str) -> None:
+    text = holder.get(key)
+    if isinstance(text, str) and text.startswith(_NONCE_LINE):
+        edit.set(holder, key, text.partition("\n")[2])
+
+
 def drop_nonce(edit: Edit) -> None:
     """Claude Code's first system line is another in each request and defeats the prompt cache."""
     body = edit.body
@@ -11411,12 +11419,6 @@ def drop_nonce(edit: Edit) -> None:
         _drop_nonce_line(edit, holder, key)
         for block in as_list(holder.get(key)):
             _drop_nonce_line(edit, as_object(block), "text")
-
-
-def _drop_nonce_line(edit: Edit, holder: Json, key: str) -> None:
-    text = holder.get(key)
-    if isinstance(text, str) and text.startswith(_NONCE_LINE):
-        edit.set(holder, key, text.partition("\n")[2])
 
 
 class LinkedImage(NamedTuple):
