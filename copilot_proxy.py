@@ -576,10 +576,13 @@ def true_status(status: int, names: Iterable[Any]) -> int:
 
 
 class ProxyError(Exception):
-    """A failure that the caller is told about; `str(error)` says what happened and what to do.
-    status: HTTP status; code, param: OpenAI's fields, None when unknown; headers: to be added to
-    the answer; details: Anthropic's `error.details`, None when there are none.
-    overflow: (tokens, limit) of too long a prompt, both 0 when nobody said; else None."""
+    """An error that is reported to the client; `str(error)` says what happened and what
+    to do.
+
+    status: HTTP status; code, param: OpenAI's fields, or None; headers: added to the
+    answer; details: Anthropic's `error.details`, or None; overflow: (tokens, limit) of
+    a prompt that is too long, (0, 0) when the numbers are unknown, None for any other
+    error."""
 
     status = 500
     overflow: tuple[int, int] | None = None
@@ -698,7 +701,8 @@ class UpstreamError(ProxyError):
         self.unsent = True
 
     def mark_early(self) -> None:
-        """It ended a stream that had shown nothing yet; after a long silence nobody asks again."""
+        """The stream failed before it showed anything, so the request may be tried
+        again; not after a long silence, because the second try would be as slow."""
         self.showed_nothing = self.status != 504
 
 
@@ -707,7 +711,8 @@ class StreamCut(UpstreamError):
 
 
 class StaleConnection(UpstreamError):
-    """A kept-alive connection turned out to be closed before a byte of the answer came."""
+    """A kept-alive connection turned out to be closed before the first byte of the
+    answer."""
 
 
 def forget_frames(error: ProxyError) -> ProxyError:
@@ -718,7 +723,7 @@ def forget_frames(error: ProxyError) -> ProxyError:
 
 
 class ClientGone(Exception):
-    """The client has hung up: nobody is left to answer."""
+    """The client has hung up, so there is nobody to answer."""
 
 
 # ==== 4. Helpers ==================================================================================
@@ -752,11 +757,12 @@ decode_vectors = json.JSONDecoder().decode
 
 
 class TooManyValues(ValueError):
-    """A JSON text whose values would fill the memory."""
+    """A JSON text with so many values that parsing it would fill the memory."""
 
 
 def dumps(value: Any) -> bytes:
-    """Compact UTF-8 JSON; key order is kept.  A lone surrogate falls back to ASCII escapes."""
+    """Encode as compact UTF-8 JSON in the order of the keys. Lone surrogates become
+    ASCII escapes."""
     try:
         return _encode(value).encode()
     except UnicodeEncodeError:
@@ -772,10 +778,10 @@ _ESCAPES = re.compile(
 
 
 def valid_text(data: bytes) -> bytes:
-    """JSON whose texts are valid Unicode: half of a surrogate pair becomes U+FFFD, as clients cut
-    texts in the middle of an emoji.  The same object where there is none.
+    """Replace lone surrogates by U+FFFD; returns the same object if there are none.
 
-    No upstream takes such a text, and a history that holds one would be refused for ever."""
+    Clients cut texts in the middle of an emoji. No upstream accepts half of a surrogate
+    pair, so a history that holds one would be refused for ever."""
     if not _SURROGATE.search(data):
         return data
     mended = bytearray()
@@ -1272,7 +1278,8 @@ def origin_of(text: str) -> str:
 
 
 class ErrorText(NamedTuple):
-    """What an error body says.  names: its codes, types and statuses, the innermost first."""
+    """The contents of an error body. names: its codes, types and statuses, innermost
+    first."""
 
     message: str
     code: str | None
@@ -1343,8 +1350,9 @@ def unwrap_error(
 
 
 def told_error(answer: Json) -> UpstreamError:
-    """The failure that an event, or a whole answer with status 200, tells in any dialect's shape.
-    {"error": {"code": "rate_limited", "message": "slow down"}} -> one with status 429"""
+    """Build the error that an event, or a whole answer with status 200, reports in any
+    dialect. {"error": {"code": "rate_limited", "message": "slow down"}} -> one with
+    status 429"""
     found = read_error_text(dumps(answer), "the model failed")
     status = next(filter(None, map(status_of, found.names)), 502)
     error = UpstreamError(found.message, status, found.code, found.param)
@@ -1355,7 +1363,8 @@ def told_error(answer: Json) -> UpstreamError:
 
 
 def ends_of(text: str) -> str:
-    """A text that tells a long one from others, in constant time: its length and its ends."""
+    """A short key for a long text, in constant time: its length, its beginning and its
+    end."""
     if len(text) <= 2 * MARKED_CHARS:
         return text
     return f"{len(text)} {text[:MARKED_CHARS]} {text[-MARKED_CHARS:]}"
@@ -1510,7 +1519,8 @@ class Prices:
     def cost(
         self, counts: Mapping[str, int], now: float = 0.0, by_auto: bool = False
     ) -> int | None:
-        """What one answer costs, in nano-AIU; None when that is unknown.  now: unix seconds."""
+        """The price of one answer in nano-AIU, or None if it is unknown. now: unix
+        seconds."""
         if not self.tiers or "input" not in counts:
             return None
         prompt = sum(
@@ -1632,7 +1642,7 @@ class Model:
         return self.is_openai and (is_named_so or bool(self.efforts))
 
     def can(self, ability: str) -> bool:
-        """Is this among what the upstream says that the model supports?"""
+        """Does the catalogue list this among the features that the model supports?"""
         return self.supports.get(ability) is True
 
     @functools.cached_property
@@ -1641,7 +1651,8 @@ class Model:
 
     @property
     def most_images(self) -> int:
-        """Of one request, 0 where no limit is known.  The list's own numbers are unreliable."""
+        """The largest number of images in one request, 0 if no limit is known. The
+        catalogue's own numbers are unreliable."""
         if self.is_claude:
             return MAX_IMAGES
         if self.is_gemini:
@@ -1658,8 +1669,8 @@ class Model:
 
     @property
     def notice(self) -> str:
-        """What the upstream says about the model's coming end, "" when it says nothing.
-        Entries also carry notices about billing, which are not meant here."""
+        """The upstream's notice that the model will be retired, or "". Notices about
+        billing, which entries carry as well, are skipped."""
         notices: list[tuple[Any, Any]] = []
         for name in ("warning_text", "warning_message"):
             notices.append(("", self.entry.get(name)))
@@ -1678,7 +1689,7 @@ class Model:
 
     @property
     def promo(self) -> str:
-        """What the upstream says of a promotion, "" where there is none."""
+        """The upstream's text about a promotion, or ""."""
         promo = as_object(as_object(self.entry.get("billing")).get("promo"))
         percent = number_or(promo.get("discount_percent"), 0, most=100)
         told = str(promo.get("message") or "")[:MAX_ERROR_TEXT]
@@ -1690,7 +1701,8 @@ class Model:
 
     @functools.cached_property
     def prices(self) -> Prices:
-        """What the account pays for this model's tokens, as far as it is listed."""
+        """The prices of this model's tokens for this account, as far as they are
+        listed."""
         return Prices.read(as_object(self.entry.get("billing")))
 
     def output_cap(self, stream: bool) -> int:
@@ -1705,10 +1717,10 @@ class Model:
 
 
 class Losses(List[Tuple[str, str]]):
-    """What of a request did not go upstream: (field, reason), each once.
+    """The parts of a request that did not go upstream: (field, reason), each once.
 
-    Clients make up names of fields, so at most MAX_LOSSES are recorded, with names of at most
-    MAX_LOSS_CHARS in printable ASCII; `more` counts those beyond."""
+    Clients invent field names, so at most MAX_LOSSES are recorded, with names of at
+    most MAX_LOSS_CHARS in printable ASCII; `more` counts the others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1758,7 +1770,8 @@ class Edit:
         self.is_words = is_words
 
     def forget_body(self) -> None:
-        """It has been accepted: nobody needs it while the answer comes."""
+        """Drop the body once the upstream has accepted it: it is not needed while the
+        answer streams."""
         self.body = {}
 
     def set(self, target: Json, key: str, value: Any) -> None:
@@ -1780,7 +1793,7 @@ class Edit:
         self.changed = self.is_rewritten = True
 
     def drop(self, target: Json, key: str, reason: str = "") -> Any:
-        """Remove `key` if it is there; with a reason the loss is recorded."""
+        """Remove `key` if it is present; with a reason the loss is recorded."""
         if key not in target:
             return None
         self.note_change()
@@ -1797,7 +1810,7 @@ class Edit:
             self.note_change()
 
     def lose(self, name: str, reason: str) -> None:
-        """Record that something the client said did not go upstream."""
+        """Record that a part of the request did not go upstream."""
         self.note_change()
         self.losses.add(name, reason)
 
@@ -1816,8 +1829,8 @@ class Part:
 
 @dataclass
 class Citation:
-    """Where words of an answer come from.  start, end: which characters of the text are meant, None
-    when nobody said; quote: the words of the source."""
+    """The source of some words of an answer. start, end: the range of characters in the
+    text, or None if it is unknown; quote: the words of the source."""
 
     url: str = ""
     title: str | None = None
@@ -1828,8 +1841,9 @@ class Citation:
 
 @dataclass
 class Text(Part):
-    """Words.  `refusal`: the model says why it will not answer.  Of an answer: its citations, and
-    the log probabilities of its tokens as both of OpenAI's dialects write them."""
+    """A piece of text. refusal: the model explains why it will not answer. citations,
+    logprobs: only in answers; logprobs are written as both of OpenAI's dialects write
+    them."""
 
     text: str
     refusal: bool = False
@@ -1863,10 +1877,11 @@ class Document(Part):
 
 @dataclass
 class Reasoning(Part):
-    """Readable thinking and the opaque state that lets a model go on with it.
-    signature: Messages' signature, Responses' encrypted content or Copilot's reasoning_opaque, as
-    `minted_by` (a dialect's name) says; it means nothing to any other.  redacted: no text at all.
-    """
+    """Readable thinking, and the opaque state with which a model continues it.
+
+    signature: Messages' signature, Responses' encrypted content or Copilot's
+    reasoning_opaque; minted_by: the name of the dialect whose state it is; no other
+    dialect can use it. redacted: there is no readable text."""
 
     text: str = ""
     signature: str | None = None
@@ -1887,8 +1902,8 @@ class ToolCall(Part):
 
 @dataclass
 class ToolResult(Part):
-    """What a tool gave back; always in a user turn.  name: of the tool, for clients whose calls
-    have no ids, see `pair_by_order`."""
+    """The result of a tool call; always part of a user turn. name: of the tool, for
+    clients whose calls have no ids, see `pair_by_order`."""
 
     call_id: str
     parts: list[Part]
@@ -1898,8 +1913,8 @@ class ToolResult(Part):
 
 
 def side_of(part: Part, role: str) -> str:
-    """The role in whose turn a part belongs, wherever it stands: calls are the model's, results
-    the user's."""
+    """The role whose turn a part belongs in, whatever turn the client put it in: calls
+    belong to the model, results to the user."""
     if isinstance(part, ToolResult):
         return "user"
     if isinstance(part, (ToolCall, Reasoning)):
@@ -1942,19 +1957,21 @@ class Named:
 
 @dataclass
 class Request:
-    """A request in neutral words.  None means that the client did not say; it is never sent.
+    """A request in the neutral vocabulary. A field that is None was not set by the
+    client and is not sent.
 
-    model: as the client wrote it; now: unix seconds; key: of no other request.  tool_choice: None,
-    "auto", "none", "required" or Named.  effort: a word of EFFORT_BUDGETS, "minimal" or "none".
-    output_schema: as in Responses' text.format.  openai: fields that both of OpenAI's shapes have.
-    wants_usage: a chat client asked for usage.  echo: what a response object repeats of it.
-    prompt_tokens: an estimate, 0 where nobody needs it.
-    output_tool: set when a forced call stands for `output_schema`, see `Unwrapper`.
-    cut_at: stop sequences that the upstream cannot watch for, see `StopCutter`.
-    hides_thinking: the client wants none, or has no place for it, see `ThinkingFilter`.
-    wants_thoughts: a Gemini client wants to read the thinking; its state it gets in any case.
-    elapsed_ns: gives the time since the request came, for clients that are told how long it took.
-    """
+    model: as the client wrote it; now: unix seconds; key: unique for each request.
+    tool_choice: None, "auto", "none", "required" or Named. effort: a key of
+    EFFORT_BUDGETS, "minimal" or "none". output_schema: in the shape of Responses'
+    text.format. openai: fields that both of OpenAI's dialects share. wants_usage: a
+    Chat client asked for usage. echo: fields that a response object repeats.
+    prompt_tokens: an estimate, 0 where it is not needed. output_tool: the name of the
+    forced tool call that stands for `output_schema`, see `Unwrapper`. cut_at: stop
+    sequences that the upstream cannot handle, see `StopCutter`. hides_thinking: the
+    client does not want thinking or has no field for it, see `ThinkingFilter`.
+    wants_thoughts: a Gemini client wants to read the thinking; it gets the state in any
+    case. elapsed_ns: returns the time since the request arrived, for clients that
+    report it."""
 
     model: str
     dialect: str = field(default="", compare=False)
@@ -2012,7 +2029,7 @@ class Request:
         self.prompt_tokens = prompt_tokens
 
     def lose(self, name: str, reason: str) -> None:
-        """Record that something the client said does not go upstream."""
+        """Record that a part of the request does not go upstream."""
         self.losses.add(name, reason)
 
     def forget_turns(self) -> None:
@@ -2088,8 +2105,9 @@ class PartStart(Event):
 
 @dataclass
 class PartDelta(Event):
-    """More of the text, the readable thinking, or the arguments: as the started part says.
-    logprobs: of the tokens of this piece of a text, None where nobody asked for them."""
+    """The next piece of a text, of readable thinking, or of a call's arguments,
+    depending on the part that was started. logprobs: of the tokens of this piece, or
+    None if they were not requested."""
 
     index: int
     text: str
@@ -2098,7 +2116,7 @@ class PartDelta(Event):
 
 @dataclass
 class PartCitation(Event):
-    """Where words of a text come from."""
+    """The source of some words of a text."""
 
     index: int
     citation: Citation
@@ -2145,7 +2163,7 @@ _TEXT_FIELDS = {Text: "text", Reasoning: "text", ToolCall: "arguments"}
 
 
 def text_in(part: Part) -> str:
-    """What of a part comes as deltas."""
+    """The text of a part that is streamed as deltas."""
     return str(getattr(part, _TEXT_FIELDS.get(type(part), ""), ""))
 
 
@@ -2167,7 +2185,7 @@ def skeleton(part: Part) -> Part:
 
 
 def unfold(response: Response) -> Iterator[Event]:
-    """The events that tell a whole answer: fold(unfold(r)) == r."""
+    """Turn a whole answer into the events of a stream: fold(unfold(r)) == r."""
     yield ResponseStart(
         response.id,
         response.model,
@@ -2235,7 +2253,8 @@ class PartBuilder:
 
 
 def fold(events: Iterable[Event]) -> Response:
-    """The whole answer that events tell.  Raises UpstreamError for a StreamError or no end."""
+    """Turn the events of a stream into a whole answer. Raises UpstreamError for a
+    StreamError or a missing end."""
     start = ResponseStart("", "")
     parts: dict[int, PartBuilder] = {}
 
@@ -2436,8 +2455,8 @@ def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
 
 
 def answer_length(headers: Headers) -> int | None:
-    """The length of an upstream's body, None where its end tells it.  One that stands there twice
-    counts once.  Raises UpstreamError for what is no number."""
+    """The length of an upstream's body, or None if the body ends with the connection. A
+    repeated equal header counts once. Raises UpstreamError if it is not a number."""
     text = headers.get("content-length")
     if text is None or "chunked" in headers.get("transfer-encoding", "").lower():
         return None
@@ -2452,8 +2471,8 @@ def answer_length(headers: Headers) -> int | None:
 
 
 def render_head(start: str, fields_: Iterable[tuple[str, str]]) -> bytes:
-    """A head as bytes, with its empty line.  Whatever is not printable ASCII is escaped: nothing
-    can split the head, or reach the terminal of who looks at it."""
+    """Encode a head with its final empty line. Anything but printable ASCII is escaped,
+    so no value can split the head or reach a terminal raw."""
     lines = [start]
     lines += [name + ": " + value for name, value in fields_]
     if not ("".join(lines).isprintable() and "".join(lines).isascii()):
@@ -2485,7 +2504,7 @@ class BodyDecoder:
         self._trailer_bytes = 0
 
     def feed(self, data: bytes) -> bytes:
-        """The payload bytes in `data`; what follows the body's end goes to `rest`."""
+        """Returns the payload in `data`; bytes behind the body's end go to `rest`."""
         if self.done:
             self.rest += data
             return b""
@@ -2561,8 +2580,9 @@ class BodyDecoder:
 
     @staticmethod
     def _many_chunks(data: bytes, at: int, out: list[bytes]) -> int:
-        """The same for chunks by the hundred, without a step for each.  Where each piece between
-        two line ends is as long as the one before it says, these are the chunks."""
+        """A fast path for hundreds of small chunks: if every piece between two line
+        ends has the length that the piece before it announced, the pieces are the
+        chunks."""
         pieces = data[at:].split(b"\r\n")
         end = (len(pieces) - 1) // 2 * 2
         chunks = pieces[1:end:2]
@@ -2637,9 +2657,10 @@ def inflate(data: bytes, coding: str) -> bytes:
 
 
 class FrameCutter:
-    """Cuts a byte stream into whole server-sent events without looking into them.
-    `feed` gives zero or more whole frames, each ending in b"\\n\\n" (other line ends are
-    normalised); the incomplete rest is kept, at most MAX_FRAME_BYTES of it."""
+    """Cuts a byte stream into whole server-sent events without parsing them.
+
+    `feed` returns zero or more whole frames, each ending in b"\n\n" (other line ends
+    are normalised), and keeps the incomplete rest, at most MAX_FRAME_BYTES."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -2682,7 +2703,8 @@ class FrameCutter:
         return block
 
     def flush(self) -> bytes:
-        """What is left at the end of the stream, closed as a frame; b"" when there is nothing."""
+        """Returns the incomplete rest as a closed frame at the end of the stream, b""
+        if there is none."""
         rest = b"".join(self._parts).strip(b"\n")
         self._parts, self._size, self._last, self._carry = [], 0, b"", b""
         if rest:
@@ -2723,7 +2745,7 @@ class Frame:
         return cls(event, b"\n".join(data))
 
     def encode(self) -> bytes:
-        """The frame as it goes over the wire: `event:`, `data:` and an empty line."""
+        """Encode the frame: `event:`, `data:` and an empty line."""
         if self.event:
             head = b"event: %b\n" % self.event.encode()
         else:
@@ -2767,7 +2789,7 @@ NOT_JSON = "the upstream sent an event that is not JSON"
 
 
 def is_whole_event(raw: bytes) -> bool:
-    """Is the last event of a stream, whose empty line is missing, there to its end?"""
+    """Is the last event of a stream complete, although its empty line is missing?"""
     data = Frame.parse(raw).data.strip()
     try:
         return data == b"[DONE]" or isinstance(loads(data), dict)
@@ -2825,8 +2847,10 @@ _JSON_TEXT = re.compile(rb'(?:[^"\\]|\\.)*\Z')  # the inside of one JSON string
 
 
 class DeltaTemplate:
-    """What stands around the text of a frequent event.  It is learned from one of them: an event
-    that differs from it in nothing but the text needs no JSON parser."""
+    """The constant bytes around the text of a frequent event.
+
+    They are learned from one event; later events that differ only in the text need no
+    JSON parser."""
 
     def __init__(self) -> None:
         self._before = self._behind = b""
@@ -2922,7 +2946,7 @@ class StreamRelay:
 
     @property
     def failure(self) -> str | None:
-        """What the client was told of a failure, None when there was none."""
+        """The error that was reported to the client, or None."""
         if self.error:
             return str(self.error)
         return None
@@ -2939,7 +2963,8 @@ class StreamRelay:
         return b""
 
     def close(self, error: ProxyError | None = None) -> bytes:
-        """The end of the upstream's body; `error` says that it was no regular one."""
+        """Process the end of the upstream's body; `error` is set if the body did not
+        end properly."""
         if self.ended:
             return b""
         out = b""
@@ -2990,16 +3015,16 @@ class StreamRelay:
         return b""
 
     def _release(self) -> bytes:
-        """What was kept back, as the next event is there."""
+        """Return the bytes that were held back, because the next event has arrived."""
         held, self._held = self._held, b""
         return held
 
     def _done(self) -> bytes:
-        """The upstream said [DONE]; for most dialects that means nothing."""
+        """Handle the upstream's [DONE], which most dialects ignore."""
         return b""
 
     def _finish(self) -> bytes:
-        """At a regular end of the body: may still set `ended`."""
+        """Hook for a proper end of the body; may still set `ended`."""
         return b""
 
     def _error(self, error: ProxyError) -> bytes:
@@ -3035,9 +3060,9 @@ def is_words(item: Any) -> bool:
 
 
 class ToolStep(NamedTuple):
-    """One piece of a conversation, as far as tool calls and their results are concerned.
-    calls: ids of the calls in it; answers: id of the call whose result it is; may_stand_between:
-    such a piece may come between a call and its result."""
+    """One item of a conversation, reduced to its tool calls and results. calls: ids of
+    its calls; answers: the id of the call that it is the result of; may_stand_between:
+    it may stand between a call and its result."""
 
     item: Json
     calls: Sequence[str] = ()
@@ -3256,7 +3281,8 @@ def _has_part(body: Json, kinds: tuple[str, ...]) -> bool:
 
 
 class Dialect:
-    """What all dialects have in common.  Stateless: a stream's state lives in its StreamRelay."""
+    """The interface of all dialects. Instances are stateless: the state of a stream
+    lives in its StreamRelay."""
 
     name = ""
     path = ""  # as in `supported_endpoints`; "": for clients alone
@@ -3313,7 +3339,7 @@ class Dialect:
         }
 
     def error_frame(self, error: ProxyError) -> bytes:
-        """The same as an event that ends a stream."""
+        """The error body as an event that ends a stream."""
         return b"data: %b\n\n" % dumps(self.error_body(error, ""))
 
     # `prepare` makes a body fit for the upstream in place, raising BadRequest.  The others serve
@@ -3349,7 +3375,7 @@ class Dialect:
         raise NotImplementedError
 
     def check_answer(self, answer: Json) -> None:
-        """Raises UpstreamError for a failure that is told in a whole answer with status 200."""
+        """Raises UpstreamError if a whole answer with status 200 reports a failure."""
         if answer.get("error") or answer.get("type") == "error":
             raise told_error(answer)
 
@@ -3360,7 +3386,7 @@ class Dialect:
         return self._encoder(self, request)
 
     def echo_of(self, body: Json) -> Json:
-        """What of a request its answer repeats."""
+        """The fields of a request that its answer repeats."""
         return {}
 
     def initiator(self, body: Json) -> str:
@@ -3370,7 +3396,7 @@ class Dialect:
         return "agent"
 
     def interaction(self, body: Json) -> str:
-        """What made the client ask: "user", "agent" or a kind of SIDE_REQUESTS."""
+        """Why the client sent the request: "user", "agent" or a kind of SIDE_REQUESTS."""
         turns = as_list(body.get("messages", body.get("input")))
         said: Json = {"role": "user" if "input" in body else ""}
         for turn in map(as_object, reversed(turns)):
@@ -3440,7 +3466,7 @@ class Dialect:
         return not stops
 
     def upstream_headers(self, headers: Headers) -> Headers:
-        """What this dialect's endpoint wants to see of a client's headers."""
+        """The headers of a client that this dialect's endpoint expects."""
         return {}
 
     def answer_headers(self, request_id: str) -> list[tuple[str, str]]:
@@ -3457,7 +3483,7 @@ class Dialect:
         raise NotImplementedError
 
     def result_content(self, item: Json) -> Any:
-        """What a result holds: a string or a list of parts."""
+        """The content of a tool result: a string or a list of parts."""
         return item.get("content")
 
     def join_user_turns(self, items: Iterable[Json]) -> list[Json]:
@@ -3479,7 +3505,7 @@ class Dialect:
         """Help the prompt cache: set marks, or a key, where the client has set none."""
 
     def tool_schemas(self, body: Json) -> list[tuple[Json, str]]:
-        """(object, key) of each schema of a tool's arguments that is there and not empty."""
+        """(object, key) of each non-empty schema of a tool's arguments."""
         holders = self.function_tools(body)
         return [
             (holder, self.schema_key)
@@ -3522,7 +3548,8 @@ def check_list(body: Json, key: str) -> list[Json]:
 
 
 def empty_conversation() -> BadRequest:
-    """For a request whose turns say nothing: every upstream refuses it, in words of its own."""
+    """The error for a request without any content, which every upstream refuses in its
+    own words."""
     return BadRequest("the conversation is empty: no turn in it has any content")
 
 
@@ -3608,8 +3635,8 @@ def drop_tool_fields(edit: Edit) -> None:
 def prepare_tools(
     edit: Edit, is_offered: Callable[[Json], bool], *refused: str
 ) -> None:
-    """Leave out tools that nobody runs upstream, and of the others what some backend refuses and
-    no model needs.  Raises BadRequest when a tool that must be called was left out."""
+    """Remove tools that no upstream runs, and fields of the others that some backend
+    refuses and no model needs. Raises BadRequest if a removed tool was forced."""
     body = edit.body
     if _TOOL_FIELDS.isdisjoint(body):
         return
@@ -3716,7 +3743,7 @@ _encode_text = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def word(value: Any) -> str | None:
-    """A string that says something; clients also send null and ""."""
+    """A non-empty string, or None; clients also send null and ""."""
     if isinstance(value, str) and value:
         return value
     return None
@@ -3775,8 +3802,9 @@ def unpack_opaque(text: Any) -> list[tuple[str, str | None, str]]:
 def reasoning_parts(
     dialect: str, text: str, state: Any, state_id: Any = None
 ) -> list[Part]:
-    """What a slot of `dialect` holds: its own state, or packed ones of others.
-    Anthropic signs the text, so states of several blocks whose texts were joined are worthless."""
+    """The reasoning in a slot of `dialect`: its own state, or packed states of others.
+    Anthropic signs the text, so the states of several blocks whose texts were joined
+    are worthless."""
     packed = unpack_opaque(state)
 
     if not packed:
@@ -3806,7 +3834,8 @@ def reasoning_parts(
 
 
 def client_state(part: Reasoning, dialect: str) -> str | None:
-    """The opaque state as it goes into a client's slot: bare when it is of that dialect."""
+    """The opaque state as it goes into a client's slot: unpacked if it is of the
+    client's own dialect."""
     if part.signature is None or part.minted_by == dialect:
         return part.signature
     return pack_opaque(
@@ -3822,8 +3851,8 @@ def split_system(turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
 
 
 def join_states(states: list[str]) -> str | None:
-    """Several states for the one slot that Chat has.  Packed ones can be told apart again; of the
-    others the last one counts, as it does upstream."""
+    """Join several states for Chat's single slot. Packed states can be separated again;
+    of the others the last one counts, as it does upstream."""
     if not states:
         return None
     if is_packed(states[0]):
@@ -3860,7 +3889,8 @@ def usable_parts(turn: Turn, request: Request, dialect: str) -> list[Part]:
 
 
 def arguments_object(text: str) -> Json:
-    """'' -> {}, '{"a":1}' -> {"a": 1}; anything else is kept whole: '[1' -> {"_raw": "[1"}."""
+    """Parse a call's arguments: '' -> {}, '{"a":1}' -> {"a": 1}; anything else is kept
+    as text: '[1' -> {"_raw": "[1"}."""
     try:
         if text.strip():
             value = loads(text.encode("utf-8", "surrogatepass"))
@@ -3921,7 +3951,8 @@ def input_items(body: Json) -> list[Json]:
 
 
 def conversation_key(body: Json, model: Model) -> str:
-    """The same for all requests of a conversation: made of what stays at its head."""
+    """A key that is equal for all requests of a conversation, made from the beginning
+    of it."""
     heads = [text_of(body.get("instructions"))]
     for roles in (SYSTEM_ROLES, ("user",)):
         texts = (
@@ -3964,7 +3995,8 @@ def data_url(part: Image | Document) -> str:
 
 
 def document_from_file(source: Any, place: str) -> Document:
-    """OpenAI's file part: `file_data` (a data: URL) or `file_url`; ids name what nobody stores."""
+    """Read OpenAI's file part: `file_data` (a data: URL) or `file_url`. File ids name
+    files that no upstream stores."""
     source = as_object(source)
     found = _DATA_URL.match(str(source.get("file_data") or ""))
     if not found and not source.get("file_url"):
@@ -4313,7 +4345,7 @@ FREEFORM_SCHEMA = _schema_of("input", input="string")
 
 
 def freeform_description(tool: Json) -> str:
-    """What a freeform tool does, with the grammar of its input."""
+    """The description of a freeform tool, with the grammar of its input."""
     grammar = as_object(tool.get("format")).get("definition")
     about = str(tool.get("description") or "")
     if grammar:
@@ -4409,7 +4441,7 @@ def write_part(part: Part, prefix: str) -> Json:
 
 
 def result_text(result: ToolResult, request: Request) -> str:
-    """The text of a tool's result, with the error told in words."""
+    """The text of a tool result, prefixed with the error marker if the tool failed."""
     if result.is_error:
         request.lose("is_error", "told in the text")
     return (ERROR_PREFIX if result.is_error else "") + "\n".join(
@@ -4425,7 +4457,8 @@ def note_unknown(request: Request, source: Json, *known: str) -> None:
 
 
 def add_tool(request: Request, tool: Json, schema_key: str, **more: Any) -> None:
-    """A function that the client offers, unless one of its name is there; more: of Tool."""
+    """Add a function that the client offers, unless there is one of that name; more:
+    further fields of Tool."""
     note_unknown(
         request,
         tool,
@@ -4892,7 +4925,8 @@ def read_fields(dialect: Dialect, body: Json, known: str) -> Request:
 def write_fields(
     dialect: Dialect, request: Request, model: Model, **fitted: Any
 ) -> Json:
-    """The way back, for fields that were said; `fitted`: those that the model takes otherwise."""
+    """Write the fields that the client set; `fitted`: those that the model takes in
+    another form."""
     body: Json = {"model": model.id}
     if dialect.shared_fields:
         fitted["user"] = request.user and request.user[:MAX_ID_CHARS]
@@ -4944,11 +4978,12 @@ def is_astray(blanks: dict[int, int], index: int, text: str) -> bool:
 
 
 class StreamDecoder:
-    """Upstream events in, neutral events out: `read(data of a frame)`, then `close()`.
-    `ended` is True behind a ResponseEnd or StreamError.  `close` never is polite on its own: a
-    stream without its terminal event becomes a StreamError.
+    """Turns upstream events into neutral events: `read(data of a frame)`, then
+    `close()`.
 
-    The end of a Reasoning is told together with the next event: see StreamRelay."""
+    `ended` is True after a ResponseEnd or StreamError. `close` never ends politely by
+    itself: a stream without its terminal event becomes a StreamError. The end of a
+    Reasoning is emitted together with the next event, see StreamRelay."""
 
     TEXT_KEYS: tuple[bytes, ...] = ()  # JSON keys of the text of a delta
 
@@ -5021,7 +5056,7 @@ class StreamDecoder:
             self._template_index = event.index
 
     def _steady(self, data: bytes) -> bytes:
-        """The frame without what differs from delta to delta but means nothing."""
+        """The frame without the parts that differ between deltas but carry no meaning."""
         return data
 
     def read_whole(self, body: Json) -> list[Event]:
@@ -5044,15 +5079,15 @@ class StreamDecoder:
         raise NotImplementedError
 
     def _done(self) -> None:
-        """The upstream said [DONE]; for most dialects that means nothing."""
+        """Handle the upstream's [DONE], which most dialects ignore."""
 
     def _finish(self) -> None:
-        """A regular end of the body: may still give a ResponseEnd."""
+        """Hook for a proper end of the body; may still emit a ResponseEnd."""
 
     # -- events
 
     def _emit(self, event: Event) -> None:
-        """Tell an event, behind what was held for it."""
+        """Emit an event after those that were held back for it."""
         if self._held:
             self._events += self._held
             self._held = []
@@ -5136,7 +5171,8 @@ class StreamDecoder:
         self._held.append(PartEnd(index))
 
     def _stop(self, raw: str, stop_sequence: str | None = None) -> None:
-        """`raw`: why, in the dialect's word; a plain stop may be more, as the parts tell it."""
+        """Map the dialect's stop reason `raw`; a plain stop may mean more, depending on
+        the parts."""
         self._start({})
         for index in sorted(self._open):
             self._end(index)
@@ -5147,7 +5183,7 @@ class StreamDecoder:
         self._emit(ResponseEnd(stop, self.meter.usage, stop_sequence))
 
     def _fail(self, error: UpstreamError) -> None:
-        """The end; what was held is not told."""
+        """End with an error; events that were held back are dropped."""
         self.ended = True
         self._held = []
         self._template.forget()
@@ -5181,12 +5217,12 @@ def citation_of(annotation: Any) -> list[Citation]:
 
 
 def citations_of(annotations: Any) -> list[Citation]:
-    """Those that a list stands for."""
+    """The citations in an annotation list."""
     return [citation for one in as_list(annotations) for citation in citation_of(one)]
 
 
 def url_citation(citation: Citation) -> Json:
-    """As OpenAI writes it: its SDKs want every field."""
+    """Write a citation as OpenAI does: its SDKs require every field."""
     return {
         "url": citation.url,
         "title": citation.title or "",
@@ -5262,11 +5298,11 @@ class ChatCall:
 
     @staticmethod
     def function_of(delta: Json) -> Json:
-        """Where a delta of a call has name and arguments."""
+        """The object in a call's delta that holds name and arguments."""
         return as_object(delta.get("function")) or as_object(delta.get("custom"))
 
     def take_names(self, delta: Json, call_id: str) -> None:
-        """Note id and name; what was said before goes out of the delta."""
+        """Store id and name, and remove from the delta what was sent before."""
         if call_id and self.id == call_id:
             del delta["id"]
         self.id = self.id or call_id
@@ -5328,8 +5364,8 @@ class ChatChunks:
         self._count = 0  # calls that have begun
 
     def read(self, answer: Json) -> Json | None:
-        """The delta of a chunk or the message of an answer, None without choices.
-        Raises UpstreamError for an error told in it."""
+        """The delta of a chunk, or the message of an answer; None without choices.
+        Raises UpstreamError for an error inside."""
         usage = answer.get("usage")
         if isinstance(usage, dict) and (
             self.usage is None or any(read_usage(usage).values())
@@ -5423,7 +5459,7 @@ class ChatChunks:
         return delta
 
     def rest(self) -> list[Json]:
-        """At the end: calls that were never named."""
+        """At the end of the stream: the calls that never got a name."""
         nameless = [
             call for call in self._open.values() if call.number < 0 and call.waiting
         ]
@@ -6211,9 +6247,11 @@ class ChatCompletions(Dialect):
 
 
 class ChatDecoder(StreamDecoder):
-    """A text and a thinking may be open, and calls, which end with the answer.  A thinking ends
-    where a text begins.  One that comes later goes on beside the text: deltas that alternate must
-    not cut the words into pieces."""
+    """One text, one thinking and several calls may be open at a time; calls end with
+    the answer.
+
+    A thinking ends where a text begins. If more thinking follows, it continues beside
+    the text, so that alternating deltas do not cut the words into pieces."""
 
     TEXT_KEYS = (b'"content":', b'"reasoning_text":', b'"arguments":')
 
@@ -6294,7 +6332,8 @@ class ChatDecoder(StreamDecoder):
 
 
 class ChatEncoder(StreamEncoder):
-    """Chunks with everything that strict clients look for; usage only for who asked."""
+    """Writes chunks with every field that strict clients look for; usage only if it was
+    requested."""
 
     def __init__(self, dialect: ChatCompletions, request: Request) -> None:
         super().__init__(dialect, request)
@@ -6631,12 +6670,13 @@ def _is_reasoning(item: Any) -> bool:
 
 
 class ResponsesStream(StreamRelay):
-    """Response events with ids that stay: the upstream gives one item another id in every event,
-    and strict clients give up on a mismatch.  The first id per `output_index` is kept.
+    """Relays Responses events with stable ids.
 
-    Argument deltas that come with `obfuscation` may be ciphertext: they are held until the `.done`
-    event, whose text is the truth, and then sent as one delta.  A call without a name is held
-    until an event names it."""
+    The upstream gives one item a new id in every event, and strict clients give up on a
+    mismatch, so the first id per `output_index` is kept. Argument deltas with
+    `obfuscation` may be ciphertext: they are held until the `.done` event, which has
+    the plain text, and then sent as one delta. The events of a call are held until one
+    of them has its name."""
 
     def __init__(
         self, dialect: Dialect, asked: str, body: Json, request: Request | None = None
@@ -6761,8 +6801,8 @@ class ResponsesStream(StreamRelay):
             )
 
     def _is_nameless(self, event: Json, kind: str, index: int) -> bool:
-        """Is this an event of a call whose name is not known?  Then it waits; with its name they
-        all come out, in their order."""
+        """Is this an event of a call whose name is not known yet? Such events are held
+        and released in order once the name is there."""
         item = as_object(event.get("item"))
         is_call = item.get("type") in ("function_call", "custom_tool_call")
         if kind == "response.output_item.added" and is_call and not item.get("name"):
@@ -6806,7 +6846,7 @@ class ResponsesStream(StreamRelay):
         return self._render(delta) + self._render(event)
 
     def _told_failure(self, event: Json, kind: str) -> bytes:
-        """A failure that the upstream tells: in its own words, under the code that Codex knows."""
+        """The upstream's own failure event, with the code that Codex understands."""
         answer = as_object(event.get("response"))
         error = told_error(answer or event)
         if error.overflow:  # as the event and code that clients act on
@@ -7201,7 +7241,7 @@ class Responses(Dialect):
         )
 
     def _read_result(self, request: Request, item: Json, place: str) -> ToolResult:
-        """The result of a tool; what a search found becomes callable."""
+        """Read a tool result; tools that a tool search returned become callable."""
         call_id = str(item.get("call_id") or item.get("id") or "")
         known = len(request.tools)
         for tool in dicts_in(item, "tools"):
@@ -7320,8 +7360,9 @@ class Responses(Dialect):
         }
 
     def item(self, part: Part, given_id: str | None, tools: dict[str, Tool]) -> Json:
-        """An output item.  given_id: None in a history; tools: those of the request, for calls
-        whose client side is a freeform tool or one of a namespace."""
+        """Encode an output item. given_id: None in a history; tools: those of the
+        request, because a call may be of a freeform tool or one of a namespace on the
+        client's side."""
         head = {} if given_id is None else {"id": given_id}
         if given_id is None:
             status = {}
@@ -7397,7 +7438,7 @@ class Responses(Dialect):
         return item
 
     def encode_response(self, response: Response, request: Request) -> Json:
-        """What the stream encoder would say at its end."""
+        """Encode a whole response, exactly as the stream encoder would end it."""
         encoder = ResponsesEncoder(self, request)
         for event in unfold(response):
             encoder.feed(event)
@@ -7464,7 +7505,8 @@ class ResponsesDecoder(StreamDecoder):
             self._fail(told_error(answer or event))
 
     def _steady(self, data: bytes) -> bytes:
-        """An unescaped quote cannot be inside a text, so what is found here are the keys."""
+        """Remove `item_id` and `sequence_number`. A text cannot hold an unescaped
+        quote, so the keys that are found are real ones."""
         before, key, behind = data.partition(b'"item_id":"')
         if key:
             data = before + key + behind[behind.find(b'"') :]
@@ -7507,7 +7549,7 @@ class ResponsesDecoder(StreamDecoder):
         self._end(index)
 
     def _cite_rest(self, index: int, citations: Sequence[Citation]) -> None:
-        """Sources that no event of their own has told."""
+        """Emit the citations that had no event of their own."""
         if index in self._open:
             self._cite(index, citations[self._cited.get(index, 0) :])
 
@@ -7517,7 +7559,7 @@ class ResponsesDecoder(StreamDecoder):
         super()._cite(index, told)
 
     def _read_item_end(self, at: int, item: Json) -> None:
-        """The whole item: what of it was not told by deltas is told now."""
+        """A finished item: emit whatever its deltas did not already cover."""
         parts = self.dialect.read_output(item)
         if not parts:
             self._end(self._slots.get((at, 0), -1))
@@ -7789,7 +7831,8 @@ _COUNTED_FIELDS = ("model", "messages", "system", "tools", "tool_choice")
 
 
 def think_adaptively(edit: Edit) -> bool:
-    """Thinking with a budget as adaptive thinking with an effort -> was there any?"""
+    """Replace a thinking budget by adaptive thinking with an effort. Returns True if
+    there was one."""
     body, thinking = edit.body, as_object(edit.body.get("thinking"))
     config = as_object(body.get("output_config"))
     budget = count_or_zero(thinking.get("budget_tokens"))
@@ -7823,7 +7866,8 @@ def think_within_budget(edit: Edit, model: Model) -> bool:
 
 
 def end_with_user(edit: Edit, key: str = "messages") -> bool:
-    """An answer begun by the client (prefill) becomes a request to go on -> was there one?"""
+    """Replace an assistant prefill by a user turn that asks to continue. Returns True
+    if there was one."""
     turns = edit.body.get(key)
 
     if isinstance(turns, list) and turns:
@@ -7850,8 +7894,9 @@ def end_with_user(edit: Edit, key: str = "messages") -> bool:
 
 
 def client_tool(tool: Json) -> Json | None:
-    """Anthropic's tool that the client runs as a function with its published schema: a call of it
-    looks the same, since it goes by the name.  None for others."""
+    """Turn one of Anthropic's tools that the client itself runs into a function with
+    the published schema; calls of it look the same, because they go by name. None for
+    other tools."""
     kind = str(tool.get("type"))
     for prefix, description, schema in ANTHROPIC_TOOLS:
         if kind.startswith(prefix):
@@ -7940,7 +7985,8 @@ class MessagesStream(StreamRelay):
         return kind in ("message_delta", "message_stop")
 
     def _complete(self, kind: str, event: Json) -> bool:
-        """Exchange the model's name, fill counts that are missing -> was there anything to do?"""
+        """Put in the client's name of the model and missing counts. Returns True if
+        anything was changed."""
         if kind == "message_start":
             holder = as_object(event.get("message"))
         else:
@@ -8109,7 +8155,7 @@ class Messages(Dialect):
 
     @staticmethod
     def prepare_count(edit: Edit) -> None:
-        """What prepare has made, for count_tokens: it takes fewer fields."""
+        """Reduce a prepared body to the fields that count_tokens accepts."""
         for key in [k for k in edit.body if k not in _COUNTED_FIELDS]:
             edit.drop(edit.body, key)
 
@@ -8187,7 +8233,7 @@ class Messages(Dialect):
 
     @staticmethod
     def _fit_block(edit: Edit, block: Any, at: int) -> Json | None:
-        """The block as every backend takes it, None for one that says nothing."""
+        """The block in a form that every backend accepts, or None if it is empty."""
         place = "messages[%d].content" % at
         if not isinstance(block, dict):
             raise BadRequest("'%s' must hold objects" % place, param=place)
@@ -8416,7 +8462,7 @@ class Messages(Dialect):
 
     @staticmethod
     def _answered_call(block: Json) -> str | None:
-        """The id of the call whose result a block is."""
+        """The id of the call that a result block answers."""
         if block.get("type") == "tool_result":
             return str(block.get("tool_use_id"))
         return None
@@ -8610,7 +8656,8 @@ class Messages(Dialect):
     def _write_thinking(
         request: Request, model: Model, choice: str | Named | None
     ) -> Json:
-        """As the wish was; `prepare` makes it adaptive or a budget, as the model takes it."""
+        """Write the thinking as requested; `prepare` makes it adaptive or a budget, as
+        the model needs."""
         thinking: Json = {}
         if request.thinking_budget:
             thinking = {"type": "enabled", "budget_tokens": request.thinking_budget}
@@ -8711,7 +8758,7 @@ class Messages(Dialect):
 
     @staticmethod
     def citation(citation: Citation) -> Json:
-        """As the upstream's own search would cite it."""
+        """Write a citation as the upstream's own search would."""
         return {
             "type": "web_search_result_location",
             "url": citation.url,
@@ -8842,7 +8889,8 @@ class MessagesEncoder(StreamEncoder):
         )
 
     def _usage(self, reported: Usage | None) -> Usage:
-        """What was reported, else what can be foreseen: Claude Code shows it from the start."""
+        """The reported usage, else an estimate: Claude Code shows it from the start of
+        a stream."""
         return reported or Usage(input=self.request.prompt_tokens)
 
     def feed(self, event: Event) -> bytes:
@@ -8922,7 +8970,7 @@ class MessagesEncoder(StreamEncoder):
 
 
 class ClientDialect(Dialect):
-    """What the dialects of clients alone have in common."""
+    """The base of dialects that clients speak but no upstream does."""
 
     shared_fields = ()
     substitutes = ("messages", "responses", "chat")
@@ -8932,8 +8980,8 @@ class ClientDialect(Dialect):
 
 
 class WholeCalls:
-    """Calls whose arguments come in pieces, for clients that read them in one piece: they are
-    given out in the order of their beginnings."""
+    """Collects calls whose arguments arrive in pieces, for clients that need them
+    whole; calls are emitted in the order in which they began."""
 
     def __init__(self) -> None:
         self._calls: dict[int, ToolCall] = {}
@@ -9073,7 +9121,7 @@ _SCHEMA_COUNTS = (
 
 
 def _schema_type(value: Any) -> Any:
-    """'STRING' -> 'string'; None for the type that says nothing."""
+    """'STRING' -> 'string'; None for TYPE_UNSPECIFIED."""
     if isinstance(value, list):
         return [str(kind).lower() for kind in value]
     kind = str(value).lower()
@@ -9276,10 +9324,11 @@ GEMINI_METHODS = (
 
 
 class Gemini(ClientDialect):
-    """generateContent, Google's shape.
+    """generateContent, Google's API.
 
-    A model's opaque state goes into the `thoughtSignature` of the part behind the thinking, where
-    Google has it: clients drop the thinking itself, and most never ask for it."""
+    A model's opaque state goes into the `thoughtSignature` of the part behind the
+    thinking, as Google does it: clients drop the thinking itself, and most never ask
+    for it."""
 
     name, turns_key = "gemini", "contents"
     STOP_REASONS = (
@@ -9524,8 +9573,8 @@ class Gemini(ClientDialect):
             request.add_turn(turn.role, turn.parts)
 
     def _read_part(self, part: Any, place: str, request: Request) -> list[Part]:
-        """Of a part that is thinking the words; of another the state behind the thinking, then
-        what it holds."""
+        """Read a part: a thought becomes text, any other part becomes its content,
+        preceded by the state it carries."""
         if not isinstance(part, dict):
             raise BadRequest("'%s.parts' must hold objects" % place, param=place)
         texts = text_parts(part.get("text"))
@@ -9545,7 +9594,8 @@ class Gemini(ClientDialect):
 
     @staticmethod
     def _read_signature(value: Any, request: Request) -> list[Part]:
-        """What `pack` has packed; a signature of Google's own is of no use to anybody here."""
+        """Unpack a signature that `pack` made; Google's own ones are of no use to any
+        upstream here."""
         signature = word(value)
         if signature is None or signature == NO_SIGNATURE:
             return []
@@ -9948,7 +9998,8 @@ class Ollama(ClientDialect):
     def ending(
         self, stop: str, usage: Usage | None, request: Request, first_ns: int
     ) -> Json:
-        """What the last object has.  first_ns: until the first piece of the answer."""
+        """The statistics in the last object of a stream. first_ns: time to the first
+        piece of the answer."""
         usage = usage or Usage()
         total_ns = max(request.elapsed_ns(), first_ns)
         return {
@@ -9984,7 +10035,7 @@ class OllamaGenerate(Ollama):
     """/api/generate: a prompt instead of messages, a text instead of a message."""
 
     def as_chat(self, body: Json) -> Json:
-        """The same request as /api/chat has it.  Raises BadRequest."""
+        """Convert a request of /api/generate to one of /api/chat. Raises BadRequest."""
         if body.get("suffix"):
             raise BadRequest(
                 "'suffix' is not supported: no chat model can do it", param="suffix"
@@ -10115,7 +10166,7 @@ class Unwrapper:
         self._calls: set[str] = set()
 
     def feed(self, event: Event) -> list[Event]:
-        """The events that may be told by now."""
+        """The events that can be emitted by now."""
         if isinstance(event, PartStart) and isinstance(event.part, ToolCall):
             self._calls.add(event.part.name)
             if event.part.name == OUTPUT_TOOL:
@@ -10221,7 +10272,8 @@ class StopCutter:
 def event_filters(
     request: Request, meter: Meter
 ) -> list[Callable[[Event], list[Event]]]:
-    """What stands between decoder and encoder: the client's wishes that the proxy fulfils."""
+    """The filters between decoder and encoder: wishes of the client that the proxy
+    itself fulfils."""
     filters: list[Callable[[Event], list[Event]]] = []
     if request.output_tool:
         filters.append(Unwrapper().feed)
@@ -10381,7 +10433,7 @@ class CompletionStream(StreamRelay):
         return self.reshape(self._inner.close(error))
 
     def reshape(self, data: bytes) -> bytes:
-        """What the chat client's stream gave, for this client."""
+        """Convert bytes of the chat client's stream for this client."""
         inner, out = self._inner, []
         self.ended, self.error, self.has_content = (
             inner.ended,
@@ -10600,7 +10652,7 @@ def shape_tools(edit: Edit, client: Dialect, model: Model) -> None:
 
 
 def _tool_key(tool: Json) -> tuple[str, str]:
-    """What makes two entries of `tools` the same tool."""
+    """Two entries of `tools` with the same key are the same tool."""
     function = as_object(tool.get("function")) or as_object(tool.get("custom"))
     return str(tool.get("type")), str(function.get("name") or tool.get("name"))
 
@@ -10693,7 +10745,7 @@ def give_call_ids(edit: Edit, client: Dialect, model: Model) -> None:
 
 
 def _reader_of(item: Json, client: Dialect) -> Dialect:
-    """The dialect in whose shape an item of a conversation is written."""
+    """The dialect that an item of a conversation is written in."""
     if item.get("role") == "tool" or item.get("tool_calls") or item.get("refusal"):
         return CHAT
     if item.get("role") is None and item.get("type") is not None:
@@ -10712,7 +10764,8 @@ _LONGEST_LABEL = 200  # characters of a data: URL before its data
 
 
 def label_image(edit: Edit, part: Json) -> None:
-    """Give an image the label that its first bytes tell: every vendor refuses a wrong one."""
+    """Correct an image's media type by its first bytes: every vendor refuses a wrong
+    one."""
     source = part.get("source")
     if isinstance(source, dict):
         data = source.get("data")
@@ -10784,7 +10837,7 @@ def shape_content(edit: Edit, client: Dialect, item: Json, place: str) -> None:
 def rewrite_item(
     edit: Edit, client: Dialect, item: Json, model: Model, place: str
 ) -> list[Json]:
-    """Read an item by the dialect in whose shape it is, write it in the client's own."""
+    """Read an item in its dialect and write it in the client's own."""
     request = Request("", client.name, client.turns_key)
     _reader_of(item, client).read_turn(request, item, place)
     for name, reason in request.losses:
@@ -10923,7 +10976,7 @@ def is_paired(steps: Iterable[ToolStep], once: bool) -> bool:
 
 
 def orphan_as_text(item: Json, dialect: Dialect) -> Json:
-    """A user turn with the text of a result whose call is not there."""
+    """Turn a tool result without a call into a user turn with its text."""
     content = dialect.result_content(item)
     text = text_of(content)
     if content and not text:
@@ -10932,8 +10985,8 @@ def orphan_as_text(item: Json, dialect: Dialect) -> Json:
 
 
 def rename_repeated_calls(step: ToolStep, results: list[Json], seen: set[str]) -> None:
-    """Give each call whose id was there before an id of its own, and its result, too.
-    seen: ids of earlier steps; those of this one are added."""
+    """Give a call whose id was used before, and its result, a new id. seen: ids of
+    earlier steps; the ids of this step are added."""
     blocks: list[Json] = []
     for number, call_id in enumerate(step.calls):
         if call_id in seen:
@@ -10948,8 +11001,8 @@ def rename_repeated_calls(step: ToolStep, results: list[Json], seen: set[str]) -
 
 
 def rename_twin_calls(step: ToolStep, results: list[Json]) -> None:
-    """In Chat, calls of one message must differ in their ids: nothing else tells their results
-    apart.  The later of two gets an id of its own, and so does its result."""
+    """Make the ids of the calls in one Chat message distinct, because results refer to
+    nothing else. The later call of a pair gets a new id, and so does its result."""
     seen: set[str] = set()
     for number, call_id in enumerate(step.calls):
         if call_id in seen:
@@ -10977,7 +11030,8 @@ class OpenCalls:
             groups[-1][1].append(number)
 
     def take(self, item: Json, call_id: str) -> tuple[int, int] | None:
-        """(step, number) of the call whose result `item` is; None when no such call is open."""
+        """(step, number) of the call that `item` is the result of, or None if no such
+        call is open."""
         groups = self._places.get(call_id)
         if not groups:
             return None
@@ -11047,8 +11101,8 @@ def _in_order(steps: list[ToolStep], dialect: Dialect, edit: Edit) -> Iterator[J
 
 
 def pair_calls(edit: Edit, dialect: Dialect) -> None:
-    """Put each result directly behind its call: a missing one is told as an error, one without a
-    call as text, one that comes twice is told once."""
+    """Move each tool result right behind its call. A missing result becomes an error
+    result, an orphan becomes user text, a duplicate is dropped."""
     if edit.is_words:
         return
     key = dialect.turns_key
@@ -11225,12 +11279,12 @@ _KEY_CHARS = 8  # that a key counts for
 
 
 class GeminiSchema:
-    """Rewrites the JSON schemas of a request's tools in the words that Gemini knows.
+    """Rewrites the JSON schemas of a request's tools for Gemini.
 
-    Gemini takes a subset of OpenAPI: no `$ref`, `allOf`, `oneOf`, `const` or lists of types, and
-    `enum` for strings only.  What it has no word for is expressed with the words it has, or goes
-    into the description.  Schemas may be recursive, so their depth and what references copy is
-    bounded; what lies beyond becomes an empty object."""
+    Gemini accepts a subset of OpenAPI: no `$ref`, `allOf`, `oneOf`, `const` or lists of
+    types, and `enum` for strings only. Other keywords are expressed with the allowed
+    ones or moved into the description. Schemas may be recursive, so their depth and the
+    number of copied nodes are bounded; anything beyond becomes an empty object."""
 
     def __init__(self) -> None:
         self._root: Json = {}  # where references point to
@@ -11422,8 +11476,8 @@ def drop_nonce(edit: Edit) -> None:
 
 
 class LinkedImage(NamedTuple):
-    """A part of a conversation whose image somebody has to fetch.  holder: the object in it that
-    holds the URL, under `key`."""
+    """An image that is given by URL and must be fetched. holder: the object that holds
+    the URL under `key`."""
 
     part: Json
     holder: Json
@@ -11440,7 +11494,8 @@ class LinkedImage(NamedTuple):
 
 
 def gemini_links(body: Json) -> list[LinkedImage]:
-    """The same in Gemini's words, which become a data: URL in the place of the address."""
+    """The image links of a Gemini body, which later become data: URLs in place of the
+    addresses."""
     found = []
     for content in as_list(body.get("contents")):
         for part in map(as_object, gemini_parts(content)):
@@ -11454,7 +11509,7 @@ def gemini_links(body: Json) -> list[LinkedImage]:
 
 
 def linked_images(body: Json) -> list[LinkedImage]:
-    """All that are named by URL, in order."""
+    """All images of a body that are given by URL, in order."""
     found = []
     for part in content_parts(body):
         holder = as_object(part.get("source") or part.get("image_url")) or part
@@ -11526,8 +11581,9 @@ def limit_images(edit: Edit, most: int) -> None:
 
 
 def fit_kimi(edit: Edit, model: Model) -> None:
-    """Kimi knows its own tool calls by ids that it makes itself, counted over the conversation:
-    with others it goes astray.  At a temperature of 0 it says the same for ever."""
+    """Give tool calls the ids that Kimi itself would make, counted over the
+    conversation, and its own sampling: other ids lead it astray, and at temperature 0
+    it repeats itself endlessly."""
     if model.version < (3,):
         form = "functions.%s:%d"
     else:
@@ -11776,7 +11832,7 @@ class ModelName:
 
     @classmethod
     def parse(cls, name: str) -> ModelName:
-        """From a lower-case name whose version has a dot."""
+        """Parse a lower-case name whose version is written with a dot."""
         first, *others = name.split("-")
         line = _LINES.get(first, first)
         words = {first} & {"codex"}
@@ -11848,8 +11904,8 @@ def _newest_claude(name: str, models: list[Model]) -> Model | None:
 
 
 def _nearest_in_line(name: str, models: list[Model]) -> Model | None:
-    """The model of the same line that comes nearest.  None for a name with words that nobody
-    knows, which may be mistyped, and for one that says no more than the line."""
+    """The nearest model of the same line. None for a name with unknown words, which may
+    be mistyped, and for one that names no more than the line."""
     asked = ModelName.parse(name)
     kin = [(ModelName.parse(model.id), model) for model in models]
     kin = [(parsed, model) for parsed, model in kin if parsed.line == asked.line]
@@ -11868,7 +11924,7 @@ def _nearest_in_line(name: str, models: list[Model]) -> Model | None:
 
 
 def _cheap_model(models: list[Model]) -> Model | None:
-    """What answers where the line of a retired model has ended."""
+    """The stand-in for a retired model whose whole line is gone."""
     for model in models:
         if model.id == CHEAP_MODEL:
             return model
@@ -11908,7 +11964,7 @@ class SearchWish:
 
     @classmethod
     def of_message(cls, body: Json) -> SearchWish:
-        """From a request whose only tool is Anthropic's search."""
+        """Read a request whose only tool is Anthropic's web search."""
         turns = dicts_in(body, "messages")
         texts = [
             text_of(turn.get("content")) for turn in turns if turn.get("role") == "user"
@@ -11954,7 +12010,7 @@ def search_blocks(query: str, use: str, content: Any) -> list[Json]:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search has found.  sources: (url, title), each url once."""
+    """The result of a web search. sources: (url, title), each url once."""
 
     text: str
     sources: list[tuple[str, str]]
@@ -11987,7 +12043,8 @@ class SearchResult:
         return self.text
 
     def blocks(self, query: str, use: str) -> list[Json]:
-        """As Anthropic's search tells it; the opaque content is ours and carries nothing."""
+        """The result as Anthropic's own search returns it; the opaque content is ours
+        and carries no data."""
         results = [
             {
                 "type": "web_search_result",
@@ -12051,8 +12108,9 @@ def auto_tier(asked: str) -> str | None:
 
 @dataclass(frozen=True)
 class AutoWish:
-    """What `auto` chooses a model by.  key: of the conversation; prompt: the newest words of the
-    user; summary: a mark of what stands for turns that were compacted, "" where none does."""
+    """The input of a choice by `auto`. key: of the conversation; prompt: the newest
+    words of the user; summary: a mark of the summary that replaced compacted turns, or
+    ""."""
 
     key: str
     tier: str
@@ -12141,7 +12199,8 @@ def auto_models(models: list[Model]) -> list[Model]:
 def listed_models(
     models: list[Model], everything: bool = False, has_auto: bool = False
 ) -> list[Model]:
-    """Those meant for users, and `auto` where the account has it or nothing else to chat with."""
+    """The models that are offered to users, and `auto` if the account has it or has no
+    other chat model."""
     shown = [model for model in models if model.is_listed or everything]
     is_bare = bool(models) and all(model.kind != "chat" for model in shown)
     if has_auto or is_bare or any(model.prices.auto_discount for model in models):
@@ -12152,9 +12211,12 @@ def listed_models(
 def resolve_model(
     asked: str, models: list[Model], aliases: Mapping[str, str]
 ) -> Model | None:
-    """The catalogue entry that `asked` means: alias, exact id, normalised spelling, nearest of the
-    same family for an unknown or retired name, for a retired one without a family a cheap model.
-    None when nothing fits.  Whether it is the model that was asked for says `is_same_model`."""
+    """Find the catalogue entry for the name `asked`.
+
+    In this order: alias, exact id, normalised spelling, the nearest model of the same
+    family for an unknown or retired name, a cheap model for a retired name without a
+    family. None if nothing fits. `is_same_model` tells whether the result is the model
+    that was asked for."""
     asked = aliases.get(asked, asked)
     if not asked or len(asked) > MAX_MODEL_CHARS:
         return None
@@ -12218,8 +12280,9 @@ def nearest_ids(asked: str, models: list[Model], count: int = 3) -> list[str]:
 
 
 def fate_of_name(asked: str, models: list[Model], is_strict: bool = False) -> str:
-    """What becomes of a model's name that stands in somebody's settings: "" when the account has
-    the model, else why not and what answers.  Without a list only retired names are known."""
+    """Explain a model name in somebody's settings: "" if the account has the model,
+    else why not and which model answers instead. Without a catalogue only retired names
+    are known."""
     if auto_tier(asked) is not None:
         return ""
     retired = retirement_of(asked)
@@ -12268,10 +12331,12 @@ def choose_upstream(
     refused: Container[tuple[str, str]],
     has_files: bool = False,
 ) -> Dialect:
-    """The dialect to ask a model in: the client's own wherever the model has it, unless files are
-    in the request and another of the model's dialects takes them.
-    refused: (model id, path) that the upstream did not serve though its list says so; such a model
-    is tried in what it does not list, too.  Raises BadRequest when nothing is left."""
+    """Choose the dialect for asking a model.
+
+    It is the client's own dialect if the model is served in it, unless the request
+    holds files and another of the model's dialects takes them. refused: (model id,
+    path) pairs that the upstream did not serve although the catalogue lists them; such
+    a model is tried in unlisted dialects as well. Raises BadRequest if none is left."""
     is_refused = (model.id, client.path) in refused
     if client.path in model.endpoints and not (is_refused or has_files):
         return client  # nearly always
@@ -12321,10 +12386,10 @@ def fold_long_answer(edit: Edit, upstream: Dialect, model: Model) -> None:
 
 @dataclass
 class PlanRepairs:
-    """What section Repairs notes of a plan; nobody else writes here.  memory: of the account;
-    names: what was repaired, in order, one list for all plans of a request; lessons: (repair,
-    words) to be remembered when they help; words: of the refusal that matched last; is_stale: the
-    request needs another plan."""
+    """Notes about the repairs of a plan, written by its own methods only. memory: of
+    the account; names: the repairs in order, one list for all plans of a request;
+    lessons: (repair, words) to be remembered if they help; words: captured from the
+    last refusal; is_stale: the request needs another plan."""
 
     memory: Any = None  # a Memory, which is defined below
     names: list[str] = field(default_factory=list)
@@ -12341,11 +12406,12 @@ class PlanRepairs:
         self.memory = memory
 
     def quote(self, *words: str) -> None:
-        """These are the words to remember of the refusal."""
+        """Set the words of the refusal that are to be remembered."""
         self.words = words
 
     def avoid(self, model_id: str, what: str) -> bool:
-        """This model never takes such a thing -> is that news, so that another plan is needed?"""
+        """Mark `what` as unsupported by this model. Returns True if that is news, so
+        that the request must be planned again."""
         self.is_stale |= (model_id, what) not in self.memory.refused
         self.memory.refused.add((model_id, what))
         return self.is_stale
@@ -12353,11 +12419,13 @@ class PlanRepairs:
 
 @dataclass
 class Plan:
-    """How one request goes up, and how its answer comes back; made by `make`.
-    edit: the upstream's body and what was lost; headers: beside the usual ones; pipeline: for a
-    client that wants a stream; streams: is the upstream asked for one; answer: the whole answer,
-    once read; begun: the client's bytes of what was read by `open_answer`, which is_whole or not;
-    tries: how often it was opened."""
+    """How a request goes up and how its answer comes back; built by `make`.
+
+    edit: the upstream's body and the losses; headers: in addition to the usual ones;
+    pipeline: the stream transform, None if the client wants a whole answer; streams:
+    whether the upstream is asked for a stream; answer: the whole answer once it was
+    read; begun: the client's bytes that were made of the answer so far; is_whole: they
+    are all of it; tries: how often an answer was begun."""
 
     client: Dialect
     upstream: Dialect
@@ -12444,8 +12512,8 @@ class Plan:
         self.is_whole = is_whole
 
     def attach(self, headers: Headers, repaired: list[str], echo: Json) -> None:
-        """The headers that go with the body, what was repaired for this request so far, and what
-        the answer repeats beside what the body says."""
+        """Set the headers that belong to the body, the list of repairs so far, and the
+        fields that the answer repeats in addition to those of the body."""
         if self.streams:
             self.headers = dict(headers, Accept="text/event-stream")
         else:
@@ -12466,7 +12534,7 @@ class Plan:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What lessons of the upstream's refusals hold for."""
+        """Lessons from refusals are valid for this (model, path)."""
         return self.model.id, self.upstream.path
 
     @property
@@ -12637,7 +12705,8 @@ def count_text(text: str) -> int:
 
 
 def sample_tokens(text: str) -> int:
-    """The same, by samples of a long text: in a few milliseconds whatever its length."""
+    """Estimate the tokens of a long text from samples, in a few milliseconds for any
+    length."""
     step = len(text) // _SAMPLES
     if step <= _SAMPLE_CHARS:
         return count_text(text)
@@ -12718,8 +12787,9 @@ def image_size(head: bytes) -> tuple[int, ...]:
 
 
 def image_tokens(url: str, is_claude: bool) -> int:
-    """What a picture costs, the most where its pixels are not told.  Claude: 1 for 750 pixels; GPT:
-    170 for each tile of 512 x 512 once it is fit into 2048 x 2048 and its short side into 768."""
+    """The tokens of an image, the maximum if its size is unknown. Claude: 1 per 750
+    pixels; GPT: 170 per tile of 512 x 512, after the image is fit into 2048 x 2048 and
+    its short side into 768."""
     start = url.find(",", 0, 100) + 1
     try:
         wide, high = image_size(base64.b64decode(url[start : start + _HEAD_CHARS]))
@@ -12856,7 +12926,8 @@ def places(value: Any, path: str) -> list[tuple[Json, str]]:
 
 
 def avoid(plan: Plan, what: str) -> bool:
-    """Never again for this model; the request needs another plan."""
+    """Mark `what` as unsupported by this model. Returns True if the request must be
+    planned again."""
     return plan.repairs.avoid(plan.model.id, what)
 
 
@@ -12885,7 +12956,7 @@ def drop_field(plan: Plan, path: str) -> bool:
 
 
 def value_mark(value: Any) -> str:
-    """What tells a value from others, in constant time; '' for objects and lists."""
+    """A short key of a value, in constant time; '' for objects and lists."""
     if isinstance(value, (dict, list)):
         return ""
     if not isinstance(value, str):
@@ -12894,9 +12965,9 @@ def value_mark(value: Any) -> str:
 
 
 def drop_value(plan: Plan, path: str, mark: str = "") -> bool:
-    """Remove a field whose value is refused: another value may be good.  mark: only that one.
-
-    A field inside a list is not remembered, since each element has a value of its own."""
+    """Remove a field whose value was refused; another value may be accepted. mark:
+    remove only a value with this mark. Fields inside lists are not remembered, because
+    each element has its own value."""
     body = plan.edit.body
     whole_path = next(
         (root + path for root in _ROOTS if places(body, root + path)), path
@@ -12914,8 +12985,8 @@ def drop_value(plan: Plan, path: str, mark: str = "") -> bool:
 
 
 def clamp(plan: Plan, path: str, side: str, limit: str) -> bool:
-    """A number within the upstream's limit, the highest one or by these words the least.  One
-    below zero is no wish at all: its sender is told."""
+    """Clamp a number to the limit in the refusal; `side` tells whether it is a maximum
+    or a minimum. Negative values stay, so that the client sees the upstream's error."""
     sign = -1 if side in ("greater", ">=") else 1
     most = float(limit) if "." in limit else int(limit)
     found = [
@@ -12982,13 +13053,13 @@ def drop_cache_times(plan: Plan) -> bool:
 
 
 def drop_thinking(plan: Plan) -> bool:
-    """Say nothing of thinking to a model that cannot be kept from it."""
+    """Send no thinking settings to a model that always thinks."""
     return plan.edit.drop(plan.edit.body, "thinking", REFUSED) is not None
 
 
 def drop_state(plan: Plan, known: bool = False) -> bool:
-    """Remove thinking and reasoning that only another model, account or route can read: all that
-    is there, or only what was refused before, since new state is welcome."""
+    """Remove thinking and reasoning state that only another model, account or route can
+    read: all of it, or only what was refused before, because new state is welcome."""
 
     def is_bad(item: Any) -> bool:
         state = "".join(str(as_object(item).get(key) or "") for key in _SEALED_FIELDS)
@@ -13016,7 +13087,7 @@ def drop_state(plan: Plan, known: bool = False) -> bool:
 
 
 def image_mark(part: Json) -> str:
-    """What tells an image from others."""
+    """A short key of an image."""
     holder = as_object(part.get("source") or part.get("image_url")) or part
     return value_mark(
         str(holder.get("data") or holder.get("url") or holder.get("image_url"))
@@ -13024,7 +13095,7 @@ def image_mark(part: Json) -> str:
 
 
 def note_images_left(plan: Plan) -> None:
-    """The header that tells of images goes with the last of them."""
+    """Remove the header that announces images together with the last image."""
     if not plan.upstream.has_images(plan.edit.body):
         plan.headers.pop("Copilot-Vision-Request", None)
 
@@ -13039,10 +13110,9 @@ def keep_images(plan: Plan, most: str) -> bool:
 
 
 def drop_images(plan: Plan, marks: str = "") -> bool:
-    """A note instead of the oldest images until the body has half its size; marks: of these
-    images.  Never of those that the user asks about now.
-
-    What is remembered are the images: one that cannot be read says nothing of others."""
+    """Replace the oldest images by a note until the body has half its size; marks:
+    replace these images instead. The images of the current turn stay. Images are
+    remembered one by one, because one unreadable image does not affect others."""
     body = plan.edit.body
     asked = {id(part) for part in image_parts(last_turn(body))}
     images = [(part, image_mark(part)) for part in image_parts(body)]
@@ -13064,7 +13134,7 @@ def drop_images(plan: Plan, marks: str = "") -> bool:
 
 
 def drop_tool(plan: Plan, name: str) -> bool:
-    """A hosted tool goes unless its call is demanded; freeform ones become functions."""
+    """Remove a hosted tool unless it is forced; turn freeform tools into functions."""
     tools = list(map(as_object, as_list(plan.edit.body.get("tools"))))
     hosted = [
         tool
@@ -13107,7 +13177,8 @@ def drop_betas(plan: Plan, names: str) -> bool:
 
 
 def drop_all_betas(plan: Plan, refused: str = "") -> bool:
-    """Where the upstream names none, all go.  refused: only if the header is this one."""
+    """Remove the whole header if the upstream does not name the value. refused: only if
+    the header has this value."""
     sent = plan.headers.get("anthropic-beta", "")
     if not sent or refused not in ("", sent):
         return False
@@ -13338,8 +13409,9 @@ _QUOTE = re.compile(r"['\"`\\]+")
 
 
 def is_echo(words: str, body: Json) -> bool:
-    """Do these words of a refusal stand in the request, quotes aside?  Then the upstream may have
-    done no more than repeat them, and whoever wrote them there must teach the proxy nothing."""
+    """Does the request itself contain these words of a refusal, apart from quotes? Then
+    the upstream may only have repeated them, and the proxy must not learn from words
+    that a client can choose."""
     plain = _QUOTE.sub("", words)
     longest = max(_QUOTE.split(words), key=len)
     return bool(longest) and any(
@@ -13348,8 +13420,8 @@ def is_echo(words: str, body: Json) -> bool:
 
 
 class Memory:
-    """What one account's upstream has refused, for the life of the process and bounded.
-    refused: (model id, path) of what a model does not serve, see also BY_HUB."""
+    """The refusals of one account's upstream, bounded, for the life of the process.
+    refused: (model id, path) pairs that a model does not serve, see also BY_HUB."""
 
     def __init__(self) -> None:
         self.refused: set[tuple[str, str]] = set()
@@ -13393,7 +13465,8 @@ class Memory:
 
     @staticmethod
     def _apply(repair: Repair, plan: Plan, said: str) -> bool:
-        """Change the plan as one row knows -> was there anything?"""
+        """Apply one row of the table to the plan. Returns True if that changed
+        anything."""
         is_changed = False
         for found in re.finditer(repair.pattern, said):
             doubtful = is_echo(found.group(), plan.edit.body)
@@ -13414,7 +13487,7 @@ class Memory:
         return is_changed
 
     def learn(self, plan: Plan) -> None:
-        """What helped is remembered: the plan was accepted."""
+        """The plan was accepted: remember the repairs that helped."""
         for lesson in plan.repairs.lessons:
             if lesson[0].keeps == FOR_MODEL:
                 store = self._facts
@@ -13461,14 +13534,15 @@ def is_quota(error: ProxyError) -> bool:
 
 
 def is_limit(error: ProxyError) -> bool:
-    """Must nobody ask again for a while?"""
+    """Does the error mean that nobody should ask again for a while?"""
     return error.status == 429 or is_quota(error)
 
 
 def quota_lane(name: str, said: Any) -> Json:
-    """One lane for people, out of a snapshot or a header (ent=300&rem=75.5&ov=0.0&rst=2026-12-01,
-    `rem` in percent).  Numbers are None where the account tells none.  More than all may be used:
-    then what is left is negative, or the overage says so."""
+    """Read one quota from a snapshot or a header
+    (ent=300&rem=75.5&ov=0.0&rst=2026-12-01, `rem` in percent). Unknown numbers are
+    None. Usage may exceed the quota: then the remainder is negative, or there is an
+    overage."""
     if isinstance(said, str):
         said = dict(urllib.parse.parse_qsl(said))
     else:
@@ -13523,7 +13597,7 @@ def lane_rooms(lanes: Mapping[str, Any]) -> dict[str, float]:
 
 @functools.lru_cache(maxsize=HEADS_KEPT)
 def is_quota_name(name: str) -> bool:
-    """Is this a header of the upstream that tells of a quota?"""
+    """Is this the name of a header with a quota?"""
     return name.startswith(QUOTA_PREFIXES)
 
 
@@ -13541,9 +13615,9 @@ def header_lanes(
 
 
 def exhausted_lanes(error: ProxyError) -> dict[str, float | None]:
-    """Lane -> unix time of its reset, None where it is not told; of the lanes that the error's own
-    headers call used up.  Quotas are believed where the error speaks of them only: they stand in
-    the headers of every answer, also of a plain 429."""
+    """Lane -> unix time of its reset, or None if unknown, for each lane that the
+    error's own headers report as used up. Quota headers stand in every answer, also in
+    a plain 429, so they count only if the error is about quotas."""
     prefixes: tuple[str, ...] = QUOTA_PREFIXES
     if not is_quota(error):
         prefixes = QUOTA_PREFIXES[1:]
@@ -14081,8 +14155,8 @@ def check_url(url: str, flag: str) -> str:
 
 
 def check_own_url(url: str, flag: str) -> str:
-    """Where a proxy like this one serves: a URL, a host with or without port, or a port of this
-    machine.  '4399' -> 'http://127.0.0.1:4399'.  Raises ConfigError."""
+    """The URL of a proxy like this one, given as a URL, a host with or without port, or
+    a local port. '4399' -> 'http://127.0.0.1:4399'. Raises ConfigError."""
     if re.fullmatch("[0-9]{1,5}", url):
         url = "127.0.0.1:" + url
     if "://" not in url and split_host(url)[0] and (":" in url or is_loopback(url)):
@@ -14153,7 +14227,8 @@ class Settings:
 
     @classmethod
     def merge(cls, flags: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
-        """Flags (None: not given) over environment over defaults.  Raises ConfigError."""
+        """Combine flags (None: not given), environment and defaults, in this order of
+        priority. Raises ConfigError."""
         values: dict[str, Any] = {}
         for option in OPTIONS:
             value = flags.get(option.field)
@@ -14232,8 +14307,8 @@ class Settings:
         return parse_pairs(self.model_alias, "--model-alias")
 
     def missing_models(self, models: list[Model]) -> list[str]:
-        """A line for each alias and for --fallback whose model this account does not have.
-        Without a list only retired models are known."""
+        """A line for each alias and for --fallback whose model this account does not
+        have. Without a catalogue only retired models are known."""
         named = [
             ("--model-alias %s=%s" % pair, pair[1]) for pair in self.aliases.items()
         ]
@@ -14270,7 +14345,7 @@ class Settings:
         return COPILOT_URLS[self.account_type]
 
     def accept_copilot_url(self, url: Any) -> str:
-        """A server-given API base if a bearer may be sent there, else ''."""
+        """An API base that the server named, if a token may be sent there, else ''."""
         if not isinstance(url, str) or not url:
             return ""
         match = re.match(r"(https?)://([^/]*)/?\Z", url)
@@ -14358,9 +14433,11 @@ def move_aside(path: str, what: str) -> ConfigError:
 
 
 class LoginFile:
-    """The GitHub token of one host: `github_token` for github.com, else `github_token.<host>`.
-    Plain text; empty means that nobody is logged in.  Same place and form as other proxies of
-    this kind use, so that a login can be shared with them."""
+    """The stored GitHub token of one host: `github_token` for github.com, else
+    `github_token.<host>`.
+
+    Plain text; an empty file means that nobody is logged in. Place and format are those
+    of similar proxies, so a login can be shared with them."""
 
     def __init__(self, folder: str, github_url: str) -> None:
         host = re.sub(
@@ -14416,7 +14493,7 @@ class Key:
 
 
 def new_key() -> str:
-    """A key that nobody can guess."""
+    """An unguessable key."""
     return KEY_PREFIX + secrets.token_urlsafe(32)
 
 
@@ -14461,8 +14538,8 @@ class KeyFile:
         return found
 
     def add(self, text: str, login: str = "", token: str = "") -> Key:
-        """Store a key, the operator's or that of an account, whose older keys get the new token.
-        Raises ConfigError, BadRequest 409."""
+        """Store the operator's key or an account's; the account's older keys get the
+        new token as well. Raises ConfigError, BadRequest 409."""
         with self._lock:
             self.all()
             if len(self._keys) >= MAX_ACCOUNTS:
@@ -14564,11 +14641,11 @@ class Wait:
     timeout_s = math.inf
 
     def begin(self, loop: Any, task: Any) -> None:
-        """In the loop: see to it that the task is resumed.  Must not resume it at once."""
+        """Called in the loop: arrange that the task is resumed later, never at once."""
         raise NotImplementedError
 
     def block(self) -> Any:
-        """In a thread: wait here, return the result."""
+        """Called in a thread: wait here and return the result."""
         raise NotImplementedError
 
 
@@ -14635,7 +14712,8 @@ def is_would_block(error: OSError) -> bool:
 
 
 def receive_now(sock: Any) -> bytes | None:
-    """Read from a socket that does not block, TLS or not: None when nothing is there."""
+    """Non-blocking receive for plain and TLS sockets. Returns None if no data is
+    available."""
     try:
         return sock.recv(READ_BYTES)  # type: ignore[no-any-return]
     except OSError as error:
@@ -14655,7 +14733,7 @@ def send_now(sock: Any, data: Any) -> int:
 
 
 class Ready(Wait):
-    """Until a connection can be read, or written -> True."""
+    """Waits until a connection is readable or writable; the result is True."""
 
     def __init__(
         self,
@@ -14676,7 +14754,7 @@ class Ready(Wait):
 
 
 class InThread(Wait):
-    """Until work that may block is done, in a worker thread -> what it returns."""
+    """Runs blocking work in a worker thread; the result is what it returns."""
 
     def __init__(self, work: Callable[[], Any], timeout_s: float = math.inf) -> None:
         self.block, self.timeout_s = work, timeout_s  # type: ignore[method-assign]
@@ -14686,7 +14764,7 @@ class InThread(Wait):
 
 
 class Pause(Wait):
-    """For some seconds."""
+    """Waits for some seconds."""
 
     def __init__(self, seconds: float) -> None:
         self._until = time.monotonic() + seconds
@@ -14699,7 +14777,8 @@ class Pause(Wait):
 
 
 class NextTurn(Wait):
-    """Until the running streams have been served: what follows takes a moment to compute."""
+    """Waits until the running streams have been served, before a computation that takes
+    a moment."""
 
     def begin(self, loop: Any, task: Any) -> None:
         loop.wake_in_turn(task, self)
@@ -14709,7 +14788,8 @@ class NextTurn(Wait):
 
 
 class Signal(Wait):
-    """Until `set` is called, from whatever thread -> True.  One coroutine waits for it, once."""
+    """Waits until `set` is called, from any thread; the result is True. One coroutine
+    may wait for it, once."""
 
     def __init__(self, timeout_s: float = math.inf) -> None:
         self.timeout_s = timeout_s
@@ -14739,8 +14819,10 @@ class Signal(Wait):
 
 
 class Apart(Wait):
-    """Until another coroutine has ended -> its result.  It goes on when who waits for it leaves:
-    so a token that many wait for is fetched although the first of them hangs up."""
+    """Waits until another coroutine has ended; the result is what it returns.
+
+    The other one continues if the waiting one leaves: a token that many wait for is
+    fetched even if the first of them hangs up."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -14753,7 +14835,8 @@ class Apart(Wait):
 
 
 class Within(Wait):
-    """Until another coroutine has ended -> (its result, its error), or its time is over."""
+    """Waits until another coroutine has ended or its time is over; the result is (its
+    result, its error)."""
 
     def __init__(self, timeout_s: float, work: Work) -> None:
         self.timeout_s, self._work = timeout_s, work
@@ -14785,13 +14868,17 @@ async def within(seconds: float, work: Work) -> Any:
 
 
 class Refreshed:
-    """A value that is fetched again when it is due; one fetch for all who wait for it.
+    """A cached value that is fetched again when it is due, by one fetch for all who
+    wait.
 
-    `get()` returns at once while the value is fresh.  When it is due the first caller fetches, the
-    others go on with the old value as long as it is not dead, else they wait for that one fetch.
-    After a failed fetch the old value is kept and further tries are spaced by `pauses_s`.
-    value: what is there, without a fetch, None at the start; error: why the last fetch failed.
-    `_lock` guards all fields and is held for no I/O.  Any thread and the loop may ask."""
+    `get()` returns at once while the value is fresh. When it is due the first caller
+    fetches, and the others use the old value unless it is dead, in which case they wait
+    for that one fetch. After a failed fetch the old value stays, and further tries are
+    spaced by `pauses_s`.
+
+    value: the current value without a fetch, None at first; error: of the last fetch.
+    `_lock` guards all fields and is never held during I/O. Any thread and the loop may
+    call it."""
 
     def __init__(
         self,
@@ -14859,7 +14946,8 @@ class Refreshed:
         return value
 
     def _end_attempt(self, value: Any, error: ProxyError | None) -> Any:
-        """Note how a fetch ended, wake those who wait for it -> the value that counts now."""
+        """Record how a fetch ended and wake those who wait. Returns the value that is
+        valid now."""
         with self._lock:
             self._is_busy = False
             self._attempts += 1
@@ -14895,7 +14983,7 @@ class Connection:
         return self.sock.fileno()  # type: ignore[no-any-return]
 
     def on_event(self, mask: int) -> None:
-        """The selector reports something that nobody waits for."""
+        """The selector reports an event that no coroutine waits for."""
         raise NotImplementedError
 
     async def shake_hands(self, deadline: float) -> None:
@@ -14935,9 +15023,9 @@ def split_origin(url: str) -> tuple[str, str, str]:
 
 
 class UpstreamRequest:
-    """A request to GitHub or Copilot.
-    origin: "https://host:port"; head: as it goes over the wire, with the empty line, and where it
-    is given all but the Content-Length; is_fresh: not over a connection that was kept."""
+    """A request to GitHub or Copilot. origin: "https://host:port"; head: the bytes on
+    the wire with the empty line; a caller may pass one without Content-Length;
+    is_fresh: do not use a kept connection."""
 
     def __init__(
         self,
@@ -14960,12 +15048,12 @@ class UpstreamRequest:
         self.head = head
 
     def avoid_kept_connections(self) -> None:
-        """One of them has proved closed."""
+        """A kept connection has proved closed: use a new one."""
         self.is_fresh = True
 
 
 class ProxyRefusal(OSError):
-    """What a company proxy answered to CONNECT."""
+    """A company proxy's answer to CONNECT that is not 200."""
 
     logins = ""  # that it would take: Basic, NTLM, Negotiate
 
@@ -15076,7 +15164,7 @@ class HostNames:
         return found  # type: ignore[no-any-return]
 
     async def _fetch(self, host: str, port: int) -> tuple[float, Any]:
-        """(monotonic time, what the resolver says or its error)"""
+        """Returns (monotonic time, the addresses or the error)."""
         name = (host, port)
         deadline = time.monotonic() + CONNECT_TIMEOUT_S
         while not self._claim(name):
@@ -15252,7 +15340,7 @@ class HttpConnection(Connection):
             self.close()
 
     def is_stale(self) -> bool:
-        """Has the other side closed it, or sent something nobody asked for?"""
+        """Has the other side closed the connection, or sent data that nobody requested?"""
         return self.sock is None or bool(self.received) or wait_ready(self.sock, 0)
 
     async def _send(self, data: bytes) -> None:
@@ -15282,8 +15370,9 @@ class HttpConnection(Connection):
                 return more
 
     def receive_now(self) -> bytes | None:
-        """What is there now: None when nothing is, b"" at the end.  Raises OSError.
-        A TLS socket gives one record at a time, so a full one may have others behind it."""
+        """Non-blocking receive: None if no data is available, b"" at the end. Raises
+        OSError. A TLS socket returns one record at a time, so a full one may be
+        followed by others."""
         more = receive_now(self.sock)
         whole = min(RECORD_BYTES, READ_BYTES)
         if more is None or len(more) < whole:
@@ -15301,8 +15390,8 @@ class HttpConnection(Connection):
         return b"".join(parts)
 
     async def exchange(self, request: UpstreamRequest, pool: Pool) -> UpstreamResponse:
-        """Send a request, wait for the head of its answer.  Raises StaleConnection when a kept
-        connection proves closed before a byte came, else UpstreamError."""
+        """Send a request and wait for the head of the answer. Raises StaleConnection if
+        a kept connection proves closed before the first byte, else UpstreamError."""
         try:
             return UpstreamResponse(
                 await self._ask(request), self, request.method, pool
@@ -15394,7 +15483,7 @@ class HttpConnection(Connection):
 
 
 class HttpsConnection(HttpConnection):
-    """The same over TLS."""
+    """An HttpConnection over TLS."""
 
     default_port = 443
 
@@ -15488,10 +15577,12 @@ class Pool:
 
 
 class UpstreamResponse:
-    """An answer whose body is still to be read.
-    status, reason, headers (lower-case names).  `read` gives the next piece of the body,
-    `read_all` the whole rest.  At the end `finish` puts the connection back into the pool; `close`
-    gives it up.  Belongs to the one request."""
+    """An answer whose body is still to be read. status, reason, headers (lower-case
+    names).
+
+    `read` returns the next piece of the body, `read_all` the rest. At the end `finish`
+    returns the connection to the pool; `close` discards it. It belongs to one request.
+    """
 
     def __init__(
         self,
@@ -15573,8 +15664,8 @@ class UpstreamResponse:
         return bytes(body)
 
     async def read_beginning(self, limit: int, total_s: float) -> bytes:
-        """What comes of the body in so many seconds, at most `limit` bytes; the rest is given
-        up."""
+        """Read the body for a bounded time and up to `limit` bytes; the rest is
+        discarded."""
         body = bytearray()
         deadline = time.monotonic() + total_s
         try:
@@ -15833,8 +15924,8 @@ class Upstream:
         return connection  # type: ignore[no-any-return]
 
     async def send(self, request: UpstreamRequest) -> UpstreamResponse:
-        """One try.  Raises StaleConnection when a kept connection proved closed, UpstreamError
-        (502, 504); any status is an answer."""
+        """Send a request once. Raises StaleConnection if a kept connection proved
+        closed, UpstreamError (502, 504); any status is an answer."""
         if request.is_fresh:
             connection = None
         else:
@@ -15844,7 +15935,8 @@ class Upstream:
         return await connection.exchange(request, self.pool)
 
     async def send_again(self, request: UpstreamRequest) -> UpstreamResponse:
-        """The same for calls to GitHub: once more where a kept connection proved closed."""
+        """As `send`, for calls to GitHub: repeated once if a kept connection proved
+        closed."""
         try:
             return await self.send(request)
         except StaleConnection:
@@ -15939,10 +16031,12 @@ _IMAGE_STARTS = (
 
 
 class ImageFetcher:
-    """`--fetch-images`: images that clients name by URL.  A name is resolved once, all that it
-    stands for must be public, and the connection goes there: another answer of the name server
-    changes nothing.  No credentials, no proxy, no redirects.  The last ones are kept, since each
-    turn of a conversation names them again.  Only the loop's thread may use it."""
+    """`--fetch-images`: fetches the images that clients give by URL.
+
+    A name is resolved once, all its addresses must be public, and the connection goes
+    to one of them, so a name server cannot change its answer in between. No
+    credentials, no proxy, no redirects. The last images are cached, because each turn
+    of a conversation names them again. Only the loop's thread may use it."""
 
     def __init__(self, tls_context: Callable[[], Any]) -> None:
         self.resolve: Callable[..., Any] = socket.getaddrinfo
@@ -16022,7 +16116,8 @@ class ImageFetcher:
         return HttpConnection(url.netloc, self)
 
     async def find(self, host: str, port: int) -> list[tuple[int, Any]]:
-        """In the place of HostNames.  Raises ValueError where not all addresses are public."""
+        """Used in place of HostNames. Raises ValueError unless all addresses are
+        public."""
         look_up = functools.partial(self.resolve, host, port, 0, socket.SOCK_STREAM)
         found = [(entry[0], entry[4]) for entry in await wait(InThread(look_up))]
         if not found or not all(
@@ -16091,7 +16186,7 @@ def check_github_token(token: str) -> str:
 
 
 def machine_hint(token: str) -> str:
-    """What a token of a machine needs, for the text of a refusal."""
+    """How to get a usable token for a machine; part of the text of a refusal."""
     if token.startswith("ghs_"):
         return (
             "a workflow's job needs `permissions: copilot-requests: write`, an app the "
@@ -16121,7 +16216,7 @@ def explain_refusal(token: CopilotToken, error: UpstreamError) -> UpstreamError:
 
 
 def override(headers: Headers, own: Mapping[str, str]) -> Headers:
-    """With the user's own in their place, whatever their case."""
+    """Merge the user's own headers over these, ignoring case."""
     lower = {name.lower() for name in own}
     if own:
         kept = {k: v for k, v in headers.items() if k.lower() not in lower}
@@ -16324,7 +16419,7 @@ class GitHub:
     def _refusal(
         self, status: int, headers: Headers, body: bytes, token: str
     ) -> ProxyError:
-        """What a refused call to GitHub means for the user."""
+        """The error for a refused call to GitHub, in terms that help the user."""
         is_machine = token.startswith(MACHINE_PREFIXES)
         text, code, _ = unwrap_error(status, body, "")
         host = host_of(self._settings.rest_url)
@@ -16367,9 +16462,11 @@ class GitHub:
 
 
 class DeviceLogin:
-    """One login by device flow.  `run` blocks until it is granted, refused or stopped.
-    `code` is what the user must type, None while there is none; `problem` says why it ended,
-    `token` that it was granted.  renews: a code that expires is followed by another."""
+    """One login by device flow; `run` blocks until it is granted, refused or stopped.
+
+    `code` is the code that the user must enter, or None; `problem` is the reason for a
+    failure; `token` is set once the login is granted. renews: an expired code is
+    replaced by a new one."""
 
     def __init__(
         self,
@@ -16460,7 +16557,7 @@ class DeviceLogin:
 
 
 class Catalogue:
-    """The models as fetched at one time (monotonic), and what was found among them before."""
+    """The models as fetched at one (monotonic) time, with a cache of past searches."""
 
     def __init__(self, fetched_at: float, models: list[Model]) -> None:
         self.fetched_at, self.models = fetched_at, models
@@ -16484,7 +16581,8 @@ class Catalogue:
 
 
 def whole_s(pause_s: float) -> int:
-    """For a Retry-After: whole seconds, one at least.  9.0000001 -> 9, 9.2 -> 10"""
+    """Round up for a Retry-After: whole seconds, at least one. 9.0000001 -> 9, 9.2 ->
+    10"""
     return max(int(-(-round(pause_s, 3) // 1)), 1)
 
 
@@ -16516,8 +16614,8 @@ class Cooldown:
     is_tried: bool = False
 
     def begin(self, number: int, now: float) -> None:
-        """A request goes up: as the probe, or as the first one after the end.  The next one may
-        follow it after a pause, should nothing be heard of it."""
+        """A request goes up, as a probe or as the first one after the end. If no result
+        arrives the next request may follow after a pause."""
         if now < self.ends:
             self.next_try = min(now + self.pause_s, self.ends)
             self.prober = number
@@ -16535,9 +16633,12 @@ class Cooldown:
                 self.next_try = now
 
     def see(self, rooms: Mapping[str, float], is_usage: bool, now: float) -> bool:
-        """End the rest when what was used up has room again: `rooms` is lane -> percent left.
-        No more room than was shown before and refused yet does not count, each kind of source for
-        itself: GitHub's usage answer and the headers do not always tell the same."""
+        """End the rest if the exhausted lanes have room again: `rooms` is lane ->
+        percent left.
+
+        Room that was shown before and refuted by a refusal does not count. Each kind of
+        source is judged by itself, because GitHub's usage answer and the headers do not
+        always agree."""
         mine = {lane: room for lane, room in rooms.items() if lane in self.lanes}
         if not self.lanes and is_quota(self.error):  # which one nobody said
             mine = {
@@ -16604,8 +16705,8 @@ class RateLimits:
             return self._count
 
     def refuse(self, model: str, number: int, error: UpstreamError) -> UpstreamError:
-        """The upstream refused a request for a limit -> its error, which says how long it lasts.
-        number: 0 where it is not known."""
+        """The upstream refused a request because of a limit. Returns an error that says
+        how long it lasts. number: 0 if it is unknown."""
         scope = model
         if ACCOUNT_LIMITS.search(f"{error.code} {error}"):
             scope = self.ACCOUNT
@@ -16635,8 +16736,8 @@ class RateLimits:
         return opened
 
     def see(self, lanes: Mapping[str, Any], source: str) -> list[str]:
-        """What an account's lanes have left was told, by "usage" or an answer -> the scopes whose
-        rest it ends."""
+        """The room in an account's lanes was reported by "usage" or an answer. Returns
+        the scopes whose rest it ends."""
         if not self._scopes:
             return []
         rooms = lane_rooms(lanes)
@@ -16657,7 +16758,7 @@ class RateLimits:
             return [name for name in found if self._scopes.pop(name).ends > now]
 
     def report(self) -> list[Json]:
-        """What rests now, for people; times are unix seconds."""
+        """The current rests, for display; times are unix seconds."""
         with self._lock:
             now = self._now()
             wall = self._seen[1] - now
@@ -16675,8 +16776,8 @@ class RateLimits:
             ]
 
     def _now(self) -> float:
-        """Seconds of a clock that goes on with the faster one of both: the monotonic one stands
-        still while a laptop sleeps, the wall clock can be set back."""
+        """A clock that follows the faster of two: the monotonic clock stands still
+        while a laptop sleeps, and the wall clock can be set back."""
         now, seen = self._clock(), self._seen
         self._time += max(now[0] - seen[0], now[1] - seen[1], 0.0)
         self._seen = now
@@ -16692,7 +16793,7 @@ class RateLimits:
     def _new_rest(
         self, error: UpstreamError, number: int, old: Cooldown | None
     ) -> Cooldown:
-        """What follows a refusal; old: the rest of the same scope before it."""
+        """The rest that follows a refusal; old: the scope's previous rest."""
         since = now = self._now()
         repeats, probes, refuted = 0, 0, [0.0, 0.0]
         if old:
@@ -16730,7 +16831,7 @@ class RateLimits:
     def _refusal(
         self, scope: str, rest: Cooldown, pause_s: float, headers: Headers | None = None
     ) -> UpstreamError:
-        """What a request is told; pause_s: for its Retry-After."""
+        """The error for a request that must wait; pause_s: for its Retry-After."""
         error, now = rest.error, self._now()
         if scope == self.ACCOUNT:
             what = "the account"
@@ -16760,8 +16861,9 @@ class RateLimits:
 
 @dataclass
 class Call:
-    """One call to the Copilot API, and again after a repair.  model: whose limits hold for it,
-    "" for none; opening: reads what an answer begins with, raises the failure that it tells."""
+    """One call to the Copilot API; repeated after a repair. model: whose limits apply,
+    "" for none; opening: reads the beginning of an answer and raises a failure that it
+    reports."""
 
     path: str
     body: bytes | None = None
@@ -16939,7 +17041,7 @@ class Attempts:
         return answer
 
     def _row_for(self, error: UpstreamError) -> str:
-        """What may cure this error, "" when nothing does."""
+        """The row that may cure this error, or ""."""
         status, text = error.status, str(error).lower()
         if isinstance(error, StaleConnection):
             return "stale"
@@ -16973,7 +17075,7 @@ class Attempts:
     async def _change(
         self, row: str, token: CopilotToken, version: str, status: int
     ) -> CopilotToken:
-        """Do what the row says -> the token to go on with."""
+        """Apply the row. Returns the token to continue with."""
         copilot = self._copilot
         if row == "login":
             return await copilot.token.get(token)  # type: ignore[no-any-return]
@@ -17160,7 +17262,7 @@ class Copilot:
 
     @property
     def hiccup_pause_s(self) -> float:
-        """Before a second try, at the least."""
+        """The minimum pause before a second try."""
         return self._settings.hiccup_pause_s
 
     @property
@@ -17200,8 +17302,9 @@ class Copilot:
         return time.monotonic() - catalogue.fetched_at >= self._settings.catalogue_age_s
 
     async def _fetch_models(self) -> Catalogue:
-        """Where the list is refused to the editor's identity, the GitHub
-        token with the command line's identity is tried: some accounts changed in 2026."""
+        """Fetch the list of models. If it is refused to the editor's identity, the
+        GitHub token is tried with the command line's identity, because some accounts
+        changed in 2026."""
         call = Call(
             "/models",
             headers={"OpenAI-Intent": MODEL_INTENT, "X-Interaction-Type": MODEL_INTENT},
@@ -17321,8 +17424,8 @@ class AutoChoice:
 
 
 class AutoConversation:
-    """The choice for one conversation; one call for all who wait for it.  wish: of the request
-    that asked last."""
+    """The choice of `auto` for one conversation; one call serves all who wait for it.
+    wish: of the latest request."""
 
     def __init__(self, auto: AutoMode) -> None:
         self._auto = auto
@@ -17398,7 +17501,7 @@ class AutoMode:
         return await self._copilot.find_model("auto")
 
     async def ask(self, wish: AutoWish) -> AutoChoice:
-        """By /auto, else by the pair.  Raises UpstreamError, AuthError."""
+        """Ask /auto, or the older pair of routes. Raises UpstreamError, AuthError."""
         body = {"prompt": wish.prompt, "tier": wish.tier, "has_image": wish.has_image}
         body = {name: value for name, value in body.items() if value}
         try:
@@ -17809,7 +17912,7 @@ def quotas_of(answer: Json) -> Json:
 
 
 class EventReader:
-    """One who reads /history/events: what is told waits here until it is sent."""
+    """One reader of /history/events, with a queue of unsent events."""
 
     def __init__(self) -> None:
         self._frames: collections.deque[bytes] = collections.deque()
@@ -17833,13 +17936,14 @@ class EventReader:
 
 
 class Events:
-    """What happens, told to all who read /history/events.  One that is too slow is cut off."""
+    """Publishes events to all readers of /history/events. A reader that is too slow is
+    disconnected."""
 
     def __init__(self) -> None:
         self.readers: list[EventReader] = []
 
     def tell(self, event: str, value: Any) -> None:
-        """To every reader; cheap where there is none."""
+        """Publish an event to every reader; cheap if there is none."""
         if self.readers:
             frame = Frame(event, dumps(value)).encode()
         else:
@@ -17858,7 +17962,7 @@ class Events:
         return self.readers[-1]
 
     def close(self, *readers: EventReader) -> None:
-        """These are told nothing more."""
+        """Disconnect these readers."""
         for reader in readers:
             with contextlib.suppress(ValueError):
                 self.readers.remove(reader)
@@ -17920,8 +18024,8 @@ class History:
             self._thread.start()
 
     def read(self, work: Callable[[Any], Any]) -> Any:
-        """What `work(connection)` returns; None without a database, when reading failed, and when
-        it is not there within HISTORY_WAIT_S."""
+        """Run `work(connection)` and return its result; None without a database, after
+        a failure, or if it takes longer than HISTORY_WAIT_S."""
         answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         def job(link: Any) -> None:
@@ -17983,7 +18087,7 @@ class History:
             self._hurry.clear()
 
     def _serve(self, sqlite3: Any) -> None:
-        """Until the end, a fault, or the file is gone."""
+        """Serve until the end, a fault, or the loss of the file."""
         if self.path != ":memory:":
             os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -18043,7 +18147,7 @@ class History:
 
 
 def too_early(text: str, pause_s: float, **headers: str) -> RateLimited:
-    """The refusal that tells when to come again."""
+    """A refusal with the time of the next allowed try."""
     seconds = str(int(pause_s) + 1)
     return RateLimited(
         "%s: try again in %s s" % (text, seconds),
@@ -18053,8 +18157,8 @@ def too_early(text: str, pause_s: float, **headers: str) -> RateLimited:
 
 
 class RateLimiter:
-    """At least `interval_s` between two starts.  Who must wait stands in a line; who leaves gives
-    up the place, and those behind move up.  Only the loop's thread may use it."""
+    """At least `interval_s` between two starts. Requests wait in a line; if one leaves,
+    those behind it move up. Only the loop's thread may use it."""
 
     def __init__(self, interval_s: float, may_wait: bool) -> None:
         self._interval_s, self._may_wait = interval_s, may_wait
@@ -18116,8 +18220,9 @@ class MinuteLimiter:
         self._times = collections.OrderedDict()
 
     def admit(self, who: str, text: str, calls: int = 1) -> Headers:
-        """Count a request of so many calls -> headers that tell what is left.  Raises RateLimited
-        with `text`, and counts nothing, where not all of them are left."""
+        """Count a request that makes this many calls. Returns headers that report the
+        remaining calls. Raises RateLimited with `text`, counting nothing, if there are
+        too few."""
         if not self._limit:
             return {}
         now = time.monotonic()
@@ -18201,8 +18306,8 @@ class Gate:
 
 
 class Approval:
-    """`--manual`: a person says yes or no to each request, on the terminal or on the page.
-    waiting: id -> what is asked, the oldest first; `_changed` guards it."""
+    """`--manual`: a person approves or refuses each request, on the terminal or on the
+    page. waiting: id -> question, oldest first; `_changed` guards it."""
 
     def __init__(
         self, wanted: bool, log: logging.Logger, tell: Callable[[str, Any], None]
@@ -18311,9 +18416,11 @@ def local_time(at: Any) -> str:
 
 
 class Budget:
-    """`--budget`: credits that may be spent in a day of local time, and in a session whose client
-    says how many.  What an answer cost is known at its end, so those that run may pass the limit.
-    `_lock` guards all fields; `clock` gives unix seconds."""
+    """`--budget`: credits that may be spent per day of local time, and per session if
+    its client sets a limit.
+
+    The cost of an answer is known at its end, so running requests may exceed the limit.
+    `_lock` guards all fields; `clock` returns unix seconds."""
 
     def __init__(
         self,
@@ -18393,8 +18500,9 @@ class Budget:
         running: Mapping[str, int] | None = None,
         payers: Container[str | None] | None = None,
     ) -> list[Json]:
-        """What is limited, how much of it is used; a new day begins when it is time.  running:
-        payer -> nano-AIU that are spent, but not recorded yet; payers: these only."""
+        """The limits and how much of each is used; starts a new day when it is due.
+        running: payer -> nano-AIU that are spent but not recorded yet; payers: only
+        these."""
         running = running or {}
 
         with self._lock:
@@ -18429,7 +18537,8 @@ class Budget:
         ]
 
     def spend(self, row: Json) -> None:
-        """A request has ended.  Where the upstream tells no credits the estimate counts."""
+        """A request has ended: add its cost, or the estimate if the upstream reported
+        none."""
         before = self.report()
         if row["nano_aiu"] is None:
             cost = row["estimate"]
@@ -18463,7 +18572,7 @@ class Budget:
                 self._limits.pop(self._spent.popitem(last=False)[0], None)
 
     def load(self, link: Any) -> None:
-        """What was spent before this process began, from the history."""
+        """Read from the history what was spent before this process began."""
         self._lines()
         payer = (
             "COALESCE(key || ' ', '') || COALESCE(session, client, '-')"  # as payer_of
@@ -18482,7 +18591,7 @@ class Budget:
         self.loaded.set()
 
     def report(self) -> Json | None:
-        """For people; None where nothing is limited."""
+        """The state of the budget for display, or None if there is no limit."""
         lines = self._lines() if self._limits else []
         if lines and not lines[0]["session"]:
             day = lines.pop(0)
@@ -18506,7 +18615,8 @@ class Stats:
         self._counts: dict[str, dict[Any, int]] = collections.defaultdict(dict)
 
     def count(self, groups: Mapping[str, Mapping[Any, int]]) -> None:
-        """At most MAX_NAMES different ones of a group: clients make up field names."""
+        """Count a name; at most MAX_NAMES per group, because clients invent field
+        names."""
         with self._lock:
             for group, amounts in groups.items():
                 counts = self._counts[group]
@@ -18567,7 +18677,7 @@ class KeptResponse:
         return frozenset(match.group(1) for match, _ in zip(found, range(MAX_KEPT_IDS)))
 
     def parse_answer(self) -> Json:
-        """The answer, which is kept as a body or as the last event of a stream."""
+        """Parse the answer, which is stored as a body or as the last event of a stream."""
         is_body = self.answer[:1] == b"{"
         value = as_object(
             loads(self.answer if is_body else Frame.parse(self.answer).data)
@@ -18585,8 +18695,10 @@ def is_reference(item: Json) -> bool:
 
 
 class ResponseStore:
-    """Answers of /responses that their client may name later: bounded in number, bytes and age,
-    the oldest go first.  `owner` is whose they are.  `_lock` guards the fields."""
+    """Stores answers of /responses that their client may refer to later.
+
+    Bounded in number, bytes and age; the oldest are dropped first. owner: who may use a
+    response. `_lock` guards the fields."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -18632,7 +18744,7 @@ class ResponseStore:
             return self._kept.get((owner, response_id))
 
     def find(self, owner: str, response_id: str) -> tuple[Json, list[Json]] | None:
-        """(answer, input items) of a kept response, None when it is not there."""
+        """(answer, input items) of a stored response, or None."""
         kept = self._get(owner, response_id)
         if kept:
             return (kept.parse_answer(), kept.parse_input())
@@ -18659,10 +18771,12 @@ class ResponseStore:
             return self._drop((owner, response_id))
 
     def expand(self, owner: str, body: Json, size_bytes: int) -> bool:
-        """Put what a request names by id into its `input` -> was there anything?
+        """Replace the ids in a request's `input` by the stored items. Returns True if
+        there were any.
 
-        size_bytes: of the request as it came.  Raises BadRequest in OpenAI's words for what is
-        gone, since clients then send the whole input, and 413 for what grows too large."""
+        size_bytes: of the request as it came. Raises BadRequest in OpenAI's words if an
+        id is gone, so that clients send the whole input, and 413 if the result is too
+        large."""
         if not self.is_named(body):
             return False
         items = input_items(body)
@@ -18721,7 +18835,7 @@ class ResponseStore:
         return resolved, size_bytes
 
     def _history(self, owner: str, response_id: str, size_bytes: int) -> list[Json]:
-        """The conversation up to a kept answer and with it."""
+        """The conversation up to and including a stored answer."""
         kept = self._get(owner, response_id)
         if kept is None:
             raise BadRequest(
@@ -18742,7 +18856,8 @@ def show_token(token: CopilotToken) -> None:
 
 
 class Services(NamedTuple):
-    """What accounts and logins need of the server; stop: it ends."""
+    """The parts of the server that accounts and logins need; stop: set when the server
+    ends."""
 
     settings: Settings
     log: logging.Logger
@@ -18842,7 +18957,7 @@ def gemini_method(path: str) -> str:
 
 @functools.lru_cache(maxsize=HEADS_KEPT)
 def label_of(path: str) -> str:
-    """The name in the history of what is asked at a path, "" for what is not kept."""
+    """The history's name for a path, "" if requests to it are not recorded."""
     if path.startswith(DEPLOYMENTS + "/"):
         path = "/" + path[len(DEPLOYMENTS) + 1 :].partition("/")[2]
     return LABELS.get(path) or METHOD_LABELS.get(gemini_method(path), "")
@@ -18878,7 +18993,7 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
     @staticmethod
     def line(level: int, text: str) -> str:
-        """As RedactingFormatter writes it.  text: one line, redacted."""
+        """Format a line as RedactingFormatter does. text: one line, already redacted."""
         letter = logging.getLevelName(level)[0]
         return f"{log_time(int(time.time()))} {letter} {visible(text)}\n"
 
@@ -18935,10 +19050,12 @@ class Notes:
 
 @dataclass
 class AskedFor:
-    """What the client said, and when.  label: its name in the history, '' for what is not kept
-    there; agent: the client program; key: the id of the client's key, '' without one; session: a
-    short name of the conversation; model: as the client wrote it, '' when it wrote none; at: unix
-    time; began: monotonic; is_look: the open page or a monitor looks at the proxy."""
+    """The facts about a request that are known when it arrives.
+
+    label: its name in the history, '' if it is not recorded; agent: the client program;
+    key: the id of the client's key, or ''; session: a short name of the conversation;
+    model: as the client wrote it, or ''; at: unix time; began: monotonic; is_look: it
+    comes from the open page or a monitor."""
 
     method: str
     path: str
@@ -18967,12 +19084,13 @@ class AskedFor:
 
 @dataclass
 class RequestRecord:
-    """What is known of one request, for its row, its log line and the page.
+    """Everything that is recorded of one request, for its history row, its log line and
+    the page.
 
-    The endpoint that serves the request writes down what it learns, by the methods here; so does
-    whoever ends the request.  route: local, passthrough or translated; model: the one that is
-    asked; account: that serves; path: the upstream's; error: its kind; failure: in words; meters:
-    one for each answer of the upstream; total_ms: 0 while it runs."""
+    The endpoint that serves the request, and whoever ends it, write by the methods
+    here. route: local, passthrough or translated; model: the model that is asked;
+    account: the account that serves; path: the upstream's; error: its kind; failure: in
+    words; meters: one for each answer of the upstream; total_ms: 0 while it runs."""
 
     id: str
     asked: AskedFor
@@ -19017,7 +19135,7 @@ class RequestRecord:
         self.model = model
 
     def begin_by(self, initiator: str) -> None:
-        """Known beforehand: who began it, 'user' or 'agent'."""
+        """Set who began the request, if it is known beforehand: 'user' or 'agent'."""
         self.initiator = initiator
 
     def name(self, key: str, session: str | None, model: str, streamed: bool) -> None:
@@ -19032,7 +19150,7 @@ class RequestRecord:
         self.sent_ms = self.elapsed_ms()
 
     def hear(self, headers: Headers, meter: Meter) -> None:
-        """The upstream answers; the meter goes on counting."""
+        """The upstream answers; the meter continues to count."""
         self.upstream_id = headers.get("x-github-request-id")
         self.meters.append(meter)
 
@@ -19046,7 +19164,8 @@ class RequestRecord:
         self.first_byte_ms = self.elapsed_ms()
 
     def fail(self, error: ProxyError) -> None:
-        """It ends with this error, whether or not the client can still be told."""
+        """The request ends with this error, whether or not the client can still be
+        informed."""
         self.failure = redact(str(error))
         self.error = error.code or error.types()[0]
         self.upstream_id = error.headers.get("x-github-request-id", self.upstream_id)
@@ -19082,7 +19201,8 @@ class RequestRecord:
         return (time.monotonic() - self.asked.began) * 1000
 
     def counts(self) -> dict[str, int]:
-        """What the upstream told so far of tokens and nano-AIU, all its answers together."""
+        """Tokens and nano-AIU that the upstream reported so far, summed over all
+        answers."""
         if len(self.meters) == 1:
             return self.meters[0].counts
         total: collections.Counter[str] = collections.Counter()
@@ -19105,7 +19225,8 @@ class RequestRecord:
         return None
 
     def cost(self) -> int:
-        """Nano-AIU so far; by the listed prices where the upstream told none, 0 when unknown."""
+        """Nano-AIU so far; estimated from the listed prices if the upstream reported
+        none, 0 if unknown."""
         counts = self.counts()
         if "nano_aiu" in counts:
             return counts["nano_aiu"]
@@ -19174,12 +19295,12 @@ class RequestRecord:
 
 
 class Ledger:
-    """What happens here, for people: counts since the start, the requests that run and the last
-    that ended, the budget, the history, the quotas, and the events that tell of it.
-    Thread-safe: each part guards itself, and what is plain here is changed in one step.
+    """The books of this server: counts since the start, running and recent requests,
+    budget, history, quotas, and the events that publish them.
 
-    running: id -> request that has begun and not ended; quotas: (account's id, lane) -> what was
-    said of it last: whose it is, source, snapshot or header, unix time."""
+    Thread-safe: each part guards itself, and plain fields are changed in one step.
+    running: id -> request that has not ended; quotas: (account's id, lane) -> (owner,
+    source, snapshot or header, unix time) as reported last."""
 
     def __init__(
         self,
@@ -19212,7 +19333,8 @@ class Ledger:
         self.running[record.id] = record
 
     def show_running(self, record: RequestRecord) -> None:
-        """To the page: a request goes up, or its first byte has come."""
+        """Publish to the page that a request went up, or that its first byte has
+        arrived."""
         if record.asked.label and self.events.readers:
             self.events.tell("request", dict(shown(record.row()), state="running"))
 
@@ -19299,7 +19421,7 @@ class Ledger:
     def note_changes(
         self, record: RequestRecord, losses: Losses, repairs: Iterable[str]
     ) -> Headers:
-        """What did not go upstream, and what was repaired -> headers that tell what is new."""
+        """Record losses and repairs. Returns headers that report the new ones."""
         headers: Headers = {}
         if not losses and not repairs:
             return headers
@@ -19329,7 +19451,7 @@ class Ledger:
     def see_quotas(
         self, account: Account, source: str, told: Mapping[str, Any]
     ) -> None:
-        """Keep what was said last of some lanes; it is looked into when somebody asks.  Room in
+        """Store the latest report of some lanes; it is parsed only on request. Room in
         them may end a rest of the account."""
         for name, said in told.items():
             if (account.id, name) in self.quotas or len(self.quotas) < MAX_NAMES:
@@ -19340,7 +19462,7 @@ class Ledger:
             self.events.tell("quota", {"lanes": self.lanes(account.id)})
 
     def lanes(self, wanted: str = "") -> list[Json]:
-        """Every lane of every account, or of one by its id, as told last."""
+        """The latest report of each lane, of every account or of one by its id."""
         return [
             dict(
                 quota_lane(name, said), account=account.name, source=source, seen_at=at
@@ -19360,9 +19482,9 @@ class Ledger:
 
 @dataclass
 class Ticket:
-    """A request's way through all limits; only Admission changes it.  who: the key's id, or the
-    address; payer: whose budget it is; wish: the header that limits that budget; about: for the
-    person who approves."""
+    """The admission of one request through all limits; changed by Admission only. who:
+    the key's id, or the address; payer: whose budget is charged; wish: the header that
+    sets the session's budget; about: the question to the person who approves."""
 
     who: str
     payer: str
@@ -19436,7 +19558,7 @@ class Caller:
 
     @property
     def name(self) -> str:
-        """For limits: whose requests are counted together."""
+        """The name under which a caller's requests are counted for limits."""
         return self.key_id or self.address
 
 
@@ -19453,11 +19575,11 @@ _GITHUB_KEY = re.compile(r"gh[ou]_[A-Za-z0-9_]{1,255}")
 
 
 class DefaultLogin:
-    """The login that serves whoever brings none of his own.
+    """The login that serves callers without a token or key of an account.
 
-    account: None while nobody is logged in; device: the login that is under way or was the last;
-    file: where the login is stored; announce: told of each code, may be replaced.
-    `_lock` guards all fields and is held for no I/O."""
+    account: None while nobody is logged in; device: the current or last login by device
+    flow; file: where the login is stored; announce: called with each code. `_lock`
+    guards all fields and is never held during I/O."""
 
     def __init__(self, services: Services, file: LoginFile) -> None:
         self._services, self._log, self.file = services, services.log, file
@@ -19493,8 +19615,8 @@ class DefaultLogin:
         raise AuthError(await self.hint(), code="login_required")
 
     def load(self) -> str:
-        """The GitHub token to use: the given one, else the stored one, else ''.
-        Never one that GitHub has refused.  A login file that cannot be read is told in the log."""
+        """The GitHub token to use: the one from the settings, else the stored one, else
+        ''. Never one that GitHub has refused. An unreadable login file is logged."""
         given = self._services.settings.github_token
         if given and given not in self._refused:
             return given
@@ -19549,7 +19671,7 @@ class DefaultLogin:
         self._log.warning("logged in")
 
     async def hint(self) -> str:
-        """What to do to be logged in; waits a moment for the code of a login just begun."""
+        """How to log in; waits a moment for the code of a login that was just begun."""
         device, deadline = self.device, time.monotonic() + CODE_WAIT_S
         while (
             device is not None
@@ -19619,7 +19741,7 @@ class DefaultLogin:
 
 
 async def own_login_refused(account: Account, error: AuthError) -> AuthError:
-    """For an account that a key or a token stands for: its owner must act."""
+    """The error for an account behind a key or token of its own: its owner must act."""
     return AuthError("%s (log in again at /auth/device)" % error, code="login_required")
 
 
@@ -19712,10 +19834,12 @@ class Accounts:
     # -- logins that browsers begin: each belongs to the one that knows its state token
 
     async def open_login(self, by_key: bool) -> tuple[str, DeviceLogin]:
-        """(state token, login): the default account's own while nobody is logged in, so that all
-        works then; else one of another account.  by_key: the operator's key is behind this.
-        Without it the default login, which another person may grant, yields no key.
-        Waits until the login has a code or a problem.  Raises RateLimited."""
+        """Begin a login. Returns (state token, login).
+
+        It is the default account's while nobody is logged in, so that everything works
+        afterwards; else that of another account. by_key: the operator's key was used;
+        without it the default login, which another person may grant, yields no key.
+        Waits until the login has a code or a problem. Raises RateLimited."""
         state, login = self._begin_login(by_key)
         deadline = time.monotonic() + GITHUB_TIMEOUT_S
         while not login.ready.is_set() and time.monotonic() < deadline:
@@ -19723,7 +19847,7 @@ class Accounts:
         return state, login
 
     def _begin_login(self, by_key: bool) -> tuple[str, DeviceLogin]:
-        """As open_login, without the waiting."""
+        """The part of open_login that does not wait."""
         now, state = time.monotonic(), secrets.token_urlsafe(32)
         services, is_default = self._services, self._login.account is None
         if is_default:
@@ -19807,7 +19931,7 @@ class Accounts:
     # -- keys
 
     def issue_key(self, text: str, login: str = "", token: str = "") -> Key:
-        """Store a new key; the log tells its id.  Raises ConfigError, BadRequest 409."""
+        """Store a new key; its id is logged. Raises ConfigError, BadRequest 409."""
         made = self.keys.add(text, login, token)
         if token:
             owner = printable(login or "an account", 60)
@@ -19817,7 +19941,7 @@ class Accounts:
         return made
 
     def log_keys(self) -> None:
-        """At the start: who holds a key of this server's making.  Raises ConfigError."""
+        """Log at the start who holds a key that this server issued. Raises ConfigError."""
         stored = [key for key in self.keys.all() if key.made]
 
         for key in stored[:KEYS_LISTED]:
@@ -19932,7 +20056,7 @@ def bare_address(name: Any) -> str:
 
 
 def make_server_context(settings: Settings) -> Any:
-    """For --tls-cert and --tls-key.  Raises ConfigError."""
+    """The TLS context for --tls-cert and --tls-key. Raises ConfigError."""
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -19950,7 +20074,8 @@ def make_server_context(settings: Settings) -> Any:
 
 
 class News(Wait):
-    """Until a client has sent something, has hung up, or has taken what was sent to it."""
+    """Waits until a client has sent data, has hung up, or has taken what was sent to
+    it."""
 
     def __init__(self, client: ClientConnection, timeout_s: float) -> None:
         self._client, self.timeout_s = client, timeout_s
@@ -20019,7 +20144,8 @@ class ClientConnection(Connection):
     # -- what the loop reports
 
     def on_event(self, mask: int) -> None:
-        """Read ahead, send on; then whoever waits for news looks at it."""
+        """Read ahead and send pending bytes, then wake the coroutine that waits for
+        news."""
         if mask & selectors.EVENT_WRITE and self.out:
             self._flush()
         if mask & selectors.EVENT_READ and self.sock is not None:
@@ -20047,7 +20173,7 @@ class ClientConnection(Connection):
         self.loop.watch(self, events)
 
     def fill(self) -> None:
-        """Read ahead what is there now."""
+        """Read ahead what is available."""
         try:
             if self.is_full:
                 data = None
@@ -20096,7 +20222,7 @@ class ClientConnection(Connection):
             del self.out[:sent]
 
     def on_tick(self, now: float) -> None:
-        """What depends on time, while a request is being answered."""
+        """Time-dependent work while a request is being answered."""
         exchange = self.exchange
         if self.out:
             if now - self.sent_at >= SEND_TIMEOUT_S:
@@ -20110,7 +20236,7 @@ class ClientConnection(Connection):
                 self.leave()
 
     def leave(self) -> None:
-        """The client has gone: its coroutine is told."""
+        """The client has gone: throw ClientGone into its coroutine."""
         self.out.clear()
         self.loop.cancel(self.task, ClientGone())
 
@@ -20246,8 +20372,8 @@ class ClientConnection(Connection):
 
 
 async def drain(answer: UpstreamResponse) -> None:
-    """The last chunk behind a terminal event, for DRAIN_S: then the connection can be kept.  Its
-    client does not wait for that."""
+    """Read the last chunk behind a terminal event for up to DRAIN_S, so that the
+    connection can be reused. The client does not wait for it."""
     deadline = time.monotonic() + DRAIN_S
     try:
         while not answer.done and time.monotonic() < deadline:
@@ -20298,7 +20424,7 @@ def path_of(target: str) -> str:
 
 @functools.lru_cache(maxsize=HEADS_KEPT)
 def dialect_of(path: str) -> Dialect:
-    """In whose words errors are told until an endpoint knows better."""
+    """The dialect of errors until an endpoint sets another."""
     if path.startswith("/messages"):
         return MESSAGES
     if path.startswith(("/v1beta/", "/v1alpha/")) or gemini_method(path):
@@ -20314,7 +20440,8 @@ def http_date(second: int) -> str:
 
 
 def exposed_headers(fields_: list[tuple[str, str]]) -> str:
-    """What a page of another origin may read of this answer: all but the rules about it."""
+    """The headers that a page of another origin may read: all except those about that
+    rule."""
     names = [name.lower() for name, _ in fields_]
     own = [name for name in names if not name.startswith("access-control-")]
     return ", ".join(dict.fromkeys((*EXPOSED_HEADERS, *own)))
@@ -20335,8 +20462,8 @@ def give_back_memory() -> None:
 
 
 def spare_collector() -> None:
-    """What is there at the start stays: the collector need not look at it again and again.  A
-    request makes hundreds of objects and hardly a cycle, so it may look less often."""
+    """Tune the garbage collector: objects from the start are frozen, and collections
+    are rarer, because a request makes hundreds of objects and hardly any cycle."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(COLLECT_AFTER)
@@ -20387,15 +20514,17 @@ class Exchange:
     # -- the request
 
     def answer_in(self, dialect: Dialect) -> None:
-        """Errors, too, are told in this dialect from here on."""
+        """Report errors in this dialect from now on."""
         self.dialect = dialect
 
     def put_body(self, body: bytes) -> None:
-        """What the endpoint makes of the body; nothing, when nobody needs it any more."""
+        """Replace the body by what the endpoint made of it; b"" once it is not needed
+        any more."""
         self.body = body
 
     async def read_json(self) -> Json:
-        """The same; a large body is parsed in a thread, since streams would stand still."""
+        """As `json_object`; a large body is parsed in a thread, because streams would
+        stand still."""
         if len(self.body) > LARGE_BLOCK_BYTES:
             await wait(InThread(give_back_memory))  # of requests before
         body: Json = await self.compute(self.json_object, len(self.body))
@@ -20413,7 +20542,8 @@ class Exchange:
         return await wait(InThread(begin))
 
     def go_on(self) -> None:
-        """Long work asks here between its steps.  Raises ClientGone when nobody waits for it."""
+        """Called between the steps of long work. Raises ClientGone if the client has
+        left."""
         if self.record.error == CLIENT_LEFT:
             raise ClientGone
 
@@ -20544,9 +20674,10 @@ class Exchange:
     async def relay(
         self, answer: UpstreamResponse, pipeline: StreamRelay, begun: bytes
     ) -> None:
-        """Send a stream on as it comes, to its end: proper, cut, or given up.  A cut one ends with
-        the dialect's error event, never politely.  begun: what is there for the client already.
-        Raises ClientGone."""
+        """Relay a stream to its end: a proper one, a cut, or a cancellation.
+
+        A cut stream ends with the dialect's error event, never politely. begun: bytes
+        for the client that are there already. Raises ClientGone."""
         problem: ProxyError | None = None
         last = begun
         try:
@@ -20630,7 +20761,8 @@ class Exchange:
             self.client.send(data)
 
     def log_body(self, kind: str, data: bytes) -> None:
-        """For --log-bodies; a fault is told, it fails no request."""
+        """Write a body for --log-bodies; a failure is logged and does not fail the
+        request."""
         folder = self.app.settings.log_bodies
         if folder and self.record.asked.label:
             try:
@@ -20674,8 +20806,8 @@ def is_within(address: str, networks: list[Any]) -> bool:
 def as_seen(
     head: RequestHead, peer: str, settings: Settings, scheme: str
 ) -> tuple[str, str, str]:
-    """(host, scheme, address of the client) as the client itself sees them: a trusted proxy tells
-    them in X-Forwarded-*, where the last value is the proxy's own."""
+    """(host, scheme, address of the client) from the client's view: a trusted proxy
+    reports them in X-Forwarded-*, where the last value is the proxy's own."""
     host, trusted = head.headers.get("host", "localhost"), settings.trusted_networks
     if not trusted or not is_within(peer, trusted):
         return host, scheme, peer
@@ -20766,7 +20898,7 @@ class Workers:
             pass
 
     def stop(self) -> None:
-        """End the idle ones; who works ends with its work."""
+        """End the idle threads; busy ones end after their work."""
         for _ in range(MAX_WORKERS):
             self._queue.put(None)
 
@@ -20851,7 +20983,7 @@ class Deferred:
         self._of_this_round[work] = None
 
     def take(self) -> Iterable[Callable[[], None]]:
-        """What an earlier round has left, at the end of this one."""
+        """Returns the work that an earlier round has left."""
         due, self._due = self._due, self._of_this_round
         self._of_this_round = {}
         return due
@@ -20967,11 +21099,11 @@ class EventLoop:
             self._selector.unregister(connection)
 
     def wake_at(self, when_s: float, task: Task, what: Wait) -> None:
-        """The same at this monotonic time."""
+        """Resume the task at this monotonic time."""
         heapq.heappush(self._timers, (when_s, id(what), task, what))  # id: never a tie
 
     def wake_in_turn(self, task: Task, what: Wait) -> None:
-        """The same when the running streams have been served."""
+        """Resume the task when the running streams have been served."""
         self._turns.append((task, what))
 
     def run_in_thread(self, work: Callable[[], Any], task: Task, what: Wait) -> None:
@@ -21040,15 +21172,16 @@ class EventLoop:
             self._give_up(connection)
 
     def _guard(self, work: Callable[..., None], *items: Any) -> bool:
-        """Call `work` -> did it go well?  A fault of ours is logged, and the loop goes on."""
+        """Call `work`; returns False if it failed. A fault of ours is logged, and the
+        loop continues."""
         _, error = outcome(work, *items)
         if error is not None:
             self.log.error("the loop failed", exc_info=error)
         return error is None
 
     def _give_up(self, connection: Connection) -> None:
-        """After a fault of ours: this connection is over, the others go on.  So do the listeners
-        and the alarm, without which nobody would be served any more."""
+        """Close this connection after a fault of ours; the others continue. Listeners
+        and the alarm stay, because without them nobody would be served any more."""
         if isinstance(connection, (ClientConnection, HttpConnection)):
             self.watch(connection, 0)
         if isinstance(connection, ClientConnection):
@@ -21094,7 +21227,7 @@ class EventLoop:
         value: Any = None,
         error: BaseException | None = None,
     ) -> None:
-        """At once, if the task still waits for `what`."""
+        """Resume the task at once if it still waits for `what`."""
         if task.what is what:  # else it was resumed by something else
             self._resume(task, value, error)
 
@@ -21368,7 +21501,7 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Of this server, as a client on this machine may write it."""
+        """The URL of this server for a client on this machine."""
         host = str(self.server_address[0])
         return "%s://%s:%d" % (
             self.scheme,
@@ -21396,7 +21529,7 @@ class Server(ThreadingHTTPServer):
         self._listeners.append(Listener(sock, accept))
 
     def _accept_some(self, sock: Any) -> None:
-        """Let in who has connected, ACCEPTED_AT_ONCE at a time."""
+        """Accept waiting connections, at most ACCEPTED_AT_ONCE at a time."""
         for _ in range(ACCEPTED_AT_ONCE):
             try:
                 request, address = sock.accept()
@@ -22454,7 +22587,7 @@ def csp_hash(text: str) -> str:
 
 
 def page_headers(style: str, script: str) -> Headers:
-    """What keeps a page to itself."""
+    """Headers that isolate a page from other origins."""
     return {
         "Content-Security-Policy": "default-src 'none'; connect-src 'self'; script-src %s; "
         "style-src %s; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -22615,7 +22748,8 @@ async def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
 def upstream_headers(
     exchange: Exchange, client: Dialect, upstream: Dialect, body: Json, model: Model
 ) -> Headers:
-    """What of the request itself decides headers: who began it, images, Anthropic's versions."""
+    """The headers that depend on the request itself: its initiator, images, Anthropic's
+    versions."""
     given = exchange.head.headers
     said = exchange.record.initiator or given.get("x-initiator", "").lower()
     interaction = client.interaction(body)
@@ -22633,7 +22767,7 @@ def upstream_headers(
 
 
 def question_about(headers: Headers, body: Json, model: Model, calls: int) -> Json:
-    """What the person sees who is asked to approve a request."""
+    """The question to the person who approves a request."""
     turns = as_list(body.get("messages") or body.get("input"))
     last = as_object(turns[-1]) if turns else {}
     text = text_of(last.get("content")) or text_of(body.get("input"))
@@ -22678,7 +22812,7 @@ async def admit_next(exchange: Exchange) -> None:
 
 
 def owner_of(exchange: Exchange, copilot: Copilot) -> str:
-    """Whose kept responses are: the account's and the client's key's, as a hash of both."""
+    """The owner of stored responses: a hash of the account and the client's key."""
     keys = [exchange.head.headers.get(name) for name in (*KEY_HEADERS, "authorization")]
     return stable_id("", "%s %s" % (copilot.github_token, keys))
 
@@ -22686,7 +22820,7 @@ def owner_of(exchange: Exchange, copilot: Copilot) -> str:
 def tell_losses(
     exchange: Exchange, losses: Losses, repaired: Iterable[str] = ()
 ) -> None:
-    """What did not go upstream, and what was repaired: to the client, the log and /stats."""
+    """Report losses and repairs to the client, the log and /stats."""
     headers = exchange.app.ledger.note_changes(exchange.record, losses, repaired)
     exchange.headers.update(headers)
 
@@ -22726,7 +22860,8 @@ async def inline_images(exchange: Exchange, body: Json) -> None:
 async def fall_back(
     exchange: Exchange, copilot: Copilot, model: Model, error: ProxyError
 ) -> Model | None:
-    """The model of --fallback where a quota is used up, told in header and log; else None."""
+    """The model of --fallback if a quota is used up, reported in header and log; else
+    None."""
     name, headers, other = exchange.app.settings.fallback, exchange.headers, model
     if name and is_quota(error):
         with contextlib.suppress(ProxyError):
@@ -22781,8 +22916,8 @@ COMPACT_PATH = "/responses/compact"
 async def read_beginning(
     answer: UpstreamResponse, pipeline: StreamRelay, timeout_s: float
 ) -> bytes:
-    """What of a stream is for the client up to its first content, or up to HELD_START_BYTES.
-    Raises UpstreamError."""
+    """Read a stream up to its first content, or up to HELD_START_BYTES. Returns the
+    client's bytes. Raises UpstreamError."""
     out: list[bytes] = []
     size_bytes = 0
     try:
@@ -22865,7 +23000,7 @@ class Job:
     def take(
         self, copilot: Account, model: Model, body: Json, data: bytes = b""
     ) -> None:
-        """What the first stages have found."""
+        """Set the results of the first stages."""
         self.copilot, self.model = copilot, model
         self.body, self.data = body, data or dumps(body)
         exchange = self.exchange  # a cycle would keep the body alive
@@ -22979,8 +23114,9 @@ class Job:
         return SearchResult.read(job.plan.answer, Usage.of(job.plan.meter.counts))
 
     async def answer_search(self) -> None:
-        """Claude Code asks for a search in a request of its own: another model makes it.  One that
-        fails is told as such, instead of words made without one."""
+        """Claude Code requests a search by a request of its own, which another model
+        performs. A failed search is reported as an error, never replaced by words made
+        up without one."""
         exchange, body = self.exchange, self.body
         wish = SearchWish.of_message(body)
         use, count, usage = stable_id("srvtoolu_", exchange.id), 1, Usage()
@@ -23047,7 +23183,7 @@ class Job:
         return plan
 
     def body_for(self, plan: Plan) -> bytes:
-        """What is sent: the client's own bytes as far as possible."""
+        """The body to send: the client's own bytes as far as possible."""
         if plan.is_translated:
             data = rewrite(plan.edit.body, self.data)
         else:
@@ -23062,7 +23198,7 @@ class Job:
         return data
 
     def call_for(self, plan: Plan, data: bytes) -> Call:
-        """The call that a plan means; its losses are told, its way is recorded."""
+        """Build the call of a plan; report its losses and record its route."""
         exchange, model = self.exchange, self.model
         tell_losses(exchange, plan.edit.losses, self.repaired)
         name_model(exchange, model)
@@ -23151,7 +23287,7 @@ class Job:
         return True
 
     async def tell(self, plan: Plan, error: ProxyError) -> bool:
-        """Could the client be told of the error inside a stream?  Else it is raised."""
+        """Report an error inside a stream; returns False if it must be raised instead."""
         if error.overflow == (0, 0):
             size = await self.compute(
                 functools.partial(estimate_tokens, plan.edit.body, self.model.is_claude)
@@ -23188,8 +23324,8 @@ class Job:
 
 
 async def alpha_search(exchange: Exchange) -> None:
-    """POST /alpha/search: Codex' search of its own.  Pages cannot be opened: there is only what
-    the searching model says of them."""
+    """POST /alpha/search: Codex's own search. Pages cannot be opened: the result holds
+    only what the searching model reports of them."""
     exchange.answer_in(RESPONSES)
     body = await exchange.read_json()
     key = session_key(exchange.head.headers, body)
@@ -23512,8 +23648,8 @@ def by_route(stats: Stats) -> dict[str, Json]:
 
 
 def price_check(stats: Stats) -> list[Json]:
-    """For each model with both: the credits that the upstream told beside those of its listed
-    prices, of the same requests."""
+    """For each model with both figures: the credits that the upstream reported, and the
+    estimate by the listed prices for the same requests."""
     found: dict[str, Json] = {}
     for (model, name), amount in stats.group("compared").items():
         found.setdefault(model, {"model": model})[name] = amount
@@ -23546,7 +23682,7 @@ def account_entry(account: Account) -> Json:
 
 
 def own_names(exchange: Exchange) -> tuple[str, ...]:
-    """Of the account whose requests the caller may see; () for the operator, who sees all."""
+    """Account names whose requests the caller may see; () means all (operator)."""
     own = exchange.caller.account
     if exchange.caller.is_operator:
         return ()
@@ -23562,7 +23698,7 @@ def check_operator(exchange: Exchange) -> None:
 
 
 def lost_lines(app: App) -> int:
-    """Lines of the log that nobody took, counted by the streams they were written to."""
+    """The number of log lines that found no reader, for each stream."""
     return sum(
         getattr(getattr(handler, "stream", None), "lost", 0)
         for handler in app.log.handlers
@@ -23722,7 +23858,7 @@ def render_metric(family: MetricFamily) -> Iterator[str]:
 
 
 def metrics(exchange: Exchange) -> None:
-    """The same for Prometheus, in its text format 0.0.4."""
+    """GET /metrics: the counts in Prometheus' text format 0.0.4."""
     check_operator(exchange)
     families = metric_families(stats_report(exchange), exchange.app.ledger)
     lines = [line for family in families for line in render_metric(family)]
@@ -23865,7 +24001,7 @@ def approvals(exchange: Exchange) -> None:
 def read_embeddings(
     answer: bytes, wanted: int, counts: Json, meter: Meter
 ) -> list[Json]:
-    """One batch's vectors in their order; its counts are added to `counts` and told to the meter.
+    """The vectors of one batch in order; its usage is added to `counts` and the meter.
     Raises UpstreamError."""
     try:
         value = as_object(loads(answer, decode_vectors, VECTORS_ROOM_BYTES))
@@ -24022,7 +24158,7 @@ def model_entry(model: Model) -> Json:
 
 
 async def shown_models(exchange: Exchange) -> list[Model]:
-    """Those meant for users; with `?all=1` hidden and disabled ones, too."""
+    """The models offered to users; with `?all=1` hidden and disabled ones as well."""
     copilot = await account_for(exchange)
     everything = exchange.parameter("all") not in (None, "0")
     shown = listed_models(await copilot.models(), everything, copilot.auto.is_there)
@@ -24091,8 +24227,9 @@ async def token(exchange: Exchange) -> None:
 
 
 def health_report(exchange: Exchange) -> Json:
-    """Login state, code to enter, token state; no secret, and to strangers only whether it works:
-    who knows the code could log in as somebody else."""
+    """The state of login and token, and the code to enter. It holds no secret;
+    strangers only learn whether the server works, because a person with the code could
+    log in as somebody else."""
     app = exchange.app
     account, login = exchange.caller.account or app.login.account, app.login.device
     report: Json = {
@@ -24427,7 +24564,7 @@ GEMINI_CALLS: dict[str, Callable[[Exchange, Json], Work]] = dict(
 
 
 async def gemini_call(exchange: Exchange) -> None:
-    """POST .../models/ID:METHOD, where the path says what other dialects say in the body."""
+    """POST .../models/ID:METHOD: the path holds what other dialects have in the body."""
     name, _, method = exchange.argument.rpartition(":")
     if method not in GEMINI_CALLS and exchange.path.startswith("/models/"):
         raise BadRequest(
@@ -24454,7 +24591,7 @@ OLLAMA_ROOM = 4096  # what VS Code leaves of a context for the answer
 
 
 def ollama_details(model: Model) -> Json:
-    """What Ollama says of a model's file."""
+    """Ollama's description of a model file."""
     return {
         "parent_model": "",
         "format": "gguf",
@@ -24566,7 +24703,7 @@ async def ollama_embed(exchange: Exchange) -> None:
 
 
 async def ollama_pull(exchange: Exchange) -> None:
-    """POST /api/pull: a model of the account is there already."""
+    """POST /api/pull: a model of the account needs no download."""
     body = exchange.json_object()
     body.setdefault("model", body.get("name"))
     await resolve(exchange, body)
@@ -24574,7 +24711,7 @@ async def ollama_pull(exchange: Exchange) -> None:
 
 
 def refuse_change(exchange: Exchange) -> None:
-    """What makes, copies or deletes models."""
+    """Refuses the routes that create, copy or delete models."""
     raise BadRequest("models cannot be changed here: they are those of GitHub Copilot")
 
 
@@ -24802,7 +24939,7 @@ DEMO_MODELS = [
 
 
 def demo_prompt(request: Request) -> tuple[str, bool]:
-    """(what was said last, is it the result of a tool?)"""
+    """Returns (the last words of the prompt, whether they are a tool result)."""
     if request.turns:
         parts = request.turns[-1].parts
     else:
@@ -24824,7 +24961,8 @@ def demo_usage(
 
 
 def demo_response(request: Request, prompt_tokens: int) -> Response:
-    """What the demo says: the prompt, or a call of the first tool when it speaks of a tool."""
+    """The demo's answer: an echo of the prompt, or a call of the first tool if the
+    prompt mentions a tool."""
     said, is_result = demo_prompt(request)
     if is_result:
         verb = "The tool answered"
@@ -25473,8 +25611,9 @@ def quote_word(shell: str, word: str, always: bool = False) -> str:
 
 
 def pick_model(models: list[Model], *patterns: str) -> Model | None:
-    """The newest model of the first pattern that fits any, of equal ones the shortest id; one
-    whose end is announced only where there is no other."""
+    """The newest model of the first pattern that matches any, with the shortest id
+    among equals. A model whose retirement is announced is chosen only if there is no
+    other."""
     living = [model for model in models if not model.notice]
     for pattern in (*patterns, ""):
         found = [m for m in living or models if re.search(pattern, m.id)]
@@ -25484,7 +25623,7 @@ def pick_model(models: list[Model], *patterns: str) -> Model | None:
 
 
 def escape_all(texts: Mapping[str, str]) -> dict[str, str]:
-    """For between double quotes in JSON, TOML and YAML alike."""
+    """Escape for double-quoted strings in JSON, TOML and YAML alike."""
     return {name: json.dumps(text)[1:-1] for name, text in texts.items()}
 
 
@@ -25506,7 +25645,7 @@ def places_of(model: Model) -> dict[str, str]:
 def fill(
     recipe: Recipe, models: list[Model], url: str, key: str, main: Model, small: Model
 ) -> dict[str, str]:
-    """What stands in the places of a recipe's texts."""
+    """Values for a client's placeholders."""
 
     def spell(model: Model) -> str:
         wide = model.limit("max_context_window_tokens") >= 1000000
@@ -25543,7 +25682,8 @@ def variables_of(recipe: Recipe, values: Mapping[str, str]) -> list[tuple[str, s
 
 
 def settings_path(place: str, environ: Mapping[str, str]) -> str:
-    """Where a file of a recipe lies: '$CODEX_HOME:~/.codex//config.toml' -> its path here."""
+    """The path of a settings file: '$CODEX_HOME:~/.codex//config.toml' -> its path
+    here."""
     variable, _, usual = place.rpartition(":")
     folder, _, name = usual.partition("//")
     return os.path.join(environ.get(variable[1:]) or os.path.expanduser(folder), name)
@@ -25614,7 +25754,7 @@ def fill_file(
 def command_line(
     recipe: Recipe, values: Mapping[str, str], shell: str, single: bool = False
 ) -> str:
-    """What is typed: the variables and the client, `single`: in one line."""
+    """The command to type: variables and client; `single`: on one line."""
     export, join = SHELLS[shell][:2]
     run = [" ".join(quote_word(shell, word % values) for word in recipe.run.split())]
 
@@ -25724,7 +25864,7 @@ def merge_file(path: str, text: str) -> tuple[str, str]:
 
 
 def copy_text(text: str) -> str:
-    """To the clipboard -> a sentence about it."""
+    """Copy to the clipboard. Returns a sentence about the result."""
     import shutil
     import subprocess
 
@@ -25842,7 +25982,8 @@ def service_text(
 
 
 def probe_host(upstream: Upstream, url: str) -> Iterator[tuple[str, str, bool]]:
-    """(hop, what was found, is it well) for each step to a host; the first bad one is the last."""
+    """(hop, result, ok) for each step on the way to a host; the first failure is the
+    last entry."""
     proxy = upstream.proxy_for(url)
     far, near = urllib.parse.urlsplit(url), urllib.parse.urlsplit(proxy or url)
     host, gate = far.hostname or "", near.hostname or ""
@@ -25986,9 +26127,12 @@ ROUTES["/connect/*"] = {"GET": connect}
 
 
 def say(text: str = "") -> None:
-    """Lines for a person, flushed at once: start scripts wait for them.  What comes from outside
-    is escaped here; where it must not begin a line either, `printable` is used before.
-    Raises ClientGone when nobody reads (models | head), ProxyError when it cannot be written."""
+    """Print lines for a person and flush them at once, because start scripts wait for
+    them.
+
+    Text from outside is escaped here; use `printable` before where it must not begin a
+    line. Raises ClientGone if nobody reads (models | head), ProxyError if writing
+    fails."""
     try:
         sys.stdout.write(visible(text, keep="\n\t") + "\n")
         sys.stdout.flush()
@@ -26015,12 +26159,13 @@ def has_file(stream: Any) -> bool:
 
 
 class QueuedOutput:
-    """A text stream that keeps nobody waiting: standard output and standard error of a server.
+    """A text stream that never blocks its writer: standard output and standard error of
+    a server.
 
-    What is written goes into a bounded queue, and one thread hands it on.  While nobody takes it
-    (a full pipe, a stopped terminal) the queue fills, and lines that find no room are counted in
-    `lost`; so are those that a dead stream refuses.  `report(lines)` is called in that thread as
-    soon as the stream takes something again.  `_changed` guards the fields."""
+    Text goes into a bounded queue, and one thread writes it. If the reader stalls (a
+    full pipe, a stopped terminal) the queue fills, and lines without room are counted
+    in `lost`; so are lines that a dead stream refuses. `report(lines)` is called in
+    that thread once the stream accepts data again. `_changed` guards the fields."""
 
     def __init__(self, stream: Any, report: Callable[[int], None]) -> None:
         self.stream, self._report = stream, report
@@ -26036,7 +26181,7 @@ class QueuedOutput:
         self._thread.start()
 
     def close(self) -> None:
-        """Write what is left, unless nobody takes it."""
+        """Write the rest, unless the reader stalls."""
         with self._changed:
             self._ends_at = time.monotonic() + OUTPUT_END_S
             self._ending.set()
@@ -26177,7 +26322,7 @@ def print_code(code: DeviceCode) -> None:
 
 
 def port_refused(error: OSError, host: str, port: int, option: str) -> ProxyError:
-    """What to tell of a port that cannot be bound."""
+    """The message for a port that cannot be bound."""
     if error.errno == errno.EADDRINUSE:
         hint = (
             "another program (this one, too?) uses it; choose one with --port, 0 takes a "
@@ -26200,7 +26345,7 @@ def port_refused(error: OSError, host: str, port: int, option: str) -> ProxyErro
 
 
 def open_server(app: App) -> Server:
-    """Bind the ports.  Raises ProxyError that says what is in the way."""
+    """Bind the ports. Raises ProxyError with the reason of a failure."""
     settings = app.settings
     try:
         server = Server(app, ROUTES, settings.host.strip("[]"), settings.port)
@@ -26241,7 +26386,7 @@ def banner(server: Server) -> str:
 
 
 def json_banner(server: Server, notice: str) -> str:
-    """The same with --log-json: a line like those of the log."""
+    """The banner for --log-json: a line in the format of the log."""
     return json.dumps(
         {
             "level": "info",
@@ -26257,8 +26402,8 @@ def json_banner(server: Server, notice: str) -> str:
 
 
 def guard_door(app: App) -> str:
-    """Before the port opens: the key of --api-key auto -> what to tell of it, the key itself when
-    it is new.  Raises ConfigError where strangers could come in."""
+    """Create or look up the `--api-key auto` key; returns the line to print. Raises
+    ConfigError for a bind that strangers can reach without a key."""
     stored, text = (
         [key for key in app.accounts.keys.all() if key.made and not key.token],
         "",
@@ -26297,14 +26442,14 @@ def check_folder(path: str, flag: str) -> None:
 
 
 def wait_for_login(app: App) -> None:
-    """Until somebody is logged in, or the server ends."""
+    """Wait until somebody is logged in, or the server ends."""
     while app.login.account is None and not app.stop.wait(0.2):
         pass
 
 
 def look_up_models(app: App) -> None:
-    """The list of models ahead of the first request, where a flag names one: the log then tells
-    at the start of a name that is wrong, not when the quota is used up."""
+    """Fetch the list of models before the first request if a flag names a model, so
+    that a wrong name is logged at the start and not when the quota is used up."""
     wait_for_login(app)
     with contextlib.suppress(ProxyError):
         run(run(app.login.copilot()).models())
@@ -26357,8 +26502,8 @@ def model_for(models: list[Model], asked: str, patterns: tuple[str, ...]) -> Mod
 
 
 def ask_model(what: str, models: list[Model], patterns: tuple[str, ...]) -> Model:
-    """By number or name, until the answer can be used; an empty one takes the best.  Raises
-    ConfigError where there is no chat model."""
+    """Ask for a model by number or name until the answer is valid; an empty answer
+    takes the best. Raises ConfigError if there is no chat model."""
     best = model_for(models, "", patterns)
 
     while True:
@@ -26383,7 +26528,7 @@ def ask_model(what: str, models: list[Model], patterns: tuple[str, ...]) -> Mode
 
 
 def client_key(settings: Settings) -> str:
-    """A key that this server takes, as far as the settings tell."""
+    """A key that this server accepts, as far as the settings tell."""
     return next((key for key in settings.api_key if key != "auto"), "dummy")
 
 
@@ -26454,7 +26599,7 @@ def cmd_start(app: App, flags: argparse.Namespace) -> int:
 
 
 def list_logins(app: App) -> int:
-    """auth --list: who is logged in and which keys there are, never a token or key."""
+    """auth --list: the logins and the ids of the keys, never a token or key."""
     stored, keys = app.login.file.load(), app.accounts.keys.all()
 
     if stored:
@@ -26643,7 +26788,8 @@ def missing_models(app: App, models: list[Model]) -> list[str]:
 
 
 def price_of(model: Model) -> str:
-    """As the account reports it: USD per million tokens in/out, or the request multiplier."""
+    """The price as the account reports it: USD per million tokens in/out, or the
+    request multiplier."""
     price = price_entry(model) or {}
     if price.get("input") is not None and price.get("output") is not None:
         return "$%.2f/$%.2f" % (price["input"], price["output"])
@@ -26839,7 +26985,8 @@ def write_bundle(app: App, report: Json, path: str) -> None:
 
 
 def cmd_debug(app: App, flags: argparse.Namespace) -> int:
-    """What runs where; --network: is everything in reach; --health: does a server serve."""
+    """Print versions and places; --network checks every host, --health a running
+    server."""
     if flags.health is not None:
         return check_health(app, flags.health)
     report = debug_report(app)
@@ -26866,7 +27013,8 @@ def cmd_debug(app: App, flags: argparse.Namespace) -> int:
 
 
 def offered_models(app: App, url: str, key: str) -> list[Model]:
-    """What the running server lists; without one, what the login's account has."""
+    """The models that the running server lists; without a server, those of the stored
+    login."""
     try:
         status, answer, _, body = run(
             app.upstream.fetch_json(
@@ -26962,8 +27110,8 @@ TRIALS: Mapping[str, tuple[str, str, tuple[str | int, ...]]] = {
 
 
 def trial_words(data: bytes, place: tuple[str | int, ...]) -> str:
-    """The words of a stream that has a JSON value in each line.  Raises UpstreamError for one that
-    tells of an error."""
+    """The words of a stream with one JSON value per line. Raises UpstreamError for a
+    reported error."""
     words = ""
     for line in filter(None, data.splitlines()):
         piece: Any = loads(line[line.index(b"{") :])
@@ -27035,7 +27183,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def local_url(settings: Settings) -> str:
-    """Where a server with these settings serves, as a client on this machine writes it."""
+    """The URL of a server with these settings, for a client on this machine."""
     host = settings.host
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1"
@@ -27046,7 +27194,7 @@ def local_url(settings: Settings) -> str:
 
 
 def cmd_setup(app: App, flags: argparse.Namespace) -> int:
-    """What to paste for a client, or a service manager's unit."""
+    """Print the settings of a client, or a service manager's unit file."""
     settings, shell = app.settings, flags.shell or shell_of(app.environ)
 
     if flags.client not in [*CLIENTS, *SERVICES]:
@@ -27187,7 +27335,7 @@ class Parser(argparse.ArgumentParser):
         return [name for action in self._actions for name in action.option_strings]
 
     def refuse(self, rest: list[str]) -> NoReturn:
-        """For words of a command that it does not know."""
+        """Refuse unknown words of a command."""
         for word in rest:
             if word.startswith("-"):
                 name = word.partition("=")[0]
@@ -27408,7 +27556,7 @@ class RedactingFormatter(logging.Formatter):
         return visible(redact(super().formatMessage(record)))
 
     def format(self, record: logging.LogRecord) -> str:
-        """With the lines of a traceback below, if there is one, indented."""
+        """Format the record, with the indented lines of a traceback below."""
         text = visible(redact(super().format(record)), keep="\n")
         return text.replace("\n", "\n  ")
 
@@ -27453,7 +27601,7 @@ def set_up_logging(verbose: bool, as_json: bool) -> None:
 
 
 def queue_output(stack: contextlib.ExitStack) -> None:
-    """From here on nobody waits for who reads the output, until `stack` is closed."""
+    """Queue all output, so that nothing waits for its reader, until `stack` is closed."""
 
     def report(lines: int) -> None:
         log.warning("%d lines of the log are lost: nobody took them in time", lines)
@@ -27514,7 +27662,7 @@ def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int
 
 
 def flush_output() -> None:
-    """What argparse has printed."""
+    """Flush what argparse has printed."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
