@@ -2523,9 +2523,16 @@ class BodyDecoder:
         self.done = True
 
     def _feed_chunked(self, data: bytes) -> bytes:
+        is_at_size = self._state == "size"
+        if is_at_size and not self._tail:
+            line_end = data.find(b"\r\n", 0, 8)
+            size = _CHUNK_SIZES.get(data[:line_end])
+            if size == len(data) - line_end - 4 and data.endswith(b"\r\n"):
+                return data[line_end + 2 : -2]  # one chunk, as of most events
+
         data = self._tail + data if self._tail else data
         out: list[bytes] = []
-        if self._state == "size":
+        if is_at_size:
             at = self._whole_chunks(data, 0, out)
         else:
             at = 0
@@ -2885,8 +2892,15 @@ class DeltaTemplate:
         before, behind = self._before, self._behind
         if not before or not block.startswith(before) or not block.endswith(behind):
             return []
-        texts = block[len(before) : -len(behind)].split(behind + before)
-        if b'"' in b"".join(texts) or b'\\"' in block:
+        lines = block.split(
+            b"\n"
+        )  # by one byte: to split by more takes five times as long
+        start, stop = len(before), len(b"\n\n") - len(behind)
+        texts = [line[start:stop] for line in lines[:-1:2]]
+        if before + (behind + before).join(texts) + behind != block:
+            return []
+        together = b"".join(texts)
+        if b'"' in together or b"\\" in together and b'\\"' in block:
             return []
         return texts
 
@@ -2981,11 +2995,16 @@ class StreamRelay:
         return out
 
     def _block(self, block: bytes) -> bytes:
-        """Whole frames: those that need no look pass as they are."""
+        """Whole frames, some of which need a look: the others pass together.  Most often they are
+        the first or the last ones, so halves of the block are tried, and halves of these."""
+        frames = split_frames(block)
+        if len(frames) == 1:
+            return self._mend(frames[0])
+        half = len(frames) // 2
         out: list[bytes] = []
-        for raw in split_frames(block):
-            if not self.ended:
-                out.append(self._quick(raw) or self._mend(raw))
+        for part in (b"".join(frames[:half]), b"".join(frames[half:])):
+            if part and not self.ended:
+                out.append(self._quick(part) or self._block(part))
         return b"".join(out)
 
     def _quick(self, block: bytes) -> bytes:
@@ -6710,9 +6729,10 @@ class ResponsesStream(StreamRelay):
 
     def _is_plain(self, block: bytes) -> bool:
         """Are these all events of the open item, under its one id?"""
-        count = block.count(b"\n\n")
+        count = block.count(b"\ndata: ")
         return bool(
             self._marker
+            and block.count(b"\n") == 3 * count  # those of two bytes take long to count
             and block.count(self._marker) == count
             and block.count(b'"sequence_number":') == count
             and not self._ciphered
@@ -14733,24 +14753,32 @@ def send_now(sock: Any, data: Any) -> int:
 
 
 class Ready(Wait):
-    """Waits until a connection is readable or writable; the result is True."""
+    """Waits until a connection is readable or writable; the result is True.
+
+    consume: called instead of resuming the coroutine, which waits on while this
+    returns True. A stream has thousands of events, and its coroutine stands a dozen
+    calls deep. With it, timeout_s is the longest silence."""
 
     def __init__(
         self,
         connection: Connection,
         events: int = selectors.EVENT_READ,
         timeout_s: float = math.inf,
+        consume: Callable[[], bool] | None = None,
     ) -> None:
         self.connection, self.events, self.timeout_s = connection, events, timeout_s
+        self.consume = consume
 
     def begin(self, loop: Any, task: Any) -> None:
         self.connection.waiter = task
         loop.watch(self.connection, self.events)
 
     def block(self) -> bool:
-        return wait_ready(
-            self.connection, self.timeout_s, self.events == selectors.EVENT_WRITE
-        )
+        is_write = self.events == selectors.EVENT_WRITE
+        while wait_ready(self.connection, self.timeout_s, is_write):
+            if self.consume is None or not self.consume():
+                return True
+        return False
 
 
 class InThread(Wait):
@@ -15332,6 +15360,9 @@ class HttpConnection(Connection):
     async def secure(self) -> None:
         """Begin TLS, where it is spoken.  Raises OSError."""
 
+    def on_first_answer(self) -> None:
+        """The head of its first answer is there."""
+
     def on_event(self, mask: int) -> None:
         """An idle connection that can be read was closed by the upstream.  Another one is just
         not read now: its client is slow, or its request is in a thread."""
@@ -15369,6 +15400,31 @@ class HttpConnection(Connection):
             if more is not None:
                 return more
 
+    async def receive_into(
+        self, take: Callable[[bytes], bool], timeout_s: float
+    ) -> None:
+        """Give all that comes to `take`, b"" at the end, until that returns False.  Raises OSError;
+        UpstreamError 504 after a silence; what `take` raises."""
+
+        def consume() -> bool:
+            while True:
+                data = self.receive_now()
+                if data is None:
+                    return True
+                if not take(data):
+                    return False
+                if not self.has_more:
+                    return True
+
+        if self.received:
+            data, self.received = self.received, b""
+            if not take(data):
+                return
+        if self.has_more and not consume():
+            return
+        if not await wait(Ready(self, timeout_s=timeout_s, consume=consume)):
+            raise UpstreamError("the upstream was silent for too long", 504)
+
     def receive_now(self) -> bytes | None:
         """Non-blocking receive: None if no data is available, b"" at the end. Raises
         OSError. A TLS socket returns one record at a time, so a full one may be
@@ -15393,9 +15449,10 @@ class HttpConnection(Connection):
         """Send a request and wait for the head of the answer. Raises StaleConnection if
         a kept connection proves closed before the first byte, else UpstreamError."""
         try:
-            return UpstreamResponse(
-                await self._ask(request), self, request.method, pool
-            )
+            head = await self._ask(request)
+            if not self.idle_since:
+                self.on_first_answer()
+            return UpstreamResponse(head, self, request.method, pool)
         except StaleConnection as error:
             is_kept = self.idle_since > 0
             self.close()
@@ -15483,23 +15540,48 @@ class HttpConnection(Connection):
 
 
 class HttpsConnection(HttpConnection):
-    """An HttpConnection over TLS."""
+    """An HttpConnection over TLS.
+
+    sessions: the last TLS session with each server. Resuming it spares both sides
+    the certificate, which is most of a handshake; a server that no longer knows it
+    makes a new one."""
 
     default_port = 443
 
     def __init__(
-        self, host: str, names: HostNames | ImageFetcher, context: Any
+        self,
+        host: str,
+        names: HostNames | ImageFetcher,
+        context: Any,
+        sessions: dict[str, Any],
     ) -> None:
         super().__init__(host, names)
-        self._context = context
+        self._context, self._sessions = context, sessions
+        self._offered: Any = None
+
+    @property
+    def _server(self) -> str:
+        """Whom TLS is spoken with, behind whatever proxy."""
+        return self.tunnel or f"{self.host}:{self.port}"
 
     async def secure(self) -> None:
         name = self.tunnel.rpartition(":")[0] or self.host
         self.unwatch()  # the wrapped socket is another object
+        self._offered = self._sessions.get(self._server)
         self.sock = self._context.wrap_socket(
-            self.sock, do_handshake_on_connect=False, server_hostname=name
+            self.sock,
+            do_handshake_on_connect=False,
+            server_hostname=name,
+            session=self._offered,
         )
         await self.shake_hands(time.monotonic() + CONNECT_TIMEOUT_S)
+
+    def on_first_answer(self) -> None:
+        """TLS 1.3 gives a session only behind the handshake.  To take it costs as much as a third
+        of one, so of many connections that begin together the first one does it."""
+        is_newest = self._sessions.get(self._server) is self._offered
+        if is_newest and not self.sock.session_reused:
+            self._sessions[self._server] = self.sock.session
 
 
 class Pool:
@@ -15613,11 +15695,30 @@ class UpstreamResponse:
         try:
             data = await self.connection.receive(timeout_s)
         except OSError as error:
-            raise StreamCut(
-                f"the upstream broke the connection ({plain_reason(error)})",
-                code="upstream_stream_ended",
-            ) from None
+            raise self._broken(error) from None
         return self.take(data)
+
+    async def read_into(
+        self, use: Callable[[bytes], bool], timeout_s: float = ANSWER_TIMEOUT_S
+    ) -> None:
+        """Give the pieces of the body to `use`, until the last one or until it returns False.
+        Raises StreamCut, UpstreamError 504, and what `use` raises."""
+        assert self.connection is not None
+
+        def take(data: bytes) -> bool:
+            return use(self.take(data)) and not self._body.done
+
+        try:
+            await self.connection.receive_into(take, timeout_s)
+        except OSError as error:
+            raise self._broken(error) from None
+
+    @staticmethod
+    def _broken(error: OSError) -> StreamCut:
+        return StreamCut(
+            f"the upstream broke the connection ({plain_reason(error)})",
+            code="upstream_stream_ended",
+        )
 
     def take(self, data: bytes) -> bytes:
         """The payload in these bytes from the connection; b"" means that it has ended.
@@ -15743,6 +15844,7 @@ class ConnectionHandler(urllib.request.HTTPHandler, _SecureHandler):  # type: ig
     def __init__(self, names: HostNames, context: Callable[[], Any]) -> None:
         urllib.request.HTTPHandler.__init__(self)
         self._names, self._context = names, context
+        self._sessions: dict[str, Any] = {}
 
     def http_request(self, request: Any) -> Any:
         """There is nothing to add: each request writes its own headers."""
@@ -15760,7 +15862,9 @@ class ConnectionHandler(urllib.request.HTTPHandler, _SecureHandler):  # type: ig
 
     def https_open(self, req: Any) -> Any:
         """Directly, or through a proxy that speaks CONNECT."""
-        connection = HttpsConnection(req.host, self._names, self._context())
+        connection = HttpsConnection(
+            req.host, self._names, self._context(), self._sessions
+        )
         connection.tunnel = getattr(req, "_tunnel_host", None) or ""
         if connection.tunnel:
             connection.tunnel += "" if ":" in connection.tunnel else ":443"
@@ -16112,7 +16216,7 @@ class ImageFetcher:
         ):
             raise ValueError("only http and https URLs without a password are")
         if url.scheme == "https":
-            return HttpsConnection(url.netloc, self, self._tls_context())
+            return HttpsConnection(url.netloc, self, self._tls_context(), {})
         return HttpConnection(url.netloc, self)
 
     async def find(self, host: str, port: int) -> list[tuple[int, Any]]:
@@ -20653,9 +20757,8 @@ class Exchange:
 
     def frame(self, data: bytes) -> bytes:
         """Some bytes of the stream as they go over the wire, with the head before the first."""
-        self.log_body("answer", data)
-        if self.started and self.is_chunked:
-            return chunk(data)
+        if self.app.settings.log_bodies:
+            self.log_body("answer", data)
         head = b"" if self.started else self._stream_head()
         return head + (chunk(data) if self.is_chunked else data)
 
@@ -20680,16 +20783,25 @@ class Exchange:
         for the client that are there already. Raises ClientGone."""
         problem: ProxyError | None = None
         last = begun
+
+        def pass_on(data: bytes) -> bool:
+            """-> is more wanted now?  The last bytes wait for the end, to go out with it."""
+            nonlocal last
+            last += pipeline.feed(data)
+            if pipeline.ended or answer.done:
+                return False
+            if last:
+                self.write(last)
+                last = b""
+            return not self.client.is_slow
+
         try:
             while not (answer.done or pipeline.ended):
                 if last:
                     self.write(last)
                     last = b""
-                    if self.client.is_slow:
-                        await self.client.room()
-                last = pipeline.feed(
-                    await answer.read(self.app.settings.answer_timeout_s)
-                )
+                await self.client.room()
+                await answer.read_into(pass_on, self.app.settings.answer_timeout_s)
         except UpstreamError as error:
             problem = forget_frames(error)
         except (ClientGone, GeneratorExit):
@@ -21164,12 +21276,24 @@ class EventLoop:
 
     def _on_ready(self, connection: Connection, mask: int) -> None:
         task = connection.waiter
-        if task is not None:
-            connection.waiter = None
-            self._resume(task, True)
+        if task is None:
+            if not self._guard(connection.on_event, mask):
+                self._give_up(connection)
             return
-        if not self._guard(connection.on_event, mask):
-            self._give_up(connection)
+        if task.what.consume is not None and self._consume(task, task.what):
+            return
+        connection.waiter = None
+        self._resume(task, True)
+
+    def _consume(self, task: Task, what: Any) -> bool:
+        """Let it read what is there -> does the task wait on?"""
+        waits_on, error = outcome(what.consume)
+        if error is not None:
+            self.resume(task, what, None, error)
+            error = None  # its traceback leads to this very call
+            return True
+        task.deadline = self._now + what.timeout_s
+        return waits_on or task.what is not what
 
     def _guard(self, work: Callable[..., None], *items: Any) -> bool:
         """Call `work`; returns False if it failed. A fault of ours is logged, and the

@@ -20,7 +20,7 @@ Section of copilot_proxy.py and the test_*.py that hold it (others name theirs i
     10 Repairs          repairs bounds
     11 Settings         settings start_checks
     12 Storage          auth doors
-    13 Upstream HTTP    pool network cli upstream_heads waiting
+    13 Upstream HTTP    pool network cli upstream_heads waiting tls_sessions
     14 GitHub           auth machine_tokens refused_login
     15 Copilot          copilot calls auto identity limits refused_login
     16 History          history looks

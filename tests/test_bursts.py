@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import unittest
+from unittest import mock
 
 from support import cp
 
@@ -64,6 +65,47 @@ class ChatRunTest(unittest.TestCase):
         self.assertEqual(template.match_all(block), [b"a", b"b", b"c\\n"])
         self.assertEqual(template.match_all(block + b": comment\n\n" + event), [])
         self.assertEqual(template.match_all(block + self.EVENT % b'"a\\"b"'), [])
+
+
+class OddEventTest(unittest.TestCase):
+    """A block in which a few events need a look and hundreds do not."""
+
+    DELTA = (b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta",'
+             b'"sequence_number":%d,"item_id":"i1","output_index":0,"content_index":0,'
+             b'"delta":"x"}\n\n')
+    ODD = (b'event: response.content_part.done\ndata: {"type":"response.content_part.done",'
+           b'"sequence_number":%d,"item_id":"other","output_index":0,"content_index":0,'
+           b'"part":{"type":"output_text","text":"x","annotations":[]}}\n\n')
+    FIRST = (b'event: response.output_item.added\ndata: {"type":"response.output_item.added",'
+             b'"sequence_number":0,"output_index":0,"item":{"id":"i1","type":"message",'
+             b'"status":"in_progress","role":"assistant","content":[]}}\n\n')
+
+    def events(self, odd: set[int], count: int = 400) -> list[bytes]:
+        """Deltas, but for the numbers in `odd`."""
+        return [self.FIRST] + [(self.ODD if number in odd else self.DELTA) % number
+                               for number in range(1, count)]
+
+    def relay(self, blocks: list[bytes]) -> tuple[bytes, int]:
+        """(client bytes, how many blocks of whatever size were tried)"""
+        stream = cp.RESPONSES.stream("m", {})
+        with mock.patch.object(stream, "_quick", side_effect=stream._quick) as quick:
+            return b"".join(map(stream.feed, blocks)), quick.call_count
+
+    def test_the_others_pass_together_wherever_the_odd_ones_stand(self) -> None:
+        for odd in (set(), {2}, {399}, {200}, {3, 150, 151, 390}):
+            with self.subTest(odd=odd):
+                events = self.events(odd)
+                one_by_one, _ = self.relay(events)
+                together, tries = self.relay([b"".join(events)])
+                self.assertEqual(together, one_by_one)
+                self.assertLess(tries, 20 * (len(odd) + 2))
+
+    def test_an_event_without_the_id_is_not_taken_for_one_of_the_others(self) -> None:
+        """Events without a name line have two line ends, with one they have three."""
+        plain = [event.partition(b"\n")[2] for event in self.events({2, 3})[1:]]
+        one_by_one, _ = self.relay([self.FIRST, *plain[:4]])
+        together, _ = self.relay([self.FIRST, b"".join(plain[:4])])
+        self.assertEqual(together, one_by_one)
 
 
 if __name__ == "__main__":
