@@ -295,6 +295,11 @@ DEFER_S = (
     0.001  # what a request leaves to be recorded waits no longer for a quiet moment
 )
 LOG_TIME = "%H:%M:%S"
+#: client, model, route, status, tokens, credits, times
+LOG_COLUMNS = "%-14.14s %-24s %-11s %3d %13s %11s %12s"
+LOG_COLOURS = {30: "33", 40: "31", 50: "31"}  # level -> of the terminal: yellow, red
+#: one of these is set where a console of Windows obeys escape sequences
+ANSI_VARIABLES = ("WT_SESSION", "ANSICON", "ConEmuANSI", "TERM", "TERM_PROGRAM")
 SLICE_S, MAX_SLICE_S = 0.001, 0.008  # of computing between two looks at the streams
 ACCEPTED_AT_ONCE = 16  # connections in one round of the loop
 SPARE_FILES = 32  # kept free for logins, history, the pool
@@ -17774,6 +17779,7 @@ def with_credits(value: Json) -> Json:
     return value
 
 
+@functools.lru_cache(maxsize=HEADS_KEPT)
 def client_name(agent: str | None) -> str | None:
     """The program behind a User-Agent, without its version: an update is no other client."""
     if not agent:
@@ -19091,26 +19097,78 @@ def log_time(second: int) -> str:
     return time.strftime(LOG_TIME, time.localtime(second))
 
 
+def is_console(stream: Any, environ: Mapping[str, str]) -> bool:
+    """Is it a terminal that obeys escape sequences?"""
+    try:
+        is_terminal = stream.isatty()
+    except (ValueError, AttributeError):
+        return False
+    if environ.get("TERM") == "dumb":
+        return False
+    if os.name == "nt" and not any(environ.get(name) for name in ANSI_VARIABLES):
+        return False
+    return bool(is_terminal)
+
+
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
     """The log of the command line.  The lines of requests come ready, several at a time: to make a
-    LogRecord of each and to format it takes longer than all the rest of the accounting."""
+    LogRecord of each and to format it takes longer than all the rest of the accounting.
 
-    @staticmethod
-    def line(level: int, text: str) -> str:
-        """Format a line as RedactingFormatter does. text: one line, already redacted."""
+    On a terminal warnings, errors and failed requests have a colour, unless NO_COLOR is set, and
+    below the log stands a status, which `show` replaces."""
+
+    def __init__(self, stream: Any, environ: Mapping[str, str]) -> None:
+        super().__init__(stream)
+        self._is_console = is_console(stream, environ)
+        self._has_colours = self._is_console and not environ.get("NO_COLOR")
+        self._status = ""
+
+    def line(self, level: int, text: str, colour_of: int) -> str:
+        """Format a line as RedactingFormatter does.  text: one line, already redacted;
+        colour_of: the level whose colour it has."""
         letter = logging.getLevelName(level)[0]
-        return f"{log_time(int(time.time()))} {letter} {visible(text)}\n"
+        line = f"{log_time(int(time.time()))} {letter} {visible(text)}"
+        return self._painted(line, colour_of) + "\n"
+
+    def _painted(self, line: str, level: int) -> str:
+        if self._has_colours and level in LOG_COLOURS:
+            return f"\x1b[{LOG_COLOURS[level]}m{line}\x1b[0m"
+        return line
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Colours come last: the formatter lets no escape sequence through."""
+        return self._painted(super().format(record), record.levelno)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Above the status."""
+        self._write("\r\x1b[K" * bool(self._status))
+        super().emit(record)
+        self._write(self._status)
 
     def write_lines(self, lines: str) -> None:
         """Write ready lines; a stream that is dead or closed fails no request."""
         self.acquire()
         try:
-            self.stream.write(lines)
-            self.flush()
-        except (OSError, ValueError):
-            pass
+            self._write("\r\x1b[K" * bool(self._status) + lines + self._status)
         finally:
             self.release()
+
+    def show(self, status: str) -> None:
+        """What goes on, in one line below the log, '' for nothing.  Not seen in a file or pipe."""
+        if not self._is_console:
+            return
+        self.acquire()
+        try:
+            self._status = visible(status)
+            self._write("\r\x1b[K" + self._status)
+        finally:
+            self.release()
+
+    def _write(self, text: str) -> None:
+        if text:
+            with contextlib.suppress(OSError, ValueError):
+                self.stream.write(text)
+                self.flush()
 
 
 def line_handler(log: logging.Logger) -> LogHandler | None:
@@ -19150,6 +19208,14 @@ class Notes:
         if self.more:
             listed.append(f"+{self.more} more")
         return ", ".join(listed)
+
+
+def token_text(row: Json) -> str:
+    """'prompt+output' of a row, '' where none are known."""
+    prompt = [row[name] for name in COUNTS[:3] if row[name] is not None]
+    if prompt:
+        return "%d+%d" % (sum(prompt), row["output"] or 0)
+    return ""
 
 
 @dataclass
@@ -19366,36 +19432,69 @@ class RequestRecord:
             "upstream_id": self.upstream_id,
         }
 
-    def log_line(self, row: Json) -> str:
-        """One line for the log.  The target's query is left out, it may hold anything."""
-        asked, path = self.asked, self.asked.path
+    def _path(self) -> str:
+        """For the log: without the query, which may hold anything, and without a key."""
+        path = self.asked.path
         if path.startswith("/auth/tokens/"):
-            path = path[:21]  # the rest may be a whole key
-        model = printable(asked.model, 60) or "-"
-        if self.model is not None and asked.model not in ("", self.model.id):
+            path = path[:21]
+        return "%s %s" % (printable(self.asked.method, 20), printable(path, 80))
+
+    def _models(self) -> str:
+        """'asked->used', '' when none was asked for."""
+        asked = self.asked.model
+        model = printable(asked, 60)
+        if self.model is not None and asked not in ("", self.model.id):
             model += "->" + printable(self.model.id, 60)
+        return model
 
-        tokens = "-"
-        prompt = [row[name] for name in COUNTS[:3] if row[name] is not None]
-        if prompt:
-            tokens = "%d+%d" % (sum(prompt), row["output"] or 0)
-
+    def log_line(self, row: Json) -> str:
+        """One line for a log that programs read: names with values."""
         parts = [
             self.id[:8],
-            printable(asked.method, 20),
-            printable(path, 80),
-            "model=" + model,
+            self._path(),
+            "model=" + (self._models() or "-"),
             "route=" + self.route,
             "status=%d" % self.status,
             "first=%.0fms" % self.first_byte_ms,
             "total=%.0fms" % row["total_ms"],
-            "tokens=" + tokens,
+            "tokens=" + (token_text(row) or "-"),
         ]
         if row["nano_aiu"] is not None:
             parts.append("credits=%.4g" % (row["nano_aiu"] / NANO))
         if self.failure:
             parts.append("error=" + printable(self.failure))
         return redact(" ".join(parts))
+
+    def console_line(self, row: Json) -> str:
+        """One line for people, aligned, what matters first: client, model (or what is asked for
+        where there is none), route, status, tokens, credits, first byte and total."""
+        asked = self._path()
+        models = self._models()
+        tokens = token_text(row)
+        if tokens:
+            tokens += " tok"
+
+        credits_ = ""
+        if row["nano_aiu"] is not None:
+            credits_ = "%.4f cr" % (row["nano_aiu"] / NANO)
+        elif row["estimate"] is not None:
+            credits_ = "~%.4f cr" % (row["estimate"] / NANO)
+
+        columns = LOG_COLUMNS % (
+            client_name(self.asked.agent) or "-",
+            models or asked,
+            self.route,
+            self.status,
+            tokens,
+            credits_,
+            "%.0f/%.0f ms" % (self.first_byte_ms, row["total_ms"]),
+        )
+        parts = [columns, self.id[:8]]
+        if models:
+            parts.append(asked)
+        if self.failure:
+            parts.append("error: " + printable(self.failure))
+        return redact("  ".join(parts))
 
 
 class Ledger:
@@ -19487,10 +19586,18 @@ class Ledger:
             self._log_request(level, record, row)
 
     def _log_request(self, level: int, record: RequestRecord, row: Json) -> None:
-        log, text = self._log, record.log_line(row)
-        if line_handler(log) is not None:
-            self._lines.append(LogHandler.line(level, text))
+        log, handler = self._log, line_handler(self._log)
+        if handler is not None:
+            colour_of = logging.INFO
+            if 400 <= record.status < 500:
+                colour_of = logging.WARNING
+            elif record.status >= 500 or record.failure:
+                colour_of = logging.ERROR
+            line = handler.line(level, record.console_line(row), colour_of)
+            self._lines.append(line)
             return
+
+        text = record.log_line(row)
         # as log.info would, but without its search for the caller's line in each request
         extra = {"row": row}
         log.handle(log.makeRecord(log.name, level, "", 0, text, (), None, extra=extra))
@@ -27712,7 +27819,7 @@ def set_up_logging(verbose: bool, as_json: bool) -> None:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(JsonFormatter())
     else:
-        handler = LogHandler(sys.stderr)
+        handler = LogHandler(sys.stderr, os.environ)
         form = "%(asctime)s %(levelname).1s %(message)s"
         handler.setFormatter(RedactingFormatter(form, LOG_TIME))
     log = logging.getLogger("copilot_proxy")
