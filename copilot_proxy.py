@@ -15,7 +15,8 @@ file, thread, clock or random number, so they can be read and tested by themselv
      3 Errors              one class per kind of failure, one table of their names on the wire
      4 Helpers             JSON, redaction, unwrapping of upstream errors
      5 Vocabulary          Usage, Model, Request, Response, events: common to all dialects
-     6 Framing             HTTP heads, bodies and server-sent events, bytes in, values out
+     6 Framing             HTTP heads, bodies, server-sent events and the frames of a WebSocket:
+                           bytes in, values out
      7 Dialects            ChatCompletions, Responses, Messages: rules, streams, translation;
                            Gemini and Ollama: for clients alone
      8 Transcript care     histories mended, prompt cache marked, images, compaction
@@ -28,7 +29,7 @@ file, thread, clock or random number, so they can be read and tested by themselv
     15 Copilot             the short-lived token, the model catalogue, a call and its retries
     16 History             the table of requests, lanes of quotas, events for the page
     17 Policy              keys and accounts, limits, approval by hand, budget, counts
-    18 HTTP server         the event loop, connections, requests, answers, streams
+    18 HTTP server         the event loop, connections, requests, answers, streams, WebSocket
     19 Page                what a browser shows
     20 Endpoints           Job, one short function per route, the table of routes
     21 Demo                a make-believe GitHub and Copilot inside this process
@@ -47,6 +48,9 @@ All of this is one coroutine for each connection (`async def`, without asyncio).
 drives them in one thread; what may block goes to a few others.  Who waits for what, and who owns a
 connection, is drawn at EventLoop, HttpConnection and ClientConnection; what is tried again, at
 Attempts; the stages of a request, at Job.
+
+A WebSocket's messages are requests that go the same way from Handler on: each event of the answer
+is a frame there.
 
 Where client and model speak the same dialect a StreamRelay mends bytes; else it is made of a
 StreamDecoder (upstream bytes to neutral events) and a StreamEncoder (events to client bytes).
@@ -87,6 +91,7 @@ if sys.version_info < OLDEST_PYTHON:
 
 import argparse
 import base64
+import codecs
 import collections
 import contextlib
 import datetime
@@ -224,6 +229,7 @@ PASSED_HEADERS = (
     "openai-processing-ms",
 )
 QUOTA_PREFIXES = ("x-quota-snapshot-", "x-usage-ratelimit-")
+ERROR_EVENT_HEADERS = ("retry-after", "retry-after-ms", "x-should-retry")
 PASSED_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-", *QUOTA_PREFIXES)
 EXPOSED_HEADERS = (  # that pages of --cors-origin may read, beside those of the answer
     "x-request-id",
@@ -285,6 +291,11 @@ IDLE_CLIENT_S = 75.0  # between two requests of one connection
 BODY_STALL_S = 30.0  # a request body without any progress
 BODY_BYTES_PER_S = 16 * 1024  # and the slowest whole that is waited for
 SEND_TIMEOUT_S = 60.0  # a client that takes nothing
+SOCKET_LIFE_S = 3600.0  # of a WebSocket, as at OpenAI: its clients connect anew
+SOCKET_QUEUE = 8  # requests that wait on a WebSocket while one is answered
+SOCKET_KEPT = 8  # answers that requests on the same WebSocket may go on from
+MAX_FRAGMENTS = 65536  # of one message
+SIDE_FRAMES_PER_MINUTE = 600  # of a WebSocket: pings and others that no answer follows
 WORKER_IDLE_S = 10.0  # then an idle worker thread ends
 MAX_WORKERS, WORKER_QUEUE = 6, 256  # threads for what may block; what may wait for one
 INLINE_BYTES = 128 * 1024  # a larger body is parsed in a thread
@@ -641,6 +652,15 @@ class AuthError(ProxyError):
     """Nobody is logged in, or GitHub refuses the login."""
 
     status = 401
+
+
+class BadFrame(BadRequest):
+    """What a client sends on its WebSocket breaks RFC 6455, or a limit.  It ends the connection
+    with this close code."""
+
+    def __init__(self, message: str, close_code: int) -> None:
+        super().__init__(message)
+        self.close_code = close_code
 
 
 class RateLimited(ProxyError):
@@ -2290,9 +2310,9 @@ def fold(events: Iterable[Event]) -> Response:
 
 
 # ==== 6. Framing ==================================================================================
-# HTTP heads, bodies and server-sent events: bytes in, values out.  No socket is known here, so
-# every reader is tested whole, cut anywhere, and one byte at a time.  Strict where a lenient
-# reading would let two parties see two different requests.
+# HTTP heads, bodies, server-sent events and WebSocket frames: bytes in, values out.  No socket is
+# known here, so every reader is tested whole, cut anywhere, and one byte at a time.  Strict where a
+# lenient reading would let two parties see two different requests.
 
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
 _FIELD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00\r\n]*"
@@ -2788,6 +2808,255 @@ class SSEDecoder:
     def _frames(block: bytes) -> list[Frame]:
         frames = [Frame.parse(raw) for raw in split_frames(block)]
         return [frame for frame in frames if frame.data]
+
+
+# ---- WebSocket, RFC 6455: the server's side, without extensions ----
+
+CONTINUATION, TEXT_FRAME, CLOSE_FRAME, PING_FRAME, PONG_FRAME = 0, 1, 8, 9, 10
+#: why a connection is closed
+NORMAL, GOING_AWAY, PROTOCOL_ERROR, NO_TEXT, NOT_UTF8, POLICY, TOO_LARGE = (
+    1000,
+    1001,
+    1002,
+    1003,
+    1007,
+    1008,
+    1009,
+)
+MAX_CONTROL_BYTES = 125
+_SOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{21}[AQgw]==")  # 16 bytes
+_SOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+
+
+def accept_key(head: RequestHead) -> str:
+    """Sec-WebSocket-Accept for a handshake.  Raises BadRequest: 426 for another version, 400."""
+    headers = head.headers
+    if head.minor == 0 or "upgrade" not in headers.get("connection", "").lower():
+        raise BadRequest("a WebSocket needs HTTP/1.1 and Connection: Upgrade")
+    if headers.get("sec-websocket-version") != "13":
+        raise BadRequest(
+            "only version 13 of WebSocket is spoken here",
+            426,
+            headers={"Sec-WebSocket-Version": "13", "Upgrade": "websocket"},
+        )
+
+    key = headers.get("sec-websocket-key", "")
+    if not _SOCKET_KEY.fullmatch(key):
+        raise BadRequest("Sec-WebSocket-Key must be 16 bytes in base64")
+    digest = hashlib.sha1((key + _SOCKET_GUID).encode()).digest()
+    return base64.b64encode(digest).decode()
+
+
+def socket_frame_head(kind: int, size_bytes: int) -> bytes:
+    """What goes before the payload of a whole frame from the server, which is not masked."""
+    first = 0x80 | kind
+    if size_bytes <= MAX_CONTROL_BYTES:
+        return bytes((first, size_bytes))
+    if size_bytes < 1 << 16:
+        return struct.pack(">BBH", first, 126, size_bytes)
+    return struct.pack(">BBQ", first, 127, size_bytes)
+
+
+def socket_frame(kind: int, payload: bytes = b"") -> bytes:
+    """(TEXT_FRAME, b"abc") -> b"\x81\x03abc" """
+    return socket_frame_head(kind, len(payload)) + payload
+
+
+def close_frame(code: int, reason: str = "") -> bytes:
+    """The last frame; the reason is cut to what fits."""
+    payload = struct.pack(">H", code) + printable(reason, 100).encode(
+        "ascii", "replace"
+    )
+    return socket_frame(CLOSE_FRAME, payload)
+
+
+_PLAIN_EVENT = re.compile(rb"(?m)^event: [^\n]*\ndata: ([^\n]*)\n\n")
+#: heads of the usual texts by their size: a look-up beats a call
+_TEXT_HEADS = [socket_frame_head(TEXT_FRAME, size) for size in range(4096)]
+
+
+def text_frames(block: bytes) -> bytes:
+    """Whole server-sent events as text frames, the data of one in each; comments are left out.
+    b'event: a\\ndata: {}\\n\\n' -> b'\\x81\\x02{}'.  A burst has hundreds of events, and the
+    usual ones take no step of their own."""
+    if not block.isascii():
+        block = block.decode("utf-8", "replace").encode()
+    texts = _PLAIN_EVENT.findall(block)
+    if 3 * len(texts) != block.count(b"\n"):
+        frames = map(Frame.parse, split_frames(block))
+        texts = [frame.data for frame in frames if frame.data]
+
+    sizes = list(map(len, texts))
+    pieces = [b""] * (2 * len(texts))
+    if max(sizes, default=0) < len(_TEXT_HEADS):
+        pieces[::2] = map(_TEXT_HEADS.__getitem__, sizes)
+    else:
+        pieces[::2] = [socket_frame_head(TEXT_FRAME, size) for size in sizes]
+    pieces[1::2] = texts
+    return b"".join(pieces)
+
+
+class FrameHead(NamedTuple):
+    """Of one frame of a client.  is_last: of its message; end: where its payload begins."""
+
+    kind: int
+    is_last: bool
+    size_bytes: int
+    key: bytes
+    end: int
+
+
+def parse_frame_head(data: bytes, at: int) -> FrameHead | None:
+    """The head that begins at `at`, None while it is not whole.  Raises BadFrame."""
+    if len(data) < at + 2:
+        return None
+    first, second = data[at], data[at + 1]
+    kind, is_last, size = first & 15, first > 127, second & 127
+    is_control = kind in (CLOSE_FRAME, PING_FRAME, PONG_FRAME)
+    if first & 0x70:
+        raise BadFrame("reserved bits are set: no extension is spoken", PROTOCOL_ERROR)
+    if second < 128:
+        raise BadFrame("frames of a client must be masked", PROTOCOL_ERROR)
+    if kind == 2:
+        raise BadFrame("binary messages are not taken: send text", NO_TEXT)
+    if kind not in (CONTINUATION, TEXT_FRAME) and not is_control:
+        raise BadFrame("there is no frame of kind %d" % kind, PROTOCOL_ERROR)
+    if is_control and not (is_last and size <= MAX_CONTROL_BYTES):
+        raise BadFrame("a control frame must be short and whole", PROTOCOL_ERROR)
+
+    end, least = at + 6, 0
+    if size > MAX_CONTROL_BYTES:
+        more, least = {126: (2, 126), 127: (8, 1 << 16)}[size]
+        size = int.from_bytes(data[at + 2 : at + 2 + more], "big")
+        end += more
+    if len(data) < end:
+        return None
+    if size < least:
+        raise BadFrame("a length is written in more bytes than needed", PROTOCOL_ERROR)
+    return FrameHead(kind, is_last, size, data[end - 4 : end], end)
+
+
+def unmask(data: bytes, key: bytes) -> bytes:
+    """Each byte XOR the one of the 4 bytes of `key` whose turn it is: one operation on two long
+    integers, where a loop would take a thousand times as long."""
+    size = len(data)
+    mask = (key * (size // 4 + 1))[:size]
+    number = int.from_bytes(data, "little") ^ int.from_bytes(mask, "little")
+    return number.to_bytes(size, "little")
+
+
+def close_code_of(payload: bytes) -> int:
+    """The code in a client's close frame, NORMAL where it has none.  Raises BadFrame."""
+    if not payload:
+        return NORMAL
+    code = int.from_bytes(payload[:2], "big")
+    is_known = code in (1000, 1001, 1002, 1003) or 1007 <= code <= 1014
+    if len(payload) < 2 or not (is_known or 3000 <= code < 5000):
+        raise BadFrame("a close frame with no valid code", PROTOCOL_ERROR)
+    try:
+        payload[2:].decode()
+    except ValueError:
+        raise BadFrame("the reason of a close frame is not UTF-8", NOT_UTF8) from None
+    return code
+
+
+class SocketMessage(NamedTuple):
+    """A whole message of a client, or one of its control frames."""
+
+    kind: int
+    data: bytes
+
+
+class SocketDecoder:
+    """The frames of a client.  `feed(data)` gives the messages that are whole by now: texts, their
+    fragments joined, and control frames, which may come between the fragments.  It holds at most
+    a frame's head and MAX_BODY_BYTES of a message; a size is checked before anything of that size
+    is there.  Raises BadFrame for what RFC 6455 forbids; what follows cannot be read then."""
+
+    def __init__(self) -> None:
+        self._tail = b""  # an incomplete head
+        self._frame: FrameHead | None = None  # that is being read
+        self._left = 0  # bytes of it that are to come
+        self._control = b""  # what has come of a control frame
+        self._text = bytearray()  # what has come of a message
+        self._fragments = 0  # frames of it
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+
+    @property
+    def size_bytes(self) -> int:
+        """What has come of a message that is not whole."""
+        return len(self._text)
+
+    @property
+    def is_midway(self) -> bool:
+        """Is something begun that is not whole?"""
+        return bool(self._tail or self._fragments or self._frame)
+
+    def feed(self, data: bytes) -> list[SocketMessage]:
+        """The messages that these bytes end."""
+        data, self._tail = self._tail + data, b""
+        found: list[SocketMessage] = []
+        at = 0
+        while True:
+            frame = self._frame
+            if frame is None:
+                frame = parse_frame_head(data, at)
+                if frame is None:
+                    self._tail = data[at:]
+                    return found
+                self._begin(frame)
+                at = frame.end
+
+            piece = data[at : at + self._left]
+            self._take(piece, frame)
+            at += len(piece)
+            if self._left:
+                return found
+            found += self._end(frame)
+
+    def _begin(self, frame: FrameHead) -> None:
+        if frame.kind == TEXT_FRAME and self._fragments:
+            raise BadFrame("a message begins inside another", PROTOCOL_ERROR)
+        if frame.kind == CONTINUATION and not self._fragments:
+            raise BadFrame("a fragment continues nothing", PROTOCOL_ERROR)
+        if frame.kind in (TEXT_FRAME, CONTINUATION):
+            self._fragments += 1
+            if len(self._text) + frame.size_bytes > MAX_BODY_BYTES:
+                raise BadFrame(
+                    "a message is larger than %d bytes" % MAX_BODY_BYTES, TOO_LARGE
+                )
+            if self._fragments > MAX_FRAGMENTS:
+                raise BadFrame(
+                    "a message has more than %d parts" % MAX_FRAGMENTS, POLICY
+                )
+        self._frame, self._left = frame, frame.size_bytes
+
+    def _take(self, piece: bytes, frame: FrameHead) -> None:
+        turn = (frame.size_bytes - self._left) % 4
+        plain = unmask(piece, frame.key[turn:] + frame.key[:turn])
+        self._left -= len(piece)
+        if frame.kind not in (TEXT_FRAME, CONTINUATION):
+            self._control += plain
+            return
+
+        self._text += plain
+        try:
+            self._utf8.decode(plain, frame.is_last and not self._left)
+        except ValueError:
+            raise BadFrame("a text is not UTF-8", NOT_UTF8) from None
+
+    def _end(self, frame: FrameHead) -> list[SocketMessage]:
+        """The frame is whole -> what it ends."""
+        self._frame = None
+        if frame.kind not in (TEXT_FRAME, CONTINUATION):
+            control, self._control = self._control, b""
+            return [SocketMessage(frame.kind, control)]
+        if not frame.is_last:
+            return []
+
+        text, self._text, self._fragments = self._text, bytearray(), 0
+        self._utf8.reset()
+        return [SocketMessage(TEXT_FRAME, bytes(text))]
 
 
 # ==== 7. Dialects =================================================================================
@@ -7128,6 +7397,45 @@ class Responses(Dialect):
         super().check_answer(answer)
         if answer.get("status") in ("failed", "cancelled"):
             raise told_error(answer)
+
+    def error_event(self, error: ProxyError) -> Json:
+        """An error as a WebSocket is sent it: OpenAI's SDKs read the fields at the top, Codex the
+        status (older ones `status_code`), `error` and the headers."""
+        about = dict(self.error_body(error, "")["error"])
+        about["code"] = error.code or error.response_code
+        headers = {
+            name: str(value)
+            for name, value in error.headers.items()
+            if name.lower() in ERROR_EVENT_HEADERS
+        }
+
+        return {
+            "type": "error",
+            "status": error.status,
+            "status_code": error.status,
+            "error": about,
+            "code": about["code"],
+            "message": about["message"],
+            "param": about["param"],
+            "sequence_number": 0,
+            "headers": headers,
+        }
+
+    def tell_whole(self, answer: Json) -> bytes:
+        """A whole answer as the events of a stream, as many as clients need."""
+        begun = dict(answer, status="in_progress", output=[], usage=None)
+        events: list[Json] = [{"type": "response.created", "response": begun}]
+        for at, item in enumerate(as_list(answer.get("output"))):
+            for kind in ("added", "done"):
+                kind = "response.output_item." + kind
+                events.append({"type": kind, "output_index": at, "item": item})
+        last = "response.%s" % (answer.get("status") or "completed")
+        events.append({"type": last, "response": answer})
+
+        return b"".join(
+            Frame(event["type"], dumps(dict(event, sequence_number=number))).encode()
+            for number, event in enumerate(events)
+        )
 
     # -- to and from neutral words.  A turn of the assistant is a run of items, each text a message
     # -- item of its own; system turns at the head are `instructions`.
@@ -14247,6 +14555,7 @@ class Settings:
     idle_client_s: float = IDLE_CLIENT_S
     head_timeout_s: float = HEAD_TIMEOUT_S
     body_stall_s: float = BODY_STALL_S
+    socket_life_s: float = SOCKET_LIFE_S
     answer_timeout_s: float = ANSWER_TIMEOUT_S
     catalogue_age_s: float = CATALOGUE_AGE_S
 
@@ -18810,8 +19119,9 @@ class ResponseStore:
     Bounded in number, bytes and age; the oldest are dropped first. owner: who may use a
     response. `_lock` guards the fields."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = STORE_COUNT) -> None:
         self._lock = threading.Lock()
+        self._most = most
         self._kept: collections.OrderedDict[
             tuple[str, str], KeptResponse
         ]  # (owner, id) ->
@@ -18825,7 +19135,7 @@ class ResponseStore:
             self._drop((owner, response_id))
             self._kept[owner, response_id] = kept
             self._size += kept.size_bytes
-            while self._size > STORE_BYTES or len(self._kept) > STORE_COUNT:
+            while self._size > STORE_BYTES or len(self._kept) > self._most:
                 self._drop(next(iter(self._kept)))
 
     def _drop(self, key: tuple[str, str]) -> bool:
@@ -19073,6 +19383,8 @@ def label_of(path: str) -> str:
     return LABELS.get(path) or METHOD_LABELS.get(gemini_method(path), "")
 
 
+#: the method of a request that came over a WebSocket, in the log
+SOCKET_METHOD = "WS"
 #: what the page sends with everything it fetches to show it
 PAGE_HEADER = "x-copilot-proxy-page"
 #: GET of these shows how the proxy is; an open page and monitors do it again and again
@@ -19285,7 +19597,10 @@ class RequestRecord:
         cls, method: str, path: str, headers: Headers, at: float
     ) -> RequestRecord:
         """A request has come in."""
-        label = label_of(path) if method == "POST" else ""
+        if method in ("POST", SOCKET_METHOD):
+            label = label_of(path)
+        else:
+            label = ""
         agent = printable(headers.get("user-agent", "").partition(" ")[0], 60) or None
         by_page = headers.get(PAGE_HEADER) == "1" and not label
         is_look = by_page or (method == "GET" and path in LOOK_PATHS)
@@ -20284,6 +20599,17 @@ def make_server_context(settings: Settings) -> Any:
     return context
 
 
+SocketEndpoint = Callable[[Any], Work]  # gets a SocketExchange
+
+
+def is_acknowledgement(text: bytes) -> bool:
+    """Does a message only say that an answer was read?  Some clients send it."""
+    if len(text) > 1000 or b"response.processed" not in text:
+        return False
+    value, _ = outcome(loads, text)
+    return as_object(value).get("type") == "response.processed"
+
+
 class News(Wait):
     """Waits until a client has sent data, has hung up, or has taken what was sent to
     it."""
@@ -20306,6 +20632,9 @@ class ClientConnection(Connection):
     not tell it from one that has closed, so something harmless is sent to it at once: whoever has
     closed answers with a reset.  That is a keep-alive of the stream, or before the answer its
     first bytes, which are always the same (PROBE).  Over TLS the end of sending is the end.
+
+    After a handshake the requests are messages of a WebSocket (`socket`), which looks at all that
+    comes as soon as it is there.
 
     ahead: read, but not used yet; out: to be sent, not taken yet."""
 
@@ -20334,6 +20663,7 @@ class ClientConnection(Connection):
         self.at_end = False  # the client sends no more
         self.sent_at = time.monotonic()  # when the client took something last
         self._news: tuple[News, Any] | None = None
+        self.socket: WebSocket | None = None  # behind its handshake
 
     @property
     def is_full(self) -> bool:
@@ -20361,11 +20691,24 @@ class ClientConnection(Connection):
             self._flush()
         if mask & selectors.EVENT_READ and self.sock is not None:
             self.fill()
+            self._hand_over()
         self._watch()
+        self.wake()
 
+    def wake(self) -> None:
+        """Whoever waits for news looks again."""
         if self._news is not None:
             (what, task), self._news = self._news, None
             self.loop.resume(task, what, True)
+
+    def _hand_over(self) -> None:
+        """What has come on a WebSocket is looked at at once."""
+        if self.socket is None or self.socket.is_over or self.sock is None:
+            return
+        data, self.ahead = self.ahead, b""
+        self.socket.feed(data)
+        if self.at_end:
+            self.leave()
 
     def expect(self, what: News, task: Any) -> None:
         """The coroutine waits for news."""
@@ -20435,6 +20778,10 @@ class ClientConnection(Connection):
     def on_tick(self, now: float) -> None:
         """Time-dependent work while a request is being answered."""
         exchange = self.exchange
+        if self.socket is not None:
+            self.socket.on_tick(now)
+        if self.sock is None:
+            return
         if self.out:
             if now - self.sent_at >= SEND_TIMEOUT_S:
                 self.leave()
@@ -20450,6 +20797,20 @@ class ClientConnection(Connection):
         """The client has gone: throw ClientGone into its coroutine."""
         self.out.clear()
         self.loop.cancel(self.task, ClientGone())
+
+    def dismiss(self) -> None:
+        """The server serves no further request here."""
+        if self.socket is None:
+            self.leave()
+        else:
+            self.socket.end(GOING_AWAY, "the proxy is shutting down")
+
+    def give_up_request(self) -> None:
+        """The request that is answered is not wanted any more, or none will come."""
+        if self.exchange is None:
+            self.wake()
+        else:
+            self.loop.cancel(self.task, ClientGone())
 
     # -- what its coroutine does
 
@@ -20512,6 +20873,23 @@ class ClientConnection(Connection):
 
         self.is_idle, self.is_used = False, True
         return self._take_head()
+
+    def open_socket(self, socket: WebSocket) -> None:
+        """From here on requests come as messages."""
+        self.socket = socket
+
+    async def read_message(self, socket: WebSocket) -> bytes | None:
+        """The next request on a WebSocket, None when there will be none.  Raises ClientGone."""
+        self.is_idle = True
+        self._hand_over()  # what came with the handshake
+        while not socket.is_over:
+            if self.at_end:
+                raise ClientGone
+            if socket.has_message:
+                break
+            await wait(News(self, math.inf))
+        self.is_idle = False
+        return socket.next_message()
 
     def _take_head(self) -> bytes:
         end = self.ahead.find(b"\r\n\r\n")
@@ -20580,6 +20958,160 @@ class ClientConnection(Connection):
         sock, self.sock = self.sock, None
         with contextlib.suppress(OSError):
             sock.close()
+
+
+class WebSocket:
+    """The messages of a client behind a handshake: each is a request, and they are answered one
+    after the other, as those of any connection are.
+
+    The loop hands over whatever comes, also while a request is answered (`feed`): so a ping gets
+    its pong at once, a client that leaves ends its request, and what it asks meanwhile waits, up
+    to SOCKET_QUEUE requests and MAX_BODY_BYTES in all.  Nothing is read behind the last frame
+    (`end`).  The loop's thread alone uses it.
+
+    kept: the answers that a request here may name; head: of each request, as of the handshake;
+    endpoint: that answers them."""
+
+    def __init__(
+        self, client: ClientConnection, head: RequestHead, endpoint: SocketEndpoint
+    ) -> None:
+        headers = head.headers.copy()
+        for name in ("connection", "x-initiator"):  # it would count for all requests
+            headers.pop(name, None)
+        self.head = RequestHead(SOCKET_METHOD, head.target, 1, headers)
+        self.endpoint = endpoint
+        self.kept = ResponseStore(SOCKET_KEPT)
+        self.is_over = False
+        self._client = client
+        self._decoder = SocketDecoder()
+        self._waiting: collections.deque[bytes] = collections.deque()
+        self._ends_at = time.monotonic() + client.settings.socket_life_s
+        self._begun_at = math.inf  # when the message that is not whole began
+        self._minute_at, self._side_frames = 0.0, 0  # since then
+        self._prepared: tuple[str, Json] = "", {}
+
+    # -- what the loop reports
+
+    def feed(self, data: bytes) -> None:
+        """These bytes have come."""
+        try:
+            for message in self._decoder.feed(data):
+                if not self.is_over:
+                    self._take(message)
+        except BadFrame as error:
+            self.end(error.close_code, str(error))
+        except ClientGone:
+            self._client.leave()
+
+        if not self._decoder.is_midway:
+            self._begun_at = math.inf
+        elif self._begun_at == math.inf:
+            self._begun_at = time.monotonic()
+
+    def _take(self, message: SocketMessage) -> None:
+        if message.kind == CLOSE_FRAME:
+            self.end(close_code_of(message.data))
+        elif message.kind == PING_FRAME:
+            self._count_side_frame()
+            if not self._client.is_slow:
+                self._client.send(socket_frame(PONG_FRAME, message.data))
+        elif message.kind == PONG_FRAME or is_acknowledgement(message.data):
+            self._count_side_frame()
+        else:
+            self._begun_at = math.inf
+            self._put(message.data)
+
+    def _count_side_frame(self) -> None:
+        now = time.monotonic()
+        if now - self._minute_at >= 60:
+            self._minute_at, self._side_frames = now, 0
+        self._side_frames += 1
+        if self._side_frames > SIDE_FRAMES_PER_MINUTE:
+            raise BadFrame("too many frames that ask nothing", POLICY)
+
+    def _put(self, text: bytes) -> None:
+        size_bytes = len(text) + sum(map(len, self._waiting))
+        if len(self._waiting) < SOCKET_QUEUE and size_bytes <= MAX_BODY_BYTES:
+            self._waiting.append(text)
+            return
+        self._count_side_frame()
+        self.send_error(
+            RateLimited(
+                "at most %d requests wait on one WebSocket: wait for the answers"
+                % SOCKET_QUEUE,
+                code="too_many_requests",
+            )
+        )
+
+    def on_tick(self, now: float) -> None:
+        """What depends on time."""
+        client, settings = self._client, self._client.settings
+        late = self._begun_at + settings.body_stall_s
+        late += self._decoder.size_bytes / BODY_BYTES_PER_S
+
+        if self.is_over:
+            return
+        if now >= late:
+            self.end(POLICY, "the message came too slowly")
+        elif now >= self._ends_at and client.is_idle:
+            self._expire()
+        elif not client.out and now - client.sent_at >= settings.keepalive_s:
+            try:
+                client.send(socket_frame(PING_FRAME))
+            except ClientGone:
+                client.leave()
+
+    # -- what its coroutine does
+
+    @property
+    def has_message(self) -> bool:
+        """Does a request wait?"""
+        return bool(self._waiting)
+
+    def next_message(self) -> bytes | None:
+        """The next request, None when there will be none."""
+        if self.is_over:
+            return None
+        if time.monotonic() >= self._ends_at:
+            self._expire()
+            return None
+        return self._waiting.popleft()
+
+    def prepare(self, response_id: str, fields_: Json) -> None:
+        """What a request said that was only to prepare another, which may leave it out."""
+        self._prepared = response_id, fields_
+
+    def prepared_for(self, response_id: Any) -> Json:
+        """The same for a request that names it."""
+        if response_id == self._prepared[0]:
+            return self._prepared[1]
+        return {}
+
+    def send_error(self, error: ProxyError) -> None:
+        """An error as a frame; the connection stays.  Raises ClientGone."""
+        event = dumps(RESPONSES.error_event(error))
+        self._client.send(socket_frame(TEXT_FRAME, event))
+
+    def _expire(self) -> None:
+        with contextlib.suppress(ClientGone):
+            self.send_error(
+                BadRequest(
+                    "a WebSocket lasts %d minutes: connect again"
+                    % (SOCKET_LIFE_S // 60),
+                    code="websocket_connection_limit_reached",
+                )
+            )
+        self.end(NORMAL, "connect again")
+
+    def end(self, code: int, reason: str = "") -> None:
+        """Send the last frame and read no more.  A request that is being answered is given up."""
+        if self.is_over:
+            return
+        self.is_over = True
+        self._waiting.clear()
+        with contextlib.suppress(ClientGone):
+            self._client.send(close_frame(code, reason))
+        self._client.give_up_request()
 
 
 async def drain(answer: UpstreamResponse) -> None:
@@ -20722,6 +21254,11 @@ class Exchange:
         """Has a byte of the answer gone out?"""
         return self.record.status != 0
 
+    @property
+    def store(self) -> ResponseStore:
+        """Where the answers are that the request may name."""
+        return self.app.store
+
     # -- the request
 
     def answer_in(self, dialect: Dialect) -> None:
@@ -20812,6 +21349,14 @@ class Exchange:
 
     def reply_json(self, value: Any, status: int = 200) -> None:
         self.reply(dumps(value), status)
+
+    def open_socket(self, accept: str, endpoint: SocketEndpoint) -> None:
+        """Answer a handshake.  What follows on the connection is a WebSocket."""
+        fields_ = [("Upgrade", "websocket"), ("Connection", "Upgrade")]
+        fields_.append(("Sec-WebSocket-Accept", accept))
+        self.keep_alive = True
+        self._send(self._head(101, "", fields_))
+        self.client.open_socket(WebSocket(self.client, self.head, endpoint))
 
     def fail(self, error: ProxyError) -> None:
         """Render the error in the dialect of the route."""
@@ -20992,6 +21537,60 @@ class Exchange:
                 )
             except OSError as error:
                 self.app.log.warning("--log-bodies: %s", plain_reason(error))
+
+
+class SocketExchange(Exchange):
+    """A request that came over a WebSocket, and its answer: each event of a stream is a text frame
+    here.  There are no headers, and an error can be told at any time: it is a frame, too."""
+
+    def __init__(
+        self, client: ClientConnection, socket: WebSocket, body: bytes, app: App
+    ) -> None:
+        super().__init__(client, socket.head, app)
+        self.body = body
+        self.socket = socket
+
+    @property
+    def store(self) -> ResponseStore:
+        """Answers on this very connection."""
+        return self.socket.kept
+
+    def reply(
+        self, body: bytes, status: int = 200, kind: str = "application/json"
+    ) -> None:
+        """A whole answer as the events of a stream.  Raises ClientGone."""
+        self.write(RESPONSES.tell_whole(as_object(loads(body))))
+
+    def fail(self, error: ProxyError) -> None:
+        """A frame of its own.  Raises ClientGone."""
+        self.record.fail(error)
+        error.args = (self.record.failure,)
+        if not self.started:
+            self.record.begin_answer(error.status)
+        self.socket.send_error(error)
+
+    def refuse(self, error: ProxyError) -> None:
+        """The same, whatever was sent before."""
+        self.fail(error)
+
+    def ping(self) -> None:
+        """The WebSocket sends its own."""
+
+    def probe(self) -> None:
+        """Who sends no more on a WebSocket has left it.  Raises ClientGone."""
+        raise ClientGone
+
+    def frame(self, data: bytes) -> bytes:
+        """Some events of the stream as they go over the wire."""
+        self.log_body("answer", data)
+        if not self.started:
+            self.record.begin_answer(200)
+            self.app.ledger.show_running(self.record)
+        return text_frames(data)
+
+    def frame_end(self, last: bytes = b"") -> bytes:
+        """The last ones; no frame says that there are no more."""
+        return self.frame(last)
 
 
 Endpoint = Callable[[Exchange], Optional[Work]]  # None where it is through already
@@ -21520,6 +22119,9 @@ class Handler:
 
     async def handle(self, exchange: Exchange) -> None:
         """Check the request, read its body, call its endpoint.  Raises ProxyError, ClientGone."""
+        if isinstance(exchange, SocketExchange):
+            await self._handle_message(exchange)
+            return
         head, length, chunked = exchange.head, 0, True  # until we know better
         try:
             length, chunked = head.body_form()
@@ -21546,6 +22148,14 @@ class Handler:
         work = endpoint(exchange)
         if work is not None:
             await work
+
+    async def _handle_message(self, exchange: SocketExchange) -> None:
+        """The same for a request on a WebSocket: its key may have been taken back meanwhile."""
+        self._check_browser(exchange)
+        self._check_key(exchange)
+        exchange.log_body("request", exchange.body)
+        await wait(NextTurn())
+        await exchange.socket.endpoint(exchange)
 
     async def _read_body(self, exchange: Exchange, length: int, chunked: bool) -> None:
         head, client = exchange.head, exchange.client
@@ -21818,15 +22428,15 @@ class Server(ThreadingHTTPServer):
     async def _serve_one(self, client: ClientConnection) -> bool:
         """Read a request and answer it.  False: the connection is over."""
         problem: BadRequest | None = None
+        exchange: Exchange | None = None
         try:
-            raw = await client.read_head()
-            if not raw:
-                return False
-            head = parse_request_head(raw)
+            exchange = await self._next_request(client)
         except BadRequest as error:
-            problem, head = error, RequestHead("GET", "/", 1, {"connection": "close"})
+            head = RequestHead("GET", "/", 1, {"connection": "close"})
+            problem, exchange = error, Exchange(client, head, self.app)
+        if exchange is None:
+            return False
 
-        exchange = Exchange(client, head, self.app)
         client.exchange = exchange
         self._running[exchange] = None
         self.app.ledger.begin(exchange.record)
@@ -21837,9 +22447,26 @@ class Server(ThreadingHTTPServer):
             self.end(exchange)
         if exchange.keep_alive and not self.app.stop.is_set():
             return True
-        if is_refused:
+        if client.socket is not None:
+            client.dismiss()
+        if is_refused or client.socket is not None:
             await client.linger()
         return False
+
+    async def _next_request(self, client: ClientConnection) -> Exchange | None:
+        """None when there will be none.  Raises BadRequest, ClientGone."""
+        socket_ = client.socket
+        if socket_ is None:
+            raw = await client.read_head()
+            if not raw:
+                return None
+            return Exchange(client, parse_request_head(raw), self.app)
+
+        text = await client.read_message(socket_)
+        if text is None:
+            await client.linger()
+            return None
+        return SocketExchange(client, socket_, text, self.app)
 
     async def _answer(self, exchange: Exchange, problem: BadRequest | None) -> bool:
         """Every error is rendered here and nowhere else.  -> was it refused?"""
@@ -21926,7 +22553,7 @@ class Server(ThreadingHTTPServer):
         """No further requests; running ones go on."""
         for client in list(self.loop.clients):
             if client.is_idle:
-                client.leave()
+                client.dismiss()
 
     def _end_running(self) -> None:
         for exchange in list(self._running):
@@ -23174,7 +23801,7 @@ async def read_beginning(
 async def put_in_kept(exchange: Exchange, owner: str, body: Json) -> bool:
     """ResponseStore.expand, in a thread: what a small request names may be large."""
     size_bytes = len(exchange.body)
-    store = exchange.app.store
+    store = exchange.store
     if not store.is_named(body):
         return False
     work = functools.partial(store.expand, owner, body, size_bytes)
@@ -23187,6 +23814,18 @@ def is_search_alone(body: Json) -> bool:
     tools = as_list(body.get("tools"))
     kinds = [str(as_object(tool).get("type")) for tool in tools]
     return bool(kinds) and all(kind.startswith(SEARCH_TOOLS) for kind in kinds)
+
+
+def keep_in(
+    stores: list[ResponseStore],
+    owner: str,
+    request: bytes,
+    response_id: str,
+    answer: bytes,
+) -> None:
+    """Keep an answer wherever it may be asked for."""
+    for store in stores:
+        store.put(owner, request, response_id, answer)
 
 
 class Job:
@@ -23270,9 +23909,13 @@ class Job:
             if await put_in_kept(exchange, owner, body):
                 exchange.put_body(rewrite(body, exchange.body))
             if body.get("store") is not False:
-                self.keep = functools.partial(
-                    exchange.app.store.put, owner, exchange.body
-                )
+                stores = [exchange.app.store]
+            else:
+                stores = []
+            if exchange.store is not exchange.app.store:
+                stores.append(exchange.store)
+            if stores:
+                self.keep = functools.partial(keep_in, stores, owner, exchange.body)
 
         return body
 
@@ -23671,14 +24314,79 @@ async def complete(dialect: Dialect, exchange: Exchange) -> None:
     await Job(exchange, dialect).run()
 
 
-def refuse_websocket(exchange: Exchange) -> None:
-    """Codex asks for a WebSocket first and falls back to HTTP when told so at once."""
-    if "upgrade" in exchange.head.headers:
-        exchange.keep_alive = False
-        raise BadRequest("WebSockets are not served here: use plain HTTP", 426)
-    raise BadRequest(
-        "GET is not possible here, only POST", 405, headers={"Allow": "POST"}
-    )
+SOCKET_ENDPOINT = "ws:/responses"  # as models list it
+#: what a request takes over from the one that prepared it
+PREPARED_FIELDS = ("instructions", "tools")
+
+
+def forget_answer(exchange: SocketExchange, previous: Any) -> None:
+    """A request has failed: at OpenAI none may go on from what it named, so clients send all."""
+    account = exchange.record.account
+    if account is not None:
+        exchange.store.delete(owner_of(exchange, account), str(previous))
+
+
+async def prepare_response(exchange: SocketExchange, job: Job, body: Json) -> None:
+    """A request that the next one goes on from (`generate: false`).  Copilot takes none such: it
+    is answered here, and kept."""
+    fields_ = {name: body[name] for name in PREPARED_FIELDS if name in body}
+    echo = RESPONSES.echo_of(body)
+    await job.begin(body)
+    request = Request(str(body["model"]), now=int(time.time()), echo=echo)
+    answer = empty_response(request, response_id(None, exchange.id), 0)
+    answer.update(status="completed", usage=openai_usage(None, "input", "output"))
+    if job.keep is not None:
+        job.keep(answer["id"], dumps(answer))
+    exchange.socket.prepare(answer["id"], fields_)
+    exchange.reply_json(answer)
+
+
+async def create_response(exchange: SocketExchange) -> None:
+    """`response.create` on a WebSocket: as POST /responses, always as a stream."""
+    exchange.answer_in(RESPONSES)
+    body = await exchange.read_json()
+    kind = body.pop("type", None)
+    if kind != "response.create":
+        raise BadRequest(
+            "there is no event %s here, only response.create"
+            % printable(str(kind), 60),
+            code="unsupported_websocket_event",
+            param="type",
+        )
+
+    for name in ("background", "stream_id"):
+        body.pop(name, None)
+    initiator = body.pop("initiator", None)
+    if initiator in ("user", "agent"):
+        exchange.record.begin_by(initiator)
+    is_preparation = body.pop("generate", None) is False
+    previous = body.get("previous_response_id")
+    body = {**exchange.socket.prepared_for(previous), **body, "stream": True}
+    rewritten = functools.partial(rewrite, body, exchange.body)
+    exchange.put_body(await exchange.compute(rewritten, len(exchange.body)))
+
+    job = Job(exchange, RESPONSES)
+    try:
+        if is_preparation:
+            await prepare_response(exchange, job, body)
+        else:
+            await job.serve(body)
+    except ProxyError:
+        forget_answer(exchange, previous)
+        raise
+    if exchange.record.failure:
+        forget_answer(exchange, previous)
+
+
+def open_socket(exchange: Exchange) -> None:
+    """GET /responses: a WebSocket, for clients that ask for one as Codex and VS Code do."""
+    if exchange.head.headers.get("upgrade", "").lower() != "websocket":
+        raise BadRequest(
+            "GET is possible here for a WebSocket only, else POST",
+            405,
+            headers={"Allow": "POST"},
+        )
+    exchange.open_socket(accept_key(exchange.head), create_response)
 
 
 async def fetch_count(
@@ -24350,6 +25058,13 @@ def price_entry(model: Model) -> Json | None:
     return None
 
 
+def served_endpoints(model: Model) -> list[str]:
+    """Where the upstream serves a model.  A WebSocket is served here where any of the dialects is,
+    else it is left out: VS Code would open one."""
+    is_served = any(dialect.path in model.endpoints for dialect in DIALECTS.values())
+    return [name for name in model.endpoints if is_served or name != SOCKET_ENDPOINT]
+
+
 def model_entry(model: Model) -> Json:
     """One model so that the OpenAI and the Anthropic SDKs both parse it."""
     found = re.search(r"(20\d\d)-(\d\d)-(\d\d)", str(model.entry.get("version") or ""))
@@ -24374,7 +25089,7 @@ def model_entry(model: Model) -> Json:
         "kind": model.kind,
         "state": model.state,
         "picker_enabled": model.picker,
-        "supported_endpoints": list(model.endpoints),
+        "supported_endpoints": served_endpoints(model),
         "vision": model.supports.get("vision"),
         "context_window": model.limit("max_context_window_tokens") or None,
         "max_input_tokens": model.limit("max_prompt_tokens") or None,
@@ -25003,7 +25718,7 @@ ROUTES: dict[str, Mapping[str, Endpoint]] = {
     "/chat/completions": {"POST": functools.partial(complete, CHAT)},
     "/responses": {
         "POST": functools.partial(complete, RESPONSES),
-        "GET": refuse_websocket,
+        "GET": open_socket,
     },
     "/responses/input_tokens": {"POST": count_input},
     COMPACT_PATH: {"POST": functools.partial(complete, RESPONSES)},

@@ -1,8 +1,9 @@
 """What the tests share: a proxy in this process, the command line as a subprocess, a raw client.
 
 Every test imports this module first; it puts the root of the repository on the path.  Bases of
-test cases and doubles stand in cases.py, bodies and streams of the dialects in wire.py, the
-make-believe service in fake_upstream.py (test_fake_upstream.py), figures of the file in gauges.py.
+test cases and doubles stand in cases.py, bodies and streams of the dialects in wire.py, a client
+of WebSockets in socket_client.py, the make-believe service in fake_upstream.py
+(test_fake_upstream.py), figures of the file in gauges.py.
 
 Section of copilot_proxy.py and the test_*.py that hold it (others name theirs in their docstring):
 
@@ -11,7 +12,7 @@ Section of copilot_proxy.py and the test_*.py that hold it (others name theirs i
      3 Errors           helpers answers
      4 Helpers          helpers escapes numbers json_bounds patterns
      5 Vocabulary       laws
-     6 Framing          framing fuzz
+     6 Framing          framing websocket fuzz
      7 Dialects         requests whole_answers streams laws matrix translate clients normalise
                         answers tools wishes capabilities gemini ollama bounds fuzz client_fuzz
                         hostile sdk sessions
@@ -25,10 +26,11 @@ Section of copilot_proxy.py and the test_*.py that hold it (others name theirs i
     15 Copilot          copilot calls auto identity limits refused_login
     16 History          history looks
     17 Policy           admission budget deferred doors ledger limits record
-    18 HTTP server      server relay loop waiting attacks freezing let_go hosts doors fuzz
-                        hostile
+    18 HTTP server      server websocket relay loop waiting attacks freezing let_go hosts doors
+                        fuzz hostile
     19 Page             browser
-    20 Endpoints        endpoints translate server gemini ollama azure search
+    20 Endpoints        endpoints translate server websocket gemini ollama azure
+                        search
     21 Demo             cli
     22 Setup            setup setups readme
     23 Commands         cli auth network output today

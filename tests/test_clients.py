@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import socket
 import struct
 import sys
 import threading
@@ -18,6 +17,7 @@ from typing import Any
 
 from support import Proxy, ProxyCase, Reply, chat, cp, message, response, wait_until
 from fake_upstream import CHAT, COUNT_TOKENS, MESSAGES, RESPONSES, Answer
+from socket_client import Socket
 from wire import chunk, read_body, sse, user, whole_of
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -598,14 +598,12 @@ class Codex(ClientCase):
         self.assertEqual((reply.status, reply.json["models"]), (200, []))
         self.assertIn(CODEX, [model["id"] for model in reply.json["data"]])
 
-    def test_a_websocket_is_refused_at_once(self) -> None:
-        with socket.create_connection(("127.0.0.1", self.proxy.port), timeout=5) as sock:
-            sock.sendall(b"GET /v1/responses HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n"
-                         b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
-                         b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
-            data = b"".join(iter(lambda: sock.recv(65536), b""))
-        self.assertTrue(data.startswith(b"HTTP/1.1 426 "), data[:80])
-        self.assertIn(b"plain HTTP", data)
+    def test_its_websocket_is_served(self) -> None:
+        with Socket(self.proxy.port, *("%s: %s" % pair for pair in self.HEADERS.items())) as opened:
+            events = opened.turn(response("hi", generate=False, store=False))
+            warm = events[-1]["response"]["id"]
+            events = opened.turn(response("hi", store=False), previous_response_id=warm)
+        self.assertEqual(events[-1]["type"], "response.completed")
 
     def test_compressed_requests(self) -> None:
         packed = gzip.compress(json.dumps(response("hi")).encode())
