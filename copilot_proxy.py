@@ -3560,7 +3560,20 @@ def content_parts(body: Json) -> Iterator[Json]:
             for part in content:
                 if isinstance(part, dict):
                     yield part
-                    yield from filter(as_object, as_list(part.get("content")))
+                    if "content" in part or "source" in part:
+                        yield from _inner_parts(part)
+
+
+def _inner_parts(part: Json) -> Iterator[Json]:
+    """The parts of a tool's result and those of a document that has parts of its own, in order."""
+    todo = [part]
+    while todo:
+        holder = todo.pop()
+        if holder is not part:
+            yield holder
+        inner = dicts_in(holder, "content")
+        inner += dicts_in(as_object(holder.get("source")), "content")
+        todo += reversed(inner)
 
 
 FILE_TYPES = ("file", "input_file", "document")
@@ -3586,6 +3599,7 @@ class Dialect:
     stop_key = ""  # of the body: where stop sequences are; "": it has none
     system_key = ""  # of the body: where the system text is; "": in the turns
     own_parts: frozenset[str] = frozenset()  # the kinds of its content parts
+    own_result_parts: frozenset[str] = frozenset()  # ... and of a tool's result alone
     shared_fields: tuple[str, ...] = (
         OPENAI_FIELDS  # top-level, the same in OpenAI's dialects
     )
@@ -4405,7 +4419,8 @@ def _read_source(part: Json, place: str, request: Request) -> list[Part]:
     if not source and isinstance(part.get("data"), str):  # as servers of MCP write it
         media_type = part.get("mimeType") or part.get("media_type")
         source = {"type": "base64", "media_type": media_type, "data": part["data"]}
-    if source.get("type") == "content":
+    if source.get("type") == "content":  # of which no upstream is known that takes it
+        request.lose("document.source", "its parts are sent in its place")
         title = word(part.get("title"))
         if title:
             heading: list[Part] = [Text(title + ":")]
@@ -5928,7 +5943,7 @@ class ChatCompletions(Dialect):
                 self._prepare_message(edit, model, message, "messages[%d]" % at)
             self._move_tool_images(edit)
 
-        prepare_tools(edit, lambda tool: "type" in tool)  # Gemini's tools have none
+        prepare_tools(edit, lambda tool: tool.get("type") in ("function", "custom"))
         self._prepare_max_tokens(edit, model)
 
     @staticmethod
@@ -6025,6 +6040,8 @@ class ChatCompletions(Dialect):
             if "custom" in tool:
                 return tool
             return {"type": "custom", "custom": freeform}
+        if not function:
+            function = function_of(client_tool(tool) or tool)
         if not function:
             return tool
         shaped: Json = {"type": "function", "function": function}
@@ -7334,6 +7351,8 @@ class Responses(Dialect):
                 return dict({"type": "custom"}, **freeform)
             return tool
         is_flat = tool.get("type") == "function" and "function" not in tool
+        if not function:
+            function = function_of(client_tool(tool) or tool)
         if function and not (is_flat and "input_schema" not in tool):
             return dict({"type": "function"}, **function)
         return tool
@@ -8343,6 +8362,75 @@ class MessagesStream(StreamRelay):
         return self._fail(error, raw if is_own and not error.overflow else b"")
 
 
+class FoundTools(NamedTuple):
+    """What a history may say to a model that finds tools by itself, see `TOOL_BETA`.
+
+    names: of tools that are loaded later; searches: ids of the upstream's own searches, whose
+    results name no other tools.  Both are empty for models that find none: to them it is text."""
+
+    names: frozenset[str] = frozenset()
+    searches: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, body: Json, model: Model) -> FoundTools:
+        if not model.can("tool_search"):
+            return cls()
+        tools = dicts_in(body, "tools")
+        names = {str(tool.get("name")) for tool in tools if tool.get("defer_loading")}
+        if not any(str(tool.get("type")).startswith(TOOL_SEARCH) for tool in tools):
+            return cls(frozenset(names))
+
+        begun: set[str] = set()
+        ended: set[str] = set()
+        for block in content_parts(body):
+            kind = block.get("type")
+            if kind == "server_tool_use":
+                begun.add(str(block.get("id")))
+            elif kind == "tool_search_tool_result":
+                found = dicts_in(as_object(block.get("content")), "tool_references")
+                if all(str(tool.get("tool_name")) in names for tool in found):
+                    ended.add(str(block.get("tool_use_id")))
+        return cls(frozenset(names), frozenset(begun & ended))
+
+    def knows(self, block: Json) -> bool:
+        """May the block go up as it is?"""
+        kind = block.get("type")
+        if kind == "tool_reference":
+            return str(block.get("tool_name")) in self.names
+        if kind == "server_tool_use":
+            return str(block.get("id")) in self.searches
+        return kind == "tool_search_tool_result" and (
+            str(block.get("tool_use_id")) in self.searches
+        )
+
+
+def _told_block(edit: Edit, block: Any, found: FoundTools) -> Any:
+    """A block of a tool that an upstream ran as text, since this one does not run it."""
+    kind = str(as_object(block).get("type"))
+    is_served = kind in ("server_tool_use", "tool_reference") or (
+        kind != "tool_result" and kind.endswith("_tool_result")
+    )
+    if not is_served or found.knows(block):
+        return block
+    edit.lose(kind, "sent as text")
+    inner = block.get("input", block.get("content", block.get("tool_name")))
+    shown = dumps(inner).decode("utf-8", "replace")
+    return {"type": "text", "text": "[%s] %s" % (kind, shown)}
+
+
+def tell_found_tools(edit: Edit) -> bool:
+    """All blocks about tools that are loaded later as text -> were there any?"""
+    is_changed = False
+    for message in dicts_in(edit.body, "messages"):
+        for holder in [message, *dicts_in(message, "content")]:
+            blocks = holder.get("content")
+            if isinstance(blocks, list):
+                told = [_told_block(edit, block, FoundTools()) for block in blocks]
+                edit.replace(holder, "content", told)
+                is_changed |= any(a is not b for a, b in zip(told, blocks))
+    return is_changed
+
+
 #: blocks that one role alone may have
 _BLOCK_ROLES = {"tool_use": "assistant", "tool_result": "user"}
 
@@ -8390,8 +8478,10 @@ class Messages(Dialect):
             "redacted_thinking",
             "server_tool_use",
             "web_search_tool_result",
+            "tool_search_tool_result",
         )
     )
+    own_result_parts = frozenset(("tool_reference",))
     cache_mark = "cache_control"
     schema_key = "input_schema"
     shared_fields = ()
@@ -8440,11 +8530,15 @@ class Messages(Dialect):
         self._prepare_system(edit)
         if any(m.get("role") in SYSTEM_ROLES for m in messages):
             edit.replace(body, "messages", self._fold_system_turns(messages))
+        found = FoundTools.of(body, model)
         for at, message in enumerate(body["messages"]):
             if len(message) > 2:
                 self._drop_answer_fields(edit, message, at)
             if isinstance(message.get("content"), list):
-                blocks = [self._fit_block(edit, b, at) for b in message["content"]]
+                blocks = [
+                    self._fit_block(edit, block, at, found)
+                    for block in message["content"]
+                ]
                 edit.replace(message, "content", [b for b in blocks if b is not None])
 
         self._drop_empty_turns(edit)
@@ -8565,7 +8659,7 @@ class Messages(Dialect):
         return folded[:-1]
 
     @staticmethod
-    def _fit_block(edit: Edit, block: Any, at: int) -> Json | None:
+    def _fit_block(edit: Edit, block: Any, at: int, found: FoundTools) -> Json | None:
         """The block in a form that every backend accepts, or None if it is empty."""
         place = "messages[%d].content" % at
         if not isinstance(block, dict):
@@ -8598,19 +8692,12 @@ class Messages(Dialect):
                     param=place,
                 )
 
-        if kind == "server_tool_use" or kind.endswith("_tool_result"):
-            edit.lose(kind, "sent as text")
-            shown = dumps(block.get("input", block.get("content"))).decode(
-                "utf-8", "replace"
-            )
-            return {"type": "text", "text": "[%s] %s" % (kind, shown)}
-
         if kind == "tool_result" and isinstance(block.get("content"), list):
-            Messages._fit_result(edit, block)
-        return block
+            Messages._fit_result(edit, block, found)
+        return as_object(_told_block(edit, block, found))
 
     @staticmethod
-    def _fit_result(edit: Edit, block: Json) -> None:
+    def _fit_result(edit: Edit, block: Json, found: FoundTools) -> None:
         """Parts of a result: without empty texts, and a cache mark only on the whole result."""
         kept: list[Any] = []
         for part in block["content"]:
@@ -8620,7 +8707,7 @@ class Messages(Dialect):
             if mark:
                 edit.set(block, "cache_control", mark)
             if part.get("type") != "text" or part.get("text"):
-                kept.append(part)
+                kept.append(_told_block(edit, part, found))
         edit.replace(block, "content", kept)
 
     @staticmethod
@@ -11142,6 +11229,10 @@ def rewrite_part(
 
 def shape_content(edit: Edit, client: Dialect, item: Json, place: str) -> None:
     """The parts of one item, each in the client's own shape."""
+    own_parts = client.own_parts
+    if item.get("type") == "tool_result":
+        own_parts |= client.own_result_parts
+
     for key in ("content", "output"):
         parts = item.get(key)
         if isinstance(parts, dict):
@@ -11150,9 +11241,9 @@ def shape_content(edit: Edit, client: Dialect, item: Json, place: str) -> None:
             continue
         shaped: list[Any] = []
         for part in parts:
-            is_own = (
-                isinstance(part, dict) and str(part.get("type")) in client.own_parts
-            )
+            is_own = isinstance(part, dict) and str(part.get("type")) in own_parts
+            if is_own and "source" in part:
+                is_own = as_object(part["source"]).get("type") != "content"
             if is_own and (part.get("source") or "data" not in part):
                 if part.get("type") == "tool_result":
                     shape_content(edit, client, part, place)
@@ -13466,30 +13557,34 @@ def drop_images(plan: Plan, marks: str = "") -> bool:
     return bool(gone)
 
 
+_CLIENTS_OWN = ("custom", "namespace", *CLIENT_TOOLS)  # the client runs these
+
+
 def drop_tool(plan: Plan, name: str) -> bool:
-    """Remove a hosted tool unless it is forced; turn freeform tools into functions."""
+    """Remove a hosted tool unless it is forced; turn freeform tools into functions.  Repairs are
+    few: the second refusal of a request removes all hosted tools that are not forced."""
     tools = list(map(as_object, as_list(plan.edit.body.get("tools"))))
-    hosted = [
+    others = [
         tool
         for tool in tools
-        if name in (tool.get("type"), tool.get("name"))
-        and tool.get("type", "function") != "function"
-        and "input_schema" not in tool
+        if tool.get("type", "function") != "function" and "input_schema" not in tool
     ]
+    hosted = [tool for tool in others if name in (tool.get("type"), tool.get("name"))]
 
     kinds = {word(tool["type"]) for tool in hosted}
 
-    if kinds & {
-        "custom",
-        "namespace",
-        *CLIENT_TOOLS,
-    }:  # as functions the model can call them
+    if not kinds.isdisjoint(_CLIENTS_OWN):  # as functions the model can call them
         return not plan.is_translated and avoid(plan, BY_HUB + plan.upstream.path)
 
     if hosted and hosted == tools and plan.client.answers_search:
         return avoid(plan, SEARCH_TOOLS)
     if not hosted or dumps(name) in dumps(plan.edit.body.get("tool_choice")):
         return False
+    if "tool" in plan.repairs.names:
+        demanded = as_object(plan.edit.body.get("tool_choice")).get("type")
+        hosted += [
+            tool for tool in others if tool.get("type") not in (demanded, *_CLIENTS_OWN)
+        ]
     places_of_hosted = set(map(id, hosted))
     prepare_tools(plan.edit, lambda tool: id(tool) not in places_of_hosted)
     return True
@@ -13638,6 +13733,12 @@ REPAIRS = (
         r"temperature.? and .?(top_p).? cannot both",
         lambda plan, name: "temperature" in plan.edit.body and drop_field(plan, name),
         "Claude from 4.5 on",
+    ),
+    Repair(
+        "tool",
+        r"tag '(?:tool_reference|tool_search_tool_result|server_tool_use)' found",
+        lambda plan: tell_found_tools(plan.edit),
+        "Anthropic, where tools are not found later",
     ),
     Repair(
         "tool",

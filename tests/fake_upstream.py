@@ -1128,12 +1128,16 @@ RESPONSES_CHECKS: Checks = (
 
 
 def responses_prompt(body: Json) -> Prompt:
-    """Prompt of a responses body; only function and custom tools can be called."""
+    """Prompt of a responses body; only function and custom tools can be called.  One of a
+    namespace is called "space::name" here."""
     items = response_input(body)
     users = [text_of(item.get("content")) for item in items if item.get("role") == "user"]
     is_output = str(items[-1].get("type")).endswith("_call_output")
     result = text_of(items[-1].get("output")) if is_output else None
-    tools = [(tool["name"], tool["type"] == "custom") for tool in body.get("tools") or []
+    given = [("", tool) for tool in body.get("tools") or []]
+    given += [(space["name"] + "::", tool) for _, space in given if space["type"] == "namespace"
+              for tool in space["tools"]]
+    tools = [(space + tool["name"], tool["type"] == "custom") for space, tool in given
              if tool["type"] in ("function", "custom")]
     return Prompt(users[-1] if users else "", result, tools)
 
@@ -1164,8 +1168,10 @@ def response_items(said: Said) -> List[Json]:
     for call in said.calls:
         kind, name = ("custom_tool_call", "input") if call.custom else ("function_call",
                                                                         "arguments")
-        items.append({"type": kind, "call_id": call.call_id, "name": call.name,
-                      "status": "completed", name: call.arguments})
+        space, _, own = call.name.rpartition("::")
+        item = {"type": kind, "call_id": call.call_id, "name": own, "status": "completed",
+                name: call.arguments}
+        items.append(dict(item, namespace=space) if space else item)
     return items
 
 
@@ -1232,7 +1238,8 @@ class ResponseStream:
         """The stream of the answer."""
         for state in ("created", "in_progress"):
             yield self.event("response." + state, response=self.body("in_progress"))
-        parts = {"reasoning": self.reasoning, "message": self.message}
+        parts = {"reasoning": self.reasoning, "message": self.message,
+                 "web_search_call": self.search}
         for index, item in enumerate(self.items):
             hollow: Json = {"summary": [], "content": [], "arguments": "", "input": ""}
             started = {name: hollow.get(name, value) for name, value in item.items()
@@ -1272,6 +1279,11 @@ class ResponseStream:
             yield self.event("response.output_text.delta", True, **at(delta=piece, logprobs=[]))
         yield self.event("response.output_text.done", **at(text=part["text"], logprobs=[]))
         yield self.event("response.content_part.done", **at(part=part))
+
+    def search(self, index: int, item: Json) -> Iterator[Frame]:
+        """A hosted search."""
+        for state in ("in_progress", "searching", "completed"):
+            yield self.event("response.web_search_call." + state, **self.at(index))
 
     def call(self, index: int, item: Json) -> Iterator[Frame]:
         """A function or custom tool call, its arguments in two deltas."""
@@ -1318,6 +1330,10 @@ BLOCK_FIELDS = {
     "tool_use": {"id", "name", "input", "cache_control"},
     "tool_result": {"tool_use_id", "content", "is_error", "cache_control"},
     "thinking": {"thinking", "signature"}, "redacted_thinking": {"data"}}
+#: those of a model that finds tools
+FOUND_FIELDS = {
+    "tool_reference": {"tool_name"}, "server_tool_use": {"id", "name", "input"},
+    "tool_search_tool_result": {"tool_use_id", "content"}}
 
 
 def only(node: Json, allowed: Iterable[str], path: str) -> None:
@@ -1380,6 +1396,9 @@ def check_blocks(ask: Ask) -> None:
     """Known block types with known fields; base64 sources only; no empty text."""
     for path, block in all_blocks(ask.body):
         kind = block.get("type")
+        if ask.supports.get("tool_search") and kind in FOUND_FIELDS:
+            check_found(ask, path, block)
+            continue
         if kind not in BLOCK_FIELDS:
             raise bad_message("%s: Input tag '%s' found using 'type' does not match any of the "
                               "expected tags" % (path, kind))
@@ -1388,6 +1407,22 @@ def check_blocks(ask: Ask) -> None:
             raise bad_message("messages: text content blocks must be non-empty")
         if kind in ("image", "document") and block["source"].get("type") not in ("base64", "text"):
             raise bad_message("%s.%s.source: only base64 sources are supported" % (path, kind))
+
+
+def check_found(ask: Ask, path: str, block: Json) -> None:
+    """What a history says of tools that are loaded later: in its place, of tools that are there."""
+    kind = block["type"]
+    only(block, FOUND_FIELDS[kind] | {"type"}, "%s.%s." % (path, kind))
+    if (kind == "tool_reference") != (".tool_result.content" in path):
+        raise bad_message("%s: Input tag '%s' found using 'type' does not match any of the "
+                          "expected tags" % (path, kind))
+    if "advanced-tool-use-" not in ask.headers.get("anthropic-beta", ""):
+        raise extra(path)
+    deferred = [tool["name"] for tool in ask.body.get("tools") or [] if tool.get("defer_loading")]
+    for node in walk(block):
+        if node.get("type") == "tool_reference" and node["tool_name"] not in deferred:
+            raise bad_message("Tool reference '%s' not found in available tools"
+                              % node["tool_name"])
 
 
 def check_cache(ask: Ask) -> None:
@@ -1530,13 +1565,17 @@ MESSAGES_CHECKS: Checks = COUNT_CHECKS + (
 
 
 def messages_prompt(body: Json) -> Prompt:
-    """Prompt of a messages body; text beside tool results does not hide them."""
+    """Prompt of a messages body; text beside tool results does not hide them.  Tools that are
+    loaded later can be called once they were found."""
     users = [item["content"] for item in body["messages"] if item["role"] == "user"]
     texts = [text for text in map(text_of, users) if text]
     last = body["messages"][-1]["content"]
     results = [text_of(block.get("content")) for block in last
                if block["type"] == "tool_result"] if isinstance(last, list) else []
-    tools = [(tool["name"], False) for tool in body.get("tools") or []]
+    found = {node["tool_name"] for node in walk(body["messages"])
+             if node.get("type") == "tool_reference"}
+    tools = [(tool["name"], False) for tool in body.get("tools") or []
+             if tool["name"] in found or not tool.get("defer_loading")]
     return Prompt(texts[-1] if texts else "", " ".join(results) if results else None, tools)
 
 

@@ -15,7 +15,7 @@ from unittest import mock
 from support import SLOW, Proxy, ProxyCase, Reply, TestClock, chat, message, response
 import copilot_proxy as cp
 from fake_upstream import (CHAT, ENABLED_REFUSED, MESSAGES, PREFILL, RESPONSES, Answer, Ask,
-                           FakeUpstream, Refuse, bad, bad_message, default_models)
+                           FakeUpstream, Refuse, bad, bad_message, default_models, make_claude)
 from wire import assistant, user
 
 PATHS = {CHAT: "/v1/chat/completions", RESPONSES: "/v1/responses", MESSAGES: "/v1/messages"}
@@ -23,6 +23,7 @@ MAKERS: dict[str, Callable[..., dict[str, Any]]] = {
     CHAT: chat, RESPONSES: response, MESSAGES: message}
 SONNET, HAIKU, MINI, CODEX = ("claude-sonnet-4.6", "claude-haiku-4.5", "gpt-5-mini",
                               "gpt-5.3-codex")
+ABLE = "claude-able-9"                                # finds tools that are loaded later
 TERMINAL = {CHAT: b"data: [DONE]\n\n", RESPONSES: b"event: response.completed",
             MESSAGES: b"event: message_stop"}
 LONG_ID = "call_" + "x" * 55
@@ -207,6 +208,12 @@ CASES = (
         holds_text("\"custom\""), bad(
             "Invalid value: 'custom'. Supported values are: 'function', 'web_search'.",
             "invalid_value", "tools[0].type")),
+    Case("tool", MESSAGES, message("hi", ABLE, messages=called([
+        {"type": "tool_reference", "tool_name": "later"}]), tools=[
+            TOOL, dict(TOOL, name="later", defer_loading=True)]),
+        holds_text("\"tool_reference\""), bad_message(
+            "messages.2.content.0.tool_result.content.0: Input tag 'tool_reference' found using "
+            "'type' does not match any of the expected tags")),
     Case("tool", MESSAGES, message("hi", SONNET, tools=[
         TOOL, {"type": "web_search_20250305", "name": "web_search"}]), at(""), None),
     Case("tool", MESSAGES, message("hi", SONNET, tools=[
@@ -284,6 +291,10 @@ def rule(case: Case) -> Callable[[Ask], None]:
 
 class Posting(ProxyCase):
     """Proxies on a fake that refuses what a case says."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.fake.models.append(make_claude(ABLE, (MESSAGES,), tool_search=True))
 
     def calls(self, fake: FakeUpstream) -> int:
         return sum(fake.count(path) for path in PATHS)
