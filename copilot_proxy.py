@@ -3549,21 +3549,6 @@ def side_request(user_text: str, system_text: str) -> str:
 IMAGE_TYPES = ("image", "image_url", "input_image")
 
 
-def content_parts(body: Json) -> Iterator[Json]:
-    """Every part of a conversation in any dialect, in order, also those of tools' results."""
-    for item in as_list(body.get("messages")) + as_list(body.get("input")):
-        if not isinstance(item, dict):
-            continue
-        for content in (item.get("content"), item.get("output")):
-            if not isinstance(content, list):
-                continue
-            for part in content:
-                if isinstance(part, dict):
-                    yield part
-                    if "content" in part or "source" in part:
-                        yield from _inner_parts(part)
-
-
 def _inner_parts(part: Json) -> Iterator[Json]:
     """The parts of a tool's result and those of a document that has parts of its own, in order."""
     todo = [part]
@@ -3574,6 +3559,20 @@ def _inner_parts(part: Json) -> Iterator[Json]:
         inner = dicts_in(holder, "content")
         inner += dicts_in(as_object(holder.get("source")), "content")
         todo += reversed(inner)
+
+
+def content_parts(body: Json) -> Iterator[Json]:
+    """Every part of a conversation in any dialect, in order, also those of tools' results."""
+    for item in as_list(body.get("messages")) + as_list(body.get("input")):
+        if not isinstance(item, dict):
+            continue
+        for content in (item.get("content"), item.get("output")):
+            if not isinstance(content, list):
+                continue
+            for part in filter(as_object, content):
+                yield part
+                if "content" in part or "source" in part:
+                    yield from _inner_parts(part)
 
 
 FILE_TYPES = ("file", "input_file", "document")
@@ -4648,6 +4647,23 @@ ANTHROPIC_TOOLS: tuple[tuple[str, str, Json], ...] = (
         ),
     ),
 )
+
+
+def client_tool(tool: Json) -> Json | None:
+    """Turn one of Anthropic's tools that the client itself runs into a function with
+    the published schema; calls of it look the same, because they go by name. None for
+    other tools."""
+    kind = str(tool.get("type"))
+    for prefix, description, schema in ANTHROPIC_TOOLS:
+        if kind.startswith(prefix):
+            return given(
+                name=tool.get("name"),
+                description=description,
+                input_schema=schema,
+                cache_control=tool.get("cache_control"),
+            )
+    return None
+
 
 FREEFORM_SCHEMA = _schema_of("input", input="string")
 
@@ -8245,22 +8261,6 @@ def end_with_user(edit: Edit, key: str = "messages") -> bool:
     return True
 
 
-def client_tool(tool: Json) -> Json | None:
-    """Turn one of Anthropic's tools that the client itself runs into a function with
-    the published schema; calls of it look the same, because they go by name. None for
-    other tools."""
-    kind = str(tool.get("type"))
-    for prefix, description, schema in ANTHROPIC_TOOLS:
-        if kind.startswith(prefix):
-            return given(
-                name=tool.get("name"),
-                description=description,
-                input_schema=schema,
-                cache_control=tool.get("cache_control"),
-            )
-    return None
-
-
 #: of an answer, beside role and content: a history needs none of them
 _ANSWER_FIELDS = frozenset(
     (
@@ -8373,6 +8373,7 @@ class FoundTools(NamedTuple):
 
     @classmethod
     def of(cls, body: Json, model: Model) -> FoundTools:
+        """What this request and this model make of it."""
         if not model.can("tool_search"):
             return cls()
         tools = dicts_in(body, "tools")
