@@ -1,6 +1,6 @@
 """Parts that stand where the upstream knows none such, and tools of foreign types: their words go
 up, or the loss is named; the upstream's 400 is never the answer.
-Sections 7, 8, 10."""
+Of sections 7, 8 and 10."""
 from __future__ import annotations
 
 import json

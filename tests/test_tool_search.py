@@ -1,6 +1,6 @@
 """Tools that are loaded later, found by the client or by the upstream: what a history says of them
 goes as it is to a model that knows it, and as text to all others.
-Section 7."""
+Of section 7."""
 from __future__ import annotations
 
 import unittest
