@@ -448,6 +448,7 @@ HISTORY_QUEUE = 5000  # rows that wait while the file cannot be written
 HISTORY_PAUSE_S, HISTORY_RETRY_S = 0.25, 5.0  # between two writes; after a failed one
 HISTORY_BUSY_S, HISTORY_WAIT_S = 1.0, 2.0  # for other processes' locks; for an answer
 MAX_READERS, READER_QUEUE = 32, 500  # of /history/events
+PROGRESS_S, PROGRESS_ROWS = 1.0, 100  # how often they are told of running requests
 RECENT, BODIES_KEPT = (
     50,
     3000,
@@ -745,6 +746,16 @@ def forget_frames(error: ProxyError) -> ProxyError:
     all that was going on, the body among them, and back to itself: they would stay in memory."""
     error.__context__ = error.__cause__ = None
     return error.with_traceback(None)
+
+
+class RequestStopped(ProxyError):
+    """A person ended the request while it ran.  The status is one that no client tries again."""
+
+    status = 403
+
+    def __init__(self) -> None:
+        text = "a person stopped this request on the proxy's page"
+        super().__init__(text, code="request_stopped")
 
 
 class ClientGone(Exception):
@@ -16984,9 +16995,9 @@ class GitHub:
 class DeviceLogin:
     """One login by device flow; `run` blocks until it is granted, refused or stopped.
 
-    `code` is the code that the user must enter, or None; `problem` is the reason for a
-    failure; `token` is set once the login is granted. renews: an expired code is
-    replaced by a new one."""
+    `code` is the code that the user must enter, or None, and good until `expires_at`, in
+    Unix time; `problem` is the reason for a failure; `token` is set once the login is
+    granted. renews: an expired code is replaced by a new one."""
 
     def __init__(
         self,
@@ -16999,6 +17010,7 @@ class DeviceLogin:
         self._github, self._margin_s, self.stop = github, margin_s, stop
         self._announce, self.renews = announce, renews
         self.code: DeviceCode | None = None
+        self.expires_at = 0.0
         self.problem = self.token = ""
         self.ready = threading.Event()  # there is a code, or a problem
 
@@ -17008,6 +17020,7 @@ class DeviceLogin:
         while not self.stop.is_set():
             earliest = time.monotonic() + CODE_PAUSE_S
             self.code = run(self._github.request_code())
+            self.expires_at = time.time() + self.code.expires_in
             self.ready.set()
             self._announce(self.code)
             token = self._poll(self.code)
@@ -18447,13 +18460,15 @@ class EventReader:
         self._frames.append(frame)
         self._news.set()
 
-    async def get(self) -> bytes:
-        """The next frame; b"" when there will be no other."""
-        while not self._frames:
-            self._news = Signal()
+    async def get(self, timeout_s: float) -> bytes | None:
+        """The next frame; b"" when there will be no other, None when none came in that time."""
+        if not self._frames:
+            self._news = Signal(timeout_s)
             if not self._frames:  # else it came just now
                 await wait(self._news)
-        return self._frames.popleft()
+        if self._frames:
+            return self._frames.popleft()
+        return None
 
 
 class Events:
@@ -18828,22 +18843,24 @@ class Gate:
 
 class Approval:
     """`--manual`: a person approves or refuses each request, on the terminal or on the
-    page. waiting: id -> question, oldest first; `_changed` guards it."""
+    page. waiting: id -> question, oldest first; standing: (who, program) -> a program that
+    need not ask again until the proxy ends; `_changed` guards both."""
 
     def __init__(
         self, wanted: bool, log: logging.Logger, tell: Callable[[str, Any], None]
     ) -> None:
         self._wanted, self._log, self._tell = wanted, log, tell
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
         self.waiting: dict[str, Json] = {}
+        self.standing: dict[tuple[str, str], Json] = {}
         self._decided: dict[str, Signal] = {}  # id -> who waits for it
         self._terminal: threading.Thread | None = None
         self._asked = ""  # the id whose answer the terminal owes
 
     async def ask(self, **about: Any) -> None:
-        """Returns after a yes.  about: client, account, model, text.  Raises BadRequest 403 for a
-        no, RateLimited when too many wait."""
-        if not self._wanted:
+        """Returns after a yes.  about: client, who (sends it), account, model, text.  Raises
+        BadRequest 403 for a no, RateLimited when too many wait."""
+        if not self._wanted or self._asker(about) in self.standing:
             return
         if len(self.waiting) >= RATE_QUEUE:
             raise RateLimited(
@@ -18868,6 +18885,31 @@ class Approval:
             raise BadRequest(
                 "refused by the person who is asked (--manual)", 403, "request_refused"
             )
+
+    @staticmethod
+    def _asker(question: Json) -> tuple[str, str]:
+        """Whom a lasting yes is for: a program, with its key or from its address."""
+        return question["who"], client_name(question["client"]) or ""
+
+    def allow_always(self, question_id: str) -> Json:
+        """Yes to this one, to all that wait of the same program, and to those to come.
+        Raises BadRequest 404, and 409 for too many programs."""
+        with self._changed:
+            question = self.decide(question_id, "allowed")
+            asker = self._asker(question)
+            if len(self.standing) >= MAX_NAMES:
+                raise BadRequest("too many programs are allowed for good", 409)
+            self.standing[asker] = {"who": asker[0], "program": asker[1]}
+            for other in list(self.waiting.values()):
+                if self._asker(other) == asker:
+                    self.decide(other["id"], "allowed")
+        self._log.info("%s of %s may ask without a question from now on", *asker[::-1])
+        return question
+
+    def ask_again(self) -> None:
+        """Every program is asked about again."""
+        with self._changed:
+            self.standing.clear()
 
     def _call_person(self, question_id: str) -> None:
         if not (sys.stdin and sys.stdin.isatty()):
@@ -19674,7 +19716,8 @@ class RequestRecord:
     The endpoint that serves the request, and whoever ends it, write by the methods
     here. route: local, passthrough or translated; model: the model that is asked;
     account: the account that serves; path: the upstream's; error: its kind; failure: in
-    words; meters: one for each answer of the upstream; total_ms: 0 while it runs."""
+    words; meters: one for each answer of the upstream; total_ms: 0 while it runs;
+    received_bytes: of a stream, so far."""
 
     id: str
     asked: AskedFor
@@ -19693,6 +19736,7 @@ class RequestRecord:
     meters: list[Meter] = field(default_factory=list)
     upstream_id: str | None = None
     total_ms: float = 0.0
+    received_bytes: int = 0
 
     @classmethod
     def begin(
@@ -19740,6 +19784,10 @@ class RequestRecord:
         """The upstream answers; the meter continues to count."""
         self.upstream_id = headers.get("x-github-request-id")
         self.meters.append(meter)
+
+    def receive(self, size_bytes: int) -> None:
+        """The stream goes on."""
+        self.received_bytes += size_bytes
 
     def elapsed_ns(self) -> int:
         """Since it came in."""
@@ -19810,6 +19858,12 @@ class RequestRecord:
         if known:
             return sum(known)
         return None
+
+    def running_row(self) -> Json:
+        """While it runs, for the page."""
+        row = dict(shown(self.row()), state="running")
+        row["received_bytes"] = self.received_bytes
+        return row
 
     def cost(self) -> int:
         """Nano-AIU so far; estimated from the listed prices if the upstream reported
@@ -19956,7 +20010,7 @@ class Ledger:
         """Publish to the page that a request went up, or that its first byte has
         arrived."""
         if record.asked.label and self.events.readers:
-            self.events.tell("request", dict(shown(record.row()), state="running"))
+            self.events.tell("request", record.running_row())
 
     def end(self, record: RequestRecord) -> None:
         """A request has ended; it is recorded by `settle`, which may be called a moment later.
@@ -20271,6 +20325,20 @@ class DefaultLogin:
             target=account.keep_fresh, args=(stop,), name="copilot-token", daemon=True
         ).start()
         return account
+
+    def end(self) -> None:
+        """Log out: the file is deleted, the account serves nobody any more.
+        Raises BadRequest 409, ConfigError."""
+        if self._services.settings.github_token:
+            raise BadRequest(
+                "this login comes from --github-token or the environment: it ends with the "
+                "next start without it",
+                409,
+            )
+        self.file.delete()
+        with self._lock:
+            self._account_stop.set()
+            self.account = self.device = None
 
     def begin(self) -> None:
         """Start a login by device flow in its own thread, unless one is running."""
@@ -21541,6 +21609,7 @@ class Exchange:
         def pass_on(data: bytes) -> bool:
             """-> is more wanted now?  The last bytes wait for the end, to go out with it."""
             nonlocal last
+            self.record.receive(len(data))
             last += pipeline.feed(data)
             if pipeline.ended or answer.done:
                 return False
@@ -21556,7 +21625,7 @@ class Exchange:
                     last = b""
                 await self.client.room()
                 await answer.read_into(pass_on, self.app.settings.answer_timeout_s)
-        except UpstreamError as error:
+        except (UpstreamError, RequestStopped) as error:
             problem = forget_frames(error)
         except (ClientGone, GeneratorExit):
             answer.close()
@@ -22593,7 +22662,11 @@ class Server(ThreadingHTTPServer):
             if refusal is not None:
                 exchange.refuse(refusal)
             await exchange.client.flushed()
-        except (ClientGone, UpstreamError):  # the latter at the end of the server
+        except (
+            ClientGone,
+            UpstreamError,
+            RequestStopped,
+        ):  # at the end of the server, too
             exchange.client_left()
             return False
 
@@ -23735,6 +23808,7 @@ def question_about(headers: Headers, body: Json, model: Model, calls: int) -> Js
         text = "[%d calls] %s" % (calls, text)
     return {
         "client": headers.get("user-agent", "an unnamed client")[:200],
+        "who": "",
         "model": model.id,
         "text": text[:200],
     }
@@ -23748,6 +23822,7 @@ async def admit(exchange: Exchange, body: Json, model: Model, calls: int = 1) ->
         about: Json = {}
         if exchange.app.settings.manual:
             about = question_about(headers, body, model, calls)
+            about["who"] = exchange.caller.name
         exchange.ticket = Ticket(
             exchange.caller.name,
             asked.payer,
@@ -24219,6 +24294,7 @@ class Job:
         try:
             if plan.pipeline is not None and (is_stream or exchange.started):
                 plan.start(await read_beginning(answer, plan.pipeline, timeout_s))
+                exchange.record.receive(len(plan.begun))
                 return
             if plan.pipeline is not None and not plan.is_translated:
                 exchange.expect_whole()  # no keep-alive before a whole answer
@@ -24732,6 +24808,18 @@ def own_names(exchange: Exchange) -> tuple[str, ...]:
     return ("",)
 
 
+def check_door(exchange: Exchange) -> None:
+    """Logins, keys and limits are for this server's own page and for programs.
+    Raises BadRequest 403."""
+    exchange.headers["Cache-Control"] = "no-store"
+    if not exchange.is_same_origin:
+        raise BadRequest(
+            "pages of other origins cannot log in here, see keys or end limits",
+            403,
+            "origin_not_allowed",
+        )
+
+
 def check_operator(exchange: Exchange) -> None:
     """Raises BadRequest 403: what belongs to all is for the operator."""
     if not exchange.caller.is_operator:
@@ -24746,6 +24834,15 @@ def lost_lines(app: App) -> int:
     )
 
 
+def approvals_report(app: App) -> Json:
+    """What waits for a person, and which programs need not ask."""
+    approval = app.admission.approval
+    return {
+        "approvals": list(approval.waiting.values()),
+        "standing": list(approval.standing.values()),
+    }
+
+
 def stats_report(exchange: Exchange) -> Json:
     """Everything that /stats, /metrics and the page show at a glance; no secret, no words.  The
     operator sees that of all, others what is their account's."""
@@ -24757,7 +24854,7 @@ def stats_report(exchange: Exchange) -> Json:
     else:
         stats = ledger.stats
     running = [
-        dict(shown(record.row()), state="running")
+        record.running_row()
         for record in list(ledger.running.values())
         if record.asked.label
     ]
@@ -24786,13 +24883,14 @@ def stats_report(exchange: Exchange) -> Json:
         "auto": stats.group("auto"),
         "searches": stats.group("searches"),
         "approvals": [],
+        "standing": [],
         "budget": None,
         "history": ledger.history_state(),
         "log": {"lost_lines": lost_lines(app)},
     }
     with_credits(report["totals"])
     if not names:
-        report["approvals"] = list(app.admission.approval.waiting.values())
+        report.update(approvals_report(app))
         report["budget"] = ledger.budget.report()
     return report
 
@@ -25006,34 +25104,90 @@ async def summary(exchange: Exchange) -> None:
     exchange.reply(await wait(InThread(answer)))
 
 
+def progress_frame(exchange: Exchange) -> bytes:
+    """How far the running requests are, b"" when none runs."""
+    lines = [
+        {
+            "id": record.id,
+            "received_bytes": record.received_bytes,
+            **NO_COUNTS,
+            **record.counts(),
+        }
+        for record in list(exchange.app.ledger.running.values())
+        if record.asked.label
+    ]
+    if not lines:
+        return b""
+    return Frame("progress", dumps(lines[:PROGRESS_ROWS])).encode()
+
+
 async def events(exchange: Exchange) -> None:
     """GET /history/events: what happens, as server-sent events; first of all /stats."""
     check_operator(exchange)
     reader = exchange.app.ledger.events.open()
+
     try:
         exchange.expect_stream(CHAT.keepalive)
         exchange.write(Frame("hello", dumps(stats_report(exchange))).encode())
+        due = time.monotonic() + PROGRESS_S
+
         while True:
-            frame = await reader.get()
-            if not frame:
+            frame = await reader.get(max(0.0, due - time.monotonic()))
+            if frame == b"":
                 break
-            exchange.write(frame)
-            await exchange.client.room()
+            if time.monotonic() >= due:
+                due = time.monotonic() + PROGRESS_S
+                frame = (frame or b"") + progress_frame(exchange)
+            if frame:
+                exchange.write(frame)
+                await exchange.client.room()
+
         exchange.finish()
     finally:
         exchange.app.ledger.events.close(reader)
 
 
-def approvals(exchange: Exchange) -> None:
-    """GET /approvals: what waits; POST /approvals/ID: a person's answer."""
-    check_operator(exchange)
-    approval = exchange.app.admission.approval
-    if exchange.head.method != "POST":
-        exchange.reply_json({"approvals": list(approval.waiting.values())})
+def stop_request(exchange: Exchange) -> None:
+    """POST /requests/stop: end the running request `id`; its client gets an error."""
+    check_door(exchange)
+    wanted, names = exchange.json_object().get("id"), own_names(exchange)
+
+    for client in list(exchange.client.loop.clients):
+        running = client.exchange
+        if running is None or running.id != wanted or not running.record.asked.label:
+            continue
+        owner = running.record.account
+        if names and (owner is None or owner.name not in names):
+            continue
+        exchange.client.loop.cancel(client.task, RequestStopped())
+        exchange.reply_json({"id": running.id, "stopped": True})
         return
-    allow = exchange.json_object().get("allow")
+    raise BadRequest("no such request runs", 404, "request_not_running", "id")
+
+
+def approvals(exchange: Exchange) -> None:
+    """GET /approvals: what waits, and who need not ask; POST /approvals/ID: a person's answer;
+    DELETE: everybody must ask again."""
+    check_operator(exchange)
+    approval, method = exchange.app.admission.approval, exchange.head.method
+    if method != "POST":
+        if method == "DELETE":
+            check_door(exchange)
+            approval.ask_again()
+        exchange.reply_json(approvals_report(exchange.app))
+        return
+
+    body = exchange.json_object()
+    allow, always = body.get("allow"), body.get("always", False)
     if not isinstance(allow, bool):
         raise BadRequest("'allow' must be true or false", param="allow")
+    if not isinstance(always, bool) or always and not allow:
+        raise BadRequest(
+            "'always' must be true or false, and goes with 'allow'", param="always"
+        )
+    if always:
+        exchange.reply_json(approval.allow_always(exchange.argument))
+        return
     exchange.reply_json(
         approval.decide(exchange.argument, "allowed" if allow else "refused")
     )
@@ -25248,6 +25402,45 @@ async def one_model(exchange: Exchange) -> None:
     exchange.reply_json(dict(model_entry(model), id=shown))
 
 
+NAMES_ASKED = (
+    "SELECT asked, model, client, COUNT(*) AS requests FROM requests "
+    "WHERE at >= ? AND asked != model GROUP BY 1, 2, 3 ORDER BY 4 DESC LIMIT 500"
+)
+
+
+async def retired_names(exchange: Exchange) -> None:
+    """GET /retired: names that GitHub has retired or that flags give, and what answers for them;
+    asked: those that clients used in the last 30 days and another model answered."""
+    check_operator(exchange)
+    app, copilot = exchange.app, await account_for(exchange)
+    catalogue = await copilot.models()
+
+    def line(name: str) -> Json:
+        meant = app.settings.aliases.get(name, name)
+        model = resolve_model(meant, catalogue, {})
+        return {
+            "name": name,
+            "alias": meant if meant != name else None,
+            "retired": RETIRED_MODELS.get(name),
+            "is_listed": model is not None and is_same_model(name, model),
+            "answered_by": model.id if model is not None else None,
+        }
+
+    since = time.time() - 30 * 86400
+    read = functools.partial(app.ledger.history.query, NAMES_ASKED, since)
+    asked = [
+        dict(row, program=client_name(row["client"]))
+        for row in await wait(InThread(read))
+        if auto_tier(row["asked"]) is None
+        and not any(
+            model.id == row["model"] and is_same_model(row["asked"], model)
+            for model in catalogue
+        )
+    ]
+    names = dict.fromkeys((*app.settings.aliases, *RETIRED_MODELS))
+    exchange.reply_json({"data": list(map(line, names)), "asked": asked})
+
+
 async def usage(exchange: Exchange) -> None:
     """The upstream's usage answer, whole."""
     copilot = await account_for(exchange)
@@ -25301,6 +25494,7 @@ def health_report(exchange: Exchange) -> Json:
             report["login"].update(
                 user_code=login.code.user_code,
                 verification_uri=login.code.verification_uri,
+                expires_at=login.expires_at,
             )
 
     return report
@@ -25329,18 +25523,6 @@ def login_page(exchange: Exchange) -> None:
     """GET /auth/device: a shell, too."""
     exchange.headers.update(LOGIN_HEADERS)
     exchange.reply(LOGIN_PAGE.encode(), kind="text/html; charset=utf-8")
-
-
-def check_door(exchange: Exchange) -> None:
-    """Logins, keys and limits are for this server's own page and for programs.
-    Raises BadRequest 403."""
-    exchange.headers["Cache-Control"] = "no-store"
-    if not exchange.is_same_origin:
-        raise BadRequest(
-            "pages of other origins cannot log in here, see keys or end limits",
-            403,
-            "origin_not_allowed",
-        )
 
 
 def clear_limits(exchange: Exchange) -> None:
@@ -25389,6 +25571,7 @@ async def begin_login(exchange: Exchange) -> None:
             user_code=login.code.user_code,
             verification_uri=login.code.verification_uri,
             expires_in=login.code.expires_in,
+            expires_at=login.expires_at,
         )
     )
 
@@ -25449,6 +25632,24 @@ def list_keys(exchange: Exchange) -> None:
             ],
         }
     )
+
+
+async def make_key(exchange: Exchange) -> None:
+    """POST /auth/tokens: a new key of the operator's, in full this once."""
+    check_door(exchange)
+    check_operator(exchange)
+    text = new_key()
+    issue = functools.partial(exchange.app.accounts.issue_key, text)
+    made: Key = await wait(InThread(issue))
+    exchange.reply_json({"key": text, "key_id": made.id, "kind": "operator"})
+
+
+async def end_login(exchange: Exchange) -> None:
+    """POST /auth/logout: the default account serves nobody any more; its login is deleted."""
+    check_door(exchange)
+    check_operator(exchange)
+    await wait(InThread(exchange.app.login.end))
+    exchange.reply_json({"status": "login_required"})
 
 
 def delete_key(exchange: Exchange) -> None:
@@ -25835,9 +26036,11 @@ ROUTES: dict[str, Mapping[str, Endpoint]] = {
     "/history": {"GET": history},
     "/history/summary": {"GET": summary},
     "/history/events": {"GET": events},
-    "/approvals": {"GET": approvals},
+    "/approvals": {"GET": approvals, "DELETE": approvals},
     "/approvals/*": {"POST": approvals},
     "/limits/clear": {"POST": clear_limits},
+    "/requests/stop": {"POST": stop_request},
+    "/retired": {"GET": retired_names},
     "/models": {"GET": models},
     "/models/*": {"GET": one_model, "POST": gemini_call},
     "/v1beta/*": {"GET": gemini_models, "POST": gemini_call},
@@ -25867,7 +26070,8 @@ ROUTES: dict[str, Mapping[str, Endpoint]] = {
     "/auth/device/start": {"POST": begin_login},
     "/auth/device/poll": {"GET": poll_login},
     "/auth/device/claim": {"POST": claim_login},
-    "/auth/tokens": {"GET": list_keys},
+    "/auth/logout": {"POST": end_login},
+    "/auth/tokens": {"GET": list_keys, "POST": make_key},
     "/auth/tokens/*": {"DELETE": delete_key},
     "/api/event_logging/batch": {"POST": accept_quietly},
     "/favicon.ico": {"GET": nothing},
