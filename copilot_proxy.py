@@ -25156,12 +25156,10 @@ def stop_request(exchange: Exchange) -> None:
         running = client.exchange
         if running is None or running.id != wanted or not running.record.asked.label:
             continue
-        owner = running.record.account
-        if names and (owner is None or owner.name not in names):
-            continue
-        exchange.client.loop.cancel(client.task, RequestStopped())
-        exchange.reply_json({"id": running.id, "stopped": True})
-        return
+        if not names or running.record.row()["account"] in names:
+            exchange.client.loop.cancel(client.task, RequestStopped())
+            exchange.reply_json({"id": running.id, "stopped": True})
+            return
     raise BadRequest("no such request runs", 404, "request_not_running", "id")
 
 
@@ -25179,11 +25177,9 @@ def approvals(exchange: Exchange) -> None:
 
     body = exchange.json_object()
     allow, always = body.get("allow"), body.get("always", False)
-    if not isinstance(allow, bool):
-        raise BadRequest("'allow' must be true or false", param="allow")
-    if not isinstance(always, bool) or always and not allow:
+    if {type(allow), type(always)} != {bool} or always > allow:
         raise BadRequest(
-            "'always' must be true or false, and goes with 'allow'", param="always"
+            "'allow' must be true or false, and 'always' goes with a yes", param="allow"
         )
     if always:
         exchange.reply_json(approval.allow_always(exchange.argument))
@@ -25409,36 +25405,31 @@ NAMES_ASKED = (
 
 
 async def retired_names(exchange: Exchange) -> None:
-    """GET /retired: names that GitHub has retired or that flags give, and what answers for them;
-    asked: those that clients used in the last 30 days and another model answered."""
+    """GET /retired: what becomes of names that GitHub has retired or that flags give; asked: the
+    same of those that clients used in the last 30 days."""
     check_operator(exchange)
     app, copilot = exchange.app, await account_for(exchange)
-    catalogue = await copilot.models()
+    models, is_strict = await copilot.models(), app.settings.strict_models
+    meant = {**{name: name for name in RETIRED_MODELS}, **app.settings.aliases}
 
-    def line(name: str) -> Json:
-        meant = app.settings.aliases.get(name, name)
-        model = resolve_model(meant, catalogue, {})
-        return {
+    data = [
+        {
             "name": name,
-            "alias": meant if meant != name else None,
+            "alias": target,
             "retired": RETIRED_MODELS.get(name),
-            "is_listed": model is not None and is_same_model(name, model),
-            "answered_by": model.id if model is not None else None,
+            "fate": fate_of_name(target, models, is_strict),
         }
-
+        for name, target in meant.items()
+    ]
     since = time.time() - 30 * 86400
     read = functools.partial(app.ledger.history.query, NAMES_ASKED, since)
     asked = [
-        dict(row, program=client_name(row["client"]))
+        dict(row, fate=fate_of_name(row["asked"], models, is_strict))
         for row in await wait(InThread(read))
-        if auto_tier(row["asked"]) is None
-        and not any(
-            model.id == row["model"] and is_same_model(row["asked"], model)
-            for model in catalogue
-        )
     ]
-    names = dict.fromkeys((*app.settings.aliases, *RETIRED_MODELS))
-    exchange.reply_json({"data": list(map(line, names)), "asked": asked})
+    exchange.reply_json(
+        {"data": data, "asked": [line for line in asked if line["fate"]]}
+    )
 
 
 async def usage(exchange: Exchange) -> None:

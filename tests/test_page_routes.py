@@ -201,7 +201,7 @@ class Standing(ProxyCase):
         thread, _ = self.ask("curl/8")
         path = "/approvals/" + self.waiting(1)[0]["id"]
         for body in ({"allow": "yes"}, {"allow": False, "always": True},
-                     {"allow": True, "always": 1}, {}):
+                     {"allow": True, "always": 1}, {"allow": [], "always": {}}, {}):
             self.assertEqual(self.proxy.post(path, body).status, 400, body)
         self.assertEqual(self.proxy.post(path, {"allow": False}).status, 200)
         thread.join(10)
@@ -273,14 +273,15 @@ class Retired(ProxyCase):
         wait_until(lambda: len(self.proxy.get("/history").json["rows"]) == 2)
         told = self.proxy.get("/retired").json
         lines = {line["name"]: line for line in told["data"]}
-        self.assertEqual(lines["fast"]["answered_by"], "gpt-4.1")
+        self.assertEqual((lines["fast"]["alias"], lines["fast"]["fate"]), ("gpt-4.1", ""))
         self.assertEqual(lines["dead"]["alias"], "gpt-5.1")
+        self.assertIn("answers instead", lines["dead"]["fate"])
         self.assertEqual(lines["o3-mini"]["retired"], cp.RETIRED_MODELS["o3-mini"])
-        self.assertTrue(lines["gpt-4.1"]["is_listed"])    # this account still has it
-        self.assertFalse(lines["o3-mini"]["is_listed"])
-        self.assertEqual([(line["asked"], line["program"], line["requests"])
-                          for line in told["asked"]], [("o3-mini", "Codex", 1)])
-        self.assertEqual(told["asked"][0]["model"], lines["o3-mini"]["answered_by"])
+        self.assertIn("GitHub retired it", lines["o3-mini"]["fate"])
+        self.assertEqual(lines["gpt-4.1"]["fate"], "")    # this account still has it
+        self.assertEqual([(line["asked"], line["client"], line["requests"], line["fate"])
+                          for line in told["asked"]],
+                         [("o3-mini", "codex_cli_rs/0.1", 1, lines["o3-mini"]["fate"])])
 
 
 if __name__ == "__main__":
