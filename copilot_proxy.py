@@ -177,25 +177,18 @@ COPILOT_URLS = {  # used only when neither the exchange nor a flag names a host
     "business": "https://api.business.githubcopilot.com",
     "enterprise": "https://api.enterprise.githubcopilot.com",
 }
-COPILOT_HOSTS = (
-    ".githubcopilot.com",
-    ".ghe.com",
-)  # a server-given API host must end so
+#: a server-given API host must end so
+COPILOT_HOSTS = (".githubcopilot.com", ".ghe.com")
 CLIENT_ID = "Iv1.b507a08c87ecfe98"  # the editor's Copilot app: tokens ghu_...
 SCOPE = "read:user"
 DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
 REFUSED_PREFIX = "ghp_"  # classic tokens: never accepted by Copilot
 MACHINE_PREFIXES = ("github_pat_", "ghs_")  # fine-grained ones, those of workflows
 
-API_VERSIONS = (
-    "2026-08-01",
-    "2026-06-01",
-    "2025-05-01",
-)  # first one is sent, rest after a 466
-AUTO_API_VERSION, PAIR_API_VERSION = (
-    "2026-08-01",
-    "2026-06-01",
-)  # /auto; what it replaced
+#: first one is sent, rest after a 466
+API_VERSIONS = ("2026-08-01", "2026-06-01", "2025-05-01")
+AUTO_API_VERSION = "2026-08-01"  # /auto
+PAIR_API_VERSION = "2026-06-01"  # what it replaced
 INTERNAL_API_VERSION = "2025-04-01"  # for /copilot_internal/*
 EDITOR_HEADERS = {
     "Copilot-Integration-Id": "vscode-chat",
@@ -203,9 +196,8 @@ EDITOR_HEADERS = {
     "Editor-Plugin-Version": "copilot-chat/0.66.0",
     "User-Agent": "GitHubCopilotChat/0.66.0",
 }
-CLI_INTEGRATION = (
-    "copilot-developer-cli"  # identity for /models with the GitHub token itself
-)
+#: identity for /models with the GitHub token itself
+CLI_INTEGRATION = "copilot-developer-cli"
 CLI_HEADERS = {  # the command line's: the only one that tokens of machines may have
     "Copilot-Integration-Id": CLI_INTEGRATION,
     "Copilot-Harness-Id": "copilot-sdk",
@@ -216,10 +208,8 @@ INTENT, MODEL_INTENT = "conversation-agent", "model-access"
 ANTHROPIC_VERSION = "2023-06-01"
 CONTEXT_BETA = "context-management-2025-06-27"
 TOOL_BETA = "advanced-tool-use-2025-11-20"
-BETA_PREFIXES = (
-    "interleaved-thinking-",
-    "advanced-tool-use-",
-)  # others are refused upstream
+#: others are refused upstream
+BETA_PREFIXES = ("interleaved-thinking-", "advanced-tool-use-")
 PASSED_HEADERS = (
     "retry-after",
     "retry-after-ms",
@@ -279,10 +269,8 @@ MAX_UNNAMED_CHARS = 64 * 1024  # of arguments before the name of their tool
 READ_BYTES = 64 * 1024  # of one look at a socket
 RECORD_BYTES = 16 * 1024  # of a TLS record, at most
 NAME_AGE_S = 60.0  # of the addresses of a host
-MAX_LOOK_UPS, LOOK_UP_PAUSE_S = (
-    3,
-    0.05,
-)  # threads that ask the resolver; between looks for one
+MAX_LOOK_UPS = 3  # threads that ask the resolver
+LOOK_UP_PAUSE_S = 0.05  # between looks for one
 NAME_ERROR_AGE_S = 0.2  # of a failed look-up: for all who waited for it, hardly longer
 
 HANDSHAKE_S = 10.0  # of TLS, from the connection's beginning
@@ -302,9 +290,8 @@ INLINE_BYTES = 128 * 1024  # a larger body is parsed in a thread
 COLLECT_AFTER = 20_000  # new objects
 HEADS_KEPT = 200  # of requests, and beginnings of upstream requests
 MAX_KEPT_HEAD_BYTES = 4096  # of such a request
-DEFER_S = (
-    0.001  # what a request leaves to be recorded waits no longer for a quiet moment
-)
+#: what a request leaves to be recorded waits no longer for a quiet moment
+DEFER_S = 0.001
 LOG_TIME = "%H:%M:%S"
 #: client, model, route, status, tokens, credits, times
 LOG_COLUMNS = "%-14.14s %-24s %-11s %3d %13s %11s %12s"
@@ -331,19 +318,12 @@ KEEPALIVE_S = 15.0  # of silence, then a ping to the client
 POOL_IDLE_S = 50.0
 POOL_SIZE = 1024
 TOKEN_MARGIN_S, TOKEN_FALLBACK_S = 60.0, 1500.0
-TOKEN_RETRY_S = (
-    1.0,
-    5.0,
-    15.0,
-    60.0,
-)  # pauses after failed refreshes, the last one repeats
-HELD_START_BYTES = (
-    4 * 1024 * 1024
-)  # of an answer that is held back until its content begins
-CODE_WAIT_S, CODE_LOOK_S = (
-    5.0,
-    0.005,
-)  # a refused call waits so long for the code to name
+#: pauses after failed refreshes, the last one repeats
+TOKEN_RETRY_S = (1.0, 5.0, 15.0, 60.0)
+#: of an answer that is held back until its content begins
+HELD_START_BYTES = 4 * 1024 * 1024
+#: a refused call waits so long for the code to name
+CODE_WAIT_S, CODE_LOOK_S = 5.0, 0.005
 REACTIVE_PAUSE_S = 60.0  # after a refresh that did not cure an opaque 403
 LOGIN_RETRY_S = 180.0  # between tries of a login that GitHub has refused
 CATALOGUE_AGE_S, CATALOGUE_RETRY_S = 600.0, 60.0
@@ -351,10 +331,8 @@ HEALTH_WAIT_S = 10.0  # that `debug --health` gives a starting server
 MODELS_WAIT_S = 5.0  # that `debug` gives the list of models
 MAX_MODEL_CHARS = 200
 MAX_COMPARED, COMPARED_CHARS = 200, 64  # ids of models, for the text of a 404
-MAX_HOST_CHARS, MAX_LABEL_CHARS = (
-    300,
-    63,
-)  # of a Host header, and of a part of a DNS name
+#: of a Host header, and of a part of a DNS name
+MAX_HOST_CHARS, MAX_LABEL_CHARS = 300, 63
 SESSION_HEADERS = (
     "session_id",
     "session-id",
@@ -386,10 +364,8 @@ MARKED_CHARS = 1000  # of each end of a text, to tell it from others
 LIMIT_S, QUOTA_LIMIT_S = 7 * 86400.0, 32 * 86400.0  # the longest rest that is believed
 LIMIT_PAUSE_S, QUOTA_PAUSE_S = 10.0, 3600.0  # a rest whose length nobody said
 LIMIT_PAUSE_MAX_S = 300.0  # the first doubles up to this while the limit repeats
-PROBE_S, PROBE_MAX_S = (
-    60.0,
-    300.0,
-)  # the first pause between two probes, and the longest
+#: the first pause between two probes, and the longest
+PROBE_S, PROBE_MAX_S = 60.0, 300.0
 LONG_REST_S, LONG_PROBE_MAX_S = 86400.0, 900.0  # the longest one in a rest beyond a day
 TRIAL_S = 5.0  # after a rest the first request is alone for so long
 MAX_DEAD_PROBES = 5  # in a row, then the next one waits its pause
@@ -403,25 +379,19 @@ MAX_NAMES = 1000
 MAX_SETTINGS_CHARS = 1024 * 1024  # of a client's file that are looked through
 MAX_LOSSES, MAX_LOSS_CHARS = 200, 60  # recorded for one request; of a field's name
 MAX_NOTE_CHARS = 2048  # of the headers that list losses and repairs
-STORE_COUNT, STORE_BYTES = (
-    2000,
-    32 * 1024 * 1024,
-)  # of answers that clients may name later
+#: of answers that clients may name later
+STORE_COUNT, STORE_BYTES = 2000, 32 * 1024 * 1024
 STORE_AGE_S = 6 * 3600.0
-MAX_REFERENCES, MAX_KEPT_IDS = (
-    4096,
-    5000,
-)  # to kept items in one request; of items of an answer
+MAX_REFERENCES = 4096  # to kept items in one request
+MAX_KEPT_IDS = 5000  # of items of an answer
 IMAGE_BYTES, IMAGE_TIMEOUT_S = 5 * 1024 * 1024, 15.0  # of a fetched image
 IMAGE_CACHE_BYTES = 8 * 1024 * 1024  # of fetched images, as base64
 AUTO_TIMEOUT_S = 5.0  # for the choice of a model by `auto`
 AUTO_LIFE_S, AUTO_LIFE_MAX_S = 1800.0, 86400.0  # of a choice that names no end; at most
 AUTO_RENEW_S, AUTO_ABSENT_S = 300.0, 600.0  # before its end; where there is no auto
 MAX_AUTO_CHARS = 8000  # of a user's words that auto chooses by
-AUTO_PROMPT_TOKENS, AUTO_OUTPUT_TOKENS = (
-    128000,
-    16000,
-)  # of auto, where nothing is listed
+#: of auto, where nothing is listed
+AUTO_PROMPT_TOKENS, AUTO_OUTPUT_TOKENS = 128000, 16000
 MAX_QUERY_CHARS, MAX_QUERIES = 4000, 20  # of a search of the web; of one request
 MAX_SOURCES = 50  # of a search
 MAX_IMAGES, MAX_GEMINI_IMAGES = 20, 10  # the upstream's own limits
@@ -433,13 +403,8 @@ MAX_DATE_CHARS = 64
 LAST_MOMENT_S = 253402300799.0  # the end of the year 9999, in Unix seconds
 #: what is known of an answer's cost: tokens, those of the prompt disjoint, and nano-AIU
 USAGE_FIELDS = ("input", "cache_read", "cache_write", "output", "reasoning")
-PRICED = (
-    "input",
-    "cache_read",
-    "cache_write",
-    "cache_write_1h",
-    "output",
-)  # kinds with a price
+#: kinds with a price
+PRICED = ("input", "cache_read", "cache_write", "cache_write_1h", "output")
 COUNTS = (*USAGE_FIELDS, "nano_aiu")
 MAX_FILTER_CHARS = 200  # of each wish of GET /history
 HISTORY_ROWS, HISTORY_AGE_S = 200000, 400 * 86400.0
@@ -449,10 +414,8 @@ HISTORY_PAUSE_S, HISTORY_RETRY_S = 0.25, 5.0  # between two writes; after a fail
 HISTORY_BUSY_S, HISTORY_WAIT_S = 1.0, 2.0  # for other processes' locks; for an answer
 MAX_READERS, READER_QUEUE = 32, 500  # of /history/events
 PROGRESS_S, PROGRESS_ROWS = 1.0, 100  # how often they are told of running requests
-RECENT, BODIES_KEPT = (
-    50,
-    3000,
-)  # requests in memory; files in the folder of --log-bodies
+RECENT = 50  # requests in memory
+BODIES_KEPT = 3000  # files in the folder of --log-bodies
 BUDGET_WARNING = 0.8  # of the budget
 OUTPUT_QUEUE_CHARS = 512 * 1024  # of log and terminal, while nobody takes them
 OUTPUT_PAUSE_S = 0.02  # between two writes: many lines are one write then
@@ -1854,9 +1817,8 @@ class Edit:
 class Part:
     """A piece of a turn or of an answer: one of the classes below."""
 
-    cache: bool = (
-        False  # True: the prompt cache may end here; a field of those that can say it
-    )
+    # True: the prompt cache may end here; a field of those that can say it
+    cache: bool = False
 
     def mark_cached(self) -> None:
         """The client wants the prompt cache to end here."""
@@ -3211,9 +3173,8 @@ class StreamRelay:
         self.request = request or Request(asked)  # for a client of `dialect`
         self.ended = self.has_content = False
         self.error: ProxyError | None = None
-        self.on_final: Callable[[str, bytes], None] | None = (
-            None  # (id, frame of the whole)
-        )
+        # (id, frame of the whole)
+        self.on_final: Callable[[str, bytes], None] | None = None
         self.names: Mapping[bytes, bytes] = {}  # see Edit
         self.meter = Meter()
         self._options = {"stream_options": body.get("stream_options")}
@@ -3610,9 +3571,8 @@ class Dialect:
     system_key = ""  # of the body: where the system text is; "": in the turns
     own_parts: frozenset[str] = frozenset()  # the kinds of its content parts
     own_result_parts: frozenset[str] = frozenset()  # ... and of a tool's result alone
-    shared_fields: tuple[str, ...] = (
-        OPENAI_FIELDS  # top-level, the same in OpenAI's dialects
-    )
+    # top-level, the same in OpenAI's dialects
+    shared_fields: tuple[str, ...] = OPENAI_FIELDS
     substitutes: tuple[
         str, ...
     ] = ()  # dialects to ask in when a model lacks this one, best first
@@ -3626,9 +3586,8 @@ class Dialect:
     has_freeform_tools = False  # True: of OpenAI's, for its own models only
     knows_allowed_tools = False  # True: OpenAI's models take such a tool_choice here
     tells_prompt_first = False  # True: a stream begins with the tokens of its prompt
-    has_whole_answer_limit = (
-        True  # True: longer answers must be streamed, see Model.output_cap
-    )
+    # True: longer answers must be streamed, see Model.output_cap
+    has_whole_answer_limit = True
     keepalive = b": keepalive\n\n"  # an event that clients of this dialect ignore
     stream_type = "text/event-stream"
     STOP_REASONS: tuple[
@@ -4352,13 +4311,8 @@ def block_as_text(block: Json, request: Request) -> Text:
     return Text("[%s] %s" % (kind, dumps(shown).decode("utf-8", "replace")))
 
 
-_MEDIA_KINDS = (
-    "input_audio",
-    "audio",
-    "input_video",
-    "video",
-    "video_url",
-)  # no text is in them
+#: no text is in them
+_MEDIA_KINDS = ("input_audio", "audio", "input_video", "video", "video_url")
 
 
 def _read_unknown(part: Json, place: str, request: Request) -> list[Part]:
@@ -5496,10 +5450,8 @@ class StreamDecoder:
             return
 
         if signature:
-            state_id, packed = (
-                None,
-                unpack_opaque(signature),
-            )  # a proxy behind this proxy
+            # a proxy behind this proxy
+            state_id, packed = None, unpack_opaque(signature)
             if packed:
                 minted_by, state_id, signature = packed[0]
             self._held.append(PartSignature(index, signature, minted_by, state_id))
@@ -9610,9 +9562,8 @@ def json_schema_of(schema: Json) -> Json:
 
 # ---- Gemini ----
 
-NO_SIGNATURE = (
-    "skip_thought_signature_validator"  # what Google has clients write for: none
-)
+#: what Google has clients write for: none
+NO_SIGNATURE = "skip_thought_signature_validator"
 SIGNED_TEXT = "text"  # in a packed state: the words that the state before it signs
 _UPSTREAM_NAMES = ("chat", "responses", "messages")  # of the dialects that mint state
 _GEMINI_ROLES = {
@@ -12042,9 +11993,8 @@ def fit_kimi(edit: Edit, model: Model) -> None:
 
 # ---- Compaction ----
 
-COMPACTION_TRIGGER = (
-    "compaction_trigger"  # with it as last item Codex asks for a compaction
-)
+#: with it as last item Codex asks for a compaction
+COMPACTION_TRIGGER = "compaction_trigger"
 SUMMARY_HEAD = (
     "Summary of the conversation so far, whose full text is not there any more:\n\n"
 )
@@ -13183,12 +13133,8 @@ _SEALED_FIELDS = (
     "data",
     "result",
 )
-_JSON_FIELDS = (
-    "input",
-    "arguments",
-    "schema",
-    "action",
-)  # objects that the model reads as JSON
+#: objects that the model reads as JSON
+_JSON_FIELDS = ("input", "arguments", "schema", "action")
 _LINK_FIELDS = ("url", "image_url", "file_url", "file_id", "file_data")
 _LINK_TYPES = (
     None,
@@ -13644,9 +13590,8 @@ Repair = collections.namedtuple(
 # each of its letters: that would take the square of the text's length.
 _FAR = r".{0,300}"
 _QUOTES = r"['\"`\\]{0,8}"
-_NAME = (
-    _QUOTES + r"(?<![\w.$\[\]-])([\w.$\[\]-]+)" + _QUOTES
-)  # a field, a path or a tool
+#: a field, a path or a tool
+_NAME = _QUOTES + r"(?<![\w.$\[\]-])([\w.$\[\]-]+)" + _QUOTES
 _UN = r"n(?:supported|known|recognized)(?: request)? "
 VALUE_CODES = ("unsupported_value", "invalid_value")  # not the field: what stands in it
 REPAIRS = (
@@ -16527,9 +16472,8 @@ _SPECIAL_NETWORKS = (
     "2620:4f:8000::/48",
     "3fff::/20",
 )
-_UNICAST_NETWORK = (
-    "2000::/3"  # of IPv6: all that is given out; fc00::/7, fe80::/10 are not
-)
+#: of IPv6: all that is given out; fc00::/7, fe80::/10 are not
+_UNICAST_NETWORK = "2000::/3"
 #: IPv6 networks whose addresses end with an IPv4 address that is meant
 _MAPPED_NETWORKS = ("::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96")
 _ISATAP_MARKS = (0x00005EFE, 0x02005EFE)  # before such an end in any other IPv6 network
@@ -19137,9 +19081,8 @@ class Budget:
     def load(self, link: Any) -> None:
         """Read from the history what was spent before this process began."""
         self._lines()
-        payer = (
-            "COALESCE(key || ' ', '') || COALESCE(session, client, '-')"  # as payer_of
-        )
+        # as payer_of
+        payer = "COALESCE(key || ' ', '') || COALESCE(session, client, '-')"
         for name, since in ((payer, 0), ("''", self._began)):
             if link:
                 found = link.execute(
@@ -19505,9 +19448,8 @@ METHOD_LABELS = dict(
         GEMINI_METHODS, ("gemini", "gemini", "count_tokens", "embeddings", "embeddings")
     )
 )
-DEPLOYMENTS = (
-    "/openai/deployments"  # Azure: .../NAME/chat/completions; a model is the name
-)
+#: Azure: .../NAME/chat/completions; a model is the name
+DEPLOYMENTS = "/openai/deployments"
 
 
 def gemini_method(path: str) -> str:
