@@ -1164,7 +1164,7 @@ _INVISIBLE = re.compile(
 def visible(text: str, keep: str = "") -> str:
     """`text` with all escaped that a terminal would obey or not show: control characters, C1,
     bidi overrides, zero width.  keep: those of them that stay.  'a\\x1b[2J' -> 'a\\\\x1b[2J'"""
-    if text.isprintable() and not _INVISIBLE.search(text):
+    if text.isprintable() and (text.isascii() or not _INVISIBLE.search(text)):
         return text
     return "".join(
         [
@@ -2426,7 +2426,10 @@ def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
             % status
         )
 
-    reason = _CONTROLS.sub(" ", match.group(2) or "").strip()
+    reason = match.group(2) or ""
+    if not reason.isprintable():
+        reason = _CONTROLS.sub(" ", reason)
+    reason = reason.strip()
     fields_ = _PLAIN_FIELD.findall(rest)
     headers: Headers = {name.lower(): value.strip() for name, value in fields_}
     if len(headers) == rest.count("\n") + bool(
@@ -2452,12 +2455,21 @@ def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
     return status, reason, headers
 
 
+def is_chunked(headers: Headers) -> bool:
+    """Does an upstream's body come in chunks?"""
+    coding = headers.get("transfer-encoding")
+    return coding is not None and "chunked" in coding.lower()
+
+
 def answer_length(headers: Headers) -> int | None:
     """The length of an upstream's body, or None if the body ends with the connection. A
     repeated equal header counts once. Raises UpstreamError if it is not a number."""
     text = headers.get("content-length")
-    if text is None or "chunked" in headers.get("transfer-encoding", "").lower():
+    if text is None or is_chunked(headers):
         return None
+    plain = digits_or_none(text)
+    if plain is not None:
+        return plain
 
     lengths = {digits_or_none(part.strip()) for part in text.split(",")}
     length = lengths.pop()
@@ -12485,7 +12497,10 @@ AUTO_TIERS = ("efficiency", "balance", "intelligence")
 
 def auto_tier(asked: str) -> str | None:
     """'auto' -> "", 'auto:balance' -> "balance"; None for the name of a model."""
-    name, colon, tier = asked.strip().lower().partition(":")
+    lowered = asked.strip().lower()
+    if not lowered.startswith(AUTO_NAMES):  # nearly always
+        return None
+    name, colon, tier = lowered.partition(":")
     is_tier = tier in AUTO_TIERS or not colon
     if name in AUTO_NAMES and is_tier:
         return tier
@@ -13997,9 +14012,8 @@ def header_lanes(
 ) -> dict[str, str]:
     """Lane -> what an answer's headers say of it.  {"weekly": "ent=300&rem=75.5&rst=2026-..."}"""
     return {
-        name[len(prefix) :]: value
-        for name, value in headers.items()
-        if is_quota_name(name)
+        name[len(prefix) :]: headers[name]
+        for name in filter(is_quota_name, headers)
         for prefix in prefixes
         if name.startswith(prefix)
     }
@@ -15305,6 +15319,9 @@ class Refreshed:
 
     async def get(self, bad: Any = None) -> Any:
         """The value; never the very object `bad`.  Raises what the fetch raised."""
+        value = self.value
+        if value is not None and value is not bad and not self._is_due(value):
+            return value  # nearly always; what is not due is not dead
         seen = self._attempts
         while True:
             with self._lock:
@@ -16048,11 +16065,11 @@ class UpstreamResponse:
         self.status, self.reason, self.headers = head
         self.connection: HttpConnection | None = connection
         self._pool = pool
-        chunked = "chunked" in self.headers.get("transfer-encoding", "").lower()
         if method == "HEAD" or self.status in (204, 304):
             self._body = BodyDecoder(0)
         else:
-            self._body = BodyDecoder(answer_length(self.headers), chunked)
+            length = answer_length(self.headers)
+            self._body = BodyDecoder(length, is_chunked(self.headers))
         wish = self.headers.get("connection", "").lower()
         self._keep = self._body.delimited and "close" not in wish
 
@@ -19098,19 +19115,19 @@ class Budget:
 
     def report(self) -> Json | None:
         """The state of the budget for display, or None if there is no limit."""
-        lines = self._lines() if self._limits else []
+        if not self._limits:
+            return None
+        lines = self._lines()
         if lines and not lines[0]["session"]:
             day = lines.pop(0)
         else:
             day = dict.fromkeys(("limit", "used", "percent", "state"))
-        if self._limits:
-            return {
-                **day,
-                "estimated": self._estimated,
-                "ends_at": self._ends,
-                "sessions": lines,
-            }
-        return None
+        return {
+            **day,
+            "estimated": self._estimated,
+            "ends_at": self._ends,
+            "sessions": lines,
+        }
 
 
 class Stats:
@@ -19602,6 +19619,8 @@ class Notes:
         return fresh
 
     def __str__(self) -> str:
+        if not self.names and not self.more:
+            return ""
         listed = sorted(self.names)
         if self.more:
             listed.append(f"+{self.more} more")
@@ -20077,12 +20096,14 @@ class Ledger:
     ) -> None:
         """Store the latest report of some lanes; it is parsed only on request. Room in
         them may end a rest of the account."""
+        if not told:
+            return
         for name, said in told.items():
             if (account.id, name) in self.quotas or len(self.quotas) < MAX_NAMES:
                 self.quotas[account.id, name] = account, source, said, self._clock()[1]
         for scope in account.limits.see(told, source):
             self._log.info("the limit of %s is over: the account has room again", scope)
-        if told and self.events.readers:
+        if self.events.readers:
             self.events.tell("quota", {"lanes": self.lanes(account.id)})
 
     def lanes(self, wanted: str = "") -> list[Json]:
@@ -23798,6 +23819,8 @@ def tell_losses(
     exchange: Exchange, losses: Losses, repaired: Iterable[str] = ()
 ) -> None:
     """Report losses and repairs to the client, the log and /stats."""
+    if not losses and not repaired:
+        return
     headers = exchange.app.ledger.note_changes(exchange.record, losses, repaired)
     exchange.headers.update(headers)
 
