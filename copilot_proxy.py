@@ -7431,6 +7431,9 @@ class Responses(Dialect):
             "headers": headers,
         }
 
+    def error_frame(self, error: ProxyError) -> bytes:
+        return Frame("error", dumps(self.error_event(error))).encode()
+
     def tell_whole(self, answer: Json) -> bytes:
         """A whole answer as the events of a stream, as many as clients need."""
         begun = dict(answer, status="in_progress", output=[], usage=None)
@@ -21614,7 +21617,12 @@ class Exchange:
         self, last: bytes, pipeline: StreamRelay, problem: ProxyError | None
     ) -> bytes:
         begin = self.frame(last) if last else b""
-        end = self.frame_end(pipeline.close(problem))
+        closing = pipeline.close(problem)
+        if (
+            problem is not None and not closing
+        ):  # a fault of ours at the very last event
+            closing = self.dialect.error_frame(problem)
+        end = self.frame_end(closing)
         self.record.end_stream(
             pipeline.failure or "", problem.code if problem else None
         )
