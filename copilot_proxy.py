@@ -2848,10 +2848,8 @@ def socket_frame(kind: int, payload: bytes = b"") -> bytes:
 
 
 def close_frame(code: int, reason: str = "") -> bytes:
-    """The last frame; the reason is cut to what fits."""
-    payload = struct.pack(">H", code) + printable(reason, 100).encode(
-        "ascii", "replace"
-    )
+    """The last frame.  reason: short."""
+    payload = struct.pack(">H", code) + reason.encode()
     return socket_frame(CLOSE_FRAME, payload)
 
 
@@ -2889,6 +2887,11 @@ class FrameHead(NamedTuple):
     size_bytes: int
     key: bytes
     end: int
+
+    @property
+    def is_text(self) -> bool:
+        """Does it belong to a message?"""
+        return self.kind < CLOSE_FRAME
 
 
 def parse_frame_head(data: bytes, at: int) -> FrameHead | None:
@@ -3004,7 +3007,7 @@ class SocketDecoder:
             raise BadFrame("a message begins inside another", PROTOCOL_ERROR)
         if frame.kind == CONTINUATION and not self._fragments:
             raise BadFrame("a fragment continues nothing", PROTOCOL_ERROR)
-        if frame.kind in (TEXT_FRAME, CONTINUATION):
+        if frame.is_text:
             self._fragments += 1
             if len(self._text) + frame.size_bytes > MAX_BODY_BYTES:
                 raise BadFrame(
@@ -3020,7 +3023,7 @@ class SocketDecoder:
         turn = (frame.size_bytes - self._left) % 4
         plain = unmask(piece, frame.key[turn:] + frame.key[:turn])
         self._left -= len(piece)
-        if frame.kind not in (TEXT_FRAME, CONTINUATION):
+        if not frame.is_text:
             self._control += plain
             return
 
@@ -3033,7 +3036,7 @@ class SocketDecoder:
     def _end(self, frame: FrameHead) -> list[SocketMessage]:
         """The frame is whole -> what it ends."""
         self._frame = None
-        if frame.kind not in (TEXT_FRAME, CONTINUATION):
+        if not frame.is_text:
             control, self._control = self._control, b""
             return [SocketMessage(frame.kind, control)]
         if not frame.is_last:
@@ -7420,13 +7423,11 @@ class Responses(Dialect):
         }
 
         return {
+            **about,
             "type": "error",
             "status": error.status,
             "status_code": error.status,
             "error": about,
-            "code": about["code"],
-            "message": about["message"],
-            "param": about["param"],
             "sequence_number": 0,
             "headers": headers,
         }
@@ -21187,15 +21188,15 @@ class WebSocket:
 
         if self.is_over:
             return
-        if now >= late:
-            self.end(POLICY, "the message came too slowly")
-        elif now >= self._ends_at and client.is_idle:
-            self._expire()
-        elif not client.out and now - client.sent_at >= settings.keepalive_s:
-            try:
+        try:
+            if now >= late:
+                self.end(POLICY, "the message came too slowly")
+            elif now >= self._ends_at and client.is_idle:
+                self._expire()
+            elif not client.out and now - client.sent_at >= settings.keepalive_s:
                 client.send(socket_frame(PING_FRAME))
-            except ClientGone:
-                client.leave()
+        except ClientGone:
+            client.leave()
 
     # -- what its coroutine does
 
@@ -21229,14 +21230,9 @@ class WebSocket:
         self._client.send(socket_frame(TEXT_FRAME, event))
 
     def _expire(self) -> None:
-        with contextlib.suppress(ClientGone):
-            self.send_error(
-                BadRequest(
-                    "a WebSocket lasts %d minutes: connect again"
-                    % (SOCKET_LIFE_S // 60),
-                    code="websocket_connection_limit_reached",
-                )
-            )
+        minutes = SOCKET_LIFE_S // 60
+        text = f"a WebSocket lasts {minutes:.0f} minutes: connect again"
+        self.send_error(BadRequest(text, code="websocket_connection_limit_reached"))
         self.end(NORMAL, "connect again")
 
     def end(self, code: int, reason: str = "") -> None:
