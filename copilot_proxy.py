@@ -1201,6 +1201,7 @@ def host_of(url: str) -> str:
         return ""
 
 
+@functools.lru_cache(maxsize=HEADS_KEPT)
 def is_loopback(host: str) -> bool:
     """Is `host` this machine by name or address?  '127.8.0.1' -> True, '127.evil.com' -> False."""
     host = host.lower().strip("[]")
@@ -8170,7 +8171,6 @@ _REFUSED_TOOL_FIELDS = (
     "input_examples",
     "strict",
 )
-_RESULT_PARTS = ("text", "image", "document")
 TOOL_SEARCH = "tool_search_tool_"  # ... and those of the tool that finds other tools
 SEARCH_TOOLS = "web_search_"  # how the types of Anthropic's hosted search begin
 CACHE_TIMES = ("5m", "1h")  # how long the prompt cache may be kept
@@ -15842,7 +15842,8 @@ class HttpConnection(Connection):
         """Send a request and wait for the head of the answer. Raises StaleConnection if
         a kept connection proves closed before the first byte, else UpstreamError."""
         try:
-            head = await self._ask(request)
+            broken = await self._write(request)
+            head = await self._read_head(request.timeout_s, broken)
             if not self.idle_since:
                 self.on_first_answer()
             return UpstreamResponse(head, self, request.method, pool)
@@ -15856,11 +15857,11 @@ class HttpConnection(Connection):
             self.close()
             raise
 
-    async def _ask(self, request: UpstreamRequest) -> tuple[int, str, Headers]:
+    async def _write(self, request: UpstreamRequest) -> str:
+        """Send it whole. Returns why that failed, "" if it did not."""
         head, body = request.head, request.body or b""
         if self.forward:
             head = self._for_proxy(head)
-        broken = ""
         try:
             if len(body) <= READ_BYTES:  # in one packet
                 await self._send(head + body)
@@ -15868,8 +15869,8 @@ class HttpConnection(Connection):
                 await self._send(head)
                 await self._send(body)
         except OSError as error:
-            broken = plain_reason(error)  # an early answer may still be readable
-        return await self._read_head(request.timeout_s, broken)
+            return plain_reason(error)  # an early answer may still be readable
+        return ""
 
     def _for_proxy(self, head: bytes) -> bytes:
         """A proxy that forwards plain HTTP wants the whole URL, and its login."""
@@ -16140,38 +16141,33 @@ class UpstreamResponse:
         `timeout_s` is the longest silence, `total_s` the longest time in all.  Raises StreamCut,
         UpstreamError 504."""
         body = bytearray()
-        deadline = time.monotonic() + total_s
+        await self._read_until(body, limit, timeout_s, total_s)
+        if len(body) > limit:
+            raise UpstreamError(f"the upstream's answer is larger than {limit} bytes")
+        return bytes(body)
 
+    async def _read_until(
+        self, body: bytearray, limit: int, timeout_s: float, total_s: float
+    ) -> None:
+        """Read to the end of the body, or until there is more than `limit`."""
+        deadline = time.monotonic() + total_s
         try:
-            while not self.done:
+            while not self.done and len(body) <= limit:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise UpstreamError("the upstream's answer came too slowly", 504)
                 body += await self.read(min(timeout_s, left))
-                if len(body) > limit:
-                    raise UpstreamError(
-                        f"the upstream's answer is larger than {limit} bytes"
-                    )
         finally:
             self.finish()
-
-        return bytes(body)
 
     async def read_beginning(self, limit: int, total_s: float) -> bytes:
         """Read the body for a bounded time and up to `limit` bytes; the rest is
         discarded."""
         body = bytearray()
-        deadline = time.monotonic() + total_s
-        try:
-            while not self.done and len(body) < limit:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    break
-                body += await self.read(left)
-        except UpstreamError:  # it was cut, or silent: the beginning must do
-            pass
-        finally:
-            self.finish()
+        with contextlib.suppress(
+            UpstreamError
+        ):  # cut, or silent: the beginning must do
+            await self._read_until(body, limit, math.inf, total_s)
         return bytes(body[:limit])
 
     def finish(self) -> None:
@@ -17465,7 +17461,7 @@ class Attempts:
     ) -> None:
         self._copilot, self._has_started = copilot, has_started
         self._calls = 0
-        self._taken: collections.Counter[str] = collections.Counter()
+        self._taken = dict.fromkeys(ATTEMPTS, 0)
         self._is_fresh = False  # no kept connection is trusted any more
 
     def may(self, row: str) -> bool:
@@ -17508,7 +17504,12 @@ class Attempts:
             version = copilot.version
             try:
                 self._calls += 1
-                return await self._send_once(call, token)
+                answer = await copilot.send_once(call, token, self._is_fresh)
+                if answer.status >= 300:
+                    raise explain_refusal(token, await read_error(answer))
+                if call.opening is not None:
+                    await call.opening(answer)
+                return answer
             except UpstreamError as problem:
                 error = problem
                 forget_frames(error)
@@ -17529,14 +17530,6 @@ class Attempts:
                 row,
             )
             token = await self._change(row, token, version, error.status)
-
-    async def _send_once(self, call: Call, token: CopilotToken) -> UpstreamResponse:
-        answer = await self._copilot.send_once(call, token, self._is_fresh)
-        if answer.status >= 300:
-            raise explain_refusal(token, await read_error(answer))
-        if call.opening is not None:
-            await call.opening(answer)
-        return answer
 
     def _row_for(self, error: UpstreamError) -> str:
         """The row that may cure this error, or ""."""
@@ -19734,10 +19727,6 @@ class RequestRecord:
         """Set who began the request, if it is known beforehand: 'user' or 'agent'."""
         self.initiator = initiator
 
-    def name(self, key: str, session: str | None, model: str, streamed: bool) -> None:
-        """Its body has been read."""
-        self.asked.name(key, session, model, streamed)
-
     def go_up(self, route: str, path: str, initiator: str = "") -> None:
         """It is sent to this path of the upstream."""
         self.route = route
@@ -21278,6 +21267,7 @@ def normalise_path(path: str) -> str:
     return path.rstrip("/") or "/"
 
 
+@functools.lru_cache(maxsize=HEADS_KEPT)
 def split_target(target: str) -> tuple[str | None, str]:
     """(host and port, path and query) of a request target.  The first is None for the usual form;
     a client that believes in a proxy writes a whole URL."""
@@ -23722,7 +23712,9 @@ async def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
             "'model' is required: the id of a model, see /v1/models", param="model"
         )
 
-    exchange.record.name(exchange.caller.key_id, key, asked, body.get("stream") is True)
+    exchange.record.asked.name(
+        exchange.caller.key_id, key, asked, body.get("stream") is True
+    )
     if session:
         sessions[session] = asked
         if len(sessions) > MAX_SESSIONS:
@@ -24022,12 +24014,9 @@ class Job:
         exchange = self.exchange  # a cycle would keep the body alive
         self.attempts = Attempts(copilot, lambda: exchange.started)
 
-    async def run(self) -> None:
-        """All stages.  Raises ProxyError, ClientGone."""
-        await self.serve(await self.exchange.read_json())
-
     async def serve(self, body: Json) -> None:
-        """All stages behind `read`; `body` is what the exchange's bytes say."""
+        """All stages behind `read`; `body` is what the exchange's bytes say.  Raises ProxyError,
+        ClientGone."""
         await self.begin(body)
         del body  # this lasts as long as the answer
         if self.is_compaction():
@@ -24103,12 +24092,10 @@ class Job:
 
     async def prepare_call(self) -> Call | None:
         """Plan and admit; None for a search where there is none.  Raises ProxyError."""
-        if self.plan is None:
-            self.plan = await self.compute(self.make_plan)
+        data = await self.compute(self.plan_body)
         plan = self.plan
         if plan is None:
             return None
-        data = await self.compute(functools.partial(self.body_for, plan))
         call = self.call_for(plan, data)
         await admit(self.exchange, plan.edit.body, self.model)
         return call
@@ -24163,9 +24150,9 @@ class Job:
         else:
             exchange.reply_json(message)
 
-    async def compute(self, work: Callable[[], Any]) -> Any:
+    def compute(self, work: Callable[[], Any]) -> Work:
         """`work()`, with a large body in a thread."""
-        return await self.exchange.compute(work, len(self.data))
+        return self.exchange.compute(work, len(self.data))
 
     def make_plan(self) -> Plan | None:
         """How to ask the model, with all that was learned of it; None for a search where there is
@@ -24201,6 +24188,13 @@ class Job:
         plan.request.measure(exchange.record.elapsed_ns)
         self.copilot.memory.prepare(plan)
         return plan
+
+    def plan_body(self) -> bytes:
+        """What is sent by the plan, which is made where there is none; b"" without one."""
+        self.plan = self.plan or self.make_plan()
+        if self.plan is None:
+            return b""
+        return self.body_for(self.plan)
 
     def body_for(self, plan: Plan) -> bytes:
         """The body to send: the client's own bytes as far as possible."""
@@ -24351,7 +24345,7 @@ async def alpha_search(exchange: Exchange) -> None:
     body = await exchange.read_json()
     key = session_key(exchange.head.headers, body)
     asked = str(body.get("model") or "")
-    exchange.record.name(exchange.caller.key_id, key, asked, False)
+    exchange.record.asked.name(exchange.caller.key_id, key, asked, False)
     commands = as_object(body.get("commands"))
     searches = dicts_in(commands, "search_query")[:MAX_QUERIES]
     queries = [str(one["q"]) for one in searches if isinstance(one.get("q"), str)]
@@ -24458,7 +24452,7 @@ async def make_compaction(job: Job) -> tuple[Json, Usage | None]:
 async def complete(dialect: Dialect, exchange: Exchange) -> None:
     """A request of any dialect to any model."""
     exchange.answer_in(dialect)
-    await Job(exchange, dialect).run()
+    await Job(exchange, dialect).serve(await exchange.read_json())
 
 
 SOCKET_ENDPOINT = "ws:/responses"  # as models list it
