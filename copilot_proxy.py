@@ -298,7 +298,8 @@ LOG_COLUMNS = "%-14.14s %-24s %-11s %3d %13s %11s %12s"
 LOG_COLOURS = {30: "33", 40: "31", 50: "31"}  # level -> of the terminal: yellow, red
 #: one of these is set where a console of Windows obeys escape sequences
 ANSI_VARIABLES = ("WT_SESSION", "ANSICON", "ConEmuANSI", "TERM", "TERM_PROGRAM")
-SLICE_S, MAX_SLICE_S = 0.001, 0.008  # of computing between two looks at the streams
+SLICE_S, SLICE_SHARE = 0.002, 0.25  # of computing between two looks at the streams: at
+# least so long, and of the time that the streams took
 ACCEPTED_AT_ONCE = 16  # connections in one round of the loop
 SPARE_FILES = 32  # kept free for logins, history, the pool
 FIRST_REQUEST_S = 0.1  # at shutdown, for a connection that has just come
@@ -21533,6 +21534,8 @@ class Exchange:
         """Some bytes of the stream as they go over the wire, with the head before the first."""
         if self.app.settings.log_bodies:
             self.log_body("answer", data)
+        if self.record.status and self.head.minor:
+            return chunk(data)  # nearly always
         head = b"" if self.started else self._stream_head()
         return head + (chunk(data) if self.is_chunked else data)
 
@@ -21542,7 +21545,7 @@ class Exchange:
 
     def write(self, data: bytes) -> None:
         """Send some bytes of the stream.  Raises ClientGone."""
-        self._send(self.frame(data))
+        self.client.send(self.frame(data))
 
     def finish(self, last: bytes = b"") -> None:
         """The end of the stream, in one write with its last bytes."""
@@ -21556,7 +21559,7 @@ class Exchange:
         A cut stream ends with the dialect's error event, never politely. begun: bytes
         for the client that are there already. Raises ClientGone."""
         problem: ProxyError | None = None
-        last = begun
+        client, last = self.client, begun
 
         def pass_on(data: bytes) -> bool:
             """-> is more wanted now?  The last bytes wait for the end, to go out with it."""
@@ -21568,7 +21571,7 @@ class Exchange:
             if last:
                 self.write(last)
                 last = b""
-            return not self.client.is_slow
+            return not (client.out and client.is_slow)
 
         try:
             while not (answer.done or pipeline.ended):
@@ -21952,7 +21955,7 @@ class EventLoop:
     and, whatever it waits for: by the end of its time (the result is False), by its client's
     leaving (ClientGone), or by the end of the server (UpstreamError 503).  One round of the loop:
 
-        select --> resume what is ready --> compute for 1 to 8 ms --> timers, and once a tick:
+        select --> resume what is ready --> compute for 2 ms or so --> timers, and once a tick:
            ^                                                          deadlines, pings
            +---------------------------------------------------------------------------+
 
@@ -22151,11 +22154,12 @@ class EventLoop:
             self._guard(*self._inbox.popleft())
 
     def _take_turns(self) -> None:
-        """Compute: as long as the streams took, so that neither starves the other."""
+        """Compute for a moment.  A longer one would make the streams late; where they take nearly
+        all of the time a share of it keeps requests going."""
         if not self._turns:
             return
         until = time.monotonic()
-        until += min(max(SLICE_S, until - self._now), MAX_SLICE_S)
+        until += max(SLICE_S, SLICE_SHARE * (until - self._now))
         while self._turns:
             self.resume(*self._turns.popleft())
             if time.monotonic() >= until:
