@@ -21115,7 +21115,7 @@ class WebSocket:
         self._ends_at = time.monotonic() + client.settings.socket_life_s
         self._begun_at = math.inf  # when the message that is not whole began
         self._minute_at, self._side_frames = 0.0, 0  # since then
-        self._prepared: tuple[str, Json] = "", {}
+        self._prepared: tuple[str, Json] = ("", {})
 
     # -- what the loop reports
 
@@ -21495,6 +21495,10 @@ class Exchange:
             self.keep_alive = False
         else:
             self.fail(error)
+
+    def close_after(self) -> None:
+        """What follows this request on its connection is not read as another one."""
+        self.keep_alive = False
 
     def client_left(self) -> None:
         """Nobody waits for the answer any more."""
@@ -24531,6 +24535,7 @@ def open_socket(exchange: Exchange) -> None:
             405,
             headers={"Allow": "POST"},
         )
+    exchange.close_after()  # a client that is refused may send frames all the same
     exchange.open_socket(accept_key(exchange.head), create_response)
 
 

@@ -35,7 +35,7 @@ class LogLineTest(unittest.TestCase):
             written.truncate(0)
             written.seek(0)
             self.log.info(text)
-            handler.write_lines(handler.line(logging.INFO, text))
+            handler.write_lines(handler.line(logging.INFO, text, logging.INFO))
             if int(time.time()) == second:
                 break
         lines = written.getvalue().splitlines()
@@ -57,7 +57,7 @@ class LogLineTest(unittest.TestCase):
 
     def test_a_closed_stream_fails_nothing(self) -> None:
         stream = io.StringIO()
-        handler = cp.LogHandler(stream)
+        handler = cp.LogHandler(stream, {})
         stream.close()
         handler.write_lines("a\n")
 

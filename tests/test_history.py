@@ -571,7 +571,7 @@ class EventTest(HistoryCase):
         for at in range(cp.READER_QUEUE + 1):
             for reader in readers[1:]:
                 if at:
-                    cp.run(reader.get())
+                    cp.run(reader.get(1.0))
             events.tell("request", {"at": at})
         self.assertNotIn(readers[0], events.readers)
         self.assertEqual(events.readers, readers[1:])

@@ -630,7 +630,7 @@ class TextTest(unittest.TestCase):
                         code, output = run_main(home, "setup", client, "--url", proxy.url)
                         self.assertEqual(code, 0, output)
                         self.assert_alive(output.replace("copilot-", ""), client)
-                        self.assertRegex(output, "gpt-|claude-|text-embedding")
+                        self.assertRegex(output, "gpt-|claude-|gemini-[0-9]|text-embedding")
                 curl = run_main(home, "setup", "curl", "--url", proxy.url)[1]
                 self.assertIn('"model": "gpt-5-mini"', curl)
 
