@@ -22751,9 +22751,11 @@ button { cursor: pointer; } .main { background: var(--accent); color: var(--card
 .skip:not(:focus) { position: absolute; left: -99rem; } dd.big { font: 600 1.3rem system-ui; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr));
   gap: .8rem 2.5rem; } .grid > * { min-width: 0; }
+.four { grid-template-columns: repeat(auto-fit, minmax(min(13rem, 100%), 1fr)); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(9.5rem, 46%), 1fr));
   gap: .8rem; margin: 1rem 0; } .tiles .card { margin: 0; padding: .8rem 1rem; }
-.ends > :first-child { flex: 1; } ul, ol { list-style: none; margin: 0; padding: 0;
+.ends > :first-child { flex: 1; } .cut:empty { display: none; }
+.cut { flex-basis: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; } ul, ol { list-style: none; margin: 0; padding: 0;
   font-size: .9rem; } details, #limits li { margin: .7rem 0; }
 .facts { display: grid; grid-template-columns: minmax(6rem, auto) 1fr; gap: .2rem 1rem;
   margin: .3rem 0; font-size: .9rem; } .facts dd { margin: 0; }
@@ -22821,6 +22823,23 @@ function svg(tag, attributes, ...children) {
   const e = document.createElementNS(SVG, tag);
   for (const name in attributes) e.setAttribute(name, attributes[name]);
   e.append(...children); return e; }
+function keepFocus(box, work) {                             // what is made anew keeps the focus
+  const had = box.contains(document.activeElement) ? document.activeElement : null;
+  const label = had && had.getAttribute('aria-label');
+  work();
+  if (!had || document.activeElement === had) return;
+  const again = had.isConnected ? had : label && [...box.querySelectorAll('button')].find(
+    e => e.getAttribute('aria-label') === label);
+  if (again) again.focus({ preventScroll: true }); }
+function labelled(e, label) { e.setAttribute('aria-label', label); return e; }
+function sure(text, label, work) {                          // the second click does it
+  const e = labelled(button(text, () => {
+    if (e.classList.toggle('loud')) {
+      e.textContent = 'Really?';
+      setTimeout(() => { e.className = ''; e.textContent = text; }, 5000);
+      return; }
+    work().catch(error => e.after(el('span.bad', error.message))); }), label);
+  return e; }
 const due = new Set();                                      // many calls in that time are one
 const soon = (work, ms) => due.has(work) || due.add(work) && setTimeout(() => {
   due.delete(work); work(); }, ms);
@@ -22853,6 +22872,10 @@ const prompt = c => total([c.input, c.cache_read, c.cache_write]);
 const hits = c => percent(known(c.cache_read) ? 100 * c.cache_read / prompt(c) : null);
 const inOut = c => total([prompt(c), c.output]) === null ? 'unknown'
   : count(prompt(c)) + ' in, ' + count(c.output) + ' out';
+const sizes = [[1e6, ' MB'], [1e3, ' KB']];
+function bytes(n) {
+  const [size, unit] = sizes.find(([size]) => n >= size) || [1, ' bytes'];
+  return (n / size).toFixed(size > 1 ? 1 : 0) + unit; }
 const ago = s => span(Math.max(0, Date.now() - s * 1000)) + ' ago';
 const human = name => (name.charAt(0).toUpperCase() + name.slice(1)).replace(/_/g, ' ');
 // -- the server: a key goes as header, which is why events are read with fetch
@@ -22862,7 +22885,8 @@ async function call(path, options) {
   const headers = { 'Content-Type': 'application/json', 'X-Copilot-Proxy-Page': '1' };
   const key = stored.getItem(KEY);
   if (key) headers.Authorization = 'Bearer ' + key;
-  const answer = await fetch(path, { headers, cache: 'no-store', ...options });
+  const answer = await fetch(path, { cache: 'no-store', ...options,
+    headers: { ...headers, ...(options || {}).headers } });
   if (answer.ok) return answer;
   const { message, code } = (await answer.json().catch(() => ({}))).error || {};
   if (answer.status === 401 && code !== 'login_required') lock();
@@ -22902,24 +22926,73 @@ function showHealth(health) {
   $('demo').hidden = !health.demo;
   show('version', 'copilot_proxy ' + health.version + ', up for ' + span(health.uptime_s * 1000));
   showLogin(health.login || health); if (was !== ready) soon(loadAll, 50); }
-function showLogin({ user_code, verification_uri = '', problem }) {
+function linkTo(address) {
+  const link = el('a', address);
+  link.target = '_blank'; link.rel = 'noreferrer';
+  if (/^https?:/.test(address)) link.href = address;
+  return link; }
+function codeParts({ user_code, verification_uri, expires_at }) {
+  const left = el('span.left'); left.dataset.until = expires_at; left.setAttribute('role', 'timer');
+  return [el('p', 'Open ', linkTo(verification_uri), ' and enter this code:'),
+    el('p.line', el('span.code', user_code), copyButton(() => user_code, 'Copy the code')),
+    el('p', el('span.pill.run', 'Waiting for GitHub'), ' ', left)]; }
+function countDown() {
+  document.querySelectorAll('.left').forEach(e => {
+    const left = Math.round(e.dataset.until - Date.now() / 1000);
+    e.textContent = left > 0 ? 'The code is good for ' + Math.floor(left / 60) + ':'
+      + String(left % 60).padStart(2, '0') + ' more.' : 'The code is over; another one comes.'; }); }
+function showLogin({ user_code, verification_uri, expires_at, problem }) {
   const box = $('login'), mark = [ready, user_code, problem].join();
-  const link = el('a', verification_uri); box.hidden = ready;
+  box.hidden = ready;
   if (box.dataset.mark === mark) return;                    // else it would be read out again
-  box.dataset.mark = mark; link.target = '_blank'; link.rel = 'noreferrer';
-  if (/^https?:/.test(verification_uri)) link.href = verification_uri;
+  box.dataset.mark = mark;
   const start = button('Get a login code', () => post('/auth/device/start', {}).then(showHealth,
     error => start.after(el('p.bad', error.message))), 'main');
   box.replaceChildren(el('h2', 'Log in to GitHub'), ...user_code
-    ? [el('p', 'Open ', link, ' and enter this code:'),
-      el('p.line', el('span.code', user_code), copyButton(() => user_code, 'Copy the code')),
-      el('p.run', 'Waiting for GitHub. This page goes on by itself; a code lives 15 minutes.')]
+    ? codeParts({ user_code, verification_uri, expires_at })
     : [el('p', problem || 'Nobody is logged in.'), el('p.sub', 'You get a code and enter it at '
-      + 'GitHub, with the account that has Copilot. The proxy never sees your password.'),
-      start]); }
+      + 'GitHub, with the account that has Copilot. The proxy never sees your password.'), start]);
+  countDown(); }
+// -- accounts and their keys
+let adding = false;
+function showOnce(title, key) {                             // a new key, this once
+  show('once', el('h3', title), el('p.line', el('code', key), copyButton(() => key, 'Copy the key')),
+    el('p.sub', 'Only its hash is kept here: it cannot be shown again.'));
+  $('once').hidden = false; loadKeys(); }
+async function addAccount() {
+  const begun = await post('/auth/device/start', {}), headers = { 'X-Login-State': begun.state };
+  show('once', ...codeParts(begun)); $('once').hidden = false; countDown();
+  let now = { status: 'pending' };
+  while (now.status === 'pending') {
+    await pause(2000); now = await get('/auth/device/poll', { headers }); }
+  if (now.status !== 'granted') throw new Error(now.problem);
+  const made = await post('/auth/device/claim', { state: begun.state });
+  const who = made.login ? 'Logged in as ' + made.login : 'Logged in';
+  if (made.key) showOnce(who + '. The API key of this account:', made.key);
+  else show('once', el('p', who + '. No key is needed now.'));
+  check(); }
+function tryAdding() {
+  if (adding) return;
+  adding = true;
+  addAccount().catch(error => { $('once').hidden = false;
+    show('once', el('p.bad', error.message)); }).finally(() => { adding = false; }); }
+async function makeKey() {
+  const made = await post('/auth/tokens', {});
+  if (!stored.getItem(KEY)) stored.setItem(KEY, made.key);  // else this page is locked out
+  showOnce('A new key of the operator:', made.key); }
+function keyLine({ key_id, kind, login, host, created }) {
+  const who = kind === 'operator' ? 'the operator' : login || 'an account';
+  const end = created ? sure('Remove', 'Remove the key ' + key_id + ' of ' + who,
+    () => call('/auth/tokens/' + key_id, { method: 'DELETE' }).then(loadKeys))
+    : el('span.sub', 'by --api-key');
+  return line(el('code', key_id), two(who, host), created ? when(created) : 'with the start', end); }
+function showKeys({ data }) {
+  $('keys').hidden = !data.length;
+  fill('keys', ['Key', 'Of', 'Made', 'End it'], data.map(keyLine)); }
+const loadKeys = () => load('keys-problem', '/auth/tokens', showKeys);
 const KINDS = { ok: 'good', enabled: 'good', done: 'good', problem: 'bad' };
 const pill = (text, kind) => el('span.pill.' + (kind || KINDS[text] || 'warn'), text);
-const account = ({ account, state, problem, token }) => el('p.line', el('b', account), pill(state),
+const accountLine = ({ account, state, problem, token }) => el('p.line', el('b', account), pill(state),
   problem || '', el('span.dim', token.direct ? 'GitHub token used directly' : !token.ready
     ? 'no Copilot token' : 'Copilot token valid for ' + span(token.expires_in_s * 1000)));
 // -- approvals
@@ -22930,14 +23003,21 @@ function showAsks() {
   document.title = (asks.size ? '(' + asks.size + ') ' : '') + 'copilot_proxy';
   show('ask-list', ...[...asks.values()].map(one => el('li', el('p', el('b', one.client),
     ' wants to ask ', el('b', one.model), ', ' + time(one.at)), el('p', el('q', one.text)),
-    el('p.line', decider(one, 'Allow', 'main'), decider(one, 'Deny', 'plain')))));
+    el('p.line', decider(one, 'Allow', { allow: true }, 'main'),
+      decider(one, 'Always', { allow: true, always: true }),
+      decider(one, 'Deny', { allow: false })))));
   if (had) $(asks.size ? 'asks-head' : 'main').focus(); }
-function decider({ id, client, model }, text, kind) {
-  const done = () => { asks.delete(id); showAsks(); };
-  const e = button(text, () => post('/approvals/' + id, { allow: kind === 'main' }).then(
+function decider({ id, client, model }, text, answer, kind) {
+  const done = () => { asks.delete(id); showAsks(); if (answer.always) loadStats(); };
+  const e = button(text, () => post('/approvals/' + id, answer).then(
     done, error => e.after(error.message)), kind);
-  e.setAttribute('aria-label', text + ' ' + client + ' to ask ' + model);
-  return e; }
+  const what = answer.always ? 'Always allow ' + client : text + ' ' + client + ' to ask ' + model;
+  return labelled(e, what); }
+function showStanding(list) {
+  const again = sure('Ask again', 'Ask again about every program',
+    () => call('/approvals', { method: 'DELETE' }).then(loadStats));
+  show('standing', ...list.length ? ['Allowed without a question: ' + list.map(
+    one => one.program + ' (' + one.who + ')').join(', '), again] : []); }
 // -- quota, budget, tiles
 const bar = parts => svg('svg', { class: 'bar', 'aria-hidden': true }, ...parts.map(([x, size,
   color]) => svg('rect', { x: x + '%', width: size + '%', height: '100%', class: color })));
@@ -22968,14 +23048,15 @@ function limitLine({ account, scope, status, code, until, next_probe }) {
   const left = next_probe * 1000 - Date.now();
   const clear = button('Clear', () => post('/limits/clear', { scope, account }).then(loadStats,
     error => clear.after(error.message)));
-  clear.setAttribute('aria-label', 'Clear the limit of ' + name);
+  labelled(clear, 'Clear the limit of ' + name);
   return el('li.line.ends', el('span', el('b', name), ' limited by GitHub (' + join([status, code],
     ' ') + ') until ' + when(until) + '. Next probe: ' + (left > 0 ? 'in ' + span(left)
     : 'with the next request') + '.'), clear); }
-function showStats({ totals, accounts, quotas, limits }) {
+function showStats({ totals, accounts, quotas, limits, standing, price_check }) {
   sums = totals; lanes = quotas; several = accounts.length > 1; showTiles(); showQuota();
   show('limits', ...limits.map(limitLine));
-  show('accounts', ...accounts.map(account)); }
+  show('accounts', ...accounts.map(accountLine)); showStanding(standing);
+  showPrices(price_check); }
 let today = null, pastDays = [];                             // sums as /history/summary tells them
 function perDay(lane) {                                     // what is spent in a day, else null
   const spent = pastDays.map(day => day.credits || 0), mean = total(spent) / (spent.length || 1);
@@ -23133,7 +23214,7 @@ function fill(id, heads, lines) {
   const table = role('table', $(id)), body = table.tBodies[0] || table.createTBody();
   if (!table.tHead) table.createTHead().append(el('tr', ...heads.map(text => el('th', text))));
   for (const row of lines) heads.forEach((text, at) => { row.cells[at].dataset.label = text; });
-  body.replaceChildren(...lines); }
+  keepFocus(body, () => body.replaceChildren(...lines)); }
 const rows = new Map(), made = new WeakMap(), isOpen = row => row.state === 'running';
 let shown = 15, older = null;                               // older: the next page, null at the end
 const isLeft = row => row.error === 'client_left', isFailed = row => !!row.error && !isLeft(row);
@@ -23141,26 +23222,35 @@ const stateOf = row => isOpen(row) ? 'running' : isLeft(row) ? 'left' : !isFaile
   : row.status === 404 ? 'not_found' : 'failed';
 const phase = row => row.first_ms ? 'streaming' : row.sent_ms ? 'waiting for GitHub'
   : 'waiting for its turn';
-function outcome(row) {
+function statePill(row) {
   if (isOpen(row)) return pill(phase(row), 'run');
   if (stateOf(row) === 'done') return pill('done');
-  const left = isLeft(row), what = left ? 'the client left' : human(row.error);
   const kind = { failed: 'bad', not_found: 'warn', left: 'dim' }[stateOf(row)];
-  return two(pill(what, kind), row.message || 'status ' + row.status); }
+  return pill(isLeft(row) ? 'the client left' : human(row.error), kind); }
+function outcome(row) {
+  if (isOpen(row)) return el('div.line', statePill(row), stopButton(row));
+  if (stateOf(row) === 'done') return statePill(row);
+  return two(statePill(row), row.message || 'status ' + row.status); }
+function stopButton(row) {
+  const stop = button('Stop', () => post('/requests/stop', { id: row.id }).catch(
+    error => stop.after(el('span.bad', error.message))));
+  return labelled(stop, 'Stop the request to ' + nameOf(row) + ', ' + time(row.at)); }
+function opener(row) {
+  return labelled(button(nameOf(row), () => openStory(row.id), 'link'),
+    'Story of the request to ' + nameOf(row) + ', ' + time(row.at)); }
 const usedModel = row => row.model && row.asked && row.model !== row.asked
   ? ' → ' + row.model : '';
 const nameOf = row => row.asked || row.model || 'unknown';
 function requestLine(row) {
   const open = isOpen(row), age = open ? Date.now() - row.at * 1000 : row.total_ms;
-  const yet = text => open ? text.replace(/unknown/g, '…') : text;
-  const opener = button(nameOf(row), () => openStory(row.id), 'link');
-  opener.setAttribute('aria-label', 'Story of the request to ' + nameOf(row) + ', ' + time(row.at));
-  const e = line(two(el('div', opener, usedModel(row)), row.program || 'unknown client',
+  const yet = text => !open ? text : prompt(row) ? text.replace(/unknown/g, '…') : '…';
+  const grows = open && row.received_bytes && bytes(row.received_bytes) + ' so far';
+  const e = line(two(el('div', opener(row), usedModel(row)), row.program || 'unknown client',
       several && row.account, moment(row.at)), outcome(row),
     two(row.route, row.dialect, row.streamed && 'streamed', ...row.repairs || [],
       ...(row.losses || []).map(field => 'without ' + field)),
     two(yet(span(row.first_ms)), span(age) + (open ? ' so far' : ' in all')),
-    two(yet(inOut(row)), row.cache_read && hits(row) + ' from cache'), yet(rowCost(row)));
+    two(yet(inOut(row)), grows, row.cache_read && hits(row) + ' from cache'), yet(rowCost(row)));
   e.onclick = event => event.target.closest('button') || openStory(row.id);
   return e; }
 const lineOf = row => !isOpen(row) && made.get(row) || made.set(row, requestLine(row)).get(row);
@@ -23181,12 +23271,12 @@ const EMPTY = () => el('li', el('p', 'No request has come in yet. Send the first
   el('pre', 'curl ' + location.origin + '/v1/models'), el('p', 'or see ',
     Object.assign(el('a', 'Connect'), { href: '#connect' }),
   ' for your client, and try it there.'));
-const miniLine = row => el('li.line.ends', el('span', button(nameOf(row), () => openStory(row.id),
-  'link'), el('span.sub', ' ' + join([row.program || 'unknown client', moment(row.at),
-  !isOpen(row) && span(row.total_ms)], ' · '))), outcome(row));
+const miniLine = row => el('li.line.ends', el('span', opener(row), el('span.sub', ' ' + join([row.program || 'unknown client', moment(row.at),
+  !isOpen(row) && span(row.total_ms)], ' · '))), isOpen(row) ? outcome(row) : statePill(row),
+  el('span.sub.cut', isFailed(row) ? row.message || '' : ''));
 function showNewest() {
   const list = listRows().slice(0, 5).map(miniLine);
-  show('newest', ...list.length ? list : [EMPTY()]); }
+  keepFocus($('newest'), () => show('newest', ...list.length ? list : [EMPTY()])); }
 function showRequests() {
   const all = listRows(), wish = wishes(), list = all.filter(row => matches(row, wish));
   all.slice(3000).forEach(row => rows.delete(row.id));
@@ -23197,6 +23287,7 @@ function showRequests() {
   if (list.length) show('rows-problem', '');
   else show('rows-problem', all.length ? 'Nothing fits this filter.' : 'No request yet.');
   showCalled(); showTiles();
+  if ($('drawer').open && isOpen(rows.get(storyId))) showStory();
   if (all.some(isOpen)) soon(showRequests, 1000); }
 function chooseRows() {
   const some = name => [...new Set([...rows.values()].map(row => row[name]).filter(Boolean))];
@@ -23217,6 +23308,7 @@ const REMEDIES = { login_required: 'Log in: see the top of this page.',
   rate_limit_exceeded: 'Wait as long as the answer says; fewer requests at once may help.',
   context_length_exceeded: 'The prompt is too long for this model: compact it, or ask'
     + ' a larger one.',
+  request_stopped: 'A person stopped it on this page.',
   client_left: 'The client hung up, often by a timeout of its own or since a person stopped it.',
   invalid_request_error: 'The client sent what the API does not take; the message names the field.',
   upstream_stream_ended: 'The connection to GitHub broke. Send it again; if it goes on, run: '
@@ -23270,7 +23362,8 @@ function storyParts(row) {
       ['Begun by', row.initiator], ['Repaired', (row.repairs || []).join(', ')],
       ['Not sent', (row.losses || []).join(', ')], ['Status', String(row.status || '')]]),
     el('h3', 'Tokens and cost'), facts([...KINDS_OF_TOKENS.map(([name, text]) => [human(text),
-      known(row[name]) && String(row[name])]), ['Cost', rowCost(row) + ' credits'
+      known(row[name]) && String(row[name])]), ['Received', isOpen(row) && row.received_bytes
+        && bytes(row.received_bytes) + ' so far'], ['Cost', rowCost(row) + ' credits'
         + (known(row.credits) ? ', as GitHub reports' : known(row.estimated_credits)
           ? ', by the list prices' : '')], ['Made of', parts.length && el('ul', ...parts.map(
       text => el('li', text)))]]),
@@ -23278,16 +23371,20 @@ function storyParts(row) {
       ['GitHub\u2019s id', row.upstream_id], ['Account', row.account], ['Session', row.session]]),
     el('p.line', copyButton(() => reportOf(row), 'Copy for a bug report'),
       el('span.sub', 'without account, key, session and texts'))].filter(Boolean); }
-function openStory(id) {
-  const row = rows.get(id), box = $('drawer'); if (!row) return;
+let storyId = '';
+function showStory() {
+  const row = rows.get(storyId), box = $('drawer');
   const head = el('h2', nameOf(row) + usedModel(row)); head.id = 'story-head';
-  box.replaceChildren(el('div.line', head, outcomePill(row), button('Close', () => box.close())),
-    ...storyParts(row));
+  const close = labelled(button('Close', () => box.close()), 'Close the story');
+  keepFocus(box, () => box.replaceChildren(el('div.line', head, statePill(row),
+    isOpen(row) ? stopButton(row) : '', close), ...storyParts(row))); }
+function openStory(id) {
+  const box = $('drawer');
+  if (!rows.has(id)) return;
+  storyId = id; showStory();
   box.onclick = event => event.target === box && box.close();
   if (!box.open) box.showModal();
-  if (!catalogue.length) loadModels().then(() => catalogue.length && box.open && openStory(id)); }
-const outcomePill = row => isOpen(row) ? pill(phase(row), 'run') : pill(human(stateOf(row)),
-  { done: 'good', failed: 'bad', left: 'dim' }[stateOf(row)]);
+  if (!catalogue.length) loadModels().then(() => catalogue.length && box.open && showStory()); }
 const PRICES = [['input', 'in'], ['cache_read', 'cached'], ['output', 'out']];
 const price = p => !p ? 'unknown' : join(PRICES.map(([field, name]) => known(p[field])
   && '$' + cents(p[field]) + ' ' + name), ', ') || cents(p.multiplier).replace(/\d$/, '$&×');
@@ -23298,6 +23395,21 @@ function showModels(list) {
     m => line(two(el('b', m.id), m.display_name, m.notice), pill(m.state),
       m.supported_endpoints.join(' ') || 'unknown', count(m.context_window),
       count(m.max_output_tokens), price(m.price)))); }
+const NAMES = ['Name', 'Retired', 'What becomes of it'];
+function showNames({ data, asked }) {
+  fill('names', NAMES, data.map(({ name, alias, retired, fate }) => line(
+    two(el('b', name), alias !== name && 'stands for ' + alias),
+    retired === null ? '' : retired || 'yes', fate || 'it works')));
+  show('asked', ...asked.length ? [el('h3', 'Your clients ask for names that are gone'),
+    el('ul', ...asked.map(one => el('li', el('b', one.asked), ', ' + one.requests + (one.requests > 1 ? ' times by ' : ' time by ')
+      + (one.client || 'an unnamed client') + ': ' + one.fate)))] : []); }
+const loadNames = () => load('names-problem', '/retired', showNames);
+function showPrices(list) {
+  $('prices-card').hidden = !list.length;
+  fill('prices', ['Model', 'Requests', 'Reported', 'Estimated', 'Difference'], list.map(
+    ({ model, requests, reported, estimated, difference }) => line(el('b', model || 'unknown'),
+      count(requests), fine(reported), fine(estimated), (difference > 0 ? '+' : '')
+        + fine(difference) + (reported ? ', ' + percent(100 * difference / reported) : '')))); }
 // -- connect a client
 let clients = [], pickedAt = Date.now() / 1000, told = null;
 function loadClients() {
@@ -23428,15 +23540,17 @@ const loadForecast = () => get('/history/summary?days=8').then(value => {
 const LOADERS = { overview() { loadToday(); loadForecast(); if (ready) loadQuota(); },
   requests() { loadRows(); }, usage: loadUsage,
   connect() { if (ready) { loadClients(); loadModels(); } },
-  models() { if (ready) loadModels(); }, account() { if (ready) loadQuota(); } };
+  models() { if (ready) { loadModels(); loadNames(); } },
+  account() { loadKeys(); if (ready) loadQuota(); } };
 function loadAll() {
   LOADERS[view](); if (view !== 'requests') loadRows();
   if (view !== 'overview') { loadToday(); if (ready && view !== 'account') loadQuota(); } }
 // -- views
-const VIEWS = Object.keys(LOADERS); let view = 'overview';
+const VIEWS = Object.keys(LOADERS), atLogin = location.pathname.endsWith('/auth/device');
+const FIRST = atLogin ? 'account' : 'overview'; let view = FIRST;
 function route(isFirst) {
   const wanted = location.hash.slice(1);
-  if (VIEWS.includes(wanted) || !wanted) view = wanted || 'overview';
+  if (VIEWS.includes(wanted) || !wanted) view = wanted || FIRST;
   document.querySelectorAll('[data-view]').forEach(e => { e.hidden = e.dataset.view !== view; });
   document.querySelectorAll('nav a').forEach(e => e.hash === '#' + view
     ? e.setAttribute('aria-current', 'page') : e.removeAttribute('aria-current'));
@@ -23450,8 +23564,13 @@ const ON = {
     for (const row of [...value.running, ...value.recent]) rows.set(row.id, row);
     value.approvals.forEach(one => asks.set(one.id, one));
     showAsks(); showRequests(); soon(loadAll, 50); },
+  progress(list) {
+    for (const one of list) {
+      const row = rows.get(one.id);
+      if (row && isOpen(row)) Object.assign(row, one); } },
   request(row) {
-    rows.set(row.id, row); soon(showRequests, 100); soon(chooseRows, 1000);
+    rows.set(row.id, row); if ($('drawer').open && row.id === storyId) showStory();
+    soon(showRequests, 100); soon(chooseRows, 1000);
     if (!isOpen(row)) { soon(loadToday, 2000); if (view === 'usage') soon(loadUsage, 10e3); } },
   approval(one) { asks[one.state === 'waiting' ? 'set' : 'delete'](one.id, one); showAsks(); },
   quota() { soon(loadStats, 1000); },                       // accounts get their names late
@@ -23470,7 +23589,11 @@ function setTheme(theme) {
   show('theme', '◐ ' + theme); $('theme').setAttribute('aria-label', 'Theme: ' + theme);
   $('theme').onclick = () => setTheme(NEXT[theme]); }
 $('metric').onchange = $('grain').onchange = showUsage; $('range').onchange = loadUsage;
-$('all').onchange = loadModels; $('again').onclick = loadQuota;
+$('all').onchange = loadModels; $('again').onclick = loadQuota; $('add').onclick = tryAdding;
+$('make').replaceWith(sure('New operator key', 'Make a new key of the operator', makeKey));
+$('log-out').replaceWith(sure('Log out', 'Log out of the default account',
+  () => post('/auth/logout', {}).then(check)));
+setInterval(countDown, 1000);
 $('more').onclick = () => {
   shown += 50; showRequests();
   if (older !== null && listRows().length < shown + 50) loadRows(older); };
@@ -23540,9 +23663,12 @@ days</select></label><button id="csv">CSV</button><button id="json">JSON</button
 <p id="legend" class="line key"></p><p id="readout" class="readout" aria-live="polite"></p>
 <div id="days"><svg/></div><div class="grid"><div><h3>Cache hits</h3><div id="cache-line"></div>
 </div><div><h3>Time to the first byte</h3><div id="first-line"></div></div></div>
-<div class="grid"><div><h3>By model</h3><ul id="by-model"></ul></div><div><h3>By client</h3>
+<div class="grid four"><div><h3>By model</h3><ul id="by-model"></ul></div><div><h3>By client</h3>
 <ul id="by-client"></ul></div><div><h3>By account</h3><ul id="by-account"></ul></div>
 <div><h3>By session</h3><ul id="by-session"></ul></div></div></div></section>
+<section data-view="usage" aria-label="Price check" hidden><div id="prices-card"
+class="card cards" hidden><h2>Price check</h2><table id="prices"><caption>Credits since the start, as
+GitHub reports them and by the listed prices, of the same requests</caption></table></div></section>
 <div data-view="connect" hidden><section class="card" aria-label="Connect a client">
 <div class="line"><h2>Connect a client</h2><label>Client <select id="client"></select></label>
 <label>Shell <select id="shell"></select></label></div>
@@ -23566,12 +23692,23 @@ days</select></label><button id="csv">CSV</button><button id="json">JSON</button
 <div class="line"><h2>Models</h2><label><input id="all" type="checkbox"> hidden
 ones, too</label></div><p id="problem" class="bad"></p><table id="catalogue"><caption>Prices are
 USD for a million tokens, or a multiple of one premium request</caption></table></section>
-<section id="account" data-view="account" class="card" aria-label="Account" hidden>
-<h2>Account</h2><div id="accounts"></div>
-<p><a href="/auth/device">Add or manage accounts</a></p><p>OpenAI clients: base URL
+<section data-view="models" class="card cards" aria-label="Retired names" hidden><h2>Retired
+names</h2><p id="names-problem" class="bad"></p><div id="asked"></div><details><summary>All names
+that are retired, or given by --model-alias</summary><table id="names"><caption>What answers where
+GitHub has retired a model</caption></table></details></section>
+<div data-view="account" hidden><section class="card" aria-label="Accounts"><div class="line">
+<h2>Accounts</h2><button id="add" type="button">Add an account</button>
+<button id="log-out"></button></div><div id="accounts"></div>
+<p id="standing" class="line"></p><p>OpenAI clients: base URL
 <code id="base"></code>; Anthropic clients: without <code>/v1</code>.</p><details><summary>What
 GitHub says about the usage</summary><pre id="raw" tabindex="0"></pre></details>
 <p id="version" class="sub"></p></section>
+<section class="card cards" aria-label="Keys"><div class="line"><h2>Keys</h2>
+<button id="make"></button></div><p class="sub">A key stands for an account, or for the operator,
+who may see and change everything. Once there is a key, every client needs one.</p>
+<div id="once" class="card loud" role="status" hidden></div><p id="keys-problem" class="bad"></p>
+<table id="keys" hidden><caption>Keys by their ids; a whole key is shown once</caption></table>
+</section></div>
 <dialog id="drawer" aria-labelledby="story-head"></dialog></main><script>%s</script></body></html>
 """ % (PAGE_STYLE, PAGE_SCRIPT)
 
@@ -23584,68 +23721,15 @@ def csp_hash(text: str) -> str:
     )
 
 
-def page_headers(style: str, script: str) -> Headers:
-    """Headers that isolate a page from other origins."""
-    return {
-        "Content-Security-Policy": "default-src 'none'; connect-src 'self'; script-src %s; "
-        "style-src %s; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        % (csp_hash(script), csp_hash(style)),
-        "X-Frame-Options": "DENY",
-        "Cache-Control": "no-store",
-        "Referrer-Policy": "no-referrer",
-    }
-
-
-PAGE_HEADERS = page_headers(PAGE_STYLE, PAGE_SCRIPT)
-
-#: /auth/device: the state of a login lives in the script's memory, a key in sessionStorage
-LOGIN_SCRIPT = """
-const byId = id => document.getElementById(id);
-const tell = (id, text) => { byId(id).textContent = text; };
-async function ask(method, path, body, more) {
-  const key = sessionStorage.getItem('copilot_proxy_key');
-  const answer = await fetch(path, { method, body: body && JSON.stringify(body), headers: {
-    'Content-Type': 'application/json', ...more,
-    ...(key && { Authorization: 'Bearer ' + key }) } });
-  const value = await answer.json();
-  if (answer.status === 401) byId('door').hidden = false;
-  if (!answer.ok) throw new Error((value.error || {}).message || answer.statusText);
-  return value;
+#: what keeps the page to itself
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; script-src %s; "
+    "style-src %s; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    % (csp_hash(PAGE_SCRIPT), csp_hash(PAGE_STYLE)),
+    "X-Frame-Options": "DENY",
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
 }
-async function begin() {
-  const login = await ask('POST', '/auth/device/start', {}), link = byId('link');
-  if (/^https?:/.test(login.verification_uri)) link.href = login.verification_uri;
-  tell('link', login.verification_uri); tell('code', login.user_code);
-  let now = { status: 'pending' };
-  for (byId('login').hidden = false; now.status === 'pending';) {
-    await new Promise(done => setTimeout(done, 2000));
-    now = await ask('GET', '/auth/device/poll', null, { 'X-Login-State': login.state });
-  }
-  byId('login').hidden = true;
-  if (now.status !== 'granted') throw new Error(now.problem);
-  const made = await ask('POST', '/auth/device/claim', { state: login.state });
-  tell('said', 'Logged in' + (made.login ? ' as ' + made.login : '')
-    + (made.key ? '. The API key of this account, shown this once: ' + made.key
-      : '. No key is needed now; with --api-key the operator makes keys.'));
-}
-byId('begin').onclick = () => begin().catch(problem => tell('said', problem.message));
-byId('door').onsubmit = event => {
-  event.preventDefault(); sessionStorage.setItem('copilot_proxy_key', byId('key').value);
-  byId('key').value = ''; byId('door').hidden = true; byId('begin').click(); };
-"""
-LOGIN_STYLE = PAGE_STYLE + "#said { overflow-wrap: anywhere; }"
-LOGIN_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>copilot_proxy: login</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>%s</style></head><body><main><h1>Log in with GitHub</h1>
-<form id="door" hidden><label>API key of this server
-<input id="key" type="password" autocomplete="off" required></label> <button>Use</button></form>
-<p><button id="begin">Get a login code</button></p>
-<div id="login" hidden><p>Open <a id="link" target="_blank" rel="noreferrer"></a> and enter this
-code:</p><p id="code" class="code"></p></div><p id="said" aria-live="polite"></p>
-</main><script>%s</script></body></html>
-""" % (LOGIN_STYLE, LOGIN_SCRIPT)
-LOGIN_HEADERS = page_headers(LOGIN_STYLE, LOGIN_SCRIPT)
 
 
 # ==== 20. Endpoints ===============================================================================
@@ -25482,12 +25566,6 @@ def front_door(exchange: Exchange) -> None:
         exchange.reply(b"Ollama is running", kind="text/plain; charset=utf-8")
 
 
-def login_page(exchange: Exchange) -> None:
-    """GET /auth/device: a shell, too."""
-    exchange.headers.update(LOGIN_HEADERS)
-    exchange.reply(LOGIN_PAGE.encode(), kind="text/html; charset=utf-8")
-
-
 def clear_limits(exchange: Exchange) -> None:
     """POST /limits/clear: end the rest of `scope` (a model's id, or "account") of `account` (its
     name); without them of all -> what rested."""
@@ -26029,7 +26107,7 @@ ROUTES: dict[str, Mapping[str, Endpoint]] = {
     "/health": {"GET": health},
     "/": {"GET": front_door},
     "/dashboard": {"GET": page},
-    "/auth/device": {"GET": login_page},
+    "/auth/device": {"GET": page},
     "/auth/device/start": {"POST": begin_login},
     "/auth/device/poll": {"GET": poll_login},
     "/auth/device/claim": {"POST": claim_login},

@@ -325,42 +325,89 @@ class LoginPage(PageCase):
         self.fake.device.outcomes = collections.deque(["pending"] * MANY)
         for dark in (False, True):
             page = self.open("/auth/device", width=NARROW_PX, height=740, dark=dark)
-            page.run("document.querySelector('#begin').click()")
-            page.wait_for("!document.querySelector('#door').hidden")
+            page.wait_for("!$('lock').hidden")
             self.check_fits(page)
+            self.check_contrast(page)
             self.shoot(page, "login key dark" if dark else "login key")
-        page.run("document.querySelector('#key').value = 'made-up-operator-key';"
-                 "document.querySelector('#door button').click()")
-        code = page.wait_for("document.querySelector('#code').innerText")
+        page.run("$('key').value = 'made-up-operator-key';"
+                 "$('lock').querySelector('button').click()")
+        page.wait_for("$('lock').hidden && ready && live")
+        self.assertEqual(page.run("view"), "account")
+        page.run("$('add').click()")
+        code = page.wait_for("(document.querySelector('#once .code') || {}).innerText")
         self.assertEqual(code, "FAKE-0001")
-        self.assertTrue(page.run("document.querySelector('#link').href").startswith(self.fake.url))
+        self.assertTrue(page.run("document.querySelector('#once a').href").startswith(
+            self.fake.url))
+        page.wait_for("/good for 1?\\d:\\d\\d more/.test($('once').innerText)")
         self.check_fits(page)
+        self.check_contrast(page)
         self.shoot(page, "login code")
-        self.assertEqual(page.run("localStorage.length"), 0)
+        self.assertEqual(page.run("Object.values(localStorage).join()"), "auto")
         self.assertEqual(page.run("document.cookie"), "")
         self.fake.device.outcomes.clear()
         self.wait_for_text(page, "Logged in as hubot")
         self.check_fits(page)
         self.shoot(page, "login done")
-        key = page.run("document.querySelector('#said').innerText").split()[-1]
+        key = page.run("document.querySelector('#once code').innerText")
         self.assertEqual(self.proxy.get("/usage", Authorization="Bearer " + key).json["login"],
                          "hubot")
+        self.wait_for_text(page, "hubot\n127.0.0.1")       # in the list of keys, by its id
         here = urlsplit(self.proxy.url).netloc
         self.assertEqual([url for url in page.urls() if urlsplit(url).netloc != here
                           or key in url], [])
+        self.assertEqual([c for c in page.complaints() if "401" not in c], [])
 
     def test_a_denied_login_can_be_begun_again(self) -> None:
         fake, proxy = self.logged_out()
         fake.device.interval = 0.02
         fake.device.outcomes = collections.deque(["denied"] + ["pending"] * MANY)
         page = self.open("/auth/device", proxy)
-        page.run("document.querySelector('#begin').click()")
+        start = page.wait_for("(document.querySelector('#login button') || {}).innerText")
+        self.assertEqual(start, "Get a login code")
+        page.run("document.querySelector('#login button').click()")
         self.wait_for_text(page, "cancelled")
-        page.run("document.querySelector('#begin').click()")
-        page.wait_for("document.querySelector('#code').checkVisibility()")
+        page.run("document.querySelector('#login button').click()")
+        page.wait_for("(document.querySelector('#login .code') || {}).innerText")
         fake.device.outcomes.clear()
-        self.wait_for_text(page, "Logged in as octocat")
+        page.wait_for("$('login').hidden")
+        page.wait_for("$('accounts').innerText.includes('octocat')")
         self.assertEqual(page.complaints(), [])
+
+    def test_keys_are_made_shown_once_and_removed(self) -> None:
+        page = self.open(view="account")
+        page.wait_for("!$('lock').hidden")
+        page.run("$('key').value = 'made-up-operator-key';"
+                 "$('lock').querySelector('button').click()")
+        self.wait_for_text(page, "by --api-key")
+        make = "[...document.querySelectorAll('button')].find(e => e.ariaLabel == '%s').click()"
+        page.run(make % "Make a new key of the operator")
+        self.wait_for_text(page, "Really?")
+        self.assertEqual(len(self.proxy.app.accounts.keys.all()), 1)
+        page.run(make % "Make a new key of the operator")
+        key = page.wait_for("(document.querySelector('#once code') || {}).innerText")
+        self.assertEqual(self.proxy.get("/models", Authorization="Bearer " + key).status, 200)
+        page.wait_for("$('keys').rows.length == 3")
+        self.shoot(page, "keys")
+        self.assertEqual(page.run(NAMELESS), [])
+        page.run("document.querySelector('#keys button').click()")
+        page.run("document.querySelector('#keys button').click()")
+        page.wait_for("$('keys').rows.length == 2")
+        self.assertEqual(self.proxy.get("/models", Authorization="Bearer " + key).status, 401)
+
+    def test_the_default_account_is_logged_out_after_a_second_click(self) -> None:
+        fake = self.enter(FakeUpstream())
+        proxy = self.enter(Proxy(fake))
+        proxy.app.login.file.save("ghu_stored")
+        proxy.settings.github_token = ""
+        page = self.open(view="account", proxy=proxy)
+        page.wait_for("ready && live")
+        out = "[...document.querySelectorAll('button')].find(e => e.ariaLabel == '%s').click()"
+        page.run(out % "Log out of the default account")
+        self.assertTrue(page.run("ready"))
+        page.run(out % "Log out of the default account")
+        self.wait_for_text(page, "Nobody is logged in")
+        self.assertEqual(proxy.app.login.file.load(), "")
+        self.check_quiet(page, proxy)
 
 
 def lane(total: float, left: float, **more: Any) -> dict[str, Any]:
@@ -495,7 +542,8 @@ class Busy(PageCase):
         thread = self.stream("@@stall=2@@ hello " * 3, **{"User-Agent": "slow/1.0"})
         self.wait_for_text(page, "streaming")
         row = page.run(ROW % "slow")
-        self.assertEqual((row[1], row[5]), ("streaming", "…"))
+        self.assertEqual((row[1], row[5]), ("streaming Stop", "…"))
+        page.wait_for("/ KB so far| bytes so far/.test((%s)[4])" % (ROW % "slow"))
         self.assertRegex(row[3], r"^\d+ m?s ")             # the first byte's time stands already
         self.go(page, "overview")
         self.assertRegex(page.text(), r"Running now\s+1\b")
@@ -628,6 +676,34 @@ class Busy(PageCase):
         self.wait_for_text(page, "today's budget is spent")
         self.check_quiet(page, proxy)
 
+    def test_a_running_request_is_stopped_from_its_row_and_tells_why(self) -> None:
+        page = self.open(view="requests")
+        self.wait_until_shown(page)
+        thread = self.stream("@@stall=2@@ hello " * 3, **{"User-Agent": "slow/1.0"})
+        self.wait_for_text(page, "streaming")
+        page.run("document.querySelector('#requests tbody .link').click()")
+        page.wait_for("$('drawer').open && /Received\\n.* so far/.test($('drawer').innerText)")
+        self.shoot(page, "story running")
+        page.run("$('drawer').close(); [...document.querySelectorAll('#requests button')].find("
+                 "e => e.ariaLabel.startsWith('Stop the request to')).click()")
+        thread.join(10)
+        page.wait_for("(%s)[1].includes('Request stopped')" % (ROW % "slow"))
+        self.assertIn("a person stopped this request", page.run(ROW % "slow")[1])
+        self.fake.release()
+        self.check_quiet(page)
+
+    def test_the_focus_stays_where_it_is_while_rows_are_made_anew(self) -> None:
+        page = self.open(view="requests")
+        self.wait_until_shown(page)
+        self.stream("@@stall=2@@ hello " * 3, **{"User-Agent": "slow/1.0"})
+        self.wait_for_text(page, "streaming")
+        page.run("[...document.querySelectorAll('#requests button')].find("
+                 "e => e.ariaLabel.startsWith('Stop the request to')).focus()")
+        page.wait_for("parseFloat((%s)[3].split(' s so far')[0].split(' ').pop()) >= 2" % (
+            ROW % "slow"))
+        self.assertTrue(page.run("document.activeElement.ariaLabel").startswith("Stop"))
+        self.fake.release()
+
 
 class Manual(PageCase):
     settings = dict(manual=True)
@@ -689,6 +765,29 @@ class Manual(PageCase):
         for thread, _ in asked:
             thread.join(10)
         self.assertEqual(sorted(replies[0].status for _, replies in asked), [200, 403])
+        self.check_quiet(page)
+
+    def test_always_asks_no_more_until_it_is_taken_back(self) -> None:
+        page = self.open()
+        self.wait_until_shown(page)
+        thread, replies = self.ask("first")
+        self.wait_for_text(page, "first")
+        page.run("document.querySelector('[aria-label=\"Always allow asker/1.0\"]').click()")
+        thread.join(10)
+        self.assertEqual(replies[0].status, 200)
+        self.go(page, "account")
+        self.wait_for_text(page, "Allowed without a question: asker (127.0.0.1)")
+        thread, replies = self.ask("second")
+        thread.join(10)
+        self.assertEqual(replies[0].status, 200)
+        again = "document.querySelector('[aria-label=\"Ask again about every program\"]').click()"
+        page.run(again + ";" + again)
+        page.wait_for("!$('standing').innerText")
+        thread, replies = self.ask("third")
+        self.wait_for_text(page, "third")
+        page.run("document.querySelector('[aria-label^=Deny]').click()")
+        thread.join(10)
+        self.assertEqual(replies[0].status, 403)
         self.check_quiet(page)
 
 
@@ -907,6 +1006,26 @@ class Stories(DemoPage):
         page.wait_for("filtered().length == %d" % len(told))
         page.run("$('by-text').value = 'nothing like it'; $('by-text').oninput()")
         self.wait_for_text(page, "Nothing fits this filter.")
+        self.check_quiet(page, self.demo)
+
+    def test_prices_are_compared_and_names_that_are_gone_are_told(self) -> None:
+        for model in ("gpt-5-mini", "o3-mini"):
+            self.demo.post("/v1/chat/completions", chat("hello " * 300, model),
+                           **{"User-Agent": "codex_cli_rs/0.9"})
+        page = self.view("usage")
+        page.wait_for("$('prices').rows.length > 1")
+        told = self.demo.get("/stats").json["price_check"][0]
+        cells = page.run("[...$('prices').rows[1].cells].map(e => e.innerText)")
+        self.assertEqual(cells[:2], [told["model"], str(told["requests"])])
+        self.assertIn("%", cells[4])
+        self.check_contrast(page)
+        self.go(page, "models")
+        self.wait_for_text(page, "o3-mini, 1 time by codex_cli_rs/0.9: GitHub retired it")
+        page.run("document.querySelector('#names').closest('details').open = true")
+        self.assertGreater(page.run("$('names').rows.length"), 30)
+        self.check_contrast(page)
+        self.assertEqual(page.run(NAMELESS), [])
+        self.shoot(page, "retired")
         self.check_quiet(page, self.demo)
 
 

@@ -745,8 +745,11 @@ class BrowserLoginTest(ProxyCase):
         self.assertNotIn("unsafe", policy)
         self.assertIn("frame-ancestors 'none'", policy)
         self.assertEqual(reply.headers["x-frame-options"], "DENY")
-        self.assertEqual(re.findall(r"(?:src|href|action)\s*=\s*[\"']", text), [])
-        self.assertNotIn("localStorage", text)
+        self.assertEqual(re.findall(r"(?:src|action)\s*=\s*[\"']", text), [])
+        self.assertEqual(re.findall(r"href\s*=\s*[\"'](?!#)", text), [])
+        self.assertEqual(text.count("localStorage"), 1)       # for the theme
+        self.assertNotIn("setItem(KEY", text.replace("stored.setItem(KEY", ""))
+        self.assertIn("stored = sessionStorage", text)
         self.assertNotIn("document.cookie", text)
         self.assertNotIn("innerHTML", text)
         for path in ("start", "poll", "claim"):
