@@ -22755,8 +22755,8 @@ button { cursor: pointer; } .main { background: var(--accent); color: var(--card
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(9.5rem, 46%), 1fr));
   gap: .8rem; margin: 1rem 0; } .tiles .card { margin: 0; padding: .8rem 1rem; }
 .ends > :first-child { flex: 1; } .cut:empty { display: none; }
-.cut { flex-basis: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; } ul, ol { list-style: none; margin: 0; padding: 0;
-  font-size: .9rem; } details, #limits li { margin: .7rem 0; }
+.cut { flex-basis: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+ul, ol { list-style: none; margin: 0; padding: 0; font-size: .9rem; } details, #limits li { margin: .7rem 0; }
 .facts { display: grid; grid-template-columns: minmax(6rem, auto) 1fr; gap: .2rem 1rem;
   margin: .3rem 0; font-size: .9rem; } .facts dd { margin: 0; }
 dialog { border: 1px solid var(--line); border-radius: .7rem 0 0 .7rem; background: var(--card);
@@ -22939,8 +22939,9 @@ function codeParts({ user_code, verification_uri, expires_at }) {
 function countDown() {
   document.querySelectorAll('.left').forEach(e => {
     const left = Math.round(e.dataset.until - Date.now() / 1000);
-    e.textContent = left > 0 ? 'The code is good for ' + Math.floor(left / 60) + ':'
-      + String(left % 60).padStart(2, '0') + ' more.' : 'The code is over; another one comes.'; }); }
+    const clock = Math.floor(left / 60) + ':' + String(left % 60).padStart(2, '0');
+    e.textContent = left > 0 ? 'The code is good for ' + clock + ' more.'
+      : 'The code is over; another one comes.'; }); }
 function showLogin({ user_code, verification_uri, expires_at, problem }) {
   const box = $('login'), mark = [ready, user_code, problem].join();
   box.hidden = ready;
@@ -22956,7 +22957,8 @@ function showLogin({ user_code, verification_uri, expires_at, problem }) {
 // -- accounts and their keys
 let adding = false;
 function showOnce(title, key) {                             // a new key, this once
-  show('once', el('h3', title), el('p.line', el('code', key), copyButton(() => key, 'Copy the key')),
+  const copy = copyButton(() => key, 'Copy the key');
+  show('once', el('h3', title), el('p.line', el('code', key), copy),
     el('p.sub', 'Only its hash is kept here: it cannot be shown again.'));
   $('once').hidden = false; loadKeys(); }
 async function addAccount() {
@@ -22985,15 +22987,16 @@ function keyLine({ key_id, kind, login, host, created }) {
   const end = created ? sure('Remove', 'Remove the key ' + key_id + ' of ' + who,
     () => call('/auth/tokens/' + key_id, { method: 'DELETE' }).then(loadKeys))
     : el('span.sub', 'by --api-key');
-  return line(el('code', key_id), two(who, host), created ? when(created) : 'with the start', end); }
+  const made = created ? when(created) : 'with the start';
+  return line(el('code', key_id), two(who, host), made, end); }
 function showKeys({ data }) {
   $('keys').hidden = !data.length;
   fill('keys', ['Key', 'Of', 'Made', 'End it'], data.map(keyLine)); }
 const loadKeys = () => load('keys-problem', '/auth/tokens', showKeys);
 const KINDS = { ok: 'good', enabled: 'good', done: 'good', problem: 'bad' };
 const pill = (text, kind) => el('span.pill.' + (kind || KINDS[text] || 'warn'), text);
-const accountLine = ({ account, state, problem, token }) => el('p.line', el('b', account), pill(state),
-  problem || '', el('span.dim', token.direct ? 'GitHub token used directly' : !token.ready
+const accountLine = ({ account, state, problem, token }) => el('p.line', el('b', account),
+  pill(state), problem || '', el('span.dim', token.direct ? 'GitHub token used directly' : !token.ready
     ? 'no Copilot token' : 'Copilot token valid for ' + span(token.expires_in_s * 1000)));
 // -- approvals
 const asks = new Map();
@@ -23271,9 +23274,12 @@ const EMPTY = () => el('li', el('p', 'No request has come in yet. Send the first
   el('pre', 'curl ' + location.origin + '/v1/models'), el('p', 'or see ',
     Object.assign(el('a', 'Connect'), { href: '#connect' }),
   ' for your client, and try it there.'));
-const miniLine = row => el('li.line.ends', el('span', opener(row), el('span.sub', ' ' + join([row.program || 'unknown client', moment(row.at),
-  !isOpen(row) && span(row.total_ms)], ' · '))), isOpen(row) ? outcome(row) : statePill(row),
-  el('span.sub.cut', isFailed(row) ? row.message || '' : ''));
+function miniLine(row) {
+  const about = [row.program || 'unknown client', moment(row.at),
+    !isOpen(row) && span(row.total_ms)];
+  return el('li.line.ends', el('span', opener(row), el('span.sub', ' ' + join(about, ' · '))),
+    isOpen(row) ? outcome(row) : statePill(row),
+    el('span.sub.cut', isFailed(row) ? row.message || '' : '')); }
 function showNewest() {
   const list = listRows().slice(0, 5).map(miniLine);
   keepFocus($('newest'), () => show('newest', ...list.length ? list : [EMPTY()])); }
@@ -23401,8 +23407,10 @@ function showNames({ data, asked }) {
     two(el('b', name), alias !== name && 'stands for ' + alias),
     retired === null ? '' : retired || 'yes', fate || 'it works')));
   show('asked', ...asked.length ? [el('h3', 'Your clients ask for names that are gone'),
-    el('ul', ...asked.map(one => el('li', el('b', one.asked), ', ' + one.requests + (one.requests > 1 ? ' times by ' : ' time by ')
-      + (one.client || 'an unnamed client') + ': ' + one.fate)))] : []); }
+    el('ul', ...asked.map(goneLine))] : []); }
+function goneLine({ asked, requests, client, fate }) {
+  const times = requests + (requests > 1 ? ' times by ' : ' time by ');
+  return el('li', el('b', asked), ', ' + times + (client || 'an unnamed client') + ': ' + fate); }
 const loadNames = () => load('names-problem', '/retired', showNames);
 function showPrices(list) {
   $('prices-card').hidden = !list.length;
@@ -23667,8 +23675,8 @@ days</select></label><button id="csv">CSV</button><button id="json">JSON</button
 <ul id="by-client"></ul></div><div><h3>By account</h3><ul id="by-account"></ul></div>
 <div><h3>By session</h3><ul id="by-session"></ul></div></div></div></section>
 <section data-view="usage" aria-label="Price check" hidden><div id="prices-card"
-class="card cards" hidden><h2>Price check</h2><table id="prices"><caption>Credits since the start, as
-GitHub reports them and by the listed prices, of the same requests</caption></table></div></section>
+class="card cards" hidden><h2>Price check</h2><table id="prices"><caption>Credits since the start,
+as GitHub reports them and by the listed prices, of the same requests</caption></table></div></section>
 <div data-view="connect" hidden><section class="card" aria-label="Connect a client">
 <div class="line"><h2>Connect a client</h2><label>Client <select id="client"></select></label>
 <label>Shell <select id="shell"></select></label></div>
