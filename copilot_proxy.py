@@ -22756,7 +22756,8 @@ button { cursor: pointer; } .main { background: var(--accent); color: var(--card
   gap: .8rem; margin: 1rem 0; } .tiles .card { margin: 0; padding: .8rem 1rem; }
 .ends > :first-child { flex: 1; } .cut:empty { display: none; }
 .cut { flex-basis: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-ul, ol { list-style: none; margin: 0; padding: 0; font-size: .9rem; } details, #limits li { margin: .7rem 0; }
+ul, ol { list-style: none; margin: 0; padding: 0; font-size: .9rem; }
+details, #limits li { margin: .7rem 0; }
 .facts { display: grid; grid-template-columns: minmax(6rem, auto) 1fr; gap: .2rem 1rem;
   margin: .3rem 0; font-size: .9rem; } .facts dd { margin: 0; }
 dialog { border: 1px solid var(--line); border-radius: .7rem 0 0 .7rem; background: var(--card);
@@ -22995,9 +22996,11 @@ function showKeys({ data }) {
 const loadKeys = () => load('keys-problem', '/auth/tokens', showKeys);
 const KINDS = { ok: 'good', enabled: 'good', done: 'good', problem: 'bad' };
 const pill = (text, kind) => el('span.pill.' + (kind || KINDS[text] || 'warn'), text);
+function tokenState({ direct, ready, expires_in_s }) {
+  if (direct) return 'GitHub token used directly';
+  return ready ? 'Copilot token valid for ' + span(expires_in_s * 1000) : 'no Copilot token'; }
 const accountLine = ({ account, state, problem, token }) => el('p.line', el('b', account),
-  pill(state), problem || '', el('span.dim', token.direct ? 'GitHub token used directly' : !token.ready
-    ? 'no Copilot token' : 'Copilot token valid for ' + span(token.expires_in_s * 1000)));
+  pill(state), problem || '', el('span.dim', tokenState(token)));
 // -- approvals
 const asks = new Map();
 function showAsks() {
@@ -23676,7 +23679,8 @@ days</select></label><button id="csv">CSV</button><button id="json">JSON</button
 <div><h3>By session</h3><ul id="by-session"></ul></div></div></div></section>
 <section data-view="usage" aria-label="Price check" hidden><div id="prices-card"
 class="card cards" hidden><h2>Price check</h2><table id="prices"><caption>Credits since the start,
-as GitHub reports them and by the listed prices, of the same requests</caption></table></div></section>
+as GitHub reports them and by the listed prices, of the same requests</caption></table></div>
+</section>
 <div data-view="connect" hidden><section class="card" aria-label="Connect a client">
 <div class="line"><h2>Connect a client</h2><label>Client <select id="client"></select></label>
 <label>Shell <select id="shell"></select></label></div>
