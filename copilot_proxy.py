@@ -24626,11 +24626,8 @@ async def create_response(exchange: SocketExchange) -> None:
 def open_socket(exchange: Exchange) -> None:
     """GET /responses: a WebSocket, for clients that ask for one as Codex and VS Code do."""
     if exchange.head.headers.get("upgrade", "").lower() != "websocket":
-        raise BadRequest(
-            "GET is possible here for a WebSocket only, else POST",
-            405,
-            headers={"Allow": "POST"},
-        )
+        text = "GET is possible here for a WebSocket only, else POST"
+        raise BadRequest(text, 405, headers={"Allow": "POST"})
     exchange.close_after()  # a client that is refused may send frames all the same
     exchange.open_socket(accept_key(exchange.head), create_response)
 

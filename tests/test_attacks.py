@@ -19,12 +19,15 @@ import unittest
 from typing import Any, NamedTuple
 
 from support import (HERE, KEY, PATHS, REQUESTS, SLOW, FakeUpstream, Proxy, bearer, chat,
-                     clean_environment, cp, memory_bytes, message, said, wait_until, workers)
+                     clean_environment, cp, memory_bytes, message, response, said, wait_until,
+                     workers)
 from fake_upstream import EXCHANGE, Answer
 from cases import SharedCase
+from socket_client import (BINARY, CLOSE, CONTINUED, PING, PONG, TEXT, Closed, Socket, frame,
+                           handshake)
 
 GOOD = json.dumps(chat("smuggled")).encode()
-CHAT_PATH = "/v1/chat/completions"
+CHAT_PATH, CHAT_SOCKET = "/v1/chat/completions", "/v1/responses"
 HOST = b"Host: localhost\r\n"
 JSON_HEAD = b"POST " + CHAT_PATH.encode() + b" HTTP/1.1\r\n" + HOST + (
     b"Content-Type: application/json\r\n")
@@ -53,6 +56,12 @@ def body(data: bytes, *fields: bytes) -> bytes:
     return head(b"Content-Length: %d" % len(data), b"Connection: close", *fields) + data
 
 
+def ollama(path: bytes, value: Any, *fields: bytes) -> bytes:
+    """A request of an Ollama client."""
+    data = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return body(data, *fields).replace(CHAT_PATH.encode(), b"/api/" + path, 1)
+
+
 LENGTH = b"Content-Length: %d" % len(GOOD)
 CHUNKED = b"Transfer-Encoding: chunked"
 WHOLE = b"%x\r\n%b\r\n0\r\n\r\n" % (len(GOOD), GOOD)
@@ -69,6 +78,35 @@ ATTACKS = (
     Attack("an Azure deployment without a name",
            line(b"POST /openai/deployments//chat/completions"), (400, 404)),
     Attack("an Azure path of prefixes", line(b"GET " + b"/openai/v1" * 900 + b"/nowhere"), (404,)),
+    # -- Ollama's routes
+    *(Attack("Ollama's %s of a foreign page" % path.decode(), ollama(
+        path, {"model": "gpt-4.1"}, b"Origin: https://evil.example"), (403,))
+      for path in (b"chat", b"generate", b"show", b"pull", b"create")),
+    Attack("Ollama's chat as a form", ollama(b"chat", {"model": "gpt-4.1"}).replace(
+        b"application/json", b"text/plain"), (415,)),
+    Attack("Ollama's chat without a key", ollama(b"chat", {"model": "gpt-4.1"}).replace(
+        KEYED, b""), (401,), False),
+    Attack("Ollama's tags without a key", line(b"GET /api/tags").replace(KEYED, b""), (401,),
+           False),
+    Attack("an Ollama model by URL", ollama(b"pull", {"model": "http://evil.example/m"}), (404,)),
+    Attack("an Ollama model that climbs", ollama(b"show", {"model": "../../token"}), (404,)),
+    Attack("an Ollama model of 9 KB", ollama(b"chat", {"model": "m" * 9000, "messages": [
+        {"role": "user", "content": "smuggled"}]}), (400, 404)),
+    Attack("an Ollama model made of a file", ollama(b"create", {
+        "model": "m", "from": "/etc/passwd"}), (400,)),
+    Attack("an Ollama blob that climbs", line(b"GET /api/blobs/sha256:..%2f..%2fetc"), (400,)),
+    Attack("an Ollama image that is a file", ollama(b"chat", {"model": "gpt-4.1", "messages": [
+        {"role": "user", "content": "smuggled", "images": ["/etc/passwd"]}]}), (400,)),
+    Attack("an Ollama image that is an object", ollama(b"chat", {"model": "gpt-4.1", "messages": [
+        {"role": "user", "content": "smuggled", "images": [{"url": "file:///etc/passwd"}]}]}),
+           (400,)),
+    Attack("Ollama messages that are a text", ollama(b"chat", {
+        "model": "gpt-4.1", "messages": "smuggled"}), (400,)),
+    Attack("an Ollama stream that is no bool", ollama(b"chat", {
+        "model": "gpt-4.1", "stream": "yes", "messages": [
+            {"role": "user", "content": "smuggled"}]}), (400,)),
+    Attack("nesting in Ollama's format", ollama(b"chat", b'{"model":"gpt-4.1","format":%b%b}' % (
+        b"[" * 9000, b"]" * 9000)), (400,)),
     # -- request smuggling
     Attack("CL and TE", head(LENGTH, CHUNKED) + WHOLE, (400,)),
     Attack("TE and CL", head(CHUNKED, LENGTH) + WHOLE, (400,)),
@@ -125,6 +163,25 @@ ATTACKS = (
     Attack("a TLS hello", bytes.fromhex("16030100c8010000c40303") + b"a" * 190, (0, 400, 408)),
     Attack("a WebSocket", line(b"GET /v1/responses").replace(
         b"Connection: close", b"Connection: Upgrade\r\nUpgrade: websocket"), (426,)),
+    Attack("a WebSocket of a foreign page", handshake(CHAT_SOCKET, "x-api-key: " + KEY,
+                                                      "Origin: https://evil.example"), (403,)),
+    Attack("a WebSocket of a page without an origin", handshake(
+        CHAT_SOCKET, "x-api-key: " + KEY, "Origin: null"), (403,)),
+    Attack("a WebSocket of a foreign Host", handshake(
+        CHAT_SOCKET, "x-api-key: " + KEY, host="evil.example"), (403,)),
+    Attack("a WebSocket without the server's key", handshake(CHAT_SOCKET), (401,), False),
+    Attack("a WebSocket with the server's key as protocol", handshake(
+        CHAT_SOCKET, "Sec-WebSocket-Protocol: openai-insecure-api-key." + KEY), (401,), False),
+    Attack("a WebSocket without a nonce", handshake(CHAT_SOCKET, "x-api-key: " + KEY, key=""),
+           (400,)),
+    Attack("a WebSocket with two nonces", handshake(
+        CHAT_SOCKET, "x-api-key: " + KEY, "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="), (400,)),
+    Attack("a WebSocket with a nonce of 15 bytes", handshake(
+        CHAT_SOCKET, "x-api-key: " + KEY, key="dGhlIHNhbXBsZSBub25j"), (400,)),
+    Attack("a WebSocket in HTTP/1.0", handshake(CHAT_SOCKET, "x-api-key: " + KEY).replace(
+        b"HTTP/1.1", b"HTTP/1.0"), (400,)),
+    Attack("a WebSocket of another version", handshake(
+        CHAT_SOCKET, "x-api-key: " + KEY, version="14"), (426,)),
     Attack("CONNECT", line(b"CONNECT api.github.com:443"), (404, 405)),
     Attack("TRACE", line(b"TRACE /v1/models"), (405,)),
     Attack("an open proxy", line(b"GET http://evil.example/v1/nowhere"), (403, 404)),
@@ -251,7 +308,8 @@ class AttackTest(SharedCase):
         self.assertIn(status, attack.statuses, raw[:300])
         if raw:
             answer_head, _, rest = raw.partition(b"\r\n\r\n")
-            self.assertTrue(json.loads(rest)["error"]["message"])
+            error = json.loads(rest)["error"]
+            self.assertTrue(error if isinstance(error, str) else error["message"])
             self.assertLess(len(rest), 3000)
             self.assertNotIn(b"set-cookie", answer_head.lower())
             self.assertNotIn(b"access-control-allow-origin", answer_head.lower())
@@ -340,6 +398,151 @@ class AttackTest(SharedCase):
         self.assertGreater(served, 2)
         self.assertLess(len(workers()), 60)
         self.assertLess(memory_bytes() - before, 400_000_000)
+
+
+class FrameAttack(NamedTuple):
+    """What a client that was let in sends on its WebSocket, and the code that closes it; 0: each
+    of its messages gets an error, and the connection stays."""
+    name: str
+    data: bytes
+    code: int
+
+
+CREATE = json.dumps(dict(response("smuggled"), type="response.create")).encode()
+LENGTH_8 = b"\x81\xff"           # a text whose length follows in 8 bytes
+FRAME_ATTACKS = (
+    FrameAttack("unmasked", frame(TEXT, CREATE, masked=False), 1002),
+    FrameAttack("unmasked ping", frame(PING, b"", masked=False), 1002),
+    *(FrameAttack("reserved bit %d" % bit, frame(TEXT, CREATE, reserved=bit), 1002)
+      for bit in (1, 2, 4)),
+    FrameAttack("compressed, though nobody agreed to that", frame(TEXT, b"\x78\x9c", reserved=4),
+                1002),
+    *(FrameAttack("kind %d" % kind, frame(kind, CREATE), 1002) for kind in (3, 7, 11, 15)),
+    FrameAttack("binary", frame(BINARY, CREATE), 1003),
+    FrameAttack("oversize", LENGTH_8 + (33 << 20).to_bytes(8, "big") + b"mask" + b"a" * 1000, 1009),
+    FrameAttack("oversize beyond all", LENGTH_8 + b"\xff" * 8 + b"mask", 1009),
+    FrameAttack("a length below zero", LENGTH_8 + b"\x80" + bytes(7) + b"mask", 1009),
+    FrameAttack("a length in too many bytes", b"\x81\xfe\x00\x03mask{}}", 1002),
+    *(FrameAttack("fragmented control frame %d" % kind, frame(kind, b"\x03\xe8", last=False), 1002)
+      for kind in (CLOSE, PING, PONG)),
+    FrameAttack("control frame of 126 bytes", frame(PING, b"a" * 126), 1002),
+    FrameAttack("ping flood", frame(PING, b"a") * 3000, 1008),
+    FrameAttack("pong flood", frame(PONG, b"a") * 3000, 1008),
+    FrameAttack("acknowledgement flood", frame(TEXT, b'{"type":"response.processed"}') * 3000,
+                1008),
+    FrameAttack("request flood", frame(TEXT, b'{"type":"x"}') * 3000, 1008),
+    FrameAttack("endless fragments", frame(TEXT, b"{", last=False)
+                + frame(CONTINUED, b"", last=False, mask=b"mask") * 70_000, 1008),
+    FrameAttack("a fragment of nothing", frame(CONTINUED, CREATE), 1002),
+    FrameAttack("a message in another", frame(TEXT, CREATE[:9], last=False) + frame(TEXT, CREATE),
+                1002),
+    FrameAttack("bad UTF-8", frame(TEXT, CREATE[:-1] + b',"user":"\xff\xfe"}'), 1007),
+    FrameAttack("bad UTF-8 across fragments", frame(TEXT, b'"\xf0\x9f', last=False)
+                + frame(CONTINUED, b'\x98"'), 1007),
+    FrameAttack("UTF-8 of a surrogate", frame(TEXT, b'"\xed\xa0\x80"'), 1007),
+    FrameAttack("a close code nobody may send", frame(CLOSE, b"\x03\xed"), 1002),
+    FrameAttack("a close code of one byte", frame(CLOSE, b"\x03"), 1002),
+    FrameAttack("a close reason that is no UTF-8", frame(CLOSE, b"\x03\xe8\xff"), 1007),
+    FrameAttack("a request behind the close frame", frame(CLOSE, b"\x03\xe8") + frame(TEXT, CREATE),
+                1000),
+    FrameAttack("an HTTP request", body(GOOD), 1002),
+    FrameAttack("a handshake again", handshake(CHAT_SOCKET), 1002),
+    FrameAttack("nothing but NUL", bytes(100), 1002),
+    FrameAttack("slow frame", frame(TEXT, CREATE)[:-1], 1008),
+    FrameAttack("slow head", b"\x81", 1008),
+    FrameAttack("slow fragments", frame(TEXT, CREATE, last=False), 1008),
+    FrameAttack("no JSON", frame(TEXT, b"<xml/>"), 0),
+    FrameAttack("nesting", frame(TEXT, b"[" * 60_000), 0),
+    FrameAttack("an unknown event", frame(TEXT, b'{"type":"session.update"}'), 0),
+    FrameAttack("no event", frame(TEXT, b"{}") + frame(TEXT, b"[]") + frame(TEXT, b""), 0),
+    FrameAttack("NaN", frame(TEXT, CREATE[:-1] + b',"seed":NaN}'), 0),
+)
+
+
+class FrameAttackTest(SharedCase):
+    """The same for who has been let in: the connection ends with the right code, the upstream sees
+    nothing, and others are served meanwhile."""
+
+    settings = dict(body_stall_s=0.25, api_key=(KEY,))
+
+    def attack(self, row: FrameAttack) -> tuple[list[Any], int | None]:
+        """(what came before the close frame, its code)"""
+        events: list[Any] = []
+        with Socket(self.proxy.port, "x-api-key: " + KEY) as opened:
+            with contextlib.suppress(OSError):          # it may be closed before all is sent
+                opened.send(row.data)
+            try:
+                while True:
+                    kind, payload = opened.read_frame()
+                    if kind == CLOSE:
+                        return events, int.from_bytes(payload[:2], "big")
+                    if kind == TEXT:
+                        events.append(json.loads(payload))
+            except (Closed, OSError) as error:
+                return events, getattr(error, "code", None)
+
+    def check(self, row: FrameAttack) -> None:
+        events, code = self.attack(row)
+        if code is None:
+            # a reset, since it goes on sending behind the end: the log knows why
+            self.assertGreater(len(row.data), 100_000)
+        else:
+            self.assertEqual(code, row.code or None)
+        self.assertEqual({event["type"] for event in events} - {"error"}, set(), events[:3])
+
+    def test_every_row_ends_with_its_code_and_the_upstream_sees_nothing(self) -> None:
+        self.assertEqual(self.proxy.get("/v1/models", **bearer(KEY)).status, 200)
+        start, sent = len(self.proxy.logs), self.new_sent()
+        self.assertEqual(len({row.name for row in FRAME_ATTACKS}), len(FRAME_ATTACKS))
+        for row in FRAME_ATTACKS:
+            with self.subTest(row.name):
+                if row.code:
+                    self.check(row)
+                else:
+                    self.check_refused(row)
+                self.assertEqual(sent(), [])
+        self.assertEqual([record.getMessage() for record in self.proxy.logs[start:]
+                          if record.exc_info or record.levelno >= logging.ERROR], [])
+        wait_until(lambda: not self.proxy.server.loop.clients)
+
+    def check_refused(self, row: FrameAttack) -> None:
+        """Each message gets its error, and the connection goes on."""
+        with Socket(self.proxy.port, "x-api-key: " + KEY) as opened:
+            opened.send(row.data)
+            opened.create(response("after", generate=False))
+            events = opened.events()
+            while events[-1]["type"] == "error":
+                self.assertEqual(events[-1]["status"], 400)
+                events = opened.events()
+            self.assertEqual(events[-1]["type"], "response.completed")
+
+    def test_others_do_not_notice(self) -> None:
+        """Beside all of them at once a client gets its streams; memory and threads stay."""
+        self.assertEqual(self.proxy.get("/v1/models", **bearer(KEY)).status, 200)
+        before, wrong = memory_bytes(), []
+
+        def attack_all(rows: list[FrameAttack]) -> None:
+            for row in rows:
+                try:
+                    if row.code:
+                        self.check(row)
+                except AssertionError as error:
+                    wrong.append((row.name, error))
+
+        rows = list(FRAME_ATTACKS) * (10 if SLOW else 1)
+        threads = [threading.Thread(target=attack_all, args=(rows[at::6],)) for at in range(6)]
+        for thread in threads:
+            thread.start()
+        served = 0
+        with Socket(self.proxy.port, "x-api-key: " + KEY) as opened:
+            while any(thread.is_alive() for thread in threads):
+                events = opened.turn(response("@@events=5@@"))
+                self.assertEqual(events[-1]["type"], "response.completed")
+                served += 1
+        self.assertEqual(wrong, [])
+        self.assertGreater(served, 2)
+        self.assertLess(len(workers()), 60)
+        self.assertLess(memory_bytes() - before, 100_000_000)
 
 
 class SecretsTest(unittest.TestCase):
