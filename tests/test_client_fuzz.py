@@ -4,15 +4,17 @@ A request is understood or refused with 400, a stream always ends, and what is s
 """
 from __future__ import annotations
 
+import collections
 import copy
 import json
 import random
 import unittest
-from typing import Any
+from typing import Any, Iterator
 
 from support import SLOW, cp
+from cases import SharedCase
 from client_wire import GeminiWriter, OllamaWriter, gemini_pieces, ollama_pieces, stream_of
-from wire import MODEL, PARALLEL, PIXEL, SCHEMA, events_of
+from wire import MODEL, PARALLEL, PIXEL, SCHEMA, events_of, mangle
 
 ROUNDS = 6_000 if SLOW else 300
 ODD: tuple[Any, ...] = (None, True, 0, -1, 1e300, 2 ** 70, "", "x", "\ud800", [], {}, [[]], [None],
@@ -117,6 +119,54 @@ class FuzzTest(unittest.TestCase):
             cp.GEMINI.has_images(body)
             request = cp.GEMINI.decode_request(body)
             self.assertTrue(request.turns)
+
+
+class NdjsonFuzz(SharedCase):
+    """Mangled requests to Ollama's routes on a real socket, on a fake that cuts, fails or goes
+    astray: what comes back is whole lines of JSON, and the last one is the end or an error."""
+
+    COUNT = 3_000 if SLOW else 150
+    ENDS = ("", "@@events=9 cut=4@@", "@@events=9 error=4@@", "@@events=9 noend=1@@",
+            "@@events=9 bytewise=1@@", "@@events=9 odd=1 crlf=1@@", "@@events=9 split=1@@")
+
+    def requests(self, rng: random.Random) -> Iterator[tuple[bytes, bytes]]:
+        """(path, body)"""
+        models = ("gpt-4.1", "gpt-5.3-codex", "claude-sonnet-4.6")
+        for _ in range(self.COUNT):
+            text, model = rng.choice(self.ENDS), rng.choice(models)
+            writer = OllamaWriter().system("s").tool().say("hi " + text)
+            yield rng.choice((
+                (b"/api/chat", cp.dumps(dict(writer.body, model=model))),
+                (b"/api/generate", cp.dumps({"model": model, "prompt": "hi " + text})),
+                (b"/api/embed", cp.dumps({"model": "text-embedding-3-small", "input": ["a"]})),
+                (b"/api/show", cp.dumps({"model": model}))))
+
+    def test_mangled_requests(self) -> None:
+        rng, outcomes = random.Random(23), collections.Counter()
+        for number, (path, body) in enumerate(self.requests(rng)):
+            if number % 3:
+                body = mangle(rng, body)
+            with self.subTest(path=path, body=body):
+                reply = self.proxy.post(path.decode(), body)
+                self.assertNotEqual(reply.status, 500, reply)
+                if reply.status != 200:
+                    self.assertTrue(json.loads(reply.body)["error"])
+                    outcomes["refused"] += 1
+                    continue
+                lines = [json.loads(line) for line in reply.body.splitlines()]
+                if "ndjson" in reply.headers["content-type"]:
+                    self.assertTrue(reply.body.endswith(b"\n"))
+                    ends = [bool(line.get("done") or "error" in line) for line in lines]
+                    self.assertEqual(ends, [False] * (len(lines) - 1) + [True])
+                    outcomes["failed" if "error" in lines[-1] else "streamed"] += 1
+                else:
+                    self.assertEqual(len(lines), 1)
+                    outcomes["whole"] += 1
+            for account in self.proxy.app.accounts.all():
+                account.limits.clear()
+        for outcome in ("refused", "failed", "streamed", "whole"):
+            self.assertGreater(outcomes[outcome], 0, outcomes)
+        self.assertEqual([r.getMessage() for r in self.proxy.logs if r.exc_info], [])
 
 
 if __name__ == "__main__":

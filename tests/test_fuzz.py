@@ -10,12 +10,15 @@ import random
 import time
 import unittest
 
-from support import SLOW, chunked_post, memory_bytes, places, post, raw_exchange, translated
+from support import (SLOW, chunked_post, memory_bytes, places, post, raw_exchange, response,
+                     translated)
 import copilot_proxy as cp
 from copilot_proxy import DIALECTS, ProxyError, Request
 from cases import SharedCase
-from wire import (CELLS, MODEL, PARALLEL, SEEDS, assert_failed, events_of, run, some_request,
-                  some_response)
+from socket_client import (BINARY, CLOSE, CONTINUED, PING, PONG, TEXT, Closed, Socket, frame,
+                           frames_in)
+from wire import (CELLS, MODEL, PARALLEL, SEEDS, assert_failed, events_of, mangle, pieces, run,
+                  some_request, some_response)
 
 ODD = (None, 1, -1, 1.5, True, "", "x", [], {}, [None], [1], ["x"], [[]], [{}], {"type": "x"},
        {"type": None}, {"type": []}, {"text": 1}, "\ud800", "cpx1.e30=", {"a": {"b": []}})
@@ -106,28 +109,6 @@ class Fuzz(unittest.TestCase):
         self.assertGreater(streams - failed, streams // 2)
 
 
-ENDS = (b"\r\n", b"\n", b"\r", b"\x00", b"\xff", b":", b" ", b"\t", b"{", b"[", b"]", b"}", b'"',
-        b",", b"\\", b"0", b"-1", b"1e999", b"null", b"\r\n\r\n", b"\n\n", b"data: ", b"chunked",
-        b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"[DONE]", b"\\ud800")
-
-
-def mangle(rng: random.Random, data: bytes) -> bytes:
-    """A few bytes changed, put in, taken out, doubled or cut off."""
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(len(data) + 1)
-        end = min(len(data), at + rng.choice((0, 0, 1, 1, 2, 8, 64)))
-        way = rng.randrange(6)
-        middle = (bytes((rng.randrange(256),)), b"", data[at:end] * 2, rng.choice(ENDS),
-                  rng.choice(ENDS) * rng.choice((1, 50)), data[end:end + 64])[way]
-        data = data[:at] + middle + data[end:]
-    return data if rng.random() < 0.95 else data[:rng.randrange(len(data) + 1)]
-
-
-def pieces(rng: random.Random, data: bytes) -> list[bytes]:
-    cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.randrange(4)))
-    return [data[a:b] for a, b in zip([0] + cuts, cuts + [len(data)])]
-
-
 class RawFuzz(SharedCase):
     """Mangled requests against the readers of heads and bodies, the decoder of events and the
     dialects; every 20th goes through a socket to the server itself.  100,000 in the long run."""
@@ -212,6 +193,112 @@ class RawFuzz(SharedCase):
         if SLOW:
             print("\nfuzz: %d in %.0f s, %s" % (self.COUNT, time.monotonic() - began,
                                                dict(outcomes)))
+
+
+class SocketFuzz(SharedCase):
+    """Mangled frames of clients: read the same at every cut, or refused with a close code; every
+    20th goes to the server, which answers with whole frames and ends it.  So are events that
+    become frames: mangled ones are whole texts, one for each event."""
+
+    settings = dict(body_stall_s=0.2)
+    COUNT = 20_000 if SLOW else 1_000
+    CODES = (1002, 1003, 1007, 1008, 1009)
+
+    @staticmethod
+    def some_frames(rng: random.Random) -> bytes:
+        """Messages, whole or in parts, with control frames between them."""
+        data = b""
+        for seed in range(rng.randint(1, 3)):
+            body = DIALECTS["responses"].encode_request(some_request(seed, "responses"), MODEL)
+            text = cp.dumps(dict(body, type="response.create", generate=False))
+            if rng.random() < 0.3:
+                text = rng.choice((b"{}", b"", b'{"type":"response.processed"}', b"\xc3\xa9" * 70))
+            parts = pieces(rng, text) if rng.random() < 0.5 else [text]
+            for at, part in enumerate(parts):
+                data += frame(TEXT if at == 0 else CONTINUED, part, at == len(parts) - 1,
+                              mask=bytes(rng.randrange(256) for _ in range(4)))
+                if rng.random() < 0.3:
+                    data += frame(rng.choice((PING, PONG)), text[:rng.randrange(126)], mask=b"mask")
+        if rng.random() < 0.1:
+            data += frame(rng.choice((CLOSE, BINARY)), b"\x03\xe8", mask=b"mask")
+        return data
+
+    @staticmethod
+    def read(parts: list[bytes]) -> tuple[list[cp.SocketMessage], int]:
+        """(the messages, the code that ends them or 0)"""
+        decoder, found = cp.SocketDecoder(), []
+        for part in parts:
+            try:
+                found += decoder.feed(part)
+            except cp.BadFrame as error:
+                return found, error.close_code
+        return found, 0
+
+    def test_mangled_frames(self) -> None:
+        rng, outcomes, slowest = random.Random(16), collections.Counter(), 0.0
+        for number in range(self.COUNT):
+            data = self.some_frames(rng)
+            if number % 4:
+                data = mangle(rng, data)
+            at = time.thread_time()
+            with self.subTest(data=data):
+                whole, code = self.read([data])
+                self.assertIn(code, (0, *self.CODES))
+                by_bytes, same_code = self.read([data[at:at + 1] for at in range(len(data))])
+                self.assertEqual(same_code, code)
+                self.assertEqual(by_bytes[:len(whole)], whole)   # a fault hides what it came with
+                self.assertTrue(code or by_bytes == whole)
+                parts, _ = self.read(pieces(rng, data))
+                self.assertEqual(by_bytes[:len(parts)], parts)
+                for message in whole:
+                    if message.kind == TEXT:
+                        message.data.decode()
+                outcomes[code] += 1
+                if number % 20 == 0:
+                    outcomes[self.send(data)] += 1
+            slowest = max(slowest, time.thread_time() - at)
+        self.assertLess(slowest, 2.0)
+        for outcome in (0, 1002, 1007, "closed", "served"):
+            self.assertGreater(outcomes[outcome], 0, outcomes)
+        self.assertEqual([r.getMessage() for r in self.proxy.logs if r.exc_info], [])
+
+    def send(self, data: bytes) -> str:
+        """To the server: its frames are right whatever it is sent, and it serves what follows or
+        has closed."""
+        closes, served = [], False
+        with Socket(self.proxy.port) as opened:
+            try:
+                opened.send(data)
+                opened.create(response("behind", generate=False, metadata={"last": "1"}))
+                while True:
+                    kind, payload = opened.read_frame()
+                    self.assertEqual(closes, [], "a frame behind the last one")
+                    if kind == CLOSE:
+                        closes.append(int.from_bytes(payload[:2], "big"))
+                    elif kind == TEXT and b'"last":"1"' in payload:
+                        served = True
+                        opened.send(frame(CLOSE, b"\x03\xe8"))
+            except (Closed, ConnectionError):
+                pass
+        self.assertEqual(len(closes), 1)
+        return "served" if served else "closed"
+
+    def test_mangled_events_become_whole_texts(self) -> None:
+        rng = random.Random(17)
+        stream = b"".join(cp.Frame(event["type"], cp.dumps(event)).encode()
+                          for event in events_of(PARALLEL["responses"]) if event != "[DONE]")
+        for _ in range(self.COUNT):
+            cutter, data = cp.FrameCutter(), mangle(rng, stream)
+            for piece in pieces(rng, data):
+                block = cutter.feed(piece)
+                wanted = [found.data for raw in cp.split_frames(block)
+                          for found in [cp.Frame.parse(raw)] if found.data]
+                with self.subTest(block=block):
+                    found = list(frames_in(cp.text_frames(block)))
+                    self.assertEqual({kind for kind, _ in found} - {TEXT}, set())
+                    for (_, text), data in zip(found, wanted):
+                        self.assertEqual(text.decode(), data.decode("utf-8", "replace"))
+                    self.assertEqual(len(found), len(wanted))
 
 
 if __name__ == "__main__":

@@ -574,3 +574,27 @@ def check_order(events: Iterable[cp.Event]) -> Iterator[cp.Event]:
                 raise ValueError("%r while %r are open" % (event, open_parts))
             state = "ended"
         yield event
+
+
+# ---- Mangled bytes ----
+
+ENDS = (b"\r\n", b"\n", b"\r", b"\x00", b"\xff", b":", b" ", b"\t", b"{", b"[", b"]", b"}", b'"',
+        b",", b"\\", b"0", b"-1", b"1e999", b"null", b"\r\n\r\n", b"\n\n", b"data: ", b"chunked",
+        b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"[DONE]", b"\\ud800")
+
+
+def mangle(rng: random.Random, data: bytes) -> bytes:
+    """A few bytes changed, put in, taken out, doubled or cut off."""
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(data) + 1)
+        end = min(len(data), at + rng.choice((0, 0, 1, 1, 2, 8, 64)))
+        way = rng.randrange(6)
+        middle = (bytes((rng.randrange(256),)), b"", data[at:end] * 2, rng.choice(ENDS),
+                  rng.choice(ENDS) * rng.choice((1, 50)), data[end:end + 64])[way]
+        data = data[:at] + middle + data[end:]
+    return data if rng.random() < 0.95 else data[:rng.randrange(len(data) + 1)]
+
+
+def pieces(rng: random.Random, data: bytes) -> list[bytes]:
+    cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.randrange(4)))
+    return [data[a:b] for a, b in zip([0] + cuts, cuts + [len(data)])]
