@@ -11874,9 +11874,10 @@ def drop_nonce(edit: Edit) -> None:
         (body, "instructions"),
         (as_object(first), "content"),
     ):
-        _drop_nonce_line(edit, holder, key)
-        for block in as_list(holder.get(key)):
-            _drop_nonce_line(edit, as_object(block), "text")
+        if key in holder:
+            _drop_nonce_line(edit, holder, key)
+            for block in as_list(holder[key]):
+                _drop_nonce_line(edit, as_object(block), "text")
 
 
 class LinkedImage(NamedTuple):
@@ -17378,7 +17379,7 @@ class Call:
 
 def new_request_id() -> str:
     """A random UUID as text (uuid4 without the import)."""
-    text = secrets.token_hex(16)
+    text = os.urandom(16).hex()
     return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-a{text[17:20]}-{text[20:]}"
 
 
@@ -20183,8 +20184,7 @@ class Admission:
             self.gate.leave()
 
 
-@dataclass(frozen=True)
-class Caller:
+class Caller(NamedTuple):
     """Who sends a request.  account: None is the default one; key_id: the beginning of the key's
     hash, '' without one; is_operator: may see and change what belongs to others; address: of the
     client itself, behind a trusted proxy, too."""
@@ -21919,29 +21919,6 @@ class Task:
         self.deadline = math.inf
 
 
-class Deferred:
-    """Work that one round of the loop leaves to the next, each piece once."""
-
-    def __init__(self) -> None:
-        self._of_this_round: dict[Callable[[], None], None] = {}
-        self._due: dict[Callable[[], None], None] = {}
-
-    @property
-    def is_due(self) -> bool:
-        """Has an earlier round left something?"""
-        return bool(self._due)
-
-    def add(self, work: Callable[[], None]) -> None:
-        """Do it in the next round."""
-        self._of_this_round[work] = None
-
-    def take(self) -> Iterable[Callable[[], None]]:
-        """Returns the work that an earlier round has left."""
-        due, self._due = self._due, self._of_this_round
-        self._of_this_round = {}
-        return due
-
-
 class EventLoop:
     """One thread for everything that waits.
 
@@ -21977,7 +21954,8 @@ class EventLoop:
         self._tasks: dict[Task, None] = {}
         self._turns: collections.deque[tuple[Task, Wait]] = collections.deque()
         self._timers: list[tuple[float, int, Task, Wait]] = []
-        self._deferred = Deferred()
+        #: what is to be done -> since when, monotonic
+        self._deferred: dict[Callable[[], None], float] = {}
         self._tick_s = min(1.0, settings.keepalive_s / 4, settings.head_timeout_s / 4)
         self._now = self._ticked_at = time.monotonic()
         self._thread = threading.Thread(
@@ -22074,13 +22052,17 @@ class EventLoop:
             )
 
     def defer(self, work: Callable[[], None]) -> None:
-        """Call `work` once in the next round, when what is urgent in that has been done, or after
-        DEFER_S.  So a client's next request is with the upstream before its last one is counted."""
-        self._deferred.add(work)
+        """Call `work` after DEFER_S, when what is urgent in that round has been done: once for all
+        who want it meanwhile.  So what is recorded of requests takes fewer steps, and most of
+        them are with the upstream before the last one is counted."""
+        self._deferred.setdefault(work, self._now)
 
-    def _do_deferred(self) -> None:
-        for work in self._deferred.take():
-            self._guard(work)
+    def _do_deferred(self, least_s: float) -> None:
+        """Do what has waited so long."""
+        for work, since in list(self._deferred.items()):
+            if self._now - since >= least_s:
+                del self._deferred[work]
+                self._guard(work)
 
     def cancel(self, task: Task | None, error: BaseException) -> None:
         """Throw an error into a coroutine that waits, or has not begun."""
@@ -22098,7 +22080,7 @@ class EventLoop:
             self._take_inbox()
             self._take_turns()
             self._run_timers()
-            self._do_deferred()
+            self._do_deferred(DEFER_S)
             if self._now - self._ticked_at >= self._tick_s:
                 self._ticked_at = self._now
                 self._tick()
@@ -22109,7 +22091,7 @@ class EventLoop:
         if self._inbox or self._turns:
             return 0.0
         most = self._tick_s
-        if self._deferred.is_due:
+        if self._deferred:
             most = DEFER_S
         if self._timers:
             return min(most, max(0.0, self._timers[0][0] - time.monotonic()))
@@ -22242,8 +22224,7 @@ class EventLoop:
         for task in list(self._tasks):
             self._guard(task.work.close)
         self._tasks.clear()
-        self._do_deferred()
-        self._do_deferred()  # what has ended just now
+        self._do_deferred(0.0)
         self.workers.stop()
 
 
