@@ -395,6 +395,7 @@ MAX_AUTO_CHARS = 8000  # of a user's words that auto chooses by
 AUTO_PROMPT_TOKENS, AUTO_OUTPUT_TOKENS = 128000, 16000
 MAX_QUERY_CHARS, MAX_QUERIES = 4000, 20  # of a search of the web; of one request
 MAX_SOURCES = 50  # of a search
+MAX_SEARCHES, MAX_SEARCH_ROUNDS = 20, 10  # in one answer; answers that one is made of
 MAX_IMAGES, MAX_GEMINI_IMAGES = 20, 10  # the upstream's own limits
 ATTACHMENTS_URL = "https://github.com/github-copilot/chat/attachments/"
 NANO, MILLION = 10**9, 10**6  # nano-AIU of a credit (USD 0.01)
@@ -1401,6 +1402,7 @@ class Usage:
     cache_write: int = 0
     output: int = 0
     reasoning: int = 0
+    searches: int | None = None  # of the web; None where the model asked for none
 
     @classmethod
     def of(cls, counts: Mapping[str, int]) -> Usage:
@@ -1912,6 +1914,25 @@ class ToolResult(Part):
     name: str = field(default="", compare=False)
 
 
+@dataclass
+class SearchCall(Part):
+    """The model wants the web searched, and the proxy does it.  In answers only, and whole."""
+
+    id: str
+    query: str
+
+
+@dataclass
+class SearchFindings(Part):
+    """What came of a SearchCall, which stands before it.  text: the words that the searching model
+    wrote; sources: (url, title), each url once; error: a word of Anthropic's, "" for none."""
+
+    call: SearchCall
+    text: str = ""
+    sources: list[tuple[str, str]] = field(default_factory=list)
+    error: str = ""
+
+
 def side_of(part: Part, role: str) -> str:
     """The role whose turn a part belongs in, whatever turn the client put it in: calls
     belong to the model, results to the user."""
@@ -1949,6 +1970,20 @@ class Tool:
 
 
 @dataclass
+class SearchTool:
+    """A search of the web that the client wants its vendor's servers to run.
+
+    source: as the client wrote it; max_uses: 0 for no limit of the client's; filters, location: in
+    OpenAI's words; size: how much of the pages is to be read, "" for the usual."""
+
+    source: Json
+    max_uses: int = 0
+    filters: Json = field(default_factory=dict)
+    location: Json | None = None
+    size: str = ""
+
+
+@dataclass
 class Named:
     """tool_choice: this tool and no other."""
 
@@ -1961,17 +1996,17 @@ class Request:
     client and is not sent.
 
     model: as the client wrote it; now: unix seconds; key: unique for each request.
-    tool_choice: None, "auto", "none", "required" or Named. effort: a key of
-    EFFORT_BUDGETS, "minimal" or "none". output_schema: in the shape of Responses'
-    text.format. openai: fields that both of OpenAI's dialects share. wants_usage: a
-    Chat client asked for usage. echo: fields that a response object repeats.
-    prompt_tokens: an estimate, 0 where it is not needed. output_tool: the name of the
-    forced tool call that stands for `output_schema`, see `Unwrapper`. cut_at: stop
-    sequences that the upstream cannot handle, see `StopCutter`. hides_thinking: the
-    client does not want thinking or has no field for it, see `ThinkingFilter`.
-    wants_thoughts: a Gemini client wants to read the thinking; it gets the state in any
-    case. elapsed_ns: returns the time since the request arrived, for clients that
-    report it."""
+    search: the hosted web search that the client offers, if it does. tool_choice: None,
+    "auto", "none", "required" or Named. effort: a key of EFFORT_BUDGETS, "minimal" or
+    "none". output_schema: in the shape of Responses' text.format. openai: fields that
+    both of OpenAI's dialects share. wants_usage: a Chat client asked for usage. echo:
+    fields that a response object repeats. prompt_tokens: an estimate, 0 where it is not
+    needed. output_tool: the name of the forced tool call that stands for
+    `output_schema`, see `Unwrapper`. cut_at: stop sequences that the upstream cannot
+    handle, see `StopCutter`. hides_thinking: the client does not want thinking or has
+    no field for it, see `ThinkingFilter`. wants_thoughts: a Gemini client wants to read
+    the thinking; it gets the state in any case. elapsed_ns: returns the time since the
+    request arrived, for clients that report it."""
 
     model: str
     dialect: str = field(default="", compare=False)
@@ -1981,6 +2016,7 @@ class Request:
     turns: list[Turn] = field(default_factory=list)
     tools: list[Tool] = field(default_factory=list)
     tool_names: set[str] = field(default_factory=set, compare=False)
+    search: SearchTool | None = field(default=None, compare=False)
     tool_choice: str | Named | None = None
     parallel_tool_calls: bool | None = None
     max_output_tokens: int | None = None
@@ -2031,6 +2067,14 @@ class Request:
     def lose(self, name: str, reason: str) -> None:
         """Record that a part of the request does not go upstream."""
         self.losses.add(name, reason)
+
+    def choose(self, choice: str | Named) -> None:
+        """This is the tool_choice."""
+        self.tool_choice = choice
+
+    def offer_search(self, tool: SearchTool) -> None:
+        """Note the hosted search; the first one counts."""
+        self.search = self.search or tool
 
     def forget_turns(self) -> None:
         """They are written down: the request lives as long as its answer, they need not."""
@@ -3222,6 +3266,11 @@ class StreamRelay:
         return self.request.model
 
     @property
+    def is_waiting(self) -> bool:
+        """Is the upstream's answer over, but not the client's: something else comes between?"""
+        return False
+
+    @property
     def failure(self) -> str | None:
         """The error that was reported to the client, or None."""
         if self.error:
@@ -3251,7 +3300,7 @@ class StreamRelay:
                 out = self._block(restore_names(rest, self.names))
         if error is None and not self.ended:
             out += self._finish()
-        if not self.ended:
+        if not self.ended and (error is not None or not self.is_waiting):
             out += self._fail(
                 error or StreamCut(CUT_SHORT, code="upstream_stream_ended")
             )
@@ -3574,6 +3623,16 @@ def _has_part(body: Json, kinds: tuple[str, ...]) -> bool:
     return False
 
 
+#: what Anthropic and OpenAI call their hosted search, where a date or a state may follow
+SEARCH_TOOLS = "web_search_"
+
+
+def is_search_tool(tool: Json) -> bool:
+    """Is it a search of the web that its vendor's servers run?"""
+    kind = str(tool.get("type"))
+    return kind == "web_search" or kind.startswith(SEARCH_TOOLS)
+
+
 class Dialect:
     """The interface of all dialects. Instances are stateless: the state of a stream
     lives in its StreamRelay."""
@@ -3595,6 +3654,7 @@ class Dialect:
     ] = ()  # dialects to ask in when a model lacks this one, best first
     limit_names: tuple[str, ...] = ()  # where the limit of tokens has had two names
     answers_search = False  # True: a hosted search has blocks of its own in an answer
+    cites_sources = False  # True: texts name their sources beside the words
     keeps_answers = False  # True: clients name earlier answers by their ids
     reads_overflow_in_streams = False  # True: clients act on it as an event only
     takes_files = True  # False: the upstream's endpoint refuses PDFs and the like
@@ -3726,6 +3786,10 @@ class Dialect:
     def betas(self, body: Json) -> list[str]:
         """Values of `anthropic-beta` that a body needs which is about to go up."""
         return []
+
+    def wants_search(self, body: Json, model: Model) -> bool:
+        """Does it offer a hosted search that this dialect's own endpoint does not run?"""
+        return any(map(is_search_tool, dicts_in(body, "tools")))
 
     def has_files(self, body: Json) -> bool:
         """Are there files that this dialect's own endpoint refuses?"""
@@ -4792,6 +4856,30 @@ def add_tool(request: Request, tool: Json, schema_key: str, **more: Any) -> None
         )
 
 
+#: Gemini's names of its hosted search, newest first
+_GOOGLE_SEARCHES = ("googleSearch", "googleSearchRetrieval", "enterpriseWebSearch")
+
+
+def search_tool(tool: Json) -> SearchTool:
+    """What a hosted search of any vendor is to do."""
+    filters = as_object(tool.get("filters")) or tool
+    location = as_object(tool.get("user_location"))
+    inner = as_object(location.get("approximate"))  # as Chat has it
+    if inner:
+        location = dict(inner, type="approximate")
+    blocked = words(filters.get("blocked_domains", tool.get("excludeDomains")))
+    return SearchTool(
+        tool,
+        count_or_zero(tool.get("max_uses")),
+        given(
+            allowed_domains=words(filters.get("allowed_domains")) or None,
+            blocked_domains=blocked or None,
+        ),
+        location or None,
+        word(tool.get("search_context_size")) or "",
+    )
+
+
 def drop_hosted_tool(request: Request, tool: Json) -> None:
     """Leave out a tool that its vendor's servers run.  Raises BadRequest where it must be used."""
     kind = printable(str(tool.get("type")), 60)
@@ -4806,6 +4894,14 @@ def drop_hosted_tool(request: Request, tool: Json) -> None:
             "run" % kind,
             param="tool_choice",
         )
+
+
+def take_hosted_tool(request: Request, tool: Json) -> None:
+    """A tool that its vendor's servers run: the proxy can do a search in their place."""
+    if is_search_tool(tool):
+        request.offer_search(search_tool(tool))
+    else:
+        drop_hosted_tool(request, tool)
 
 
 def _joined_run(run: list[Reasoning]) -> list[Part]:
@@ -5903,6 +5999,7 @@ class ChatCompletions(Dialect):
     stop_key = "stop"
     own_parts = frozenset(("text", "image_url", "input_audio", "file", "refusal"))
     knows_allowed_tools = True
+    cites_sources = True
     has_freeform_tools = True
     substitutes = ("responses", "messages")
     STOP_REASONS = (
@@ -6056,6 +6153,10 @@ class ChatCompletions(Dialect):
 
     def write_part(self, part: Part, by_model: bool) -> Json:
         return write_part(part, "")
+
+    def wants_search(self, body: Json, model: Model) -> bool:
+        wish = body.get("web_search_options")
+        return isinstance(wish, dict) or super().wants_search(body, model)
 
     def takes_stops(self, stops: list[str], model: Model) -> bool:
         if not stops:
@@ -6226,8 +6327,15 @@ class ChatCompletions(Dialect):
         request = read_fields(
             self,
             dict(body, max_tokens=limit),
-            "messages max_completion_tokens n verbosity functions function_call",
+            "messages max_completion_tokens n verbosity functions function_call "
+            "web_search_options",
         )
+
+        options = body.get("web_search_options")
+        if isinstance(options, dict):
+            wish = dict(options, type="web_search_options")
+            request.offer_search(search_tool(wish))
+
         options = as_object(body.get("stream_options"))
         if options.get("include_usage") is True:
             request.report_usage()
@@ -6253,7 +6361,7 @@ class ChatCompletions(Dialect):
             }
             add_tool(request, shown, "parameters", kind="custom")
         else:
-            drop_hosted_tool(request, tool)
+            take_hosted_tool(request, tool)
 
     def read_turn(self, request: Request, item: Json, place: str) -> None:
         message, role = item, str(item.get("role"))
@@ -6679,6 +6787,8 @@ class ChatEncoder(StreamEncoder):
     def _begin(self, event: PartStart) -> bytes:
         part, out, mark = event.part, b"", self.MARK
         delta: Json = {"content": mark}
+        if isinstance(part, (SearchCall, SearchFindings)):
+            return b""
 
         if isinstance(part, Text):
             self._refused = self._refused or part.refusal
@@ -7230,6 +7340,7 @@ class Responses(Dialect):
     reads_overflow_in_streams = True
     reads_compactions = True
     knows_allowed_tools = True
+    cites_sources = True
     has_freeform_tools = True
     has_whole_answer_limit = False
     #: incomplete_details.reason (for whole answers "completed") and the neutral word
@@ -7367,6 +7478,9 @@ class Responses(Dialect):
             return {"type": "function", "name": wish.name}
         return wish
 
+    def wants_search(self, body: Json, model: Model) -> bool:
+        return not model.is_openai and super().wants_search(body, model)
+
     def is_own_item(self, item: Json) -> bool:
         if item.get("role") is not None:
             return item.get("type") in (None, "message")
@@ -7500,7 +7614,7 @@ class Responses(Dialect):
                 "parameters": as_object(tool.get("parameters")) or row.schema,
             }
         elif kind != "function":
-            drop_hosted_tool(request, tool)
+            take_hosted_tool(request, tool)
             return
         add_tool(request, shown, "parameters", kind=kind, **more)
 
@@ -7744,6 +7858,9 @@ class Responses(Dialect):
                 **given(encrypted_content=client_state(part, self.name)),
             )
 
+        if isinstance(part, SearchCall):
+            action = {"type": "search", "query": part.query, "queries": [part.query]}
+            return dict(head, type="web_search_call", **status, action=action)
         if not isinstance(part, ToolCall):
             return {}
         return self._call_item(
@@ -7982,6 +8099,7 @@ class ResponsesEncoder(StreamEncoder):
         self._tools = {tool.name: tool for tool in request.tools}
         self._sequence = 0  # the next number
         self._items: dict[int, ResponseItem] = {}  # of each part
+        self._search = ResponseItem(PartBuilder(SearchCall("", "")), {}, _NO_KIND)
         self._output: dict[int, Json] = {}  # output_index -> finished item
 
     def _event(self, kind: str, **fields: Any) -> bytes:
@@ -7999,6 +8117,8 @@ class ResponsesEncoder(StreamEncoder):
 
     def _begin(self, event: PartStart) -> bytes:
         part, index, at = event.part, event.index, len(self._items)
+        if isinstance(part, SearchFindings):
+            return self._end_search(part)
         item = self.dialect.item(part, "", self._tools)
         prefix = _ITEM_PREFIXES.get(item["type"], "item_")
         item["id"] = stable_id(prefix, "%s %d" % (self.answer["id"], index))
@@ -8022,9 +8142,29 @@ class ResponsesEncoder(StreamEncoder):
             out += self._event(begun.kind.around + ".added", part=block, **place)
         elif isinstance(part, Reasoning):
             place["summary_index"] = 0
+        elif isinstance(part, SearchCall):
+            self._search = begun
+            for state in ("in_progress", "searching"):
+                out += self._event("response.web_search_call." + state, **place)
         if begun.kind.stem and item["type"] != "custom_tool_call":
             self._frames[index] = self._delta_frame(begun, block.get("logprobs"))
         return out
+
+    def _end_search(self, found: SearchFindings) -> bytes:
+        """The item of a search ends when it has found something."""
+        place = self._search.place
+        item = self.dialect.item(found.call, place["item_id"], {})
+        sources = [{"type": "url", "url": url} for url, _ in found.sources]
+        item["action"]["sources"] = sources
+        out = b""
+        if found.error:
+            item["status"] = "failed"
+        else:
+            out = self._event("response.web_search_call.completed", **place)
+        self._output[place["output_index"]] = item
+        return out + self._event(
+            "response.output_item.done", item=item, output_index=place["output_index"]
+        )
 
     def _delta_frame(self, item: ResponseItem, logprobs: Any) -> list[bytes]:
         """A delta of this item, cut where number and text belong."""
@@ -8085,7 +8225,9 @@ class ResponsesEncoder(StreamEncoder):
         return b""
 
     def _end(self, event: PartEnd) -> bytes:
-        begun = self._items[event.index]
+        begun = self._items.get(event.index)
+        if begun is None or begun is self._search:
+            return b""  # see _end_search
         kind, place, out = begun.kind, begun.place, b""
         item = self.dialect.item(begun.builder.build(), place["item_id"], self._tools)
         (block,) = item.get("content") or item.get("summary") or [item]
@@ -8173,7 +8315,6 @@ _REFUSED_TOOL_FIELDS = (
     "strict",
 )
 TOOL_SEARCH = "tool_search_tool_"  # ... and those of the tool that finds other tools
-SEARCH_TOOLS = "web_search_"  # how the types of Anthropic's hosted search begin
 CACHE_TIMES = ("5m", "1h")  # how long the prompt cache may be kept
 _COUNTED_FIELDS = ("model", "messages", "system", "tools", "tool_choice")
 
@@ -8980,7 +9121,7 @@ class Messages(Dialect):
                 request, shown, "input_schema", cache=bool(tool.get("cache_control"))
             )
         else:
-            drop_hosted_tool(request, tool)
+            take_hosted_tool(request, tool)
 
     def read_answer_block(self, block: Json) -> list[Part]:
         """The parts of one block of an answer; unknown ones have none."""
@@ -9096,8 +9237,53 @@ class Messages(Dialect):
                 blocks.append(block)
         return blocks
 
+    @staticmethod
+    def search_id(call: SearchCall) -> str:
+        """The id of a search, which looks like no call of a client's tool."""
+        if call.id.startswith("srvtoolu_"):
+            return call.id
+        return stable_id("srvtoolu_", call.id)
+
+    @staticmethod
+    def search_block(part: SearchCall | SearchFindings) -> Json:
+        """A web search or its result, for a client. Clients replay what Anthropic
+        encrypts: here it is the text of the findings, which so stay known."""
+        if isinstance(part, SearchCall):
+            return {
+                "type": "server_tool_use",
+                "id": Messages.search_id(part),
+                "name": "web_search",
+                "input": {"query": part.query},
+            }
+
+        text = part.text
+        content: Any = []
+        for url, title in part.sources:
+            content.append(
+                {
+                    "type": "web_search_result",
+                    "url": url,
+                    "title": title,
+                    "page_age": None,
+                    "encrypted_content": text or url,
+                }
+            )
+            text = ""
+        if part.error:
+            content = {
+                "type": "web_search_tool_result_error",
+                "error_code": part.error,
+            }
+        return {
+            "type": "web_search_tool_result",
+            "tool_use_id": Messages.search_id(part.call),
+            "content": content,
+        }
+
     def block(self, part: Part, request: Request | None = None) -> Json:
         """One content block: for the upstream with a request, for a client without."""
+        if isinstance(part, (SearchCall, SearchFindings)):
+            return self.search_block(part)
         if isinstance(part, ToolCall):
             return {
                 "type": "tool_use",
@@ -9171,12 +9357,16 @@ class Messages(Dialect):
     @staticmethod
     def usage(usage: Usage) -> Json:
         """Token counts in the words of Messages."""
-        return {
-            "input_tokens": usage.input,
-            "cache_read_input_tokens": usage.cache_read,
-            "cache_creation_input_tokens": usage.cache_write,
-            "output_tokens": usage.output,
-        }
+        searches = None
+        if usage.searches is not None:
+            searches = {"web_search_requests": usage.searches}
+        return given(
+            input_tokens=usage.input,
+            cache_read_input_tokens=usage.cache_read,
+            cache_creation_input_tokens=usage.cache_write,
+            output_tokens=usage.output,
+            server_tool_use=searches,
+        )
 
 
 class MessagesDecoder(StreamDecoder):
@@ -9317,16 +9507,23 @@ class MessagesEncoder(StreamEncoder):
         self._count += 1
         self._thinking = None
         kind, key = "text_delta", "text"
+
         if block["type"] == "thinking" and isinstance(part, Reasoning):
             kind, key, self._thinking = "thinking_delta", "thinking", part
             block["signature"] = ""
-        elif block["type"] == "tool_use":
+        elif block["type"] in ("tool_use", "server_tool_use"):
             kind, key, block["input"] = "input_json_delta", "partial_json", {}
+
         delta = self._event(
             "content_block_delta", index=at, delta={"type": kind, key: self.MARK}
         )
         self._frames[event.index] = delta.split(self.QUOTED_MARK)
-        return self._event("content_block_start", index=at, content_block=block)
+        out = self._event("content_block_start", index=at, content_block=block)
+        if isinstance(part, SearchCall):
+            text = dumps({"query": part.query}).decode()
+            out += self._delta(PartDelta(event.index, text))
+
+        return out
 
     def _cite(self, event: PartCitation) -> bytes:
         return self._event(
@@ -9951,7 +10148,10 @@ class Gemini(ClientDialect):
             shown["parameters"] = as_object(schema) or None
             add_tool(request, shown, "parameters")
         for kind in tool:
-            if kind != "functionDeclarations":
+            if kind in _GOOGLE_SEARCHES:
+                wish = dict(as_object(tool[kind]), type=kind)
+                request.offer_search(search_tool(wish))
+            elif kind != "functionDeclarations":
                 drop_hosted_tool(request, {"type": kind})
 
     def read_turn(self, request: Request, item: Json, place: str) -> None:
@@ -10051,17 +10251,33 @@ class Gemini(ClientDialect):
         answer_id: str,
         reason: str = "",
         usage: Usage | None = None,
+        findings: Sequence[SearchFindings] = (),
     ) -> Json:
-        """A whole answer, or a piece of one."""
+        """A whole answer, or a piece of one.  findings: of the searches for it."""
         candidate: Json = {"content": {"role": "model", "parts": blocks}}
         if reason:
             candidate["finishReason"] = reason
+        if findings:
+            candidate["groundingMetadata"] = self.grounding(findings)
         candidate["index"] = 0
         answer: Json = {"candidates": [candidate]}
         if usage is not None:
             answer["usageMetadata"] = self.usage(usage)
         answer.update(modelVersion=request.model, responseId=answer_id)
+
         return answer
+
+    @staticmethod
+    def grounding(findings: Sequence[SearchFindings]) -> Json:
+        """`groundingMetadata`: what was searched for, and each source once."""
+        sources = {url: title for found in findings for url, title in found.sources}
+        return {
+            "webSearchQueries": [found.call.query for found in findings],
+            "groundingChunks": [
+                {"web": {"uri": url, "title": title}} for url, title in sources.items()
+            ],
+            "groundingSupports": [],
+        }
 
     @staticmethod
     def usage(usage: Usage) -> Json:
@@ -10078,6 +10294,7 @@ class Gemini(ClientDialect):
 
     def encode_response(self, response: Response, request: Request) -> Json:
         blocks: list[Json] = []
+        findings: list[SearchFindings] = []
         packed = ""
 
         for part in response.parts:
@@ -10085,7 +10302,9 @@ class Gemini(ClientDialect):
                 packed += self.pack(part)
                 if part.text and request.wants_thoughts:
                     blocks.append({"text": part.text, "thought": True})
-            else:
+            elif isinstance(part, SearchFindings):
+                findings.append(part)
+            elif not isinstance(part, SearchCall):
                 blocks.append(self.block(part, packed))
                 packed = ""
 
@@ -10097,6 +10316,7 @@ class Gemini(ClientDialect):
             client_id("", response.id, request),
             self.TO_WIRE.get(response.stop, "STOP"),
             response.usage or Usage(),
+            findings,
         )
 
 
@@ -10112,11 +10332,11 @@ class GeminiEncoder(StreamEncoder):
             int, list[str]
         ] = {}  # index of an open thinking -> its words
         self._calls = WholeCalls()
+        self._findings: list[SearchFindings] = []
 
-    def _piece(
-        self, blocks: list[Json], reason: str = "", usage: Usage | None = None
-    ) -> bytes:
-        answer = self.dialect.answer(blocks, self.request, self._id, reason, usage)
+    def _piece(self, blocks: list[Json], *ending: Any) -> bytes:
+        """ending: as of Gemini.answer."""
+        answer = self.dialect.answer(blocks, self.request, self._id, *ending)
         return bytes(self.dialect.frame(dumps(answer)))
 
     def _block(self, part: Part) -> Json:
@@ -10132,6 +10352,10 @@ class GeminiEncoder(StreamEncoder):
         part = event.part
         if isinstance(part, ToolCall):
             self._calls.begin(event.index, part)
+            return b""
+        if isinstance(part, SearchFindings):
+            self._findings.append(part)
+        if isinstance(part, (SearchCall, SearchFindings)):
             return b""
         block: Json = {"text": self.MARK}
         if isinstance(part, Reasoning):
@@ -10177,6 +10401,7 @@ class GeminiEncoder(StreamEncoder):
             [self._block(Text(""))],
             self.dialect.TO_WIRE.get(event.stop, "STOP"),
             event.usage or Usage(),
+            self._findings,
         )
 
 
@@ -10669,6 +10894,215 @@ class StopCutter:
         return [*events, ResponseEnd("stop_sequence", self._meter.usage, sequence)]
 
 
+#: encoder and filters of a client's stream
+Outlet = Tuple[StreamEncoder, List[Callable[[Event], List[Event]]]]
+SEARCH_DESCRIPTION = (
+    "Search the web. Gives a summary of what was found, with its sources. Name the URLs of the "
+    "sources that you use in your answer."
+)
+
+
+def with_sources(text: str, sources: list[tuple[str, str]]) -> str:
+    """The words with the sources behind them."""
+    lines = ["- %s: %s" % (title, url) for url, title in sources]
+    if lines:
+        return "\n".join([text, "", "Sources:", *lines])
+    return text
+
+
+class SearchLoop:
+    """Offers a hosted search as a function, whose calls the proxy fulfils itself.
+
+    One answer for the client is made of several rounds, each an answer of the upstream: one that
+    calls the search is followed by another, which gets the findings.  `take` stands between decoder
+    and encoder: it hides the calls and the ends of all rounds but the last, and numbers the parts
+    through.
+
+    turns: what the rounds so far add to the conversation; rounds: how many are over; calls: the
+    searches that wait for the proxy; told: all events for a client that wants no stream."""
+
+    def __init__(self, client: Dialect) -> None:
+        self.client = client
+        self.tool = SearchTool({})
+        self.turns: list[Turn] = []
+        self.rounds = 0
+        self.calls: list[SearchCall] = []
+        self.told: list[Event] = []
+        self._name = ""  # of the function
+        self._searches: int | None = None  # that were made
+        self._asked = 0  # searches that the model asked for
+        self._sources: dict[str, str] = {}  # url -> title; none that a text has cited
+        self._usage = Usage()  # of the rounds that are over
+        self._count = 0  # parts that the client was told of when this round began
+        self._round: dict[int, PartBuilder] = {}  # its parts, by the upstream's index
+        self._places: dict[int, int] = {}  # their indexes for the client
+        self._outlet: Any = None
+
+    # -- the request
+
+    def offer(self, request: Request, tool: SearchTool) -> None:
+        """Put the function, and what the rounds so far have said, into a request."""
+        self.tool = tool
+        name = "web_search"
+        while name in request.tool_names:  # the client has its own, too
+            name += "_"
+        self._name = name
+        request.tool_names.add(name)
+        schema = _schema_of("query", query="string")
+        request.tools.append(Tool(name, SEARCH_DESCRIPTION, schema))
+
+        choice = request.tool_choice
+        source = tool.source
+        if isinstance(choice, Named) and choice.name in (
+            source.get("name"),
+            source.get("type"),
+        ):
+            request.choose(Named(name))
+        if self.rounds and choice != "none":
+            request.choose("auto")
+        for turn in self.turns:
+            request.add_turn(turn.role, turn.parts)
+
+    # -- the answer
+
+    def outlet(self, fresh: Outlet) -> Outlet:
+        """Encoder and filters of the client's stream, which all rounds share."""
+        if not self.rounds:
+            self._outlet = fresh
+        kept: Outlet = self._outlet
+        return kept
+
+    def begin_round(self) -> None:
+        """An answer of the upstream is about to be read; nothing is left of a try before."""
+        self._round = {}
+        self._places = {}
+
+    def tell(self, events: list[Event]) -> list[Event]:
+        """Note events for a client that wants no stream -> all so far, [] before the last one."""
+        self.told += events
+        if self.told and isinstance(self.told[-1], (ResponseEnd, StreamError)):
+            return self.told
+        return []
+
+    def take(self, events: Iterable[Event]) -> list[Event]:
+        """What of a round's events is for the client."""
+        return [out for event in events for out in self._take(event)]
+
+    def _take(self, event: Event) -> list[Event]:
+        if isinstance(event, ResponseStart):
+            if self.rounds:
+                return []
+            return [event]
+        if isinstance(event, ResponseEnd):
+            return self._end_round(event)
+        if isinstance(event, PartStart):
+            return self._begin_part(event)
+        if not isinstance(event, (PartDelta, PartCitation, PartSignature, PartEnd)):
+            return [event]
+
+        self._round[event.index].add(event)
+        place = self._places.get(event.index)
+        if place is None:
+            return []
+        out: list[Event] = []
+        if isinstance(event, PartEnd) and self._sources:
+            out += self._cite(self._round[event.index], place)
+        if place != event.index:
+            event = replace(event, index=place)
+        return [*out, event]
+
+    def _begin_part(self, event: PartStart) -> list[Event]:
+        part = event.part
+        self._round[event.index] = PartBuilder(part)
+        if isinstance(part, ToolCall) and part.name == self._name:
+            return []
+        place = self._count + len(self._places)
+        self._places[event.index] = place
+        return [PartStart(place, part)]
+
+    def _cite(self, builder: PartBuilder, place: int) -> list[Event]:
+        """The sources that a text names, for clients that look for them beside it."""
+        part = builder.build()
+        if not isinstance(part, Text) or not self.client.cites_sources:
+            return []
+        found: list[Event] = []
+        for url, title in list(self._sources.items()):
+            at = part.text.find(url)
+            if at >= 0:
+                del self._sources[url]
+                citation = Citation(url, title, at, at + len(url))
+                found.append(PartCitation(place, citation))
+        return found
+
+    def _end_round(self, event: ResponseEnd) -> list[Event]:
+        """The end of the answer, unless searches wait."""
+        parts = [builder.build() for builder in self._round.values()]
+        calls = [part for part in parts if isinstance(part, ToolCall)]
+        searches = [call for call in calls if call.name == self._name]
+        usage = event.usage or Usage()
+        for name in USAGE_FIELDS:
+            total = getattr(self._usage, name) + getattr(usage, name)
+            setattr(self._usage, name, total)
+
+        self._count += len(self._places)
+        self.rounds += 1
+        # findings could not go with the results of the client's tools: the model asks once more
+        is_lost = len(calls) > len(searches) and not self.client.answers_search
+        if not searches or event.stop != "tool_use" or is_lost:
+            return [replace(event, usage=self._all_usage())]
+        self.turns += [Turn("assistant", parts), Turn("user", [])]
+        self.calls = [self._read_call(call) for call in searches]
+        return []
+
+    def _all_usage(self) -> Usage:
+        return replace(self._usage, searches=self._searches)
+
+    @staticmethod
+    def _read_call(call: ToolCall) -> SearchCall:
+        query = arguments_object(call.arguments).get("query")
+        return SearchCall(call.id, query.strip() if isinstance(query, str) else "")
+
+    # -- the searches
+
+    def begin_search(self, call: SearchCall) -> list[Event]:
+        """The client is told that it begins."""
+        place, self._count = self._count, self._count + 1
+        return [PartStart(place, call), PartEnd(place)]
+
+    def refusal(self, call: SearchCall) -> str:
+        """Why it is not made, in Anthropic's words; "" for one that is."""
+        self._asked += 1
+        most = min(self.tool.max_uses or MAX_SEARCHES, MAX_SEARCHES)
+        if self._asked > most:
+            return "max_uses_exceeded"
+        if not call.query:
+            return "invalid_tool_input"
+        if len(call.query) > MAX_QUERY_CHARS:
+            return "query_too_long"
+        return ""
+
+    def end_search(self, found: SearchFindings) -> list[Event]:
+        """The client is told what was found; the model will be."""
+        place, self._count = self._count, self._count + 1
+        self._searches = (self._searches or 0) + (not found.error)
+        self._sources.update(found.sources)
+        text = with_sources(found.text, found.sources)
+        result = ToolResult(found.call.id, [Text(text)], bool(found.error))
+        self.turns[-1].parts.append(result)
+        return [PartStart(place, found), PartEnd(place)]
+
+    def go_on(self) -> list[Event]:
+        """The end of the answer where the client is to answer calls of its own tools, or where it
+        has enough rounds; [] when the model is asked again."""
+        self.calls = []
+        said, results = [turn.parts for turn in self.turns[-2:]]
+        if sum(isinstance(part, ToolCall) for part in said) > len(results):
+            return [ResponseEnd("tool_use", self._all_usage())]
+        if self.rounds >= MAX_SEARCH_ROUNDS:
+            return [ResponseEnd("pause", self._all_usage())]
+        return []
+
+
 def event_filters(
     request: Request, meter: Meter
 ) -> list[Callable[[Event], list[Event]]]:
@@ -10698,17 +11132,36 @@ class TranslatedStream(StreamRelay):
     """StreamRelay's interface off the diagonal: upstream bytes of one dialect in, client bytes of
     another out."""
 
-    def __init__(self, client: Dialect, upstream: Dialect, request: Request) -> None:
+    def __init__(
+        self,
+        client: Dialect,
+        upstream: Dialect,
+        request: Request,
+        loop: SearchLoop | None = None,
+    ) -> None:
         super().__init__(client, request.model, {}, request)
-        self._decoder, self._encoder = (
-            upstream.stream_decoder(),
-            client.stream_encoder(request),
-        )
+        self.loop = loop
+        self._decoder = upstream.stream_decoder()
         self.meter = self._decoder.meter
-        self._filters = event_filters(request, self.meter)
+        outlet = client.stream_encoder(request), event_filters(request, self.meter)
+        if loop is not None:
+            outlet = loop.outlet(outlet)
+            self.has_content = loop.rounds > 0  # which nothing can take back
+        self._encoder, self._filters = outlet
 
     def _copy(self) -> StreamRelay:
-        return TranslatedStream(self.dialect, self._decoder.dialect, self.request)
+        upstream: Dialect = self._decoder.dialect
+        return TranslatedStream(self.dialect, upstream, self.request, self.loop)
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.loop is not None and bool(self.loop.calls)
+
+    def _read(self, events: list[Event]) -> bytes:
+        """Client bytes for what the upstream says."""
+        if self.loop is not None:
+            events = self.loop.take(events)
+        return self.tell(events)
 
     def tell(self, events: Iterable[Event]) -> bytes:
         """Client bytes for neutral events."""
@@ -10747,13 +11200,13 @@ class TranslatedStream(StreamRelay):
                 data = Frame.parse(raw).data
             if data:
                 out += self._decoder.read(data)
-        return self.tell(out)
+        return self._read(out)
 
     def _finish(self) -> bytes:
         events = self._decoder.close()  # an error among them is made by close()
-        if any(isinstance(e, StreamError) for e in events):
+        if self.is_waiting or any(isinstance(e, StreamError) for e in events):
             return b""
-        return self.tell(events)
+        return self._read(events)
 
     def _error(self, error: ProxyError) -> bytes:
         failure = UpstreamError(str(error), error.status, error.code)
@@ -10773,6 +11226,24 @@ def parse_answer(data: bytes) -> Json:
     return value
 
 
+def read_events(
+    upstream: Dialect, data: bytes, is_stream: bool, meter: Meter | None = None
+) -> list[Event]:
+    """A whole answer of the upstream, or one that it streamed."""
+    decoder = upstream.stream_decoder()
+    if meter is not None:
+        decoder.count_with(meter)
+
+    if not is_stream:
+        return decoder.read_whole(parse_answer(data))
+    splitter = SSEDecoder()
+    return [
+        event
+        for frame in splitter.feed(data) + splitter.close()
+        for event in decoder.read(frame.data)
+    ] + decoder.close()
+
+
 def read_answer(
     upstream: Dialect,
     data: bytes,
@@ -10780,23 +11251,10 @@ def read_answer(
     request: Request,
     meter: Meter | None = None,
 ) -> Response:
-    """A whole answer of the upstream, or one that it streamed.  Raises UpstreamError."""
-    decoder = upstream.stream_decoder()
-    if meter is not None:
-        decoder.count_with(meter)
-
-    if is_stream:
-        splitter = SSEDecoder()
-        events = [
-            event
-            for frame in splitter.feed(data) + splitter.close()
-            for event in decoder.read(frame.data)
-        ] + decoder.close()
-    else:
-        events = decoder.read_whole(parse_answer(data))
-
-    events = pass_through(event_filters(request, decoder.meter), events)
-    return fold(events)
+    """The same as the client wants it.  Raises UpstreamError."""
+    meter = meter or Meter()
+    events = read_events(upstream, data, is_stream, meter)
+    return fold(pass_through(event_filters(request, meter), events))
 
 
 def as_completion(answer: Json, echo: str, at: int = 0) -> Json:
@@ -12106,17 +12564,26 @@ def fit_body(edit: Edit, upstream: Dialect, model: Model) -> None:
 
 
 def translate_request(
-    client: Dialect, upstream: Dialect, before: Edit, model: Model
+    client: Dialect,
+    upstream: Dialect,
+    before: Edit,
+    model: Model,
+    loop: SearchLoop | None = None,
 ) -> tuple[Edit, Request]:
     """(a body that is fit for the upstream, the request in neutral words).
-    before: the normalised request, which may be changed.  Raises BadRequest for what would change
-    the meaning."""
+    before: the normalised request, which may be changed; loop: fulfils a hosted search.  Raises
+    BadRequest for what would change the meaning."""
     drop_nonce(before)
     expand_compactions(before, upstream)
     before.go_on()
     request = client.decode_request(before.body)
     for name, reason in before.losses:
         request.lose(name, reason)
+    if request.search is not None and loop is not None:
+        loop.offer(request, request.search)
+    elif request.search is not None:
+        drop_hosted_tool(request, request.search.source)
+
     before.go_on()
     body = upstream.encode_request(request, model)
     request.forget_turns()
@@ -12358,36 +12825,45 @@ SEARCH_MODELS = ("gpt-5-mini", "gpt-5.4-mini", "gpt-5.4-nano", "gpt-5.6-luna")
 QUERY_HEAD = "Perform a web search for the query:"  # of Claude Code
 
 
+def last_words(body: Json) -> str:
+    """What the user said last, in a body of Messages."""
+    turns = dicts_in(body, "messages")
+    texts = [
+        text_of(turn.get("content")) for turn in turns if turn.get("role") == "user"
+    ]
+    return "".join(texts[-1:]).strip()
+
+
+def is_search_request(body: Json) -> bool:
+    """Is it Claude Code's search, a request of its own?  Every model could answer it."""
+    tools = dicts_in(body, "tools")
+    return (
+        bool(tools)
+        and all(map(is_search_tool, tools))
+        and last_words(body).startswith(QUERY_HEAD)
+    )
+
+
 @dataclass(frozen=True)
 class SearchWish:
-    """A search of the web.  filters, location: of the tool, in OpenAI's words."""
+    """A search of the web."""
 
     query: str
-    filters: Json = field(default_factory=dict)
-    location: Json | None = None
+    tool: SearchTool
 
     @classmethod
     def of_message(cls, body: Json) -> SearchWish:
         """Read a request whose only tool is Anthropic's web search."""
-        turns = dicts_in(body, "messages")
-        texts = [
-            text_of(turn.get("content")) for turn in turns if turn.get("role") == "user"
-        ]
-        query = "".join(texts[-1:]).strip()
-        if query.startswith(QUERY_HEAD):
-            query = query[len(QUERY_HEAD) :].strip()
-
-        tool = (dicts_in(body, "tools") or [{}])[0]
-        filters = given(
-            allowed_domains=words(tool.get("allowed_domains")) or None,
-            blocked_domains=words(tool.get("blocked_domains")) or None,
-        )
-        return cls(query, filters, as_object(tool.get("user_location")) or None)
+        query = last_words(body)[len(QUERY_HEAD) :].strip()
+        return cls(query, search_tool(dicts_in(body, "tools")[0]))
 
     def request(self, model: Model) -> Json:
         """The body for /responses."""
         tool = given(
-            type="web_search", filters=self.filters or None, user_location=self.location
+            type="web_search",
+            filters=self.tool.filters or None,
+            user_location=self.tool.location,
+            search_context_size=self.tool.size or None,
         )
         part = {"type": "input_text", "text": self.query[:MAX_QUERY_CHARS]}
         return {
@@ -12399,102 +12875,22 @@ class SearchWish:
         }
 
 
-def search_blocks(query: str, use: str, content: Any) -> list[Json]:
-    """The call of a search and its result, or its error."""
-    return [
-        {
-            "type": "server_tool_use",
-            "id": use,
-            "name": "web_search",
-            "input": {"query": query},
-        },
-        {"type": "web_search_tool_result", "tool_use_id": use, "content": content},
-    ]
+def read_findings(query: str, answer: Json) -> SearchFindings:
+    """What a model has found that was to search.  Raises UpstreamError where it did not."""
+    items = dicts_in(answer, "output")
+    parts = [part for item in items for part in dicts_in(item, "content")]
+    marks = [mark for part in parts for mark in dicts_in(part, "annotations")]
+    sources: dict[str, str] = {}
+    for mark in marks[:MAX_SOURCES]:
+        url = mark.get("url")
+        if mark.get("type") == "url_citation" and isinstance(url, str):
+            sources.setdefault(url, str(mark.get("title") or url))
 
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The result of a web search. sources: (url, title), each url once."""
-
-    text: str
-    sources: list[tuple[str, str]]
-    usage: Usage | None = None
-
-    @classmethod
-    def read(cls, answer: Json, usage: Usage | None) -> SearchResult:
-        """From the model's answer.  Raises UpstreamError where it has not searched."""
-        items = dicts_in(answer, "output")
-        parts = [part for item in items for part in dicts_in(item, "content")]
-        marks = [mark for part in parts for mark in dicts_in(part, "annotations")]
-        sources: dict[str, str] = {}
-        for mark in marks[:MAX_SOURCES]:
-            url = mark.get("url")
-            if mark.get("type") == "url_citation" and isinstance(url, str):
-                sources.setdefault(url, str(mark.get("title") or url))
-
-        text = text_of(parts).strip()
-        has_searched = any(item.get("type") == "web_search_call" for item in items)
-        if not text or not (has_searched or sources):
-            raise UpstreamError("the model did not search")
-        return cls(text, list(sources.items()), usage)
-
-    @property
-    def told(self) -> str:
-        """The words with the sources behind them."""
-        lines = ["- %s: %s" % (title, url) for url, title in self.sources]
-        if lines:
-            return "\n".join([self.text, "", "Sources:", *lines])
-        return self.text
-
-    def blocks(self, query: str, use: str) -> list[Json]:
-        """The result as Anthropic's own search returns it; the opaque content is ours
-        and carries no data."""
-        results = [
-            {
-                "type": "web_search_result",
-                "url": url,
-                "title": title,
-                "page_age": None,
-                "encrypted_content": pack_opaque("search", None, url),
-            }
-            for url, title in self.sources
-        ]
-        return [
-            *search_blocks(query, use, results),
-            {"type": "text", "text": self.told},
-        ]
-
-
-def search_frames(message: Json) -> bytes:
-    """A whole message as a stream: the input of a call and texts come as deltas."""
-    usage = message["usage"]
-    head = dict(
-        message,
-        content=[],
-        stop_reason=None,
-        usage=dict(usage, output_tokens=0),
-    )
-    events: list[Json] = [{"type": "message_start", "message": head}]
-    for at, block in enumerate(message["content"]):
-        shown, delta = block, None
-        if block["type"] == "server_tool_use":
-            shown = dict(block, input={})
-            text = dumps(block["input"]).decode()
-            delta = {"type": "input_json_delta", "partial_json": text}
-        elif block["type"] == "text":
-            shown = dict(block, text="")
-            delta = {"type": "text_delta", "text": block["text"]}
-        events.append(
-            {"type": "content_block_start", "index": at, "content_block": shown}
-        )
-        if delta:
-            events.append({"type": "content_block_delta", "index": at, "delta": delta})
-        events.append({"type": "content_block_stop", "index": at})
-
-    end = {"stop_reason": message["stop_reason"], "stop_sequence": None}
-    events.append({"type": "message_delta", "delta": end, "usage": usage})
-    events.append({"type": "message_stop"})
-    return b"".join(Frame(event["type"], dumps(event)).encode() for event in events)
+    text = text_of(parts).strip()
+    has_searched = any(item.get("type") == "web_search_call" for item in items)
+    if not text or not (has_searched or sources):
+        raise UpstreamError("the model did not search")
+    return SearchFindings(SearchCall("", query), text, list(sources.items()))
 
 
 AUTO_NAMES = ("auto", "copilot-auto")
@@ -12832,7 +13228,8 @@ class Plan:
     pipeline: the stream transform, None if the client wants a whole answer; streams:
     whether the upstream is asked for a stream; answer: the whole answer once it was
     read; begun: the client's bytes that were made of the answer so far; is_whole: they
-    are all of it; tries: how often an answer was begun."""
+    are all of it; tries: how often an answer was begun; loop: set where the client
+    offers a hosted web search."""
 
     client: Dialect
     upstream: Dialect
@@ -12848,6 +13245,7 @@ class Plan:
     begun: bytes = b""
     is_whole: bool = False
     tries: int = 0
+    loop: SearchLoop | None = None
     repairs: PlanRepairs = field(default_factory=PlanRepairs)
 
     @classmethod
@@ -12861,11 +13259,12 @@ class Plan:
         key: str,
         by_hub: bool = False,
         go_on: Callable[[], None] = lambda: None,
+        loop: SearchLoop | None = None,
     ) -> Plan:
         """Translate the body or fit it.  An answer longer than the model gives in one piece is
         asked for as a stream and folded.  by_hub: translate even where the dialects are the same;
-        go_on: asked between the steps, may raise ClientGone.  `body` may be changed.  Raises
-        BadRequest."""
+        go_on: asked between the steps, may raise ClientGone; loop: for a hosted search, should
+        there be one.  `body` may be changed.  Raises BadRequest."""
         echo = client.echo_of(body)  # as the client wrote it
         edit = Edit(body, go_on=go_on)
         normalise(edit, client, model)
@@ -12877,10 +13276,13 @@ class Plan:
         pipeline: StreamRelay | None = None
 
         if is_translated:
-            edit, request = translate_request(client, upstream, edit, model)
+            edit, request = translate_request(client, upstream, edit, model, loop)
+            if request.search is None:
+                loop = None
             if wants_stream:
-                pipeline = TranslatedStream(client, upstream, request)
+                pipeline = TranslatedStream(client, upstream, request, loop)
         else:
+            loop = None
             if wants_stream:
                 pipeline = client.stream(request.model, body, request)
             drop_nonce(edit)
@@ -12904,6 +13306,7 @@ class Plan:
             pipeline,
             edit.body.get("stream") is True,
             meter,
+            loop=loop,
         )
 
     def begin(self) -> None:
@@ -12911,6 +13314,8 @@ class Plan:
         if self.tries and self.pipeline is not None:
             self.pipeline = self.pipeline.restart()
             self.meter = self.pipeline.meter
+        if self.loop is not None:
+            self.loop.begin_round()
         self.tries += 1
 
     def start(self, data: bytes, is_whole: bool = False) -> None:
@@ -12965,9 +13370,31 @@ class Plan:
             if changed:
                 return dumps(self.answer)
             return data
+        if self.loop is not None:
+            events = read_events(self.upstream, data, is_stream, self.meter)
+            return self.go_on(self.loop.take(events))
         response = read_answer(self.upstream, data, is_stream, self.request, self.meter)
         if isinstance(self.pipeline, TranslatedStream):
             return self.pipeline.tell(unfold(response))
+        self.answer = self.client.encode_response(response, self.request)
+        return dumps(self.answer)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Is the upstream's answer over, but not the client's?"""
+        return self.loop is not None and bool(self.loop.calls)
+
+    def go_on(self, events: list[Event]) -> bytes:
+        """The client's bytes for more of an answer with searches; for a whole one all of them, once
+        the last event is there.  Raises UpstreamError."""
+        if isinstance(self.pipeline, TranslatedStream):
+            return self.pipeline.tell(events)
+        assert self.loop is not None
+        told = self.loop.tell(events)
+        if not told:
+            return b""
+        filters = event_filters(self.request, self.meter)
+        response = fold(pass_through(filters, told))
         self.answer = self.client.encode_response(response, self.request)
         return dumps(self.answer)
 
@@ -13555,7 +13982,7 @@ def drop_tool(plan: Plan, name: str) -> bool:
     if not kinds.isdisjoint(_CLIENTS_OWN):  # as functions the model can call them
         return not plan.is_translated and avoid(plan, BY_HUB + plan.upstream.path)
 
-    if hosted and hosted == tools and plan.client.answers_search:
+    if hosted and plan.client.answers_search and all(map(is_search_tool, hosted)):
         return avoid(plan, SEARCH_TOOLS)
     if not hosted or dumps(name) in dumps(plan.edit.body.get("tool_choice")):
         return False
@@ -19442,6 +19869,7 @@ class Account(Copilot):
         return catalogue
 
 
+SEARCH_PATH = "/alpha/search"
 #: path -> the name in the history of what is asked there
 LABELS = {
     "/chat/completions": "chat",
@@ -19452,7 +19880,7 @@ LABELS = {
     "/messages/count_tokens": "count_tokens",
     "/responses/input_tokens": "count_tokens",
     "/responses/compact": "compact",
-    "/alpha/search": "search",
+    SEARCH_PATH: "search",
     "/api/chat": "ollama",
     "/api/generate": "ollama",
     "/api/embed": "embeddings",
@@ -19677,7 +20105,8 @@ class RequestRecord:
     here. route: local, passthrough or translated; model: the model that is asked;
     account: the account that serves; path: the upstream's; error: its kind; failure: in
     words; meters: one for each answer of the upstream; total_ms: 0 while it runs;
-    received_bytes: of a stream, so far."""
+    received_bytes: of a stream, so far; beside: nano-AIU that were reported for its web
+    searches, which have rows of their own."""
 
     id: str
     asked: AskedFor
@@ -19697,6 +20126,7 @@ class RequestRecord:
     upstream_id: str | None = None
     total_ms: float = 0.0
     received_bytes: int = 0
+    beside: int = 0
 
     @classmethod
     def begin(
@@ -19713,6 +20143,22 @@ class RequestRecord:
         began = time.monotonic()
         asked = AskedFor(method, path, label, agent, at, began, is_look=is_look)
         return cls(new_request_id(), asked)
+
+    def begin_search(self, headers: Headers, at: float) -> RequestRecord:
+        """A search for this request begins: it is recorded as a request of its own."""
+        search = RequestRecord.begin("POST", SEARCH_PATH, headers, at)
+        asked = self.asked
+        search.asked.name(asked.key, asked.session, asked.model, False)
+        if self.account is not None:
+            search.serve_by(self.account)
+        search.begin_by("agent")
+        return search
+
+    def end_search(self, search: RequestRecord) -> None:
+        """One that `begin_search` began is over."""
+        if not search.status:
+            search.begin_answer(502 if search.error else 200)
+        self.beside += search.counts().get("nano_aiu", 0)
 
     # -- what happens to it
 
@@ -21459,6 +21905,7 @@ class Exchange:
 
         cost = self.record.counts().get("nano_aiu")
         if cost is not None:
+            cost += self.record.beside
             length.append(("x-copilot-proxy-credits", "%d.%09d" % divmod(cost, NANO)))
         head = self._head(status, kind, length)
         self.log_body("answer", body)
@@ -21578,7 +22025,7 @@ class Exchange:
             return not (client.out and client.is_slow)
 
         try:
-            while not (answer.done or pipeline.ended):
+            while not (answer.done or pipeline.ended or pipeline.is_waiting):
                 if last:
                     self.write(last)
                     last = b""
@@ -21611,11 +22058,15 @@ class Exchange:
     ) -> bytes:
         begin = self.frame(last) if last else b""
         closing = pipeline.close(problem)
-        if (
-            problem is not None and not closing
-        ):  # a fault of ours at the very last event
+        if problem is not None and not closing:
+            # a fault of ours at the very last event
             closing = self.dialect.error_frame(problem)
-        end = self.frame_end(closing)
+        if problem is not None or not pipeline.is_waiting:
+            end = self.frame_end(closing)
+        elif closing:
+            end = self.frame(closing)
+        else:
+            end = b""  # the answer goes on
         self.record.end_stream(
             pipeline.failure or "", problem.code if problem else None
         )
@@ -23959,15 +24410,13 @@ async def fall_back(
     return other
 
 
-def failed_search(query: str, use: str, error: ProxyError) -> list[Json]:
+def failed_search(call: SearchCall, error: ProxyError) -> SearchFindings:
     """A search that failed, as its client reads it."""
     if is_limit(error):
         code = "too_many_requests"
     else:
         code = "unavailable"
-    content = {"type": "web_search_tool_result_error", "error_code": code}
-    words_ = {"type": "text", "text": "Web search failed: %s" % error}
-    return [*search_blocks(query, use, content), words_]
+    return SearchFindings(call, "Web search failed: %s" % error, error=code)
 
 
 async def search_model(exchange: Exchange, copilot: Account) -> Model:
@@ -24002,7 +24451,9 @@ async def read_beginning(
     out: list[bytes] = []
     size_bytes = 0
     try:
-        while not (answer.done or pipeline.ended or pipeline.has_content):
+        while not (
+            answer.done or pipeline.ended or pipeline.has_content or pipeline.is_waiting
+        ):
             if size_bytes > HELD_START_BYTES:
                 break
             received = await answer.read(timeout_s)
@@ -24030,13 +24481,6 @@ async def put_in_kept(exchange: Exchange, owner: str, body: Json) -> bool:
     work = functools.partial(store.expand, owner, body, size_bytes)
     is_changed: bool = await exchange.compute(work, INLINE_BYTES + 1)
     return is_changed
-
-
-def is_search_alone(body: Json) -> bool:
-    """Are a request's tools searches, and nothing else?"""
-    tools = as_list(body.get("tools"))
-    kinds = [str(as_object(tool).get("type")) for tool in tools]
-    return bool(kinds) and all(kind.startswith(SEARCH_TOOLS) for kind in kinds)
 
 
 def keep_in(
@@ -24068,17 +24512,25 @@ class Job:
     Each stage calls down into its section and comes back.  Where one waits (`await`) the loop
     serves others; a client that leaves ends the job there, with ClientGone.
 
-    A remedy of Attempts goes back to `plan`: a repaired body, or the model of --fallback.
-    data: the body as bytes, parsed in `body`; keep: stores the answer under its id."""
+    A remedy of Attempts goes back to `plan`: a repaired body, or the model of --fallback.  So does
+    an answer that asks for a search of the web, once the search is made: see SearchLoop.
+    data: the body as bytes, parsed in `body`; keep: stores the answer under its id; record: of the
+    exchange, or of a search that is one step of it; loop: for searches, None where there may be
+    none; last: the plan before, whose stream can tell the client of an error."""
 
-    def __init__(self, exchange: Exchange, client: Dialect) -> None:
+    def __init__(
+        self, exchange: Exchange, client: Dialect, record: RequestRecord | None = None
+    ) -> None:
         self.exchange, self.client = exchange, client
+        self.record = record or exchange.record
         self.body: Json = {}
         self.data = b""
         self.keep: Callable[[str, bytes], None] | None = None
         self.plan: Plan | None = None
         self.repaired: list[str] = []
         self.echo: Json = {}  # what the answer repeats, beside what the body says
+        self.loop: SearchLoop | None = None
+        self.last: Plan | None = None
         self.copilot: Account
         self.model: Model
         self.attempts: Attempts
@@ -24107,9 +24559,12 @@ class Job:
         if self.is_compaction():
             await compact(self)
             return
+        if not self.exchange.app.settings.no_web_search:
+            self.loop = SearchLoop(self.client)
         answer = await self.ask()
-        if answer is not None:
+        while answer is not None:
             await self.answer(answer)
+            answer = await self.next_round()
 
     async def begin(self, body: Json) -> None:
         """The stages from `identify` to `expand`."""
@@ -24151,16 +24606,15 @@ class Job:
         already.  Raises ProxyError, ClientGone."""
         if not isinstance(self.body.get("stream"), (bool, type(None))):
             raise BadRequest("'stream' must be true or false", param="stream")
-        last: Plan | None = None  # whose stream can tell the client of an error
         while True:
             try:
                 call = await self.prepare_call()
             except ProxyError as error:
                 forget_frames(error)
-                if last is None or not await self.tell(last, error):
+                if self.last is None or not await self.tell(self.last, error):
                     raise
                 return None
-            plan = last = self.plan
+            plan = self.last = self.plan
             if plan is None or call is None:
                 await self.answer_search()
                 return None
@@ -24185,25 +24639,83 @@ class Job:
         await admit(self.exchange, plan.edit.body, self.model)
         return call
 
+    async def next_round(self) -> UpstreamResponse | None:
+        """Make the searches that the model asked for and ask it again; None where the client has
+        its whole answer.  Raises ProxyError, ClientGone."""
+        plan = self.plan
+        if plan is None or plan.loop is None or not plan.is_waiting:
+            return None
+        loop = plan.loop
+        for call in loop.calls:
+            self.send_on(plan.go_on(loop.begin_search(call)))
+            found = await self.find(loop, call)
+            self.send_on(plan.go_on(loop.end_search(found)))
+
+        end = loop.go_on()
+        if end:
+            self.finish(plan, plan.go_on(end))
+            return None
+        data = self.data
+        self.plan = None
+        self.body = await self.compute(functools.partial(loads, data))
+        self.attempts = Attempts(self.copilot, lambda: False)  # no byte of it is sent
+        return await self.ask()
+
+    def send_on(self, data: bytes) -> None:
+        """Some bytes of a stream.  Raises ClientGone."""
+        if data:
+            self.exchange.write(data)
+
+    async def find(self, loop: SearchLoop, call: SearchCall) -> SearchFindings:
+        """One search in the middle of an answer.  One that fails is told to model and client.
+        Raises ClientGone."""
+        code = loop.refusal(call)
+        if code:
+            return SearchFindings(call, "No search was made: " + code, error=code)
+        exchange = self.exchange
+        ledger, now = exchange.app.ledger, exchange.app.clock()[1]
+        record = exchange.record.begin_search(exchange.head.headers, now)
+        wish = SearchWish(call.query, loop.tool)
+
+        try:
+            await admit_next(exchange)
+            found, _ = await self.search(exchange, self.copilot, wish, record)
+            return replace(found, call=call)
+        except ClientGone:
+            record.leave()
+            raise
+        except ProxyError as error:
+            record.fail(forget_frames(error))
+            return failed_search(call, error)
+        finally:
+            exchange.record.end_search(record)
+            ledger.end(record)
+
     @classmethod
     async def search(
-        cls, exchange: Exchange, copilot: Account, wish: SearchWish
-    ) -> SearchResult:
-        """Have a model search; it costs what its tokens do.  Raises ProxyError."""
+        cls,
+        exchange: Exchange,
+        copilot: Account,
+        wish: SearchWish,
+        record: RequestRecord | None = None,
+    ) -> tuple[SearchFindings, Usage]:
+        """Have a model search; it costs what its tokens do.  record: of a search that is one step
+        of the exchange's.  Raises ProxyError."""
         model = await search_model(exchange, copilot)
-        exchange.record.begin_by("agent")  # it is a step of a tool
+        job = cls(exchange, RESPONSES, record)
+        job.record.begin_by("agent")  # it is a step of a tool
         exchange.headers["x-copilot-proxy-search"] = printable(model.id)
         exchange.app.ledger.stats.count({"searches": {model.id: 1}})
         exchange.app.log.info(
             "%s %s searches the web", exchange.id, printable(model.id)
         )
 
-        job = cls(exchange, RESPONSES)
         job.take(copilot, model, wish.request(model))
         answer = await job.ask()
         if answer is None or job.plan is None:
             raise UpstreamError("the search has no answer")
-        return SearchResult.read(job.plan.answer, Usage.of(job.plan.meter.counts))
+        found = read_findings(wish.query, job.plan.answer)
+        return found, Usage.of(job.plan.meter.counts)
 
     async def answer_search(self) -> None:
         """Claude Code requests a search by a request of its own, which another model
@@ -24211,29 +24723,31 @@ class Job:
         up without one."""
         exchange, body = self.exchange, self.body
         wish = SearchWish.of_message(body)
-        use, count, usage = stable_id("srvtoolu_", exchange.id), 1, Usage()
+        call = SearchCall(stable_id("srvtoolu_", exchange.id), wish.query)
+        usage = Usage(searches=0)
         if body.get("stream") is True:
             exchange.expect_stream(MESSAGES.keepalive)
         try:
-            found = await self.search(exchange, self.copilot, wish)
-            blocks, usage = found.blocks(wish.query, use), found.usage or usage
+            found, spent = await self.search(exchange, self.copilot, wish)
+            usage = replace(spent, searches=1)
+            said = with_sources(found.text, found.sources)
+            found = replace(found, call=call, text="")
         except ProxyError as error:
             is_of_search = isinstance(error, (UpstreamError, BadRequest))
             if not (is_of_search or exchange.started):
                 raise  # the client can still be told by a status
-            blocks, count = failed_search(wish.query, use, error), 0
             exchange.record.fail(error)
+            found = failed_search(call, error)
+            said = found.text
 
         request = Request(str(body["model"]), "messages", key=exchange.id)
-        message = MESSAGES.encode_response(
-            Response(exchange.id, "", usage=usage), request
-        )
-        message["content"] = blocks
-        message["usage"]["server_tool_use"] = {"web_search_requests": count}
+        parts: list[Part] = [call, found, Text(said)]
+        response = Response(exchange.id, "", parts, usage=usage)
         if body.get("stream") is True:
-            exchange.finish(search_frames(message))
+            encoder = MESSAGES.stream_encoder(request)
+            exchange.finish(b"".join(map(encoder.feed, unfold(response))))
         else:
-            exchange.reply_json(message)
+            exchange.reply_json(MESSAGES.encode_response(response, request))
 
     def compute(self, work: Callable[[], Any]) -> Work:
         """`work()`, with a large body in a thread."""
@@ -24251,11 +24765,19 @@ class Job:
         refused = self.copilot.memory.refused
         upstream = choose_upstream(client, model, refused, client.has_files(body))
         has_search = upstream.answers_search and (model.id, SEARCH_TOOLS) not in refused
-        if client.answers_search and not has_search and is_search_alone(body):
+        if client.answers_search and not has_search and is_search_request(body):
             return None
+
+        loop, is_refused = self.loop, (model.id, BY_HUB + upstream.path) in refused
+        is_next = loop is not None and loop.rounds > 0
+        lacks_search = client is upstream and not has_search
+        if lacks_search and client.wants_search(body, model):
+            is_refused |= loop is not None or client.answers_search
 
         # as the client wrote it
         headers = upstream_headers(exchange, client, upstream, body, model)
+        if is_next or self.record is not exchange.record:
+            headers["X-Initiator"] = "agent"  # a step of the tool loop
         plan = Plan.make(
             client,
             upstream,
@@ -24263,8 +24785,9 @@ class Job:
             model,
             int(time.time()),
             exchange.id,
-            (model.id, BY_HUB + upstream.path) in refused,
+            is_refused or is_next,
             go_on=exchange.go_on,
+            loop=loop,
         )
         plan.attach(headers, self.repaired, self.echo)
         if plan.is_translated and plan.pipeline and client.tells_prompt_first:
@@ -24298,14 +24821,22 @@ class Job:
 
     def call_for(self, plan: Plan, data: bytes) -> Call:
         """Build the call of a plan; report its losses and record its route."""
-        exchange, model = self.exchange, self.model
-        tell_losses(exchange, plan.edit.losses, self.repaired)
-        name_model(exchange, model)
-        exchange.record.go_up(
+        exchange, model, record = self.exchange, self.model, self.record
+
+        if record is exchange.record:
+            tell_losses(exchange, plan.edit.losses, self.repaired)
+            name_model(exchange, model)
+        else:
+            losses, ledger = plan.edit.losses, exchange.app.ledger
+            ledger.note_changes(record, losses, self.repaired)
+            record.ask(model)
+
+        record.go_up(
             "translated" if plan.is_translated else "passthrough",
             plan.upstream.path,
-            plan.headers["X-Initiator"],
+            record.initiator or plan.headers["X-Initiator"],
         )
+
         return Call(
             plan.upstream.path,
             data,
@@ -24327,7 +24858,7 @@ class Job:
         answer = await self.attempts.send(call)
         self.copilot.memory.learn(plan)
         exchange.headers.update(passed_headers(answer.headers))
-        exchange.record.hear(answer.headers, plan.meter)
+        self.record.hear(answer.headers, plan.meter)
         return answer
 
     async def open(self, plan: Plan, answer: UpstreamResponse) -> None:
@@ -24407,7 +24938,9 @@ class Job:
         exchange, plan = self.exchange, self.plan
         assert plan is not None
         is_large = len(self.data) > LARGE_BLOCK_BYTES
-        self.data, self.body = b"", {}  # several MB that nobody needs any more
+        self.body = {}
+        if plan.loop is None:
+            self.data = b""  # several MB that nobody needs any more
         exchange.put_body(b"")
         plan.edit.forget_body()
         if is_large:
@@ -24415,12 +24948,19 @@ class Job:
         if plan.pipeline is not None and not plan.is_whole:
             await exchange.relay(answer, plan.pipeline, plan.begun)
             return
+        if plan.is_waiting:
+            self.send_on(plan.begun)
+            return
+        self.finish(plan, plan.begun)
+
+    def finish(self, plan: Plan, data: bytes) -> None:
+        """The last bytes of the answer, or the whole.  Raises ClientGone."""
         if plan.pipeline is not None and plan.is_translated:
-            exchange.finish(plan.begun)
+            self.exchange.finish(data)
             return
         if self.keep is not None:
-            self.keep(str(plan.answer.get("id")), plan.begun)
-        exchange.reply(plan.begun)
+            self.keep(str(plan.answer.get("id")), data)
+        self.exchange.reply(data)
 
 
 async def alpha_search(exchange: Exchange) -> None:
@@ -24448,11 +24988,10 @@ async def alpha_search(exchange: Exchange) -> None:
     filters = as_object(settings.get("filters"))
     if domains:
         filters = dict(filters, allowed_domains=domains)
-    wish = SearchWish(
-        "\n".join(queries), filters, as_object(settings.get("user_location")) or None
-    )
-    found = await Job.search(exchange, await account_for(exchange), wish)
-    exchange.reply_json({"output": found.told, "encrypted_output": None})
+    wish = SearchWish("\n".join(queries), search_tool(dict(settings, filters=filters)))
+    found, _ = await Job.search(exchange, await account_for(exchange), wish)
+    output = with_sources(found.text, found.sources)
+    exchange.reply_json({"output": output, "encrypted_output": None})
 
 
 async def compact(job: Job) -> None:
@@ -26056,7 +26595,7 @@ ROUTES: dict[str, Mapping[str, Endpoint]] = {
     },
     "/responses/input_tokens": {"POST": count_input},
     COMPACT_PATH: {"POST": functools.partial(complete, RESPONSES)},
-    "/alpha/search": {"POST": alpha_search},
+    SEARCH_PATH: {"POST": alpha_search},
     "/responses/*": {"GET": stored_response, "DELETE": stored_response},
     "/completions": {"POST": completions},
     "/messages": {"POST": functools.partial(complete, MESSAGES)},

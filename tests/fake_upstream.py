@@ -221,6 +221,8 @@ class Markers:
     flood: int = 0       # so many CR LF TAB in the tool arguments, or one more text of that length
     length: int = 0      # 1: stop for length (finish_reason length, max_tokens, incomplete)
     reasoning: int = 1   # 0: no reasoning even where the model has it
+    searches: int = 0    # so many calls of a tool named web_search, one behind the other's result
+    beside: int = 0      # with searches=: 1: the first tool that is another is called beside it
 
     @staticmethod
     def parse(text: str) -> Markers:
@@ -664,9 +666,28 @@ def is_forced(choice: Any) -> bool:
     return kind not in (None, "auto", "none")
 
 
+def search_calls(ask: Ask, prompt: Prompt, markers: Markers) -> List[Call]:
+    """Calls of the tool that searches, until as many results are there as the marker says."""
+    names = [name for name, _ in prompt.tools]
+    text = json.dumps(ask.body)
+    results = sum(text.count(sign) for sign in (
+        '"type": "tool_result"', '"type": "function_call_output"', '"role": "tool"'))
+    if "web_search" not in names or results >= markers.searches:
+        return []
+    query = re.sub(r"\s*@@.*?@@", "", prompt.text, flags=re.S)
+    found = [("web_search", json.dumps({"query": "%s %d" % (query, results + number)}))
+             for number in range(1, 3 if "parallel" in prompt.text else 2)]
+    if markers.beside:
+        found.append((next(name for name in names if name != "web_search"), '{"city": "Paris"}'))
+    return [Call("call_%06d" % ask.fake.next_number(), name, arguments, False)
+            for name, arguments in found]
+
+
 def make_calls(ask: Ask, prompt: Prompt, markers: Markers) -> List[Call]:
     """The tool calls of this turn, or none."""
     choice = ask.body.get("tool_choice")
+    if markers.searches:
+        return search_calls(ask, prompt, markers)
     wanted = is_forced(choice) or re.search(r"\btools?\b", prompt.text, re.I)
     if not prompt.tools or not wanted or prompt.result is not None \
             or choice in ("none", {"type": "none"}):
@@ -1274,9 +1295,13 @@ class ResponseStream:
     def message(self, index: int, item: Json) -> Iterator[Frame]:
         """A message of one text part."""
         part, at = item["content"][0], functools.partial(self.at, index, content_index=0)
-        yield self.event("response.content_part.added", **at(part=dict(part, text="")))
+        yield self.event("response.content_part.added", **at(
+            part=dict(part, text="", annotations=[])))
         for piece in self.said.pieces:
             yield self.event("response.output_text.delta", True, **at(delta=piece, logprobs=[]))
+        for number, note in enumerate(part["annotations"]):
+            yield self.event("response.output_text.annotation.added", **at(
+                annotation_index=number, annotation=note))
         yield self.event("response.output_text.done", **at(text=part["text"], logprobs=[]))
         yield self.event("response.content_part.done", **at(part=part))
 

@@ -104,7 +104,8 @@ class ClaudeCode(ClientCase):
         self.assertNotIn(b"billing-header", sent.body)
         self.assertNotIn("context_management", sent.json)
         self.assertIn(b"Plan mode is on", sent.body)
-        self.assertEqual([tool["name"] for tool in sent.json["tools"]], list(self.NAMES))
+        self.assertEqual([tool["name"] for tool in sent.json["tools"]],
+                         [*self.NAMES, "web_search"])
 
     def test_second_turn(self) -> None:
         """A tool's result with a reminder beside it, and a system turn in the middle."""
@@ -556,7 +557,7 @@ class Codex(ClientCase):
         self.assertEqual(call.get("namespace"), "mcp__files" if name == "read" else None)
         sent = self.fake.last(path).json
         flat = {(tool.get("function") or tool)["name"] for tool in sent["tools"]}
-        self.assertEqual(flat, {"apply_patch", "mcp__files__read", "exec_command"})
+        self.assertEqual(flat, {"apply_patch", "mcp__files__read", "exec_command", "web_search"})
         for field in ("client_metadata", "include", "store", "verbosity", "text"):
             self.assertNotIn(field, sent)
         items += final["output"] + [{"type": kind + "_output", "call_id": call["call_id"],

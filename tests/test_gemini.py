@@ -216,7 +216,7 @@ class RequestTest(unittest.TestCase):
     def test_what_nobody_runs_is_a_loss(self) -> None:
         request = decode(one({"text": "x"}, {"executableCode": {"code": "1+1"}}, {"odd": {"a": 1}},
                              {"thoughtSignature": base64.b64encode(b"google's own").decode()},
-                             safetySettings=[{"category": "X"}], tools=[{"googleSearch": {}}],
+                             safetySettings=[{"category": "X"}], tools=[{"urlContext": {}}],
                              generationConfig={"mediaResolution": "LOW", "seed": 1}))
         self.assertEqual({name for name, _ in request.losses}, {
             "safetySettings", "tools", "executableCode", "odd", "mediaResolution",
