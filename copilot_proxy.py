@@ -22017,7 +22017,7 @@ class Exchange:
             nonlocal last
             self.record.receive(len(data))
             last += pipeline.feed(data)
-            if pipeline.ended or answer.done:
+            if pipeline.ended or pipeline.is_waiting or answer.done:
                 return False
             if last:
                 self.write(last)
@@ -24646,10 +24646,15 @@ class Job:
         if plan is None or plan.loop is None or not plan.is_waiting:
             return None
         loop = plan.loop
-        for call in loop.calls:
-            self.send_on(plan.go_on(loop.begin_search(call)))
-            found = await self.find(loop, call)
-            self.send_on(plan.go_on(loop.end_search(found)))
+        try:
+            for call in loop.calls:
+                self.send_on(plan.go_on(loop.begin_search(call)))
+                found = await self.find(loop, call)
+                self.send_on(plan.go_on(loop.end_search(found)))
+        except RequestStopped as error:
+            if await self.tell(plan, error):
+                return None
+            raise
 
         end = loop.go_on()
         if end:
@@ -24681,7 +24686,7 @@ class Job:
             await admit_next(exchange)
             found, _ = await self.search(exchange, self.copilot, wish, record)
             return replace(found, call=call)
-        except ClientGone:
+        except (ClientGone, RequestStopped):
             record.leave()
             raise
         except ProxyError as error:
@@ -26659,6 +26664,11 @@ DEMO_SLOW_PAUSE_S = 0.5  # the same when the prompt says "slow"
 DEMO_RETRY_S = 20  # how long the demo's rate limit lasts
 DEMO_REASONING = "The demo pretends to think, since the prompt speaks of thinking."
 DEMO_DAYS = 14  # of made-up history
+#: what a search of the web finds in the demo: (url, title)
+DEMO_SOURCES = (
+    ("https://example.com/demo", "A page of the demo"),
+    ("https://example.org/demo", "Another page of the demo"),
+)
 #: of the made-up history: User-Agent, its dialect, the upstream's path, the model
 DEMO_HABITS = (
     ("claude-cli/2.1.14", "messages", "/v1/messages", "claude-sonnet-5"),
@@ -26782,9 +26792,29 @@ def demo_usage(
     return Usage(prompt_tokens - cached, cached, 0, output + reasoning, reasoning)
 
 
+def demo_call(request: Request, said: str) -> list[Part]:
+    """A call of the tool that searches the web if the prompt mentions a search, of the
+    first tool if it mentions a tool, else []."""
+    lowered = said.lower()
+    for tool in request.tools:
+        if "search" in lowered and tool.name in ("web_search", "WebSearch"):
+            query = dumps({"query": said[:200]}).decode()
+            return [ToolCall("call_" + request.key, tool.name, query)]
+    if request.tools and "tool" in lowered:
+        return [ToolCall("call_" + request.key, request.tools[0].name)]
+    return []
+
+
+def demo_search(request: Request, said: str) -> list[Part]:
+    """What a hosted web search finds in the demo: always the same pages."""
+    if request.search is None or (request.tools and "search" not in said.lower()):
+        return []
+    call = SearchCall("ws_" + request.key, said[:200])
+    return [call, SearchFindings(call, "", list(DEMO_SOURCES))]
+
+
 def demo_response(request: Request, prompt_tokens: int) -> Response:
-    """The demo's answer: an echo of the prompt, or a call of the first tool if the
-    prompt mentions a tool."""
+    """The demo's answer: an echo of the prompt, or a call of a tool."""
     said, is_result = demo_prompt(request)
     if is_result:
         verb = "The tool answered"
@@ -26798,19 +26828,25 @@ def demo_response(request: Request, prompt_tokens: int) -> Response:
         reasoning = 0
     usage = demo_usage(request, prompt_tokens, len(text.split()), reasoning)
 
-    calls = bool(request.tools) and not is_result and "tool" in said.lower()
-    parts: list[Part] = [Text(text)]
-    if calls:
-        parts = [ToolCall("call_" + request.key, request.tools[0].name)]
+    found = demo_search(request, said)
+    cited = [Citation(url, title) for url, title in DEMO_SOURCES if found]
+    if is_result or found:
+        calls = []
+    else:
+        calls = demo_call(request, said)
+    parts = calls or [*found, Text(text, citations=tuple(cited))]
     if thinks:
         parts.insert(0, Reasoning(DEMO_REASONING, request.key, minted_by="demo"))
 
     return Response("", request.model, parts, "tool_use" if calls else "stop", usage)
 
 
-def demo_trouble(said: str) -> None:
+def demo_trouble(dialect: Dialect, request: Request, said: str) -> None:
     """The prompt may ask for trouble.  Raises ProxyError."""
     lowered = said.lower()
+    if request.search is not None and dialect.answers_search:
+        text = "The use of the web search tool is not supported."
+        raise BadRequest(text, code="unsupported_value")  # as Copilot says
 
     if "rate limit" in lowered:
         raise RateLimited(
@@ -26850,7 +26886,7 @@ async def demo_answer(dialect: Dialect, exchange: Exchange) -> None:
     request.answer_as(int(time.time()), exchange.id)
     request.report_usage()
     said, _ = demo_prompt(request)
-    demo_trouble(said)
+    demo_trouble(dialect, request, said)
     response = demo_response(request, estimate_tokens(body))
     usage = response.usage or Usage()
 

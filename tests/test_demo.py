@@ -56,6 +56,29 @@ class Demo(unittest.TestCase):
         self.assertEqual(reply.status, 200, reply)
         self.assertGreater(self.row()["reasoning"], 0)
 
+    def test_the_web_is_searched(self) -> None:
+        tool = {"type": "web_search_20250305", "name": "web_search"}
+        for stream in (False, True):
+            reply = self.proxy.post("/v1/messages", message(
+                "search for cats", "claude-sonnet-4.6", stream=stream, tools=[tool]))
+            self.assertEqual(reply.status, 200, reply)
+            self.assertIn("web_search_tool_result", reply.body.decode())
+            self.assertIn("https://example.com/demo", reply.body.decode())
+            for model in ("gpt-5.3-codex", "claude-sonnet-5"):
+                reply = self.proxy.post("/v1/responses", response(
+                    "search for cats", model, stream=stream, tools=[{"type": "web_search"}]))
+                self.assertIn("web_search_call", reply.body.decode())
+                self.assertIn("url_citation", reply.body.decode())
+        claude_code = dict(message("Perform a web search for the query: cats", "claude-sonnet-5",
+                                   tools=[tool]), tool_choice={"type": "tool", "name": tool["name"]})
+        reply = self.proxy.post("/v1/messages", claude_code)
+        self.assertEqual([block["type"] for block in reply.json["content"]], [
+            "server_tool_use", "web_search_tool_result", "text"])
+        own = {"name": "WebSearch", "input_schema": {"type": "object", "properties": {}}}
+        reply = self.proxy.post("/v1/messages", message("search for cats", "claude-sonnet-5",
+                                                        tools=[own]))
+        self.assertEqual(reply.json["content"][0]["input"], {"query": "search for cats"})
+
     def test_words_of_the_prompt_make_trouble(self) -> None:
         reply = self.proxy.post("/v1/chat/completions", chat("please fail", "gpt-5-mini"))
         self.assertEqual(reply.status, 400)

@@ -208,6 +208,21 @@ class MessagesTest(LoopCase):
         events = self.ask("cats @@searches=1@@", True).events
         self.assertEqual(events[-1]["type"], "error")
 
+    def test_a_request_that_is_stopped_at_its_search_ends_with_an_error(self) -> None:
+        self.ask("cats @@searches=1@@")
+
+        async def stop(*given: Any) -> Any:
+            raise cp.RequestStopped
+
+        with mock.patch.object(cp.Job, "search", staticmethod(stop)):
+            events = self.ask("cats @@searches=1@@", True).events
+            self.assertEqual(events[-1]["type"], "error")
+            self.assertEqual([e["type"] for e in events].count("message_start"), 1)
+            self.assertIn("a person stopped", events[-1]["error"]["message"])
+            reply = self.proxy.post("/v1/messages", message("cats @@searches=1@@", CLAUDE,
+                                                            tools=[TOOL]))
+            self.assertEqual((reply.status, reply.json["type"]), (403, "error"))
+
     def test_each_search_has_a_row_and_its_credits(self) -> None:
         self.ask("cats @@searches=2@@", True)
         self.proxy.app.ledger.settle()
