@@ -24651,15 +24651,16 @@ class Job:
                 self.send_on(plan.go_on(loop.begin_search(call)))
                 found = await self.find(loop, call)
                 self.send_on(plan.go_on(loop.end_search(found)))
-        except RequestStopped as error:
+            end = loop.go_on()
+            if end:
+                self.finish(plan, plan.go_on(end))
+                return None
+            await admit_next(self.exchange)
+        except ProxyError as error:
             if await self.tell(plan, error):
                 return None
             raise
 
-        end = loop.go_on()
-        if end:
-            self.finish(plan, plan.go_on(end))
-            return None
         data = self.data
         self.plan = None
         self.body = await self.compute(functools.partial(loads, data))

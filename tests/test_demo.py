@@ -69,9 +69,9 @@ class Demo(unittest.TestCase):
                     "search for cats", model, stream=stream, tools=[{"type": "web_search"}]))
                 self.assertIn("web_search_call", reply.body.decode())
                 self.assertIn("url_citation", reply.body.decode())
-        claude_code = dict(message("Perform a web search for the query: cats", "claude-sonnet-5",
-                                   tools=[tool]), tool_choice={"type": "tool", "name": tool["name"]})
-        reply = self.proxy.post("/v1/messages", claude_code)
+        reply = self.proxy.post("/v1/messages", message(   # as Claude Code does
+            "Perform a web search for the query: cats", "claude-sonnet-5", tools=[tool],
+            tool_choice={"type": "tool", "name": "web_search"}))
         self.assertEqual([block["type"] for block in reply.json["content"]], [
             "server_tool_use", "web_search_tool_result", "text"])
         own = {"name": "WebSearch", "input_schema": {"type": "object", "properties": {}}}

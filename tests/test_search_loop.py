@@ -223,6 +223,15 @@ class MessagesTest(LoopCase):
                                                             tools=[TOOL]))
             self.assertEqual((reply.status, reply.json["type"]), (403, "error"))
 
+    def test_a_budget_holds_for_each_call(self) -> None:
+        with Proxy(self.fake, budget=0.3) as proxy:
+            for stream in (True, False):
+                reply = proxy.post("/v1/messages", message(
+                    "cats " + "x" * 900 + " @@searches=9@@", CLAUDE, stream=stream, tools=[TOOL]))
+                self.assertIn("budget", reply.body.decode())
+            self.assertEqual(reply.status, 429)
+        self.assertLess(len(self.rounds(MESSAGES)), 6)
+
     def test_each_search_has_a_row_and_its_credits(self) -> None:
         self.ask("cats @@searches=2@@", True)
         self.proxy.app.ledger.settle()
