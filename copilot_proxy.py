@@ -9359,7 +9359,8 @@ class Messages(Dialect):
         """Token counts in the words of Messages."""
         searches = None
         if usage.searches is not None:
-            searches = {"web_search_requests": usage.searches}
+            # Anthropic's SDK wants both
+            searches = {"web_search_requests": usage.searches, "web_fetch_requests": 0}
         return given(
             input_tokens=usage.input,
             cache_read_input_tokens=usage.cache_read,
@@ -12864,6 +12865,7 @@ class SearchWish:
             filters=self.tool.filters or None,
             user_location=self.tool.location,
             search_context_size=self.tool.size or None,
+            external_web_access=flag(self.tool.source.get("external_web_access")),
         )
         part = {"type": "input_text", "text": self.query[:MAX_QUERY_CHARS]}
         return {

@@ -437,6 +437,20 @@ class OpenAIResponses(SdkCase):
         self.assertEqual(sum("encrypted_content" in item for item in sent), 2)
         self.assertEqual([item for item in sent if "id" in item], [])
 
+    def test_a_search_on_a_model_without_one(self) -> None:
+        self.fake.search_results = [("A page", "https://a.example/")]
+        how: Any = dict(model=SONNET, input="cats @@searches=1@@", tools=[{"type": "web_search"}])
+        whole = self.client.responses.create(**how)
+        with self.client.responses.stream(**how) as stream:
+            kinds = [event.type for event in stream]
+            final = stream.get_final_response()
+        self.assertIn("response.web_search_call.searching", kinds)
+        for answer in (whole, final):
+            call, said = [item for item in answer.output if item.type != "reasoning"][-2:]
+            self.assertEqual((call.type, call.action.query), ("web_search_call", "cats 1"))
+            self.assertEqual(call.action.sources[0].url, "https://a.example/")
+            self.assertEqual(said.content[0].annotations[0].title, "A page")
+
     def test_store_is_off_upstream(self) -> None:
         self.client.responses.create(model=CODEX, input="hi", store=True, service_tier="auto")
         self.assertIs(self.fake.last(RESPONSES).json["store"], False)
@@ -556,6 +570,18 @@ class AnthropicMessages(SdkCase):
                 answer = call(history, tools=[MESSAGE_TOOL])
                 self.assertIn("tool result: sun", answer.content[0].text)
                 self.assertEqual(self.fake.last(MESSAGES).headers["x-initiator"], "agent")
+
+    def test_hosted_search(self) -> None:
+        self.fake.search_results = [("A page", "https://a.example/")]
+        tools: Any = [MESSAGE_TOOL, {"type": "web_search_20250305", "name": "web_search"}]
+        for call in self.both():
+            answer = call([user("cats @@searches=2@@")], tools=tools)
+            results = [b for b in answer.content if b.type == "web_search_tool_result"]
+            self.assertEqual([b.content[0].url for b in results], ["https://a.example/"] * 2)
+            self.assertEqual(answer.usage.server_tool_use.web_search_requests, 2)
+            again = call([user("cats"), {"role": "assistant", "content": answer.content},
+                          user("more")], tools=tools)
+            self.assertEqual(again.content[-1].text, "Echo: more")
 
     def test_tool_runner(self) -> None:
         @anthropic.beta_tool

@@ -23,6 +23,11 @@ def finished(events: Any) -> Any:
     return events[-1]["response"]
 
 
+def searches(count: int) -> Any:
+    """As Anthropic's SDK wants it when it is strict."""
+    return {"web_search_requests": count, "web_fetch_requests": 0}
+
+
 class LoopCase(ProxyCase):
     """An account of late 2026 whose GPTs search, and models that ask for searches."""
 
@@ -98,7 +103,7 @@ class MessagesTest(LoopCase):
                 self.assertNotIn("citations", words)
                 reason, usage = self.end(reply)
                 self.assertEqual((reason, usage["server_tool_use"]),
-                                 ("end_turn", {"web_search_requests": 1}))
+                                 ("end_turn", searches(1)))
                 first, last = self.rounds(MESSAGES)[-2:]
                 self.assertEqual([tool["name"] for tool in last.json["tools"]],
                                  ["get_weather", "web_search"])
@@ -112,7 +117,7 @@ class MessagesTest(LoopCase):
             sent = self.rounds(MESSAGES)[-3:]
             total = sum(max(4, len(r.body) // 4) for r in sent)
             self.assertEqual(usage["input_tokens"] + usage["cache_read_input_tokens"], total)
-            self.assertEqual(usage["server_tool_use"], {"web_search_requests": 2})
+            self.assertEqual(usage["server_tool_use"], searches(2))
 
     def test_max_uses(self) -> None:
         for stream in (False, True):
@@ -124,7 +129,7 @@ class MessagesTest(LoopCase):
                                           "error_code": "max_uses_exceeded"})
             self.assertEqual(len(results), 2)
             self.assertIn("max_uses_exceeded", content[-1]["text"])
-            self.assertEqual(self.end(reply)[1]["server_tool_use"], {"web_search_requests": 1})
+            self.assertEqual(self.end(reply)[1]["server_tool_use"], searches(1))
         self.assertEqual(len(self.searches()), 2)
 
     def test_a_model_that_does_not_stop_is_stopped(self) -> None:
@@ -192,7 +197,7 @@ class MessagesTest(LoopCase):
                     "type": "web_search_tool_result_error", "error_code": code})
                 self.assertIn("Web search failed", content[3]["text"])
                 self.assertEqual(self.end(reply)[1]["server_tool_use"],
-                                 {"web_search_requests": 0})
+                                 searches(0))
 
     def test_a_round_that_fails_ends_the_stream_with_an_error(self) -> None:
         self.ask("cats @@searches=1@@")                    # the refusal is learned
@@ -302,6 +307,12 @@ class ResponsesTest(LoopCase):
                             place = slice(note["start_index"], note["end_index"])
                             self.assertEqual(part["text"][place], url)
                         self.assertEqual(len(part["annotations"]), 2)
+
+    def test_who_wants_no_live_page_gets_none(self) -> None:
+        self.ask("cats @@searches=1@@", tools=[{"type": "web_search",
+                                                "external_web_access": False}])
+        self.assertEqual(self.searches()[-1].json["tools"], [
+            {"type": "web_search", "external_web_access": False}])
 
     def test_the_events_of_a_search(self) -> None:
         events = self.ask("cats @@searches=1 reasoning=0@@", GEMINI).events
