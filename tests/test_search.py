@@ -14,7 +14,7 @@ TOOL = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
 MODEL = "claude-sonnet-5"
 
 
-def searches(count: int) -> Any:
+def search_usage(count: int) -> Any:
     """As Anthropic's SDK wants it when it is strict."""
     return {"web_search_requests": count, "web_fetch_requests": 0}
 
@@ -59,7 +59,7 @@ class ClaudeCodeTest(SearchCase):
         self.check_content(reply.json["content"])
         self.assertEqual(reply.json["stop_reason"], "end_turn")
         self.assertEqual(reply.json["model"], MODEL)
-        self.assertEqual(reply.json["usage"]["server_tool_use"], searches(1))
+        self.assertEqual(reply.json["usage"]["server_tool_use"], search_usage(1))
         self.assertEqual(reply.headers["x-copilot-proxy-search"], "gpt-5-mini")
 
     def test_streamed_in_the_order_of_the_api(self) -> None:
@@ -76,7 +76,7 @@ class ClaudeCodeTest(SearchCase):
         self.check_content([dict(starts[0], input={"query": "cats"}), starts[1],
                             dict(starts[2], text=deltas[1]["text"])])
         [end] = [e for e in events if e["type"] == "message_delta"]
-        self.assertEqual(end["usage"]["server_tool_use"], searches(1))
+        self.assertEqual(end["usage"]["server_tool_use"], search_usage(1))
 
     def test_the_search_is_a_step_of_an_agent_and_claude_is_asked_once_at_most(self) -> None:
         for _ in range(3):
@@ -122,7 +122,7 @@ class FailureTest(SearchCase):
         self.assertEqual(result["content"], {"type": "web_search_tool_result_error",
                                              "error_code": code})
         self.assertIn("Web search failed", words["text"])
-        self.assertEqual(reply.json["usage"]["server_tool_use"], searches(0))
+        self.assertEqual(reply.json["usage"]["server_tool_use"], search_usage(0))
 
     def test_a_model_that_did_not_search(self) -> None:
         self.fake.search_results = None

@@ -23,7 +23,7 @@ def finished(events: Any) -> Any:
     return events[-1]["response"]
 
 
-def searches(count: int) -> Any:
+def search_usage(count: int) -> Any:
     """As Anthropic's SDK wants it when it is strict."""
     return {"web_search_requests": count, "web_fetch_requests": 0}
 
@@ -103,7 +103,7 @@ class MessagesTest(LoopCase):
                 self.assertNotIn("citations", words)
                 reason, usage = self.end(reply)
                 self.assertEqual((reason, usage["server_tool_use"]),
-                                 ("end_turn", searches(1)))
+                                 ("end_turn", search_usage(1)))
                 first, last = self.rounds(MESSAGES)[-2:]
                 self.assertEqual([tool["name"] for tool in last.json["tools"]],
                                  ["get_weather", "web_search"])
@@ -117,7 +117,7 @@ class MessagesTest(LoopCase):
             sent = self.rounds(MESSAGES)[-3:]
             total = sum(max(4, len(r.body) // 4) for r in sent)
             self.assertEqual(usage["input_tokens"] + usage["cache_read_input_tokens"], total)
-            self.assertEqual(usage["server_tool_use"], searches(2))
+            self.assertEqual(usage["server_tool_use"], search_usage(2))
 
     def test_max_uses(self) -> None:
         for stream in (False, True):
@@ -129,7 +129,7 @@ class MessagesTest(LoopCase):
                                           "error_code": "max_uses_exceeded"})
             self.assertEqual(len(results), 2)
             self.assertIn("max_uses_exceeded", content[-1]["text"])
-            self.assertEqual(self.end(reply)[1]["server_tool_use"], searches(1))
+            self.assertEqual(self.end(reply)[1]["server_tool_use"], search_usage(1))
         self.assertEqual(len(self.searches()), 2)
 
     def test_a_model_that_does_not_stop_is_stopped(self) -> None:
@@ -197,7 +197,7 @@ class MessagesTest(LoopCase):
                     "type": "web_search_tool_result_error", "error_code": code})
                 self.assertIn("Web search failed", content[3]["text"])
                 self.assertEqual(self.end(reply)[1]["server_tool_use"],
-                                 searches(0))
+                                 search_usage(0))
 
     def test_a_round_that_fails_ends_the_stream_with_an_error(self) -> None:
         self.ask("cats @@searches=1@@")                    # the refusal is learned
