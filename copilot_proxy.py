@@ -34,7 +34,7 @@ file, thread, clock or random number, so they can be read and tested by themselv
     20 Endpoints           Job, one short function per route, the table of routes
     21 Demo                a make-believe GitHub and Copilot inside this process
     22 Setup               clients, services, what is in the way: tables and their text
-    23 Commands            start, auth, check-usage, debug, models, setup
+    23 Commands            one function per command; the parser, help, completion
     24 Main
 
 The way of a request:
@@ -121,6 +121,7 @@ import socket
 import socketserver
 import struct
 import tempfile
+import textwrap
 import threading
 import time
 import types
@@ -424,6 +425,8 @@ OUTPUT_PAUSE_S = 0.02  # between two writes: many lines are one write then
 OUTPUT_LOOK_S, OUTPUT_END_S = 0.1, 0.5  # how often a full pipe is looked at; at the end
 
 SCRIPT_NAME = "copilot_proxy.py"
+STATS_LINES = 5  # of models, and of clients, that `stats` shows
+PROGRESS_S = 0.5  # then a terminal shows what a command waits for, and again each time
 HELP_COLUMN = 30  # where the words of `--help` begin
 
 #: what people read, in other languages: the English text, as it stands in the code -> the other.
@@ -14558,7 +14561,7 @@ OPTIONS = (
         "port to serve on; 0 takes a free one",
         "int",
         "-p",
-        "start setup",
+        "start setup stats",
         ("PORT",),
         value="PORT",
     ),
@@ -14573,7 +14576,7 @@ OPTIONS = (
         "host",
         "127.0.0.1",
         "address to serve on; beyond loopback only with --api-key",
-        where="start setup",
+        where="start setup stats",
         env=("HOST",),
         value="ADDRESS",
     ),
@@ -16111,7 +16114,7 @@ class HttpConnection(Connection):
             await self.secure()
         except OSError as error:
             self.close()
-            name = host_of(self.origin)
+            name = urllib.parse.urlsplit(self.origin).netloc  # with its port
             raise explain_connect_error(
                 error, name, bool(self.tunnel or self.forward)
             ) from None
@@ -28160,7 +28163,9 @@ def open_account(app: App) -> Copilot:
     """The login for commands without a server.  Raises AuthError."""
     github_token = app.login.load()
     if not github_token:
-        raise AuthError("nobody is logged in: run copilot_proxy.py auth")
+        raise AuthError(
+            "nobody is logged in: run copilot_proxy.py auth, or start the server"
+        )
     return Copilot(
         app.settings,
         app.upstream,
@@ -28168,6 +28173,79 @@ def open_account(app: App) -> Copilot:
         check_github_token(github_token),
         app.log,
     )
+
+
+@contextlib.contextmanager
+def progress(app: App, text: str) -> Iterator[None]:
+    """While the block runs, a terminal shows what it waits for and how long, if that is long."""
+    handler = line_handler(app.log)
+    if handler is None:
+        yield
+        return
+
+    over = threading.Event()
+    began = time.monotonic()
+
+    def show() -> None:
+        while not over.wait(PROGRESS_S):
+            handler.show("%s ... %d s" % (text, time.monotonic() - began))
+
+    thread = threading.Thread(target=show, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        handler.show("")
+
+
+def local_url(settings: Settings) -> str:
+    """The URL of a server with these settings, for a client on this machine."""
+    host = settings.host
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    if ":" in host:
+        host = "[%s]" % host
+    scheme = "https" if settings.tls_cert else "http"
+    return "%s://%s:%d" % (scheme, host, settings.port or DEFAULT_PORT)
+
+
+def client_key(settings: Settings) -> str:
+    """A key that this server accepts, as far as the settings tell."""
+    return next((key for key in settings.api_key if key != "auto"), "dummy")
+
+
+def ask_server(app: App, url: str, key: str, path: str) -> Json:
+    """What a running server answers there.  Raises UpstreamError where none serves, AuthError
+    for a status other than 200."""
+    headers = {"Authorization": "Bearer " + key}
+    request = UpstreamRequest("GET", url + path, headers, timeout_s=GITHUB_TIMEOUT_S)
+    with progress(app, "asking " + url):
+        status, answer, _, body = run(app.upstream.fetch_json(request))
+    if status != 200:
+        raise AuthError("%s: %s" % (url, unwrap_error(status, body, "")[0]), status)
+    return as_object(answer)
+
+
+def find_server(app: App, flags: argparse.Namespace) -> Callable[[str], Json] | None:
+    """A function that asks the server of --url; without that flag the one that serves where
+    servers usually do, if nobody is logged in here.  (The demo has a login of its own.)  None
+    where GitHub is to be asked.  Raises ConfigError."""
+    url = local_url(app.settings)
+    key = flags.key or client_key(app.settings)
+    if flags.url:
+        url = check_own_url(re.sub("(/v1)?/?$", "", flags.url), "--url")
+    elif app.login.load():
+        return None
+    else:
+        try:
+            if "uptime_s" not in ask_server(app, url, key, "/health"):
+                return None
+        except ProxyError:
+            return None
+
+    return functools.partial(ask_server, app, url, key)
 
 
 def print_code(code: DeviceCode) -> None:
@@ -28388,11 +28466,6 @@ def ask_model(what: str, models: list[Model], patterns: tuple[str, ...]) -> Mode
             say(str(error))
 
 
-def client_key(settings: Settings) -> str:
-    """A key that this server accepts, as far as the settings tell."""
-    return next((key for key in settings.api_key if key != "auto"), "dummy")
-
-
 def offer_claude_code(app: App, url: str) -> None:
     """start --claude-code: ask for the models, then print and copy the launch command."""
     wait_for_login(app)
@@ -28594,7 +28667,30 @@ def cmd_auth(app: App, flags: argparse.Namespace) -> int:
     return 0
 
 
-def quota_line(lane: Json) -> str:
+def console_columns() -> int:
+    """How wide the terminal is; there is no limit for a file or a pipe."""
+    import shutil
+
+    return shutil.get_terminal_size((0, 0)).columns or MAX_ERROR_TEXT
+
+
+def fit_line(head: str, parts: Iterable[str], columns: int) -> str:
+    """'head part, part'; where that is too wide, the head and below it as many lines as needed."""
+    whole = head + ", ".join(parts)
+    if len(whole) <= columns:
+        return whole
+
+    lines = [head.rstrip()] if head.strip() else []
+    line = " "
+    for part in whole[len(head) :].split(", "):
+        if len(line) + len(part) + 2 > columns and line != " ":
+            lines.append(line)
+            line = " "
+        line += " " + part + ","
+    return "\n".join([*lines, line.rstrip(",")])
+
+
+def quota_line(lane: Json, columns: int = MAX_ERROR_TEXT) -> str:
     """One lane: 'chat  [########............]  40.0 % used, 120 of 300, 180 left, resets ...'."""
     percent, parts = lane["percent_used"], ["unlimited"] if lane["unlimited"] else []
     if percent is not None:
@@ -28607,29 +28703,34 @@ def quota_line(lane: Json) -> str:
             parts.append(form % tuple(round(lane[name], 2) for name in names))
     if lane["resets_at"] and not lane["unlimited"]:
         parts.append("resets " + local_time(lane["resets_at"]))
-    return "%-22s %s" % (
-        printable(lane["name"], 24),
-        ", ".join(parts) or "reports no numbers",
-    )
+    head = "%-22s " % printable(lane["name"], 24)
+    return fit_line(head, parts or ["reports no numbers"], columns)
 
 
 def cmd_check_usage(app: App, flags: argparse.Namespace) -> int:
     """Quota as bars, or the upstream's answer as JSON."""
-    answer = run(open_account(app).fetch_usage())
+    ask = find_server(app, flags)
+    if ask is None:
+        with progress(app, "asking " + host_of(app.settings.rest_url)):
+            answer = run(open_account(app).fetch_usage())
+    else:
+        answer = ask("/usage")
     if flags.json:
         say(json.dumps(answer, indent=2))
         return 0
+
     say(
         "%s, plan %s"
         % (
-            printable(str(answer.get("login") or "?")),
-            printable(str(answer.get("copilot_plan") or "?")),
+            printable(str(answer.get("login") or "?"), 60),
+            printable(str(answer.get("copilot_plan") or "?"), 40),
         )
     )
-    for line in [
-        quota_line(quota_lane(name, said)) for name, said in quotas_of(answer).items()
-    ] or ["the account reports no quotas"]:
-        say(line)
+    lanes = [quota_lane(name, said) for name, said in quotas_of(answer).items()]
+    for lane in lanes:
+        say(quota_line(lane, console_columns()))
+    if not lanes:
+        say("the account reports no quotas")
     return 0
 
 
@@ -28648,47 +28749,218 @@ def missing_models(app: App, models: list[Model]) -> list[str]:
     return lines
 
 
-def price_of(model: Model) -> str:
-    """The price as the account reports it: USD per million tokens in/out, or the
-    request multiplier."""
-    price = price_entry(model) or {}
-    if price.get("input") is not None and price.get("output") is not None:
-        return "$%.2f/$%.2f" % (price["input"], price["output"])
-    if price.get("multiplier") is None:
+def price_text(price: Json) -> str:
+    """As the account reports it: USD per million tokens in/out, or the request multiplier."""
+    into, out, multiplier = (
+        text_number_or_none(price.get(name))
+        for name in ("input", "output", "multiplier")
+    )
+    if into is not None and out is not None:
+        return "$%.2f/$%.2f" % (into, out)
+    if multiplier is None:
         return "-"
-    return "%gx" % price["multiplier"]
+    return "%gx" % multiplier
+
+
+def short_count(value: Any) -> str:
+    """200000 -> '200k', 1050000 -> '1.05M', None -> '?'"""
+    count = count_or_zero(value)
+    if count >= MILLION:
+        return "%.3gM" % (count / MILLION)
+    if count >= 10000:
+        return "%.3gk" % (count / 1000)
+    return str(count or "?")
+
+
+def model_table(entries: list[Json], columns: int) -> list[str]:
+    """Entries of /v1/models as lines.  A narrow terminal gets no routes, short numbers, and a
+    state below the model where it is not the usual one."""
+    rows = [("id", "endpoints", "context", "output", "price", "state")]
+    for entry in entries:
+        paths = [str(path) for path in as_list(entry.get("supported_endpoints"))]
+        states = [str(entry.get("state"))]
+        if entry.get("notice"):
+            states.append("retiring")
+        if entry.get("promo"):
+            states.append("promotion")
+        rows.append(
+            (
+                str(entry.get("id")),
+                " ".join(path for path in paths if path.startswith("/")),
+                str(entry.get("context_window") or "?"),
+                str(entry.get("max_output_tokens") or "?"),
+                price_text(as_object(entry.get("price"))),
+                ", ".join(states),
+            )
+        )
+
+    lines = aligned(rows)
+    if max(map(len, lines)) <= columns:
+        return lines
+
+    room = columns - len("  context  output  $100.00/$100.00")
+    narrow = [("id", "context", "output", "price")]
+    for row, entry in zip(rows[1:], entries):
+        name = "" if len(row[0]) > room else row[0]
+        window = short_count(entry.get("context_window"))
+        output = short_count(entry.get("max_output_tokens"))
+        narrow.append((name, window, output, row[4]))
+
+    lines = []
+    for row, line in zip(rows, aligned(narrow)):
+        if len(row[0]) > room:
+            lines.append(visible(row[0]))
+        lines.append(line)
+        if row[5] not in ("state", "enabled"):
+            lines.append("  " + visible(row[5]))
+    return lines
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table as lines."""
+    table = [list(map(visible, row)) for row in rows]
+    widths = [max(len(row[at]) for row in table) for at in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+        for row in table
+    ]
 
 
 def cmd_models(app: App, flags: argparse.Namespace) -> int:
-    """The catalogue as a table, or as JSON with the upstream's own entries."""
-    found = run(open_account(app).models())
-    shown = listed_models(found, flags.all)
-    notices = [
-        "%s: %s" % (printable(m.id), printable(m.notice, 300))
-        for m in shown
-        if m.notice
+    """The catalogue as a table, or as JSON with the upstream's own entries; that of a running
+    server where it is asked instead."""
+    ask = find_server(app, flags)
+    notices: list[str] = []
+    if ask is None:
+        with progress(app, "asking for the models"):
+            found = run(open_account(app).models())
+        shown = listed_models(found, flags.all)
+        entries = [dict(model_entry(m), entry=m.entry) for m in shown]
+        notices = missing_models(app, found)
+    else:
+        answer = ask("/v1/models?all=%d" % flags.all)
+        entries = list(map(as_object, as_list(answer.get("data"))))
+
+    told = [
+        "%s: %s"
+        % (printable(str(entry.get("id"))), printable(str(entry["notice"]), 300))
+        for entry in entries
+        if entry.get("notice")
     ]
-    notices += missing_models(app, found)
     if flags.json:
-        say(json.dumps([dict(model_entry(m), entry=m.entry) for m in shown], indent=2))
-        for line in notices:
+        say(json.dumps(entries, indent=2))
+        for line in told + notices:
             print(line, file=sys.stderr)
         return 0
 
-    rows = [("id", "endpoints", "context", "output", "price", "state")]
-    for m in shown:
-        paths = " ".join(e for e in m.endpoints if e.startswith("/"))
-        window = str(m.limit("max_context_window_tokens") or "?")
-        output = str(m.limit("max_output_tokens") or "?")
-        state = m.state + (m.notice and ", retiring") + (m.promo and ", promotion")
-        rows.append((m.id, paths, window, output, price_of(m), state))
-
-    table = [list(map(visible, row)) for row in rows]
-    widths = [max(len(row[at]) for row in table) for at in range(len(rows[0]))]
-    for row in table:
-        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    for line in notices:
+    columns = console_columns()
+    for line in model_table(entries, columns):
         say(line)
+    for line in told + notices:
+        say(textwrap.fill(line, columns, subsequent_indent="  "))
+    return 0
+
+
+def span_text(seconds: float) -> str:
+    """4000 -> '1 h 6 min', 59 -> '59 s'"""
+    minutes = int(seconds) // 60
+    if minutes >= 24 * 60:
+        return "%d d %d h" % (minutes // (24 * 60), minutes // 60 % 24)
+    if minutes >= 60:
+        return "%d h %d min" % (minutes // 60, minutes % 60)
+    if minutes:
+        return "%d min" % minutes
+    return "%d s" % seconds
+
+
+def credits_text(sums: Json) -> str:
+    """'12.3 credits', '~12.3 credits' where only an estimate is there."""
+    credits_ = text_number_or_none(sums.get("credits"))
+    if credits_ is not None:
+        return "%.4g credits" % credits_
+    estimated = text_number_or_none(sums.get("estimated_credits"))
+    if estimated is not None:
+        return "~%.4g credits" % estimated
+    return "credits unknown"
+
+
+def sums_parts(sums: Json) -> list[str]:
+    """Of one line of sums: requests, failures, credits."""
+    count = count_or_zero(sums.get("requests"))
+    parts = ["%d request%s" % (count, "s" * (count != 1))]
+    if count_or_zero(sums.get("errors")):
+        parts.append("%d failed" % count_or_zero(sums.get("errors")))
+    return [*parts, credits_text(sums)]
+
+
+def token_parts(sums: Json) -> list[str]:
+    """Of the same: tokens of the prompts, how many of them came from a cache, of the answers."""
+    cached = count_or_zero(sums.get("cache_read"))
+    others = ("input", "cache_write")
+    prompt = cached + sum(count_or_zero(sums.get(name)) for name in others)
+    parts = [short_count(prompt) + " in"]
+    if prompt:
+        parts.append("%.0f %% of them cached" % (100 * cached / prompt))
+    return [*parts, short_count(sums.get("output")) + " out"]
+
+
+def stats_rows(stats: Json, today: Json) -> list[tuple[str, list[str]]]:
+    """(label, parts) of /stats and of today's /history/summary."""
+    state = ["version %s" % printable(str(stats.get("version")), 40)]
+    if stats.get("demo"):
+        state.append("demo")
+    state.append("up " + span_text(number_or(stats.get("uptime_s"), 0)))
+    state.append("%d running" % len(as_list(stats.get("running"))))
+
+    label, sums = "today", as_object(today.get("total"))
+    if not today.get("enabled"):  # --no-history
+        label, sums = "since its start", as_object(stats.get("totals"))
+    rows = [("server", state), (label, sums_parts(sums)), ("tokens", token_parts(sums))]
+    first_ms = text_number_or_none(sums.get("first_ms"))
+    if first_ms is not None:
+        rows.append(("first byte", ["%.2g s on average" % (first_ms / 1000)]))
+
+    for label, group, name in (
+        ("models", "by_model", "model"),
+        ("clients", "by_client", "client"),
+    ):
+        for line in map(as_object, as_list(today.get(group))[:STATS_LINES]):
+            found = printable(str(line.get(name) or "none"), 30)
+            rows.append((label, [found, *sums_parts(line)]))
+            label = ""
+
+    for rest in map(as_object, as_list(stats.get("limits"))):
+        scope = printable(str(rest.get("scope")), 60)
+        rows.append(("limit", [scope, "rests until " + local_time(rest.get("until"))]))
+    budget = as_object(stats.get("budget"))
+    limit = text_number_or_none(budget.get("limit"))
+    if limit is not None:
+        used = number_or(budget.get("used"), 0)
+        rows.append(("budget", ["%.4g of %.4g credits today" % (used, limit)]))
+    return rows
+
+
+def cmd_stats(app: App, flags: argparse.Namespace) -> int:
+    """Today's figures of a running server."""
+    url = local_url(app.settings)
+    if flags.url:
+        url = check_own_url(re.sub("(/v1)?/?$", "", flags.url), "--url")
+    key = flags.key or client_key(app.settings)
+    try:
+        stats = ask_server(app, url, key, "/stats")
+        today = ask_server(app, url, key, "/history/summary?days=1")
+    except UpstreamError as error:
+        raise UpstreamError(
+            "%s: is the server there? start begins one, --port and --url name another"
+            % error
+        ) from None
+
+    if flags.json:
+        say(json.dumps({"stats": stats, "today": today}, indent=2))
+        return 0
+    say(url)
+    for label, parts in stats_rows(stats, today):
+        say(fit_line("%-11s " % label, parts, console_columns()))
     return 0
 
 
@@ -28877,16 +29149,7 @@ def offered_models(app: App, url: str, key: str) -> list[Model]:
     """The models that the running server lists; without a server, those of the stored
     login."""
     try:
-        status, answer, _, body = run(
-            app.upstream.fetch_json(
-                UpstreamRequest(
-                    "GET",
-                    url + "/v1/models",
-                    {"Authorization": "Bearer " + key},
-                    timeout_s=GITHUB_TIMEOUT_S,
-                )
-            )
-        )
+        answer = ask_server(app, url, key, "/v1/models")
     except UpstreamError as error:
         if app.login.load():
             return listed_models(run(open_account(app).models()))
@@ -28894,16 +29157,15 @@ def offered_models(app: App, url: str, key: str) -> list[Model]:
             "%s: start the server first (if it has another port: setup --port), or "
             "log in with auth" % error
         ) from None
-    if status != 200:
-        raise AuthError("%s: %s" % (url, unwrap_error(status, body, "")[0]), status)
 
     models = []
-    for entry in map(as_object, as_list(as_object(answer).get("data"))):
+    for entry in map(as_object, as_list(answer.get("data"))):
         limits = dict(
             entry,
             max_context_window_tokens=entry.get("context_window"),
             max_prompt_tokens=entry.get("max_input_tokens"),
         )
+
         notice = {"code": "retirement", "message": entry.get("notice")}
         models.append(
             Model(
@@ -28916,6 +29178,7 @@ def offered_models(app: App, url: str, key: str) -> list[Model]:
                 entry={"info_messages": [notice]} if entry.get("notice") else {},
             )
         )
+
     return models
 
 
@@ -29043,17 +29306,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return ""
 
 
-def local_url(settings: Settings) -> str:
-    """The URL of a server with these settings, for a client on this machine."""
-    host = settings.host
-    if host in ("0.0.0.0", "::"):
-        host = "127.0.0.1"
-    if ":" in host:
-        host = "[%s]" % host
-    scheme = "https" if settings.tls_cert else "http"
-    return "%s://%s:%d" % (scheme, host, settings.port or DEFAULT_PORT)
-
-
 def cmd_setup(app: App, flags: argparse.Namespace) -> int:
     """Print the settings of a client, or a service manager's unit file."""
     settings, shell = app.settings, flags.shell or shell_of(app.environ)
@@ -29128,39 +29380,6 @@ def cmd_setup(app: App, flags: argparse.Namespace) -> int:
     return 0
 
 
-class Command(NamedTuple):
-    """One command: what it is for, its function, two examples of what one types behind it, and
-    the word that it needs."""
-
-    about: str
-    run: Callable[[App, argparse.Namespace], int]
-    examples: tuple[str, str]
-    operand: str = ""
-
-
-COMMANDS: Mapping[str, Command] = {
-    "start": Command(
-        "serve; logs in first if nobody is logged in",
-        cmd_start,
-        ("--demo", "--host 0.0.0.0 --api-key auto"),
-    ),
-    "auth": Command("log in to GitHub, no server", cmd_auth, ("--import", "--list")),
-    "check-usage": Command("quota and resets", cmd_check_usage, ("", "--json")),
-    "debug": Command(
-        "what runs where; never a secret",
-        cmd_debug,
-        ("--network", "--bundle report.json"),
-    ),
-    "models": Command("the models of this account", cmd_models, ("--all", "--json")),
-    "setup": Command(
-        "what to paste into a client, or a service manager's unit",
-        cmd_setup,
-        ("claude-code", "codex --write"),
-        "CLIENT",
-    ),
-}
-
-
 class HelpFormat(argparse.HelpFormatter):
     """-p, --port PORT: the value stands once; what has lines of its own keeps them."""
 
@@ -29195,6 +29414,10 @@ class Parser(argparse.ArgumentParser):
         """'-p', '--port' and so on."""
         return [name for action in self._actions for name in action.option_strings]
 
+    def actions(self) -> list[argparse.Action]:
+        """Its options and operands, but --help."""
+        return [action for action in self._actions if action.dest != "help"]
+
     def refuse(self, rest: list[str]) -> NoReturn:
         """Refuse unknown words of a command."""
         for word in rest:
@@ -29209,6 +29432,192 @@ class Parser(argparse.ArgumentParser):
                     )
                 )
         self.error("%s: '%s' is one word too many" % (self.prog.split()[-1], rest[0]))
+
+
+#: shell -> the script; SCRIPT, COMMANDS, CASES and LINES stand for what the parser knows
+COMPLETIONS: Mapping[str, str] = {
+    "bash": """
+# completion of SCRIPT in bash, also behind python3
+_copilot_proxy() {
+  local at=1 before="${COMP_WORDS[COMP_CWORD-1]}" command found=""
+  [[ ${COMP_WORDS[0]##*/} == py* ]] && at=2
+  COMPREPLY=()
+  [[ ${COMP_WORDS[at-1]} == *SCRIPT ]] || return 0
+  command="${COMP_WORDS[at]}"
+  if (( COMP_CWORD <= at )); then
+    found="COMMANDS"
+  else
+CASES
+  fi
+  COMPREPLY=($(compgen -W "$found" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -o default -F _copilot_proxy SCRIPT python3 python py
+""",
+    "zsh": """
+#compdef SCRIPT
+# completion of SCRIPT in zsh: behind compinit in ~/.zshrc
+_copilot_proxy() {
+  local before="${words[CURRENT-1]}" command="${words[2]}" found=""
+  if (( CURRENT == 2 )); then
+    found="COMMANDS"
+  else
+CASES
+  fi
+  compadd -- ${=found} || _files
+}
+compdef _copilot_proxy SCRIPT
+""",
+    "fish": """
+# completion of SCRIPT in fish, also behind python3
+function __copilot_proxy
+  set -l typed (commandline -opc)
+  if string match -q -r '(^|/)py' -- $typed[1]
+    set -e typed[1]
+  end
+  string match -q '*SCRIPT' -- "$typed[1]"; or return 1
+  test "$typed[2]" = "$argv[1]"
+end
+for program in SCRIPT python3 python
+LINES
+end
+""",
+}
+#: command -> the words that may stand for its operand
+OPERANDS: Mapping[str, Sequence[str]] = {
+    "setup": [*CLIENTS, *SERVICES],
+    "completion": list(COMPLETIONS),
+}
+
+
+def choices_of(action: argparse.Action) -> list[str]:
+    """The words that its value may be, [] where that is not known."""
+    if action.choices is not None:
+        return [str(choice) for choice in action.choices]
+    metavar = str(action.metavar or "")
+    if "|" in metavar:
+        return metavar.split("|")
+    return []
+
+
+def words_of(command: Parser) -> str:
+    """What may stand behind a command: its operands and options."""
+    name = command.prog.split()[-1]
+    options = [name for name in command.option_strings() if name.startswith("--")]
+    return " ".join([*OPERANDS.get(name, ()), *options])
+
+
+def shell_cases(commands: Mapping[str, Parser]) -> str:
+    """For bash and zsh: what may follow the word before, then what the command takes."""
+    lines = ["  case $before in"]
+    seen: set[str] = set()
+    for parser in commands.values():
+        for action in parser.actions():
+            names = [name for name in action.option_strings if name not in seen]
+            seen.update(names)
+            if names and choices_of(action):
+                words_ = " ".join(choices_of(action))
+                lines.append('    %s) found="%s";;' % ("|".join(names), words_))
+    lines += ["    *) case $command in"]
+    for name, parser in commands.items():
+        lines.append('      %s) found="%s";;' % (name, words_of(parser)))
+    return "\n".join([*lines, "    esac;;", "  esac"])
+
+
+def fish_lines(commands: Mapping[str, Parser]) -> str:
+    """For fish: a line for each command, and for each option with its help."""
+    lines = []
+
+    for name, parser in commands.items():
+        lines.append(
+            "  complete -c $program -f -n '__copilot_proxy \"\"' -a %s -d '%s'"
+            % (name, fish_text(parser.description or ""))
+        )
+        for operand in OPERANDS.get(name, ()):
+            lines.append(
+                "  complete -c $program -f -n '__copilot_proxy %s' -a %s"
+                % (name, operand)
+            )
+
+        for action in parser.actions():
+            line = "  complete -c $program -n '__copilot_proxy %s'" % name
+            for option in action.option_strings:
+                flag = "-l" if option.startswith("--") else "-s"
+                line += " %s %s" % (flag, option.lstrip("-"))
+
+            if choices_of(action):
+                line += " -x -a '%s'" % " ".join(choices_of(action))
+            elif action.nargs != 0:
+                line += " -r"
+
+            about = str(action.help or "").partition(" [")[0]
+            if action.option_strings and about != argparse.SUPPRESS:
+                line += " -d '%s'" % fish_text(about)
+            if action.option_strings:
+                lines.append(line)
+
+    return "\n".join(lines)
+
+
+def fish_text(text: str) -> str:
+    """Within single quotes."""
+    return text.replace("%%", "%").replace("\\", "\\\\").replace("'", "\\'")
+
+
+def cmd_completion(app: App, flags: argparse.Namespace) -> int:
+    """A script for the shell, made from the parser."""
+    if flags.shell not in COMPLETIONS:
+        raise ConfigError(
+            "completion: choose one of %s%s"
+            % (", ".join(COMPLETIONS), nearest(flags.shell, COMPLETIONS))
+        )
+    commands = flags.commands
+    text = COMPLETIONS[flags.shell].replace("SCRIPT", SCRIPT_NAME)
+    text = text.replace("COMMANDS", " ".join(commands))
+    text = text.replace("CASES", shell_cases(commands))
+    say(text.replace("LINES", fish_lines(commands)).strip())
+    return 0
+
+
+class Command(NamedTuple):
+    """One command: what it is for, its function, two examples of what one types behind it, and
+    the word that it needs."""
+
+    about: str
+    run: Callable[[App, argparse.Namespace], int]
+    examples: tuple[str, str]
+    operand: str = ""
+
+
+COMMANDS: Mapping[str, Command] = {
+    "start": Command(
+        "serve; logs in first if nobody is logged in",
+        cmd_start,
+        ("--demo", "--host 0.0.0.0 --api-key auto"),
+    ),
+    "auth": Command("log in to GitHub, no server", cmd_auth, ("--import", "--list")),
+    "check-usage": Command("quota and resets", cmd_check_usage, ("", "--json")),
+    "stats": Command(
+        "today's figures of a running server", cmd_stats, ("", "--port 4400")
+    ),
+    "debug": Command(
+        "what runs where; never a secret",
+        cmd_debug,
+        ("--network", "--bundle report.json"),
+    ),
+    "models": Command("the models of this account", cmd_models, ("--all", "--json")),
+    "completion": Command(
+        "a script that completes commands and options in a shell",
+        cmd_completion,
+        ("bash >> ~/.bashrc", "fish > ~/.config/fish/completions/copilot_proxy.fish"),
+        "SHELL",
+    ),
+    "setup": Command(
+        "what to paste into a client, or a service manager's unit",
+        cmd_setup,
+        ("claude-code", "codex --write"),
+        "CLIENT",
+    ),
+}
 
 
 def example_text(lines: Iterable[str]) -> str:
@@ -29256,7 +29665,8 @@ def add_options(command: str, parser: Parser) -> None:
         taken = [
             option
             for option in map(named.__getitem__, names)
-            if option.where == "network" or command in option.where.split()
+            if command in option.where.split()
+            or (option.where == "network" and command != "completion")
         ]
         if (
             command != "start"
@@ -29281,11 +29691,28 @@ def add_options(command: str, parser: Parser) -> None:
             add_option(group, option, False)
 
 
+def add_server_flags(parser: Parser, when: str) -> None:
+    """For commands that can ask a running server; when: without --url, too."""
+    parser.add_argument(
+        "--url",
+        default="",
+        metavar="URL",
+        help="ask the running server there; one at the usual port is asked " + when,
+    )
+    parser.add_argument("--key", default="", metavar="KEY", help="key of that server")
+
+
 def add_command_flags(commands: Mapping[str, Parser]) -> None:
     """The flags of single commands that are no settings."""
-    for name in ("check-usage", "debug", "models"):
+    for name in ("check-usage", "debug", "models", "stats"):
         commands[name].add_argument("--json", action="store_true", help="as JSON")
+    for name in ("check-usage", "models"):
+        add_server_flags(commands[name], "where nobody is logged in here")
+    add_server_flags(commands["stats"], "without it")
 
+    commands["completion"].add_argument(
+        "shell", nargs="?", default="", metavar="SHELL", help=", ".join(COMPLETIONS)
+    )
     auth, debug, table = (commands[name] for name in ("auth", "debug", "models"))
     auth.add_argument(
         "--import",
@@ -29368,6 +29795,7 @@ def add_commands(parser: Parser) -> Mapping[str, Parser]:
         )
 
     commands: Mapping[str, Parser] = made.choices
+    commands["completion"].set_defaults(commands=commands)
     add_command_flags(commands)
     add_setup_flags(commands["setup"])
     for name, sub in commands.items():
@@ -29497,11 +29925,11 @@ def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int
         with contextlib.ExitStack() as stack:
             if flags.command == "start":
                 queue_output(stack)
-            set_up_logging(
-                settings.verbose if flags.command == "start" else bool(flags.verbose),
-                settings.log_json,
-            )
-            if flags.command != "start" and not flags.verbose:
+            is_verbose = bool(vars(flags).get("verbose"))
+            if flags.command == "start":
+                is_verbose = settings.verbose
+            set_up_logging(is_verbose, settings.log_json)
+            if flags.command != "start" and not is_verbose:
                 logging.getLogger("copilot_proxy").setLevel(logging.WARNING)
             if settings.demo:
                 stack.callback(start_demo(settings).finish, 0)

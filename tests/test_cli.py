@@ -30,7 +30,7 @@ from fake_upstream import CHAT, EXCHANGE, MODELS, USAGE, USER, Answer, FakeUpstr
 from cases import CliCase, MappingProxy
 
 POSIX = os.name == "posix"
-COMMANDS = ("start", "auth", "check-usage", "debug", "models", "setup")
+COMMANDS = ("start", "auth", "check-usage", "stats", "debug", "models", "setup")
 SECRET = re.compile(r"gh[a-z]_\w{4,}|tid=\w+|s3cret")
 
 
@@ -643,7 +643,7 @@ class UsageTest(CliCase):
         self.assertRegex(output, r"\[#{20}\] 104\.2 % used, 312\.5 of 300, -12\.5 left")
 
     def test_failures_end_with_1_and_say_what_to_do(self) -> None:
-        code, output = run_main(self.home, "check-usage", "--github-url", self.fake.url)
+        code, output = run_main(self.home, "check-usage", "--github-url", self.fake.url, PORT="1")
         self.assertEqual(code, 1)
         self.assertIn("copilot_proxy.py auth", output)
         self.fake.github_tokens.clear()
