@@ -28772,6 +28772,16 @@ def short_count(value: Any) -> str:
     return str(count or "?")
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table as lines."""
+    table = [list(map(visible, row)) for row in rows]
+    widths = [max(len(row[at]) for row in table) for at in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+        for row in table
+    ]
+
+
 def model_table(entries: list[Json], columns: int) -> list[str]:
     """Entries of /v1/models as lines.  A narrow terminal gets no routes, short numbers, and a
     state below the model where it is not the usual one."""
@@ -28814,16 +28824,6 @@ def model_table(entries: list[Json], columns: int) -> list[str]:
         if row[5] not in ("state", "enabled"):
             lines.append("  " + visible(row[5]))
     return lines
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table as lines."""
-    table = [list(map(visible, row)) for row in rows]
-    widths = [max(len(row[at]) for row in table) for at in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-        for row in table
-    ]
 
 
 def cmd_models(app: App, flags: argparse.Namespace) -> int:
@@ -29523,6 +29523,11 @@ def shell_cases(commands: Mapping[str, Parser]) -> str:
     return "\n".join([*lines, "    esac;;", "  esac"])
 
 
+def fish_text(text: str) -> str:
+    """Within single quotes."""
+    return text.replace("%%", "%").replace("\\", "\\\\").replace("'", "\\'")
+
+
 def fish_lines(commands: Mapping[str, Parser]) -> str:
     """For fish: a line for each command, and for each option with its help."""
     lines = []
@@ -29556,11 +29561,6 @@ def fish_lines(commands: Mapping[str, Parser]) -> str:
                 lines.append(line)
 
     return "\n".join(lines)
-
-
-def fish_text(text: str) -> str:
-    """Within single quotes."""
-    return text.replace("%%", "%").replace("\\", "\\\\").replace("'", "\\'")
 
 
 def cmd_completion(app: App, flags: argparse.Namespace) -> int:
