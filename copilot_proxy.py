@@ -259,6 +259,7 @@ MAX_JSON_DEPTH = 200  # some functions call themselves for each level
 MAX_INT_DIGITS = 4000  # of an integer in JSON; Python's own limit is 4300
 MAX_ERROR_BYTES = 64 * 1024
 MAX_ERROR_TEXT = 2000  # characters of an upstream message that are passed on
+MAX_HELD_CHARS = 64 * 1024  # of a body without white space or quotes, for --log-bodies
 MAX_LOGGED_CHARS = 1000  # of what is listed in one line of the log
 MAX_SAID = 700  # of it are looked through for what can be repaired
 MAX_ANSWER_BYTES = 256 * 1024 * 1024  # a whole body that must be looked at
@@ -1130,7 +1131,13 @@ def http_moment_or_none(text: str) -> float | None:
 
 _SECRET = re.compile(
     r"gh[oprstu]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|sk-copilot-[\w-]{4,}|tid=[^\s\"']+"
-    r"|(?<=[Bb]earer )[^\s\"',]+|(?<=[Tt]oken )(?=[\w.]*[_\d])[\w.~+/=:;-]{8,}"
+    # no secret are short words and what stands for a key: 'Bearer KEY or', 'Bearer auth.'
+    r"|(?<=[Bb]earer )"
+    r"(?!(?:[A-Za-z]{1,7}|\$?[A-Z_-]{0,12}(?:KEY|TOKEN)|auth[a-z]+)[.;:)`]*(?![^\s\"',]))"
+    r"[^\s\"',]+"
+    # nor names of fields: 'token limit_reached'
+    r"|(?<=[Tt]oken )(?=[\w.]*[_\d])(?![a-z]+(?:_[a-z]+)+[.;:]?(?![\w.~+/=:;-]))"
+    r"[\w.~+/=:;-]{8,}"
     r"|(?<=://)[^/\s\"']+(?=@)"
 )
 
@@ -1157,6 +1164,181 @@ def redact(text: str) -> str:
         if sign in text:
             return _SECRET.sub("[redacted]", text)
     return text
+
+
+#: up to where a text can be redacted, whatever follows: a secret has neither white space nor
+#: quotes, but for what stands before it
+_LAST_GAP = re.compile(r".*(?<=[\s\"'])(?<![Bb]earer )(?<![Tt]oken )", re.DOTALL)
+
+
+#: where the dialects put the pieces of a text that they stream
+_PIECE_KEYS = frozenset(
+    ("content", "text", "thinking", "reasoning_text", "reasoning_content", "refusal")
+    + ("arguments", "partial_json", "input", "delta", "response")
+)
+
+
+def text_pieces(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, Any]]:
+    """(path, the object that holds the text) of each piece in a streamed event."""
+    if isinstance(value, dict):
+        for name in ("index", "output_index"):
+            if isinstance(value.get(name), int):
+                path = (*path, value[name])
+        for key, inner in value.items():
+            if isinstance(inner, str) and key in _PIECE_KEYS:
+                yield (*path, key), value
+            else:
+                yield from text_pieces(inner, (*path, key))
+    elif isinstance(value, list):
+        for at, inner in enumerate(value):
+            yield from text_pieces(inner, (*path, at))
+
+
+class HeldLine:
+    """A line that is not written yet.  Its event holds pieces of texts, and so may a line that
+    comes later: `waiting` of them are not decided.  edits: (object, key, begin, end, text)."""
+
+    def __init__(self, line: str) -> None:
+        self.line, self.waiting = line, 0
+        self._prefix, brace, rest = line.partition("{")
+        self.value: Any = None
+        self._edits: list[tuple[Json, str, int, int, str]] = []
+        if brace and self._prefix.strip() in ("", "data:"):
+            with contextlib.suppress(ValueError):
+                self.value = loads((brace + rest).encode("utf-8", "replace"))
+
+    def wait(self, count: int) -> None:
+        """So many pieces more, or fewer, are not decided."""
+        self.waiting += count
+
+    def edit(self, *change: Any) -> None:
+        """Replace a part of one of its texts when it is written."""
+        self._edits.append(change)
+
+    def written(self) -> str:
+        """Without secrets."""
+        if not self._edits:
+            return redact(self.line)
+        for holder, key, begin, end, text in sorted(self._edits, key=lambda e: -e[2]):
+            holder[key] = holder[key][:begin] + text + holder[key][end:]
+        end_of_line = self.line[len(self.line.rstrip()) :]
+        return self._prefix + json.dumps(redacted(self.value)) + end_of_line
+
+
+class TextPiece(NamedTuple):
+    """Where a piece stands: its place in the run, and the object that holds it."""
+
+    begin: int
+    end: int
+    line: HeldLine
+    holder: Json
+    key: str
+
+
+class TextRun:
+    """A text that is streamed in pieces, from its last gap on."""
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._pieces: list[TextPiece] = []
+
+    def add(self, line: HeldLine, holder: Json, key: str) -> None:
+        """The next piece."""
+        begin = len(self._text)
+        self._text += holder[key]
+        self._pieces.append(TextPiece(begin, len(self._text), line, holder, key))
+        line.wait(1)
+        gap = _LAST_GAP.match(self._text)
+        if gap:
+            self.decide(gap.end())
+
+    def decide(self, end: int) -> None:
+        """Look for secrets up to `end`; one in a single line is left to that."""
+        for found in _SECRET.finditer(self._text[:end]):
+            begin, stop = found.span()
+            shared = [p for p in self._pieces if p.begin < stop and p.end > begin]
+            text = "[redacted]"
+            for piece in shared if len(shared) > 1 else ():
+                start = max(begin - piece.begin, 0)
+                piece.line.edit(
+                    piece.holder, piece.key, start, stop - piece.begin, text
+                )
+                text = ""
+
+        self._text = self._text[end:]
+        pieces, self._pieces = self._pieces, []
+        for piece in pieces:
+            if piece.end > end:
+                moved = piece._replace(begin=piece.begin - end, end=piece.end - end)
+                self._pieces.append(moved)
+            else:
+                piece.line.wait(-1)
+
+
+class Redactor:
+    """`redact` for bytes that come in pieces: the same text, however they are cut, and without a
+    secret that the events of a stream hold in pieces.  What could be the beginning of one is held
+    back, MAX_HELD_CHARS at most."""
+
+    def __init__(self) -> None:
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._rest = ""  # the beginning of a line
+        self._lines: collections.deque[HeldLine] = collections.deque()
+        self._runs: dict[Any, TextRun] = {}
+        self._size = 0  # characters in _lines
+
+    def feed(self, data: bytes, is_last: bool = False) -> str:
+        """What is known not to change any more; all of it after the last bytes."""
+        text = self._decode(data, is_last)
+        parts = []
+        while text:
+            room = MAX_HELD_CHARS - len(self._rest)
+            *lines, self._rest = (self._rest + text[:room]).split("\n")
+            text = text[room:]
+            for line in lines:
+                parts.append(self._take(line + "\n"))
+            if len(self._rest) == MAX_HELD_CHARS:
+                gap = _LAST_GAP.match(self._rest)
+                end = gap.end() if gap else MAX_HELD_CHARS
+                parts.append(self._take(self._rest[:end]))
+                self._rest = self._rest[end:]
+
+        if is_last:
+            parts.append(self._take(self._rest))
+            parts.append(self._release(True))
+            self._rest = ""
+        return "".join(parts)
+
+    def _take(self, line: str) -> str:
+        held = HeldLine(line)
+        self._lines.append(held)
+        for path, holder in text_pieces(held.value):
+            self._runs.setdefault(path, TextRun()).add(held, holder, path[-1])
+        self._size += len(line)
+        return self._release(self._size > MAX_HELD_CHARS)
+
+    def _release(self, is_all: bool) -> str:
+        if is_all:
+            for run_ in self._runs.values():
+                run_.decide(2 * MAX_HELD_CHARS)
+            self._runs.clear()
+        parts = []
+        while self._lines and not self._lines[0].waiting:
+            held = self._lines.popleft()
+            self._size -= len(held.line)
+            parts.append(held.written())
+        return "".join(parts)
+
+
+def redacted(value: Any) -> Any:
+    """A JSON value with every text in it redacted: in written JSON a quote could go, too."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {redact(str(name)): redacted(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redacted(inner) for inner in value]
+    return value
 
 
 #: Python counts these as printable, but they show nothing: fillers, variation selectors
@@ -19586,19 +19768,39 @@ class Stats:
             return dict(self._counts[name])
 
 
-def append_body(folder: str, name: str, data: bytes) -> None:
-    """--log-bodies: append to a file; a new one takes the place of the oldest of BODIES_KEPT.
-    Raises OSError."""
-    path = os.path.join(folder, name + ".body")
-    if not os.path.exists(path):
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        old = sorted(file for file in os.listdir(folder) if file.endswith(".body"))
-        for file in old[: max(0, len(old) - BODIES_KEPT + 1)]:
-            os.unlink(os.path.join(folder, file))
-    with open(
-        os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600), "ab"
-    ) as body:
-        body.write(redact(data.decode("utf-8", "replace")).encode("utf-8", "replace"))
+class BodyLog:
+    """--log-bodies: the words of requests and answers, without secrets, a file for each.  Only
+    the loop may use it.  `_open`: the file's name -> what redacts it while more may come."""
+
+    def __init__(self, folder: str, log: logging.Logger) -> None:
+        self.folder, self._log = folder, log
+        self._open: dict[str, Redactor] = {}
+
+    def put(self, name: str, data: bytes, is_last: bool) -> None:
+        """Append to that file.  A failure is logged and fails no request."""
+        if not data and name not in self._open:
+            return
+        redactor = self._open.setdefault(name, Redactor())
+        if is_last:
+            del self._open[name]
+        try:
+            self._append(name + ".body", redactor.feed(data, is_last))
+        except OSError as error:
+            self._log.warning("--log-bodies: %s", plain_reason(error))
+
+    def _append(self, name: str, text: str) -> None:
+        """A new file takes the place of the oldest of BODIES_KEPT."""
+        path = os.path.join(self.folder, name)
+        if not os.path.exists(path):
+            os.makedirs(self.folder, mode=0o700, exist_ok=True)
+            old = sorted(
+                file for file in os.listdir(self.folder) if file.endswith(".body")
+            )
+            for file in old[: max(0, len(old) - BODIES_KEPT + 1)]:
+                os.unlink(os.path.join(self.folder, file))
+        flags = os.O_CREAT | os.O_APPEND | os.O_WRONLY
+        with open(os.open(path, flags, 0o600), "ab") as body:
+            body.write(text.encode("utf-8", "replace"))
 
 
 def check_expanded(size_bytes: int) -> None:
@@ -20399,6 +20601,7 @@ class Ledger:
         if path and settings.demo:
             path = ":memory:"
         self.events, self.stats = Events(), Stats()
+        self.bodies = BodyLog(settings.log_bodies, log)
         self.history = History(path, log)
         self.budget = Budget(settings.budget, lambda: clock()[1], log, self.events.tell)
         self.running: dict[str, RequestRecord] = {}
@@ -21989,7 +22192,7 @@ class Exchange:
     def frame(self, data: bytes) -> bytes:
         """Some bytes of the stream as they go over the wire, with the head before the first."""
         if self.app.settings.log_bodies:
-            self.log_body("answer", data)
+            self.log_body("answer", data, is_last=False)
         if self.record.status and self.head.minor:
             return chunk(data)  # nearly always
         head = b"" if self.started else self._stream_head()
@@ -22115,19 +22318,12 @@ class Exchange:
         if data:
             self.client.send(data)
 
-    def log_body(self, kind: str, data: bytes) -> None:
-        """Write a body for --log-bodies; a failure is logged and does not fail the
-        request."""
-        folder = self.app.settings.log_bodies
-        if folder and self.record.asked.label:
-            try:
-                append_body(
-                    folder,
-                    "%d-%s.%s" % (self.record.asked.at * 1000, self.id[:8], kind),
-                    data,
-                )
-            except OSError as error:
-                self.app.log.warning("--log-bodies: %s", plain_reason(error))
+    def log_body(self, kind: str, data: bytes, is_last: bool = True) -> None:
+        """Write a body, or a part of it, for --log-bodies."""
+        bodies, asked = self.app.ledger.bodies, self.record.asked
+        if bodies.folder and asked.label:
+            name = "%d-%s.%s" % (asked.at * 1000, self.id[:8], kind)
+            bodies.put(name, data, is_last)
 
 
 class SocketExchange(Exchange):
@@ -22173,7 +22369,7 @@ class SocketExchange(Exchange):
 
     def frame(self, data: bytes) -> bytes:
         """Some events of the stream as they go over the wire."""
-        self.log_body("answer", data)
+        self.log_body("answer", data, is_last=False)
         if not self.started:
             self.record.begin_answer(200)
             self.app.ledger.show_running(self.record)
@@ -23077,6 +23273,7 @@ class Server(ThreadingHTTPServer):
     def end(self, exchange: Exchange) -> None:
         """The exchange is over: one log line."""
         self._running.pop(exchange, None)
+        exchange.log_body("answer", b"")
         self.app.admission.leave(exchange.ticket)
         self.app.ledger.end(exchange.record)
         self.loop.defer(self.app.ledger.settle)
@@ -29110,7 +29307,7 @@ def write_bundle(app: App, report: Json, path: str) -> None:
         with open(
             os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w"
         ) as file:
-            file.write(redact(json.dumps(bundle, indent=1)))
+            file.write(json.dumps(redacted(bundle), indent=1))
     except OSError as error:
         raise ProxyError("cannot write %s: %s" % (path, plain_reason(error))) from None
 
