@@ -1171,6 +1171,17 @@ def redact(text: str) -> str:
 _LAST_GAP = re.compile(r".*(?<=[\s\"'])(?<![Bb]earer )(?<![Tt]oken )", re.DOTALL)
 
 
+def redacted(value: Any) -> Any:
+    """A JSON value with every text in it redacted: in written JSON a quote could go, too."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {redact(str(name)): redacted(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redacted(inner) for inner in value]
+    return value
+
+
 #: where the dialects put the pieces of a text that they stream
 _PIECE_KEYS = frozenset(
     ("content", "text", "thinking", "reasoning_text", "reasoning_content", "refusal")
@@ -1328,17 +1339,6 @@ class Redactor:
             self._size -= len(held.line)
             parts.append(held.written())
         return "".join(parts)
-
-
-def redacted(value: Any) -> Any:
-    """A JSON value with every text in it redacted: in written JSON a quote could go, too."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, dict):
-        return {redact(str(name)): redacted(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [redacted(inner) for inner in value]
-    return value
 
 
 #: Python counts these as printable, but they show nothing: fillers, variation selectors
