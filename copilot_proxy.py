@@ -29805,7 +29805,7 @@ COMMANDS: Mapping[str, Command] = {
     "completion": Command(
         "a script that completes commands and options in a shell",
         cmd_completion,
-        ("bash >> ~/.bashrc", "fish > ~/.config/fish/completions/copilot_proxy.fish"),
+        ("bash >> ~/.bashrc", "zsh >> ~/.zshrc"),
         "SHELL",
     ),
     "setup": Command(
