@@ -3790,7 +3790,9 @@ def content_parts(body: Json) -> Iterator[Json]:
         if not isinstance(item, dict):
             continue
         for content in (item.get("content"), item.get("output")):
-            if not isinstance(content, list):
+            if isinstance(content, dict):
+                content = [content]  # a screenshot of a computer
+            elif not isinstance(content, list):
                 continue
             for part in filter(as_object, content):
                 yield part
@@ -3966,7 +3968,7 @@ class Dialect:
     @staticmethod
     def has_images(body: Json) -> bool:
         """Is there an image anywhere, also inside a tool's result?"""
-        return _has_part(body, IMAGE_TYPES)
+        return _has_part(body, (*IMAGE_TYPES, "computer_screenshot"))
 
     def betas(self, body: Json) -> list[str]:
         """Values of `anthropic-beta` that a body needs which is about to go up."""
@@ -4712,6 +4714,47 @@ _PART_READERS: dict[str, Callable[[Json, str, Request], list[Part]]] = {
     "thinking": _read_thinking,
     "redacted_thinking": _read_redacted_thinking,
 }
+
+#: kinds of parts in any dialect: those of a system text, and those of a tool's result
+TEXT_KINDS = frozenset(("text", "input_text", "output_text"))
+RESULT_KINDS = TEXT_KINDS.union(IMAGE_TYPES, FILE_TYPES)
+RESULT_TYPES = ("tool_result", "function_call_output", "custom_tool_call_output")
+
+
+def kinds_in(item: Json) -> frozenset[str] | None:
+    """The kinds of parts that an item of any dialect can hold; None for those of its role."""
+    if item.get("role") in SYSTEM_ROLES:
+        return TEXT_KINDS
+    if item.get("role") == "tool" or item.get("type") in RESULT_TYPES:
+        return RESULT_KINDS
+    return None
+
+
+def placed_parts(
+    parts: list[Part], kinds: frozenset[str], request: Request
+) -> list[Part]:
+    """What such a place can hold instead of these parts: their words, or a recorded loss."""
+    placed: list[Part] = []
+
+    for part in parts:
+        text = plain_text(part)
+        if isinstance(part, ToolResult):
+            request.lose("tool_result", "its parts are sent in its place")
+            placed += placed_parts(part.parts, kinds, request)
+        elif isinstance(part, ToolCall):
+            request.lose("tool_use", "sent as text")
+            placed.append(Text("[tool_use] %s %s" % (part.name, part.arguments)))
+        elif isinstance(part, Reasoning):
+            request.lose("reasoning", "only a turn of the model can hold it")
+        elif isinstance(part, Text) or text and kinds is TEXT_KINDS:
+            placed.append(Text(text))
+        elif kinds is TEXT_KINDS:
+            request.lose("image", "a system text can hold none")
+        else:
+            placed.append(part)
+
+    return placed
+
 
 # ---- Tools that the client runs under a type of its vendor's ----
 # Other vendors' models know no such types: to them they are functions, and a call comes back in
@@ -7520,6 +7563,7 @@ class Responses(Dialect):
             "computer_screenshot",
         )
     )
+    own_result_parts = frozenset(("encrypted_content", "input_audio"))
     substitutes = ("chat", "messages")
     keeps_answers = True
     reads_overflow_in_streams = True
@@ -7634,6 +7678,8 @@ class Responses(Dialect):
             )
         if "tool_calls" in item or item["role"] == "tool":
             return False
+        if item["role"] in SYSTEM_ROLES:
+            return _has_parts(item.get("content"), ("input_text", "output_text"))
         return _has_parts(item.get("content"), _SHAPED_PARTS)
 
     def own_tool(self, tool: Json) -> Json:
@@ -8902,11 +8948,27 @@ class Messages(Dialect):
             blocks = []
         else:
             blocks = check_list(body, "system")
-        kept = [b for b in blocks if text_of([b]).strip()]
+        kept: list[Json] = []
+        for block in blocks:
+            if as_object(block).get("type") == "text":
+                kept.append(block)
+            else:
+                kept += Messages._system_texts(edit, block)
+        kept = [block for block in kept if text_of([block]).strip()]
         if kept:
             edit.replace(body, "system", kept)
         else:
             edit.drop(body, "system")
+
+    @staticmethod
+    def _system_texts(edit: Edit, block: Any) -> list[Json]:
+        """A block of another kind as texts, since a system prompt holds nothing else."""
+        request = Request("", "messages")
+        parts = read_content([block], "system", request)
+        texts = placed_parts(parts, TEXT_KINDS, request)
+        for name, reason in request.losses:
+            edit.lose(name, reason)
+        return [{"type": "text", "text": plain_text(text)} for text in texts]
 
     @staticmethod
     def _drop_answer_fields(edit: Edit, message: Json, at: int) -> None:
@@ -9125,7 +9187,10 @@ class Messages(Dialect):
             or item.get("role") not in _PLAIN_ROLES
         ):
             return False
+
         content = item.get("content")
+        if item["role"] in SYSTEM_ROLES:
+            return _has_parts(content, ("text",))
         if not _has_parts(content, _SHAPED_BLOCKS):
             return False
         if any(is_misplaced(block, item["role"]) for block in as_list(content)):
@@ -9149,6 +9214,8 @@ class Messages(Dialect):
 
     def is_own_item(self, item: Json) -> bool:
         role, content = item.get("role"), item.get("content")
+        if role in SYSTEM_ROLES:
+            return True
         if isinstance(content, dict):
             content = [content]
         return role is not None and not any(
@@ -9276,6 +9343,7 @@ class Messages(Dialect):
 
         request = replace(read_fields(self, body, "messages system"), **own)
         system = read_content(body.get("system"), "system", request)
+        system = placed_parts(system, TEXT_KINDS, request)
         if system:
             request.add_turn("system", system)
         for at, message in enumerate(check_list(body, "messages")):
@@ -11790,6 +11858,8 @@ def give_call_ids(edit: Edit, client: Dialect, model: Model) -> None:
 
 def _reader_of(item: Json, client: Dialect) -> Dialect:
     """The dialect that an item of a conversation is written in."""
+    if item.get("role") in SYSTEM_ROLES:
+        return client  # whatever its parts are, they are texts
     if item.get("role") == "tool" or item.get("tool_calls") or item.get("refusal"):
         return CHAT
     if item.get("role") is None and item.get("type") is not None:
@@ -11844,6 +11914,9 @@ def rewrite_part(
     """Read a part of any dialect and write it in the client's own."""
     request = Request("", client.name, client.turns_key)
     parts = read_content([part], place, request)
+    kinds = kinds_in(item)
+    if kinds is not None:
+        parts = placed_parts(parts, kinds, request)
     for name, reason in request.losses:
         edit.lose(name, reason)
     return [
@@ -11853,15 +11926,18 @@ def rewrite_part(
 
 def shape_content(edit: Edit, client: Dialect, item: Json, place: str) -> None:
     """The parts of one item, each in the client's own shape."""
-    own_parts = client.own_parts
-    if item.get("type") == "tool_result":
+    own_parts, kinds = client.own_parts, kinds_in(item)
+    if kinds is not None:
+        own_parts &= kinds
+    if kinds is RESULT_KINDS:
         own_parts |= client.own_result_parts
 
     for key in ("content", "output"):
         parts = item.get(key)
         if isinstance(parts, dict):
             parts = [parts]
-        if not isinstance(parts, list):
+        has_own_form = key == "output" and item.get("type") not in RESULT_TYPES
+        if not isinstance(parts, list) or has_own_form:
             continue
         shaped: list[Any] = []
         for part in parts:
@@ -13517,6 +13593,10 @@ class Plan:
             self.headers = dict(headers, Accept="text/event-stream")
         else:
             self.headers = headers
+        announced = "Copilot-Vision-Request" in headers
+        if announced and not self.upstream.has_images(self.edit.body):
+            self.headers = dict(self.headers)
+            del self.headers["Copilot-Vision-Request"]  # no image was left
         needed = self.upstream.betas(self.edit.body)
         if needed:
             self._add_betas(needed)

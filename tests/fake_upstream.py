@@ -452,7 +452,7 @@ def conversation(body: Json) -> List[Json]:
 def image_urls(body: Json) -> Iterator[str]:
     """URLs of all chat and responses images."""
     for node in conversation(body):
-        if node.get("type") in ("image_url", "input_image"):
+        if node.get("type") in ("image_url", "input_image", "computer_screenshot"):
             url = node.get("image_url")
             yield str(url.get("url") if isinstance(url, dict) else url)
 
@@ -461,7 +461,7 @@ def text_of(content: Any) -> str:
     """The text of a content string or list of parts, reminders of Claude Code left out."""
     if isinstance(content, str):
         return content
-    texts = [part.get("text", "") for part in content or []
+    texts = [part.get("text", "") for part in (content if isinstance(content, list) else [])
              if part.get("type") in ("text", "input_text", "output_text")]
     return "\n".join(text for text in texts if not text.startswith("<system-reminder>"))
 
@@ -567,7 +567,7 @@ def check_bearer(ask: Ask) -> None:
 def check_vision(ask: Ask) -> None:
     """Copilot-Vision-Request is `true` exactly when the request holds an image."""
     kinds = {str(node.get("type")) for node in conversation(ask.body)}
-    has_image = bool(kinds & {"image", "image_url", "input_image"})
+    has_image = bool(kinds & {"image", "image_url", "input_image", "computer_screenshot"})
     header = ask.headers.get("copilot-vision-request")
     if header != ("true" if has_image else None):
         raise Refuse(400, "bad request: %s Copilot-Vision-Request header"

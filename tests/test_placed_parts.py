@@ -86,6 +86,123 @@ class DocumentTest(PlacedCase):
                         self.assertIn("document.source", losses)
 
 
+def block(text: str = WORDS) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+#: parts of all dialects that stand where they do not belong; the name of the loss if the words go
+MISPLACED: tuple[tuple[Any, str], ...] = (
+    ({"type": "tool_result", "tool_use_id": "call_1", "content": WORDS}, ""),
+    ({"type": "tool_result", "tool_use_id": "call_9", "content": [block()]}, ""),
+    ({"type": "tool_result", "tool_use_id": "call_9", "content": [
+        {"type": "tool_result", "tool_use_id": "call_1", "content": [block()]}]}, ""),
+    ({"type": "refusal", "refusal": WORDS}, ""),
+    ({"type": "tool_use", "id": "t", "name": "f", "input": {"a": WORDS}}, ""),
+    ({"type": "invented", "text": WORDS}, ""),
+    ({"type": "search_result", "source": "s", "title": "t", "content": [block()]}, ""),
+    ({"type": "document", "source": {"type": "text", "media_type": "text/plain",
+                                     "data": WORDS}}, ""),
+    ({"type": "document", "source": {"type": "content", "content": [block()]}}, ""),
+    ({"type": "input_text", "text": WORDS}, ""),
+    ({"type": "output_text", "text": WORDS}, ""),
+    ({"type": "thinking", "thinking": WORDS, "signature": ""}, "reasoning"),
+    ({"type": "redacted_thinking", "data": WORDS}, "reasoning"),
+)
+
+
+class MisplacedTest(PlacedCase):
+    """Parts in a tool's result and in a system text that can stand in neither."""
+
+    def check(self, path: str, model: str, body: dict[str, Any], loss: str) -> None:
+        with self.subTest(path=path, model=model, body=body):
+            sent, losses = self.ask(path, model, body)
+            if loss:
+                self.assertIn(loss, losses)
+            else:
+                self.assertIn(WORDS, sent)
+
+    def test_in_the_result_of_a_tool(self) -> None:
+        for part, loss in MISPLACED:
+            for path in FUNCTIONS:
+                for model in MODELS:
+                    for parts in ([part], [block("more"), part]):
+                        self.check(path, model, with_result(path, parts), loss)
+
+    def test_in_a_system_turn(self) -> None:
+        for part, loss in MISPLACED:
+            for path in FUNCTIONS:
+                for role in ("system", "developer"):
+                    body = simple(path)
+                    turns = body.get("input") or body["messages"]
+                    turns[:] = [*turns, {"role": role, "content": [part]}, *turns]
+                    for model in MODELS:
+                        self.check(path, model, body, loss)
+
+    def test_in_the_system_prompt_of_messages(self) -> None:
+        for part, loss in MISPLACED:
+            for model in MODELS:
+                self.check("/v1/messages", model, dict(
+                    simple("/v1/messages"), system=[block("be good"), part]), loss)
+
+    def test_an_image_in_a_system_text_is_a_loss_and_not_announced(self) -> None:
+        for path in FUNCTIONS:
+            body = simple(path)
+            turns = body.get("input") or body["messages"]
+            turns.insert(0, {"role": "system", "content": [dict(PIXEL), block()]})
+            bodies = [body]
+            if path == "/v1/messages":
+                bodies.append(dict(simple(path), system=[block(), dict(PIXEL)]))
+            for body in bodies:
+                for model in MODELS:
+                    with self.subTest(path=path, model=model):
+                        sent, losses = self.ask(path, model, body)
+                        self.assertIn(WORDS, sent)
+                        self.assertIn("image", losses)
+                        self.assertNotIn("copilot-vision-request",
+                                         self.fake.requests[-1].headers)
+
+
+class VendorResultTest(PlacedCase):
+    """Results of tools that have a form of their own."""
+
+    ROUNDS: tuple[tuple[Any, Any], ...] = (
+        ({"type": "shell_call", "action": {"commands": ["ls"]}},
+         {"type": "shell_call_output", "output": [
+             {"stdout": WORDS, "stderr": "", "outcome": {"type": "exit", "exit_code": 0}}]}),
+        ({"type": "computer_call", "action": {"type": "screenshot"}},
+         {"type": "computer_call_output", "output": {
+             "type": "computer_screenshot", "image_url": "data:image/png;base64,iVBORw0KGgo="}}),
+        ({"type": "local_shell_call", "action": {"type": "exec", "command": ["ls"]}},
+         {"type": "local_shell_call_output", "output": WORDS}))
+
+    def items(self, call: Any, result: Any) -> dict[str, Any]:
+        return {"input": [{"role": "user", "content": "hello"}, dict(call, call_id="call_1"),
+                          dict(result, call_id="call_1")]}
+
+    def test_they_go_to_responses_as_they_are(self) -> None:
+        for call, result in self.ROUNDS:
+            for model in ("gpt-5.4", "gpt-5-mini"):
+                with self.subTest(call=call, model=model):
+                    self.ask("/v1/responses", model, self.items(call, result))
+                    sent = self.fake.requests[-1].json["input"][-1]
+                    self.assertEqual(sent["output"], result["output"])
+
+    def test_elsewhere_words_are_text_and_a_screenshot_is_an_image(self) -> None:
+        for call, result in self.ROUNDS:
+            for model in ("gemini-3.6-flash", "claude-sonnet-4.6", "claude-sonnet-5"):
+                with self.subTest(call=call, model=model):
+                    sent, _ = self.ask("/v1/responses", model, self.items(call, result))
+                    self.assertNotIn("computer_screenshot", sent)
+                    self.assertNotIn("None", sent)
+                    seen = self.fake.requests[-1].headers.get("copilot-vision-request")
+                    if call["type"] == "computer_call":
+                        self.assertIn("iVBORw0KGgo=", sent)
+                        self.assertEqual(seen, "true")
+                    else:
+                        self.assertIn(WORDS, sent)
+                        self.assertIsNone(seen)
+
+
 class ForeignToolTest(PlacedCase):
     """Types of tools that no one knows, more of them than there are repairs."""
 
