@@ -512,19 +512,12 @@ ERROR_CLASSES = (
     ErrorClass(
         400,
         "",
-        (
-            "invalid_request_error",
-            "invalid_request",
-            "invalid_request_body",
-            "invalid_argument",
-            "invalid_prompt",
-            "failed_precondition",
-            "content_filter",
-            "policy",
-            "policy_violation",
-            "context_length_exceeded",
-            "model_not_supported",
-            "unsupported_value",
+        tuple(
+            """
+            invalid_request_error invalid_request invalid_request_body invalid_argument
+            invalid_prompt failed_precondition content_filter policy policy_violation
+            context_length_exceeded model_not_supported unsupported_value
+            """.split()
         ),
     ),
 )
@@ -4110,17 +4103,11 @@ def walk_objects(value: Any) -> Iterator[Json]:
 
 
 #: what only OpenAI's models know
-_OPENAI_ONLY = (
-    "logit_bias",
-    "logprobs",
-    "top_logprobs",
-    "metadata",
-    "prediction",
-    "verbosity",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "safety_identifier",
-    "web_search_options",
+_OPENAI_ONLY = tuple(
+    """
+    logit_bias logprobs top_logprobs metadata prediction verbosity
+    prompt_cache_key prompt_cache_retention safety_identifier web_search_options
+""".split()
 )
 
 
@@ -4247,35 +4234,13 @@ MAX_WATCHED_STOPS, MAX_STOP_CHARS = 32, 256  # that the proxy itself watches for
 EPHEMERAL = {"type": "ephemeral"}
 #: fields of one dialect whose absence in another changes nothing
 HARMLESS = frozenset(
-    (
-        "stream_options",
-        "store",
-        "service_tier",
-        "include",
-        "client_metadata",
-        "truncation",
-        "type",
-        "format",
-        "id",
-        "status",
-        "phase",
-        "annotations",
-        "logprobs",
-        "role",
-        "thinking",
-        "reasoning",
-        "citations",
-        "caller",
-        "index",
-        "eager_input_streaming",
-        "prediction",
-        "background",
-        "internal_chat_message_metadata_passthrough",
-        "previous_response_id",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "safety_identifier",
-    )
+    """
+    stream_options store service_tier include client_metadata truncation type
+    format id status phase annotations logprobs role thinking reasoning
+    citations caller index eager_input_streaming prediction background
+    internal_chat_message_metadata_passthrough previous_response_id
+    prompt_cache_key prompt_cache_retention safety_identifier
+""".split()
 )
 _DATA_URL = re.compile(
     r"data:([\w.+/-]+)(?:;[^,;]*)*;base64,(.*)\Z", re.DOTALL | re.IGNORECASE
@@ -7141,33 +7106,14 @@ _RESULT_ITEMS = (
 )
 #: the items that /responses itself has, beside messages
 _OWN_ITEMS = frozenset(
-    (
-        "reasoning",
-        "item_reference",
-        "compaction",
-        "compaction_summary",
-        "context_compaction",
-        "compaction_trigger",
-        "function_call",
-        "function_call_output",
-        "custom_tool_call",
-        "custom_tool_call_output",
-        "local_shell_call",
-        "local_shell_call_output",
-        "shell_call",
-        "shell_call_output",
-        "apply_patch_call",
-        "apply_patch_call_output",
-        "computer_call",
-        "computer_call_output",
-        "tool_search_call",
-        "tool_search_output",
-        "additional_tools",
-        "web_search_call",
-        "file_search_call",
-        "code_interpreter_call",
-        "image_generation_call",
-    )
+    """
+    reasoning item_reference compaction compaction_summary context_compaction
+    compaction_trigger function_call function_call_output custom_tool_call
+    custom_tool_call_output local_shell_call local_shell_call_output shell_call
+    shell_call_output apply_patch_call apply_patch_call_output computer_call
+    computer_call_output tool_search_call tool_search_output additional_tools
+    web_search_call file_search_call code_interpreter_call image_generation_call
+""".split()
 )
 LOGPROBS = "message.output_text.logprobs"  # of `include`
 _TEXT_EVENTS = (
@@ -7550,18 +7496,10 @@ class Responses(Dialect):
     turns_key = "input"
     system_key = "instructions"
     own_parts = frozenset(
-        (
-            "input_text",
-            "output_text",
-            "input_image",
-            "input_file",
-            "input_audio",
-            "refusal",
-            "summary_text",
-            "reasoning_text",
-            "encrypted_content",
-            "computer_screenshot",
-        )
+        """
+        input_text output_text input_image input_file input_audio refusal
+        summary_text reasoning_text encrypted_content computer_screenshot
+    """.split()
     )
     own_result_parts = frozenset(("encrypted_content", "input_audio"))
     substitutes = ("chat", "messages")
@@ -8528,16 +8466,11 @@ class ResponsesEncoder(StreamEncoder):
 
 # ---- Messages ----
 
-_REFUSED_FIELDS = (
-    "context_management",
-    "inference_geo",
-    "speed",
-    "container",
-    "mcp_servers",
-    "betas",
-    "contextTier",
-    "service_tier",
-    "cache_control",
+_REFUSED_FIELDS = tuple(
+    """
+    context_management inference_geo speed container mcp_servers betas
+    contextTier service_tier cache_control
+""".split()
 )
 _REFUSED_TOOL_FIELDS = (
     "eager_input_streaming",
@@ -8615,17 +8548,9 @@ def end_with_user(edit: Edit, key: str = "messages") -> bool:
 
 #: of an answer, beside role and content: a history needs none of them
 _ANSWER_FIELDS = frozenset(
-    (
-        "id",
-        "type",
-        "model",
-        "status",
-        "phase",
-        "stop_reason",
-        "stop_sequence",
-        "stop_details",
-        "usage",
-    )
+    """
+    id type model status phase stop_reason stop_sequence stop_details usage
+""".split()
 )
 _SHAPED_BLOCKS = frozenset(
     ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
@@ -8747,14 +8672,9 @@ class FoundTools(NamedTuple):
 
     def knows(self, block: Json) -> bool:
         """May the block go up as it is?"""
-        kind = block.get("type")
-        if kind == "tool_reference":
+        if block.get("type") == "tool_reference":
             return str(block.get("tool_name")) in self.names
-        if kind == "server_tool_use":
-            return str(block.get("id")) in self.searches
-        return kind == "tool_search_tool_result" and (
-            str(block.get("tool_use_id")) in self.searches
-        )
+        return str(block.get("id") or block.get("tool_use_id")) in self.searches
 
 
 def _told_block(edit: Edit, block: Any, found: FoundTools) -> Any:
@@ -8821,18 +8741,10 @@ class Messages(Dialect):
     stop_key = "stop_sequences"
     system_key = "system"
     own_parts = frozenset(
-        (
-            "text",
-            "image",
-            "document",
-            "tool_use",
-            "tool_result",
-            "thinking",
-            "redacted_thinking",
-            "server_tool_use",
-            "web_search_tool_result",
-            "tool_search_tool_result",
-        )
+        """
+        text image document tool_use tool_result thinking redacted_thinking
+        server_tool_use web_search_tool_result tool_search_tool_result
+    """.split()
     )
     own_result_parts = frozenset(("tool_reference",))
     cache_mark = "cache_control"
@@ -8963,11 +8875,9 @@ class Messages(Dialect):
     @staticmethod
     def _system_texts(edit: Edit, block: Any) -> list[Json]:
         """A block of another kind as texts, since a system prompt holds nothing else."""
-        request = Request("", "messages")
+        request = Request("", "messages", losses=edit.losses)
         parts = read_content([block], "system", request)
         texts = placed_parts(parts, TEXT_KINDS, request)
-        for name, reason in request.losses:
-            edit.lose(name, reason)
         return [{"type": "text", "text": plain_text(text)} for text in texts]
 
     @staticmethod
@@ -10042,21 +9952,12 @@ _GEMINI_ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
-_GEMINI_CONFIG = (
-    "temperature",
-    "topP",
-    "topK",
-    "maxOutputTokens",
-    "stopSequences",
-    "candidateCount",
-    "responseMimeType",
-    "responseSchema",
-    "responseJsonSchema",
-    "seed",
-    "presencePenalty",
-    "frequencyPenalty",
-    "thinkingConfig",
-    "responseModalities",
+_GEMINI_CONFIG = tuple(
+    """
+    temperature topP topK maxOutputTokens stopSequences candidateCount
+    responseMimeType responseSchema responseJsonSchema seed presencePenalty
+    frequencyPenalty thinkingConfig responseModalities
+""".split()
 )
 _GEMINI_BESIDE = frozenset(
     ("thought", "thoughtSignature", "videoMetadata", "mediaResolution", "partMetadata")
@@ -10690,31 +10591,17 @@ class GeminiArrayEncoder(GeminiEncoder):
 # ---- Ollama ----
 
 #: options about the machine that a model runs on, which mean nothing here
-_OLLAMA_MACHINE = (
-    "num_ctx",
-    "num_gpu",
-    "num_thread",
-    "num_keep",
-    "num_batch",
-    "main_gpu",
-    "low_vram",
-    "use_mmap",
-    "use_mlock",
-    "numa",
-    "f16_kv",
-    "vocab_only",
-    "logits_all",
-    "embedding_only",
+_OLLAMA_MACHINE = tuple(
+    """
+    num_ctx num_gpu num_thread num_keep num_batch main_gpu low_vram use_mmap
+    use_mlock numa f16_kv vocab_only logits_all embedding_only
+""".split()
 )
-_OLLAMA_OPTIONS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "seed",
-    "presence_penalty",
-    "num_predict",
-    "frequency_penalty",
-    "stop",
+_OLLAMA_OPTIONS = tuple(
+    """
+    temperature top_p top_k seed presence_penalty num_predict frequency_penalty
+    stop
+""".split()
 )
 
 
@@ -11912,13 +11799,11 @@ def rewrite_part(
     edit: Edit, client: Dialect, item: Json, part: Any, place: str
 ) -> list[Json]:
     """Read a part of any dialect and write it in the client's own."""
-    request = Request("", client.name, client.turns_key)
+    request = Request("", client.name, client.turns_key, losses=edit.losses)
     parts = read_content([part], place, request)
     kinds = kinds_in(item)
     if kinds is not None:
         parts = placed_parts(parts, kinds, request)
-    for name, reason in request.losses:
-        edit.lose(name, reason)
     return [
         client.write_part(found, item.get("role") == "assistant") for found in parts
     ]
@@ -11962,10 +11847,8 @@ def rewrite_item(
     edit: Edit, client: Dialect, item: Json, model: Model, place: str
 ) -> list[Json]:
     """Read an item in its dialect and write it in the client's own."""
-    request = Request("", client.name, client.turns_key)
+    request = Request("", client.name, client.turns_key, losses=edit.losses)
     _reader_of(item, client).read_turn(request, item, place)
-    for name, reason in request.losses:
-        edit.lose(name, reason)
     return client.write_turns(request.turns, request, model)
 
 
@@ -12376,23 +12259,11 @@ def fit_openai_tools(edit: Edit, upstream: Dialect) -> None:
 
 # ---- Schemas of tools for Gemini ----
 
-_GEMINI_WORDS = (
-    "type",
-    "description",
-    "title",
-    "nullable",
-    "enum",
-    "items",
-    "properties",
-    "format",
-    "required",
-    "minimum",
-    "maximum",
-    "minItems",
-    "maxItems",
-    "minLength",
-    "maxLength",
-    "pattern",
+_GEMINI_WORDS = tuple(
+    """
+    type description title nullable enum items properties format required
+    minimum maximum minItems maxItems minLength maxLength pattern
+""".split()
 )
 _GEMINI_FORMATS = ("date-time", "enum", "int32", "int64", "float", "double")
 _JSON_TYPES = {int: "integer", float: "number", bool: "boolean"}
@@ -12929,28 +12800,17 @@ CHEAP_MODEL = "gpt-5-mini"  # answers for a retired model whose line has ended
 
 _LINES = {"chatgpt": "gpt", "codex": "gpt"}  # first words that belong to another line
 _LIGHT_WORDS = frozenset(
-    {"mini", "nano", "flash", "lite", "haiku", "luna", "fast", "instant"}
+    """
+    mini nano flash lite haiku luna fast instant
+""".split()
 )
 _OTHER_WORDS = frozenset({"pro", "code", "codex", "opus", "sonnet", "fable"})
 #: words that name no other model, only a state, a mode or an effort of one
 _PLAIN_WORDS = frozenset(
-    {
-        "preview",
-        "exp",
-        "chat",
-        "turbo",
-        "instruct",
-        "vision",
-        "thinking",
-        "thought",
-        "reasoning",
-        "low",
-        "medium",
-        "high",
-        "xhigh",
-        "max",
-        "picker",
-    }
+    """
+    preview exp chat turbo instruct vision thinking thought reasoning low medium
+    high xhigh max picker
+""".split()
 )
 
 
@@ -13817,29 +13677,16 @@ def sample_tokens(text: str) -> int:
     return count_text(sample) * len(text) // len(sample)
 
 
-_PROMPT_FIELDS = (
-    "system",
-    "instructions",
-    "messages",
-    "input",
-    "prompt",
-    "response_format",
-    "text",
-    "output_config",
+_PROMPT_FIELDS = tuple(
+    """
+    system instructions messages input prompt response_format text output_config
+""".split()
 )
-_UNSEEN_FIELDS = (
-    "id",
-    "call_id",
-    "tool_call_id",
-    "tool_use_id",
-    "type",
-    "role",
-    "status",
-    "detail",
-    "cache_control",
-    "copilot_cache_control",
-    "media_type",
-    "annotations",
+_UNSEEN_FIELDS = tuple(
+    """
+    id call_id tool_call_id tool_use_id type role status detail cache_control
+    copilot_cache_control media_type annotations
+""".split()
 )
 _SEALED_FIELDS = (
     "signature",
@@ -15117,15 +14964,11 @@ COMMON_GROUP = "common options"
 #: only named by the other commands, but for that of one command
 HIDDEN_GROUPS, OWN_GROUP = ("login", "network"), ("auth", "login")
 _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
-_GUARDED_HEADERS = (
-    "authorization",
-    "host",
-    "content-length",
-    "transfer-encoding",
-    "connection",
-    "content-type",
-    "cookie",
-    "accept-encoding",
+_GUARDED_HEADERS = tuple(
+    """
+    authorization host content-length transfer-encoding connection content-type
+    cookie accept-encoding
+""".split()
 )
 
 
@@ -17160,31 +17003,14 @@ class Upstream:
 
 #: networks that are nobody's on the internet, by IANA's registries of special-purpose addresses;
 #: Pythons differ in which of them they call global.  Clouds tell secrets at addresses in them.
-_SPECIAL_NETWORKS = (
-    "0.0.0.0/8",
-    "10.0.0.0/8",
-    "100.64.0.0/10",
-    "127.0.0.0/8",
-    "169.254.0.0/16",
-    "172.16.0.0/12",
-    "192.0.0.0/24",
-    "192.0.2.0/24",
-    "192.31.196.0/24",
-    "192.52.193.0/24",
-    "192.88.99.0/24",
-    "192.168.0.0/16",
-    "192.175.48.0/24",
-    "198.18.0.0/15",
-    "198.51.100.0/24",
-    "203.0.113.0/24",
-    "224.0.0.0/3",
-    "168.63.129.16/32",  # Azure's host, from inside each machine
-    "2001::/23",
-    "2001:db8::/32",
-    "2002::/16",
-    "2620:4f:8000::/48",
-    "3fff::/20",
-)
+#: 168.63.129.16 is Azure's host, from inside each machine.
+_SPECIAL_NETWORKS = """
+    0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12
+    192.0.0.0/24 192.0.2.0/24 192.31.196.0/24 192.52.193.0/24 192.88.99.0/24
+    192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24
+    224.0.0.0/3 168.63.129.16/32 2001::/23 2001:db8::/32 2002::/16 2620:4f:8000::/48
+    3fff::/20
+""".split()
 #: of IPv6: all that is given out; fc00::/7, fe80::/10 are not
 _UNICAST_NETWORK = "2000::/3"
 #: IPv6 networks whose addresses end with an IPv4 address that is meant
@@ -18808,18 +18634,10 @@ ROW_STATES = {
     "left": "error = 'client_left'",
 }
 #: where the text of a filter is looked for
-TEXT_COLUMNS = (
-    "id",
-    "client",
-    "account",
-    "session",
-    "asked",
-    "model",
-    "path",
-    "error",
-    "repairs",
-    "losses",
-    "upstream_id",
+TEXT_COLUMNS = tuple(
+    """
+    id client account session asked model path error repairs losses upstream_id
+""".split()
 )
 SESSIONS_SHOWN, HOURS_SHOWN = 20, 8 * 24
 #: first part of a User-Agent, lower case -> the program's name for people; the longest one counts
@@ -20206,17 +20024,10 @@ SOCKET_METHOD = "WS"
 PAGE_HEADER = "x-copilot-proxy-page"
 #: GET of these shows how the proxy is; an open page and monitors do it again and again
 LOOK_PATHS = frozenset(
-    {
-        "/",
-        "/dashboard",
-        "/health",
-        "/stats",
-        "/metrics",
-        "/history",
-        "/history/summary",
-        "/history/events",
-        "/approvals",
-    }
+    """
+    / /dashboard /health /stats /metrics /history /history/summary
+    /history/events /approvals
+""".split()
 )
 
 
