@@ -3378,9 +3378,8 @@ class DeltaTemplate:
         before, behind = self._before, self._behind
         if not before or not block.startswith(before) or not block.endswith(behind):
             return []
-        lines = block.split(
-            b"\n"
-        )  # by one byte: to split by more takes five times as long
+        # by one byte: to split by more takes five times as long
+        lines = block.split(b"\n")
         start, stop = len(before), len(b"\n\n") - len(behind)
         texts = [line[start:stop] for line in lines[:-1:2]]
         if before + (behind + before).join(texts) + behind != block:
@@ -15947,10 +15946,9 @@ class Connection:
         raise NotImplementedError
 
     async def shake_hands(self, deadline: float) -> None:
-        """Take all steps of a TLS handshake until `deadline`, monotonic.  Raises OSError."""
+        """Take all steps of a TLS handshake until `deadline`, monotonic.  The first one begins at
+        once, so its caller has waited for its turn.  Raises OSError."""
         while True:
-            self.unwatch()
-            await wait(NextTurn())
             try:
                 self.sock.do_handshake()
                 return
@@ -15965,6 +15963,8 @@ class Connection:
                 events = selectors.EVENT_READ
             if not await wait(Ready(self, events, deadline - time.monotonic())):
                 raise socket.timeout("timed out")
+            self.unwatch()
+            await wait(NextTurn())
 
     def unwatch(self) -> None:
         """The loop has nothing to do with it any more."""
@@ -16362,11 +16362,11 @@ class HttpConnection(Connection):
         OSError. A TLS socket returns one record at a time, so a full one may be
         followed by others."""
         more = receive_now(self.sock)
-        whole = min(RECORD_BYTES, READ_BYTES)
-        if more is None or len(more) < whole:
+        if more is None or len(more) < RECORD_BYTES and len(more) < READ_BYTES:
             self.has_more = False
             return more
 
+        whole = min(RECORD_BYTES, READ_BYTES)
         parts, size = [more], len(more)
         while len(more) >= whole and size < READ_BYTES:
             more = receive_now(self.sock)
@@ -16500,6 +16500,7 @@ class HttpsConnection(HttpConnection):
     async def secure(self) -> None:
         name = self.tunnel.rpartition(":")[0] or self.host
         self.unwatch()  # the wrapped socket is another object
+        await wait(NextTurn())
         self._offered = self._sessions.get(self._server)
         self.sock = self._context.wrap_socket(
             self.sock,
@@ -21516,6 +21517,8 @@ class ClientConnection(Connection):
         deadline = time.monotonic() + HANDSHAKE_S
         if not await wait(Ready(self, timeout_s=HANDSHAKE_S)):
             raise socket.timeout("timed out")
+        self.unwatch()
+        await wait(NextTurn())
         # not before the first byte: it takes memory
         self.sock = context.wrap_socket(
             self.sock, server_side=True, do_handshake_on_connect=False
@@ -22646,20 +22649,14 @@ class EventLoop:
             if not self._guard(connection.on_event, mask):
                 self._give_up(connection)
             return
-        if task.what.consume is not None and self._consume(task, task.what):
-            return
-        connection.waiter = None
-        self._resume(task, True)
-
-    def _consume(self, task: Task, what: Any) -> bool:
-        """Let it read what is there -> does the task wait on?"""
-        waits_on, error = outcome(what.consume)
-        if error is not None:
-            self.resume(task, what, None, error)
+        what, waits_on, error = task.what, False, None
+        if what.consume is not None:
+            waits_on, error = outcome(what.consume)
+        if not waits_on:
+            self.resume(task, what, True, error)
             error = None  # its traceback leads to this very call
-            return True
-        task.deadline = self._now + what.timeout_s
-        return waits_on or task.what is not what
+        elif task.what is what:
+            task.deadline = self._now + what.timeout_s
 
     def _guard(self, work: Callable[..., None], *items: Any) -> bool:
         """Call `work`; returns False if it failed. A fault of ours is logged, and the
