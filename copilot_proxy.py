@@ -23301,8 +23301,12 @@ tbody tr { border-top: 1px solid var(--line); } code, pre { font: .85em/1.5 mono
 @media (prefers-reduced-motion: no-preference) { .run::before { animation: beat 1.4s infinite; } }
 @keyframes beat { 50% { opacity: .2; } } @media (min-width: 62rem) { td:first-child {
   min-width: 15rem; } td:nth-child(n+4) { white-space: nowrap; } }
-@media (min-width: 46rem) { .pill { white-space: nowrap; } }
-@media (max-width: 46rem) { nav { order: 1; flex-basis: 100%; } .cards thead { display: none; }
+@media (min-width: 46rem) { .pill { white-space: nowrap; } .rows td:first-child {
+  min-width: 11rem; } } @media (max-width: 56rem) { nav { order: 1; flex-basis: 100%; } }
+.rows td .sub { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3;
+  overflow: hidden; }
+@media (max-width: 46rem) { header { gap: .2rem .8rem; } #theme { margin-left: auto; }
+  .cards thead { display: none; }
   .cards :is(table, tbody, td, caption) { display: block; padding: 0 0 .2rem; }
   .cards tr { display: grid; grid-template-columns: repeat(6, 1fr); gap: .3rem .8rem; }
   .cards td { grid-column: span 2; min-width: 0; } .cards td:nth-child(-n+3) { grid-column:
@@ -23744,7 +23748,8 @@ function fill(id, heads, lines) {
   for (const row of lines) heads.forEach((text, at) => { row.cells[at].dataset.label = text; });
   keepFocus(body, () => body.replaceChildren(...lines)); }
 const rows = new Map(), made = new WeakMap(), isOpen = row => row.state === 'running';
-let shown = 15, older = null;                               // older: the next page, null at the end
+const PAGEFUL = innerWidth < 500 ? 8 : 15;
+let shown = PAGEFUL, older = null;                               // older: the next page, null at the end
 const isLeft = row => row.error === 'client_left', isFailed = row => !!row.error && !isLeft(row);
 const stateOf = row => isOpen(row) ? 'running' : isLeft(row) ? 'left' : !isFailed(row) ? 'done'
   : row.status === 404 ? 'not_found' : 'failed';
@@ -24130,7 +24135,7 @@ setInterval(countDown, 1000);
 $('more').onclick = () => {
   shown += 50; showRequests();
   if (older !== null && listRows().length < shown + 50) loadRows(older); };
-const refilter = () => { shown = 15; older = null; showRequests(); loadRows(); };
+const refilter = () => { shown = PAGEFUL; older = null; showRequests(); loadRows(); };
 ['by-one-model', 'by-one-client', 'by-state'].forEach(id => { $(id).onchange = refilter; });
 $('by-text').oninput = () => { showRequests(); soon(refilter, 300); };
 $('filter').onsubmit = event => { event.preventDefault(); refilter(); };
@@ -26755,6 +26760,7 @@ DEMO_SLOW_PAUSE_S = 0.5  # the same when the prompt says "slow"
 DEMO_RETRY_S = 20  # how long the demo's rate limit lasts
 DEMO_REASONING = "The demo pretends to think, since the prompt speaks of thinking."
 DEMO_DAYS = 14  # of made-up history
+DEMO_DISCOUNT = 0.1  # of what `auto` chooses
 #: what a search of the web finds in the demo: (url, title)
 DEMO_SOURCES = (
     ("https://example.com/demo", "A page of the demo"),
@@ -26816,7 +26822,10 @@ def demo_model(name: str, vendor: str, endpoints: str, efforts: str = "") -> Jso
         "version": name,
         "model_picker_enabled": kind == "chat",
         "is_chat_default": name == CHEAP_MODEL,
-        "billing": {"token_prices": DEMO_PRICES},
+        "billing": {
+            "token_prices": DEMO_PRICES,
+            "auto_discount": DEMO_DISCOUNT if name == CHEAP_MODEL else 0,
+        },
         "capabilities": {
             "type": kind,
             "family": name,
@@ -26950,7 +26959,7 @@ def demo_trouble(dialect: Dialect, request: Request, said: str) -> None:
         raise BadRequest("the demo fails, since the prompt says so", code="demo_error")
 
 
-def demo_cost(usage: Usage) -> int:
+def demo_cost(usage: Usage, by_auto: bool = False) -> int:
     """Nano-AIU by the demo's prices."""
     prices = DEMO_PRICES["default"]
     credits: int = (
@@ -26958,16 +26967,18 @@ def demo_cost(usage: Usage) -> int:
         + usage.cache_read * prices["cache_read_price"]
         + usage.output * prices["output_price"]
     )
+    if by_auto:
+        credits -= int(credits * DEMO_DISCOUNT)
     return credits * NANO // MILLION
 
 
 _USAGE_OBJECT = re.compile(rb'"usage": ?\{')
 
 
-def with_demo_cost(data: bytes, usage: Usage) -> bytes:
+def with_demo_cost(data: bytes, cost: int) -> bytes:
     """Say beside each usage object what it cost, as Copilot does."""
-    cost = b'"copilot_usage":{"total_nano_aiu":%d},"usage":{' % demo_cost(usage)
-    return _USAGE_OBJECT.sub(cost, data)
+    told = b'"copilot_usage":{"total_nano_aiu":%d},"usage":{' % cost
+    return _USAGE_OBJECT.sub(told, data)
 
 
 async def demo_answer(dialect: Dialect, exchange: Exchange) -> None:
@@ -26978,12 +26989,14 @@ async def demo_answer(dialect: Dialect, exchange: Exchange) -> None:
     request.report_usage()
     said, _ = demo_prompt(request)
     demo_trouble(dialect, request, said)
-    response = demo_response(request, estimate_tokens(body))
-    usage = response.usage or Usage()
+    request.foresee(estimate_tokens(body))
+    response = demo_response(request, request.prompt_tokens)
+    by_auto = "copilot-session-token" in exchange.head.headers
+    cost = demo_cost(response.usage or Usage(), by_auto)
 
     if not request.stream:
         answer = dumps(dialect.encode_response(response, request))
-        exchange.reply(with_demo_cost(answer, usage))
+        exchange.reply(with_demo_cost(answer, cost))
         return
 
     encoder = dialect.stream_encoder(request)
@@ -27000,7 +27013,7 @@ async def demo_answer(dialect: Dialect, exchange: Exchange) -> None:
                 PartDelta(event.index, w) for w in re.findall(r"\S+\s*", event.text)
             ]
         for word_ in words:
-            exchange.write(with_demo_cost(encoder.feed(word_), usage))
+            exchange.write(with_demo_cost(encoder.feed(word_), cost))
             if len(words) > 1:
                 await wait(Pause(pause_s))
 
@@ -27113,7 +27126,7 @@ def demo_auto(exchange: Exchange) -> None:
             "session_token": "demo",
             "expires_at": int(time.time()) + 3600,
             "selected_model": chosen,
-            "discounted_costs": {chosen["id"]: 0.1},
+            "discounted_costs": {chosen["id"]: DEMO_DISCOUNT},
         }
     )
 

@@ -89,6 +89,96 @@ class Demo(unittest.TestCase):
         self.assertEqual([rest["scope"] for rest in self.proxy.get("/stats").json["limits"]],
                          ["claude-haiku-4.5"])
 
+    def test_reasoning_is_seen_in_every_dialect_streamed_and_whole(self) -> None:
+        for path, make, mark in (("/v1/chat/completions", chat, "reasoning"),
+                                 ("/v1/messages", message, "thinking"),
+                                 ("/v1/responses", response, "reasoning")):
+            for stream in (False, True):
+                for model in ("gpt-5-mini", "gpt-5.3-codex", "claude-sonnet-5"):
+                    with self.subTest(path=path, stream=stream, model=model):
+                        more: dict[str, Any] = {"stream": stream}
+                        if path == "/v1/messages":
+                            more["thinking"] = {"type": "enabled", "budget_tokens": 1024,
+                                                "display": "summarized"}
+                            more["max_tokens"] = 4096
+                        reply = self.proxy.post(path, make("please think", model, **more))
+                        text = reply.body.decode()
+                        self.assertEqual(reply.status, 200, text)
+                        self.assertIn(mark, text)
+                        self.assertIn("pretends", text)
+
+    def test_a_tool_is_called_and_its_result_is_answered_in_every_dialect(self) -> None:
+        schema = {"type": "object", "properties": {"place": {"type": "string"}}}
+        for model in ("gpt-5-mini", "gpt-5.3-codex", "claude-sonnet-5"):
+            with self.subTest("chat", model=model):
+                tool: dict[str, Any] = {"type": "function", "function": {
+                    "name": "get_weather", "parameters": schema}}
+                body = chat("use the tool", model, tools=[tool])
+                said = self.proxy.post("/v1/chat/completions", body).json["choices"][0]
+                self.assertEqual(said["finish_reason"], "tool_calls")
+                call = said["message"]["tool_calls"][0]
+                self.assertEqual(call["function"]["name"], "get_weather")
+                body["messages"] += [said["message"], {
+                    "role": "tool", "tool_call_id": call["id"], "content": "it rains"}]
+                said = self.proxy.post("/v1/chat/completions", body).json["choices"][0]
+                self.assertIn("The tool answered: it rains", said["message"]["content"])
+            with self.subTest("messages", model=model):
+                body = message("use the tool", model, tools=[
+                    {"name": "get_weather", "input_schema": schema}])
+                reply = self.proxy.post("/v1/messages", body).json
+                self.assertEqual(reply["stop_reason"], "tool_use")
+                use = next(part for part in reply["content"] if part["type"] == "tool_use")
+                body["messages"] += [{"role": "assistant", "content": reply["content"]}, {
+                    "role": "user", "content": [{"type": "tool_result", "tool_use_id": use["id"],
+                                                 "content": "it rains"}]}]
+                reply = self.proxy.post("/v1/messages", body).json
+                self.assertIn("it rains", reply["content"][-1]["text"])
+            with self.subTest("responses", model=model):
+                body = response("use the tool", model, tools=[
+                    {"type": "function", "name": "get_weather", "parameters": schema}])
+                reply = self.proxy.post("/v1/responses", body).json
+                item = next(i for i in reply["output"] if i["type"] == "function_call")
+                body["input"] = [{"role": "user", "content": "use the tool"}, item, {
+                    "type": "function_call_output", "call_id": item["call_id"],
+                    "output": "it rains"}]
+                reply = self.proxy.post("/v1/responses", body).json
+                self.assertIn("it rains", reply["output"][-1]["content"][0]["text"])
+
+    def test_auto_is_listed_and_the_answer_names_the_real_model(self) -> None:
+        self.assertIn("auto", [m["id"] for m in self.proxy.get("/v1/models").json["data"]])
+        for path, make in (("/v1/chat/completions", chat), ("/v1/messages", message),
+                           ("/v1/responses", response)):
+            for stream in (False, True):
+                with self.subTest(path=path, stream=stream):
+                    reply = self.proxy.post(path, make("hello", "auto", stream=stream))
+                    self.assertEqual(reply.status, 200, reply)
+                    self.assertIn("gpt-5-mini", reply.body.decode())
+        row = self.row(6)
+        self.assertEqual((row["asked"], row["model"]), ("auto", "gpt-5-mini"))
+        self.assertAlmostEqual(row["credits"], row["estimated_credits"], 6)    # its discount, too
+
+    def test_slow_streams_come_word_by_word(self) -> None:
+        pauses = []
+
+        def pause(seconds: float) -> cp.Pause:
+            pauses.append(seconds)
+            return original(0.0)
+        original = cp.Pause
+        with mock.patch.object(cp, "Pause", pause):
+            for path, make in (("/v1/chat/completions", chat), ("/v1/messages", message),
+                               ("/v1/responses", response)):
+                for text, wanted in (("slow, please", cp.DEMO_SLOW_PAUSE_S), ("quick", 0.0)):
+                    with self.subTest(path=path, text=text):
+                        del pauses[:]
+                        reply = self.proxy.stream(path, make(text, "gpt-5-mini"))
+                        self.assertEqual(reply.status, 200)
+                        self.assertGreater(pauses.count(wanted), 8)
+
+    def test_a_running_stream_says_from_its_start_how_long_the_prompt_is(self) -> None:
+        reply = self.proxy.stream("/v1/messages", message("hello " * 500, "claude-sonnet-5"))
+        begun = next(event for event in reply.events if event["type"] == "message_start")
+        self.assertGreater(begun["message"]["usage"]["input_tokens"], 400)
+
     def test_two_weeks_of_history_are_there_and_marked(self) -> None:
         cp.seed_demo(self.proxy.app.ledger.history, time.time())
         wait_until(lambda: self.proxy.get("/history/summary").json["total"]["requests"] > 300)
