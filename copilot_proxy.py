@@ -23749,7 +23749,7 @@ function fill(id, heads, lines) {
   keepFocus(body, () => body.replaceChildren(...lines)); }
 const rows = new Map(), made = new WeakMap(), isOpen = row => row.state === 'running';
 const PAGEFUL = innerWidth < 500 ? 8 : 15;
-let shown = PAGEFUL, older = null;                               // older: the next page, null at the end
+let shown = PAGEFUL, older = null;                          // older: the next page, null at the end
 const isLeft = row => row.error === 'client_left', isFailed = row => !!row.error && !isLeft(row);
 const stateOf = row => isOpen(row) ? 'running' : isLeft(row) ? 'left' : !isFailed(row) ? 'done'
   : row.status === 404 ? 'not_found' : 'failed';
@@ -23783,7 +23783,8 @@ function requestLine(row) {
     two(row.route, row.dialect, row.streamed && 'streamed', ...row.repairs || [],
       ...(row.losses || []).map(field => 'without ' + field)),
     two(yet(span(row.first_ms)), span(age) + (open ? ' so far' : ' in all')),
-    two(yet(inOut(row)), grows, row.cache_read && hits(row) + ' from cache'), yet(rowCost(row)));
+    two(yet(inOut(row)), grows, row.cache_read && hits(row) + ' from cache'),
+    yet(rowCost(row)));
   e.onclick = event => event.target.closest('button') || openStory(row.id);
   return e; }
 const lineOf = row => !isOpen(row) && made.get(row) || made.set(row, requestLine(row)).get(row);
