@@ -29399,9 +29399,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """'; did you mean start?' for 'strat', '' where nothing is like it."""
     import difflib
 
-    found = difflib.get_close_matches(word[:COMPARED_CHARS].lower(), list(known), 1)
-    if found:
-        return "; did you mean %s?" % found[0]
+    word = word[:COMPARED_CHARS].lower()
+    found = difflib.get_close_matches(word, list(known))
+    if found:  # swapped letters are the likeliest slip: 'strat' is as like to 'stats'
+        swapped = [name for name in found if sorted(name) == sorted(word)]
+        return "; did you mean %s?" % (swapped or found)[0]
     return ""
 
 

@@ -112,6 +112,7 @@ class HelpTest(unittest.TestCase):
     def test_a_mistyped_word_gets_the_nearest_one(self) -> None:
         for args, wanted in (
                 (("strt",), "no command 'strt'; did you mean start?"),
+                (("strat",), "no command 'strat'; did you mean start?"),
                 (("Models",), "did you mean models?"),
                 (("usage",), "did you mean check-usage?"),
                 (("start", "--prot", "80"), "start has no option --prot; did you mean --port?"),
