@@ -746,12 +746,24 @@ def _short_int(text: str) -> int:
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_decode = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite).decode
+_decoder: Any = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
 _decode_digits = json.JSONDecoder(
     parse_constant=_no_constant, parse_float=_finite, parse_int=_short_int
 ).decode
 #: for long lists of floats, which may hold NaN: three times as fast
 decode_vectors = json.JSONDecoder().decode
+
+
+def _decode(text: str) -> Any:
+    """Decode JSON as JSONDecoder.decode does; without its searches for white space, since
+    most texts have none around their value."""
+    try:
+        value, end = _decoder.scan_once(text, 0)
+    except StopIteration:
+        return _decoder.decode(text)
+    if text[end:].strip(" \t\n\r"):
+        return _decoder.decode(text)  # raises
+    return value
 
 
 class TooManyValues(ValueError):
@@ -2635,11 +2647,9 @@ _RESPONSE_STATUS = range(100, 600)
 _PLAIN_FIELD = re.compile(r"(?m)^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x1f\x7f]*)\r?$")
 
 
-def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
-    """(status, phrase, headers).  Lenient: the upstream is trusted not to smuggle, but may fold
-    lines, repeat fields or send what is no field, which is left out.  Control characters become
-    spaces, because the values go on to clients.  Raises UpstreamError when it is no HTTP head."""
-    line, _, rest = raw.decode("latin-1").partition("\n")
+@functools.lru_cache(maxsize=HEADS_KEPT)
+def parse_status_line(line: str) -> tuple[int, str]:
+    """Parse into (status, phrase). Raises UpstreamError."""
     match = _STATUS_LINE.match(line)
     if not match:
         raise UpstreamError("the upstream's answer is not HTTP/1.x")
@@ -2649,11 +2659,15 @@ def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
             "the upstream answered with the status %d, which HTTP does not have"
             % status
         )
+    return status, _CONTROLS.sub(" ", match.group(2) or "").strip()
 
-    reason = match.group(2) or ""
-    if not reason.isprintable():
-        reason = _CONTROLS.sub(" ", reason)
-    reason = reason.strip()
+
+def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
+    """(status, phrase, headers).  Lenient: the upstream is trusted not to smuggle, but may fold
+    lines, repeat fields or send what is no field, which is left out.  Control characters become
+    spaces, because the values go on to clients.  Raises UpstreamError when it is no HTTP head."""
+    line, _, rest = raw.decode("latin-1").partition("\n")
+    status, reason = parse_status_line(line[:MAX_TARGET_BYTES])
     fields_ = _PLAIN_FIELD.findall(rest)
     headers: Headers = {name.lower(): value.strip() for name, value in fields_}
     if len(headers) == rest.count("\n") + bool(
@@ -2704,16 +2718,25 @@ def answer_length(headers: Headers) -> int | None:
     return length
 
 
-def render_head(start: str, fields_: Iterable[tuple[str, str]]) -> bytes:
-    """Encode a head with its final empty line. Anything but printable ASCII is escaped,
-    so no value can split the head or reach a terminal raw."""
-    lines = [start]
-    lines += [name + ": " + value for name, value in fields_]
-    if not ("".join(lines).isprintable() and "".join(lines).isascii()):
+def render_lines(lines: list[str]) -> bytes:
+    """Encode lines of a head. Anything but printable ASCII is escaped, so no value can
+    split the head or reach a terminal raw."""
+    whole = "".join(lines)
+    if not (whole.isascii() and whole.isprintable()):
         lines = [
             visible(line).encode("ascii", "backslashreplace").decode() for line in lines
         ]
-    return "\r\n".join(lines).encode() + b"\r\n\r\n"
+    return "".join([line + "\r\n" for line in lines]).encode()
+
+
+def render_fields(fields_: Iterable[tuple[str, str]]) -> bytes:
+    """Encode header fields."""
+    return render_lines([name + ": " + value for name, value in fields_])
+
+
+def render_head(start: str, fields_: Iterable[tuple[str, str]]) -> bytes:
+    """Encode a head with its final empty line."""
+    return render_lines([start]) + render_fields(fields_) + b"\r\n"
 
 
 #: the usual chunk sizes as they are written: a look-up beats a check and a conversion
@@ -18882,9 +18905,11 @@ def shown(row: Json) -> Json:
 def session_key(headers: Headers, body: Json) -> str | None:
     """A short name of the conversation that a request belongs to, made from what the client sends
     to keep it together; None when it sends nothing of the kind."""
-    found = next(
-        (headers[name] for name in SESSION_HEADERS if name in headers), None
-    ) or body.get("prompt_cache_key")
+    found = body.get("prompt_cache_key")
+    for name in SESSION_HEADERS:
+        if name in headers:
+            found = headers[name] or found
+            break
     if not found and body.get("metadata"):  # .._session_UUID, or a JSON text
         user = as_object(body["metadata"]).get("user_id")
         found = re.split("session_(?:id)?", "%s" % user, maxsplit=1)[1:]
@@ -20161,6 +20186,20 @@ def token_text(row: Json) -> str:
     return ""
 
 
+@functools.lru_cache(maxsize=HEADS_KEPT)
+def path_in_log(method: str, path: str) -> str:
+    """'POST /responses': without the query, which may hold anything, and without a key."""
+    if path.startswith("/auth/tokens/"):
+        path = path[:21]
+    return "%s %s" % (printable(method, 20), printable(path, 80))
+
+
+@functools.lru_cache(maxsize=HEADS_KEPT)
+def program_of(agent: str) -> str | None:
+    """The first word of a User-Agent."""
+    return printable(agent.partition(" ")[0], 60) or None
+
+
 @dataclass
 class AskedFor:
     """The facts about a request that are known when it arrives.
@@ -20236,7 +20275,7 @@ class RequestRecord:
             label = label_of(path)
         else:
             label = ""
-        agent = printable(headers.get("user-agent", "").partition(" ")[0], 60) or None
+        agent = program_of(headers.get("user-agent", ""))
         by_page = headers.get(PAGE_HEADER) == "1" and not label
         is_look = by_page or (method == "GET" and path in LOOK_PATHS)
         began = time.monotonic()
@@ -20405,19 +20444,14 @@ class RequestRecord:
         }
 
     def _path(self) -> str:
-        """For the log: without the query, which may hold anything, and without a key."""
-        path = self.asked.path
-        if path.startswith("/auth/tokens/"):
-            path = path[:21]
-        return "%s %s" % (printable(self.asked.method, 20), printable(path, 80))
+        return path_in_log(self.asked.method, self.asked.path)
 
     def _models(self) -> str:
         """'asked->used', '' when none was asked for."""
         asked = self.asked.model
-        model = printable(asked, 60)
         if self.model is not None and asked not in ("", self.model.id):
-            model += "->" + printable(self.model.id, 60)
-        return model
+            return printable(asked, 60) + "->" + printable(self.model.id, 60)
+        return printable(asked, 60)
 
     def log_line(self, row: Json) -> str:
         """One line for a log that programs read: names with values."""
@@ -20707,7 +20741,8 @@ class Admission:
         """Returns when the request may go up -> headers for its answer; `leave` must follow, also
         after an exception.  calls: how many it takes, each further one by `admit_next`.  Raises
         RateLimited, BadRequest."""
-        await self._budget.admit(ticket.payer, ticket.wish)
+        if self._budget.is_set or ticket.wish is not None:
+            await self._budget.admit(ticket.payer, ticket.wish)
         ticket.account.limiter.check(calls)
         headers = self._minute.admit(ticket.who, self._minute_text, calls)
         if not ticket.has_slot:
@@ -21848,15 +21883,22 @@ def dialect_of(path: str) -> Dialect:
     return CHAT
 
 
-@functools.lru_cache(maxsize=1)
-def http_date(second: int) -> str:
-    return email.utils.formatdate(second, usegmt=True)
+@functools.lru_cache(maxsize=HEADS_KEPT)
+def head_start(status: int, second: int, kind: str) -> bytes:
+    """What is the same in the heads of all such answers of one second."""
+    phrase = http.client.responses.get(status, "Error")
+    fields_ = [("Date", email.utils.formatdate(second, usegmt=True))]
+    if kind:
+        fields_.append(("Content-Type", kind))
+    fields_.append(("X-Content-Type-Options", "nosniff"))
+    return render_lines([f"HTTP/1.1 {status} {phrase}"]) + render_fields(fields_)
 
 
 def exposed_headers(fields_: list[tuple[str, str]]) -> str:
     """The headers that a page of another origin may read: all except those about that
     rule."""
-    names = [name.lower() for name, _ in fields_]
+    names = ["date", "content-type", "x-content-type-options"]
+    names += [name.lower() for name, _ in fields_]
     own = [name for name in names if not name.startswith("access-control-")]
     return ", ".join(dict.fromkeys((*EXPOSED_HEADERS, *own)))
 
@@ -22187,14 +22229,10 @@ class Exchange:
 
     def _head(self, status: int, kind: str, more: list[tuple[str, str]]) -> bytes:
         self.record.begin_answer(status)
-        fields_ = [("Date", http_date(int(time.time()))), ("x-request-id", self.id)]
-
-        fields_ += self.dialect.answer_headers(self.id)
-        if kind:
-            fields_.append(("Content-Type", kind))
+        self.headers.pop("x-request-id", None)  # of the upstream
+        fields_ = [("x-request-id", self.id), *self.dialect.answer_headers(self.id)]
         fields_ += more
-        fields_.append(("X-Content-Type-Options", "nosniff"))
-        fields_ += [(k, v) for k, v in self.headers.items() if k != "x-request-id"]
+        fields_ += self.headers.items()
         if "Access-Control-Allow-Origin" in self.headers:
             fields_.append(("Access-Control-Expose-Headers", exposed_headers(fields_)))
         if not self.keep_alive:
@@ -22202,8 +22240,8 @@ class Exchange:
         elif self.head.minor == 0:
             fields_.append(("Connection", "keep-alive"))
 
-        phrase = http.client.responses.get(status, "Error")
-        whole = render_head(f"HTTP/1.1 {status} {phrase}", fields_)
+        start = head_start(status, int(time.time()), kind)
+        whole = b"%b%b\r\n" % (start, render_fields(fields_))
         if self._is_probed:
             return whole[len(PROBE) :]
         return whole
@@ -22768,6 +22806,13 @@ class EventLoop:
         self.workers.stop()
 
 
+@functools.lru_cache(maxsize=HEADS_KEPT)
+def is_json_type(text: str) -> bool:
+    """Is this media type one of JSON?"""
+    kind = text.split(";")[0].strip().lower()
+    return kind == "application/json" or kind.endswith("+json")
+
+
 class Handler:
     """From a request's head to its endpoint: what must be right before any work is done."""
 
@@ -22921,9 +22966,9 @@ class Handler:
             raise BadRequest(f"the body is larger than {MAX_BODY_BYTES} bytes", 413)
         if headers.get("expect", "100-continue").lower() != "100-continue":
             raise BadRequest("this expectation cannot be met", 417)
-        kind = headers.get("content-type", "").split(";")[0].strip().lower()
-        is_json = kind == "application/json" or kind.endswith("+json")
-        if exchange.head.method == "POST" and (length or chunked) and not is_json:
+        has_body = length or chunked
+        is_json = is_json_type(headers.get("content-type", ""))
+        if exchange.head.method == "POST" and has_body and not is_json:
             raise BadRequest(
                 "send the header Content-Type: application/json (curl: "
                 "-H 'Content-Type: application/json')",
