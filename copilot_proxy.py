@@ -12969,6 +12969,17 @@ SEARCH_MODELS = ("gpt-5-mini", "gpt-5.4-mini", "gpt-5.4-nano", "gpt-5.6-luna")
 QUERY_HEAD = "Perform a web search for the query:"  # of Claude Code
 
 
+def model_that_searches(models: list[Model]) -> Model | None:
+    """The cheapest model with a hosted web search, None if there is none."""
+    path = RESPONSES.path  # the only endpoint that searches
+    usable = [m for m in models if m.state == "enabled" and path in m.endpoints]
+    for name in (*SEARCH_MODELS, "gpt-5"):
+        for model in usable:
+            if model.id == name or name == "gpt-5" and model.id.startswith(name):
+                return model
+    return None
+
+
 def last_words(body: Json) -> str:
     """What the user said last, in a body of Messages."""
     turns = dicts_in(body, "messages")
@@ -24568,17 +24579,10 @@ async def search_model(exchange: Exchange, copilot: Account) -> Model:
     if settings.search_model:
         return await copilot.find_model(settings.search_model)
 
-    path = RESPONSES.path  # the only endpoint that searches
-    models = [
-        model
-        for model in await copilot.models()
-        if model.state == "enabled" and path in model.endpoints
-    ]
-    for name in (*SEARCH_MODELS, "gpt-5"):
-        for model in models:
-            if model.id == name or name == "gpt-5" and model.id.startswith(name):
-                return model
-    raise BadRequest("no model of this account searches the web")
+    found = model_that_searches(await copilot.models())
+    if found is None:
+        raise BadRequest("no model of this account searches the web")
+    return found
 
 
 COMPACT_PATH = "/responses/compact"
@@ -24936,6 +24940,10 @@ class Job:
             go_on=exchange.go_on,
             loop=loop,
         )
+        if plan.loop is not None and not (is_next or self.may_search()):
+            self.loop = None  # a search that nobody can make is not offered
+            self.body = loads(self.data)
+            return self.make_plan()
         plan.attach(headers, self.repaired, self.echo)
         if plan.is_translated and plan.pipeline and client.tells_prompt_first:
             sent = plan.edit.body
@@ -24943,6 +24951,12 @@ class Job:
         plan.request.measure(exchange.record.elapsed_ns)
         self.copilot.memory.prepare(plan)
         return plan
+
+    def may_search(self) -> bool:
+        """Whether there is a model to search with."""
+        models = self.copilot.catalogue.value.models
+        own = self.exchange.app.settings.search_model
+        return own != "" or model_that_searches(models) is not None
 
     def plan_body(self) -> bytes:
         """What is sent by the plan, which is made where there is none; b"" without one."""

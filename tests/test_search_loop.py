@@ -259,6 +259,14 @@ class MessagesTest(LoopCase):
                 self.assertEqual([block["type"] for block in self.content(reply)], ["text"])
             self.assertEqual(self.searches(), [])
 
+    def test_where_no_model_searches_the_tool_goes_as_a_loss(self) -> None:
+        self.fake.models = [e for e in self.fake.models if e["id"] in (CLAUDE, GEMINI)]
+        for stream in (False, True):
+            reply = self.ask("cats @@searches=1@@", stream)
+            self.assertIn("tools", reply.headers["x-copilot-proxy-lossy"])
+            sent = self.fake.last(MESSAGES).json
+            self.assertEqual([tool["name"] for tool in sent["tools"]], ["get_weather"])
+
     def test_on_a_gpt_and_a_gemini(self) -> None:
         for model, path in (("gpt-5.4", RESPONSES), (GEMINI, CHAT)):
             for stream in (False, True):
