@@ -14875,6 +14875,7 @@ OPTIONS = (
         (),
         "a key that clients must send; auto makes, stores and prints one",
         "list",
+        where="start setup",
         value="KEY",
     ),
     Option(
@@ -27279,7 +27280,7 @@ class Recipe:
     out.  run: what is typed, `typed` into it.  files: (path, text, text for each model); what
     stands before // is moved by a $VARIABLE.  suffix: of models with a window of 1M tokens.
     sign, named: patterns that find in those files that they are about this proxy, and a setting
-    with the model it names."""
+    with the model it names.  rivals: finds settings that the client prefers to these."""
 
     about: str
     dialect: Dialect = CHAT
@@ -27293,6 +27294,7 @@ class Recipe:
     suffix: str = ""
     sign: str = ""
     named: str = ""
+    rivals: str = ""
 
 
 #: where programs keep their settings on this system
@@ -27318,6 +27320,7 @@ CLIENTS: Mapping[str, Recipe] = {
         run="claude",
         suffix="[1m]",
         note="ANTHROPIC_API_KEY must not be set beside it.",
+        rivals='"(ANTHROPIC_API_KEY|apiKeyHelper)" *:',
         sign='"ANTHROPIC_BASE_URL"',
         named=r'"(ANTHROPIC\w{0,40}_MODEL|CLAUDE_CODE_SUBAGENT_MODEL|model)" *: *"([^"\n]{1,200})"',
         files=(
@@ -27708,7 +27711,10 @@ def settings_path(place: str, environ: Mapping[str, str]) -> str:
     here."""
     variable, _, usual = place.rpartition(":")
     folder, _, name = usual.partition("//")
-    return os.path.join(environ.get(variable[1:]) or os.path.expanduser(folder), name)
+    path = os.path.join(environ.get(variable[1:]) or os.path.expanduser(folder), name)
+    if path.endswith(".json") and os.path.exists(path + "c"):
+        return path + "c"  # JSON with comments, which the client prefers
+    return path
 
 
 def models_in_settings(
@@ -27760,7 +27766,7 @@ def fill_file(
     items = [
         each % {**safe, **escape_all(places_of(m))} for m in models if m.kind == "chat"
     ]
-    is_json = path.endswith(".json")
+    is_json = place.endswith(".json")
     safe["models"] = (", " if is_json else "").join(items)
     safe["env"] = ", ".join(
         "%s: %s" % (json.dumps(n), json.dumps(v))
@@ -27808,81 +27814,291 @@ def command_line(
     return line
 
 
-def merge_json(old: Any, new: Any) -> Any:
+def merge_objects(old: Any, new: Any) -> Any:
     """`new` over `old`; objects are merged, everything else is replaced."""
     if not isinstance(old, dict) or not isinstance(new, dict):
         return new
     return {
         **old,
-        **{key: merge_json(old.get(key), value) for key, value in new.items()},
+        **{key: merge_objects(old.get(key), value) for key, value in new.items()},
     }
 
 
-def merge_named(old: list[Json], new: list[Json]) -> list[Json]:
-    """`new` into a list of objects that have names: those of the same name are merged."""
-    merged = list(old)
-    for one in new:
-        at = [n for n, other in enumerate(old) if other.get("name") == one["name"]]
-        if at:
-            merged[at[0]] = merge_json(old[at[0]], one)
-        else:
-            merged.append(one)
-    return merged
+def merge_json(old: Any, new: Any) -> Any:
+    """`new` over `old`; objects are merged, and lists of objects that have names by those, at the
+    top; everything else is replaced."""
+    if isinstance(old, list) and isinstance(new, list):
+        names = [as_object(one).get("name") for one in old]
+        merged = list(old)
+        for one in new:
+            if one["name"] in names:
+                at = names.index(one["name"])
+                merged[at] = merge_objects(old[at], one)
+            else:
+                merged.append(one)
+        return merged
+    return merge_objects(old, new)
+
+
+#: a comment, a text, a mark or another word of JSON with comments; what has no end takes the rest
+_JSON_TOKEN = re.compile(
+    r'//[^\n]*|/\*(?:.*?\*/|.*)|"(?:[^"\\\n]|\\.)*"?|[{}\[\],:]|[^\s{}\[\],:"/]+|/',
+    re.DOTALL,
+)
+#: what stands behind a value on its line: a comma, a comment
+_REST_OF_LINE = re.compile(r"[ \t]*,?[ \t]*(?://[^\n]*)?")
+
+
+class JsonPlace:
+    """Where a value stands in a JSON text, and the values inside it: by key, or by name where they
+    are objects in a list."""
+
+    def __init__(self, begin: int, end: int, kind: str) -> None:
+        self.begin, self.end, self.kind = begin, end, kind
+        self.inside: dict[str, JsonPlace] = {}
+        self.last = end  # where the last value inside ends
+        self.has_comma = False  # behind that one
+        self._key: str | None = None
+
+    def wants_key(self) -> bool:
+        return self.kind == "{" and self._key is None
+
+    def see_key(self, key: str) -> None:
+        self._key = key
+
+    def see_comma(self) -> None:
+        self.has_comma = True
+
+    def add(self, value: JsonPlace) -> None:
+        """The next value inside."""
+        key = "#%d" % len(self.inside)
+        if self._key is not None:
+            key = self._key
+        self.inside[key], self._key = value, None
+        self.last, self.has_comma = value.end, False
+
+    def close(self, end: int) -> None:
+        self.end = end
+
+    def see_end(self, value: JsonPlace) -> None:
+        self.last = value.end
+
+
+def read_json_places(text: str) -> tuple[JsonPlace, Any]:
+    """The place of the value of a JSON text that may have comments and commas too many, and the
+    value itself.  Raises ValueError."""
+    words: list[str] = []
+    root = JsonPlace(0, 0, "")
+    opened = [root]
+
+    for token in _JSON_TOKEN.finditer(text):
+        word, top = token.group(), opened[-1]
+        if word.startswith(("//", "/*")):
+            continue
+        if word in "}]":
+            if words[-1:] == [","]:
+                words.pop()
+            if len(opened) == 1:
+                raise ValueError("it closes more than it opens")
+            top.close(token.end())
+            opened.pop()
+            opened[-1].see_end(top)
+        elif word == ",":
+            top.see_comma()
+        elif word.startswith('"') and top.wants_key():
+            top.see_key(str(json.loads(word)))
+        elif word != ":":
+            value = JsonPlace(token.start(), token.end(), word[0])
+            top.add(value)
+            if word in "{[":
+                opened.append(value)
+        words.append(word)
+
+    value = loads(" ".join(words).encode())
+    return root.inside["#0"], value
+
+
+def line_indent(text: str, at: int) -> str:
+    """The white space before the line that holds a position."""
+    line = text[text.rfind("\n", 0, at) + 1 : at]
+    return line[: len(line) - len(line.lstrip())]
+
+
+def json_addition(
+    text: str, place: JsonPlace, missing: list[str], inner: str, is_inline: bool
+) -> tuple[int, int, str]:
+    """(begin, end, instead) that adds values behind those that a place has."""
+    if is_inline:
+        rest = ", ".join(missing)
+        if place.has_comma:
+            at = text.index(",", place.last) + 1
+            return at, at, " " + rest
+        return place.last, place.last, ", " + rest
+
+    behind = _REST_OF_LINE.match(text, place.last)
+    end = behind.end() if behind else place.last
+    added = ",".join("\n" + inner + one for one in missing)
+    if place.inside and not place.has_comma:
+        return place.last, end, "," + text[place.last : end] + added
+    if not place.inside and "\n" not in text[end : place.end]:
+        added += "\n" + line_indent(text, place.begin)
+    return end, end, added
+
+
+def json_edits(
+    text: str, place: JsonPlace, new: Any, unit: str
+) -> list[tuple[int, int, str]]:
+    """[(begin, end, instead)]: what changes in `text` so that the value at `place` has `new` in
+    it.  unit: what a level is indented by."""
+    edits: list[tuple[int, int, str]] = []
+    missing: list[str] = []
+    known = dict(place.inside)
+    if isinstance(new, dict):
+        wanted = list(new.items())
+    else:
+        wanted = []
+
+    if isinstance(new, list):
+        wanted = [(one["name"], one) for one in new]
+        known = {}
+        for old in place.inside.values():
+            value = as_object(read_json_places(text[old.begin : old.end])[1])
+            known.setdefault(str(value.get("name")), old)
+
+    inner = line_indent(text, place.begin) + unit
+    is_inline = bool(place.inside) and "\n" not in text[place.begin : place.end]
+    first = next(iter(place.inside.values()), None)
+    if first and "\n" in text[place.begin : first.begin]:
+        inner = line_indent(text, first.begin)
+
+    def written(value: Any) -> str:
+        indent = None if is_inline else unit
+        body = json.dumps(value, indent=indent, ensure_ascii=False)
+        return body.replace("\n", "\n" + inner)
+
+    for key, value in wanted:
+        at = known.get(key)
+        label = json.dumps(key, ensure_ascii=False) + ": "
+        if at is None:
+            missing.append((label if isinstance(new, dict) else "") + written(value))
+        elif at.kind == "{" and isinstance(value, dict):
+            edits += json_edits(text, at, value, unit)
+        elif read_json_places(text[at.begin : at.end])[1] != value:
+            edits.append((at.begin, at.end, written(value)))
+
+    if not missing:
+        return edits
+    return [*edits, json_addition(text, place, missing, inner, is_inline)]
+
+
+def splice_json(text: str, new: Any) -> str:
+    """`new` merged into a JSON text whose comments, order and indentation stay.  Raises
+    ValueError for a text that cannot be understood or changed so."""
+    place, value = read_json_places(text)
+    if type(value) is not type(new):
+        raise ValueError("it holds something else than expected")
+
+    unit = "  "
+    first = next(iter(place.inside.values()), None)
+    if first and "\n" in text[: first.begin]:
+        unit = line_indent(text, first.begin) or unit
+    spliced = text
+    for begin, end, instead in sorted(json_edits(text, place, new, unit), reverse=True):
+        spliced = spliced[:begin] + instead + spliced[end:]
+    if read_json_places(spliced)[1] != merge_json(value, new):
+        raise ValueError("its form is too unusual")
+    return spliced
+
+
+#: a setting of TOML or YAML in one line -> its value and the comment behind it
+_SETTING = re.compile(r"""(?m)[=:] *(?:"[^"\n]*"|'[^'\n]*'|[^#"'\n])*([ \t]#.*)?$""")
+
+
+def merge_setting(top: str, line: str) -> str:
+    """One `key = value` over the same key in the lines before the first section, or before them
+    all.  The comment behind it stays."""
+    key = re.split("[ =:]", line)[0]
+    theirs = re.search(r"(?m)^%s\s*[=:].*\n" % re.escape(key), top)
+    if not theirs:
+        return line + top
+    comment = _SETTING.search(theirs.group())
+    if comment and comment.group(1):
+        line = "%s  %s\n" % (line.rstrip(), comment.group(1).strip())
+    return top.replace(theirs.group(), line, 1)
 
 
 def merge_lines(old: str, new: str) -> str:
     """`new` over a TOML or flat YAML text: its top keys replace theirs, a [table] or "- item" with
-    the same first line is replaced up to its first empty line, the rest is added."""
+    the same first line is replaced up to its first empty line but for its comments, the rest is
+    added."""
     top, *sections = re.split(
         r"(?m)^(?=\[|- )", old + "\n" * (old[-1:] not in ("", "\n"))
     )
     new_top, *new_sections = re.split(r"(?m)^(?=\[|- )", new)
 
     for line in reversed(new_top.splitlines(True)):
-        theirs = re.search(
-            r"(?m)^%s\s*[=:].*\n" % re.escape(re.split("[ =:]", line)[0]), top
-        )
-        if theirs:
-            top = top.replace(theirs.group(), line, 1)
-        elif line.strip() or not old:
-            top = line + top
+        if line.strip() or not old:
+            top = merge_setting(top, line)
 
     for section in new_sections:
         same = [s for s in sections if s.split("\n")[0] == section.split("\n")[0]]
         if same:
-            rest = same[0].partition("\n\n")[2]
-            sections[sections.index(same[0])] = section + ("\n" + rest if rest else "")
+            theirs, blank, rest = same[0].partition("\n\n")
+            comments = [ln for ln in theirs.split("\n") if ln.lstrip().startswith("#")]
+            whole = "\n".join([section.rstrip("\n"), *comments]) + "\n"
+            if blank:
+                whole += "\n" + rest
+            sections[sections.index(same[0])] = whole
         else:
             sections.append(section)
 
     return top + "".join(sections)
 
 
-def merge_file(path: str, text: str) -> tuple[str, str]:
-    """(what the file holds, what it shall hold).  Raises ConfigError."""
-    old = ""
-
+def read_settings(path: str) -> str:
+    """A settings file's text, "" for none, its ends of lines as they are.  Raises ConfigError."""
     try:
         with contextlib.suppress(FileNotFoundError), open(
-            path, encoding="utf-8-sig"
+            path, encoding="utf-8-sig", newline=""
         ) as file:
-            old = file.read()
-
-        if path.endswith(".json"):
-            new = json.loads(text)
-            if isinstance(new, list):
-                merge = merge_named
-            else:
-                merge = merge_json
-            merged = merge(loads(old.encode()) if old.strip() else type(new)(), new)
-            return old, json.dumps(merged, indent=2, ensure_ascii=False) + "\n"
+            return file.read()
     except (OSError, ValueError) as error:
+        raise ConfigError("cannot read %s: %s" % (path, plain_reason(error))) from None
+    return ""
+
+
+def newest_backups(path: str) -> list[str]:
+    """The backups that --write has made of a file, newest first."""
+    folder, name = os.path.split(path)
+    found: list[tuple[int, str]] = []
+    with contextlib.suppress(OSError):
+        for other in os.listdir(folder):
+            stamp = other[len(name) + 1 : -len(".bak")]
+            if other == "%s.%s.bak" % (name, stamp) and stamp.isdigit():
+                found.append((int(stamp), os.path.join(folder, other)))
+    return [backup for _, backup in sorted(found, reverse=True)]
+
+
+def merge_file(path: str, text: str) -> tuple[str, str]:
+    """(what the file holds, what it shall hold).  Raises ConfigError."""
+    old = read_settings(path)
+    plain = old.replace("\r\n", "\n")
+    try:
+        if not plain.strip() or path.endswith("copilot_proxy.yaml"):
+            new = text
+        elif re.search(r"\.jsonc?\Z", path):
+            new = splice_json(plain, json.loads(text))
+        else:
+            new = merge_lines(plain, text)
+    except ValueError as error:
         raise ConfigError(
             "cannot merge into %s (%s): put this into it by hand:\n%s"
             % (path, plain_reason(error), text)
         ) from None
 
-    return old, text if path.endswith("copilot_proxy.yaml") else merge_lines(old, text)
+    if "\r\n" in old:
+        new = new.replace("\n", "\r\n")
+    return old, new
 
 
 def copy_text(text: str) -> str:
@@ -27923,7 +28139,8 @@ SERVICES: Mapping[str, tuple[str, str]] = {
 Description=GitHub Copilot as a local OpenAI and Anthropic API
 
 [Service]
-ExecStart=%(command)s
+WorkingDirectory=%(folder)s
+%(variable)sExecStart=%(command)s
 ExecStartPost=%(health)s
 Restart=on-failure
 RestartSec=5
@@ -27948,6 +28165,7 @@ WantedBy=default.target""",
      Its log, at first with the code to enter: ~/Library/Logs/copilot_proxy.log -->""",
         """\
 <plist version="1.0"><dict><key>Label</key><string>copilot_proxy</string>
+  <key>WorkingDirectory</key><string>%(folder_xml)s</string>%(variable_xml)s
   <key>ProgramArguments</key><array>%(strings)s</array>
   <key>RunAtLoad</key><true/><key>ExitTimeOut</key><integer>%(stop)d</integer>
   <key>KeepAlive</key><dict><key>SuccessfulExit</key><false/></dict>
@@ -27960,7 +28178,8 @@ WantedBy=default.target""",
 # Log in first with: copilot_proxy.py auth   It runs without a window.""",
         """\
 Register-ScheduledTask -Force -TaskName copilot_proxy `
-  -Action (New-ScheduledTaskAction -Execute '%(program)s' -Argument '%(arguments)s') `
+  -Action (New-ScheduledTaskAction -Execute '%(program)s' -Argument '%(arguments)s' `
+    -WorkingDirectory '%(folder_quoted)s') `
   -Trigger (New-ScheduledTaskTrigger -AtLogOn -User $env:USERNAME) `
   -Settings (New-ScheduledTaskSettingsSet -ExecutionTimeLimit ([TimeSpan]::Zero) `
     -AllowStartIfOnBatteries -DontStopIfGoingOnBatteries -RestartCount 99 `
@@ -27970,27 +28189,45 @@ Register-ScheduledTask -Force -TaskName copilot_proxy `
 
 
 def service_text(
-    name: str, python: str, arguments: list[str], url: str, grace_s: float
+    name: str, python: str, flags: list[str], url: str, grace_s: float, cache: str
 ) -> str:
-    """The unit for this Python, file and user.  arguments: this file, `start`, its flags."""
+    """The unit for this Python, file and user: as a module, whose byte code Python keeps, in the
+    file's folder.  cache: where it keeps that when it cannot do so beside the file."""
+    folder, file = os.path.split(os.path.abspath(__file__))
+    stem, kind = os.path.splitext(file)
+    module = ["-m", stem]
+    if kind != ".py" or "." in stem:  # no name of a module
+        module = [os.path.join(folder, file)]
+    arguments = [*module, "start", *flags]
 
     def line(words: list[str]) -> str:
         return " ".join(
             '"%s"' % word if re.search(r"[\s']", word) else word for word in words
         )
 
+    def in_unit(words: list[str]) -> str:
+        return line(words).replace("%", "%%")
+
     windows = os.path.join(os.path.dirname(python), "pythonw.exe")  # it opens no window
+    variable = "PYTHONPYCACHEPREFIX=" + cache
+    entry = "<key>PYTHONPYCACHEPREFIX</key><string>%s</string>" % html.escape(cache)
     head, text = SERVICES[name]
+
     return (
         head
         + "\n"
         + text
         % {
-            "command": line([python] + arguments).replace("%", "%%"),
+            "command": in_unit([python] + arguments),
             "stop": grace_s + 10,
-            "health": line([python, arguments[0], "debug", "--health", url]).replace(
-                "%", "%%"
-            ),
+            "folder": folder.replace("%", "%%"),
+            "folder_xml": html.escape(folder),
+            "folder_quoted": folder.replace("'", "''"),
+            "variable": "Environment=%s\n" % in_unit([variable]) if cache else "",
+            "variable_xml": "\n  <key>EnvironmentVariables</key><dict>%s</dict>" % entry
+            if cache
+            else "",
+            "health": in_unit([python, *module, "debug", "--health", url]),
             "strings": "".join(
                 "<string>%s</string>" % html.escape(w) for w in [python] + arguments
             ),
@@ -29340,34 +29577,77 @@ def offered_models(app: App, url: str, key: str) -> list[Model]:
     return models
 
 
-def write_settings(recipe: Recipe, files: list[tuple[str, str]]) -> None:
-    """Show each difference, ask on a terminal, keep a backup, write."""
+def show_change(path: str, old: str, new: str) -> None:
+    """The difference between two texts of a file."""
     import difflib
 
+    said = difflib.unified_diff(old.splitlines(True), new.splitlines(True), path, path)
+    say("".join(said) or "%s is as it should be" % path)
+
+
+def may_write(question: str, sure: bool) -> bool:
+    """Does the user want it?  Without a terminal only --yes says so: else raises ConfigError."""
+    if not sure and not sys.stdin.isatty():
+        raise ConfigError(
+            "nothing is written unasked, and there is no terminal to ask on: add --yes"
+        )
+    return sure or confirm(question)
+
+
+def replace_settings(path: str, text: str) -> None:
+    """Raises ConfigError."""
+    try:
+        write_file(path, text.encode())
+    except OSError as error:
+        raise ConfigError("cannot write %s: %s" % (path, error.strerror)) from None
+    say("wrote " + path)
+
+
+def write_settings(recipe: Recipe, files: list[tuple[str, str]], sure: bool) -> bool:
+    """Show each difference, ask, keep a backup, write -> do the files hold it all now?"""
     if not files:
         raise ConfigError("%s: there is no settings file to write" % recipe.about)
+
+    done = True
     for path, text in files:
         path = os.path.realpath(path)
         old, new = merge_file(path, text)
-        say(
-            "".join(
-                difflib.unified_diff(
-                    old.splitlines(True), new.splitlines(True), path, path
-                )
-            )
-            or "%s is as it should be" % path
-        )
-        if old == new or not confirm("write %s ?" % path):
+        show_change(path, old, new)
+        if recipe.rivals:
+            for name in re.findall(recipe.rivals, new):
+                say("%s sets %s, which goes before this: remove it" % (path, name))
+
+        if old == new:
             continue
-        try:
-            if old:
-                backup = "%s.%d.bak" % (path, time.time())
-                write_file(backup, old.encode())
-                say("the old one is kept as " + backup)
-            write_file(path, new.encode())
-        except OSError as error:
-            raise ConfigError("cannot write %s: %s" % (path, error.strerror)) from None
-        say("wrote " + path)
+        if not may_write("write %s ?" % path, sure):
+            say("not written: " + path)
+            done = False
+            continue
+        if old:
+            backup = "%s.%d.bak" % (path, time.time_ns())
+            replace_settings(backup, old)
+        replace_settings(path, new)
+    return done
+
+
+def undo_settings(recipe: Recipe, environ: Mapping[str, str], sure: bool) -> int:
+    """setup CLIENT --undo: the newest backup of each file back in its place."""
+    done = 0
+    for place, _, _ in recipe.files:
+        path = os.path.realpath(settings_path(place, environ))
+        backups = newest_backups(path)
+        if not backups:
+            say("there is no backup of " + path)
+            continue
+        old, new = read_settings(path), read_settings(backups[0])
+        show_change(path, old, new)
+        if may_write("put %s back ?" % backups[0], sure):
+            replace_settings(path, new)
+            os.unlink(backups[0])
+            done += 1
+    if done:
+        return 0
+    return 1
 
 
 #: dialect of clients alone -> (route, body, where a piece of the answer has its words), for --check
@@ -29466,57 +29746,50 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return ""
 
 
-def cmd_setup(app: App, flags: argparse.Namespace) -> int:
-    """Print the settings of a client, or a service manager's unit file."""
-    settings, shell = app.settings, flags.shell or shell_of(app.environ)
+def setup_service(app: App, flags: argparse.Namespace, url: str) -> int:
+    """Print a service manager's unit.  Raises ConfigError for one that could not start."""
+    settings = app.settings
+    for name in ("write", "check", "undo"):
+        if getattr(flags, name):
+            raise ConfigError(
+                "setup %s prints a unit: --%s is for clients" % (flags.client, name)
+            )
 
-    if flags.client not in [*CLIENTS, *SERVICES]:
+    has_key = any(key.made and not key.token for key in app.accounts.keys.all())
+    if not (is_loopback(settings.host) or "auto" in settings.api_key or has_key):
         raise ConfigError(
-            "setup: choose one of %s; openai-sdk says what others need%s"
-            % (
-                ", ".join([*CLIENTS, *SERVICES]),
-                nearest(flags.client, [*CLIENTS, *SERVICES]),
-            )
+            "--host %s can be reached by others, and such a unit would not start without "
+            "a key: add --api-key auto" % printable(settings.host, 60)
         )
 
-    url = local_url(settings)
-    if flags.url:
-        url = re.sub("(/v1)?/?$", "", flags.url)
-    url = check_own_url(url, "--url" if flags.url else "--host")
-    if flags.client in SERVICES:
-        given = [
-            "--%s=%s" % (o.name, getattr(settings, o.field))
-            for o in OPTIONS
-            if o.name in ("port", "host", "data-dir", "grace")
-            and getattr(settings, o.field) != o.default
-        ]
-
-        say(
-            service_text(
-                flags.client,
-                sys.executable,
-                [os.path.abspath(__file__), "start", *given],
-                url,
-                settings.grace,
-            )
-        )
-
-        return 0
-
-    recipe, key = CLIENTS[flags.client], flags.key or client_key(settings)
-    models = offered_models(app, url, key)
-    main = model_for(models, flags.model, recipe.main)
-    small = model_for(models, flags.small_model, recipe.small)
-    values = fill(recipe, models, url, key, main, small)
-    files = [
-        fill_file(recipe, row, values, models, app.environ) for row in recipe.files
+    given = [
+        "--%s=%s" % (o.name, getattr(settings, o.field))
+        for o in OPTIONS
+        if o.name in ("port", "host", "data-dir", "grace")
+        and getattr(settings, o.field) != o.default
     ]
-    if flags.write:
-        write_settings(recipe, files)
-    if flags.check:
-        say(try_client(app, recipe, values, main))
-    if flags.write or flags.check:
-        return 0
+    if "auto" in settings.api_key:
+        given.append("--api-key=auto")
+
+    cache = ""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    if not os.access(folder, os.W_OK) and folder != os.path.dirname(folder):
+        # of a file in the root folder Python cannot keep byte code elsewhere
+        data_dir = settings.data_dir or default_data_dir(app.environ)
+        cache = os.path.join(os.path.abspath(data_dir), "bytecode")
+    python = sys.executable
+    say(service_text(flags.client, python, given, url, settings.grace, cache))
+    return 0
+
+
+def print_setup(
+    flags: argparse.Namespace,
+    recipe: Recipe,
+    values: dict[str, str],
+    files: list[tuple[str, str]],
+    shell: str,
+) -> None:
+    """What a person pastes."""
     line = command_line(recipe, values, shell)
     direct = recipe.env or values["url"] in line  # usable without a settings file
 
@@ -29537,6 +29810,46 @@ def cmd_setup(app: App, flags: argparse.Namespace) -> int:
     say(recipe.note % values)
     if flags.copy:
         say(copy_text(line if direct or not files else files[0][1]))
+
+
+def cmd_setup(app: App, flags: argparse.Namespace) -> int:
+    """What to paste for a client, or a service manager's unit."""
+    settings = app.settings
+    if flags.client not in [*CLIENTS, *SERVICES]:
+        raise ConfigError(
+            "setup: choose one of %s; openai-sdk says what others need%s"
+            % (
+                ", ".join([*CLIENTS, *SERVICES]),
+                nearest(flags.client, [*CLIENTS, *SERVICES]),
+            )
+        )
+    url = local_url(settings)
+    if flags.url:
+        url = re.sub("(/v1)?/?$", "", flags.url)
+    url = check_own_url(url, "--url" if flags.url else "--host")
+    if flags.client in SERVICES:
+        return setup_service(app, flags, url)
+
+    recipe, key = CLIENTS[flags.client], flags.key or client_key(settings)
+    if flags.undo:
+        return undo_settings(recipe, app.environ, flags.yes)
+    models = offered_models(app, url, key)
+    main = model_for(models, flags.model, recipe.main)
+    small = model_for(models, flags.small_model, recipe.small)
+    values = fill(recipe, models, url, key, main, small)
+    files = [
+        fill_file(recipe, row, values, models, app.environ) for row in recipe.files
+    ]
+
+    if flags.write and not write_settings(recipe, files, flags.yes):
+        return 1
+    if flags.write:
+        say(recipe.note % values)
+    if flags.check:
+        say(try_client(app, recipe, values, main))
+    if not flags.write and not flags.check:
+        shell = (flags.shell or shell_of(app.environ)).replace("zsh", "bash")
+        print_setup(flags, recipe, values, files, shell)
     return 0
 
 
@@ -29914,7 +30227,9 @@ def add_setup_flags(setup: argparse.ArgumentParser) -> None:
     )
 
     setup.add_argument(
-        "--shell", choices=sorted(SHELLS), help="instead of the one that is seen"
+        "--shell",
+        choices=sorted([*SHELLS, "zsh"]),
+        help="instead of the one that is seen",
     )
 
     for name, text in (
@@ -29927,7 +30242,12 @@ def add_setup_flags(setup: argparse.ArgumentParser) -> None:
         setup.add_argument("--" + name, help=text, default="", metavar=value)
 
     for name, text in (
-        ("write", "merge into the client's files, show what changes, keep a backup"),
+        (
+            "write",
+            "merge into the client's files: show what changes, ask, keep a backup",
+        ),
+        ("undo", "put the newest backup of the client's files back"),
+        ("yes", "write without asking, also where there is no terminal"),
         ("check", "send one real request through the running server"),
         ("copy", "to the clipboard, too"),
     ):

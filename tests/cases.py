@@ -91,6 +91,42 @@ class FolderCase(unittest.TestCase):
         return path
 
 
+class SetupCase(SharedCase):
+    """`setup` with one server for the class and an empty home for each test."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.home = os.path.realpath(folder.name)
+
+    def at(self, name: str) -> str:
+        """'.codex/config.toml' -> its path in the home."""
+        return os.path.join(self.home, *name.split("/"))
+
+    def run_setup(self, *args: str, **env: str) -> tuple[int, str]:
+        return run_main(self.home, "setup", *args, **{"PORT": str(self.proxy.port), **env})
+
+    def setup(self, *args: str, **env: str) -> str:
+        code, output = self.run_setup(*args, **env)
+        self.assertEqual(code, 0, output)
+        return output
+
+    def file_of(self, client: str, at: int = 0) -> str:
+        place = cp.CLIENTS[client].files[at][0]
+        name = place.rpartition(":")[2].replace("//", "/")
+        return self.at(name.partition("/")[2])
+
+    def read(self, path: str) -> str:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+
+    def put(self, path: str, text: str) -> None:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+
+
 class CliCase(unittest.TestCase):
     """An empty home and a fake upstream."""
 

@@ -573,8 +573,16 @@ def run_command(*args: str, stdin: bytes | None = None, **env: str) -> tuple[int
             return command.wait(), command.output()
 
 
-def run_main(home: str, *args: str, **env: str) -> tuple[int, str]:
-    """A command in this process -> (exit code, everything printed); cheaper than a subprocess."""
+class Typed(io.StringIO):
+    """A terminal's standard input, as far as the program asks."""
+
+    def isatty(self) -> bool:
+        return bool(self.getvalue())
+
+
+def run_main(home: str, *args: str, typed: str = "", **env: str) -> tuple[int, str]:
+    """A command in this process -> (exit code, everything printed); cheaper than a subprocess.
+    typed: what a person answers on a terminal; "" for none."""
     log = logging.getLogger("copilot_proxy")
     kept = log.handlers[:], log.level, log.propagate
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -587,7 +595,7 @@ def run_main(home: str, *args: str, **env: str) -> tuple[int, str]:
     try:
         with unittest.mock.patch.object(cp, "Upstream", noted), \
                 contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), \
-                unittest.mock.patch.object(sys, "stdin", io.StringIO()), \
+                unittest.mock.patch.object(sys, "stdin", Typed(typed)), \
                 unittest.mock.patch.dict(os.environ, clean_environment(home, **env), clear=True):
             return cp.main(list(args)), printed.getvalue()
     finally:

@@ -35,9 +35,9 @@ MAX_TEXTS = 1000 if SLOW else 15       # for one pattern
 
 #: what stands for a local name in a pattern that is put together inside a function
 LOCAL_NAMES = {"family": cp._FAMILIES[0], "f": cp._FAMILIES[0], "line": "key = value",
-               "asked": "gpt-5-mini"}
+               "asked": "gpt-5-mini", "key": "model"}
 #: patterns that are rows of a table: see `table_patterns`
-TABLE_NAMES = ("repair.pattern", "pattern", "recipe.sign", "recipe.named")
+TABLE_NAMES = ("repair.pattern", "pattern", "recipe.sign", "recipe.named", "recipe.rivals")
 CATEGORIES = {
     constants.CATEGORY_DIGIT: "0", constants.CATEGORY_NOT_DIGIT: "x",
     constants.CATEGORY_SPACE: " ", constants.CATEGORY_NOT_SPACE: "x",
@@ -201,6 +201,7 @@ def table_patterns() -> Iterator[Pattern]:
             yield Pattern("recipe", text, 0, ("search",))
         yield Pattern("recipe", recipe.sign, 0, ("search",))
         yield Pattern("recipe", recipe.named, 0, ("findall",))
+        yield Pattern("recipe", recipe.rivals, 0, ("findall",))
 
 
 def re_calls(tree: ast.AST) -> Iterator[Any]:

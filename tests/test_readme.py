@@ -68,6 +68,8 @@ class CommandTest(unittest.TestCase):
     def run_line(self, line: str, proxy: Proxy) -> tuple[int, str]:
         """One of the product's commands, for the account and the server of `proxy`."""
         words = line.replace("http://127.0.0.1:4399", proxy.url).split()
+        if "--write" in words:
+            words.append("--yes")                    # there is no terminal to ask on
         self.assertEqual(tuple(words[:2]), SCRIPT_WORDS, line)
         try:
             return run_main(self.home, *words[2:], PORT=str(proxy.port), GH_TOKEN="ghu_fake",

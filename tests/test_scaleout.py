@@ -162,6 +162,21 @@ class ContainerTest(unittest.TestCase):
         self.assertIn("image: " + words[image], compose)
         self.assertIn("command: " + " ".join(words[image + 1:]), compose)
         self.assertIn("test: " + words[words.index("--health-cmd") + 1], compose)
+        self.assertIn("working_dir: %s\n" % words[words.index("-w") + 1], compose)
+        for word in words:
+            name, _, value = word.partition("=")
+            if name.isupper() and value:
+                self.assertIn("%s: %s\n" % (name, value), compose)
+
+    def test_it_starts_as_a_module_whose_byte_code_is_kept(self) -> None:
+        words = docker_words()
+        image = words.index("python:3.13-slim")
+        self.assertEqual(words[image + 1:image + 5], ["python", "-m", "copilot_proxy", "start"])
+        self.assertIn("PYTHONPYCACHEPREFIX=/data/bytecode", words)
+        self.assertTrue(any(word.endswith(":/data") for word in words))
+        folder = words[words.index("-w") + 1]              # Python cannot keep what lies in /
+        self.assertTrue(any(":%s/copilot_proxy.py:" % folder in word for word in words))
+        self.assertGreater(len(folder), 1)
 
     @unittest.skipUnless(SLOW, "long: COPILOT_PROXY_SLOW_TESTS=1")
     @unittest.skipUnless(sys.platform == "linux" and os.geteuid() == 0, "needs root on Linux")
@@ -173,11 +188,12 @@ class ContainerTest(unittest.TestCase):
             make_root(root)
             port = free_ports(1)[0]
             environ = {"COPILOT_PROXY_HOME": "/data", "GH_TOKEN": "ghu_fake", "PATH": "/bin",
-                       "COPILOT_PROXY_GITHUB_URL": fake.url, "PORT": str(port)}
+                       "COPILOT_PROXY_GITHUB_URL": fake.url, "PORT": str(port),
+                       "PYTHONPYCACHEPREFIX": "/data/bytecode"}
 
             def as_user() -> None:
                 os.chroot(root)
-                os.chdir("/")
+                os.chdir(words[words.index("-w") + 1])
                 os.setgid(54321)
                 os.setuid(54321)
 
@@ -197,17 +213,20 @@ class ContainerTest(unittest.TestCase):
                 output = server.communicate(timeout=30)[0].decode()
             self.assertEqual(server.returncode, 0, output)
             self.assertNotIn("ghu_fake", output)
+            kept = [name for _, _, names in os.walk(os.path.join(root, "data", "bytecode"))
+                    for name in names]
+            self.assertTrue(any(name.startswith("copilot_proxy.") for name in kept), kept)
 
 
 def make_root(root: str) -> None:
     """A folder that holds this Python with its libraries, the file, and nothing else."""
-    for name in ("bin", "data", "tmp", "dev"):
+    for name in ("app", "bin", "data", "tmp", "dev"):
         os.mkdir(os.path.join(root, name))
     os.chmod(root, 0o755)
     os.chown(os.path.join(root, "data"), 54321, 54321)
     os.chmod(os.path.join(root, "tmp"), 0o1777)
-    shutil.copy(SCRIPT, os.path.join(root, "copilot_proxy.py"))
-    os.chmod(os.path.join(root, "copilot_proxy.py"), 0o644)
+    shutil.copy(SCRIPT, os.path.join(root, "app", "copilot_proxy.py"))
+    os.chmod(os.path.join(root, "app", "copilot_proxy.py"), 0o644)
     binary = os.path.realpath(sys.executable)
     library = os.path.dirname(os.__file__)
     shutil.copytree(library, root + library, ignore=shutil.ignore_patterns(

@@ -183,10 +183,10 @@ class WriteTest(SetupCase):
     def test_every_file_is_made_and_a_second_time_nothing_changes(self) -> None:
         for client in FILE_CLIENTS:
             with self.subTest(client=client):
-                first = self.setup(client, "--write")
+                first = self.setup(client, "--write", "--yes")
                 self.assertIn("wrote " + self.home, first)
                 self.assertIn("+++ ", first)
-                second = self.setup(client, "--write")
+                second = self.setup(client, "--write", "--yes")
                 self.assertEqual(second.count("as it should be"), len(cp.CLIENTS[client].files))
                 self.assertNotIn("wrote", second)
         for name in (".claude/settings.json", ".claude.json", ".config/opencode/opencode.json",
@@ -205,7 +205,7 @@ class WriteTest(SetupCase):
         self.put(".codex/config.toml", '# mine\nmodel = "o3"\nnotify = ["a", "b"]\n\n'
                  '[model_providers.copilot_proxy]\nname = "old"\nold = 1\n\n# about the next\n'
                  '[mcp_servers.x]\ncommand = "y"')
-        self.setup("codex", "--write")
+        self.setup("codex", "--write", "--yes")
         text = self.read(".codex/config.toml")
         found = tomllib.loads(text)
         self.assertEqual((found["model"], found["model_provider"], found["notify"]),
@@ -219,19 +219,19 @@ class WriteTest(SetupCase):
         old = ('{"env": {"MINE": "1", "ANTHROPIC_MODEL": "x"}, '
                '"permissions": {"deny": ["WebSearch"]}}')
         self.put(".claude/settings.json", old)
-        output = self.setup("claude-code", "--write")
+        output = self.setup("claude-code", "--write", "--yes")
         found = json.loads(self.read(".claude/settings.json"))
         self.assertEqual(found["permissions"], {"deny": ["WebSearch"]})
         self.assertEqual(found["env"]["MINE"], "1")
         self.assertTrue(found["env"]["ANTHROPIC_MODEL"].startswith("claude-sonnet"))
-        backup = re.findall(r"kept as (.*)", output)[0]
+        backup = re.findall(r"wrote (.*\.bak)", output)[0]
         with open(backup, encoding="utf-8") as file:
             self.assertEqual(file.read(), old)
         self.assertIn("-" + old, output.replace("\n\\ No newline", ""))
 
     def test_yaml_lines_and_lists_keep_what_was_there(self) -> None:
         self.put(".aider.conf.yml", "# mine\ndark-mode: true\nmodel: gpt-4o\n")
-        self.setup("aider", "--write")
+        self.setup("aider", "--write", "--yes")
         lines = self.read(".aider.conf.yml").splitlines()
         self.assertIn("dark-mode: true", lines)
         self.assertEqual([ln for ln in lines if ln.startswith("model:")],
@@ -239,26 +239,27 @@ class WriteTest(SetupCase):
         folder = {"LLM_USER_PATH": self.path("llm")}
         self.put("llm/extra-openai-models.yaml", "- model_id: mine\n  model_name: x\n")
         self.put("llm/keys.json", '{"openai": "sk-made-up"}')
-        self.setup("llm", "--write", **folder)
+        self.setup("llm", "--write", "--yes", **folder)
         text = self.read("llm/extra-openai-models.yaml")
         self.assertTrue(text.startswith("- model_id: mine\n  model_name: x\n- model_id: copilot-"))
         self.assertEqual(json.loads(self.read("llm/keys.json")),
                          {"openai": "sk-made-up", "copilot_proxy": "dummy"})
 
-    def test_a_file_with_comments_is_left_alone_and_the_text_is_shown(self) -> None:
-        self.put(".config/opencode/opencode.json", "{ // mine\n}")
-        code, output = self.run_setup("opencode", "--write")
-        self.assertEqual(code, 2)
-        self.assertIn("by hand", output)
-        self.assertIn("baseURL", output)
-        self.assertEqual(self.read(".config/opencode/opencode.json"), "{ // mine\n}")
+    def test_a_file_that_is_no_json_is_left_alone_and_the_text_is_shown(self) -> None:
+        for odd in ("{ mine\n}", '{"a": 1}}', "[]", '{"a": [}'):
+            self.put(".config/opencode/opencode.json", odd)
+            code, output = self.run_setup("opencode", "--write", "--yes")
+            self.assertEqual(code, 2, odd)
+            self.assertIn("by hand", output)
+            self.assertIn("baseURL", output)
+            self.assertEqual(self.read(".config/opencode/opencode.json"), odd)
 
     @unittest.skipUnless(POSIX, "symbolic links")
     def test_a_linked_file_stays_a_link(self) -> None:
         self.put("dotfiles/settings.json", "{}")
         os.mkdir(self.path(".claude"))
         os.symlink(self.path("dotfiles/settings.json"), self.path(".claude/settings.json"))
-        self.setup("claude-code", "--write")
+        self.setup("claude-code", "--write", "--yes")
         self.assertTrue(os.path.islink(self.path(".claude/settings.json")))
         self.assertIn("ANTHROPIC", self.read("dotfiles/settings.json"))
 
@@ -272,12 +273,12 @@ class WriteTest(SetupCase):
                 self.assertEqual([cp.confirm("really ?") for _ in "123"], [False, True, False])
 
     def test_a_client_without_a_file_and_a_folder_that_cannot_be_written(self) -> None:
-        code, output = self.run_setup("cline", "--write")
+        code, output = self.run_setup("cline", "--write", "--yes")
         self.assertEqual(code, 2)
         self.assertIn("no settings file", output)
         with unittest.mock.patch.object(cp, "write_file", side_effect=PermissionError(
                 13, "Permission denied")):
-            code, output = self.run_setup("codex", "--write")
+            code, output = self.run_setup("codex", "--write", "--yes")
         self.assertEqual(code, 2)
         self.assertIn("Permission denied", output)
 
@@ -357,7 +358,9 @@ class ServiceTest(SetupCase):
         for name in cp.SERVICES:
             output = self.unit(name, "--port", "4444", "--data-dir", "/a b/c")
             self.assertIn(sys.executable, output)
-            self.assertIn(SCRIPT, output)
+            self.assertIn("-m copilot_proxy start" if name != "launchd" else
+                          "<string>-m</string><string>copilot_proxy</string>", output)
+            self.assertIn(os.path.dirname(SCRIPT), output)
             self.assertIn("--port=4444", output)
             self.assertIn("/a b/c", output)
 
@@ -366,7 +369,8 @@ class ServiceTest(SetupCase):
         text = '<?xml version="1.0" encoding="UTF-8"?>' + output[output.index("<plist"):]
         found = plistlib.loads(text.encode())
         self.assertEqual(found["ProgramArguments"],
-                         [sys.executable, SCRIPT, "start", "--data-dir=/a & <b>"])
+                         [sys.executable, "-m", "copilot_proxy", "start", "--data-dir=/a & <b>"])
+        self.assertEqual(found["WorkingDirectory"], os.path.dirname(SCRIPT))
         self.assertIs(found["RunAtLoad"], True)
 
     @unittest.skipUnless(shutil.which("systemd-analyze"), "no systemd here")

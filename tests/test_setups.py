@@ -5,14 +5,14 @@ import json
 import os
 import re
 import sys
-import tempfile
 import unittest
 import unittest.mock
 from typing import Any
 
-from support import Proxy, document, run_main
+from support import document
+from cases import SetupCase
 import copilot_proxy as cp
-from fake_upstream import MESSAGES, Answer, FakeUpstream
+from fake_upstream import MESSAGES, Answer
 
 #: client -> the route that --check calls
 ROUTES = {
@@ -25,45 +25,7 @@ ROUTES = {
 NO_FILE = ("vscode-ollama", "xcode", "jetbrains", "home-assistant")
 
 
-class SetupsCase(unittest.TestCase):
-    """One server for the class, an empty home for each test."""
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        cls.fake = FakeUpstream().start()
-        cls.addClassCleanup(cls.fake.close)
-        cls.proxy = Proxy(cls.fake).__enter__()
-        cls.addClassCleanup(cls.proxy.__exit__, None, None, None)
-
-    def setUp(self) -> None:
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.home = os.path.realpath(folder.name)
-
-    def run_setup(self, *args: str, **env: str) -> tuple[int, str]:
-        return run_main(self.home, "setup", *args, **{"PORT": str(self.proxy.port), **env})
-
-    def setup(self, *args: str, **env: str) -> str:
-        code, output = self.run_setup(*args, **env)
-        self.assertEqual(code, 0, output)
-        return output
-
-    def file_of(self, client: str, at: int = 0) -> str:
-        place = cp.CLIENTS[client].files[at][0]
-        name = place.rpartition(":")[2].replace("//", "/")
-        return os.path.join(self.home, *name.split("/")[1:])
-
-    def read(self, path: str) -> str:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-
-    def put(self, path: str, text: str) -> None:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
-
-
-class CheckTest(SetupsCase):
+class CheckTest(SetupCase):
     def test_each_client_is_tried_by_its_own_route(self) -> None:
         for client, route in ROUTES.items():
             for model in ("", "claude-sonnet-4.6", "gpt-5.4", "gpt-5-mini"):
@@ -92,13 +54,13 @@ class CheckTest(SetupsCase):
             self.assertIn("error: ", output)
 
 
-class TextTest(SetupsCase):
+class TextTest(SetupCase):
     def test_a_client_without_a_settings_file_gets_a_few_lines(self) -> None:
         for client in NO_FILE:
             lines = self.setup(client, "--key", "made-up-key").strip().splitlines()
             self.assertLessEqual(len(lines), 4, client)
             self.assertIn("made-up-key", "\n".join(lines))
-            code, output = self.run_setup(client, "--write")
+            code, output = self.run_setup(client, "--write", "--yes")
             self.assertEqual(code, 2, output)
 
     def test_json_has_a_line_for_each_key(self) -> None:
@@ -110,7 +72,7 @@ class TextTest(SetupsCase):
 
     def test_every_model_of_the_account_is_offered_with_its_limits(self) -> None:
         chat = {m["id"] for m in self.proxy.get("/v1/models").json["data"] if m["kind"] == "chat"}
-        self.setup("vscode", "--write")
+        self.setup("vscode", "--write", "--yes")
         (group,) = json.loads(self.read(self.file_of("vscode")))
         self.assertEqual({m["id"] for m in group["models"]}, chat)
         model = next(m for m in group["models"] if m["id"] == "gpt-5.3-codex")
@@ -118,7 +80,7 @@ class TextTest(SetupsCase):
                          (272000, 128000, True))
         self.assertEqual(model["url"], self.proxy.url + "/v1/chat/completions")
         self.assertEqual(model["requestHeaders"], {"Authorization": "Bearer dummy"})
-        self.setup("zed", "--write")
+        self.setup("zed", "--write", "--yes")
         zed = json.loads(self.read(self.file_of("zed")))
         provider = zed["language_models"]["openai_compatible"]["github_copilot_proxy"]
         self.assertEqual({m["name"] for m in provider["available_models"]}, chat)
@@ -140,13 +102,13 @@ class TextTest(SetupsCase):
         self.assertEqual(named, ["gpt-5-mini"])
 
 
-class MergeTest(SetupsCase):
+class MergeTest(SetupCase):
     def test_other_providers_of_vs_code_stay_and_so_does_a_key_that_it_stored(self) -> None:
         path = self.file_of("vscode")
         other = {"name": "Mine", "vendor": "openai", "apiKey": "${input:chat.lm.secret.1}"}
         kept = {"name": "copilot_proxy", "apiKey": "${input:chat.lm.secret.2}", "models": []}
         self.put(path, json.dumps([other, kept]))
-        self.setup("vscode", "--write")
+        self.setup("vscode", "--write", "--yes")
         first, second = json.loads(self.read(path))
         self.assertEqual(first, other)
         self.assertEqual(second["apiKey"], kept["apiKey"])
@@ -155,14 +117,14 @@ class MergeTest(SetupsCase):
     def test_gemini_cli_keeps_other_variables(self) -> None:
         path = self.file_of("gemini-cli", 1)
         self.put(path, "# mine\nGEMINI_API_KEY=real\nOTHER=1\n")
-        self.setup("gemini-cli", "--write")
+        self.setup("gemini-cli", "--write", "--yes")
         lines = self.read(path).splitlines()
         self.assertIn("OTHER=1", lines)
         self.assertEqual([line for line in lines if line.startswith("GEMINI_API_KEY")],
                          ['GEMINI_API_KEY="dummy"'])
 
     def test_a_retired_model_in_zeds_settings_is_found(self) -> None:
-        self.setup("zed", "--write")
+        self.setup("zed", "--write", "--yes")
         environ = {"HOME": self.home}
         path = self.file_of("zed")
         text = re.sub(r'"model": "[^"]+"', '"model": "gpt-99"', self.read(path))
