@@ -27845,169 +27845,84 @@ _JSON_TOKEN = re.compile(
     r'//[^\n]*|/\*(?:.*?\*/|.*)|"(?:[^"\\\n]|\\.)*"?|[{}\[\],:]|[^\s{}\[\],:"/]+|/',
     re.DOTALL,
 )
-#: what stands behind a value on its line: a comma, a comment
-_REST_OF_LINE = re.compile(r"[ \t]*,?[ \t]*(?://[^\n]*)?")
 
 
-class JsonPlace:
-    """Where a value stands in a JSON text, and the values inside it: by key, or by name where they
-    are objects in a list."""
-
-    def __init__(self, begin: int, end: int, kind: str) -> None:
-        self.begin, self.end, self.kind = begin, end, kind
-        self.inside: dict[str, JsonPlace] = {}
-        self.last = end  # where the last value inside ends
-        self.has_comma = False  # behind that one
-        self._key: str | None = None
-
-    def wants_key(self) -> bool:
-        return self.kind == "{" and self._key is None
-
-    def see_key(self, key: str) -> None:
-        self._key = key
-
-    def see_comma(self) -> None:
-        self.has_comma = True
-
-    def add(self, value: JsonPlace) -> None:
-        """The next value inside."""
-        key = "#%d" % len(self.inside)
-        if self._key is not None:
-            key = self._key
-        self.inside[key], self._key = value, None
-        self.last, self.has_comma = value.end, False
-
-    def close(self, end: int) -> None:
-        self.end = end
-
-    def see_end(self, value: JsonPlace) -> None:
-        self.last = value.end
-
-
-def read_json_places(text: str) -> tuple[JsonPlace, Any]:
-    """The place of the value of a JSON text that may have comments and commas too many, and the
-    value itself.  Raises ValueError."""
+def read_json_text(text: str) -> tuple[list[tuple[int, int]], Any]:
+    """([(begin, end) of each value directly inside], the whole value) of a JSON text that may have
+    comments and commas too many.  Raises ValueError."""
     words: list[str] = []
-    root = JsonPlace(0, 0, "")
-    opened = [root]
+    places: list[tuple[int, int]] = []
+    depth, is_next = 0, False
 
     for token in _JSON_TOKEN.finditer(text):
-        word, top = token.group(), opened[-1]
+        word = token.group()
         if word.startswith(("//", "/*")):
             continue
         if word in "}]":
+            depth -= 1
             if words[-1:] == [","]:
                 words.pop()
-            if len(opened) == 1:
-                raise ValueError("it closes more than it opens")
-            top.close(token.end())
-            opened.pop()
-            opened[-1].see_end(top)
-        elif word == ",":
-            top.see_comma()
-        elif word.startswith('"') and top.wants_key():
-            top.see_key(str(json.loads(word)))
-        elif word != ":":
-            value = JsonPlace(token.start(), token.end(), word[0])
-            top.add(value)
-            if word in "{[":
-                opened.append(value)
+        elif is_next:
+            places.append(token.span())
+        if depth > 1 or (depth == 1 and word in "}]"):
+            places[-1] = places[-1][0], token.end()
+
         words.append(word)
-
-    value = loads(" ".join(words).encode())
-    return root.inside["#0"], value
-
-
-def line_indent(text: str, at: int) -> str:
-    """The white space before the line that holds a position."""
-    line = text[text.rfind("\n", 0, at) + 1 : at]
-    return line[: len(line) - len(line.lstrip())]
+        if word in "{[":
+            depth += 1
+        is_next = depth == 1 and word in (":" if words[0] == "{" else "[,")
+    return places, loads(" ".join(words).encode())
 
 
-def json_addition(
-    text: str, place: JsonPlace, missing: list[str], inner: str, is_inline: bool
-) -> tuple[int, int, str]:
-    """(begin, end, instead) that adds values behind those that a place has."""
-    if is_inline:
-        rest = ", ".join(missing)
-        if place.has_comma:
-            at = text.index(",", place.last) + 1
-            return at, at, " " + rest
-        return place.last, place.last, ", " + rest
-
-    behind = _REST_OF_LINE.match(text, place.last)
-    end = behind.end() if behind else place.last
-    added = ",".join("\n" + inner + one for one in missing)
-    if place.inside and not place.has_comma:
-        return place.last, end, "," + text[place.last : end] + added
-    if not place.inside and "\n" not in text[end : place.end]:
-        added += "\n" + line_indent(text, place.begin)
-    return end, end, added
-
-
-def json_edits(
-    text: str, place: JsonPlace, new: Any, unit: str
-) -> list[tuple[int, int, str]]:
-    """[(begin, end, instead)]: what changes in `text` so that the value at `place` has `new` in
-    it.  unit: what a level is indented by."""
-    edits: list[tuple[int, int, str]] = []
-    missing: list[str] = []
-    known = dict(place.inside)
-    if isinstance(new, dict):
-        wanted = list(new.items())
-    else:
-        wanted = []
-
-    if isinstance(new, list):
-        wanted = [(one["name"], one) for one in new]
-        known = {}
-        for old in place.inside.values():
-            value = as_object(read_json_places(text[old.begin : old.end])[1])
-            known.setdefault(str(value.get("name")), old)
-
-    inner = line_indent(text, place.begin) + unit
-    is_inline = bool(place.inside) and "\n" not in text[place.begin : place.end]
-    first = next(iter(place.inside.values()), None)
-    if first and "\n" in text[place.begin : first.begin]:
-        inner = line_indent(text, first.begin)
-
-    def written(value: Any) -> str:
-        indent = None if is_inline else unit
-        body = json.dumps(value, indent=indent, ensure_ascii=False)
-        return body.replace("\n", "\n" + inner)
-
-    for key, value in wanted:
-        at = known.get(key)
-        label = json.dumps(key, ensure_ascii=False) + ": "
-        if at is None:
-            missing.append((label if isinstance(new, dict) else "") + written(value))
-        elif at.kind == "{" and isinstance(value, dict):
-            edits += json_edits(text, at, value, unit)
-        elif read_json_places(text[at.begin : at.end])[1] != value:
-            edits.append((at.begin, at.end, written(value)))
-
-    if not missing:
-        return edits
-    return [*edits, json_addition(text, place, missing, inner, is_inline)]
+def has_comment(text: str) -> bool:
+    """Would a JSON text lose a comment if it were written anew?"""
+    return any(word.startswith(("//", "/*")) for word in _JSON_TOKEN.findall(text))
 
 
 def splice_json(text: str, new: Any) -> str:
-    """`new` merged into a JSON text whose comments, order and indentation stay.  Raises
-    ValueError for a text that cannot be understood or changed so."""
-    place, value = read_json_places(text)
-    if type(value) is not type(new):
+    """`new` merged into a JSON text.  Only values directly inside are written anew, and only those
+    that change; raises ValueError where that would cost a comment, or for what is no JSON."""
+    places, value = read_json_text(text)
+    if type(value) is not type(new) or len(places) != len(value):
         raise ValueError("it holds something else than expected")
+    merged = merge_json(value, new)
+    old, wanted = list(value), list(merged)
+    labels = [""] * len(wanted)
 
-    unit = "  "
-    first = next(iter(place.inside.values()), None)
-    if first and "\n" in text[: first.begin]:
-        unit = line_indent(text, first.begin) or unit
-    spliced = text
-    for begin, end, instead in sorted(json_edits(text, place, new, unit), reverse=True):
-        spliced = spliced[:begin] + instead + spliced[end:]
-    if read_json_places(spliced)[1] != merge_json(value, new):
+    if isinstance(merged, dict):
+        labels = [json.dumps(key, ensure_ascii=False) + ": " for key in wanted]
+        old, wanted = list(value.values()), list(merged.values())
+    first = re.search(r"\n([ \t]{1,40})[^\s/]", text)
+    unit = first[1] if first else "  "
+    texts = [
+        json.dumps(one, indent=unit, ensure_ascii=False).replace("\n", "\n" + unit)
+        for one in wanted
+    ]
+    added = ["\n" + unit + label + one for label, one in zip(labels, texts)]
+    more = ",".join(added[len(old) :])
+    end = places[-1][1] if places else 0
+
+    if more and places:  # a comment on the line of the last one stays there
+        text = text[:end] + re.sub(
+            r"(,?)([ \t]*//[^\n]*)?",
+            lambda found: "," + (found[2] or "") + more + found[1],
+            text[end:],
+            1,
+        )
+    elif more:
+        text = re.sub(r"[{\[]", lambda found: found[0] + more + "\n", text, 1)
+
+    for (begin, end), before, after, one in reversed(
+        [*zip(places, old, wanted, texts)]
+    ):
+        if before == after:
+            continue
+        if has_comment(text[begin:end]):
+            raise ValueError("it has comments in what is to change")
+        text = text[:begin] + one + text[end:]
+    if read_json_text(text)[1] != merged:
         raise ValueError("its form is too unusual")
-    return spliced
+    return text
 
 
 #: a setting of TOML or YAML in one line -> its value and the comment behind it
@@ -28065,18 +27980,6 @@ def read_settings(path: str) -> str:
     except (OSError, ValueError) as error:
         raise ConfigError("cannot read %s: %s" % (path, plain_reason(error))) from None
     return ""
-
-
-def newest_backups(path: str) -> list[str]:
-    """The backups that --write has made of a file, newest first."""
-    folder, name = os.path.split(path)
-    found: list[tuple[int, str]] = []
-    with contextlib.suppress(OSError):
-        for other in os.listdir(folder):
-            stamp = other[len(name) + 1 : -len(".bak")]
-            if other == "%s.%s.bak" % (name, stamp) and stamp.isdigit():
-                found.append((int(stamp), os.path.join(folder, other)))
-    return [backup for _, backup in sorted(found, reverse=True)]
 
 
 def merge_file(path: str, text: str) -> tuple[str, str]:
@@ -28140,7 +28043,8 @@ Description=GitHub Copilot as a local OpenAI and Anthropic API
 
 [Service]
 WorkingDirectory=%(folder)s
-%(variable)sExecStart=%(command)s
+Environment=%(variable)s
+ExecStart=%(command)s
 ExecStartPost=%(health)s
 Restart=on-failure
 RestartSec=5
@@ -28165,7 +28069,9 @@ WantedBy=default.target""",
      Its log, at first with the code to enter: ~/Library/Logs/copilot_proxy.log -->""",
         """\
 <plist version="1.0"><dict><key>Label</key><string>copilot_proxy</string>
-  <key>WorkingDirectory</key><string>%(folder_xml)s</string>%(variable_xml)s
+  <key>WorkingDirectory</key><string>%(folder_xml)s</string>
+  <key>EnvironmentVariables</key><dict>
+    <key>PYTHONPYCACHEPREFIX</key><string>%(cache_xml)s</string></dict>
   <key>ProgramArguments</key><array>%(strings)s</array>
   <key>RunAtLoad</key><true/><key>ExitTimeOut</key><integer>%(stop)d</integer>
   <key>KeepAlive</key><dict><key>SuccessfulExit</key><false/></dict>
@@ -28192,11 +28098,12 @@ def service_text(
     name: str, python: str, flags: list[str], url: str, grace_s: float, cache: str
 ) -> str:
     """The unit for this Python, file and user: as a module, whose byte code Python keeps, in the
-    file's folder.  cache: where it keeps that when it cannot do so beside the file."""
+    file's folder.  cache: where it keeps that."""
     folder, file = os.path.split(os.path.abspath(__file__))
     stem, kind = os.path.splitext(file)
     module = ["-m", stem]
-    if kind != ".py" or "." in stem:  # no name of a module
+    if kind != ".py" or "." in stem or len(folder) < 2:
+        # no name of a module, or Python cannot keep the byte code of a file in the root folder
         module = [os.path.join(folder, file)]
     arguments = [*module, "start", *flags]
 
@@ -28209,8 +28116,6 @@ def service_text(
         return line(words).replace("%", "%%")
 
     windows = os.path.join(os.path.dirname(python), "pythonw.exe")  # it opens no window
-    variable = "PYTHONPYCACHEPREFIX=" + cache
-    entry = "<key>PYTHONPYCACHEPREFIX</key><string>%s</string>" % html.escape(cache)
     head, text = SERVICES[name]
 
     return (
@@ -28223,10 +28128,8 @@ def service_text(
             "folder": folder.replace("%", "%%"),
             "folder_xml": html.escape(folder),
             "folder_quoted": folder.replace("'", "''"),
-            "variable": "Environment=%s\n" % in_unit([variable]) if cache else "",
-            "variable_xml": "\n  <key>EnvironmentVariables</key><dict>%s</dict>" % entry
-            if cache
-            else "",
+            "variable": in_unit(["PYTHONPYCACHEPREFIX=" + cache]),
+            "cache_xml": html.escape(cache),
             "health": in_unit([python, *module, "debug", "--health", url]),
             "strings": "".join(
                 "<string>%s</string>" % html.escape(w) for w in [python] + arguments
@@ -29632,22 +29535,31 @@ def write_settings(recipe: Recipe, files: list[tuple[str, str]], sure: bool) -> 
 
 def undo_settings(recipe: Recipe, environ: Mapping[str, str], sure: bool) -> int:
     """setup CLIENT --undo: the newest backup of each file back in its place."""
-    done = 0
+    code = 1
+
     for place, _, _ in recipe.files:
         path = os.path.realpath(settings_path(place, environ))
-        backups = newest_backups(path)
+        folder = os.path.dirname(path)
+        backups = [
+            file.path
+            for file in (os.scandir(folder) if os.path.isdir(folder) else ())
+            if file.path.startswith(path + ".") and file.name.endswith(".bak")
+        ]
+
         if not backups:
             say("there is no backup of " + path)
             continue
-        old, new = read_settings(path), read_settings(backups[0])
-        show_change(path, old, new)
-        if may_write("put %s back ?" % backups[0], sure):
-            replace_settings(path, new)
-            os.unlink(backups[0])
-            done += 1
-    if done:
-        return 0
-    return 1
+
+        newest = max(backups, key=os.path.getmtime)
+        text = read_settings(newest)
+        show_change(path, read_settings(path), text)
+
+        if may_write("put %s back ?" % newest, sure):
+            replace_settings(path, text)
+            os.unlink(newest)
+            code = 0
+
+    return code
 
 
 #: dialect of clients alone -> (route, body, where a piece of the answer has its words), for --check
@@ -29749,11 +29661,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def setup_service(app: App, flags: argparse.Namespace, url: str) -> int:
     """Print a service manager's unit.  Raises ConfigError for one that could not start."""
     settings = app.settings
-    for name in ("write", "check", "undo"):
-        if getattr(flags, name):
-            raise ConfigError(
-                "setup %s prints a unit: --%s is for clients" % (flags.client, name)
-            )
+    if flags.write or flags.check or flags.undo:
+        raise ConfigError(
+            "setup %s prints a unit; --write, --check and --undo are for clients"
+            % flags.client
+        )
 
     has_key = any(key.made and not key.token for key in app.accounts.keys.all())
     if not (is_loopback(settings.host) or "auto" in settings.api_key or has_key):
@@ -29771,45 +29683,11 @@ def setup_service(app: App, flags: argparse.Namespace, url: str) -> int:
     if "auto" in settings.api_key:
         given.append("--api-key=auto")
 
-    cache = ""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    if not os.access(folder, os.W_OK) and folder != os.path.dirname(folder):
-        # of a file in the root folder Python cannot keep byte code elsewhere
-        data_dir = settings.data_dir or default_data_dir(app.environ)
-        cache = os.path.join(os.path.abspath(data_dir), "bytecode")
+    data_dir = settings.data_dir or default_data_dir(app.environ)
+    cache = os.path.join(os.path.abspath(data_dir), "bytecode")
     python = sys.executable
     say(service_text(flags.client, python, given, url, settings.grace, cache))
     return 0
-
-
-def print_setup(
-    flags: argparse.Namespace,
-    recipe: Recipe,
-    values: dict[str, str],
-    files: list[tuple[str, str]],
-    shell: str,
-) -> None:
-    """What a person pastes."""
-    line = command_line(recipe, values, shell)
-    direct = recipe.env or values["url"] in line  # usable without a settings file
-
-    if direct:
-        say(
-            "%s, for this terminal (%s):\n\n%s\n"
-            % (recipe.about, shell.replace("bash", "bash, zsh"), line)
-        )
-
-    for path, content in files:
-        say(
-            "%s for good, in %s ('setup %s --write' puts it there):\n\n%s\n"
-            % (recipe.about, path, flags.client, content.rstrip())
-        )
-
-    if line and not direct:
-        say("then:\n\n%s\n" % line)
-    say(recipe.note % values)
-    if flags.copy:
-        say(copy_text(line if direct or not files else files[0][1]))
 
 
 def cmd_setup(app: App, flags: argparse.Namespace) -> int:
@@ -29843,13 +29721,21 @@ def cmd_setup(app: App, flags: argparse.Namespace) -> int:
 
     if flags.write and not write_settings(recipe, files, flags.yes):
         return 1
-    if flags.write:
+    steps: list[Json] = []
+    if not flags.write and not flags.check:
+        shell = (flags.shell or shell_of(app.environ)).replace("zsh", "bash")
+        steps = setup_steps(recipe, values, shell, files)
+    for step in steps:
+        say("%s: %s:\n\n%s\n" % (recipe.about, step["title"], step["text"]))
+    if steps and files:
+        say("'setup %s --write' merges it into what is there.\n" % flags.client)
+
+    if flags.write or not flags.check:
         say(recipe.note % values)
     if flags.check:
         say(try_client(app, recipe, values, main))
-    if not flags.write and not flags.check:
-        shell = (flags.shell or shell_of(app.environ)).replace("zsh", "bash")
-        print_setup(flags, recipe, values, files, shell)
+    if flags.copy and steps:
+        say(copy_text(steps[0]["text"]))
     return 0
 
 

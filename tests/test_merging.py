@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import plistlib
 import random
 import re
 import shlex
@@ -28,7 +29,7 @@ def uncommented(text: str) -> Any:
 
 
 class SpliceTest(unittest.TestCase):
-    """JSON with comments: only what has to change changes."""
+    """JSON with comments: what need not change stays as it is written."""
 
     def test_comments_order_and_indentation_stay(self) -> None:
         old = """\
@@ -36,14 +37,11 @@ class SpliceTest(unittest.TestCase):
 {
     "theme": "dark", // nice
     /* "env": {"x": 1}, */
-    "env": {
-        "MINE": "1",  // keep, please
-        "OLD": "x"    // the last one
-    },
-    "list": [1, 2,],
+    "env": {"MINE": "1", "OLD": "x"}, // mine
+    "list": [1, 2,], // the last one
 }
 """
-        new = {"env": {"OLD": "y", "A": "1", "B": {"c": [1]}}, "more": {"d": "e"}}
+        new = {"env": {"OLD": "y", "B": {"c": [1]}}, "more": {"d": "e"}}
         text = cp.splice_json(old, new)
         self.assertEqual(text, """\
 // my settings
@@ -51,54 +49,60 @@ class SpliceTest(unittest.TestCase):
     "theme": "dark", // nice
     /* "env": {"x": 1}, */
     "env": {
-        "MINE": "1",  // keep, please
-        "OLD": "y",    // the last one
-        "A": "1",
+        "MINE": "1",
+        "OLD": "y",
         "B": {
             "c": [
                 1
             ]
         }
-    },
-    "list": [1, 2,],
+    }, // mine
+    "list": [1, 2,], // the last one
     "more": {
         "d": "e"
-    }
+    },
 }
 """)
         self.assertEqual(cp.splice_json(text, new), text)
+
+    def test_no_comment_is_lost_unasked(self) -> None:
+        old = '{\n  "env": {\n    "A": "1", // why\n  }\n}\n'
+        with self.assertRaisesRegex(ValueError, "comments"):
+            cp.splice_json(old, {"env": {"A": "2"}})
+        self.assertEqual(cp.splice_json(old, {"env": {"A": "1"}}), old)
+        self.assertIn("// why", cp.splice_json(old, {"other": 1}))
 
     def test_small_forms(self) -> None:
         for old, new, wanted in (
                 ("{}", {"a": 1}, '{\n  "a": 1\n}'),
                 ("{ }\n", {"a": 1}, None),
-                ("{ // mine\n}", {"a": 1}, '{ // mine\n  "a": 1\n}'),
-                ("{\n}", {"a": 1}, '{\n  "a": 1\n}'),
-                ('{"b": 2}', {"a": {"c": 1}}, '{"b": 2, "a": {"c": 1}}'),
-                ('{"b": 2,}', {"a": 1}, '{"b": 2, "a": 1}'),
-                ('{\n\t"b": {}\n}', {"b": {"a": 1}}, '{\n\t"b": {\n\t\t"a": 1\n\t}\n}'),
-                ('{\n  "b": 2}', {"a": 1}, '{\n  "b": 2,\n  "a": 1}'),
-                ('{"a": "no object"}', {"a": {"b": 1}}, '{"a": {"b": 1}}'),
-                ('{"a": [1]}', {"a": [2]}, '{"a": [2]}'),
+                ("{ // mine\n}", {"a": 1}, None),
+                ('{"b": 2}', {"a": {"c": 1}}, None),
+                ('{"b": 2,}', {"a": 1}, None),
+                ('{\n  "b": {},\n  "c": 1\n}', {"b": {"a": 1}},
+                 '{\n  "b": {\n    "a": 1\n  },\n  "c": 1\n}'),
+                ('{\n  "b": 2\n}', {"a": 1}, '{\n  "b": 2,\n  "a": 1\n}'),
+                ('{\n  "b": 2 // x\n}', {"a": 1}, '{\n  "b": 2, // x\n  "a": 1\n}'),
+                ('{"a": "no object"}', {"a": {"b": 1}}, None),
+                ('{"a": 1, "b": [1]}', {"a": 2}, '{"a": 2, "b": [1]}'),
                 ('{"a//b": "/* no comment */", "c": 1}', {"c": 2},
                  '{"a//b": "/* no comment */", "c": 2}'),
-                ('{"a": 1, "a": 2}', {"a": 3}, None),
                 ('[]', [{"name": "x"}], '[\n  {\n    "name": "x"\n  }\n]'),
-                ('[{"name": "y"}]', [{"name": "x"}], '[{"name": "y"}, {"name": "x"}]'),
-                ('[{"name": "x", "k": 1}, 5]', [{"name": "x", "v": 2}],
-                 '[{"name": "x", "k": 1, "v": 2}, 5]'),
+                ('[{"name": "y"}]', [{"name": "x"}], None),
+                ('[{"name": "x", "k": 1}, 5]', [{"name": "x", "v": 2}], None),
                 ('[\n  {\n    "name": "x"\n  } // mine\n]', [{"name": "y"}],
                  '[\n  {\n    "name": "x"\n  }, // mine\n  {\n    "name": "y"\n  }\n]')):
             with self.subTest(old=old):
                 text = cp.splice_json(old, new)
                 self.assertEqual(uncommented(text), cp.merge_json(uncommented(old), new))
+                self.assertEqual(text.count("mine"), old.count("mine"))
                 if wanted is not None:
                     self.assertEqual(text, wanted)
 
     def test_what_is_no_json_is_refused(self) -> None:
         for odd in ("", "{", "}", '{"a" 1}', '{"a": 1]', "[1 2]", '{"a": }', "{,}}", '"', "/* {}",
                     "{} {}", "[" * 3000, "[]", "nul", '{"a": 01}', '{1: 2}', ":", ",",
-                    '{"a\n": 1}'):
+                    '{"a\n": 1}', '{"a": 1, "a": 2}'):
             with self.subTest(odd=odd[:20]), self.assertRaises(ValueError):
                 cp.splice_json(odd, {"a": 2})
 
@@ -110,6 +114,7 @@ class SpliceTest(unittest.TestCase):
         self.check_seeds(range(400, 20000))
 
     def check_seeds(self, seeds: Any) -> None:
+        refused = 0
         for seed in seeds:
             rng = random.Random(seed)
             old, new = some_object(rng, 3), some_object(rng, 3)
@@ -121,9 +126,17 @@ class SpliceTest(unittest.TestCase):
             text = written(rng, old)
             with self.subTest(seed=seed):
                 self.assertEqual(uncommented(text), old)
-                spliced = cp.splice_json(text, new)
+                try:
+                    spliced = cp.splice_json(text, new)
+                except ValueError as error:
+                    self.assertRegex(str(error), "comments|form")
+                    refused += 1
+                    continue
                 self.assertEqual(uncommented(spliced), cp.merge_json(old, new))
                 self.assertEqual(cp.splice_json(spliced, new), spliced)
+                for comment in ("// a, b: {", "/* c */"):
+                    self.assertEqual(spliced.count(comment), text.count(comment))
+        self.assertLess(refused, len(seeds) / 5)
 
 
 def some_object(rng: random.Random, depth: int) -> dict[str, Any]:
@@ -284,14 +297,15 @@ class ServiceTest(SetupCase):
                               env=environ, stdout=subprocess.PIPE, timeout=60)
         self.assertEqual(done.returncode, 0, done.stdout)
 
-    def test_where_the_folder_cannot_be_written_the_data_folder_holds_the_byte_code(self) -> None:
-        data = os.path.join(self.home, "data")
-        with unittest.mock.patch.object(cp.os, "access", return_value=False):
-            unit = self.setup("systemd", "--data-dir", data)
-            plist = self.setup("launchd", "--data-dir", data)
-        self.assertIn("Environment=PYTHONPYCACHEPREFIX=%s\n" % os.path.join(data, "bytecode"), unit)
-        self.assertIn("<string>%s</string>" % os.path.join(data, "bytecode"), plist)
-        self.assertNotIn("PYTHONPYCACHEPREFIX", self.setup("systemd", "--data-dir", data))
+    def test_the_data_folder_holds_the_byte_code(self) -> None:
+        data = os.path.join(self.home, "a & b")
+        cache = os.path.join(data, "bytecode")
+        unit = self.setup("systemd", "--data-dir", data)
+        self.assertIn('\nEnvironment="PYTHONPYCACHEPREFIX=%s"\n' % cache, unit)
+        text = self.setup("launchd", "--data-dir", data)
+        text = '<?xml version="1.0" encoding="UTF-8"?>' + text[text.index("<plist"):]
+        found = plistlib.loads(text.encode())
+        self.assertEqual(found["EnvironmentVariables"], {"PYTHONPYCACHEPREFIX": cache})
 
 
 if __name__ == "__main__":
