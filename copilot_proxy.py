@@ -27904,7 +27904,7 @@ def splice_json(text: str, new: Any) -> str:
 
     if more and places:  # a comment on the line of the last one stays there
         text = text[:end] + re.sub(
-            r"(,?)([ \t]*//[^\n]*)?",
+            r"(,?)([ \t]{0,99}//[^\n]*)?",
             lambda found: "," + (found[2] or "") + more + found[1],
             text[end:],
             1,
