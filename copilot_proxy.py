@@ -24689,13 +24689,19 @@ class Job:
         return job
 
     def take(
-        self, copilot: Account, model: Model, body: Json, data: bytes = b""
+        self,
+        copilot: Account,
+        model: Model,
+        body: Json,
+        data: bytes = b"",
+        is_step: bool = False,
     ) -> None:
-        """Set the results of the first stages."""
+        """Set the results of the first stages. is_step: the client gets no byte of the
+        answer, so any error may be cured."""
         self.copilot, self.model = copilot, model
         self.body, self.data = body, data or dumps(body)
         exchange = self.exchange  # a cycle would keep the body alive
-        self.attempts = Attempts(copilot, lambda: exchange.started)
+        self.attempts = Attempts(copilot, lambda: exchange.started and not is_step)
 
     async def serve(self, body: Json) -> None:
         """All stages behind `read`; `body` is what the exchange's bytes say.  Raises ProxyError,
@@ -24862,7 +24868,7 @@ class Job:
             "%s %s searches the web", exchange.id, printable(model.id)
         )
 
-        job.take(copilot, model, wish.request(model))
+        job.take(copilot, model, wish.request(model), is_step=True)
         answer = await job.ask()
         if answer is None or job.plan is None:
             raise UpstreamError("the search has no answer")

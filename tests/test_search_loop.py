@@ -8,7 +8,7 @@ from unittest import mock
 
 from support import Proxy, ProxyCase, chat, cp, message, response
 from socket_client import Socket
-from fake_upstream import CHAT, MESSAGES, RESPONSES, Answer, today_models
+from fake_upstream import CHAT, MESSAGES, RESPONSES, Answer, bad, today_models
 
 RESULTS = [("One", "https://one.example/a"), ("Two", "https://two.example/b")]
 TOOL = {"type": "web_search_20250305", "name": "web_search"}
@@ -146,6 +146,17 @@ class MessagesTest(LoopCase):
         self.assertEqual(self.searches()[-1].json["tools"], [{
             "type": "web_search", "filters": {"allowed_domains": ["one.example"]},
             "user_location": place}])
+
+    def test_a_refused_filter_goes_though_the_stream_has_begun(self) -> None:
+        def refuse(ask: Any) -> None:
+            if ask.record.path == RESPONSES and "blocked_domains" in str(ask.body.get("tools")):
+                raise bad("Unknown parameter: 'tools[0].filters.blocked_domains'.",
+                          "unknown_parameter", "tools[0].filters.blocked_domains")
+        self.fake.refusals = [refuse]
+        reply = self.ask("cats @@searches=1@@", True, tools=[dict(
+            TOOL, blocked_domains=["bad.example"])])
+        self.assertEqual(self.end(reply)[1]["server_tool_use"], search_usage(1))
+        self.assertEqual(len(self.searches()), 2)
 
     def test_the_clients_own_tool_beside_it_is_handed_back(self) -> None:
         for stream in (False, True):
