@@ -315,6 +315,7 @@ CLIENT_LEFT = "client_left"  # the error of a request whose client hung up
 ERROR_BODY_S = 10.0  # for all of a refusal's words
 SMALL_ANSWER_S = 60.0  # for all of a token, a usage report, a list of models
 CODE_LIFE_S, MAX_CODE_LIFE_S = 900.0, 86400.0  # of a login code: GitHub's, the longest
+LOGIN_PAUSE_S = 5.0, 15.0, 60.0, 300.0  # without a network; the last one repeats
 POLL_S, MAX_POLL_S = 5.0, 3600.0  # between two questions whether a login was granted
 CODE_PAUSE_S = 5.0  # between two login codes, however soon the first expires
 KEEPALIVE_S = 15.0  # of silence, then a ping to the client
@@ -427,6 +428,11 @@ OUTPUT_LOOK_S, OUTPUT_END_S = 0.1, 0.5  # how often a full pipe is looked at; at
 
 SCRIPT_NAME = "copilot_proxy.py"
 STATS_LINES = 5  # of models, and of clients, that `stats` shows
+LOGIN_LOOK_S = 0.2  # between two looks whether Enter is pressed while a login waits
+LOGIN_TEXT = "\nTo log in, open   %s\nand enter the code   %s\n(the code is good for %d minutes)\n"
+OPEN_TEXT = "Press Enter to copy the code and to open the page."
+COPY_TEXT = "Press Enter to copy the code."
+WAIT_TEXT = "waiting for the login, %d:%02d left"
 PROGRESS_S = 0.5  # then a terminal shows what a command waits for, and again each time
 HELP_COLUMN = 30  # where the words of `--help` begin
 
@@ -440,6 +446,10 @@ CHINESE = {
         "下一步：%s（或 codex、aider 等）。按 Ctrl-C 退出。"
     ),
     "DEMO": "演示",
+    LOGIN_TEXT: "\n请打开   %s\n输入代码   %s\n（代码 %d 分钟内有效）\n",
+    OPEN_TEXT: "按回车键复制代码并打开网页。",
+    COPY_TEXT: "按回车键复制代码。",
+    WAIT_TEXT: "等待登录，剩余 %d:%02d",
 }
 TEXTS: Mapping[str, Mapping[str, str]] = {"en": {}, "zh": CHINESE}
 
@@ -14958,6 +14968,7 @@ OPTIONS = (
         "lang",
         "",
         "language of page and banner, else that of the locale",
+        where="start auth",
         value="en|zh",
     ),
     Option("demo", False, "play without account and network", "switch"),
@@ -17540,6 +17551,7 @@ class DeviceLogin:
             earliest = time.monotonic() + CODE_PAUSE_S
             self.code = run(self._github.request_code())
             self.expires_at = time.time() + self.code.expires_in
+            self.problem = ""
             self.ready.set()
             self._announce(self.code)
             token = self._poll(self.code)
@@ -17560,16 +17572,31 @@ class DeviceLogin:
         ).start()
 
     def _run_and_keep(self, keep: Callable[[str], Any], log: logging.Logger) -> None:
-        try:
-            token = self.run()
-            if token:
-                keep(token)
-                self.token = token
-        except ProxyError as error:
-            self.code, self.problem = None, str(error)
-            log.error("%s", error)
-        finally:
-            self.ready.set()
+        """Thread: where GitHub cannot be reached it is tried again, else a person must act."""
+        pauses = list(LOGIN_PAUSE_S)
+
+        while not self.stop.is_set():
+            try:
+                token = self.run()
+                if token:
+                    keep(token)
+                    self.token = token
+
+                return
+            except ProxyError as error:
+                forget_frames(error)
+                can_try = self.renews and isinstance(error, UpstreamError)
+                if str(error) != self.problem:
+                    log.error("%s%s", error, "; it is tried again" * can_try)
+                self.code, self.problem = None, str(error)
+                if not can_try:
+                    return
+            finally:
+                self.ready.set()
+
+            self.stop.wait(pauses[0])
+            if len(pauses) > 1:
+                del pauses[0]
 
     def _poll(self, code: DeviceCode) -> str | None:
         """The token, '' when stopped, None when the code has expired."""
@@ -18049,7 +18076,8 @@ class Attempts:
                 raise
             forget_frames(error)  # it is kept as long as the limit
             told = limits.refuse(call.model, number, error)
-            log.warning("%s", told)
+            model = printable(call.model, 60)
+            log.warning("%s %s has reached a limit of GitHub", call.request_id, model)
             raise told from None
         finally:
             for scope in limits.finish(call.model, number, is_taken):
@@ -20133,7 +20161,7 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
     def show(self, status: str) -> None:
         """What goes on, in one line below the log, '' for nothing.  Not seen in a file or pipe."""
-        if not self._is_console:
+        if not self._is_console or visible(status) == self._status:
             return
         self.acquire()
         try:
@@ -20900,6 +20928,8 @@ class DefaultLogin:
                 or services.stop.is_set()
             ):
                 return
+            if self.device is not None:
+                self.device.stop.set()  # it only waits to try again
             device = self.device = DeviceLogin(
                 services.github,
                 services.settings.poll_margin_s,
@@ -20913,8 +20943,13 @@ class DefaultLogin:
             self.file.save(token)
         except ConfigError as error:
             self._log.error("the login works, but only until the end: %s", error)
-        self.use(token)
-        self._log.warning("logged in")
+        account = self.use(token)
+        plan = "?"
+        with contextlib.suppress(ProxyError):
+            plan = str(run(account.fetch_usage()).get("copilot_plan") or plan)
+        self._log.info(
+            "logged in as %s, plan %s", printable(account.name, 60), printable(plan, 40)
+        )
 
     async def hint(self) -> str:
         """How to log in; waits a moment for the code of a login that was just begun."""
@@ -23251,6 +23286,10 @@ class Server(ThreadingHTTPServer):
             self.loop.post(self._end_running)
             self._wait_idle(1.0)
         self.loop.stop()
+
+    def running(self) -> int:
+        """How many requests are not answered to the end."""
+        return len(self._running)
 
     def _stop_listening(self) -> None:
         """Who has connected by now is let in, but no more than that."""
@@ -28552,16 +28591,109 @@ def find_server(app: App, flags: argparse.Namespace) -> Callable[[str], Json] | 
     return functools.partial(ask_server, app, url, key)
 
 
-def print_code(code: DeviceCode) -> None:
-    """Tell the person at the terminal where to log in."""
-    say(
-        "\nTo log in, open   %s\nand enter the code   %s\n(the code is good for %d minutes)\n"
-        % (
-            printable(code.verification_uri),
-            printable(code.user_code),
-            code.expires_in // 60,
+def can_open(url: str, settings: Settings, environ: Mapping[str, str]) -> bool:
+    """Is this a page of the GitHub that is meant, and can a browser show it here?"""
+    if host_of(url) != host_of(settings.github_url):
+        return False
+    if not url.startswith(settings.github_url + "/"):
+        return False
+    if os.name == "nt" or sys.platform == "darwin":
+        return True
+    has_screen = environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY")
+    return bool(has_screen and not environ.get("SSH_CONNECTION"))
+
+
+def open_in_browser(url: str) -> None:
+    """At once; a browser may take its time."""
+    import webbrowser
+
+    threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+
+
+def is_at_keyboard() -> bool:
+    """Does a person type into this program?  Who only reads in the background would be stopped."""
+    try:
+        if not sys.stdin.isatty():
+            return False
+        return os.name == "nt" or os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def wait_for_enter(timeout_s: float) -> bool:
+    """Is Enter pressed within that time?"""
+    if os.name == "nt":
+        import msvcrt
+
+        keyboard: Any = msvcrt
+        time.sleep(timeout_s)
+        return bool(keyboard.kbhit()) and keyboard.getwch() in "\r\n"
+    return wait_ready(sys.stdin, timeout_s) and sys.stdin.readline() != ""
+
+
+class LoginPrompt:
+    """What stands on a terminal while a login waits: the code, how long it is good for, and an
+    offer to copy it and to open the page."""
+
+    def __init__(self, app: App) -> None:
+        self._app, self._over = app, threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def announce(self, code: DeviceCode) -> None:
+        """There is a new code."""
+        settings = self._app.settings
+        language = console_language(settings.lang)
+        url, typed = printable(code.verification_uri), printable(code.user_code)
+        say(translated(LOGIN_TEXT, language) % (url, typed, code.expires_in // 60))
+        handler = line_handler(self._app.log)
+        if handler is None or not is_console(sys.stdout, self._app.environ):
+            return
+
+        is_asked = is_at_keyboard() and not settings.manual
+        opens = can_open(url, settings, self._app.environ)
+        if is_asked:
+            say(translated(OPEN_TEXT if opens else COPY_TEXT, language))
+        self._thread = threading.Thread(
+            target=self._wait,
+            args=(handler, code, is_asked, opens),
+            name="login-prompt",
+            daemon=True,
         )
-    )
+        self._thread.start()
+
+    def close(self) -> None:
+        """The login is over."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _is_over(self) -> bool:
+        app = self._app
+        return self._over.is_set() or app.stop.is_set() or app.login.account is not None
+
+    def _wait(
+        self, handler: LogHandler, code: DeviceCode, is_asked: bool, opens: bool
+    ) -> None:
+        """Thread: count down."""
+        ends = time.monotonic() + code.expires_in
+        text = translated(WAIT_TEXT, console_language(self._app.settings.lang))
+        while not self._is_over() and time.monotonic() < ends:
+            is_pressed = False
+            if is_asked:
+                is_pressed = wait_for_enter(LOGIN_LOOK_S)
+            else:
+                self._over.wait(LOGIN_LOOK_S)
+
+            left = int(ends - time.monotonic())
+            handler.show(text % (left // 60, left % 60))
+            if is_pressed:
+                is_asked = False
+                data = base64.b64encode(code.user_code.encode()).decode()
+                sys.stdout.write("\x1b]52;c;%s\x07" % data)
+                sys.stdout.flush()
+                if opens:
+                    open_in_browser(code.verification_uri)
+        handler.show("")
 
 
 def port_refused(error: OSError, host: str, port: int, option: str) -> ProxyError:
@@ -28789,6 +28921,49 @@ def offer_claude_code(app: App, url: str) -> None:
         say("error: %s" % error)
 
 
+def span_text(seconds: float) -> str:
+    """4000 -> '1 h 6 min', 59 -> '59 s'"""
+    minutes = int(seconds) // 60
+    if minutes >= 24 * 60:
+        return "%d d %d h" % (minutes // (24 * 60), minutes // 60 % 24)
+    if minutes >= 60:
+        return "%d h %d min" % (minutes // 60, minutes % 60)
+    if minutes:
+        return "%d min" % minutes
+    return "%d s" % seconds
+
+
+def credits_text(sums: Json) -> str:
+    """'12.3 credits', '~12.3 credits' where only an estimate is there."""
+    credits_ = text_number_or_none(sums.get("credits"))
+    if credits_ is not None:
+        return "%.4g credits" % credits_
+    estimated = text_number_or_none(sums.get("estimated_credits"))
+    if estimated is not None:
+        return "~%.4g credits" % estimated
+    return "credits unknown"
+
+
+def sums_parts(sums: Json) -> list[str]:
+    """Of one line of sums: requests, failures, credits."""
+    count = count_or_zero(sums.get("requests"))
+    parts = ["%d request%s" % (count, "s" * (count != 1))]
+    if count_or_zero(sums.get("errors")):
+        parts.append("%d failed" % count_or_zero(sums.get("errors")))
+    if count:
+        parts.append(credits_text(sums))
+    return parts
+
+
+def session_text(app: App) -> str:
+    """'served 3 requests, 1 failed, 0.2 credits in 5 min'"""
+    app.ledger.settle()
+    none = {**NO_COUNTS, "requests": 0, "errors": 0}
+    sums = with_credits({**none, **app.ledger.stats.group("totals")})
+    span = span_text(time.time() - app.started)
+    return "served %s in %s" % (", ".join(sums_parts(sums)), span)
+
+
 def cmd_start(app: App, flags: argparse.Namespace) -> int:
     """Serve.  The port opens before anything is asked of GitHub."""
     settings = app.settings
@@ -28800,37 +28975,49 @@ def cmd_start(app: App, flags: argparse.Namespace) -> int:
     app.accounts.log_keys()
     new_key = guard_door(app)
     server = open_server(app)
+
     if flags.signals is None:
         interrupts: list[int] = catch_signals()
     else:
         interrupts = flags.signals
+
     server.start()
     github_token = app.login.load()
     if github_token:
         app.login.use(github_token)
     say(json_banner(server, new_key) if settings.log_json else banner(server) + new_key)
+    prompt = LoginPrompt(app)
     if not github_token:
         if sys.stdout.isatty() and not settings.log_json:
-            app.login.announce_by(print_code)
+            app.login.announce_by(prompt.announce)
         app.login.begin()
-    if settings.open:
-        import webbrowser
 
-        threading.Thread(
-            target=webbrowser.open, args=(server.url + "/",), daemon=True
-        ).start()
+    if settings.open:
+        open_in_browser(server.url + "/")
     if settings.fallback or settings.model_alias:
         threading.Thread(target=look_up_models, args=(app,), daemon=True).start()
     if settings.claude_code:
         threading.Thread(
             target=offer_claude_code, args=(app, server.url), daemon=True
         ).start()
+
     time.sleep(0.1)
     spare_collector()
     give_back_memory()
     while not interrupts:
         time.sleep(0.1)
+    prompt.close()
+    running = server.running()
+    if running and settings.grace:
+        app.log.info(
+            "waiting up to %g s for %d request%s; Ctrl-C again ends now",
+            settings.grace,
+            running,
+            "s" * (running != 1),
+        )
+
     server.finish(settings.grace)
+    app.log.info("%s", session_text(app))
     if interrupts[0] == signal.SIGINT:
         return 130
     return 0
@@ -28955,8 +29142,13 @@ def cmd_auth(app: App, flags: argparse.Namespace) -> int:
     elif settings.github_token and flags.github_token:
         github_token = settings.github_token
     else:
-        login = DeviceLogin(app.github, settings.poll_margin_s, app.stop, print_code)
-        github_token = login.run()
+        prompt = LoginPrompt(app)
+        try:
+            github_token = DeviceLogin(
+                app.github, settings.poll_margin_s, app.stop, prompt.announce
+            ).run()
+        finally:
+            prompt.close()
 
     github_token = check_github_token(github_token)
     copilot = run(app.github.fetch_copilot_token(github_token))
@@ -29163,38 +29355,6 @@ def cmd_models(app: App, flags: argparse.Namespace) -> int:
     for line in told + notices:
         say(textwrap.fill(line, columns, subsequent_indent="  "))
     return 0
-
-
-def span_text(seconds: float) -> str:
-    """4000 -> '1 h 6 min', 59 -> '59 s'"""
-    minutes = int(seconds) // 60
-    if minutes >= 24 * 60:
-        return "%d d %d h" % (minutes // (24 * 60), minutes // 60 % 24)
-    if minutes >= 60:
-        return "%d h %d min" % (minutes // 60, minutes % 60)
-    if minutes:
-        return "%d min" % minutes
-    return "%d s" % seconds
-
-
-def credits_text(sums: Json) -> str:
-    """'12.3 credits', '~12.3 credits' where only an estimate is there."""
-    credits_ = text_number_or_none(sums.get("credits"))
-    if credits_ is not None:
-        return "%.4g credits" % credits_
-    estimated = text_number_or_none(sums.get("estimated_credits"))
-    if estimated is not None:
-        return "~%.4g credits" % estimated
-    return "credits unknown"
-
-
-def sums_parts(sums: Json) -> list[str]:
-    """Of one line of sums: requests, failures, credits."""
-    count = count_or_zero(sums.get("requests"))
-    parts = ["%d request%s" % (count, "s" * (count != 1))]
-    if count_or_zero(sums.get("errors")):
-        parts.append("%d failed" % count_or_zero(sums.get("errors")))
-    return [*parts, credits_text(sums)]
 
 
 def token_parts(sums: Json) -> list[str]:

@@ -25,7 +25,7 @@ IMPURE = {"socket", "os", "time", "threading", "select", "random", "secrets", "s
           "asyncio", "multiprocessing", "platform", "logging"}
 IMPURE_CALLS = {"open", "print", "input", "exec", "eval"}
 HEAVY = {"ssl", "difflib", "ipaddress", "resource", "webbrowser", "sqlite3", "getpass", "termios",
-         "tty", "ctypes", "mimetypes", "subprocess", "shutil", "winreg"}
+         "tty", "ctypes", "mimetypes", "subprocess", "shutil", "winreg", "msvcrt"}
 #: the standard library of the oldest and newest Python that matter here, for Pythons without
 #: sys.stdlib_module_names
 STDLIB = {"__future__", "argparse", "base64", "binascii", "calendar", "collections", "contextlib",
