@@ -11328,7 +11328,8 @@ class TranslatedStream(StreamRelay):
 
     @property
     def is_waiting(self) -> bool:
-        return self.loop is not None and bool(self.loop.calls)
+        has_calls = self.loop is not None and bool(self.loop.calls)
+        return has_calls and not self.ended
 
     def _read(self, events: list[Event]) -> bytes:
         """Client bytes for what the upstream says."""
@@ -13552,6 +13553,8 @@ class Plan:
     @property
     def is_waiting(self) -> bool:
         """Is the upstream's answer over, but not the client's?"""
+        if self.pipeline is not None:
+            return self.pipeline.is_waiting
         return self.loop is not None and bool(self.loop.calls)
 
     def go_on(self, events: list[Event]) -> bytes:

@@ -262,6 +262,13 @@ class MessagesTest(LoopCase):
         lines = [line for line in self.proxy.log_text().splitlines() if "gpt-5-mini" in line]
         self.assertEqual(len([line for line in lines if "POST /alpha/search" in line]), 2)
 
+    def test_a_whole_answer_says_what_all_of_it_cost(self) -> None:
+        self.ask("cats @@searches=1@@")
+        before = len(self.fake.requests)
+        reply = self.ask("cats @@searches=2@@")
+        nano = sum(max(4, len(r.body) // 4) * 175000 + 1 for r in self.fake.requests[before:])
+        self.assertEqual(reply.headers["x-copilot-proxy-credits"], "%d.%09d" % divmod(nano, 10**9))
+
     def test_switched_off_the_tool_goes_as_a_loss(self) -> None:
         with Proxy(self.fake, no_web_search=True) as proxy:
             for stream in (False, True):
@@ -399,6 +406,23 @@ class ResponsesTest(LoopCase):
                                               tools=[{"type": "web_search"}]))
                 kinds = [item["type"] for item in finished(events)["output"]]
                 self.assertEqual(kinds[-2:], ["web_search_call", "message"])
+
+
+class StopTest(unittest.TestCase):
+    """A stop sequence that the proxy watches for."""
+
+    def test_an_answer_that_was_cut_waits_for_no_search(self) -> None:
+        request = cp.Request("m", search=cp.SearchTool({}), cut_at=["b"])
+        loop = cp.SearchLoop(cp.MESSAGES)
+        loop.offer(request, request.search)
+        stream = cp.TranslatedStream(cp.MESSAGES, cp.CHAT, request, loop)
+        call = {"index": 0, "id": "c", "function": {"name": "web_search", "arguments": "{}"}}
+        out = stream.feed(b"".join(b"data: %b\n\n" % cp.dumps({"choices": [choice]}) for choice in (
+            {"index": 0, "delta": {"content": "abc"}},
+            {"index": 0, "delta": {"tool_calls": [call]}, "finish_reason": "tool_calls"},
+        )) + b"data: [DONE]\n\n")
+        self.assertIn(b"message_stop", out)
+        self.assertEqual((stream.ended, stream.is_waiting, stream.close()), (True, False, b""))
 
 
 class ChatTest(LoopCase):
