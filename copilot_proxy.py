@@ -16565,6 +16565,10 @@ class HttpsConnection(HttpConnection):
         is_newest = self._sessions.get(self._server) is self._offered
         if is_newest and not self.sock.session_reused:
             self._sessions[self._server] = self.sock.session
+        # OpenSSL keeps 16 KB, in which it has read the session, until something is
+        # sent; so nothing is sent, which old Pythons call an error.
+        with contextlib.suppress(OSError):
+            self.sock.send(b"")
 
 
 class Pool:
