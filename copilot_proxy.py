@@ -2549,6 +2549,8 @@ class RequestHead:
     target: str
     minor: int  # 1 for HTTP/1.1, 0 for HTTP/1.0
     headers: Headers
+    #: the one that all heads share which differ from this one in their length alone
+    same: RequestHead | None = field(default=None, compare=False, repr=False)
 
     @property
     def keep_alive(self) -> bool:
@@ -2648,7 +2650,7 @@ def parse_request_head(raw: bytes) -> RequestHead:
     known = _known_request_head(raw[:start] + b"0" + raw[end:])
     headers = known.headers.copy()
     headers["content-length"] = length[1].decode()
-    return RequestHead(known.method, known.target, known.minor, headers)
+    return RequestHead(known.method, known.target, known.minor, headers, known)
 
 
 _STATUS_LINE = re.compile(r"HTTP/1\.[0-9] ([0-9]{3})(?: (.*))?\r?\Z", re.DOTALL)
@@ -21979,6 +21981,17 @@ def spare_collector() -> None:
     gc.set_threshold(COLLECT_AFTER)
 
 
+class Sender(NamedTuple):
+    """Who sends the requests of a connection that have this head, and the keys as they were then;
+    headers: to be added to the answers."""
+
+    head: RequestHead
+    keys: list[Key]
+    caller: Caller
+    is_same_origin: bool
+    headers: Headers
+
+
 class Exchange:
     """One request and its answer.
     `reply` and `fail` send a whole answer.  A stream is announced with `expect_stream`; then either
@@ -22027,6 +22040,12 @@ class Exchange:
         return self.app.store
 
     # -- the request
+
+    def come_from(self, sender: Sender) -> None:
+        """It has the head of a request whose sender was found out."""
+        self.caller = sender.caller
+        self.is_same_origin = sender.is_same_origin
+        self.headers.update(sender.headers)
 
     def answer_in(self, dialect: Dialect) -> None:
         """Report errors in this dialect from now on."""
@@ -22868,10 +22887,12 @@ def is_json_type(text: str) -> bool:
 
 
 class Handler:
-    """From a request's head to its endpoint: what must be right before any work is done."""
+    """From a request's head to its endpoint: what must be right before any work is done.  Of one
+    connection, whose requests mostly have the same head: then its sender is known."""
 
     def __init__(self, app: App, routes: Routes, scheme: str) -> None:
         self._app, self._routes, self._scheme = app, routes, scheme
+        self._sender: Sender | None = None
 
     async def handle(self, exchange: Exchange) -> None:
         """Check the request, read its body, call its endpoint.  Raises ProxyError, ClientGone."""
@@ -22881,8 +22902,7 @@ class Handler:
         head, length, chunked = exchange.head, 0, True  # until we know better
         try:
             length, chunked = head.body_form()
-            self._check_browser(exchange)
-            self._check_key(exchange)
+            self._check_sender(exchange)
             if head.method == "OPTIONS":
                 endpoint = None
             else:
@@ -22928,6 +22948,23 @@ class Handler:
         else:
             exchange.body = body
         exchange.log_body("request", exchange.body)
+
+    def _check_sender(self, exchange: Exchange) -> None:
+        """Browser and key, where they are not those of the request before."""
+        head, known = exchange.head.same, self._sender
+        key_file = self._app.accounts.keys
+        if known is not None and known.head is head and known.keys is key_file.all():
+            exchange.come_from(known)
+            return
+
+        self._check_browser(exchange)
+        keys = key_file.all()
+        self._check_key(exchange)
+        caller = exchange.caller
+        if head is not None and caller.is_admitted and caller.account is None:
+            self._sender = Sender(
+                head, keys, caller, exchange.is_same_origin, exchange.headers.copy()
+            )
 
     def _check_browser(self, exchange: Exchange) -> None:
         """DNS rebinding and foreign web pages: refused before any work."""
@@ -23076,7 +23113,7 @@ class Server(ThreadingHTTPServer):
         else:
             self._tls = None
         self.scheme = "https" if self._tls else "http"
-        self._handler = Handler(app, routes, self.scheme)
+        self._routes = routes
         if ":" in host:
             self.address_family = socket.AF_INET6
         self._listeners: list[Listener] = []
@@ -23174,14 +23211,15 @@ class Server(ThreadingHTTPServer):
         try:
             if self._tls is not None:
                 await client.begin_tls(self._tls)
-            while await self._serve_one(client):
+            handler = Handler(self.app, self._routes, self.scheme)
+            while await self._serve_one(client, handler):
                 pass
         except (ClientGone, OSError):
             pass
         finally:
             client.close()
 
-    async def _serve_one(self, client: ClientConnection) -> bool:
+    async def _serve_one(self, client: ClientConnection, handler: Handler) -> bool:
         """Read a request and answer it.  False: the connection is over."""
         problem: BadRequest | None = None
         exchange: Exchange | None = None
@@ -23197,7 +23235,7 @@ class Server(ThreadingHTTPServer):
         self._running[exchange] = None
         self.app.ledger.begin(exchange.record)
         try:
-            is_refused = await self._answer(exchange, problem)
+            is_refused = await self._answer(exchange, problem, handler)
         finally:
             client.exchange = None
             self.end(exchange)
@@ -23224,13 +23262,15 @@ class Server(ThreadingHTTPServer):
             return None
         return SocketExchange(client, socket_, text, self.app)
 
-    async def _answer(self, exchange: Exchange, problem: BadRequest | None) -> bool:
+    async def _answer(
+        self, exchange: Exchange, problem: BadRequest | None, handler: Handler
+    ) -> bool:
         """Every error is rendered here and nowhere else.  -> was it refused?"""
         refusal: ProxyError | None = problem
 
         try:
             if problem is None:
-                await self._handler.handle(exchange)
+                await handler.handle(exchange)
         except ClientGone:
             exchange.client_left()
             return False
