@@ -57,8 +57,8 @@ StreamDecoder (upstream bytes to neutral events) and a StreamEncoder (events to 
 
 Hosts contacted: github.com and api.github.com (login, token exchange, usage), and the Copilot API
 host that GitHub names together with the token (*.githubcopilot.com).  With --github-url and
---copilot-url: those instead.  With --fetch-images the hosts of images that clients name by URL.
-Nothing else, ever: no telemetry, no update check.
+--copilot-url: those instead.  With --fetch-images the hosts of images that clients name by URL,
+with --upload-images uploads.github.com.  Nothing else, ever: no telemetry, no update check.
 
 Files written (mode 0600) in the data folder, see the section Storage: `github_token`,
 `proxy_accounts.json`, and what was asked when at what cost, never its words, in
@@ -401,6 +401,11 @@ MAX_SOURCES = 50  # of a search
 MAX_SEARCHES, MAX_SEARCH_ROUNDS = 20, 10  # in one answer; answers that one is made of
 MAX_IMAGES, MAX_GEMINI_IMAGES = 20, 10  # the upstream's own limits
 ATTACHMENTS_URL = "https://github.com/github-copilot/chat/attachments/"
+UPLOADS_URL = "https://uploads.github.com"  # VS Code's store of images
+UPLOAD_CHARS = 200_000  # of base64, from which on an image is uploaded
+MAX_UPLOADS = 20  # images by URL in one request; the upstream takes no more
+UPLOAD_S, UPLOAD_REST_S = 20.0, 300.0  # for one image; and after a failure
+UPLOAD_LIFE_S = 1500.0  # a URL is used again; VS Code does so for half an hour
 NANO, MILLION = 10**9, 10**6  # nano-AIU of a credit (USD 0.01)
 MAX_COUNT = 2**53  # larger is no count
 MAX_NUMBER_CHARS = 24  # of a number that is written as text
@@ -522,12 +527,19 @@ ERROR_CLASSES = (
     ErrorClass(
         400,
         "",
-        tuple(
-            """
-            invalid_request_error invalid_request invalid_request_body invalid_argument
-            invalid_prompt failed_precondition content_filter policy policy_violation
-            context_length_exceeded model_not_supported unsupported_value
-            """.split()
+        (
+            "invalid_request_error",
+            "invalid_request",
+            "invalid_request_body",
+            "invalid_argument",
+            "invalid_prompt",
+            "failed_precondition",
+            "content_filter",
+            "policy",
+            "policy_violation",
+            "context_length_exceeded",
+            "model_not_supported",
+            "unsupported_value",
         ),
     ),
 )
@@ -4137,11 +4149,17 @@ def walk_objects(value: Any) -> Iterator[Json]:
 
 
 #: what only OpenAI's models know
-_OPENAI_ONLY = tuple(
-    """
-    logit_bias logprobs top_logprobs metadata prediction verbosity
-    prompt_cache_key prompt_cache_retention safety_identifier web_search_options
-""".split()
+_OPENAI_ONLY = (
+    "logit_bias",
+    "logprobs",
+    "top_logprobs",
+    "metadata",
+    "prediction",
+    "verbosity",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "web_search_options",
 )
 
 
@@ -4268,13 +4286,35 @@ MAX_WATCHED_STOPS, MAX_STOP_CHARS = 32, 256  # that the proxy itself watches for
 EPHEMERAL = {"type": "ephemeral"}
 #: fields of one dialect whose absence in another changes nothing
 HARMLESS = frozenset(
-    """
-    stream_options store service_tier include client_metadata truncation type
-    format id status phase annotations logprobs role thinking reasoning
-    citations caller index eager_input_streaming prediction background
-    internal_chat_message_metadata_passthrough previous_response_id
-    prompt_cache_key prompt_cache_retention safety_identifier
-""".split()
+    (
+        "stream_options",
+        "store",
+        "service_tier",
+        "include",
+        "client_metadata",
+        "truncation",
+        "type",
+        "format",
+        "id",
+        "status",
+        "phase",
+        "annotations",
+        "logprobs",
+        "role",
+        "thinking",
+        "reasoning",
+        "citations",
+        "caller",
+        "index",
+        "eager_input_streaming",
+        "prediction",
+        "background",
+        "internal_chat_message_metadata_passthrough",
+        "previous_response_id",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+    )
 )
 _DATA_URL = re.compile(
     r"data:([\w.+/-]+)(?:;[^,;]*)*;base64,(.*)\Z", re.DOTALL | re.IGNORECASE
@@ -7140,14 +7180,33 @@ _RESULT_ITEMS = (
 )
 #: the items that /responses itself has, beside messages
 _OWN_ITEMS = frozenset(
-    """
-    reasoning item_reference compaction compaction_summary context_compaction
-    compaction_trigger function_call function_call_output custom_tool_call
-    custom_tool_call_output local_shell_call local_shell_call_output shell_call
-    shell_call_output apply_patch_call apply_patch_call_output computer_call
-    computer_call_output tool_search_call tool_search_output additional_tools
-    web_search_call file_search_call code_interpreter_call image_generation_call
-""".split()
+    (
+        "reasoning",
+        "item_reference",
+        "compaction",
+        "compaction_summary",
+        "context_compaction",
+        "compaction_trigger",
+        "function_call",
+        "function_call_output",
+        "custom_tool_call",
+        "custom_tool_call_output",
+        "local_shell_call",
+        "local_shell_call_output",
+        "shell_call",
+        "shell_call_output",
+        "apply_patch_call",
+        "apply_patch_call_output",
+        "computer_call",
+        "computer_call_output",
+        "tool_search_call",
+        "tool_search_output",
+        "additional_tools",
+        "web_search_call",
+        "file_search_call",
+        "code_interpreter_call",
+        "image_generation_call",
+    )
 )
 LOGPROBS = "message.output_text.logprobs"  # of `include`
 _TEXT_EVENTS = (
@@ -7530,10 +7589,18 @@ class Responses(Dialect):
     turns_key = "input"
     system_key = "instructions"
     own_parts = frozenset(
-        """
-        input_text output_text input_image input_file input_audio refusal
-        summary_text reasoning_text encrypted_content computer_screenshot
-    """.split()
+        (
+            "input_text",
+            "output_text",
+            "input_image",
+            "input_file",
+            "input_audio",
+            "refusal",
+            "summary_text",
+            "reasoning_text",
+            "encrypted_content",
+            "computer_screenshot",
+        )
     )
     own_result_parts = frozenset(("encrypted_content", "input_audio"))
     substitutes = ("chat", "messages")
@@ -8500,11 +8567,16 @@ class ResponsesEncoder(StreamEncoder):
 
 # ---- Messages ----
 
-_REFUSED_FIELDS = tuple(
-    """
-    context_management inference_geo speed container mcp_servers betas
-    contextTier service_tier cache_control
-""".split()
+_REFUSED_FIELDS = (
+    "context_management",
+    "inference_geo",
+    "speed",
+    "container",
+    "mcp_servers",
+    "betas",
+    "contextTier",
+    "service_tier",
+    "cache_control",
 )
 _REFUSED_TOOL_FIELDS = (
     "eager_input_streaming",
@@ -8582,9 +8654,17 @@ def end_with_user(edit: Edit, key: str = "messages") -> bool:
 
 #: of an answer, beside role and content: a history needs none of them
 _ANSWER_FIELDS = frozenset(
-    """
-    id type model status phase stop_reason stop_sequence stop_details usage
-""".split()
+    (
+        "id",
+        "type",
+        "model",
+        "status",
+        "phase",
+        "stop_reason",
+        "stop_sequence",
+        "stop_details",
+        "usage",
+    )
 )
 _SHAPED_BLOCKS = frozenset(
     ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
@@ -8775,10 +8855,18 @@ class Messages(Dialect):
     stop_key = "stop_sequences"
     system_key = "system"
     own_parts = frozenset(
-        """
-        text image document tool_use tool_result thinking redacted_thinking
-        server_tool_use web_search_tool_result tool_search_tool_result
-    """.split()
+        (
+            "text",
+            "image",
+            "document",
+            "tool_use",
+            "tool_result",
+            "thinking",
+            "redacted_thinking",
+            "server_tool_use",
+            "web_search_tool_result",
+            "tool_search_tool_result",
+        )
     )
     own_result_parts = frozenset(("tool_reference",))
     cache_mark = "cache_control"
@@ -9986,12 +10074,21 @@ _GEMINI_ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
-_GEMINI_CONFIG = tuple(
-    """
-    temperature topP topK maxOutputTokens stopSequences candidateCount
-    responseMimeType responseSchema responseJsonSchema seed presencePenalty
-    frequencyPenalty thinkingConfig responseModalities
-""".split()
+_GEMINI_CONFIG = (
+    "temperature",
+    "topP",
+    "topK",
+    "maxOutputTokens",
+    "stopSequences",
+    "candidateCount",
+    "responseMimeType",
+    "responseSchema",
+    "responseJsonSchema",
+    "seed",
+    "presencePenalty",
+    "frequencyPenalty",
+    "thinkingConfig",
+    "responseModalities",
 )
 _GEMINI_BESIDE = frozenset(
     ("thought", "thoughtSignature", "videoMetadata", "mediaResolution", "partMetadata")
@@ -10625,17 +10722,31 @@ class GeminiArrayEncoder(GeminiEncoder):
 # ---- Ollama ----
 
 #: options about the machine that a model runs on, which mean nothing here
-_OLLAMA_MACHINE = tuple(
-    """
-    num_ctx num_gpu num_thread num_keep num_batch main_gpu low_vram use_mmap
-    use_mlock numa f16_kv vocab_only logits_all embedding_only
-""".split()
+_OLLAMA_MACHINE = (
+    "num_ctx",
+    "num_gpu",
+    "num_thread",
+    "num_keep",
+    "num_batch",
+    "main_gpu",
+    "low_vram",
+    "use_mmap",
+    "use_mlock",
+    "numa",
+    "f16_kv",
+    "vocab_only",
+    "logits_all",
+    "embedding_only",
 )
-_OLLAMA_OPTIONS = tuple(
-    """
-    temperature top_p top_k seed presence_penalty num_predict frequency_penalty
-    stop
-""".split()
+_OLLAMA_OPTIONS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+    "presence_penalty",
+    "num_predict",
+    "frequency_penalty",
+    "stop",
 )
 
 
@@ -12294,11 +12405,23 @@ def fit_openai_tools(edit: Edit, upstream: Dialect) -> None:
 
 # ---- Schemas of tools for Gemini ----
 
-_GEMINI_WORDS = tuple(
-    """
-    type description title nullable enum items properties format required
-    minimum maximum minItems maxItems minLength maxLength pattern
-""".split()
+_GEMINI_WORDS = (
+    "type",
+    "description",
+    "title",
+    "nullable",
+    "enum",
+    "items",
+    "properties",
+    "format",
+    "required",
+    "minimum",
+    "maximum",
+    "minItems",
+    "maxItems",
+    "minLength",
+    "maxLength",
+    "pattern",
 )
 _GEMINI_FORMATS = ("date-time", "enum", "int32", "int64", "float", "double")
 _JSON_TYPES = {int: "integer", float: "number", bool: "boolean"}
@@ -12553,6 +12676,47 @@ def linked_images(body: Json) -> list[LinkedImage]:
         ):
             found.append(LinkedImage(part, holder, key, url))
     return found + gemini_links(body)
+
+
+class LargeImage(NamedTuple):
+    """An inline image for GitHub's store. holder: the object that holds its data under
+    `key`; digest: tells the image from all others."""
+
+    holder: Json
+    key: str
+    media_type: str
+    data: bytes
+    digest: bytes
+
+    def put(self, url: str) -> None:
+        """Put its URL in place of the image itself."""
+        if self.key == "data":  # Anthropic's words
+            self.holder.clear()
+            self.holder.update(type="url", url=url)
+        else:
+            self.holder[self.key] = url
+
+
+def large_images(body: Json) -> list[LargeImage]:
+    """The large inline images of a body that goes upstream, the newest first."""
+    found = []
+    for part in reversed(image_parts(body)):
+        holder = as_object(part.get("source") or part.get("image_url")) or part
+        if "data" in holder:
+            key, label = "data", str(holder.get("media_type"))
+            data = str(holder["data"])
+        else:
+            key = "image_url" if holder is part else "url"
+            split = _DATA_URL.match(str(holder.get(key)))
+            label, data = split.groups() if split else ("", "")
+
+        if len(data) < UPLOAD_CHARS or not label.startswith("image/"):
+            continue
+        with contextlib.suppress(ValueError):
+            image = base64.b64decode(data, validate=True)
+            digest = hashlib.sha256(image).digest()
+            found.append(LargeImage(holder, key, label, image, digest))
+    return found[:MAX_UPLOADS]
 
 
 def last_turn(body: Json) -> Json:
@@ -12835,17 +12999,37 @@ CHEAP_MODEL = "gpt-5-mini"  # answers for a retired model whose line has ended
 
 _LINES = {"chatgpt": "gpt", "codex": "gpt"}  # first words that belong to another line
 _LIGHT_WORDS = frozenset(
-    """
-    mini nano flash lite haiku luna fast instant
-""".split()
+    (
+        "mini",
+        "nano",
+        "flash",
+        "lite",
+        "haiku",
+        "luna",
+        "fast",
+        "instant",
+    )
 )
 _OTHER_WORDS = frozenset({"pro", "code", "codex", "opus", "sonnet", "fable"})
 #: words that name no other model, only a state, a mode or an effort of one
 _PLAIN_WORDS = frozenset(
-    """
-    preview exp chat turbo instruct vision thinking thought reasoning low medium
-    high xhigh max picker
-""".split()
+    (
+        "preview",
+        "exp",
+        "chat",
+        "turbo",
+        "instruct",
+        "vision",
+        "thinking",
+        "thought",
+        "reasoning",
+        "low",
+        "medium",
+        "high",
+        "xhigh",
+        "max",
+        "picker",
+    )
 )
 
 
@@ -13725,16 +13909,29 @@ def sample_tokens(text: str) -> int:
     return count_text(sample) * len(text) // len(sample)
 
 
-_PROMPT_FIELDS = tuple(
-    """
-    system instructions messages input prompt response_format text output_config
-""".split()
+_PROMPT_FIELDS = (
+    "system",
+    "instructions",
+    "messages",
+    "input",
+    "prompt",
+    "response_format",
+    "text",
+    "output_config",
 )
-_UNSEEN_FIELDS = tuple(
-    """
-    id call_id tool_call_id tool_use_id type role status detail cache_control
-    copilot_cache_control media_type annotations
-""".split()
+_UNSEEN_FIELDS = (
+    "id",
+    "call_id",
+    "tool_call_id",
+    "tool_use_id",
+    "type",
+    "role",
+    "status",
+    "detail",
+    "cache_control",
+    "copilot_cache_control",
+    "media_type",
+    "annotations",
 )
 _SEALED_FIELDS = (
     "signature",
@@ -14886,6 +15083,12 @@ OPTIONS = (
         "switch",
     ),
     Option(
+        "upload-images",
+        False,
+        "send large images through GitHub's store, uploads.github.com, as VS Code does",
+        "switch",
+    ),
+    Option(
         "api-key",
         (),
         "a key that clients must send; auto makes, stores and prints one",
@@ -14999,6 +15202,7 @@ OPTION_GROUPS: Mapping[str, tuple[str, ...]] = {
         "search-model",
         "no-web-search",
         "fetch-images",
+        "upload-images",
         "claude-code",
     ),
     "seeing": (
@@ -15014,11 +15218,15 @@ COMMON_GROUP = "common options"
 #: only named by the other commands, but for that of one command
 HIDDEN_GROUPS, OWN_GROUP = ("login", "network"), ("auth", "login")
 _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
-_GUARDED_HEADERS = tuple(
-    """
-    authorization host content-length transfer-encoding connection content-type
-    cookie accept-encoding
-""".split()
+_GUARDED_HEADERS = (
+    "authorization",
+    "host",
+    "content-length",
+    "transfer-encoding",
+    "connection",
+    "content-type",
+    "cookie",
+    "accept-encoding",
 )
 
 
@@ -15193,6 +15401,7 @@ class Settings:
     model_alias: tuple[str, ...] = ()
     strict_models: bool = False
     fetch_images: bool = False
+    upload_images: bool = False
     search_model: str = ""
     no_web_search: bool = False
     api_key: tuple[str, ...] = ()
@@ -15243,6 +15452,8 @@ class Settings:
         self.github_url = check_url(self.github_url, "--github-url")
         if self.copilot_url:
             self.copilot_url = check_url(self.copilot_url, "--copilot-url")
+        if self.upload_images and not self.uploads_url:
+            raise ConfigError("--upload-images: only github.com has a store of images")
         if self.account_type not in COPILOT_URLS:
             raise ConfigError(
                 "--account-type: choose individual, business or enterprise"
@@ -15332,6 +15543,16 @@ class Settings:
         if is_loopback(host):
             return self.github_url
         return self.github_url + "/api/v3"
+
+    @property
+    def uploads_url(self) -> str:
+        """Base of GitHub's store of images; "" where there is none."""
+        host = host_of(self.github_url)
+        if host == "github.com":
+            return UPLOADS_URL
+        if is_loopback(host):
+            return self.github_url
+        return ""
 
     @property
     def usual_copilot_url(self) -> str:
@@ -17059,14 +17280,32 @@ class Upstream:
 
 #: networks that are nobody's on the internet, by IANA's registries of special-purpose addresses;
 #: Pythons differ in which of them they call global.  Clouds tell secrets at addresses in them.
-#: 168.63.129.16 is Azure's host, from inside each machine.
-_SPECIAL_NETWORKS = """
-    0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12
-    192.0.0.0/24 192.0.2.0/24 192.31.196.0/24 192.52.193.0/24 192.88.99.0/24
-    192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24
-    224.0.0.0/3 168.63.129.16/32 2001::/23 2001:db8::/32 2002::/16 2620:4f:8000::/48
-    3fff::/20
-""".split()
+#: 168.63.129.16 is the host of Azure, from inside each machine.
+_SPECIAL_NETWORKS = (
+    "0.0.0.0/8",
+    "10.0.0.0/8",
+    "100.64.0.0/10",
+    "127.0.0.0/8",
+    "169.254.0.0/16",
+    "172.16.0.0/12",
+    "192.0.0.0/24",
+    "192.0.2.0/24",
+    "192.31.196.0/24",
+    "192.52.193.0/24",
+    "192.88.99.0/24",
+    "192.168.0.0/16",
+    "192.175.48.0/24",
+    "198.18.0.0/15",
+    "198.51.100.0/24",
+    "203.0.113.0/24",
+    "224.0.0.0/3",
+    "168.63.129.16/32",
+    "2001::/23",
+    "2001:db8::/32",
+    "2002::/16",
+    "2620:4f:8000::/48",
+    "3fff::/20",
+)
 #: of IPv6: all that is given out; fc00::/7, fe80::/10 are not
 _UNICAST_NETWORK = "2000::/3"
 #: IPv6 networks whose addresses end with an IPv4 address that is meant
@@ -17404,6 +17643,21 @@ class GitHub:
         if status == 200:
             return str(answer.get("login") or "")
         return ""
+
+    async def upload_image(self, token: str, media_type: str, data: bytes) -> str:
+        """Put an image into GitHub's store and return its URL. Raises UpstreamError."""
+        name = "image." + media_type.partition("/")[2]
+        query = urllib.parse.urlencode({"name": name, "content_type": media_type})
+        url = "%s/copilot/chat/attachments?%s" % (self._settings.uploads_url, query)
+        headers = dict(self._headers(), Authorization="Bearer " + token)
+        headers["Content-Type"] = "application/octet-stream"
+        status, answer, _, _ = await self._upstream.fetch_json(
+            UpstreamRequest("POST", url, headers, data, timeout_s=UPLOAD_S)
+        )
+        found = str(as_object(answer).get("url"))
+        if status != 201 or not found.startswith(ATTACHMENTS_URL):
+            raise UpstreamError(f"{host_of(url)} takes no image (status {status})")
+        return found
 
     async def fetch_usage(self, token: str) -> Json:
         """The whole answer of /copilot_internal/user.  Raises AuthError, UpstreamError."""
@@ -18280,6 +18534,10 @@ class Copilot:
             problem = error
         raise await self.on_refused(problem)
 
+    async def upload_image(self, media_type: str, data: bytes) -> str:
+        """Put an image into GitHub's store and return its URL. Raises UpstreamError."""
+        return await self._github.upload_image(self.github_token, media_type, data)
+
     async def fetch_usage(self) -> Json:
         """The whole usage answer.  Raises AuthError, UpstreamError."""
         answer: Json = await self._ask_github(self._github.fetch_usage)
@@ -18544,6 +18802,46 @@ class AutoConversation:
         return choice.model
 
 
+class Attachments:
+    """`--upload-images` for one account: the URLs of images in GitHub's store, the last used
+    one last.  Only the loop may use it."""
+
+    def __init__(self, copilot: Copilot) -> None:
+        self._copilot = copilot
+        self._rests_until = 0.0  # monotonic
+        self._urls: collections.OrderedDict[bytes, tuple[str, float]]
+        self._urls = collections.OrderedDict()
+
+    async def url_of(self, image: LargeImage) -> str:
+        """The image's URL, or "" to send it inline."""
+        now = time.monotonic()
+        url, ends_at = self._urls.pop(image.digest, ("", 0.0))
+        if now < self._rests_until:
+            return ""
+        if now >= ends_at:
+            try:
+                upload = self._copilot.upload_image(image.media_type, image.data)
+                url = await within(UPLOAD_S, upload)
+            except (ProxyError, OSError) as error:
+                self.rest(plain_reason(error))
+                return ""
+            size_kb = len(image.data) // 1024
+            self._copilot.log.info("an image of %d KB is uploaded", size_kb)
+            ends_at = now + UPLOAD_LIFE_S
+
+        self._urls[image.digest] = url, ends_at
+        if len(self._urls) > MAX_SESSIONS:
+            self._urls.popitem(last=False)
+        return url
+
+    def rest(self, reason: str) -> None:
+        """Send images inline for a while."""
+        self._rests_until = time.monotonic() + UPLOAD_REST_S
+        self._copilot.log.warning(
+            "images are sent inline for %d minutes: %s", UPLOAD_REST_S / 60, reason
+        )
+
+
 class AutoMode:
     """`auto` for one account: POST /auto; on accounts without it the pair that it replaced; else
     the account's default model.  is_there: the upstream has chosen once.
@@ -18707,10 +19005,18 @@ ROW_STATES = {
     "left": "error = 'client_left'",
 }
 #: where the text of a filter is looked for
-TEXT_COLUMNS = tuple(
-    """
-    id client account session asked model path error repairs losses upstream_id
-""".split()
+TEXT_COLUMNS = (
+    "id",
+    "client",
+    "account",
+    "session",
+    "asked",
+    "model",
+    "path",
+    "error",
+    "repairs",
+    "losses",
+    "upstream_id",
 )
 SESSIONS_SHOWN, HOURS_SHOWN = 20, 8 * 24
 #: first part of a User-Agent, lower case -> the program's name for people; the longest one counts
@@ -20026,6 +20332,7 @@ class Account(Copilot):
         self.limiter = RateLimiter(settings.rate_limit, settings.wait)
         self.stats = Stats()
         self.auto = AutoMode(self, settings.token_retry_s, services.clock)
+        self.attachments = Attachments(self)
         self._ledger = ledger
         self.on_headers = lambda headers: ledger.see_quotas(
             self, "header", header_lanes(headers)
@@ -20099,10 +20406,17 @@ SOCKET_METHOD = "WS"
 PAGE_HEADER = "x-copilot-proxy-page"
 #: GET of these shows how the proxy is; an open page and monitors do it again and again
 LOOK_PATHS = frozenset(
-    """
-    / /dashboard /health /stats /metrics /history /history/summary
-    /history/events /approvals
-""".split()
+    (
+        "/",
+        "/dashboard",
+        "/health",
+        "/stats",
+        "/metrics",
+        "/history",
+        "/history/summary",
+        "/history/events",
+        "/approvals",
+    )
 )
 
 
@@ -24748,7 +25062,8 @@ class Job:
     an answer that asks for a search of the web, once the search is made: see SearchLoop.
     data: the body as bytes, parsed in `body`; keep: stores the answer under its id; record: of the
     exchange, or of a search that is one step of it; loop: for searches, None where there may be
-    none; last: the plan before, whose stream can tell the client of an error."""
+    none; last: the plan before, whose stream can tell the client of an error; uploads: images
+    that were sent by URL, see `Attachments`."""
 
     def __init__(
         self, exchange: Exchange, client: Dialect, record: RequestRecord | None = None
@@ -24763,6 +25078,7 @@ class Job:
         self.echo: Json = {}  # what the answer repeats, beside what the body says
         self.loop: SearchLoop | None = None
         self.last: Plan | None = None
+        self.uploads = 0
         self.copilot: Account
         self.model: Model
         self.attempts: Attempts
@@ -24869,6 +25185,8 @@ class Job:
 
     async def prepare_call(self) -> Call | None:
         """Plan and admit; None for a search where there is none.  Raises ProxyError."""
+        if self.exchange.app.settings.upload_images:
+            await self.upload_images()
         data = await self.compute(self.plan_body)
         plan = self.plan
         if plan is None:
@@ -24876,6 +25194,22 @@ class Job:
         call = self.call_for(plan, data)
         await admit(self.exchange, plan.edit.body, self.model)
         return call
+
+    async def upload_images(self) -> None:
+        """Plan, and put URLs in place of large images.  Raises ProxyError."""
+        self.plan = plan = self.plan or await self.compute(self.make_plan)
+        if plan is None or "Copilot-Vision-Request" not in plan.headers:
+            return
+        find = functools.partial(large_images, plan.edit.body)
+        images = await self.compute(find)
+        if images:  # it may be refused yet, by a person, say
+            await admit(self.exchange, plan.edit.body, self.model)
+        for image in images:
+            url = await self.copilot.attachments.url_of(image)
+            if url:
+                image.put(url)
+                plan.edit.note_change()
+                self.uploads += 1
 
     async def next_round(self) -> UpstreamResponse | None:
         """Make the searches that the model asked for and ask it again; None where the client has
@@ -25162,11 +25496,15 @@ class Job:
 
         if not self.attempts.may("repair"):
             return False
+        is_unseen = self.uploads and error.status == 400 and "image" in str(error)
         repair = functools.partial(self.copilot.memory.repair, plan, error)
-        if not await self.compute(repair):
+        if is_unseen:
+            self.uploads = 0
+            self.copilot.attachments.rest(str(error))
+        elif not await self.compute(repair):
             return False
         self.attempts.take("repair")
-        if plan.repairs.is_stale:
+        if plan.repairs.is_stale or is_unseen:
             body = await self.compute(functools.partial(loads, self.data))
             self.body, self.plan = body, None
         return True
@@ -29561,7 +29899,10 @@ def probe_network(app: App) -> tuple[list[str], bool]:
         )
     except ProxyError as error:
         well, end = False, "copilot FAILED: %s" % error
-    for url in dict.fromkeys((settings.github_url, settings.rest_url, copilot_url)):
+    urls = [settings.github_url, settings.rest_url, copilot_url]
+    if settings.upload_images:
+        urls.append(settings.uploads_url)
+    for url in dict.fromkeys(urls):
         lines.append(url + "/")
         for hop, text, good in probe_host(app.upstream, url + "/"):
             lines.append("  %-5s %s%s" % (hop, "" if good else "FAILED: ", text))

@@ -45,6 +45,7 @@ from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedT
 Json = Dict[str, Any]
 DEVICE_CODE, DEVICE_POLL = "/login/device/code", "/login/oauth/access_token"
 AUTO, AUTO_PAIR = "/auto", "/models/session"
+UPLOAD = "/copilot/chat/attachments"
 EXCHANGE, USAGE, USER = "/copilot_internal/v2/token", "/copilot_internal/user", "/user"
 MODELS, EMBEDDINGS = "/models", "/embeddings"
 CHAT, RESPONSES = "/chat/completions", "/responses"
@@ -1430,7 +1431,9 @@ def check_blocks(ask: Ask) -> None:
         only(block, BLOCK_FIELDS[kind] | {"type"}, "%s.%s." % (path, kind))
         if kind == "text" and not block["text"]:
             raise bad_message("messages: text content blocks must be non-empty")
-        if kind in ("image", "document") and block["source"].get("type") not in ("base64", "text"):
+        is_stored = kind == "image" and block["source"].get("url") in ask.fake.attachments
+        if kind in ("image", "document") and not is_stored and block["source"].get(
+                "type") not in ("base64", "text"):
             raise bad_message("%s.%s.source: only base64 sources are supported" % (path, kind))
 
 
@@ -1940,10 +1943,25 @@ def device_poll(fake: FakeUpstream, record: Recorded) -> Json:
     return dict(given, interval=device.interval) if outcome == "slow_down" else given
 
 
+def upload(fake: FakeUpstream, record: Recorded) -> Json:
+    """POST to uploads.github.com: an image becomes a URL."""
+    github_token(fake, record)
+    asked = dict(urllib.parse.parse_qsl(record.query))
+    kind = asked.get("content_type", "")
+    if not fake.takes_uploads:
+        raise github_error(403, "Resource not accessible")
+    if record.headers.get("content-type") != "application/octet-stream" or not record.body \
+            or asked.get("name") != kind.replace("image/", "image."):
+        raise github_error(422, "Validation Failed")
+    url = "%s%06d" % (ATTACHMENTS, fake.next_number())
+    fake.attachments[url] = record.body
+    return {"url": url}
+
+
 #: (method, path) -> function(fake, record) -> JSON
 GITHUB_ROUTES: Dict[Tuple[str, str], Callable[[FakeUpstream, Recorded], Json]] = {
     ("POST", DEVICE_CODE): device_code, ("POST", DEVICE_POLL): device_poll, ("GET", USER): user,
-    ("GET", EXCHANGE): exchange, ("GET", USAGE): usage}
+    ("GET", EXCHANGE): exchange, ("GET", USAGE): usage, ("POST", UPLOAD): upload}
 def auto(ask: Ask) -> Json:
     """POST /auto: a model, and a token that is good for it and for this account."""
     fake = ask.fake
@@ -2053,6 +2071,8 @@ class FakeUpstream:
         self.refused_versions: Set[str] = set()  # X-GitHub-Api-Version values that get 466
         #: (title, url) that hosted searches cite; None: models do not search
         self.search_results: Optional[List[Tuple[str, str]]] = None
+        self.takes_uploads = True          # images become URLs of its store
+        self.attachments: Dict[str, bytes] = {}  # URL -> the image
         self.compacts = False              # /responses makes a compaction item for a trigger
         self.billing_notice = False        # /models refuses all but the developer CLI identity
         self.count_tokens_fails = False
@@ -2367,7 +2387,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             given = GITHUB_ROUTES[key](self.fake, record)
             wants_json = "json" in record.headers.get("accept", "") or record.method == "GET"
             if wants_json:
-                self._reply(200, given)
+                self._reply(201 if record.path == UPLOAD else 200, given)
             else:
                 self._reply(200, urllib.parse.urlencode(given),
                             {"content-type": "application/x-www-form-urlencoded"})
