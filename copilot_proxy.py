@@ -12678,6 +12678,17 @@ def linked_images(body: Json) -> list[LinkedImage]:
     return found + gemini_links(body)
 
 
+def last_turn(body: Json) -> Json:
+    """A body that holds nothing but the last turn of a conversation."""
+    turns = as_list(body.get("messages")) or as_list(body.get("input"))
+    return {"messages": turns[-1:]}
+
+
+def image_parts(body: Json) -> list[Json]:
+    """The images of a conversation, in order."""
+    return [part for part in content_parts(body) if part.get("type") in IMAGE_TYPES]
+
+
 class LargeImage(NamedTuple):
     """An inline image for GitHub's store. holder: the object that holds its data under
     `key`; digest: tells the image from all others."""
@@ -12717,17 +12728,6 @@ def large_images(body: Json) -> list[LargeImage]:
             digest = hashlib.sha256(image).digest()
             found.append(LargeImage(holder, key, label, image, digest))
     return found[:MAX_UPLOADS]
-
-
-def last_turn(body: Json) -> Json:
-    """A body that holds nothing but the last turn of a conversation."""
-    turns = as_list(body.get("messages")) or as_list(body.get("input"))
-    return {"messages": turns[-1:]}
-
-
-def image_parts(body: Json) -> list[Json]:
-    """The images of a conversation, in order."""
-    return [part for part in content_parts(body) if part.get("type") in IMAGE_TYPES]
 
 
 def put_note(part: Json) -> None:
