@@ -1431,7 +1431,7 @@ def check_blocks(ask: Ask) -> None:
         only(block, BLOCK_FIELDS[kind] | {"type"}, "%s.%s." % (path, kind))
         if kind == "text" and not block["text"]:
             raise bad_message("messages: text content blocks must be non-empty")
-        is_stored = kind == "image" and block["source"].get("url") in ask.fake.attachments
+        is_stored = kind == "image" and str(block["source"].get("url")).startswith(ATTACHMENTS)
         if kind in ("image", "document") and not is_stored and block["source"].get(
                 "type") not in ("base64", "text"):
             raise bad_message("%s.%s.source: only base64 sources are supported" % (path, kind))
