@@ -23722,7 +23722,7 @@ pre { overflow: auto; max-height: 22rem; white-space: pre-wrap; overflow-wrap: a
 button, input, select, textarea { font: inherit; font-size: .88rem; color: inherit;
   background: var(--card); border: 1px solid var(--line); border-radius: .45rem;
   padding: .3rem .75rem; max-width: 100%; } textarea { width: 100%; min-height: 4.5rem; }
-button { cursor: pointer; } .main { background: var(--accent); color: var(--card); }
+label, select { min-width: 0; max-width: 100%; } button { cursor: pointer; } .main { background: var(--accent); color: var(--card); }
 .link { border: 0; padding: 0; background: none; color: var(--accent); text-align: left;
   font-weight: 600; font-size: inherit; overflow-wrap: anywhere; }
 .link:hover { text-decoration: underline; }
@@ -23758,7 +23758,10 @@ tbody tr { border-top: 1px solid var(--line); } code, pre { font: .85em/1.5 mono
 @media (prefers-reduced-motion: no-preference) { .run::before { animation: beat 1.4s infinite; } }
 @keyframes beat { 50% { opacity: .2; } } @media (min-width: 62rem) { td:first-child {
   min-width: 15rem; } td:nth-child(n+4) { white-space: nowrap; } }
-@media (min-width: 46rem) { .pill { white-space: nowrap; } .rows td:first-child {
+td:first-child, td .sub, #names td { overflow-wrap: anywhere; }
+dialog h2 { flex: 1 1 0; min-width: 0; overflow-wrap: anywhere; } .pill { min-width: 0; }
+@media (min-width: 46rem) { .pill { display: inline-block; max-width: 22rem; overflow: hidden;
+  text-overflow: ellipsis; white-space: nowrap; vertical-align: bottom; } .cards td:first-child {
   min-width: 11rem; } } @media (max-width: 56rem) { nav { order: 1; flex-basis: 100%; } }
 .rows td .sub { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3;
   overflow: hidden; }
@@ -23817,11 +23820,12 @@ function keepFocus(box, work) {                             // what is made anew
   if (again) again.focus({ preventScroll: true }); }
 function labelled(e, label) { e.setAttribute('aria-label', label); return e; }
 function sure(text, label, work) {                          // the second click does it
+  const back = () => { e.className = ''; e.textContent = text; };
   const e = labelled(button(text, () => {
     if (e.classList.toggle('loud')) {
-      e.textContent = 'Really?';
-      setTimeout(() => { e.className = ''; e.textContent = text; }, 5000);
+      e.textContent = 'Really?'; setTimeout(back, 5000);
       return; }
+    back();
     work().catch(error => e.after(el('span.bad', error.message))); }), label);
   return e; }
 const due = new Set();                                      // many calls in that time are one
@@ -23873,7 +23877,8 @@ async function call(path, options) {
     headers: { ...headers, ...(options || {}).headers } });
   if (answer.ok) return answer;
   const { message, code } = (await answer.json().catch(() => ({}))).error || {};
-  if (answer.status === 401 && code !== 'login_required') lock();
+  const isOwn = stored.getItem(KEY) === key;                // else it was sent before the key came
+  if (answer.status === 401 && code !== 'login_required' && isOwn) lock();
   throw new Error(message || 'the server says ' + answer.status); }
 const get = (path, options = { signal: AbortSignal.timeout(2e4) }) => call(path, options).then(
   answer => answer.json());
@@ -23940,14 +23945,17 @@ function showLogin({ user_code, verification_uri, expires_at, problem }) {
   countDown(); }
 // -- accounts and their keys
 let adding = false;
+function tellOnce(...parts) {
+  show('once', ...parts); $('once').hidden = false;
+  $('once').scrollIntoView({ block: 'nearest' }); }
 function showOnce(title, key) {                             // a new key, this once
   const copy = copyButton(() => key, 'Copy the key');
-  show('once', el('h3', title), el('p.line', el('code', key), copy),
+  tellOnce(el('h3', title), el('p.line', el('code', key), copy),
     el('p.sub', 'Only its hash is kept here: it cannot be shown again.'));
-  $('once').hidden = false; loadKeys(); }
+  loadKeys(); }
 async function addAccount() {
   const begun = await post('/auth/device/start', {}), headers = { 'X-Login-State': begun.state };
-  show('once', ...codeParts(begun)); $('once').hidden = false; countDown();
+  tellOnce(...codeParts(begun)); countDown();
   let now = { status: 'pending' };
   while (now.status === 'pending') {
     await pause(2000); now = await get('/auth/device/poll', { headers }); }
@@ -23955,13 +23963,13 @@ async function addAccount() {
   const made = await post('/auth/device/claim', { state: begun.state });
   const who = made.login ? 'Logged in as ' + made.login : 'Logged in';
   if (made.key) showOnce(who + '. The API key of this account:', made.key);
-  else show('once', el('p', who + '. No key is needed now.'));
+  else tellOnce(el('p', who + '. No key is needed now.'));
   check(); }
 function tryAdding() {
   if (adding) return;
   adding = true;
-  addAccount().catch(error => { $('once').hidden = false;
-    show('once', el('p.bad', error.message)); }).finally(() => { adding = false; }); }
+  addAccount().catch(error => tellOnce(el('p.bad', error.message))).finally(
+    () => { adding = false; }); }
 async function makeKey() {
   const made = await post('/auth/tokens', {});
   if (!stored.getItem(KEY)) stored.setItem(KEY, made.key);  // else this page is locked out
@@ -24070,11 +24078,11 @@ function creditTiles(c, of) {                               // none where nothin
 function showTiles() {
   const of = today ? ' today' : ' since start';
   const told = today || sums || {}, c = told.requests === 0 ? NOTHING : told;
-  const isEmpty = !c.requests, dash = text => isEmpty ? '–' : text;
+  const dash = text => text.replace('unknown', '–'), asked = total([prompt(c), c.output]);
   show('tiles', ...[['Running now', String([...rows.values()].filter(isOpen).length),
     asks.size ? asks.size + ' to decide' : 'requests'],
     ['Requests' + of, count(c.requests), count(c.errors) + ' failed'], ...creditTiles(c, of),
-    ['Tokens' + of, count(total([prompt(c), c.output])), inOut(c)],
+    ['Tokens' + of, dash(count(asked)), asked === null ? 'none was reported' : inOut(c)],
     ['Cache hits' + of, dash(hits(c)), 'of the prompt tokens'],
     known(c.first_ms) && ['First byte' + of, span(c.first_ms), 'on average']].filter(Boolean).map(
     ([dt, big, sub]) => el('div.card', el('dt', dt), el('dd.big', big), el('dd.sub', sub)))); }
@@ -24419,11 +24427,14 @@ function loadSteps() {
   pickedAt = Date.now() / 1000; if (!$('client').value) return;
   return load('connect-problem', '/connect/' + $('client').value + '?shell=' + $('shell').value,
     value => { told = value; showSteps(); showCalled(); }); }
+function code(text, label) {                                // a long one is scrolled by keyboard
+  const e = labelled(el('pre', text), label);
+  e.tabIndex = 0; return e; }
 function showSteps() {
   const key = told.needs_key ? stored.getItem(KEY) || 'YOUR-KEY' : 'dummy';
   const fillIn = text => text.replaceAll(told.key, key);
   show('steps', ...told.steps.flatMap(({ title, text }) => [el('h3', title),
-    el('pre', fillIn(text)), copyButton(() => fillIn(text))]),
+    code(fillIn(text), title), copyButton(() => fillIn(text))]),
     told.note ? el('pre', fillIn(told.note)) : ''); }
 function showCalled() {
   if (view !== 'connect') return;
@@ -24573,7 +24584,7 @@ const ON = {
   budget(value) { budget = value; showQuota(); } };
 async function follow() {
   for (;; await pause(2000)) {
-    await locked; await readEvents().catch(error => error.name === 'Error'
+    await locked; await readEvents().catch(error => error.name === 'Error' && !locked
       && show('live-problem', 'No live updates: ' + error.message));
     live = false; check(); } }
 async function watch() {

@@ -77,6 +77,43 @@ ROW = """
 [...([...document.querySelectorAll('#requests tbody tr')].find(e => e.innerText.includes(%r))
   || { cells: [] }).cells].map(e => e.innerText.replace(/\\s+/g, ' '))
 """
+#: what axe-core would say of roles, names and order: [rule, tag, text] of what breaks one
+FAULTS = r"""
+(() => {
+  const faults = [], all = [...document.querySelectorAll('body *')].filter(
+    e => e.checkVisibility() && !e.matches('script, style'));
+  const say = (rule, e) => faults.push([rule, e.tagName, (e.innerText || e.id || '').slice(0, 60)]);
+  let level = 0;
+  for (const e of all) {
+    const role = e.getAttribute('role'), parent = e.parentElement;
+    const inside = e.closest('dialog');
+    if (/^H[1-6]$/.test(e.tagName) && !inside) {
+      if (+e.tagName[1] > level + 1) say('heading-order', e);
+      level = +e.tagName[1]; }
+    for (const name of ['aria-labelledby', 'aria-controls', 'aria-describedby'])
+      if (e.hasAttribute(name) && !document.getElementById(e.getAttribute(name))) say(name, e);
+    if (e.tabIndex > 0) say('tabindex', e);
+    if (/^[UO]L$/.test(e.tagName) && [...e.children].some(c => c.tagName != 'LI')) say('list', e);
+    if (e.tagName == 'LI' && !/^[UO]L$/.test(parent.tagName)) say('listitem', e);
+    if (e.tagName == 'DL' && [...e.children].some(c => !/^(DT|DD|DIV)$/.test(c.tagName)))
+      say('definition-list', e);
+    if (/^D[TD]$/.test(e.tagName) && !e.closest('dl')) say('dlitem', e);
+    if (role == 'cell' && !e.closest('[role=row], tr')) say('cell', e);
+    if (role == 'row' && !e.closest('[role=table], table')) say('row', e);
+    if (role == 'img' && !e.getAttribute('aria-label')) say('image-alt', e);
+    if (e.tagName == 'DIALOG' && !e.getAttribute('aria-labelledby')) say('dialog-name', e);
+    if (e.matches('button, select, input') && !e.matches('.link, [type=checkbox]')
+        && e.getBoundingClientRect().height < 24) say('target-size', e);
+    if (e.matches('button, a, input, select, textarea') && e.closest('[aria-hidden=true]'))
+      say('hidden-focus', e);
+    if (e.matches('button') && e.querySelector('button, a')) say('nested-interactive', e);
+    if (e.matches('pre, [role=region]') && e.scrollHeight > e.clientHeight + 1 && e.tabIndex < 0)
+      say('scrollable-region-focusable', e); }
+  if (document.querySelectorAll('main').length != 1) faults.push(['landmark-one-main']);
+  if (!document.documentElement.lang || !document.title) faults.push(['document']);
+  return faults;
+})()
+"""
 VIEWS = ("overview", "requests", "usage", "connect", "models", "account")
 BACKGROUND = "getComputedStyle(document.body).backgroundColor"
 
@@ -396,6 +433,7 @@ class LoginPage(PageCase):
 
     def test_the_default_account_is_logged_out_after_a_second_click(self) -> None:
         fake = self.enter(FakeUpstream())
+        fake.device.outcomes = collections.deque(["pending"] * MANY)
         proxy = self.enter(Proxy(fake))
         proxy.app.login.file.save("ghu_stored")
         proxy.settings.github_token = ""
@@ -405,7 +443,7 @@ class LoginPage(PageCase):
         page.run(out % "Log out of the default account")
         self.assertTrue(page.run("ready"))
         page.run(out % "Log out of the default account")
-        self.wait_for_text(page, "Nobody is logged in")
+        self.wait_for_text(page, "login required")
         self.assertEqual(proxy.app.login.file.load(), "")
         self.check_quiet(page, proxy)
 
@@ -639,6 +677,57 @@ class Busy(PageCase):
         self.wait_for_text(page, evil)
         self.assertEqual(page.run("document.images.length"), 0)
         self.check_quiet(page)
+
+    def test_nothing_from_outside_is_markup_or_breaks_the_layout(self) -> None:
+        evil = "<img/src=x/onerror=alert(1)>"
+        long = evil + "w" * 170
+        self.fake.logins["ghu_evil"] = evil
+        self.fake.script(USAGE, *[Answer(body=dict(USAGE_ANSWER, quota_snapshots={
+            long: lane(300, 72)}))] * 50)
+        self.fake.models.append(dict(self.fake.models[0], id=long, name=long))
+        proxy = self.enter(Proxy(self.fake, no_history=False, github_token="ghu_evil",
+                                 model_alias=("%s=gpt-4.1" % evil.replace("=", ""),)))
+        proxy.get("/usage")
+        for model, answer in ((long, Answer(0)), ("gpt-4.1", Answer(400, {
+                "x-github-request-id": evil}, {"error": {"message": long, "code": evil}}))):
+            self.fake.script(CHAT, answer)
+            proxy.post("/v1/chat/completions", chat("a", model, prompt_cache_key=evil),
+                       **{"User-Agent": long})
+        proxy.app.accounts.issue_key("made-up-key-of-evil", evil, "ghu_evil")
+        key = {"Authorization": "Bearer made-up-key-of-evil"}
+        self.assertEqual(proxy.get("/health", **key).status, 200)
+        for width in (NARROW_PX, 768, 1440):
+            with mock.patch.object(proxy.app.accounts, "identify", return_value=cp.Caller(
+                    "127.0.0.1", True, True)):
+                page = self.open(proxy=proxy, width=width, height=900, view="requests")
+                page.wait_for("document.querySelectorAll('#requests tbody tr').length == 2")
+                seen = ""
+                for view in VIEWS:
+                    self.go(page, view)
+                    page.run("new Promise(done => setTimeout(done, 400))")
+                    page.run("document.querySelectorAll('details').forEach(e => { e.open = 1; })")
+                    self.assertLessEqual(
+                        page.run("document.scrollingElement.scrollWidth"), width, view)
+                    seen += page.text()
+                self.go(page, "requests")
+                for at in (0, 1):
+                    page.run("document.querySelectorAll('#requests tbody .link')[%d].click()" % at)
+                    seen += page.wait_for("$('drawer').innerText")
+                    self.assertLessEqual(page.run("$('drawer').scrollWidth"), width)
+                    page.run("$('drawer').close()")
+                self.assertGreater(seen.count("<img"), 8)
+                self.assertEqual(page.run("document.images.length"), 0)
+                self.check_quiet(page, proxy)
+                self.close(page)
+
+    def test_who_wants_no_motion_sees_none(self) -> None:
+        page = self.open(view="connect")
+        page.wait_for("!!document.querySelector('#called .run')")
+        name = "getComputedStyle(document.querySelector('#called .run'), '::before').animationName"
+        self.assertEqual(page.run(name), "beat")
+        page.send("Emulation.setEmulatedMedia", features=[
+            {"name": "prefers-reduced-motion", "value": "reduce"}])
+        self.assertEqual(page.run(name), "none")
 
     def test_without_history(self) -> None:
         proxy = self.enter(Proxy(self.fake, no_history=True))
@@ -934,6 +1023,7 @@ class Overview(DemoPage):
                     page.run("new Promise(done => setTimeout(done, 300))")
                     self.check_contrast(page)
                     self.assertEqual(page.run(NAMELESS), [], view)
+                    self.assertEqual(page.run(FAULTS), [], view)
                     self.assertLessEqual(
                         page.run("document.scrollingElement.scrollWidth"), width, view)
                     self.shoot(page, "demo %s %s %d" % (view, "dark" if dark else "light", width))
