@@ -23722,7 +23722,8 @@ pre { overflow: auto; max-height: 22rem; white-space: pre-wrap; overflow-wrap: a
 button, input, select, textarea { font: inherit; font-size: .88rem; color: inherit;
   background: var(--card); border: 1px solid var(--line); border-radius: .45rem;
   padding: .3rem .75rem; max-width: 100%; } textarea { width: 100%; min-height: 4.5rem; }
-label, select { min-width: 0; max-width: 100%; } button { cursor: pointer; } .main { background: var(--accent); color: var(--card); }
+label, select { min-width: 0; max-width: 100%; } button { cursor: pointer; }
+.main { background: var(--accent); color: var(--card); }
 .link { border: 0; padding: 0; background: none; color: var(--accent); text-align: left;
   font-weight: 600; font-size: inherit; overflow-wrap: anywhere; }
 .link:hover { text-decoration: underline; }
