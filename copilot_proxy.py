@@ -11448,6 +11448,7 @@ class TranslatedStream(StreamRelay):
         """Client bytes for what the upstream says."""
         if self.loop is not None:
             events = self.loop.take(events)
+            self.has_content = self.has_content or self.is_waiting
         return self.tell(events)
 
     def tell(self, events: Iterable[Event]) -> bytes:
@@ -25009,9 +25010,7 @@ async def read_beginning(
     out: list[bytes] = []
     size_bytes = 0
     try:
-        while not (
-            answer.done or pipeline.ended or pipeline.has_content or pipeline.is_waiting
-        ):
+        while not (answer.done or pipeline.ended or pipeline.has_content):
             if size_bytes > HELD_START_BYTES:
                 break
             received = await answer.read(timeout_s)
