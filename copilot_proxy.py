@@ -4786,7 +4786,7 @@ def placed_parts(
         elif isinstance(part, Reasoning):
             request.lose("reasoning", "only a turn of the model can hold it")
         elif isinstance(part, Text) or text and kinds is TEXT_KINDS:
-            placed.append(Text(text))
+            placed.append(Text(text, cache=part.cache))
         elif kinds is TEXT_KINDS:
             request.lose("image", "a system text can hold none")
         else:

@@ -283,7 +283,7 @@ class HeldStartTest(unittest.TestCase):
                 return b": comment\n" * 1000
 
         class Relay:
-            ended = has_content = False
+            ended = has_content = is_waiting = False
             error = None
 
             def feed(self, data: bytes) -> bytes:
