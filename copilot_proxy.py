@@ -16915,6 +16915,7 @@ class UpstreamResponse:
         """Give the pieces of the body to `use`, until the last one or until it returns False.
         Raises StreamCut, UpstreamError 504, and what `use` raises."""
         assert self.connection is not None
+        self.headers = {}  # 3 KB that nobody asks for while a stream goes on
 
         def take(data: bytes) -> bool:
             return use(self.take(data)) and not self._body.done

@@ -1,0 +1,75 @@
+"""Requests compute between two looks at the running streams (section 18, NextTurn).
+
+Many that begin at once do not make the streams late, and busy streams do not starve them.
+"""
+from __future__ import annotations
+
+import logging
+import types
+import unittest
+from unittest import mock
+
+from support import cp
+
+TURN_S = 0.001               # that each turn of these tests takes
+
+
+class TurnTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.now = 100.0
+        self.turns = 0
+        clock = types.SimpleNamespace(monotonic=lambda: self.now)
+        patched = mock.patch.object(cp, "time", clock)
+        patched.start()
+        self.addCleanup(patched.stop)
+        self.loop = cp.EventLoop(cp.Settings(), logging.getLogger("copilot_proxy"))
+        self.addCleanup(self.loop.close)
+        self.addCleanup(self.loop._stop)
+
+    async def compute(self) -> None:
+        while True:
+            await cp.wait(cp.NextTurn())
+            self.now += TURN_S
+            self.turns += 1
+
+    def begin(self, count: int) -> None:
+        for _ in range(count):
+            self.loop.spawn(self.compute())
+        self.loop._take_inbox()
+
+    def turns_after(self, streams_s: float) -> int:
+        """How many turns come behind streams that took so long."""
+        self.loop._now, self.turns = self.now, 0
+        self.now += streams_s
+        self.loop._take_turns()
+        return self.turns
+
+    def test_a_crowd_of_requests_holds_idle_streams_up_for_two_milliseconds(self) -> None:
+        self.begin(200)
+        self.assertEqual([self.turns_after(0.0) for _ in range(5)], [2] * 5)
+        self.assertEqual(self.turns_after(0.004), 2)
+
+    def test_streams_that_fill_the_time_leave_a_fifth_of_it_to_requests(self) -> None:
+        self.begin(200)
+        self.assertEqual([self.turns_after(0.1) for _ in range(5)], [25] * 5)
+
+    def test_everybody_has_a_turn_before_anybody_has_the_next(self) -> None:
+        self.begin(9)
+        first = list(self.loop._turns)
+        for _ in range(4):
+            self.turns_after(0.0)
+        self.assertEqual(self.loop._turns[0][0], first[8][0])
+
+    def test_few_requests_do_not_wait_for_the_end_of_a_slice(self) -> None:
+        async def once() -> None:
+            await cp.wait(cp.NextTurn())
+            self.turns += 1
+
+        self.loop.spawn(once())
+        self.loop._take_inbox()
+        self.assertEqual(self.turns_after(0.0), 1)
+        self.assertEqual(self.turns_after(0.0), 0)
+
+
+if __name__ == "__main__":
+    unittest.main()
