@@ -29901,13 +29901,15 @@ def probe_network(app: App) -> tuple[list[str], bool]:
     copilot_url = settings.copilot_url or settings.usual_copilot_url
     try:
         copilot = open_account(app)
-        value: CopilotToken = run(copilot.token.get())
-        copilot_url = value.api_url
+        with progress(app, "asking for a token and the models"):
+            value: CopilotToken = run(copilot.token.get())
+            copilot_url = value.api_url
+            count = len(run(copilot.models()))
         end = "token for %s, good for %d s%s; it lists %d models" % (
             value.api_url,
             value.lifetime_s,
             " (direct mode)" if value.direct else "",
-            len(run(copilot.models())),
+            count,
         )
     except ProxyError as error:
         well, end = False, "copilot FAILED: %s" % error
@@ -29916,7 +29918,9 @@ def probe_network(app: App) -> tuple[list[str], bool]:
         urls.append(settings.uploads_url)
     for url in dict.fromkeys(urls):
         lines.append(url + "/")
-        for hop, text, good in probe_host(app.upstream, url + "/"):
+        with progress(app, "walking to " + url):
+            hops = list(probe_host(app.upstream, url + "/"))
+        for hop, text, good in hops:
             lines.append("  %-5s %s%s" % (hop, "" if good else "FAILED: ", text))
             well = well and good
     return lines + [end], well
@@ -29938,7 +29942,8 @@ def models_at_hand(app: App) -> list[Model]:
     if names:
         thread = threading.Thread(target=fetch, daemon=True)
         thread.start()
-        thread.join(MODELS_WAIT_S)
+        with progress(app, "asking for the models"):
+            thread.join(MODELS_WAIT_S)
     return models
 
 
@@ -30188,10 +30193,10 @@ def try_client(app: App, recipe: Recipe, values: dict[str, str], model: Model) -
         "Content-Type": "application/json",
         "Authorization": "Bearer " + values["key"],
     }
-    answer = run(
-        app.upstream.send_again(UpstreamRequest("POST", url, headers, dumps(body)))
-    )
-    data = run(answer.read_all())
+    request_ = UpstreamRequest("POST", url, headers, dumps(body))
+    with progress(app, "waiting for %s to answer" % values["main"]):
+        answer = run(app.upstream.send_again(request_))
+        data = run(answer.read_all())
 
     if answer.status != 200:
         raise UpstreamError(
