@@ -323,7 +323,7 @@ class Gauge(NamedTuple):
 
 
 GAUGES = (
-    Gauge("code tokens", 180_000, 93_400,
+    Gauge("code tokens", 195_000, 93_400,
           lambda source: sum(source.tokens.values())),
     Gauge("tokens per code line", 8.0, 9.0,
           lambda source: sum(source.tokens.values()) / len(source.tokens)),
