@@ -7,7 +7,8 @@ import random
 from typing import Any
 
 import copilot_proxy as cp
-from wire import PARALLEL, PIXEL, SCHEMA, SEEDS, arguments, check_order, some_response
+from wire import (MODEL, PARALLEL, PIXEL, SCHEMA, SEEDS, arguments, check_order,
+                  some_response)
 
 UPSTREAMS = {"chat": ("gpt-4.1", "gemini-3.1-pro-preview"), "responses": ("gpt-5.4",),
              "messages": ("claude-sonnet-4.6", "claude-opus-4.7")}
@@ -359,6 +360,35 @@ class Laws:
 
     def pieces(self, dialect: cp.Dialect, out: bytes) -> list[Any]:
         raise NotImplementedError
+
+    def history(self, body: dict[str, Any], results: list[tuple[str, str]]) -> dict[str, Any]:
+        """A request whose history is an answer, as this client keeps it, with (name, text) of the
+        result of each of its calls."""
+        raise NotImplementedError
+
+    def test_an_answer_that_comes_back_goes_up_to_every_upstream_as_it_was(self) -> None:
+        dialect, whole = self.dialects[0]
+        for seed in SEEDS:
+            for upstream, family in cp.DIALECTS.items():
+                response = some_response(seed, upstream)
+                made = [part for part in response.parts if isinstance(part, cp.ToolCall)]
+                results = [(call.name, "result %d" % at) for at, call in enumerate(made)]
+                encoder = dialect.stream_encoder(cp.Request("asked", wants_thoughts=True))
+                data = b"".join(map(encoder.feed, cp.unfold(response)))
+                request = dialect.decode_request(self.history(whole(data), results))
+                sent = json.loads(cp.dumps(family.encode_request(request, MODEL)))
+                parts = [part for turn in family.decode_request(sent).turns for part in turn.parts]
+                with self.subTest(dialect=type(dialect).__name__, upstream=upstream, seed=seed):
+                    calls = [part for part in parts if isinstance(part, cp.ToolCall)]
+                    self.assertEqual([(call.name, json.loads(call.arguments)) for call in calls],
+                                     [(call.name, json.loads(call.arguments)) for call in made])
+                    said = "".join(part.text for part in parts if isinstance(part, cp.Text))
+                    self.assertEqual(said, "hi" + "".join(
+                        part.text for part in response.parts if isinstance(part, cp.Text)))
+                    found = {part.call_id: part.parts[0].text for part in parts
+                             if isinstance(part, cp.ToolResult)}
+                    self.assertEqual([found[call.id] for call in calls],
+                                     [words for _, words in results])
 
     def test_a_broken_transport_ends_in_its_error(self) -> None:
         for dialect, _ in self.dialects:

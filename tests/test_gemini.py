@@ -62,6 +62,12 @@ class LawTest(Laws, unittest.TestCase):
     def pieces(self, dialect: cp.Dialect, out: bytes) -> list[Any]:
         return gemini_pieces(out, dialect is cp.GEMINI_ARRAY)
 
+    def history(self, body: dict[str, Any], results: list[tuple[str, str]]) -> dict[str, Any]:
+        parts = [{"functionResponse": {"name": name, "response": {"output": words}}}
+                 for name, words in results]
+        contents = [{"role": "user", "parts": [{"text": "hi"}]}, body["candidates"][0]["content"]]
+        return {"contents": contents + ([{"role": "user", "parts": parts}] if parts else [])}
+
     def test_a_refusal_is_told_as_safety(self) -> None:
         for upstream, data in REFUSALS.items():
             out = stream_of(cp.GEMINI, upstream, data)[0]

@@ -51,6 +51,23 @@ class LawTest(Laws, unittest.TestCase):
     def pieces(self, dialect: cp.Dialect, out: bytes) -> list[Any]:
         return ollama_pieces(out)
 
+    def history(self, body: dict[str, Any], results: list[tuple[str, str]]) -> dict[str, Any]:
+        said = [{"role": "tool", "tool_name": name, "content": words} for name, words in results]
+        return {"model": "m", "messages": [USER, body["message"], *said]}
+
+    def test_a_generated_text_that_is_cut_off_ends_in_an_error(self) -> None:
+        for upstream, data in PARALLEL.items():
+            frames = [raw + b"\n\n" for raw in data.split(b"\n\n") if raw]
+            for cut in range(len(frames) - 3):
+                out, pipe = stream_of(cp.OLLAMA_GENERATE, upstream, b"".join(frames[:cut]))
+                self.assertTrue(pipe.failure)
+                self.assertNotIn(self.polite, out)
+                self.assertIn("error", ollama_pieces(out)[-1])
+            out = stream_of(cp.OLLAMA_GENERATE, upstream, data)[0]
+            cuts = iter(lambda: 1, 0)
+            self.assertEqual(stream_of(cp.OLLAMA_GENERATE, upstream, data, cuts)[0], out)
+            self.assertTrue(ollama_pieces(out)[-1]["done"])
+
     def test_durations_are_those_of_the_request(self) -> None:
         ticks = iter((5, 900, 901))
         out, _ = stream_of(cp.OLLAMA, "chat", PARALLEL["chat"], elapsed_ns=lambda: next(ticks))
