@@ -29686,6 +29686,8 @@ def model_table(entries: list[Json], columns: int) -> list[str]:
             states.append("retiring")
         if entry.get("promo"):
             states.append("promotion")
+        if entry.get("price_category"):
+            states.append("price " + str(entry["price_category"]).replace("_", " "))
         rows.append(
             (
                 str(entry.get("id")),
@@ -29735,10 +29737,10 @@ def cmd_models(app: App, flags: argparse.Namespace) -> int:
         entries = list(map(as_object, as_list(answer.get("data"))))
 
     told = [
-        "%s: %s"
-        % (printable(str(entry.get("id"))), printable(str(entry["notice"]), 300))
+        "%s: %s" % (printable(str(entry.get("id"))), printable(str(text), 300))
         for entry in entries
-        if entry.get("notice")
+        for text in (entry.get("notice"), entry.get("promo"))
+        if text
     ]
     if flags.json:
         say(json.dumps(entries, indent=2))

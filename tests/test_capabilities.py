@@ -2,10 +2,11 @@
 ids and sampling of Kimi, how many images, the reviewer's model of Codex."""
 from __future__ import annotations
 
+import tempfile
 import unittest
 from typing import Any
 
-from support import ProxyCase, message, response
+from support import ProxyCase, message, response, run_main
 import copilot_proxy as cp
 from fake_upstream import CHAT, COUNT_TOKENS, MESSAGES, RESPONSES, make_claude, make_model, \
     today_models
@@ -164,6 +165,21 @@ class FamilyTest(CapabilityCase):
         entry["billing"]["promo"] = {"id": "x", "discount_percent": 25}
         listed = self.proxy.get("/v1/models").json["data"][0]
         self.assertEqual((listed["price_category"], listed["promo"]), ("low", "25 % off"))
+
+    def test_the_table_of_models_shows_them_and_what_will_go(self) -> None:
+        small, second, third = self.fake.models[:3]
+        small["model_picker_price_category"] = "very_high"
+        second["billing"]["promo"] = {"id": "x", "message": "half price until Sunday"}
+        third["info_messages"] = [{"code": "pending_deprecation", "message": "goes in March"}]
+        with tempfile.TemporaryDirectory() as home:
+            code, text = run_main(home, "models", "--github-url", self.fake.url, "-g", "ghu_fake")
+        self.assertEqual(code, 0, text)
+        lines = {line.split()[0]: line for line in text.splitlines()}
+        self.assertIn("price very high", lines[small["id"]])
+        self.assertIn("promotion", lines[second["id"]])
+        self.assertIn("half price until Sunday", lines[second["id"] + ":"])
+        self.assertIn("retiring", lines[third["id"]])
+        self.assertIn("goes in March", lines[third["id"] + ":"])
 
 
 if __name__ == "__main__":
