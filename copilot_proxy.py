@@ -29600,6 +29600,23 @@ def quota_line(lane: Json, columns: int = MAX_ERROR_TEXT) -> str:
     return fit_line(head, parts or ["reports no numbers"], columns)
 
 
+def price_rows(stats: Json) -> list[tuple[str, list[str]]]:
+    """Credits as reported beside those by the listed prices, for each model that has both."""
+    rows, label = [], "prices"
+    for line in map(as_object, as_list(stats.get("price_check"))[:STATS_LINES]):
+        reported = number_or(line.get("reported"), 0)
+        estimated = number_or(line.get("estimated"), 0)
+        parts = [
+            printable(str(line.get("model")), 30),
+            "%.4g credits reported" % reported,
+            "%.4g by the listed prices" % estimated,
+            "%+.3g" % (reported - estimated),
+        ]
+        rows.append((label, parts))
+        label = ""
+    return rows
+
+
 def cmd_check_usage(app: App, flags: argparse.Namespace) -> int:
     """Quota as bars, or the upstream's answer as JSON."""
     ask = find_server(app, flags)
@@ -29624,6 +29641,9 @@ def cmd_check_usage(app: App, flags: argparse.Namespace) -> int:
         say(quota_line(lane, console_columns()))
     if not lanes:
         say("the account reports no quotas")
+    if ask is not None:
+        for label, parts in price_rows(ask("/stats")):
+            say(fit_line("%-11s " % label, parts, console_columns()))
     return 0
 
 
@@ -29791,6 +29811,8 @@ def stats_rows(stats: Json, today: Json) -> list[tuple[str, list[str]]]:
             found = printable(str(line.get(name) or "none"), 30)
             rows.append((label, [found, *sums_parts(line)]))
             label = ""
+
+    rows.extend(price_rows(stats))
 
     for rest in map(as_object, as_list(stats.get("limits"))):
         scope = printable(str(rest.get("scope")), 60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -13,7 +14,7 @@ import unittest
 import unittest.mock
 from typing import Any
 
-from support import ProxyCase, chat, cp, run_main, wait_until
+from support import ProxyCase, chat, cp, response, run_main, wait_until
 from cases import CliCase
 from fake_upstream import make_model
 
@@ -101,6 +102,20 @@ class ServerTest(ProxyCase):
         self.assertEqual(told["today"]["total"]["requests"], 3)
         self.assertEqual(told["stats"]["version"], cp.__version__)
 
+    def test_reported_credits_stand_beside_those_of_the_listed_prices(self) -> None:
+        for _ in range(2):
+            self.assertEqual(self.proxy.post("/v1/responses", response("hi")).status, 200)
+        self.proxy.settle()
+        line, = self.proxy.get("/stats").json["price_check"]
+        self.assertEqual(line["requests"], 2)
+        for command in ("stats", "check-usage"):
+            code, text = self.run_here(command, COLUMNS="100")
+            self.assertEqual(code, 0, text)
+            self.assertRegex(text, r"\nprices +gpt-5\.3-codex, %s credits reported, %s by the "
+                                   r"listed prices, %s\n" % tuple(map(re.escape, (
+                                       "%.4g" % line["reported"], "%.4g" % line["estimated"],
+                                       "%+.3g" % line["difference"]))))
+
     def test_stats_of_a_server_that_is_not_there_names_the_flags(self) -> None:
         code, text = self.run_here("stats", PORT="1")
         self.assertEqual((code, text.count("\n")), (1, 1), text)
@@ -110,7 +125,7 @@ class ServerTest(ProxyCase):
     def test_an_answer_of_something_else_is_no_traceback(self) -> None:
         for stats in ({}, {"uptime_s": "x", "running": 5, "limits": [1, {"until": {}}],
                            "budget": {"limit": "9", "used": []}, "totals": [],
-                           "version": {"a": 1}}):
+                           "version": {"a": 1}, "price_check": [7, {}, {"reported": "x"}]}):
             for today in ({}, {"enabled": True, "total": 5, "by_model": [3, {}]},
                           {"enabled": 1, "total": {"requests": "x", "credits": "y",
                                                    "first_ms": "1e999"}, "by_client": 7}):
