@@ -3129,17 +3129,28 @@ _PLAIN_EVENT = re.compile(rb"(?m)^event: [^\n]*\ndata: ([^\n]*)\n\n")
 _TEXT_HEADS = [socket_frame_head(TEXT_FRAME, size) for size in range(4096)]
 
 
+def _event_texts(block: bytes) -> list[bytes]:
+    """The data of each event.  Mostly all of them have one name."""
+    head = block[: block.find(b"data: ") + 6]
+    if head.startswith(b"event: ") and head.count(b"\n") == 1:
+        texts = block[len(head) : -2].split(b"\n\n" + head)
+        if b"\n" not in b"".join(texts):
+            return texts
+
+    texts = _PLAIN_EVENT.findall(block)
+    if 3 * len(texts) == block.count(b"\n"):
+        return texts
+    frames = map(Frame.parse, split_frames(block))
+    return [frame.data for frame in frames if frame.data]
+
+
 def text_frames(block: bytes) -> bytes:
     """Whole server-sent events as text frames, the data of one in each; comments are left out.
     b'event: a\\ndata: {}\\n\\n' -> b'\\x81\\x02{}'.  A burst has hundreds of events, and the
     usual ones take no step of their own."""
     if not block.isascii():
         block = block.decode("utf-8", "replace").encode()
-    texts = _PLAIN_EVENT.findall(block)
-    if 3 * len(texts) != block.count(b"\n"):
-        frames = map(Frame.parse, split_frames(block))
-        texts = [frame.data for frame in frames if frame.data]
-
+    texts = _event_texts(block)
     sizes = list(map(len, texts))
     pieces = [b""] * (2 * len(texts))
     if max(sizes, default=0) < len(_TEXT_HEADS):

@@ -450,22 +450,23 @@ class Turns(SocketCase):
         self.assertIn(text, self.fake.last(RESPONSES).json["input"])
 
     def test_each_request_has_a_row_and_a_line(self) -> None:
-        self.proxy.settle()
-        start = len(self.proxy.logs)
+        asked = ("gpt-5-mini", "no-such-model-of-this-test")
         opened = self.ready()
-        opened.turn(response("hi"))
-        opened.turn(response("hi", "no-such-model"))
-        self.proxy.settle()
-        lines = [record.getMessage() for record in self.proxy.logs[start:]
-                 if " /responses " in record.getMessage() or " /v1/responses" in
-                 record.getMessage()]
-        del lines[:next(at for at, line in enumerate(lines) if "status=101" in line)]  # others'
-        self.assertEqual(["status=101" in lines[0], " WS " in lines[1], "status=200" in lines[1],
-                          "status=404" in lines[2]], [True] * 4, lines)
-        recent = self.proxy.get("/stats").json["recent"]
-        self.assertEqual([(row["dialect"], row["status"]) for row in recent[:2]],
-                         [("responses", 404), ("responses", 200)])
-        self.assertTrue(recent[1]["output"])
+        for model in asked:
+            opened.turn(response("hi", model))
+        handshake_id = opened.headers["x-request-id"][:8]
+
+        def lines() -> list[str]:
+            return [line for line in self.proxy.log_text().splitlines()
+                    if line.startswith(handshake_id) or "model=" + asked[1] in line]
+
+        wait_until(lambda: len(lines()) == 2)
+        self.assertIn("status=101", lines()[0])
+        self.assertRegex(lines()[1], r" WS +/responses .*status=404")
+        rows = [row for row in self.proxy.get("/stats").json["recent"] if row["asked"] in asked]
+        self.assertEqual([(row["asked"], row["dialect"], row["status"]) for row in rows[:2]],
+                         [(asked[1], "responses", 404), (asked[0], "responses", 200)])
+        self.assertTrue(rows[1]["output"])
 
     def test_the_list_of_models_does_not_name_it_where_nothing_is_served(self) -> None:
         entry = next(model for model in self.fake.models if model["id"] == CODEX)
