@@ -12623,7 +12623,10 @@ def gemini_schema(schema: Json) -> Json:
 def _drop_nonce_line(edit: Edit, holder: Json, key: str) -> None:
     text = holder.get(key)
     if isinstance(text, str) and text.startswith(_NONCE_LINE):
-        edit.set(holder, key, text.partition("\n")[2])
+        rest = text.partition("\n")[2]
+        edit.set(holder, key, rest)
+        if not rest.strip():  # an empty turn is no turn of words
+            edit.note_words(False)
 
 
 def drop_nonce(edit: Edit) -> None:
