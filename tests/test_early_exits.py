@@ -1,6 +1,6 @@
 """Plans of plain conversations take short ways: what goes up is the same as by the long ones.
 
-Sections 7 to 9 of copilot_proxy.py."""
+The short ways stand in sections 7, 8 and 9 of copilot_proxy.py."""
 from __future__ import annotations
 
 import copy
