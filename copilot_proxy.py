@@ -27775,7 +27775,10 @@ CLIENTS: Mapping[str, Recipe] = {
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1",
         run="claude",
         suffix="[1m]",
-        note="ANTHROPIC_API_KEY must not be set beside it.",
+        note="ANTHROPIC_API_KEY must not be set beside it.\n"
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC turns off updates, telemetry and error reports,\n"
+        "and the server's own list of models: to have that under /model, leave it out and set\n"
+        "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY=1.",
         rivals='"(ANTHROPIC_API_KEY|apiKeyHelper)" *:',
         sign='"ANTHROPIC_BASE_URL"',
         named=r'"(ANTHROPIC\w{0,40}_MODEL|CLAUDE_CODE_SUBAGENT_MODEL|model)" *: *"([^"\n]{1,200})"',
@@ -27880,7 +27883,8 @@ experimental_bearer_token = "%(key)s"
                 ),
                 (
                     '  - {name: "%(name)s", provider: openai, model: "%(id)s", '
-                    'roles: [chat, edit, apply],\n     apiBase: "%(base)s", apiKey: "%(key)s"}\n'
+                    "roles: [chat, edit, apply], capabilities: [tool_use%(images)s],\n"
+                    '     apiBase: "%(base)s", apiKey: "%(key)s"}\n'
                 ),
             ),
         ),
@@ -28061,6 +28065,18 @@ experimental_bearer_token = "%(key)s"
     ),
 }
 
+#: other names of clients
+OTHER_NAMES: Mapping[str, str] = {
+    "claude": "claude-code",
+    "roo": "cline",
+    "kilo": "cline",
+    "copilot": "copilot-cli",
+    "gemini": "gemini-cli",
+    "ollama": "vscode-ollama",
+    "openai": "openai-sdk",
+    "anthropic": "anthropic-sdk",
+}
+
 #: shell -> (sets a variable: name, value, both, and value in any case quoted; what joins commands;
 #: how a word is quoted; what is escaped in it)
 SHELLS: Mapping[str, tuple[str, str, str, tuple[tuple[str, str], ...]]] = {
@@ -28113,13 +28129,15 @@ def places_of(model: Model) -> dict[str, str]:
     out = model.limit("max_output_tokens") or 4096
     whole = model.limit("max_context_window_tokens") or 64000
     prompt = model.limit("max_prompt_tokens") or whole - out
+    sees = model.supports.get("vision") is not False
     return {
         "id": model.id,
         "name": model.name,
         "out": str(out),
         "window": str(prompt),
         "context": str(min(whole, prompt + out)),
-        "vision": str(model.supports.get("vision") is not False).lower(),
+        "vision": str(sees).lower(),
+        "images": ", image_input" * sees,
     }
 
 
@@ -30144,6 +30162,9 @@ def write_settings(recipe: Recipe, files: list[tuple[str, str]], sure: bool) -> 
 
 def undo_settings(recipe: Recipe, environ: Mapping[str, str], sure: bool) -> int:
     """setup CLIENT --undo: the newest backup of each file back in its place."""
+    if not recipe.files:
+        raise ConfigError("%s: there is no settings file to put back" % recipe.about)
+
     code = 1
 
     for place, _, _ in recipe.files:
@@ -30302,6 +30323,11 @@ def setup_service(app: App, flags: argparse.Namespace, url: str) -> int:
 def cmd_setup(app: App, flags: argparse.Namespace) -> int:
     """What to paste for a client, or a service manager's unit."""
     settings = app.settings
+    flags.client = OTHER_NAMES.get(flags.client, flags.client)
+    if flags.client == "cursor":
+        raise ConfigError(
+            "Cursor's requests come from its own servers, which reach no address of this machine"
+        )
     if flags.client not in [*CLIENTS, *SERVICES]:
         raise ConfigError(
             "setup: choose one of %s; openai-sdk says what others need%s"

@@ -106,7 +106,7 @@ class PrintTest(SetupCase):
         self.assertIn("gpt-4.1", output)
 
     def test_an_unknown_client_and_none_are_told_which_there_are(self) -> None:
-        for args in ((), ("cursor",)):
+        for args in ((), ("cursory",)):
             code, output = self.run_setup(*args)
             self.assertEqual((code, output.count("\n")), (2, 1))
             self.assertIn("claude-code, codex, opencode", output)

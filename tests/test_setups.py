@@ -63,6 +63,25 @@ class TextTest(SetupCase):
             code, output = self.run_setup(client, "--write", "--yes")
             self.assertEqual(code, 2, output)
 
+    def test_other_names_of_clients_are_known(self) -> None:
+        for name, client in (("roo", "cline"), ("kilo", "cline"), ("claude", "claude-code"),
+                             ("gemini", "gemini-cli")):
+            self.assertEqual(self.setup(name), self.setup(client))
+        for name, client in cp.OTHER_NAMES.items():
+            self.assertIn(client, cp.CLIENTS)
+            self.assertNotIn(name, cp.CLIENTS)
+        code, output = self.run_setup("cursor")
+        self.assertEqual((code, "its own servers" in output), (2, True))
+
+    def test_continue_is_told_what_a_model_can_do(self) -> None:
+        lines = self.setup("continue").splitlines()
+        chat = [line for line in lines if "roles: [chat" in line]
+        self.assertTrue(chat)
+        for line in chat:
+            self.assertRegex(line, r"capabilities: \[tool_use(, image_input)?\]")
+        blind = cp.places_of(cp.Model("m", supports={"vision": False}))
+        self.assertEqual((blind["vision"], blind["images"]), ("false", ""))
+
     def test_json_has_a_line_for_each_key(self) -> None:
         for client, recipe in cp.CLIENTS.items():
             if any(place.endswith(".json") for place, _, _ in recipe.files):
