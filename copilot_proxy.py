@@ -3839,6 +3839,8 @@ def content_parts(body: Json) -> Iterator[Json]:
     for item in as_list(body.get("messages")) + as_list(body.get("input")):
         if not isinstance(item, dict):
             continue
+        if type(item.get("content")) is str and "output" not in item:
+            continue  # nearly always
         for content in (item.get("content"), item.get("output")):
             if isinstance(content, dict):
                 content = [content]  # a screenshot of a computer
@@ -4045,6 +4047,11 @@ class Dialect:
     def is_own_item(self, item: Json) -> bool:
         """Is this an item of a conversation that the dialect knows, whatever parts it has?"""
         return item.get("role") is not None
+
+    def goes_as_is(self, body: Json) -> bool:
+        """Is there nothing in a conversation of words that `fit_body` would change for a model of
+        OpenAI's?  A quick look, which may say False of one that is."""
+        return False
 
     def is_in_shape(self, item: Any) -> bool:
         """Is there nothing in this item that normalising would change?  A quick look, which may
@@ -6265,6 +6272,8 @@ class ChatStream(StreamRelay):
 
 
 _CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
+#: the fields of a plain request, which every model takes as they are
+_PLAIN_FIELDS = frozenset(("model", "messages", "stream", "temperature", "top_p"))
 
 
 class ChatCompletions(Dialect):
@@ -6289,6 +6298,14 @@ class ChatCompletions(Dialect):
         ("stop", "stop_sequence"),
         ("stop", "pause"),
     )
+
+    def goes_as_is(self, body: Json) -> bool:
+        return (
+            body.keys() <= _PLAIN_FIELDS
+            and body["messages"] != []
+            and body.get("stream") is not True
+            and None not in body.values()
+        )
 
     def prepare(self, edit: Edit, model: Model) -> None:
         body = edit.body
@@ -12886,6 +12903,9 @@ def compaction_request(body: Json, native: bool) -> Json:
 
 def fit_body(edit: Edit, upstream: Dialect, model: Model) -> None:
     """Make a body in the upstream's dialect fit for it.  Raises BadRequest."""
+    is_usual = model.is_openai and not (model.is_kimi or model.most_images)
+    if is_usual and edit.is_words and upstream.goes_as_is(edit.body):
+        return
     edit.go_on()
     pair_calls(edit, upstream)
     edit.go_on()
