@@ -28386,15 +28386,15 @@ def splice_json(text: str, new: Any) -> str:
     if isinstance(merged, dict):
         labels = [json.dumps(key, ensure_ascii=False) + ": " for key in wanted]
         old, wanted = list(value.values()), list(merged.values())
-    first = re.search(r"\n([ \t]{1,40})[^\s/]", text)
-    unit = first[1] if first else "  "
+    units = re.findall(r"\n([ \t]{1,40})[^\s/]", text)
+    unit = [*units, "  "][0]
     texts = [
         json.dumps(one, indent=unit, ensure_ascii=False).replace("\n", "\n" + unit)
         for one in wanted
     ]
     added = ["\n" + unit + label + one for label, one in zip(labels, texts)]
     more = ",".join(added[len(old) :])
-    end = places[-1][1] if places else 0
+    end = [(0, 0), *places][-1][1]
 
     if more and places:  # a comment on the line of the last one stays there
         text = text[:end] + re.sub(
@@ -30189,12 +30189,13 @@ def undo_settings(recipe: Recipe, environ: Mapping[str, str], sure: bool) -> int
 
     for place, _, _ in recipe.files:
         path = os.path.realpath(settings_path(place, environ))
-        folder = os.path.dirname(path)
-        backups = [
-            file.path
-            for file in (os.scandir(folder) if os.path.isdir(folder) else ())
-            if file.path.startswith(path + ".") and file.name.endswith(".bak")
-        ]
+        backups: list[str] = []
+        with contextlib.suppress(FileNotFoundError):
+            backups = [
+                file.path
+                for file in os.scandir(os.path.dirname(path))
+                if file.path.startswith(path + ".") and file.path.endswith(".bak")
+            ]
 
         if not backups:
             say("there is no backup of " + path)

@@ -82,6 +82,17 @@ class TextTest(SetupCase):
         blind = cp.places_of(cp.Model("m", supports={"vision": False}))
         self.assertEqual((blind["vision"], blind["images"]), ("false", ""))
 
+    def test_the_page_is_told_what_setup_prints(self) -> None:
+        listed = self.proxy.get("/connect").json["clients"]
+        self.assertEqual([one["name"] for one in listed], list(cp.CLIENTS))
+        for client in cp.CLIENTS:
+            told = self.proxy.get("/connect/%s?shell=bash" % client).json
+            output = self.setup(client, "--key", told["key"], "--url", self.proxy.url)
+            for step in told["steps"]:
+                self.assertIn(step["text"], output)
+            self.assertIn(told["note"], output)
+            self.assertTrue(told["steps"] or told["note"])
+
     def test_json_has_a_line_for_each_key(self) -> None:
         for client, recipe in cp.CLIENTS.items():
             if any(place.endswith(".json") for place, _, _ in recipe.files):
