@@ -3151,12 +3151,11 @@ def text_frames(block: bytes) -> bytes:
     if not block.isascii():
         block = block.decode("utf-8", "replace").encode()
     texts = _event_texts(block)
-    sizes = list(map(len, texts))
     pieces = [b""] * (2 * len(texts))
-    if max(sizes, default=0) < len(_TEXT_HEADS):
-        pieces[::2] = map(_TEXT_HEADS.__getitem__, sizes)
-    else:
-        pieces[::2] = [socket_frame_head(TEXT_FRAME, size) for size in sizes]
+    try:
+        pieces[::2] = map(_TEXT_HEADS.__getitem__, map(len, texts))
+    except IndexError:
+        pieces[::2] = [socket_frame_head(TEXT_FRAME, len(text)) for text in texts]
     pieces[1::2] = texts
     return b"".join(pieces)
 
