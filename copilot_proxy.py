@@ -28358,6 +28358,8 @@ def read_json_text(text: str) -> tuple[list[tuple[int, int]], Any]:
         elif is_next:
             places.append(token.span())
         if depth > 1 or (depth == 1 and word in "}]"):
+            if not places:
+                raise ValueError("an object stands where a key is expected")
             places[-1] = places[-1][0], token.end()
 
         words.append(word)
@@ -28426,7 +28428,10 @@ def merge_setting(top: str, line: str) -> str:
     """One `key = value` over the same key in the lines before the first section, or before them
     all.  The comment behind it stays."""
     key = re.split("[ =:]", line)[0]
-    theirs = re.search(r"(?m)^%s\s*[=:].*\n" % re.escape(key), top)
+    quoted = r"[\"']?%s[\"']?\s*[=:].*\n" % re.escape(key)
+    if line[len(key) :].lstrip().startswith("="):  # in TOML the margin means nothing
+        quoted = "[ \t]*" + quoted
+    theirs = re.search("(?m)^" + quoted, top)
     if not theirs:
         return line + top
     comment = _SETTING.search(theirs.group())
@@ -28464,10 +28469,11 @@ def merge_lines(old: str, new: str) -> str:
 
 
 def read_settings(path: str) -> str:
-    """A settings file's text, "" for none, its ends of lines as they are.  Raises ConfigError."""
+    """A settings file's text, "" for none, its ends of lines and a mark of its encoding before it
+    as they are.  Raises ConfigError."""
     try:
         with contextlib.suppress(FileNotFoundError), open(
-            path, encoding="utf-8-sig", newline=""
+            path, encoding="utf-8", newline=""
         ) as file:
             return file.read()
     except (OSError, ValueError) as error:
@@ -28478,7 +28484,7 @@ def read_settings(path: str) -> str:
 def merge_file(path: str, text: str) -> tuple[str, str]:
     """(what the file holds, what it shall hold).  Raises ConfigError."""
     old = read_settings(path)
-    plain = old.replace("\r\n", "\n")
+    plain = old.lstrip("\ufeff").replace("\r\n", "\n")
     try:
         if not plain.strip() or path.endswith("copilot_proxy.yaml"):
             new = text
@@ -28488,12 +28494,14 @@ def merge_file(path: str, text: str) -> tuple[str, str]:
             new = merge_lines(plain, text)
     except ValueError as error:
         raise ConfigError(
-            "cannot merge into %s (%s): put this into it by hand:\n%s"
-            % (path, plain_reason(error), text)
+            "cannot merge into %s (%s): put what stands above into it by hand"
+            % (path, plain_reason(error))
         ) from None
 
     if "\r\n" in old:
         new = new.replace("\n", "\r\n")
+    if old.startswith("\ufeff"):  # Windows' editors put it there
+        new = "\ufeff" + new
     return old, new
 
 
@@ -30160,7 +30168,11 @@ def write_settings(recipe: Recipe, files: list[tuple[str, str]], sure: bool) -> 
     done = True
     for path, text in files:
         path = os.path.realpath(path)
-        old, new = merge_file(path, text)
+        try:
+            old, new = merge_file(path, text)
+        except ConfigError:
+            say(text)
+            raise
         show_change(path, old, new)
         if recipe.rivals:
             for name in re.findall(recipe.rivals, new):
@@ -30188,12 +30200,12 @@ def undo_settings(recipe: Recipe, environ: Mapping[str, str], sure: bool) -> int
 
     for place, _, _ in recipe.files:
         path = os.path.realpath(settings_path(place, environ))
+        folder, name = os.path.split(path)
+        own = re.compile(re.escape(name) + r"\.\d+\.bak")  # others are the user's
         backups: list[str] = []
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             backups = [
-                file.path
-                for file in os.scandir(os.path.dirname(path))
-                if file.path.startswith(path + ".") and file.path.endswith(".bak")
+                file.path for file in os.scandir(folder) if own.fullmatch(file.name)
             ]
 
         if not backups:

@@ -259,6 +259,42 @@ class WriteTest(SetupCase):
         self.assertEqual(code, 1)
         self.assertIn("no backup", output)
 
+    def test_a_key_of_toml_is_not_written_twice_however_it_is_spelt(self) -> None:
+        for odd in ('  model = "x"', '"model" = "x"', "\t'model'=\"x\""):
+            self.put(self.at(".codex/config.toml"), odd + "\n[mine]\nmodel = 1\n")
+            self.setup("codex", "--write", "--yes")
+            text = self.read(self.at(".codex/config.toml"))
+            top = text.partition("\n[")[0]
+            self.assertEqual(len(re.findall(r"(?m)^\s*[\"']?model[\"']?\s*=", top)), 1, text)
+            self.assertIn("[mine]\nmodel = 1\n", text)
+
+    def test_undo_leaves_backups_of_others_alone(self) -> None:
+        path = self.at(".codex/config.toml")
+        for own in (path + ".bak", path + ".old.bak", path + ".1.bak.bak"):
+            self.put(own, 'model = "mine"\n')
+        self.put(path, 'model = "first"\n')
+        code, output = self.run_setup("codex", "--undo", "--yes")
+        self.assertEqual((code, "no backup" in output), (1, True))
+        self.assertEqual(self.read(path), 'model = "first"\n')
+        self.assertTrue(os.path.exists(path + ".bak"))
+
+    def test_the_mark_of_an_encoding_stays_and_comes_back(self) -> None:
+        path = self.at(".claude/settings.json")
+        self.put(path, '\ufeff{"a": 1}')
+        self.setup("claude-code", "--write", "--yes")
+        self.assertTrue(self.read(path).startswith('\ufeff{"a": 1,'))
+        self.assertIn("as it should be", self.setup("claude-code", "--write"))
+        self.setup("claude-code", "--undo", "--yes")
+        self.assertEqual(self.read(path), '\ufeff{"a": 1}')
+
+    def test_what_to_put_in_by_hand_stands_in_lines(self) -> None:
+        for odd in ("{ {} }", "{ [] }", "[[]]", '{"env": {"B": "\\ud83d"}}'):
+            self.put(self.at(".claude/settings.json"), odd)
+            code, output = self.run_setup("claude-code", "--write", "--yes")
+            self.assertEqual((code, "by hand" in output), (2, True), output)
+            self.assertIn('\n    "ANTHROPIC_BASE_URL": ', output)
+            self.assertEqual(self.read(self.at(".claude/settings.json")), odd)
+
     def test_zsh_is_a_shell(self) -> None:
         self.assertIn("export OPENAI_BASE_URL=", self.setup("openai-sdk", "--shell", "zsh"))
 
