@@ -423,7 +423,7 @@ HISTORY_QUEUE = 5000  # rows that wait while the file cannot be written
 HISTORY_PAUSE_S, HISTORY_RETRY_S = 0.25, 5.0  # between two writes; after a failed one
 HISTORY_BUSY_S, HISTORY_WAIT_S = 1.0, 2.0  # for other processes' locks; for an answer
 MAX_READERS, READER_QUEUE = 32, 500  # of /history/events
-PROGRESS_S, PROGRESS_ROWS = 1.0, 100  # how often they are told of running requests
+PAGE_PROGRESS_S, PAGE_PROGRESS_ROWS = 1.0, 100  # how often they see running requests
 RECENT = 50  # requests in memory
 BODIES_KEPT = 3000  # files in the folder of --log-bodies
 BUDGET_WARNING = 0.8  # of the budget
@@ -441,6 +441,362 @@ WAIT_TEXT = "waiting for the login, %d:%02d left"
 PROGRESS_S = 0.5  # then a terminal shows what a command waits for, and again each time
 HELP_COLUMN = 30  # where the words of `--help` begin
 
+#: what the page shows, one text a line
+PAGE_CHINESE = """\
+Skip to content => 跳到正文
+loading => 加载中
+Overview => 概览
+Requests => 请求
+Usage => 用量
+Connect => 接入
+Models => 模型
+Account => 账户
+Views => 视图
+This server asks for a key => 此服务器需要密钥
+API key => API 密钥
+Show => 显示
+It stays in this tab and is forgotten when the tab is closed. An operator's key is one that \
+--api-key names, or that the start printed. => 密钥只保存在此标签页，关闭后即清除。管理员密钥由 \
+--api-key 指定，或在启动时打印。
+This key is not the right one. => 密钥不正确。
+Waiting for your decision => 等待你的决定
+This is the demo: models, answers, quota and the history before its start are made up. => \
+这是演示：模型、回答、额度和启动前的历史都是虚构的。
+Quota => 额度
+Refresh => 刷新
+Newest requests => 最新请求
+All requests => 全部请求
+Model => 模型
+Client => 客户端
+State => 状态
+any => 全部
+running => 进行中
+done => 完成
+failed => 失败
+not found => 未找到
+not_found => 未找到
+client left => 客户端已断开
+left => 客户端已断开
+Text => 文本
+Filter the requests => 筛选请求
+id, session, error… => ID、会话、错误…
+Running and ended ones, the newest first; each opens its story => \
+进行中和已结束的请求，最新的在前；点击查看详情
+Show more => 显示更多
+credits => 点数
+tokens => 令牌
+requests => 请求
+by => 按
+hour => 小时
+day => 天
+week => 周
+of => 范围
+7 days => 7 天
+30 days => 30 天
+90 days => 90 天
+Cache hits => 缓存命中
+Time to the first byte => 首字节时间
+By model => 按模型
+By client => 按客户端
+By account => 按账户
+By session => 按会话
+Price check => 价格核对
+Credits since the start, as GitHub reports them and by the listed prices, of the same requests => \
+启动以来的点数：同一批请求的 GitHub 报告值与按标价的估算值
+Connect a client => 接入客户端
+Shell => 终端
+Try it => 试一试
+API => 接口
+stream => 流式
+offer a tool => 提供一个工具
+Prompt => 提示词
+Send => 发送
+Stop => 停止
+Answer => 回答
+Raw => 原始数据
+Raw answer => 原始回答
+The same as a program => 对应的代码
+The request as a program => 此请求的代码
+As => 形式
+Copy => 复制
+hidden ones, too => 包括隐藏的
+Prices are USD for a million tokens, or a multiple of one premium request => \
+价格为每百万令牌的美元数，或一次高级请求的倍数
+Retired names => 已停用的名称
+All names that are retired, or given by --model-alias => 所有已停用或由 --model-alias 指定的名称
+What answers where GitHub has retired a model => GitHub 停用模型后由谁回答
+Accounts => 账户
+Add an account => 添加账户
+OpenAI clients: base URL => OpenAI 客户端的 base URL：
+; Anthropic clients: without => ；Anthropic 客户端不带
+What GitHub says about the usage => GitHub 返回的用量数据
+Keys => 密钥
+A key stands for an account, or for the operator, who may see and change everything. Once there is \
+a key, every client needs one. => 密钥代表某个账户，或代表可查看和更改一切的管理员。一旦有了密钥，每个客户端都需要密钥。
+Keys by their ids; a whole key is shown once => 此处只列出密钥编号；完整密钥只显示一次
+Copied => 已复制
+Select it by hand => 请手动选择
+Really? => 确定？
+unknown => 未知
+%s of %s => %s / %s
+ days =>  天
+ h =>  小时
+ min =>  分钟
+ s =>  秒
+ ms =>  毫秒
+, in %s => （%s后）
+in %s => %s后
+%s in, %s out => 输入 %s，输出 %s
+%s ago => %s前
+the server says %s => 服务器返回 %s
+the server is gone => 服务器已断开
+No answer since %s. Below stands what the server said before; this page connects again by itself. \
+=> 自 %s 起没有响应。下面是服务器之前的数据；页面会自动重新连接。
+login required => 需要登录
+no Copilot token => 没有 Copilot 令牌
+ready => 就绪
+ (demo) => （演示）
+copilot_proxy %s, up for %s => copilot_proxy %s，已运行 %s
+Log in to GitHub => 登录 GitHub
+Nobody is logged in. => 尚未登录。
+You get a code and enter it at GitHub, with the account that has Copilot. The proxy never sees \
+your password. => 获取代码后，用拥有 Copilot 的账户在 GitHub 上输入。代理不会接触你的密码。
+Get a login code => 获取登录代码
+Open  => 请打开\u0020
+ and enter this code: =>  并输入此代码：
+Copy the code => 复制代码
+Waiting for GitHub => 等待 GitHub
+The code is good for %s more. => 代码还有 %s 有效。
+The code is over; another one comes. => 代码已过期，正在获取新的代码。
+Copy the key => 复制密钥
+Only its hash is kept here: it cannot be shown again. => 这里只保存它的哈希值，之后无法再次显示。
+an account => 一个账户
+Logged in as %s. The API key of this account: => 已登录为 %s。此账户的 API 密钥：
+Logged in as %s. No key is needed now. => 已登录为 %s。现在不需要密钥。
+A new key of the operator: => 新的管理员密钥：
+New operator key => 新建管理员密钥
+Make a new key of the operator => 新建一个管理员密钥
+the operator => 管理员
+Remove => 删除
+Remove the key %s of %s => 删除密钥 %s（%s）
+by --api-key => 由 --api-key 指定
+with the start => 启动时
+Key => 密钥
+Of => 所属
+Made => 创建时间
+End it => 删除
+Log out => 退出登录
+Log out of the default account => 退出默认账户
+GitHub token used directly => 直接使用 GitHub 令牌
+Copilot token valid for %s => Copilot 令牌有效期 %s
+ wants to ask  =>  请求使用\u0020
+Allow => 允许
+Always => 始终允许
+Deny => 拒绝
+Allow %s to ask %s => 允许 %s 使用 %s
+Deny %s to ask %s => 拒绝 %s 使用 %s
+Always allow %s => 始终允许 %s
+Ask again => 重新询问
+Ask again about every program => 对所有程序重新询问
+Allowed without a question: %s => 无需询问即允许：%s
+%s used => 已用 %s
+unknown account => 未知账户
+%s over => 超出 %s
+%s left => 剩余 %s
+unlimited => 不限量
+resets %s => 重置时间：%s
+reset time unknown => 重置时间未知
+starts anew %s => 重新计算：%s
+nearly spent; starts anew %s => 即将用完；重新计算：%s
+spent: requests are refused until %s => 已用完：在 %s 之前请求会被拒绝
+%s of %s credits => %s / %s 点
+Budget => 预算
+Budget of session %s => 会话 %s 的预算
+No quota is known yet. => 尚无额度信息。
+All models => 所有模型
+with the next request => 下一个请求时
+Clear => 解除
+Clear the limit of %s => 解除 %s 的限制
+ limited by GitHub (%s) until %s. Next probe: %s. =>  被 GitHub 限制（%s），直到 %s。下次试探：%s。
+at %s a day %s will be left at the reset => 按每天 %s 计，重置时还剩 %s
+at %s a day used up in %s, %s too early => 按每天 %s 计，%s后用完，提前 %s
+Running now => 正在进行
+Requests today => 今日请求
+Requests since start => 启动以来的请求
+Credits today => 今日点数
+Credits since start => 启动以来的点数
+Credits left => 剩余点数
+Tokens today => 今日令牌
+Tokens since start => 启动以来的令牌
+Cache hits today => 今日缓存命中
+Cache hits since start => 启动以来的缓存命中
+First byte today => 今日首字节
+First byte since start => 启动以来的首字节
+those with ~ are estimated => 带 ~ 的为估算值
+estimated by the list prices => 按标价估算
+as GitHub reports them => 由 GitHub 报告
+nothing was asked yet => 还没有请求
+until %s => 直到 %s
+%s to decide => %s 个待决定
+%s failed => %s 个失败
+none was reported => 没有报告
+of the prompt tokens => 占提示词令牌
+on average => 平均
+reported => 报告值
+estimated => 估算值
+prompt => 提示词
+prompt from cache => 缓存中的提示词
+output => 输出
+answered => 已回答
+week from %s => %s 起的一周
+%s requests => %s 个请求
+cache %s => 缓存 %s
+first byte %s => 首字节 %s
+none => 无
+nothing known => 没有数据
+%s by %s: %s. Arrow keys show each. => %s，按%s：%s。用方向键逐个查看。
+Point at a bar, or use the arrow keys on the chart. => 指向柱形，或在图表上使用方向键。
+streaming => 接收中
+waiting for GitHub => 等待 GitHub
+waiting for its turn => 排队中
+the client left => 客户端已断开
+status %s => 状态 %s
+Stop the request to %s, %s => 停止对 %s 的请求，%s
+Story of the request to %s, %s => 对 %s 的请求详情，%s
+%s so far => 目前 %s
+%s in all => 共 %s
+%s from cache => %s 来自缓存
+unknown client => 未知客户端
+streamed => 流式
+without %s => 去掉了 %s
+No request has come in yet. Send the first one: => 还没有收到请求。发送第一个：
+or see  => 或者查看\u0020
+ for your client, and try it there. =>  来设置客户端，并在那里试一试。
+Nothing fits this filter. => 没有符合筛选条件的请求。
+No request yet. => 还没有请求。
+Route => 路由
+First byte => 首字节
+Tokens => 令牌
+Credits => 点数
+Log in: see the top of this page. => 请登录：见页面顶部。
+Ask for a model of the list under Models, or name one with --fallback. => \
+请使用“模型”列表中的模型，或用 --fallback 指定一个。
+The quota is used up: wait for the reset, or ask a model that is included. => \
+额度已用完：等待重置，或使用包含在内的模型。
+Wait as long as the answer says; the proxy itself holds later ones back. => \
+请等待回答中所说的时间；代理会自行暂缓之后的请求。
+Wait as long as the answer says; fewer requests at once may help. => \
+请等待回答中所说的时间；减少并发请求可能有帮助。
+The prompt is too long for this model: compact it, or ask a larger one. => \
+提示词对此模型过长：请压缩，或使用更大的模型。
+A person stopped it on this page. => 有人在此页面停止了它。
+The client hung up, often by a timeout of its own or since a person stopped it. => \
+客户端断开了连接，通常是自身超时或被用户中止。
+The client sent what the API does not take; the message names the field. => \
+客户端发送了接口不接受的内容；消息中有字段名。
+The connection to GitHub broke. Send it again; if it goes on, run: \
+copilot_proxy.py debug --network => 与 GitHub 的连接中断。请重试；若持续出现，请运行：\
+copilot_proxy.py debug --network
+GitHub ended the stream. Send it again. => GitHub 结束了数据流。请重试。
+Check the key of the client, or log in again. => 请检查客户端的密钥，或重新登录。
+The account may not use this model; see Models. => 此账户不能使用该模型；见“模型”。
+GitHub failed, not this proxy. Try again; see githubstatus.com. => \
+是 GitHub 出错，不是本代理。请重试；参见 githubstatus.com。
+The proxy or GitHub is overloaded; try again in a moment. => 代理或 GitHub 过载；请稍后重试。
+GitHub took too long. Try again, or ask a smaller model. => GitHub 响应过慢。请重试，或使用更小的模型。
+the model => 该模型
+another API => 另一个接口
+%s speaks the client’s own API: the body goes on as it is, apart from what is named below => \
+%s 使用客户端的接口：除下面列出的内容外，请求体原样转发
+%s has no endpoint for %s: the request was translated to %s and the answer back => \
+%s 没有 %s 接口：请求被转换为 %s，回答再转换回来
+answered here, nothing went to GitHub => 在本地回答，没有发送到 GitHub
+prompt, not cached => 未缓存的提示词
+prompt from the cache => 来自缓存的提示词
+prompt written to the cache => 写入缓存的提示词
+reasoning (part of the output) => 推理（输出的一部分）
+%s %s × $%s a million = $%s => %s %s × 每百万 $%s = $%s
+%s, status %s => %s，状态 %s
+The log of this request may say more: look for the id below. => 日志中可能有更多信息：请查找下面的 ID。
+Stages => 阶段
+here, before it went up => 本地处理
+until the first byte => 等待首字节
+the rest => 其余部分
+In all => 总计
+Began => 开始
+Way => 路径
+Asked for => 请求的模型
+, streamed => ，流式
+Path => 上游路径
+Begun by => 发起者
+Repaired => 已修复
+Not sent => 未发送
+Status => 状态
+Tokens and cost => 令牌与费用
+Received => 已接收
+Cost => 费用
+%s credits => %s 点
+, as GitHub reports => ，由 GitHub 报告
+, by the list prices => ，按标价估算
+Made of => 构成
+For the log and for GitHub => 用于日志和 GitHub
+Request id => 请求 ID
+GitHub’s id => GitHub 的 ID
+Session => 会话
+Copy for a bug report => 复制用于错误报告
+without account, key, session and texts => 不含账户、密钥、会话和文本
+Close => 关闭
+Close the story => 关闭详情
+Endpoints => 端点
+Context => 上下文
+Output => 输出
+Price => 价格
+Name => 名称
+Retired => 停用日期
+What becomes of it => 结果
+stands for %s => 代表 %s
+yes => 是
+it works => 可用
+Your clients ask for names that are gone => 你的客户端在请求已停用的名称
+, %s times by %s: %s => ，%s 次，来自 %s：%s
+, %s time by %s: %s => ，%s 次，来自 %s：%s
+an unnamed client => 未署名的客户端
+Reported => 报告值
+Estimated => 估算值
+Difference => 差额
+It called => 已收到请求
+%s asked %s %s: %s => %s 请求了 %s（%s）：%s
+Its story => 查看详情
+Waiting for its first request => 等待它的第一个请求
+stopped => 已停止
+The history is off: figures since the start. => 历史记录已关闭：以下为启动以来的数据。
+No live updates: %s => 没有实时更新：%s
+ light =>  浅色
+ dark =>  深色
+ auto =>  自动
+Theme: light => 主题：浅色
+Theme: dark => 主题：深色
+Theme: auto => 主题：自动
+ok => 正常
+problem => 有问题
+starting => 启动中
+enabled => 可用
+in => 输入
+cached => 缓存
+out => 输出
+Premium interactions => 高级请求
+Chat => 聊天
+Completions => 代码补全
+Rate limit error => 请求受限
+Rate limited => 请求受限
+Rate limit exceeded => 请求受限
+Quota exceeded => 额度用完
+Budget exceeded => 超出预算
+Model not found => 模型不存在
+Request stopped => 请求已停止
+Invalid request error => 请求无效
+Login required => 需要登录
+"""
 #: what people read, in other languages: the English text, as it stands in the code -> the other.
 #: First what `start` and the login print, then the page.
 CHINESE = {
@@ -455,6 +811,7 @@ CHINESE = {
     OPEN_TEXT: "按回车键复制代码并打开网页。",
     COPY_TEXT: "按回车键复制代码。",
     WAIT_TEXT: "等待登录，剩余 %d:%02d",
+    **dict(line.split(" => ") for line in PAGE_CHINESE.splitlines()),
 }
 TEXTS: Mapping[str, Mapping[str, str]] = {"en": {}, "zh": CHINESE}
 
@@ -23790,6 +24147,7 @@ polyline { fill: none; stroke: var(--s0); stroke-width: 2; } circle { fill: var(
 table { border-collapse: collapse; width: 100%; font-size: .9rem; } th { white-space: nowrap; }
 caption, th, td { text-align: left; padding: .45rem .9rem .45rem 0; vertical-align: top; }
 tbody tr { border-top: 1px solid var(--line); } code, pre { font: .85em/1.5 monospace; }
+code { overflow-wrap: anywhere; min-width: 0; }
 .rows tbody tr { cursor: pointer; } .rows tbody tr:hover { background: var(--soft); }
 @media (prefers-reduced-motion: no-preference) { .run::before { animation: beat 1.4s infinite; } }
 @keyframes beat { 50% { opacity: .2; } } @media (min-width: 62rem) { td:first-child {
@@ -23811,19 +24169,38 @@ dialog h2 { flex: 1 1 0; min-width: 0; overflow-wrap: anywhere; } .pill { min-wi
     color: var(--dim); } .card { padding: .8rem .9rem; } }
 """
 PAGE_SCRIPT = r"""
+// Over 800 lines, since it is six views, a login, a playground and charts without any library.  In
+// this order: helpers; figures in words; the server; login, accounts, keys; approvals; quota and
+// tiles; charts; tables; a request's story; models; connect; try it; loading; views; controls.
 'use strict'; const $ = id => document.getElementById(id);
 const show = (id, ...children) => $(id).replaceChildren(...children);   // a string becomes text
+const WORDS = JSON.parse($('words').textContent), LANG = document.documentElement.lang;
+function t(text, ...parts) {                                // t('%s of %s', 3, 4), in LANG
+  let at = 0;
+  return (WORDS[text] || text).replace(/%s/g, () => parts[at++]); }
+function translateShell() {                                 // what stands in the page itself
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node; (node = walker.nextNode());) {
+    const text = node.data.trim().replace(/\s+/g, ' ');
+    if (WORDS[text]) node.data = node.data.replace(/\S[^]*\S|\S/, WORDS[text]); }
+  for (const name of ['aria-label', 'placeholder'])
+    document.querySelectorAll('[' + name + ']').forEach(
+      e => e.setAttribute(name, t(e.getAttribute(name)))); }
+translateShell();
 const pause = ms => new Promise(done => setTimeout(done, ms));
 function el(name, ...children) {                            // el('p.sub.dim', 'text', node)
   const [tag, ...classes] = name.split('.'), e = document.createElement(tag);
-  e.className = classes.join(' '); e.append(...children); return e; }
+  e.className = classes.join(' ');
+  e.append(...children.map(one => typeof one === 'string' ? t(one) : one));
+  return e; }
 function button(text, work, kind) {
   const e = el('button' + (kind ? '.' + kind : ''), text);
   e.type = 'button'; e.onclick = work; return e; }
 function copyButton(text, label) {                          // text: a function
   const e = button(label || 'Copy', () => navigator.clipboard.writeText(text()).then(
-    () => { e.textContent = 'Copied'; setTimeout(() => e.textContent = label || 'Copy', 1500); },
-    () => { e.textContent = 'Select it by hand'; }));
+    () => { e.textContent = t('Copied');
+      setTimeout(() => e.textContent = t(label || 'Copy'), 1500); },
+    () => { e.textContent = t('Select it by hand'); }));
   return e; }
 function save(name, kind, text) {                           // as a file of the browser's user
   const link = el('a'); link.href = URL.createObjectURL(new Blob([text], { type: kind }));
@@ -23854,12 +24231,12 @@ function keepFocus(box, work) {                             // what is made anew
   const again = had.isConnected ? had : label && [...box.querySelectorAll('button')].find(
     e => e.getAttribute('aria-label') === label);
   if (again) again.focus({ preventScroll: true }); }
-function labelled(e, label) { e.setAttribute('aria-label', label); return e; }
+function labelled(e, label) { e.setAttribute('aria-label', t(label)); return e; }
 function sure(text, label, work) {                          // the second click does it
-  const back = () => { e.className = ''; e.textContent = text; };
+  const back = () => { e.className = ''; e.textContent = t(text); };
   const e = labelled(button(text, () => {
     if (e.classList.toggle('loud')) {
-      e.textContent = 'Really?'; setTimeout(back, 5000);
+      e.textContent = t('Really?'); setTimeout(back, 5000);
       return; }
     back();
     work().catch(error => e.after(el('span.bad', error.message))); }), label);
@@ -23871,36 +24248,39 @@ const soon = (work, ms) => due.has(work) || due.add(work) && setTimeout(() => {
 const known = v => typeof v === 'number' && isFinite(v);
 const join = (list, glue) => list.filter(Boolean).join(glue);
 const total = list => list.some(known) ? list.filter(known).reduce((a, b) => a + b, 0) : null;
-const writer = options => { const number = new Intl.NumberFormat('en', options);
-                            return v => known(v) ? number.format(v) : 'unknown'; };
+const UNKNOWN = t('unknown');
+function writer(options) {
+  const number = new Intl.NumberFormat(LANG, options);
+  return v => known(v) ? number.format(v) : UNKNOWN; }
 const count = writer({ notation: 'compact', maximumFractionDigits: 1 });
 const cents = writer({ maximumFractionDigits: 2 }), few = writer({ maximumSignificantDigits: 2 });
 const fine = v => v < .1 && v > 0 ? few(v) : cents(v);
-const percent = v => known(v) ? fine(Math.round(v * 10) / 10) + ' %' : 'unknown';
+const percent = v => known(v) ? fine(Math.round(v * 10) / 10) + ' %' : UNKNOWN;
 const UNITS = [[864e5, ' days'], [36e5, ' h'], [6e4, ' min']];
 function span(ms) {
   const [size, unit] = UNITS.find(([size]) => ms >= 2 * size) || [1e3, ' s'];
-  return !known(ms) ? 'unknown' : ms < 1e3 ? Math.round(ms) + ' ms'
-    : (ms / size).toFixed(size > 1e3 ? 0 : 1) + unit; }
-const clock = (s, style) => new Date(s * 1000).toLocaleString([], style);
+  return !known(ms) ? UNKNOWN : ms < 1e3 ? Math.round(ms) + t(' ms')
+    : (ms / size).toFixed(size > 1e3 ? 0 : 1) + t(unit); }
+const PLACE = navigator.language.startsWith(LANG) ? navigator.language : LANG;
+const clock = (s, style) => new Date(s * 1000).toLocaleString(PLACE, style);
 const time = s => clock(s, { timeStyle: 'medium' });
 const isToday = s => new Date(s * 1000).toDateString() === new Date().toDateString();
 const moment = s => isToday(s) ? time(s) : clock(s, { month: 'short', day: 'numeric',
   hour: 'numeric', minute: '2-digit' });
 const when = s => clock(s, { dateStyle: 'medium', timeStyle: 'short' })
-  + (s * 1000 > Date.now() ? ', in ' + span(s * 1000 - Date.now()) : '');
+  + (s * 1000 > Date.now() ? t(', in %s', span(s * 1000 - Date.now())) : '');
 const cost = c => join([known(c.credits) && fine(c.credits), known(c.estimated_credits)
-  && '~' + fine(c.estimated_credits)], ' + ') || 'unknown';
+  && '~' + fine(c.estimated_credits)], ' + ') || UNKNOWN;
 const rowCost = row => known(row.credits) ? fine(row.credits) : cost(row);
 const prompt = c => total([c.input, c.cache_read, c.cache_write]);
 const hits = c => percent(known(c.cache_read) ? 100 * c.cache_read / prompt(c) : null);
-const inOut = c => total([prompt(c), c.output]) === null ? 'unknown'
-  : count(prompt(c)) + ' in, ' + count(c.output) + ' out';
+const inOut = c => total([prompt(c), c.output]) === null ? UNKNOWN
+  : t('%s in, %s out', count(prompt(c)), count(c.output));
 const sizes = [[1e6, ' MB'], [1e3, ' KB']];
 function bytes(n) {
   const [size, unit] = sizes.find(([size]) => n >= size) || [1, ' bytes'];
   return (n / size).toFixed(size > 1 ? 1 : 0) + unit; }
-const ago = s => span(Math.max(0, Date.now() - s * 1000)) + ' ago';
+const ago = s => t('%s ago', span(Math.max(0, Date.now() - s * 1000)));
 const human = name => (name.charAt(0).toUpperCase() + name.slice(1)).replace(/_/g, ' ');
 // -- the server: a key goes as header, which is why events are read with fetch
 const KEY = 'copilot_proxy_key', stored = sessionStorage;
@@ -23915,7 +24295,7 @@ async function call(path, options) {
   const { message, code } = (await answer.json().catch(() => ({}))).error || {};
   const isOwn = stored.getItem(KEY) === key;                // else it was sent before the key came
   if (answer.status === 401 && code !== 'login_required' && isOwn) lock();
-  throw new Error(message || 'the server says ' + answer.status); }
+  throw new Error(message || t('the server says %s', answer.status)); }
 const get = (path, options = { signal: AbortSignal.timeout(2e4) }) => call(path, options).then(
   answer => answer.json());
 const post = (path, body) => get(path, { method: 'POST', body: JSON.stringify(body) });
@@ -23924,7 +24304,7 @@ function lock() {
     event.preventDefault(); stored.setItem(KEY, $('key').value.trim());
     $('lock').reset(); $('lock').hidden = true; locked = null; unlock(); }; });
   if ($('lock').hidden) { $('lock').hidden = false; $('key').focus(); }
-  show('lock-note', stored.getItem(KEY) ? 'This key is not the right one.' : ''); }
+  show('lock-note', stored.getItem(KEY) ? t('This key is not the right one.') : ''); }
 async function readEvents() {
   stream = new AbortController();
   const answer = await call('/history/events', { signal: stream.signal });
@@ -23941,15 +24321,15 @@ function showState(text, isGood, since) {
   $('gone').hidden = !since; $('main').classList.toggle('stale', !!since); goneAt = since; }
 function showGone() {
   ready = null; if (stream) stream.abort();
-  showState('the server is gone', false, goneAt || Date.now() / 1000);
-  show('gone', 'No answer since ' + time(goneAt) + '. Below stands what the server said before; '
-    + 'this page connects again by itself.'); }
+  showState(t('the server is gone'), false, goneAt || Date.now() / 1000);
+  show('gone', t('No answer since %s. Below stands what the server said before; this page connects '
+    + 'again by itself.', time(goneAt))); }
 function showHealth(health) {
   const problem = (health.token || {}).problem, was = ready; ready = health.status === 'ok';
-  showState((!ready ? 'login required' : problem ? 'no Copilot token' : 'ready')
-    + (health.demo ? ' (demo)' : ''), ready && !problem, 0);
+  showState(t(!ready ? 'login required' : problem ? 'no Copilot token' : 'ready')
+    + (health.demo ? t(' (demo)') : ''), ready && !problem, 0);
   $('demo').hidden = !health.demo;
-  show('version', 'copilot_proxy ' + health.version + ', up for ' + span(health.uptime_s * 1000));
+  show('version', t('copilot_proxy %s, up for %s', health.version, span(health.uptime_s * 1000)));
   showLogin(health.login || health); if (was !== ready) soon(loadAll, 50); }
 function linkTo(address) {
   const link = el('a', address);
@@ -23965,8 +24345,8 @@ function countDown() {
   document.querySelectorAll('.left').forEach(e => {
     const left = Math.round(e.dataset.until - Date.now() / 1000);
     const clock = Math.floor(left / 60) + ':' + String(left % 60).padStart(2, '0');
-    e.textContent = left > 0 ? 'The code is good for ' + clock + ' more.'
-      : 'The code is over; another one comes.'; }); }
+    e.textContent = left > 0 ? t('The code is good for %s more.', clock)
+      : t('The code is over; another one comes.'); }); }
 function showLogin({ user_code, verification_uri, expires_at, problem }) {
   const box = $('login'), mark = [ready, user_code, problem].join();
   box.hidden = ready;
@@ -23997,9 +24377,9 @@ async function addAccount() {
     await pause(2000); now = await get('/auth/device/poll', { headers }); }
   if (now.status !== 'granted') throw new Error(now.problem);
   const made = await post('/auth/device/claim', { state: begun.state });
-  const who = made.login ? 'Logged in as ' + made.login : 'Logged in';
-  if (made.key) showOnce(who + '. The API key of this account:', made.key);
-  else tellOnce(el('p', who + '. No key is needed now.'));
+  const who = made.login || t('an account');
+  if (made.key) showOnce(t('Logged in as %s. The API key of this account:', who), made.key);
+  else tellOnce(el('p', t('Logged in as %s. No key is needed now.', who)));
   check(); }
 function tryAdding() {
   if (adding) return;
@@ -24011,11 +24391,11 @@ async function makeKey() {
   if (!stored.getItem(KEY)) stored.setItem(KEY, made.key);  // else this page is locked out
   showOnce('A new key of the operator:', made.key); }
 function keyLine({ key_id, kind, login, host, created }) {
-  const who = kind === 'operator' ? 'the operator' : login || 'an account';
-  const end = created ? sure('Remove', 'Remove the key ' + key_id + ' of ' + who,
+  const who = kind === 'operator' ? t('the operator') : login || t('an account');
+  const end = created ? sure('Remove', t('Remove the key %s of %s', key_id, who),
     () => call('/auth/tokens/' + key_id, { method: 'DELETE' }).then(loadKeys))
     : el('span.sub', 'by --api-key');
-  const made = created ? when(created) : 'with the start';
+  const made = created ? when(created) : t('with the start');
   return line(el('code', key_id), two(who, host), made, end); }
 function showKeys({ data }) {
   $('keys').hidden = !data.length;
@@ -24025,7 +24405,7 @@ const KINDS = { ok: 'good', enabled: 'good', done: 'good', problem: 'bad' };
 const pill = (text, kind) => el('span.pill.' + (kind || KINDS[text] || 'warn'), text);
 function tokenState({ direct, ready, expires_in_s }) {
   if (direct) return 'GitHub token used directly';
-  return ready ? 'Copilot token valid for ' + span(expires_in_s * 1000) : 'no Copilot token'; }
+  return ready ? t('Copilot token valid for %s', span(expires_in_s * 1000)) : 'no Copilot token'; }
 const accountLine = ({ account, state, problem, token }) => el('p.line', el('b', account),
   pill(state), problem || '', el('span.dim', tokenState(token)));
 // -- approvals
@@ -24044,13 +24424,14 @@ function decider({ id, client, model }, text, answer, kind) {
   const done = () => { asks.delete(id); showAsks(); if (answer.always) loadStats(); };
   const e = button(text, () => post('/approvals/' + id, answer).then(
     done, error => e.after(error.message)), kind);
-  const what = answer.always ? 'Always allow ' + client : text + ' ' + client + ' to ask ' + model;
+  const what = answer.always ? t('Always allow %s', client)
+    : t(text + ' %s to ask %s', client, model);
   return labelled(e, what); }
 function showStanding(list) {
   const again = sure('Ask again', 'Ask again about every program',
     () => call('/approvals', { method: 'DELETE' }).then(loadStats));
-  show('standing', ...list.length ? ['Allowed without a question: ' + list.map(
-    one => one.program + ' (' + one.who + ')').join(', '), again] : []); }
+  const names = list.map(one => one.program + ' (' + one.who + ')').join(', ');
+  show('standing', ...names ? [t('Allowed without a question: %s', names), again] : []); }
 // -- quota, budget, tiles
 const bar = parts => svg('svg', { class: 'bar', 'aria-hidden': true }, ...parts.map(([x, size,
   color]) => svg('rect', { x: x + '%', width: size + '%', height: '100%', class: color })));
@@ -24058,33 +24439,35 @@ const gauge = (name, value, parts, ...notes) => el('li', el('div.line.ends', el(
   el('span.dim', value)), bar(parts), ...notes.map(note => el('p.sub', note)));
 function meter(name, used, ...notes) {                      // in percent; above 100 stands out
   const scale = Math.max(100, used) / 100, most = Math.max(0, Math.min(100, used)) / scale;
-  return !known(used) ? gauge(name, 'unknown', [], ...notes) : gauge(name, percent(used) + ' used',
+  if (!known(used)) return gauge(name, UNKNOWN, [], ...notes);
+  return gauge(name, t('%s used', percent(used)),
     [[0, most, used < 80 ? 's0' : 's2'], [most, used > 100 ? 100 - most : 0, 'over']], ...notes); }
 let lanes = [], budget = null, sums = null, several = false;
 function laneMeter({ account, name, unlimited, used, total, left, percent_used, resets_at }) {
-  const title = join([human(name), several && (account || 'unknown account')], ', ');
-  const figures = join([known(used) && known(total) && fine(used) + ' of ' + fine(total),
-    known(left) && (left < 0 ? fine(-left) + ' over' : fine(left) + ' left')], ', ');
+  const title = join([t(human(name)), several && (account || t('unknown account'))], ', ');
+  const figures = join([known(used) && known(total) && t('%s of %s', fine(used), fine(total)),
+    known(left) && (left < 0 ? t('%s over', fine(-left)) : t('%s left', fine(left)))], ', ');
   return unlimited ? gauge(title, 'unlimited', []) : meter(title, percent_used, figures,
-    resets_at ? 'resets ' + when(resets_at) : 'reset time unknown'); }
-const BUDGET = { ok: 'starts anew ', warning: 'nearly spent; starts anew ',
-                 spent: 'spent: requests are refused until ' };
+    resets_at ? t('resets %s', when(resets_at)) : t('reset time unknown')); }
+const BUDGET = { ok: t('starts anew %s'), warning: t('nearly spent; starts anew %s'),
+                 spent: t('spent: requests are refused until %s') };
 function showQuota() {
   lanes.sort((a, b) => a.unlimited - b.unlimited || a.name.localeCompare(b.name));
-  const list = lanes.map(laneMeter), of = b => fine(b.used) + ' of ' + fine(b.limit) + ' credits';
+  const list = lanes.map(laneMeter), of = b => t('%s of %s credits', fine(b.used), fine(b.limit));
   if (budget) list.unshift(meter('Budget', budget.percent, (budget.estimated ? '~' : '')
-    + of(budget), BUDGET[budget.state] + when(budget.ends_at)), ...(budget.sessions || []).map(
-    one => meter('Budget of session ' + one.session, one.percent, of(one))));
+    + of(budget), BUDGET[budget.state].replace('%s', when(budget.ends_at))),
+    ...(budget.sessions || []).map(
+    one => meter(t('Budget of session %s', one.session), one.percent, of(one))));
   show('quota', ...list.length ? list : [el('li.dim', 'No quota is known yet.')]); }
 function limitLine({ account, scope, status, code, until, next_probe }) {
-  const name = join([scope === 'account' ? 'All models' : scope, several && account], ', ');
-  const left = next_probe * 1000 - Date.now();
+  const name = join([scope === 'account' ? t('All models') : scope, several && account], ', ');
+  const left = next_probe * 1000 - Date.now(), why = join([status, code], ' ');
+  const probe = left > 0 ? t('in %s', span(left)) : t('with the next request');
   const clear = button('Clear', () => post('/limits/clear', { scope, account }).then(loadStats,
     error => clear.after(error.message)));
-  labelled(clear, 'Clear the limit of ' + name);
-  return el('li.line.ends', el('span', el('b', name), ' limited by GitHub (' + join([status, code],
-    ' ') + ') until ' + when(until) + '. Next probe: ' + (left > 0 ? 'in ' + span(left)
-    : 'with the next request') + '.'), clear); }
+  labelled(clear, t('Clear the limit of %s', name));
+  return el('li.line.ends', el('span', el('b', name), t(
+    ' limited by GitHub (%s) until %s. Next probe: %s.', why, when(until), probe)), clear); }
 function showStats({ totals, accounts, quotas, limits, standing, price_check }) {
   sums = totals; lanes = quotas; several = accounts.length > 1; showTiles(); showQuota();
   show('limits', ...limits.map(limitLine));
@@ -24099,10 +24482,10 @@ function perDay(lane) {                                     // what is spent in 
 function forecast(lane) {                                   // in words; '' when nothing is known
   const rate = perDay(lane), days = (lane.resets_at - Date.now() / 1000) / 86400;
   if (!rate || !(lane.left > 0) || !(days > 0)) return '';
-  const rest = lane.left - rate * days, about = 'at ' + fine(rate) + ' a day ';
-  return rest >= 0 ? about + fine(rest) + ' will be left at the reset'
-    : about + 'used up in ' + span(lane.left / rate * 864e5) + ', '
-      + span(-rest / rate * 864e5) + ' too early'; }
+  const rest = lane.left - rate * days;
+  return rest >= 0 ? t('at %s a day %s will be left at the reset', fine(rate), fine(rest))
+    : t('at %s a day used up in %s, %s too early', fine(rate), span(lane.left / rate * 864e5),
+      span(-rest / rate * 864e5)); }
 function creditTiles(c, of) {                               // none where nothing is known
   const lane = lanes.find(l => !l.unlimited && known(l.left) && known(l.total) && l.total > 0);
   const some = known(c.credits) || known(c.estimated_credits) || !c.requests;
@@ -24110,14 +24493,14 @@ function creditTiles(c, of) {                               // none where nothin
     ? (known(c.credits) ? 'those with ~ are estimated' : 'estimated by the list prices')
     : c.requests ? 'as GitHub reports them' : 'nothing was asked yet'],
     lane && ['Credits left', lane.left < 0 ? fine(0) : fine(lane.left), forecast(lane)
-      || (lane.resets_at ? 'until ' + when(lane.resets_at) : '')]].filter(Boolean); }
+      || (lane.resets_at ? t('until %s', when(lane.resets_at)) : '')]].filter(Boolean); }
 function showTiles() {
   const of = today ? ' today' : ' since start';
   const told = today || sums || {}, c = told.requests === 0 ? NOTHING : told;
-  const dash = text => text.replace('unknown', '–'), asked = total([prompt(c), c.output]);
+  const dash = text => text.replace(UNKNOWN, '–'), asked = total([prompt(c), c.output]);
   show('tiles', ...[['Running now', String([...rows.values()].filter(isOpen).length),
-    asks.size ? asks.size + ' to decide' : 'requests'],
-    ['Requests' + of, count(c.requests), count(c.errors) + ' failed'], ...creditTiles(c, of),
+    asks.size ? t('%s to decide', asks.size) : 'requests'],
+    ['Requests' + of, count(c.requests), t('%s failed', count(c.errors))], ...creditTiles(c, of),
     ['Tokens' + of, dash(count(asked)), asked === null ? 'none was reported' : inOut(c)],
     ['Cache hits' + of, dash(hits(c)), 'of the prompt tokens'],
     known(c.first_ms) && ['First byte' + of, span(c.first_ms), 'on average']].filter(Boolean).map(
@@ -24147,7 +24530,7 @@ function weeks(days) {                                      // by their first da
   const found = [];
   for (let end = days.length; end > 0; end -= 7) {
     const part = days.slice(Math.max(0, end - 7), end);
-    found.unshift({ ...mergeSums(part), name: 'week from ' + part[0].day, day: part[0].day }); }
+    found.unshift({ ...mergeSums(part), name: t('week from %s', part[0].day), day: part[0].day }); }
   return found; }
 function lastHours(number) {                                // those without requests, too
   const found = new Map(summary.by_hour.map(c => [c.hour, c]));
@@ -24173,7 +24556,7 @@ function axisStep(most) {                                   // a round figure, 4
   return [1, 2, 5, 10].find(n => n * unit * 4 >= most) * unit; }
 const chartText = (x, y, words, anchor) => svg('text', { x, y, 'text-anchor': anchor }, words);
 function label(c) {
-  return c.hour ? c.hour.slice(11) + ' h' : clock(Date.parse(c.day + 'T12:00') / 1000,
+  return c.hour ? c.hour.slice(11) + t(' h') : clock(Date.parse(c.day + 'T12:00') / 1000,
     { month: 'short', day: 'numeric' }); }
 function barOf(c, at, slot, scale, width) {
   const x = 42 + (at + .15) * slot, middle = Math.min(x + .35 * slot, width - 20);
@@ -24187,9 +24570,9 @@ function pickable(chart, list) {                            // values on hover a
     if (bars[at]) bars[at].classList.remove('picked');
     at = Math.max(0, Math.min(bars.length - 1, next)); bars[at].classList.add('picked');
     const c = list[at];
-    show('readout', el('b', c.name), ': ' + words(c) + ' ' + $('metric').value + ', '
-      + count(c.requests) + ' requests, ' + count(c.errors) + ' failed, ' + inOut(c)
-      + ', cache ' + hits(c) + ', first byte ' + span(c.first_ms)); };
+    show('readout', el('b', c.name), ': ' + join([words(c) + ' ' + t($('metric').value),
+      t('%s requests', count(c.requests)), t('%s failed', count(c.errors)), inOut(c),
+      t('cache %s', hits(c)), t('first byte %s', span(c.first_ms))], ', ')); };
   bars.forEach((bar, n) => { bar.onpointerenter = () => pick(n); });
   chart.onfocus = () => at < 0 && pick(bars.length - 1);
   chart.onkeydown = event => {
@@ -24199,10 +24582,10 @@ function showDays() {
   const list = buckets(), width = Math.max(260, $('days').clientWidth);
   const most = Math.max(0, ...list.map(height)), step = axisStep(most);
   const steps = Math.ceil(most / step) || 1, slot = (width - 42) / list.length;
+  const told = join(list.map(c => c.requests && c.name + ' ' + words(c)), ', ') || t('none');
   const chart = svg('svg', { viewBox: '0 0 ' + width + ' 172', height: 172, role: 'img',
-    tabindex: 0, 'aria-label': $('metric').value + ' by ' + $('grain').value + ': ' + (join(
-      list.map(c => c.requests && c.name + ' ' + words(c)), ', ') || 'none')
-      + '. Arrow keys show each.' });
+    tabindex: 0, 'aria-label': t('%s by %s: %s. Arrow keys show each.', t($('metric').value),
+      t($('grain').value), told) });
   for (let n = 0, y = 150; n <= steps; n++, y -= 140 / steps) chart.append(
     svg('line', { x1: 42, x2: width, y1: y, y2: y }),
     chartText(34, y + 4, step < 1 ? fine(n * step) : count(n * step), 'end'));
@@ -24210,7 +24593,7 @@ function showDays() {
     chart.append(barOf(c, at, slot, 140 / step / steps, width));
     if ((list.length - 1 - at) % Math.ceil(70 / slot) === 0) chart.append(chartText(
       Math.max(60, Math.min(42 + (at + .5) * slot, width - 20)), 167, label(c), 'middle')); });
-  pickable(chart, list); show('readout', 'Point at a bar, or use the arrow keys on the chart.');
+  pickable(chart, list); show('readout', t('Point at a bar, or use the arrow keys on the chart.'));
   show('days', chart);
   showLine('cache-line', list, c => c.cache_read === null || !prompt(c) ? null
     : 100 * (c.cache_read || 0) / prompt(c), percent);
@@ -24225,14 +24608,14 @@ function showLine(id, list, figure, spell) {
   const dots = points.map((p, n) => p && svg('circle', { cx: p[0], cy: p[1], r: 2.5 },
     svg('title', {}, list[n].name + ': ' + spell(values[n]))));
   show(id, svg('svg', { viewBox: '0 0 ' + width + ' 90', height: 90, role: 'img',
-    'aria-label': told || 'nothing known' }, svg('line', { x1: 52, x2: width, y1: 80, y2: 80 }),
+    'aria-label': told || t('nothing known') }, svg('line', { x1: 52, x2: width, y1: 80, y2: 80 }),
     chartText(46, 18, told ? spell(most) : '', 'end'), chartText(46, 84, '0', 'end'),
     svg('polyline', { points: points.filter(Boolean).map(p => p.join()).join(' ') }),
     ...dots.filter(Boolean))); }
 function showRank(field) {
   const best = summary['by_' + field].slice().sort((a, b) => height(b) - height(a)).slice(0, 8);
   const scale = 100 / (height(best[0] || {}) || 1);
-  const list = best.map(c => gauge(c[field] || 'unknown', words(c), stack(c, scale)));
+  const list = best.map(c => gauge(c[field] || UNKNOWN, words(c), stack(c, scale)));
   show('by-' + field, ...list.length ? list : [el('li.dim', 'none')]); }
 function showUsage() {
   $('charts').hidden = !summary.enabled; showDays();
@@ -24246,7 +24629,7 @@ const two = (big, ...small) => el('div', big, el('div.sub', join(small, ' · '))
 function fill(id, heads, lines) {
   const table = role('table', $(id)), body = table.tBodies[0] || table.createTBody();
   if (!table.tHead) table.createTHead().append(el('tr', ...heads.map(text => el('th', text))));
-  for (const row of lines) heads.forEach((text, at) => { row.cells[at].dataset.label = text; });
+  for (const row of lines) heads.forEach((text, at) => { row.cells[at].dataset.label = t(text); });
   keepFocus(body, () => body.replaceChildren(...lines)); }
 const rows = new Map(), made = new WeakMap(), isOpen = row => row.state === 'running';
 const PAGEFUL = innerWidth < 500 ? 8 : 15;
@@ -24260,31 +24643,31 @@ function statePill(row) {
   if (isOpen(row)) return pill(phase(row), 'run');
   if (stateOf(row) === 'done') return pill('done');
   const kind = { failed: 'bad', not_found: 'warn', left: 'dim' }[stateOf(row)];
-  return pill(isLeft(row) ? 'the client left' : human(row.error), kind); }
+  return pill(isLeft(row) ? 'the client left' : t(human(row.error)), kind); }
 function outcome(row) {
   if (isOpen(row)) return el('div.line', statePill(row), stopButton(row));
   if (stateOf(row) === 'done') return statePill(row);
-  return two(statePill(row), row.message || 'status ' + row.status); }
+  return two(statePill(row), row.message || t('status %s', row.status)); }
 function stopButton(row) {
   const stop = button('Stop', () => post('/requests/stop', { id: row.id }).catch(
     error => stop.after(el('span.bad', error.message))));
-  return labelled(stop, 'Stop the request to ' + nameOf(row) + ', ' + time(row.at)); }
+  return labelled(stop, t('Stop the request to %s, %s', nameOf(row), time(row.at))); }
 function opener(row) {
   return labelled(button(nameOf(row), () => openStory(row.id), 'link'),
-    'Story of the request to ' + nameOf(row) + ', ' + time(row.at)); }
+    t('Story of the request to %s, %s', nameOf(row), time(row.at))); }
 const usedModel = row => row.model && row.asked && row.model !== row.asked
   ? ' → ' + row.model : '';
-const nameOf = row => row.asked || row.model || 'unknown';
+const nameOf = row => row.asked || row.model || UNKNOWN;
 function requestLine(row) {
   const open = isOpen(row), age = open ? Date.now() - row.at * 1000 : row.total_ms;
-  const yet = text => !open ? text : prompt(row) ? text.replace(/unknown/g, '…') : '…';
-  const grows = open && row.received_bytes && bytes(row.received_bytes) + ' so far';
-  const e = line(two(el('div', opener(row), usedModel(row)), row.program || 'unknown client',
+  const yet = text => !open ? text : prompt(row) ? text.replaceAll(UNKNOWN, '…') : '…';
+  const grows = open && row.received_bytes && t('%s so far', bytes(row.received_bytes));
+  const e = line(two(el('div', opener(row), usedModel(row)), row.program || t('unknown client'),
       several && row.account, moment(row.at)), outcome(row),
-    two(row.route, row.dialect, row.streamed && 'streamed', ...row.repairs || [],
-      ...(row.losses || []).map(field => 'without ' + field)),
-    two(yet(span(row.first_ms)), span(age) + (open ? ' so far' : ' in all')),
-    two(yet(inOut(row)), grows, row.cache_read && hits(row) + ' from cache'),
+    two(row.route, row.dialect, row.streamed && t('streamed'), ...row.repairs || [],
+      ...(row.losses || []).map(field => t('without %s', field))),
+    two(yet(span(row.first_ms)), t(open ? '%s so far' : '%s in all', span(age))),
+    two(yet(inOut(row)), grows, row.cache_read && t('%s from cache', hits(row))),
     yet(rowCost(row)));
   e.onclick = event => event.target.closest('button') || openStory(row.id);
   return e; }
@@ -24307,7 +24690,7 @@ const EMPTY = () => el('li', el('p', 'No request has come in yet. Send the first
     Object.assign(el('a', 'Connect'), { href: '#connect' }),
   ' for your client, and try it there.'));
 function miniLine(row) {
-  const about = [row.program || 'unknown client', moment(row.at),
+  const about = [row.program || t('unknown client'), moment(row.at),
     !isOpen(row) && span(row.total_ms)];
   return el('li.line.ends', el('span', opener(row), el('span.sub', ' ' + join(about, ' · '))),
     isOpen(row) ? outcome(row) : statePill(row),
@@ -24323,7 +24706,7 @@ function showRequests() {
   if (view === 'overview') showNewest();
   $('more').hidden = list.length <= shown && older === null;
   if (list.length) show('rows-problem', '');
-  else show('rows-problem', all.length ? 'Nothing fits this filter.' : 'No request yet.');
+  else show('rows-problem', t(all.length ? 'Nothing fits this filter.' : 'No request yet.'));
   showCalled(); showTiles();
   if ($('drawer').open && isOpen(rows.get(storyId))) showStory();
   if (all.some(isOpen)) soon(showRequests, 1000); }
@@ -24358,12 +24741,12 @@ const REMEDY_BY_STATUS = { 401: 'Check the key of the client, or log in again.',
   503: 'The proxy or GitHub is overloaded; try again in a moment.',
   504: 'GitHub took too long. Try again, or ask a smaller model.' };
 function why(row) {
-  const model = row.model || 'the model';
-  return { passthrough: model + ' speaks the client\u2019s own API: the body goes on as it is, '
-    + 'apart from what is named below',
-    translated: model + ' has no endpoint for ' + row.dialect + ': the request was translated to '
-      + (row.path || 'another API') + ' and the answer back',
-    local: 'answered here, nothing went to GitHub' }[row.route] || row.route; }
+  const model = row.model || t('the model'), path = row.path || t('another API');
+  return { passthrough: t('%s speaks the client\u2019s own API: the body goes on as it is, apart '
+      + 'from what is named below', model),
+    translated: t('%s has no endpoint for %s: the request was translated to %s and the answer back',
+      model, row.dialect, path),
+    local: t('answered here, nothing went to GitHub') }[row.route] || row.route; }
 const KINDS_OF_TOKENS = [['input', 'prompt, not cached'], ['cache_read', 'prompt from the cache'],
   ['cache_write', 'prompt written to the cache'], ['output', 'output'],
   ['reasoning', 'reasoning (part of the output)']];
@@ -24375,8 +24758,8 @@ function stages(row) {                                      // [[name, from, unt
 function priceParts(row) {
   const model = catalogue.find(m => m.id === row.model), price = model && model.price;
   const parts = KINDS_OF_TOKENS.filter(([name]) => price && known(price[name]) && row[name]);
-  return parts.map(([name, text]) => count(row[name]) + ' ' + text + ' × $' + cents(price[name])
-    + ' a million = $' + few(row[name] * price[name] / 1e6)); }
+  return parts.map(([name, text]) => t('%s %s × $%s a million = $%s', count(row[name]), t(text),
+    cents(price[name]), few(row[name] * price[name] / 1e6))); }
 function reportOf(row) {                                    // no account, key, session or words
   const told = ['id', 'dialect', 'route', 'path', 'asked', 'model', 'streamed', 'status', 'error',
     'initiator', 'repairs', 'losses', 'input', 'cache_read', 'cache_write', 'output', 'reasoning',
@@ -24387,23 +24770,23 @@ function reportOf(row) {                                    // no account, key, 
 function storyParts(row) {
   const end = isOpen(row) ? Date.now() - row.at * 1000 : row.total_ms, parts = priceParts(row);
   const failed = isFailed(row) || isLeft(row);
-  return [failed && el('p.bad', row.message || human(row.error) + ', status ' + row.status),
+  return [failed && el('p.bad', row.message || t('%s, status %s', human(row.error), row.status)),
     failed && el('p', REMEDIES[row.error] || REMEDY_BY_STATUS[row.status]
       || 'The log of this request may say more: look for the id below.'),
     el('h3', 'Stages'), el('ol', ...stages(row).map(([name, from, until], at) => gauge(name,
       span(until - from), [[100 * from / end, 100 * (until - from) / end, 's' + at]]))),
     facts([['In all', span(end)], ['Began', clock(row.at, { dateStyle: 'medium',
       timeStyle: 'medium' })]]),
-    el('h3', 'Way'), facts([['Client', row.client || 'unknown'], ['Asked for', row.asked],
-      ['Model', row.model], ['API', row.dialect + (row.streamed ? ', streamed' : '')],
+    el('h3', 'Way'), facts([['Client', row.client || UNKNOWN], ['Asked for', row.asked],
+      ['Model', row.model], ['API', row.dialect + (row.streamed ? t(', streamed') : '')],
       ['Route', row.route + ': ' + why(row)], ['Path', row.path],
       ['Begun by', row.initiator], ['Repaired', (row.repairs || []).join(', ')],
       ['Not sent', (row.losses || []).join(', ')], ['Status', String(row.status || '')]]),
-    el('h3', 'Tokens and cost'), facts([...KINDS_OF_TOKENS.map(([name, text]) => [human(text),
+    el('h3', 'Tokens and cost'), facts([...KINDS_OF_TOKENS.map(([name, text]) => [human(t(text)),
       known(row[name]) && String(row[name])]), ['Received', isOpen(row) && row.received_bytes
-        && bytes(row.received_bytes) + ' so far'], ['Cost', rowCost(row) + ' credits'
-        + (known(row.credits) ? ', as GitHub reports' : known(row.estimated_credits)
-          ? ', by the list prices' : '')], ['Made of', parts.length && el('ul', ...parts.map(
+        && t('%s so far', bytes(row.received_bytes))], ['Cost', t('%s credits', rowCost(row))
+        + (known(row.credits) ? t(', as GitHub reports') : known(row.estimated_credits)
+          ? t(', by the list prices') : '')], ['Made of', parts.length && el('ul', ...parts.map(
       text => el('li', text)))]]),
     el('h3', 'For the log and for GitHub'), facts([['Request id', row.id],
       ['GitHub\u2019s id', row.upstream_id], ['Account', row.account], ['Session', row.session]]),
@@ -24425,7 +24808,7 @@ function openStory(id) {
   if (!catalogue.length) loadModels().then(() => catalogue.length && box.open && showStory()); }
 const PRICES = [['input', 'in'], ['cache_read', 'cached'], ['output', 'out']];
 const price = p => !p ? 'unknown' : join(PRICES.map(([field, name]) => known(p[field])
-  && '$' + cents(p[field]) + ' ' + name), ', ') || cents(p.multiplier).replace(/\d$/, '$&×');
+  && '$' + cents(p[field]) + ' ' + t(name)), ', ') || cents(p.multiplier).replace(/\d$/, '$&×');
 let catalogue = [];
 function showModels(list) {
   catalogue = list.data; chooseModels();
@@ -24436,18 +24819,18 @@ function showModels(list) {
 const NAMES = ['Name', 'Retired', 'What becomes of it'];
 function showNames({ data, asked }) {
   fill('names', NAMES, data.map(({ name, alias, retired, fate }) => line(
-    two(el('b', name), alias !== name && 'stands for ' + alias),
-    retired === null ? '' : retired || 'yes', fate || 'it works')));
+    two(el('b', name), alias !== name && t('stands for %s', alias)),
+    retired === null ? '' : retired || t('yes'), fate || t('it works'))));
   show('asked', ...asked.length ? [el('h3', 'Your clients ask for names that are gone'),
     el('ul', ...asked.map(goneLine))] : []); }
 function goneLine({ asked, requests, client, fate }) {
-  const times = requests + (requests > 1 ? ' times by ' : ' time by ');
-  return el('li', el('b', asked), ', ' + times + (client || 'an unnamed client') + ': ' + fate); }
+  const times = requests > 1 ? ', %s times by %s: %s' : ', %s time by %s: %s';
+  return el('li', el('b', asked), t(times, requests, client || t('an unnamed client'), fate)); }
 const loadNames = () => load('names-problem', '/retired', showNames);
 function showPrices(list) {
   $('prices-card').hidden = !list.length;
   fill('prices', ['Model', 'Requests', 'Reported', 'Estimated', 'Difference'], list.map(
-    ({ model, requests, reported, estimated, difference }) => line(el('b', model || 'unknown'),
+    ({ model, requests, reported, estimated, difference }) => line(el('b', model || UNKNOWN),
       count(requests), fine(reported), fine(estimated), (difference > 0 ? '+' : '')
         + fine(difference) + (reported ? ', ' + percent(100 * difference / reported) : '')))); }
 // -- connect a client
@@ -24475,8 +24858,8 @@ function showSteps() {
 function showCalled() {
   if (view !== 'connect') return;
   const row = listRows().find(row => row.at >= pickedAt && row.program);
-  show('called', ...row ? [pill('It called', 'good'), el('span', row.program + ' asked '
-    + nameOf(row) + ' ' + ago(row.at) + ': ' + (isOpen(row) ? phase(row) : stateOf(row))),
+  show('called', ...row ? [pill('It called', 'good'), el('span', t('%s asked %s %s: %s',
+    row.program, nameOf(row), ago(row.at), t(isOpen(row) ? phase(row) : stateOf(row)))),
     button('Its story', () => openStory(row.id))]
     : [pill('Waiting for its first request', 'run')]); }
 // -- try it
@@ -24563,11 +24946,12 @@ async function sendTrial() {
 function tryIt(event) {
   event.preventDefault(); $('try-stop').disabled = false; show('try-state', pill('running', 'run'));
   sendTrial().then(() => show('try-state', pill('done')), error => show('try-state',
-    trial && trial.signal.aborted ? 'stopped' : el('span.bad', error.message))).finally(() => {
+    trial && trial.signal.aborted ? t('stopped') : el('span.bad', error.message))).finally(() => {
     $('try-stop').disabled = true; }); }
 // -- loading: a problem is told where the data would stand
 const load = (id, path, done) => get(path).then(value => { done(value); show(id,
-  value.enabled === false ? 'The history is off: figures since the start.' : value.problem || '');
+  value.enabled === false ? t('The history is off: figures since the start.')
+    : value.problem || '');
   }, problem => show(id, problem.message));
 const loadModels = () => load('problem', '/models' + ($('all').checked ? '?all=1' : ''),
                               showModels);
@@ -24621,7 +25005,7 @@ const ON = {
 async function follow() {
   for (;; await pause(2000)) {
     await locked; await readEvents().catch(error => error.name === 'Error' && !locked
-      && show('live-problem', 'No live updates: ' + error.message));
+      && show('live-problem', t('No live updates: %s', error.message)));
     live = false; check(); } }
 async function watch() {
   for (;; await pause(live && ready ? 20e3 : 2000)) { await check(); if (live) loadToday(); } }
@@ -24629,7 +25013,7 @@ async function watch() {
 const NEXT = { auto: 'light', light: 'dark', dark: 'auto' }, kept = localStorage;
 function setTheme(theme) {
   kept.setItem('theme', theme); document.documentElement.dataset.theme = theme;
-  show('theme', '◐ ' + theme); $('theme').setAttribute('aria-label', 'Theme: ' + theme);
+  show('theme', '◐' + t(' ' + theme)); labelled($('theme'), 'Theme: ' + theme);
   $('theme').onclick = () => setTheme(NEXT[theme]); }
 $('metric').onchange = $('grain').onchange = showUsage; $('range').onchange = loadUsage;
 $('all').onchange = loadModels; $('again').onclick = loadQuota; $('add').onclick = tryAdding;
@@ -24659,7 +25043,8 @@ show('base', location.origin + '/v1'); route(true);
 setInterval(() => view === 'overview' && live && loadForecast(), 3e5);
 setTheme(kept.getItem('theme') || 'auto'); showTiles(); showQuota(); follow(); watch();
 """
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>copilot_proxy</title>
+PAGE = """<!doctype html><html lang="LANGUAGE"><head><meta charset="utf-8">
+<title>copilot_proxy</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>%s</style></head>
 <body><a class="skip" href="#main">Skip to content</a><header><h1>copilot_proxy</h1>
 <span id="state" class="pill" role="status">loading</span><nav aria-label="Views">
@@ -24698,8 +25083,10 @@ quota and the history before its start are made up.</p><dl id="tiles" class="til
 </caption></table><button id="more">Show more</button></section>
 <section id="usage" data-view="usage" class="card" aria-label="Usage" hidden><div class="line">
 <h2>Usage</h2><label>Show
-<select id="metric"><option>credits<option>tokens<option>requests</select></label><label>by
-<select id="grain"><option>hour<option selected>day<option>week</select></label><label>of
+<select id="metric"><option value="credits">credits<option value="tokens">tokens
+<option value="requests">requests</select></label><label>by
+<select id="grain"><option value="hour">hour<option value="day" selected>day
+<option value="week">week</select></label><label>of
 <select id="range"><option value="7">7 days<option value="30" selected>30 days<option value="90">90
 days</select></label><button id="csv">CSV</button><button id="json">JSON</button></div>
 <p id="history-problem" class="warn"></p><div id="charts">
@@ -24753,7 +25140,8 @@ who may see and change everything. Once there is a key, every client needs one.<
 <div id="once" class="card loud" role="status" hidden></div><p id="keys-problem" class="bad"></p>
 <table id="keys" hidden><caption>Keys by their ids; a whole key is shown once</caption></table>
 </section></div>
-<dialog id="drawer" aria-labelledby="story-head"></dialog></main><script>%s</script></body></html>
+<dialog id="drawer" aria-labelledby="story-head"></dialog></main>
+<script type="application/json" id="words">WORDS</script><script>%s</script></body></html>
 """ % (PAGE_STYLE, PAGE_SCRIPT)
 
 
@@ -24763,6 +25151,14 @@ def csp_hash(text: str) -> str:
         "'sha256-%s'"
         % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     )
+
+
+def page_in(language: str) -> str:
+    """The page in a language of TEXTS; its words are data that no policy has to allow."""
+    texts = dict(TEXTS.get(language, {}))
+    words = dumps(texts).decode().replace("<", "\\u003c")
+    page = PAGE.replace("LANGUAGE", language or "en", 1)
+    return page.replace("WORDS", words, 1)
 
 
 #: what keeps the page to itself
@@ -26340,7 +26736,7 @@ def progress_frame(exchange: Exchange) -> bytes:
     ]
     if not lines:
         return b""
-    return Frame("progress", dumps(lines[:PROGRESS_ROWS])).encode()
+    return Frame("progress", dumps(lines[:PAGE_PROGRESS_ROWS])).encode()
 
 
 async def events(exchange: Exchange) -> None:
@@ -26351,14 +26747,14 @@ async def events(exchange: Exchange) -> None:
     try:
         exchange.expect_stream(CHAT.keepalive)
         exchange.write(Frame("hello", dumps(stats_report(exchange))).encode())
-        due = time.monotonic() + PROGRESS_S
+        due = time.monotonic() + PAGE_PROGRESS_S
 
         while True:
             frame = await reader.get(max(0.0, due - time.monotonic()))
             if frame == b"":
                 break
             if time.monotonic() >= due:
-                due = time.monotonic() + PROGRESS_S
+                due = time.monotonic() + PAGE_PROGRESS_S
                 frame = (frame or b"") + progress_frame(exchange)
             if frame:
                 exchange.write(frame)
@@ -26721,7 +27117,8 @@ def health(exchange: Exchange) -> None:
 def page(exchange: Exchange) -> None:
     """The one page: it holds no data and fetches what it shows."""
     exchange.headers.update(PAGE_HEADERS)
-    exchange.reply(PAGE.encode(), kind="text/html; charset=utf-8")
+    text = page_in(exchange.app.settings.lang)
+    exchange.reply(text.encode(), kind="text/html; charset=utf-8")
 
 
 def front_door(exchange: Exchange) -> None:

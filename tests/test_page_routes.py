@@ -124,7 +124,7 @@ class Stopping(HoldingCase):
 
 class Progress(HoldingCase):
     def test_readers_see_a_running_stream_grow(self) -> None:
-        with mock.patch.object(cp, "PROGRESS_S", 0.05):
+        with mock.patch.object(cp, "PAGE_PROGRESS_S", 0.05):
             sock = self.proxy.connect()
             self.addCleanup(sock.close)
             sock.sendall(b"GET /history/events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
