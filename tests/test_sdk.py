@@ -17,7 +17,7 @@ import unittest.mock
 from typing import Any, AsyncIterator, Awaitable, Callable, Iterable
 
 import fake_upstream
-from fake_upstream import CHAT, EMBEDDINGS, MESSAGES, RESPONSES, Answer, make_vector
+from fake_upstream import AUTO, CHAT, EMBEDDINGS, MESSAGES, RESPONSES, Answer, make_vector
 from support import Proxy, ProxyCase
 from wire import user
 
@@ -226,6 +226,58 @@ class OpenAIChat(SdkCase):
                     model="gpt-4.1", messages=[user("héllo 🎉 @@%s@@" % marks)], stream=True)
                 text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
                 self.assertEqual(text, "Echo: héllo 🎉")
+
+
+class FreePlan(SdkCase):
+    """An account on which `auto` alone works: nine rounds of a tool, one question to /auto."""
+
+    ROUNDS = 9
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.fake.auto_models = ["gpt-5-mini"]
+        self.fake.auto_only = True
+
+    def check(self, path: str) -> None:
+        self.assertEqual(self.fake.count(AUTO), 1)
+        self.assertEqual(self.fake.count(path), self.ROUNDS)
+        selectors = {r.headers.get("copilot-session-token") for r in self.fake.requests
+                     if r.path == path}
+        self.assertEqual(selectors, set(self.fake.selectors))
+
+    def test_a_model_by_name_is_refused(self) -> None:
+        with self.assertRaises(openai.BadRequestError):
+            self.openai_client().chat.completions.create(
+                model="gpt-5-mini", messages=[{"role": "user", "content": "hi"}])
+
+    def test_openai(self) -> None:
+        client, messages = self.openai_client(), [{"role": "user", "content": "the tool, please"}]
+        for _ in range(self.ROUNDS):
+            answer = client.chat.completions.create(
+                model="auto", messages=messages, tools=[CHAT_TOOL],  # type: ignore[arg-type]
+                tool_choice="required")
+            (call,) = answer.choices[0].message.tool_calls or ()
+            messages += [answer.choices[0].message.model_dump(exclude_none=True),
+                         {"role": "tool", "tool_call_id": call.id, "content": "sunny"},
+                         {"role": "user", "content": "the tool again"}]
+        self.assertEqual(answer.model, "gpt-5-mini")
+        self.check(CHAT)
+
+    def test_anthropic(self) -> None:
+        client, messages = self.anthropic_client(), [
+            {"role": "user", "content": "the tool, please"}]
+        for _ in range(self.ROUNDS):
+            answer = client.messages.create(
+                model="auto", max_tokens=1000, tools=[MESSAGE_TOOL],
+                messages=messages, tool_choice={"type": "any"})    # type: ignore[arg-type]
+            (call,) = [block for block in answer.content if block.type == "tool_use"]
+            messages += [{"role": "assistant", "content": answer.content},   # type: ignore
+                         {"role": "user", "content": [
+                             {"type": "tool_result", "tool_use_id": call.id,
+                              "content": "sunny"},
+                             {"type": "text", "text": "the tool again"}]}]   # type: ignore
+        self.assertEqual(answer.model, "gpt-5-mini")
+        self.check(CHAT if self.fake.count(CHAT) else RESPONSES)
 
 
 class OpenAIErrors(SdkCase):
