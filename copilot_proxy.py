@@ -29708,6 +29708,10 @@ def catch_signals() -> list[int]:
 def model_for(models: list[Model], asked: str, patterns: tuple[str, ...]) -> Model:
     """The chat model that was asked for, else the best for this client.  Raises ConfigError."""
     chat = [m for m in models if m.kind == "chat"]
+    tier = auto_tier(asked)
+    if tier is not None:  # whether or not it is listed: the server asks for it
+        name = ":".join(filter(None, ("auto", tier)))
+        return next(m for m in auto_models(chat) if m.id == name)
     if asked:
         model = resolve_model(asked, chat, {})
     else:
@@ -30777,7 +30781,10 @@ def cmd_setup(app: App, flags: argparse.Namespace) -> int:
         return undo_settings(recipe, app.environ, flags.yes)
     models = offered_models(app, url, key)
     main = model_for(models, flags.model, recipe.main)
-    small = model_for(models, flags.small_model, recipe.small)
+    wish = flags.small_model
+    if not wish and auto_tier(main.id) is not None:
+        wish = main.id  # an account may have nothing else
+    small = model_for(models, wish, recipe.small)
     values = fill(recipe, models, url, key, main, small)
     files = [
         fill_file(recipe, row, values, models, app.environ) for row in recipe.files

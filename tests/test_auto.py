@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import tempfile
 import unittest
 from typing import Any
 
-from support import ProxyCase, Reply, TestClock, Proxy, bearer, chat, message
+from support import ProxyCase, Reply, TestClock, Proxy, bearer, chat, message, run_main
 import copilot_proxy as cp
 from fake_upstream import (AUTO, AUTO_PAIR, CHAT, COUNT_TOKENS, MESSAGES, RESPONSES, Answer,
                            FakeUpstream, make_model)
@@ -284,6 +285,18 @@ class ListedTest(AutoCase):
             entry["model_picker_enabled"] = False
         models = [cp.Model.from_entry(entry) for entry in self.fake.models]
         self.assertEqual(cp.pick_model(cp.listed_models(models)[:4], "claude").id, "auto")
+
+    def test_setup_takes_it_by_name_listed_or_not_for_small_tasks_too(self) -> None:
+        for client, place in (("claude-code", "ANTHROPIC_DEFAULT_HAIKU_MODEL=%s\n"),
+                              ("codex", 'model = "%s"\n')):
+            for name, found in (("auto", "auto"), ("auto:efficiency", "auto:efficiency"),
+                                ("copilot-auto", "auto")):
+                with self.subTest(client=client, name=name), \
+                        tempfile.TemporaryDirectory() as home:
+                    code, text = run_main(home, "setup", client, "--model", name,
+                                          PORT=str(self.proxy.port))
+                    self.assertEqual(code, 0, text)
+                    self.assertIn(place % found, text)
 
     def test_what_it_saves_is_counted(self) -> None:
         entry = next(e for e in self.fake.models if e["id"] == "gpt-5-mini")
