@@ -3501,13 +3501,15 @@ def _event_texts(block: bytes) -> list[bytes]:
     return [frame.data for frame in frames if frame.data]
 
 
-def text_frames(block: bytes) -> bytes:
+def text_frames(block: bytes, lane: bytes = b"") -> bytes:
     """Whole server-sent events as text frames, the data of one in each; comments are left out.
     b'event: a\\ndata: {}\\n\\n' -> b'\\x81\\x02{}'.  A burst has hundreds of events, and the
-    usual ones take no step of their own."""
+    usual ones take no step of their own.  lane: how each text begins in place of its brace."""
     if not block.isascii():
         block = block.decode("utf-8", "replace").encode()
     texts = _event_texts(block)
+    if lane:
+        texts = [lane + text[1:] for text in texts]
     pieces = [b""] * (2 * len(texts))
     try:
         pieces[::2] = map(_TEXT_HEADS.__getitem__, map(len, texts))
@@ -8191,6 +8193,8 @@ class Responses(Dialect):
             for name, value in error.headers.items()
             if name.lower() in ERROR_EVENT_HEADERS
         }
+        if headers:
+            about["headers"] = headers  # where OpenAI's SDKs look for them
 
         return {
             **about,
@@ -22559,9 +22563,9 @@ class WebSocket:
             return self._prepared[1]
         return {}
 
-    def send_error(self, error: ProxyError) -> None:
+    def send_error(self, error: ProxyError, more: Json | None = None) -> None:
         """An error as a frame; the connection stays.  Raises ClientGone."""
-        event = dumps(RESPONSES.error_event(error))
+        event = dumps({**RESPONSES.error_event(error), **(more or {})})
         self._client.send(socket_frame(TEXT_FRAME, event))
 
     def _expire(self) -> None:
@@ -23047,6 +23051,17 @@ class SocketExchange(Exchange):
         super().__init__(client, socket.head, app)
         self.body = body
         self.socket = socket
+        self._lane: Json = {}  # repeated in each event
+
+    def take_lane(self, stream_id: Any) -> None:
+        """Name the lane of the request, of which a client may have several.  They are served one
+        after the other here.  Raises BadRequest."""
+        if stream_id is None:
+            return
+        if not isinstance(stream_id, str) or len(stream_id) > MAX_ID_CHARS:
+            text = f"'stream_id' must be a text of at most {MAX_ID_CHARS} characters"
+            raise BadRequest(text, param="stream_id")
+        self._lane = {"stream_id": stream_id}
 
     @property
     def store(self) -> ResponseStore:
@@ -23065,7 +23080,7 @@ class SocketExchange(Exchange):
         error.args = (self.record.failure,)
         if not self.started:
             self.record.begin_answer(error.status)
-        self.socket.send_error(error)
+        self.socket.send_error(error, self._lane)
 
     def refuse(self, error: ProxyError) -> None:
         """The same, whatever was sent before."""
@@ -23084,6 +23099,8 @@ class SocketExchange(Exchange):
         if not self.started:
             self.record.begin_answer(200)
             self.app.ledger.show_running(self.record)
+        if self._lane:
+            return text_frames(data, dumps(self._lane)[:-1] + b",")
         return text_frames(data)
 
     def frame_end(self, last: bytes = b"") -> bytes:
@@ -26152,8 +26169,8 @@ async def create_response(exchange: SocketExchange) -> None:
             param="type",
         )
 
-    for name in ("background", "stream_id"):
-        body.pop(name, None)
+    exchange.take_lane(body.pop("stream_id", None))
+    body.pop("background", None)
     initiator = body.pop("initiator", None)
     if initiator in ("user", "agent"):
         exchange.record.begin_by(initiator)

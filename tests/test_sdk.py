@@ -520,6 +520,55 @@ class OpenAIResponses(SdkCase):
         self.assertEqual(kinds[-1], "response.incomplete")
 
 
+class OpenAISocket(SdkCase):
+    """Responses over a WebSocket, by the SDK's own `connect`."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        try:
+            import websockets                                       # noqa: F401
+        except ImportError as error:
+            raise unittest.SkipTest("needs the package websockets: %s" % error) from None
+        client = self.openai_client()
+        if not hasattr(client.responses, "connect"):
+            raise unittest.SkipTest("this SDK opens no WebSocket")
+        self.connection = self.enter(client.responses.connect())
+
+    def turn(self, **body: Any) -> Any:
+        """The last event of an answer."""
+        self.connection.response.create(**body)
+        return next(event for event in self.connection
+                    if event.type in ("response.completed", "response.failed", "error"))
+
+    def test_a_conversation(self) -> None:
+        for model in self.each((CODEX, SONNET, "gpt-4.1")):
+            first = self.turn(model=model, input="one", store=False)
+            self.assertEqual(first.response.output_text, "Echo: one")
+            second = self.turn(model=model, input="two", previous_response_id=first.response.id)
+            self.assertEqual(second.response.output_text, "Echo: two")
+            self.assertIn("Echo: one", json.dumps(self.fake.requests[-1].json))
+
+    def test_a_tool(self) -> None:
+        for model in self.each((CODEX, SONNET, "gpt-4.1")):
+            answer = self.turn(model=model, input="use the tool", tools=[FUNCTION]).response
+            call = next(item for item in answer.output if item.type == "function_call")
+            told = self.turn(model=model, tools=[FUNCTION], previous_response_id=answer.id, input=[
+                {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."}])
+            self.assertIn("Sunny.", told.response.output_text)
+
+    def test_a_warm_up_and_a_lane(self) -> None:
+        warm = self.turn(model=CODEX, input="before", generate=False, stream_id="a")
+        self.assertEqual((warm.response.output, warm.stream_id), ([], "a"))
+        answer = self.turn(model=CODEX, input="hi", previous_response_id=warm.response.id)
+        self.assertEqual(answer.response.output_text, "Echo: hi")
+
+    def test_an_error_keeps_the_connection(self) -> None:
+        error = self.turn(model="no-such-model", input="hi")
+        self.assertEqual((error.type, error.status, error.error.code),
+                         ("error", 404, "model_not_found"))
+        self.assertEqual(self.turn(model=CODEX, input="hi").response.output_text, "Echo: hi")
+
+
 class OpenAIOthers(SdkCase):
     MODEL = "text-embedding-3-small"
 

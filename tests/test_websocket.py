@@ -309,6 +309,20 @@ class Turns(SocketCase):
         self.assertEqual(self.fake.last(RESPONSES).headers["x-initiator"], "agent",
                          "the handshake's word counts for no request")
 
+    def test_every_event_names_the_lane_of_its_request(self) -> None:
+        opened = self.ready()
+        for model in (CODEX, CLAUDE):
+            plain = opened.turn(response("@@events=40@@", model))
+            lane = opened.turn(response("@@events=40@@", model), stream_id="one \u00fc")
+            self.assertEqual({event.pop("stream_id") for event in lane}, {"one \u00fc"})
+            self.assertEqual([event["type"] for event in lane], [event["type"] for event in plain])
+            self.assertEqual(self.text(lane), self.text(plain))
+        (event,) = opened.turn(response("hi", "no-such-model"), stream_id="two")
+        self.assertEqual((event["type"], event["stream_id"]), ("error", "two"))
+        for odd in (7, [], "x" * 65):
+            self.assert_error(opened.turn(response("hi"), stream_id=odd)[-1], 400)
+        self.assertNotIn("stream_id", opened.turn(response("hi"))[0])
+
     def test_the_next_request_may_be_what_is_new(self) -> None:
         opened = self.ready()
         for model in (CODEX, CLAUDE):
@@ -402,6 +416,7 @@ class Turns(SocketCase):
         (event,) = opened.turn(response("hi"))
         self.assert_error(event, 429)
         self.assertEqual(event["headers"]["retry-after"], "12")
+        self.assertEqual(event["error"]["headers"], event["headers"])
         for account in self.proxy.app.accounts.all():
             account.limits.clear()
         with self.fake.changed:
