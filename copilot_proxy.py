@@ -292,7 +292,7 @@ INLINE_BYTES = 128 * 1024  # a larger body is parsed in a thread
 COLLECT_AFTER = 20_000  # new objects
 HEADS_KEPT = 200  # of requests, and beginnings of upstream requests
 MAX_KEPT_HEAD_BYTES = 4096  # of such a request
-#: what a request leaves to be recorded waits no longer for a quiet moment
+#: what a request leaves to be recorded waits so long for what others leave
 DEFER_S = 0.001
 LOG_TIME = "%H:%M:%S"
 #: client, model, route, status, tokens, credits, times
@@ -3141,6 +3141,10 @@ class BodyDecoder:
         self._state = "size"  # size, data, end (of a chunk), trailer
         self._trailer_bytes = 0
 
+    def is_rest(self, data: bytes, limit: int) -> bool:
+        """Is this the whole rest of a body of a known length, and no more than `limit`?"""
+        return 0 < len(data) == self._left <= limit and not self.chunked
+
     def feed(self, data: bytes) -> bytes:
         """Returns the payload in `data`; bytes behind the body's end go to `rest`."""
         if self.done:
@@ -3157,7 +3161,7 @@ class BodyDecoder:
         return taken
 
     def end(self) -> None:
-        """The connection has ended, and a body that it delimits with it."""
+        """It is there whole, or the connection has ended that delimits it."""
         self.done = True
 
     def _feed_chunked(self, data: bytes) -> bytes:
@@ -16981,11 +16985,15 @@ class HttpConnection(Connection):
                 raise socket.timeout("timed out")
             sent += send_now(self.sock, memoryview(data)[sent : sent + MAX_OUT_BYTES])
 
+    def take_received(self) -> bytes:
+        """What was read already."""
+        data, self.received = self.received, b""
+        return data
+
     async def receive(self, timeout_s: float) -> bytes:
         """The next bytes, b"" at the end.  Raises OSError; UpstreamError 504 after a silence."""
         if self.received:
-            data, self.received = self.received, b""
-            return data
+            return self.take_received()
 
         while True:
             if self.has_more:
@@ -17015,10 +17023,8 @@ class HttpConnection(Connection):
                 if not self.has_more:
                     return True
 
-        if self.received:
-            data, self.received = self.received, b""
-            if not take(data):
-                return
+        if self.received and not take(self.take_received()):
+            return
         if self.has_more and not consume():
             return
         if not await wait(Ready(self, timeout_s=timeout_s, consume=consume)):
@@ -17352,6 +17358,13 @@ class UpstreamResponse:
         """The whole rest of the body, at most `limit` bytes (more is an UpstreamError).
         `timeout_s` is the longest silence, `total_s` the longest time in all.  Raises StreamCut,
         UpstreamError 504."""
+        connection = self.connection
+        if connection is not None and self._body.is_rest(connection.received, limit):
+            self._body.end()  # it came with its head, as small ones do
+            whole = connection.take_received()
+            self.finish()
+            return whole
+
         body = bytearray()
         await self._read_until(body, limit, timeout_s, total_s)
         if len(body) > limit:
@@ -23457,10 +23470,14 @@ class EventLoop:
             self._now = time.monotonic()
             for key, mask in ready:
                 self._on_ready(key.data, mask)
-            self._take_inbox()
-            self._take_turns()
-            self._run_timers()
-            self._do_deferred(DEFER_S)
+            if self._inbox:
+                self._take_inbox()
+            if self._turns:
+                self._take_turns()
+            if self._timers:
+                self._run_timers()
+            if self._deferred:
+                self._do_deferred(DEFER_S)
             if self._now - self._ticked_at >= self._tick_s:
                 self._ticked_at = self._now
                 self._tick()
@@ -23516,8 +23533,6 @@ class EventLoop:
     def _take_turns(self) -> None:
         """Compute for a moment.  A longer one would make the streams late; where they take nearly
         all of the time a share of it keeps requests going."""
-        if not self._turns:
-            return
         until = time.monotonic()
         until += max(SLICE_S, SLICE_SHARE * (until - self._now))
         while self._turns:
