@@ -5,7 +5,9 @@ It gives the very same bytes.
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import unittest
 from unittest import mock
 
@@ -106,6 +108,65 @@ class OddEventTest(unittest.TestCase):
         one_by_one, _ = self.relay([self.FIRST, *plain[:4]])
         together, _ = self.relay([self.FIRST, b"".join(plain[:4])])
         self.assertEqual(together, one_by_one)
+
+
+class TranslatedRunTest(unittest.TestCase):
+    """Blocks of deltas for a client of another dialect."""
+
+    DIALECTS = {"chat": cp.CHAT, "responses": cp.RESPONSES, "messages": cp.MESSAGES}
+    CLIENTS = dict(DIALECTS, gemini=cp.GEMINI, ollama=cp.OLLAMA)
+    TEXTS = ["a", " b c", "", " ", "  \n", 'with "quotes"', "back\\slash\\", "\u00e4\u4e2d",
+             "\U0001f600", "\u00a0", "\u2028", "\x7f", "TAB", '"item_id":"x"',
+             '"sequence_number":5', "data: x", "end"]
+
+    def upstream(self, name: str, texts: list[str], as_ascii: bool) -> list[bytes]:
+        """Frames of a stream with two texts and a call between them."""
+        encoder = self.DIALECTS[name].stream_encoder(cp.Request("m", key="k"))
+        events = [cp.ResponseStart("id", "m", 1)]
+        for index, part in enumerate((cp.Text(""), cp.ToolCall("c", "f", ""), cp.Text(""))):
+            pieces = ['{"a":', "1}"] if index == 1 else texts
+            events += [cp.PartStart(index, part),
+                       *(cp.PartDelta(index, text) for text in pieces), cp.PartEnd(index)]
+        raw = b"".join(map(encoder.feed, [*events, cp.ResponseEnd("stop", cp.Usage(3, output=4))]))
+        if as_ascii:
+            raw = re.sub("[^\\x00-\\x7f]", lambda found: json.dumps(found[0])[1:-1],
+                         raw.decode()).encode()
+        raw = raw.replace(b"TAB", b"\t")             # which JSON forbids, and some send
+        return [frame + b"\n\n" for frame in raw.split(b"\n\n") if frame]
+
+    def relay(self, client: str, name: str, blocks: list[bytes]) -> tuple[bytes, int]:
+        """(client bytes, frames that were read one by one)"""
+        request = cp.Request("asked", key="k")
+        stream = cp.TranslatedStream(self.CLIENTS[client], self.DIALECTS[name], request)
+        decoder = stream._decoder
+        with mock.patch.object(decoder, "read", side_effect=decoder.read) as read:
+            return b"".join(map(stream.feed, blocks)) + stream.close(), read.call_count
+
+    def test_any_cut_gives_the_same_bytes(self) -> None:
+        numbers = random.Random(11)
+        texts = ["first", "second"] + numbers.choices(self.TEXTS, k=30) + ["x", "y\u00e9"] * 20
+        for client in self.CLIENTS:
+            for name in self.DIALECTS:
+                for as_ascii in (False, True):
+                    frames = self.upstream(name, texts, as_ascii)
+                    one_by_one, _ = self.relay(client, name, frames)
+                    for size in (2, 5, 17, len(frames)):
+                        with self.subTest(client=client, upstream=name, size=size):
+                            blocks = [b"".join(frames[at : at + size])
+                                      for at in range(0, len(frames), size)]
+                            self.assertEqual(self.relay(client, name, blocks)[0], one_by_one)
+
+    def test_plain_texts_need_no_look_at_each(self) -> None:
+        texts = ["word %d" % number for number in range(300)]
+        for client, name in (("messages", "chat"), ("chat", "responses"), ("chat", "messages"),
+                             ("messages", "responses")):
+            with self.subTest(client=client, upstream=name):
+                frames = self.upstream(name, texts, False)
+                blocks = [b"".join(frames[at : at + 50]) for at in range(0, len(frames), 50)]
+                one_by_one, _ = self.relay(client, name, frames)
+                together, looks = self.relay(client, name, blocks)
+                self.assertEqual(together, one_by_one)
+                self.assertLess(looks, 400)           # of 608; one reads half of them late
 
 
 if __name__ == "__main__":
