@@ -25700,8 +25700,10 @@ class Job:
 
     def is_compaction(self) -> bool:
         """Does it ask for one item in the place of the conversation so far?"""
+        if not self.client.reads_compactions:
+            return False
         last = as_object((as_list(self.body.get("input")) or [None])[-1])
-        return self.client.reads_compactions and (
+        return (
             self.exchange.path == COMPACT_PATH or last.get("type") == COMPACTION_TRIGGER
         )
 
