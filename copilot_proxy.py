@@ -11931,8 +11931,10 @@ class TranslatedStream(StreamRelay):
         """Client bytes for a block of deltas of one part: each text goes from one frame into
         another as it is."""
         is_one = block.find(b"\n\n") == len(block) - 2
-        if is_one or self._filters or self.loop is not None or not self.has_content:
+        is_cut = self.request.output_tool or self.request.cut_at
+        if is_one or is_cut or self.loop is not None or not self.has_content:
             return b""
+        # of a part that a client does not want to see the encoder knows nothing
         around = self._encoder.around(self._decoder.last_index)
         if len(around) != 2:
             return b""

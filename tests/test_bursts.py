@@ -119,12 +119,15 @@ class TranslatedRunTest(unittest.TestCase):
              "\U0001f600", "\u00a0", "\u2028", "\x7f", "TAB", '"item_id":"x"',
              '"sequence_number":5', "data: x", "end"]
 
+    cut_at: list[str] = []
+
     def upstream(self, name: str, texts: list[str], as_ascii: bool) -> list[bytes]:
         """Frames of a stream with two texts and a call between them."""
         encoder = self.DIALECTS[name].stream_encoder(cp.Request("m", key="k"))
         events = [cp.ResponseStart("id", "m", 1)]
-        for index, part in enumerate((cp.Text(""), cp.ToolCall("c", "f", ""), cp.Text(""))):
-            pieces = ['{"a":', "1}"] if index == 1 else texts
+        parts = cp.Reasoning("", "state"), cp.Text(""), cp.ToolCall("c", "f", ""), cp.Text("")
+        for index, part in enumerate(parts):
+            pieces = {0: ["I", " think", "!"], 2: ['{"a":', "1}"]}.get(index, texts)
             events += [cp.PartStart(index, part),
                        *(cp.PartDelta(index, text) for text in pieces), cp.PartEnd(index)]
         raw = b"".join(map(encoder.feed, [*events, cp.ResponseEnd("stop", cp.Usage(3, output=4))]))
@@ -136,7 +139,7 @@ class TranslatedRunTest(unittest.TestCase):
 
     def relay(self, client: str, name: str, blocks: list[bytes]) -> tuple[bytes, int]:
         """(client bytes, frames that were read one by one)"""
-        request = cp.Request("asked", key="k")
+        request = cp.Request("asked", key="k", hides_thinking=True, cut_at=self.cut_at)
         stream = cp.TranslatedStream(self.CLIENTS[client], self.DIALECTS[name], request)
         decoder = stream._decoder
         with mock.patch.object(decoder, "read", side_effect=decoder.read) as read:
@@ -155,6 +158,16 @@ class TranslatedRunTest(unittest.TestCase):
                             blocks = [b"".join(frames[at : at + size])
                                       for at in range(0, len(frames), size)]
                             self.assertEqual(self.relay(client, name, blocks)[0], one_by_one)
+
+    def test_a_stop_sequence_in_a_block_is_seen(self) -> None:
+        self.cut_at = ["word 7"]
+        frames = self.upstream("responses", ["word %d" % number for number in range(20)], False)
+        at = next(at for at, frame in enumerate(frames) if b"word 2" in frame)
+        blocks = [b"".join(frames[:at]), b"".join(frames[at:])]
+        together, _ = self.relay("messages", "responses", blocks)
+        self.assertIn(b"word 6", together)
+        self.assertNotIn(b'"text":"word 7', together)
+        self.assertNotIn(b"word 8", together)
 
     def test_plain_texts_need_no_look_at_each(self) -> None:
         texts = ["word %d" % number for number in range(300)]
