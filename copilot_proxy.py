@@ -438,6 +438,11 @@ LOGIN_TEXT = "\nTo log in, open   %s\nand enter the code   %s\n(the code is good
 OPEN_TEXT = "Press Enter to copy the code and to open the page."
 COPY_TEXT = "Press Enter to copy the code."
 WAIT_TEXT = "waiting for the login, %d:%02d left"
+#: what a person may answer on the terminal; only Enter, or the end of its input, refuses
+APPROVAL_WORDS = {
+    **{"y": "allowed", "yes": "allowed", "a": "always", "always": "always"},
+    **{"n": "refused", "no": "refused", "": "refused"},
+}
 PROGRESS_S = 0.5  # then a terminal shows what a command waits for, and again each time
 HELP_COLUMN = 30  # where the words of `--help` begin
 
@@ -20278,7 +20283,7 @@ class Approval:
 
     def _converse(self) -> None:
         """On the terminal, to its end: a question, the line for it, the next.  A yes to one that
-        the page has decided meanwhile allows no other."""
+        the page has decided meanwhile allows no other, and a mistyped word decides nothing."""
         line = "y"
 
         while line:
@@ -20288,7 +20293,7 @@ class Approval:
                 self._asked = question["id"]
 
             sys.stderr.write(
-                "\nallow %s to ask %s: %s ? [y/N] "
+                "\nallow %s to ask %s: %s ? (a: always) [y/N] "
                 % (
                     printable(question["client"], 40),
                     printable(question["model"], 60),
@@ -20298,9 +20303,15 @@ class Approval:
 
             sys.stderr.flush()
             line, self._asked = sys.stdin.readline(), ""
+            state = APPROVAL_WORDS.get(line.strip().lower())
+            if state is None:
+                sys.stderr.write("type y to allow it, a for always, n to refuse it\n")
+                continue
             with contextlib.suppress(BadRequest):
-                allowed = line.strip().lower() in ("y", "yes")
-                self.decide(question["id"], "allowed" if allowed else "refused")
+                if state == "always":
+                    self.allow_always(question["id"])
+                else:
+                    self.decide(question["id"], state)
 
 
 def payer_of(key: str | None, session: str | None, agent: str | None) -> str:
@@ -29539,8 +29550,8 @@ def ask_server(app: App, url: str, key: str, path: str) -> Json:
 
 def find_server(app: App, flags: argparse.Namespace) -> Callable[[str], Json] | None:
     """A function that asks the server of --url; without that flag the one that serves where
-    servers usually do, if nobody is logged in here.  (The demo has a login of its own.)  None
-    where GitHub is to be asked.  Raises ConfigError."""
+    servers usually do, if nobody is logged in here, and a line tells so.  (The demo has a login
+    of its own.)  None where GitHub is to be asked.  Raises ConfigError."""
     url = local_url(app.settings)
     key = flags.key or client_key(app.settings)
     if flags.url:
@@ -29553,6 +29564,7 @@ def find_server(app: App, flags: argparse.Namespace) -> Callable[[str], Json] | 
                 return None
         except ProxyError:
             return None
+        print("nobody is logged in here, so %s is asked" % url, file=sys.stderr)
 
     return functools.partial(ask_server, app, url, key)
 

@@ -68,9 +68,11 @@ class ServerTest(ProxyCase):
         self.assertNotIn("gpt-5.2", text)
         self.assertIn("gpt-5.2", self.run_here("models", "--all")[1])
         self.assertIn("gpt-4.1", [entry["id"] for entry in
-                                  json.loads(self.run_here("models", "--json")[1])])
+                                  json.loads(self.run_here("models", "--json", "--url",
+                                                           self.proxy.url)[1])])
         code, text = self.run_here("check-usage")
         self.assertEqual(code, 0, text)
+        self.assertIn("nobody is logged in here, so %s is asked\n" % self.proxy.url, text)
         self.assertRegex(text, r"premium_interactions +\[#+\.+\] +24\.6 % used")
         code, text = self.run_here("check-usage", "--url", self.proxy.url, PORT="1")
         self.assertEqual(code, 0, text)
