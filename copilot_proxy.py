@@ -440,8 +440,13 @@ COPY_TEXT = "Press Enter to copy the code."
 WAIT_TEXT = "waiting for the login, %d:%02d left"
 #: what a person may answer on the terminal; only Enter, or the end of its input, refuses
 APPROVAL_WORDS = {
-    **{"y": "allowed", "yes": "allowed", "a": "always", "always": "always"},
-    **{"n": "refused", "no": "refused", "": "refused"},
+    "y": "allowed",
+    "yes": "allowed",
+    "a": "always",
+    "always": "always",
+    "n": "refused",
+    "no": "refused",
+    "": "refused",
 }
 PROGRESS_S = 0.5  # then a terminal shows what a command waits for, and again each time
 HELP_COLUMN = 30  # where the words of `--help` begin

@@ -66,7 +66,8 @@ class WordsTest(unittest.TestCase):
             wait_until(lambda: self.asked() == 2 * number - 1, self.screen.getvalue())
             self.keyboard.type("yy\n")
             wait_until(lambda: self.asked() == 2 * number)
-            self.assertIn("type y to allow it, a for always, n to refuse it", self.screen.getvalue())
+            self.assertIn("type y to allow it, a for always, n to refuse it",
+                          self.screen.getvalue())
             self.assertEqual(outcome, [])
             self.keyboard.type(word + "\n")
             wait_until(lambda: outcome)
