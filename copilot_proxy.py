@@ -6895,6 +6895,9 @@ class ChatCompletions(Dialect):
             )
 
     def tidy_item(self, edit: Edit, item: Json, model: Model) -> bool:
+        is_list = type(item.get("content")) is list
+        if is_list or "cache_control" in item or "tool_calls" in item:
+            self._take_marks(edit, item, model)
         if (
             "annotations" in item and not item["annotations"]
         ):  # [], as SDKs write answers down
@@ -6914,7 +6917,7 @@ class ChatCompletions(Dialect):
             return True
         had_content = item.get("content") is not None
         if isinstance(item.get("content"), list):
-            self._tidy_parts(edit, item, model)
+            self._tidy_parts(edit, item)
             if not item["content"]:
                 edit.set(item, "content", None)
 
@@ -6933,14 +6936,21 @@ class ChatCompletions(Dialect):
             edit.set(item, "content", "")
         return is_result or model.is_openai
 
-    def _tidy_parts(self, edit: Edit, message: Json, model: Model) -> None:
-        """Drop empty texts, turn Anthropic's cache marks on parts into Copilot's on the message."""
+    def _take_marks(self, edit: Edit, message: Json, model: Model) -> None:
+        """Turn Anthropic's cache marks, which opencode writes on messages and on what is in them,
+        into Copilot's own on the message.  Only Claude has such marks."""
+        calls = dicts_in(message, "tool_calls")
+        places = [message, *dicts_in(message, "content"), *calls]
+        places += [as_object(call.get("function")) for call in calls]
+        marked = [place for place in places if "cache_control" in place]
+        for place in marked:
+            edit.drop(place, "cache_control")
+        if marked and model.is_claude:
+            edit.set(message, self.cache_mark, EPHEMERAL)
+
+    def _tidy_parts(self, edit: Edit, message: Json) -> None:
+        """Drop empty texts."""
         parts = message["content"]
-        for part in parts:
-            if isinstance(part, dict) and "cache_control" in part:
-                edit.drop(part, "cache_control")
-                if model.is_claude:
-                    edit.set(message, self.cache_mark, EPHEMERAL)
 
         def is_empty(part: Any) -> bool:
             return (
@@ -7089,6 +7099,7 @@ class ChatCompletions(Dialect):
             "reasoning_opaque",
             "audio",
             "copilot_cache_control",
+            "cache_control",
             "function_call",
         )
 
@@ -7106,7 +7117,8 @@ class ChatCompletions(Dialect):
                 param=place,
             )
 
-        if message.get("copilot_cache_control") and parts:
+        mark = message.get("copilot_cache_control") or message.get("cache_control")
+        if mark and parts:
             parts[-1].mark_cached()
         request.add_turn({"developer": "system", "tool": "user"}.get(role, role), parts)
 
@@ -28383,8 +28395,9 @@ experimental_bearer_token = "%(key)s"
    "npm": "@ai-sdk/openai-compatible", "name": "copilot_proxy",
    "options": {"baseURL": "%(base)s", "apiKey": "%(key)s"}, "models": {%(models)s}}}}""",
                 (
-                    '"%(id)s": {"name": "%(name)s", "attachment": %(vision)s, "limit": '
-                    '{"context": %(context)s, "output": %(out)s}}'
+                    '"%(id)s": {"name": "%(name)s", "attachment": %(vision)s, '
+                    '"modalities": {"input": ["text"%(image)s], "output": ["text"]}, '
+                    '"limit": {"context": %(context)s, "output": %(out)s}}'
                 ),
             ),
         ),
@@ -28683,6 +28696,7 @@ def places_of(model: Model) -> dict[str, str]:
         "context": str(min(whole, prompt + out)),
         "vision": str(sees).lower(),
         "images": ", image_input" * sees,
+        "image": ', "image"' * sees,
     }
 
 
@@ -28783,7 +28797,9 @@ def fill_file(
     (place, text, each), safe = row, escape_all(values)
     path = settings_path(place, environ)
     items = [
-        each % {**safe, **escape_all(places_of(m))} for m in models if m.kind == "chat"
+        each % {**safe, **escape_all(places_of(m)), "image": places_of(m)["image"]}
+        for m in models
+        if m.kind == "chat"
     ]
     is_json = place.endswith(".json")
     safe["models"] = (", " if is_json else "").join(items)

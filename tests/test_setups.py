@@ -116,6 +116,13 @@ class TextTest(SetupCase):
         self.assertEqual({m["name"] for m in provider["available_models"]}, chat)
         self.assertEqual(zed["agent"]["default_model"]["provider"], "github_copilot_proxy")
 
+    def test_opencode_is_told_what_a_model_sees(self) -> None:
+        self.setup("opencode", "--write", "--yes")
+        made = json.loads(self.read(self.file_of("opencode")))
+        for model in made["provider"]["copilot_proxy"]["models"].values():
+            kinds = ["text", "image"] if model["attachment"] else ["text"]
+            self.assertEqual(model["modalities"], {"input": kinds, "output": ["text"]})
+
     def test_zeds_key_has_no_name_that_this_program_reads(self) -> None:
         name = cp.CLIENTS["zed"].env.partition("=")[0]
         self.assertNotIn(name, [v for option in cp.OPTIONS for v in option.variables])
