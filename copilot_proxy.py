@@ -312,6 +312,7 @@ CONNECT_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 900.0  # until the head, and between bytes: long silent reasoning
 GITHUB_TIMEOUT_S = 30.0
 CLIENT_LEFT = "client_left"  # the error of a request whose client hung up
+STOPPED = "request_stopped"  # the same of one that a person ended; neither is a failure
 ERROR_BODY_S = 10.0  # for all of a refusal's words
 SMALL_ANSWER_S = 60.0  # for all of a token, a usage report, a list of models
 CODE_LIFE_S, MAX_CODE_LIFE_S = 900.0, 86400.0  # of a login code: GitHub's, the longest
@@ -485,7 +486,7 @@ done => 完成
 failed => 失败
 not found => 未找到
 not_found => 未找到
-client left => 客户端已断开
+left or stopped => 已断开或停止
 left => 客户端已断开
 Text => 文本
 Filter the requests => 筛选请求
@@ -599,6 +600,7 @@ Log out => 退出登录
 Log out of the default account => 退出默认账户
 GitHub token used directly => 直接使用 GitHub 令牌
 Copilot token valid for %s => Copilot 令牌有效期 %s
+about %s tokens => 约 %s 个令牌
  wants to ask  =>  请求使用\u0020
 Allow => 允许
 Always => 始终允许
@@ -1106,7 +1108,7 @@ class RequestStopped(ProxyError):
 
     def __init__(self) -> None:
         text = "a person stopped this request on the proxy's page"
-        super().__init__(text, code="request_stopped")
+        super().__init__(text, code=STOPPED)
 
 
 class ClientGone(Exception):
@@ -19486,7 +19488,8 @@ LATER_COLUMNS = {"key": "TEXT", "sent_ms": "REAL"}
 #: a 404 is no failure: clients probe for models and paths that may not exist
 SUMS = (
     "COUNT(*) AS requests, "
-    "SUM(error IS NOT NULL AND error != 'client_left' AND status IS NOT 404) AS errors, %s, "
+    "SUM(error IS NOT NULL AND error NOT IN "
+    "('client_left', 'request_stopped') AND status IS NOT 404) AS errors, %s, "
     "SUM(CASE WHEN nano_aiu IS NULL THEN estimate END) AS estimate, "
     "SUM(first_ms) AS first_total_ms, COUNT(first_ms) AS timed"
     % ", ".join("SUM(%s) AS %s" % (name, name) for name in COUNTS)
@@ -19510,9 +19513,10 @@ SUMMARIES = (
 #: state of a row that has ended, as /history filters it
 ROW_STATES = {
     "done": "error IS NULL",
-    "failed": "error IS NOT NULL AND error != 'client_left' AND status IS NOT 404",
+    "failed": "error IS NOT NULL AND error NOT IN ('client_left', 'request_stopped') "
+    "AND status IS NOT 404",
     "not_found": "error IS NOT NULL AND status = 404",
-    "left": "error = 'client_left'",
+    "left": "error IN ('client_left', 'request_stopped')",
 }
 #: where the text of a filter is looked for
 TEXT_COLUMNS = (
@@ -21501,7 +21505,9 @@ class Ledger:
             }
         if row["nano_aiu"] is None and row["estimate"] is not None:
             counts["estimate"] = row["estimate"]
-        errors = int(row["error"] not in (None, CLIENT_LEFT) and row["status"] != 404)
+        errors = int(
+            row["error"] not in (None, CLIENT_LEFT, STOPPED) and row["status"] != 404
+        )
 
         self.budget.spend(row)
         self.history.put(row)
@@ -22908,7 +22914,7 @@ class Exchange:
     def go_on(self) -> None:
         """Called between the steps of long work. Raises ClientGone if the client has
         left."""
-        if self.record.error == CLIENT_LEFT:
+        if self.record.error in (CLIENT_LEFT, STOPPED):
             raise ClientGone
 
     def json_object(self) -> Json:
@@ -24554,7 +24560,8 @@ function showAsks() {
   $('asks').hidden = !asks.size; showTiles();
   document.title = (asks.size ? '(' + asks.size + ') ' : '') + 'copilot_proxy';
   show('ask-list', ...[...asks.values()].map(one => el('li', el('p', el('b', one.client),
-    ' wants to ask ', el('b', one.model), ', ' + time(one.at)), el('p', el('q', one.text)),
+    ' wants to ask ', el('b', one.model), ', ' + join([time(one.at), one.tokens
+      && t('about %s tokens', count(one.tokens))], ', ')), el('p', el('q', one.text)),
     el('p.line', decider(one, 'Allow', { allow: true }, 'main'),
       decider(one, 'Always', { allow: true, always: true }),
       decider(one, 'Deny', { allow: false })))));
@@ -24773,7 +24780,8 @@ function fill(id, heads, lines) {
 const rows = new Map(), made = new WeakMap(), isOpen = row => row.state === 'running';
 const PAGEFUL = innerWidth < 500 ? 8 : 15;
 let shown = PAGEFUL, older = null;                          // older: the next page, null at the end
-const isLeft = row => row.error === 'client_left', isFailed = row => !!row.error && !isLeft(row);
+const isLeft = row => ['client_left', 'request_stopped'].includes(row.error);
+const isFailed = row => !!row.error && !isLeft(row);
 const stateOf = row => isOpen(row) ? 'running' : isLeft(row) ? 'left' : !isFailed(row) ? 'done'
   : row.status === 404 ? 'not_found' : 'failed';
 const phase = row => row.first_ms ? 'streaming' : row.sent_ms ? 'waiting for GitHub'
@@ -24782,7 +24790,7 @@ function statePill(row) {
   if (isOpen(row)) return pill(phase(row), 'run');
   if (stateOf(row) === 'done') return pill('done');
   const kind = { failed: 'bad', not_found: 'warn', left: 'dim' }[stateOf(row)];
-  return pill(isLeft(row) ? 'the client left' : t(human(row.error)), kind); }
+  return pill(row.error === 'client_left' ? 'the client left' : t(human(row.error)), kind); }
 function outcome(row) {
   if (isOpen(row)) return el('div.line', statePill(row), stopButton(row));
   if (stateOf(row) === 'done') return statePill(row);
@@ -25215,7 +25223,7 @@ quota and the history before its start are made up.</p><dl id="tiles" class="til
 <label>Client <select id="by-one-client"></select></label>
 <label>State <select id="by-state"><option value="">any<option value="running">running
 <option value="done">done<option value="failed">failed<option value="not_found">not found
-<option value="left">client left</select></label>
+<option value="left">left or stopped</select></label>
 <label>Text <input id="by-text" type="search" maxlength="200" placeholder="id, session, error…">
 </label></form><p id="rows-problem" class="warn" role="status"></p>
 <table id="requests"><caption>Running and ended ones, the newest first; each opens its story
@@ -25453,6 +25461,7 @@ async def admit(exchange: Exchange, body: Json, model: Model, calls: int = 1) ->
         if exchange.app.settings.manual:
             about = question_about(headers, body, model, calls)
             about["who"] = exchange.caller.name
+            about["tokens"] = len(exchange.body) // 4  # about
         exchange.ticket = Ticket(
             exchange.caller.name,
             asked.payer,

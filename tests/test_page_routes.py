@@ -70,6 +70,7 @@ class Stopping(HoldingCase):
                 self.assertNotIn("[DONE]", text)
                 row = self.proxy.get("/stats").json["recent"][0]
                 self.assertEqual((row["error"], row["path"] is None), ("request_stopped", False))
+                self.assertEqual(self.proxy.get("/stats").json["totals"]["errors"], 0)
                 self.let_go()
 
     def test_a_whole_answer_is_refused_with_a_status_that_no_client_tries_again(self) -> None:
@@ -170,6 +171,7 @@ class Standing(ProxyCase):
     def test_always_holds_for_the_program_its_updates_and_those_that_wait(self) -> None:
         asked = [self.ask("codex_cli_rs/0.1"), self.ask("codex_cli_rs/0.2")]
         found = self.waiting(2)
+        self.assertEqual(found[0]["tokens"], len(json.dumps(chat("may I?"))) // 4)
         self.assertEqual(self.proxy.post("/approvals/" + found[0]["id"], {
             "allow": True, "always": True}).status, 200)
         for thread, replies in asked:
