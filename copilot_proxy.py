@@ -476,6 +476,8 @@ This is the demo: models, answers, quota and the history before its start are ma
 Quota => 额度
 Refresh => 刷新
 Newest requests => 最新请求
+The last 15 days => 最近 15 天
+%s of each day => 每天的%s
 All requests => 全部请求
 Model => 模型
 Client => 客户端
@@ -24619,7 +24621,7 @@ function showStats({ totals, accounts, quotas, limits, standing, price_check }) 
   show('limits', ...limits.map(limitLine));
   show('accounts', ...accounts.map(accountLine)); showStanding(standing);
   showPrices(price_check); }
-let today = null, pastDays = [];                             // sums as /history/summary tells them
+let fortnight = [], today = null, pastDays = [];            // sums as /history/summary tells them
 function perDay(lane) {                                     // what is spent in a day, else null
   const spent = pastDays.map(day => day.credits || 0), mean = total(spent) / (spent.length || 1);
   if (mean > 0) return mean;
@@ -24690,9 +24692,9 @@ function buckets() {
   const grain = $('grain').value, days = lastDays(summary.days);
   return grain === 'hour' ? lastHours(48) : grain === 'week' ? weeks(days)
     : days.map(c => ({ ...c, name: c.day })); }
-function lastDays(number) {                                 // those without requests, too
+function lastDays(number, days = summary.by_day) {          // those without requests, too
   const date = ms => new Date(ms).toISOString().slice(0, 10);
-  const found = new Map(summary.by_day.map(c => [c.day, c]));
+  const found = new Map(days.map(c => [c.day, c]));
   const here = date(Date.now() - new Date().getTimezoneOffset() * 6e4);
   const last = Date.parse([here, ...found.keys()].sort().pop());
   return Array.from({ length: number }, (_, at) => date(last - (number - 1 - at) * 864e5)).map(
@@ -24710,28 +24712,27 @@ function barOf(c, at, slot, scale, width) {
     ...[[0, 140, 'clear'], ...stack(c, scale)].map(([from, size, color]) => svg('rect',
       { x, y: 150 - from - size, width: .7 * slot, height: size, class: color })),
     height(c) === null ? chartText(middle, 146, '?', 'middle') : ''); }
-function pickable(chart, list) {                            // values on hover and by arrow keys
-  const bars = [...chart.querySelectorAll('g')]; let at = -1;
+const figures = c => join([words(c) + ' ' + t($('metric').value),
+  t('%s requests', count(c.requests)), t('%s failed', count(c.errors)), inOut(c),
+  t('cache %s', hits(c)), t('first byte %s', span(c.first_ms))], ', ');
+function pickable(chart, list, id) {                        // values on hover and by arrow keys
+  const bars = [...chart.querySelectorAll('g')], told = list.map(figures); let at = -1;
   const pick = next => {
     if (bars[at]) bars[at].classList.remove('picked');
     at = Math.max(0, Math.min(bars.length - 1, next)); bars[at].classList.add('picked');
-    const c = list[at];
-    show('readout', el('b', c.name), ': ' + join([words(c) + ' ' + t($('metric').value),
-      t('%s requests', count(c.requests)), t('%s failed', count(c.errors)), inOut(c),
-      t('cache %s', hits(c)), t('first byte %s', span(c.first_ms))], ', ')); };
+    show(id, el('b', list[at].name), ': ' + told[at]); };
   bars.forEach((bar, n) => { bar.onpointerenter = () => pick(n); });
   chart.onfocus = () => at < 0 && pick(bars.length - 1);
   chart.onkeydown = event => {
     const step = { ArrowLeft: -1, ArrowRight: 1, Home: -1e9, End: 1e9 }[event.key];
     if (step) { event.preventDefault(); pick(at + step); } }; }
-function showDays() {
-  const list = buckets(), width = Math.max(260, $('days').clientWidth);
+function drawBars(list, width, grain) {
   const most = Math.max(0, ...list.map(height)), step = axisStep(most);
   const steps = Math.ceil(most / step) || 1, slot = (width - 42) / list.length;
   const told = join(list.map(c => c.requests && c.name + ' ' + words(c)), ', ') || t('none');
   const chart = svg('svg', { viewBox: '0 0 ' + width + ' 172', height: 172, role: 'img',
     tabindex: 0, 'aria-label': t('%s by %s: %s. Arrow keys show each.', t($('metric').value),
-      t($('grain').value), told) });
+      t(grain), told) });
   for (let n = 0, y = 150; n <= steps; n++, y -= 140 / steps) chart.append(
     svg('line', { x1: 42, x2: width, y1: y, y2: y }),
     chartText(34, y + 4, step < 1 ? fine(n * step) : count(n * step), 'end'));
@@ -24739,11 +24740,30 @@ function showDays() {
     chart.append(barOf(c, at, slot, 140 / step / steps, width));
     if ((list.length - 1 - at) % Math.ceil(70 / slot) === 0) chart.append(chartText(
       Math.max(60, Math.min(42 + (at + .5) * slot, width - 20)), 167, label(c), 'middle')); });
-  pickable(chart, list); show('readout', t('Point at a bar, or use the arrow keys on the chart.'));
+  return chart; }
+function showDays() {
+  const list = buckets(), chart = drawBars(list, Math.max(260, $('days').clientWidth),
+    $('grain').value);
+  pickable(chart, list, 'readout');
+  show('readout', t('Point at a bar, or use the arrow keys on the chart.'));
   show('days', chart);
   showLine('cache-line', list, c => c.cache_read === null || !prompt(c) ? null
     : 100 * (c.cache_read || 0) / prompt(c), percent);
   showLine('first-line', list, c => c.first_ms, span); }
+function inMetric(name, work) {                             // whatever the usage view shows
+  const was = $('metric').value;
+  $('metric').value = name; work(); $('metric').value = was; }
+function drawFortnight(list) {
+  const chart = drawBars(list, Math.max(260, $('fortnight').clientWidth), 'day');
+  show('fortnight-readout', t('%s of each day', t($('metric').value)));
+  pickable(chart, list, 'fortnight-readout'); show('fortnight', chart); }
+function showFortnight() {                                  // on the opening view
+  const list = lastDays(15, fortnight).map(c => ({ ...c, name: c.day }));
+  if (today) Object.assign(list[14], today);
+  $('fortnight-card').hidden = !fortnight.length;
+  if (view !== 'overview' || $('fortnight').contains(document.activeElement)) return;
+  const hasCost = list.some(c => c.requests && (known(c.credits) || known(c.estimated_credits)));
+  inMetric(hasCost ? 'credits' : 'tokens', () => drawFortnight(list)); }
 function showLine(id, list, figure, spell) {
   const values = list.map(figure), most = Math.max(...values.filter(known), 0);
   const width = Math.max(220, $(id).clientWidth);
@@ -25108,9 +25128,11 @@ const loadUsage = () => load('history-problem', '/history/summary?sessions=1&day
   + $('range').value, value => { summary = value; showUsage(); });
 const loadStats = () => get('/stats').then(showStats, () => {});
 const loadToday = () => get('/history/summary?days=1').then(value => {
-  today = value.enabled ? value.total : null; showTiles(); loadStats(); }, () => {});
-const loadForecast = () => get('/history/summary?days=8').then(value => {
-  pastDays = value.by_day.slice(0, -1); showTiles(); }, () => {});
+  today = value.enabled ? value.total : null;
+  showTiles(); showFortnight(); loadStats(); }, () => {});
+const loadForecast = () => get('/history/summary?days=15').then(value => {
+  fortnight = value.by_day; pastDays = fortnight.slice(-8, -1);
+  showTiles(); showFortnight(); }, () => {});
 const LOADERS = { overview() { loadToday(); loadForecast(); if (ready) loadQuota(); },
   requests() { loadRows(); }, usage: loadUsage,
   connect() { if (ready) { loadClients(); loadModels(); } },
@@ -25185,7 +25207,8 @@ $('client').onchange = $('shell').onchange = loadSteps;
 $('try').onsubmit = tryIt; $('try').oninput = showCode; $('try-kind').onchange = showCode;
 $('try-stop').onclick = () => trial && trial.abort();
 $('try-copy').replaceWith(copyButton(tryCode));
-window.onresize = () => soon(showUsage, 200); window.onhashchange = route;
+const redraw = () => { showUsage(); showFortnight(); };
+window.onresize = () => soon(redraw, 200); window.onhashchange = route;
 show('base', location.origin + '/v1'); route(true);
 setInterval(() => view === 'overview' && live && loadForecast(), 3e5);
 setTheme(kept.getItem('theme') || 'auto'); showTiles(); showQuota(); follow(); watch();
@@ -25213,6 +25236,10 @@ quota and the history before its start are made up.</p><dl id="tiles" class="til
 <section class="card" aria-label="Quota"><div class="line"><h2>Quota</h2><button id="again">Refresh
 </button></div><p id="quota-problem" class="bad"></p><ul id="limits"></ul>
 <ul id="quota" class="grid"></ul></section>
+<section id="fortnight-card" class="card" aria-label="The last 15 days" hidden>
+<div class="line"><h2>The last 15 days</h2><a href="#usage">Usage</a></div>
+<p id="fortnight-readout" class="readout" aria-live="polite"></p>
+<div id="fortnight"></div></section>
 <section class="card" aria-label="Newest requests"><div class="line"><h2>Newest requests</h2>
 <a href="#requests">All requests</a></div><ul id="newest"></ul></section></div>
 <section id="activity" data-view="requests" class="card cards rows" aria-label="Requests" hidden>

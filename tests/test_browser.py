@@ -1056,6 +1056,32 @@ class Chinese(DemoPage):
         self.check_quiet(page, self.demo)
 
 
+class Fortnight(DemoPage):
+    def test_the_opening_view_shows_each_day_and_its_values(self) -> None:
+        page = self.view(width=1280, height=900)
+        page.wait_for("document.querySelectorAll('#fortnight g').length == 15")
+        told = self.demo.get("/history/summary?days=15").json["by_day"]
+        titles = page.run("[...document.querySelectorAll('#fortnight title')].map("
+                          "e => e.textContent)")
+        self.assertTrue(titles[0].startswith(told[0]["day"] + ": "))
+        self.assertEqual(page.run("$('fortnight-readout').innerText"), "credits of each day")
+        seen = page.run("const chart = document.querySelector('#fortnight svg'); chart.focus();"
+                        "chart.dispatchEvent(new KeyboardEvent('keydown', { key: 'End' }));"
+                        "chart.dispatchEvent(new KeyboardEvent('keydown', { key: 'ArrowLeft' }));"
+                        "$('fortnight-readout').innerText")
+        self.assertRegex(seen,
+                         r"^%s: [\d.]+ credits, \d+ requests" % told[-2]["day"])
+        self.check_quiet(page, self.demo)
+
+    def test_tokens_stand_where_no_credits_are_known(self) -> None:
+        page = self.view()
+        page.wait_for("document.querySelectorAll('#fortnight g').length == 15")
+        page.run("fortnight.forEach(c => { c.credits = c.estimated_credits = null; });"
+                 "today.credits = today.estimated_credits = null; showFortnight()")
+        self.assertEqual(page.run("$('fortnight-readout').innerText"), "tokens of each day")
+        self.assertEqual(page.run("$('metric').value"), "credits")
+
+
 class Stories(DemoPage):
     def test_a_request_opens_by_keyboard_tells_all_and_gives_the_focus_back(self) -> None:
         self.demo.post("/v1/messages", message("tell me", "gpt-5.3-codex"),
