@@ -21,6 +21,7 @@ How to read the table
   many events per read and shows the cost of looking at each; `paced` has one event per wake-up and
   shows the cost of a wake-up.
 - `open at once` below the number of streams means that somebody queues, so read it before `late`.
+- A line "..., to X" of the doors is how often the line above it holds the CPU of X.
 - A changed body is one with a field that the upstream refuses and the proxy must take out.
 - `client leaves`: from the client's close until the upstream sees its own connection closed.
   "> 3000" is a leak: the model goes on, and is paid for, with nobody listening.
@@ -821,6 +822,101 @@ def row_burst(stage: Stage) -> List[Figure]:
     return figures
 
 
+class Door(NamedTuple):
+    """A way to ask the proxy for a stream of a burst.  than: the door that it is compared with."""
+
+    name: str
+    than: str
+    path: str                         # "": over a WebSocket
+    body: Json
+    turns: str                        # the field of the body that holds the conversation
+    turn: Callable[[str], Json]       # one turn of a user
+
+    def request(self, events: int) -> bytes:
+        """All its bytes, for the wire."""
+        turn = self.turn("@@ev=%d@@" % events)
+        data = json.dumps(dict(self.body, **{self.turns: [turn]})).encode()
+        if not self.path:             # a frame under a mask of nought
+            data = data.ljust(126)
+            return b"\x81\xfe" + struct.pack(">H", len(data)) + bytes(4) + data
+        return (b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%b" % (self.path.encode(), len(data), data))
+
+
+def said(text: str) -> Json:
+    return {"role": "user", "content": text}
+
+
+def make_doors() -> List[Door]:
+    """Responses over both of its transports; what is translated, by further dialects, too."""
+    doors = []
+    gemini = "/v1beta/models/%s:streamGenerateContent?alt=sse"
+    for model in (make_responses().model, make_chat().model):
+        about = {"model": model, "stream": True}
+        sse_name = "%s: Responses, SSE" % model
+        doors += [Door(sse_name, "", "/v1/responses", about, "input", said),
+                  Door("%s: Responses, WebSocket" % model, sse_name, "", dict(
+                      about, type="response.create"), "input", said)]
+    anthropic = "%s: Messages" % model
+    doors += [
+        Door(anthropic, "", "/v1/messages", dict(about, max_tokens=1000), "messages", said),
+        Door("%s: Gemini" % model, anthropic, gemini % model, {}, "contents",
+             lambda text: {"role": "user", "parts": [{"text": text}]}),
+        Door("%s: Ollama" % model, anthropic, "/api/chat", about, "messages", said)]
+    return doors
+
+
+def open_door(stage: Stage, door: Door) -> socket.socket:
+    """A connection on which requests of the door may be sent."""
+    sock = socket.create_connection(("127.0.0.1", stage.proxy.port), timeout=LATE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if not door.path:
+        sock.sendall(b"GET /v1/responses HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\n"
+                     b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+                     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
+        head = b""
+        while not head.endswith(HEAD_END):
+            head += sock.recv(1)
+    return sock
+
+
+def pass_door(stage: Stage, door: Door, seconds: float) -> float:
+    """CPU of the proxy in us for each event that came through this door."""
+    request, streams, until = door.request(BURST_EVENTS), 0, time.monotonic() + seconds
+    end = LAST_CHUNK if door.path else b'"type":"response.completed"'
+    with open_door(stage, door) as sock:
+        before = stage.proxy.cpu_s()
+        while time.monotonic() < until:
+            sock.sendall(request)
+            tail, is_last = b"", False
+            while not (is_last and tail.endswith(end if door.path else b"}")):
+                data = sock.recv(262144)
+                if not data:
+                    raise RuntimeError(door.name + " was cut")
+                tail = tail[-40:] + data
+                is_last = is_last or end in tail
+            streams += 1
+        after = stage.proxy.cpu_s()
+    if before is None or after is None:
+        return 0.0
+    return (after - before) * 1e6 / streams / BURST_EVENTS
+
+
+def row_doors(stage: Stage) -> List[Figure]:
+    """The same burst by several doors, and how they compare."""
+    cost: Dict[str, float] = {}
+    figures = []
+    for door in make_doors():
+        pass_door(stage, door, 0.1)
+        cost[door.name] = pass_door(stage, door, 1.0)
+        known = cost[door.name] or None
+        figures.append(Figure(door.name + ": CPU", "us/event", None, known))
+        if door.than and cost[door.than]:
+            figures.append(Figure("%s, to %s" % (door.name, door.than.partition(": ")[2]), "times",
+                                  None, cost[door.name] / cost[door.than]))
+    return figures
+
+
 def row_paced(stage: Stage) -> List[Figure]:
     results = stage.both(
         dialect="chat", orders={"ev": PACED_EVENTS, "pace": 1 / PACED_HZ}, seconds=0.0, spread=0.5,
@@ -1032,7 +1128,8 @@ def row_care(stage: Stage) -> List[Figure]:
 
 
 ROWS: Dict[str, Callable[[Stage], List[Figure]]] = {
-    "latency": row_latency, "throughput": row_throughput, "burst": row_burst, "paced": row_paced,
+    "latency": row_latency, "throughput": row_throughput, "burst": row_burst,
+    "doors": row_doors, "paced": row_paced,
     "bodies": row_bodies, "reuse": row_reuse, "leave": row_leave, "streams": row_streams,
     "idle": row_idle, "start": row_start, "care": row_care, "clients": row_clients}
 
