@@ -4205,6 +4205,7 @@ def side_request(user_text: str, system_text: str) -> str:
 
 
 IMAGE_TYPES = ("image", "image_url", "input_image")
+SEEN_TYPES = (*IMAGE_TYPES, "computer_screenshot")  # what a model must see
 
 
 def _inner_parts(part: Json) -> Iterator[Json]:
@@ -4405,7 +4406,7 @@ class Dialect:
     @staticmethod
     def has_images(body: Json) -> bool:
         """Is there an image anywhere, also inside a tool's result?"""
-        return _has_part(body, (*IMAGE_TYPES, "computer_screenshot"))
+        return _has_part(body, SEEN_TYPES)
 
     def betas(self, body: Json) -> list[str]:
         """Values of `anthropic-beta` that a body needs which is about to go up."""
