@@ -26115,7 +26115,11 @@ class Job:
 
         if not self.attempts.may("repair"):
             return False
-        is_unseen = self.uploads and error.status == 400 and "image" in str(error)
+        is_unseen = (
+            self.uploads > 0
+            and error.status == 400
+            and re.search("(?i)image|url|download|fetch", str(error)) is not None
+        )
         repair = functools.partial(self.copilot.memory.repair, plan, error)
         if is_unseen:
             self.uploads = 0

@@ -176,12 +176,13 @@ class FaultTest(UploadCase):
     def test_a_model_that_cannot_see_urls_gets_the_image_itself(self) -> None:
         for path, make in CLIENTS:
             for model, upstream in MODELS:
-                for stream in (False, True):
+                for stream, refusal in (
+                        (False, "external image URLs are not supported"),
+                        (True, {"error": {"message": "Unable to download the file."}})):
                     with self.subTest(path=path, model=model, stream=stream):
                         with FakeUpstream() as fake, Proxy(fake, upload_images=True) as proxy:
                             fake.models = today_models()
-                            fake.script(upstream, Answer(
-                                400, body="external image URLs are not supported"))
+                            fake.script(upstream, Answer(400, body=refusal))
                             reply = proxy.post(path, make(model, picture(1), stream=stream))
                             self.assertEqual(reply.status, 200, reply.body)
                             self.assertIn(picture(1).encode(), fake.last(upstream).body)
