@@ -21082,8 +21082,8 @@ def path_in_log(method: str, path: str) -> str:
 
 @functools.lru_cache(maxsize=HEADS_KEPT)
 def program_of(agent: str) -> str | None:
-    """The first word of a User-Agent."""
-    return printable(agent.partition(" ")[0], 60) or None
+    """The first word of a User-Agent, which is no place for a key and yet may hold one."""
+    return printable(redact(agent.partition(" ")[0]), 60) or None
 
 
 @dataclass
@@ -21313,7 +21313,7 @@ class RequestRecord:
             "dialect": asked.label,
             "path": self.path or None,
             "route": self.route,
-            "asked": printable(asked.model, 100) or None,
+            "asked": printable(redact(asked.model), 100) or None,
             "model": self.model.id if self.model else None,
             "streamed": int(asked.streamed),
             "status": self.status or None,

@@ -11,7 +11,7 @@ import tempfile
 import unittest
 import unittest.mock
 
-from support import ROOT, Proxy, ProxyCase, cp, long_run, message, run_main
+from support import ROOT, Proxy, ProxyCase, chat, cp, long_run, message, run_main
 from fake_upstream import FakeUpstream
 from gauges import the_source
 
@@ -171,6 +171,22 @@ class BodyFileTest(ProxyCase):
                     text = file.read()
                 self.assertNotIn("aB3aB3", text)
                 self.assertTrue(text.endswith(("}", "\n")), text[-80:])
+
+
+class RowTest(ProxyCase):
+    """A key that was put into the wrong field of a client is in no history."""
+
+    settings = {"no_history": False}
+
+    def test_a_key_in_place_of_a_model_or_a_program_is_in_no_row(self) -> None:
+        for secret in ("ghu_" + "A1" * 18, "sk-copilot-" + "B2" * 20):
+            self.proxy.post("/v1/chat/completions", chat("hi", secret))
+            self.proxy.post("/v1beta/models/%s:generateContent" % secret, {"contents": []})
+            self.proxy.post("/v1/chat/completions", chat("hi"), **{"User-Agent": secret + "/1 x"})
+            for path in ("/stats", "/history", "/history/summary", "/metrics", "/retired"):
+                self.assertNotIn(secret, self.proxy.get(path).body.decode(), path)
+        asked = [row["asked"] for row in self.proxy.get("/stats").json["recent"]]
+        self.assertEqual(asked.count("[redacted]"), 4)
 
 
 class BundleTest(unittest.TestCase):
