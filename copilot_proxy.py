@@ -16240,6 +16240,8 @@ class KeyFile:
 
     def all(self) -> list[Key]:
         """Every key that is good here.  Raises ConfigError for a file that cannot be parsed."""
+        if self._stamp is None and not os.access(self.path, os.F_OK):
+            return self._good  # no file, as before: most have none
         try:
             known = os.stat(self.path)
             stamp: Any = (known.st_mtime_ns, known.st_size, known.st_ino)
