@@ -24762,7 +24762,7 @@ function drawFortnight(list) {
   pickable(chart, list, 'fortnight-readout'); show('fortnight', chart); }
 function showFortnight() {                                  // on the opening view
   const list = lastDays(15, fortnight).map(c => ({ ...c, name: c.day }));
-  if (today) Object.assign(list[14], today);
+  if (today) Object.assign(list[14], { ...today, day: list[14].day });
   $('fortnight-card').hidden = !fortnight.length;
   if (view !== 'overview' || $('fortnight').contains(document.activeElement)) return;
   const hasCost = list.some(c => c.requests && (known(c.credits) || known(c.estimated_credits)));

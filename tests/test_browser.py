@@ -993,7 +993,7 @@ class Overview(DemoPage):
         since = "/history/summary?days=1"       # the demo's made-up ones of today, and these
         wait_until(lambda: self.demo.get(since).json["total"]["requests"] >= 3)
         count = self.demo.get(since).json["total"]["requests"]
-        page = self.view(width=1280, height=800)
+        page = self.view(width=1280, height=1020)
         page.wait_for("/Requests today\\n%d\\n[^]* a day /.test($('tiles').innerText)" % count)
         text = page.run("$('tiles').innerText")
         for part in ("Requests today", "Credits today", "Credits left", "Cache hits today",
@@ -1064,6 +1064,9 @@ class Fortnight(DemoPage):
         titles = page.run("[...document.querySelectorAll('#fortnight title')].map("
                           "e => e.textContent)")
         self.assertTrue(titles[0].startswith(told[0]["day"] + ": "))
+        page.wait_for("today !== null")
+        page.run("showFortnight()")
+        self.assertNotIn("Invalid", page.run("$('fortnight').textContent"))
         self.assertEqual(page.run("$('fortnight-readout').innerText"), "credits of each day")
         seen = page.run("const chart = document.querySelector('#fortnight svg'); chart.focus();"
                         "chart.dispatchEvent(new KeyboardEvent('keydown', { key: 'End' }));"
