@@ -144,6 +144,18 @@ class Demo(unittest.TestCase):
                 reply = self.proxy.post("/v1/responses", body).json
                 self.assertIn("it rains", reply["output"][-1]["content"][0]["text"])
 
+    def test_what_claude_code_reminds_of_calls_no_tool(self) -> None:
+        """Its reminders beside the prompt tell of tools, of searching and of thinking."""
+        reminder = "<system-reminder>\nUse a tool: search, think, fail slow.\n</system-reminder>"
+        parts = [{"type": "text", "text": words} for words in (reminder, reminder, "Say hi")]
+        reply = self.proxy.post("/v1/messages", {
+            "model": "claude-sonnet-5", "max_tokens": 99,
+            "messages": [{"role": "user", "content": parts}],
+            "tools": [{"name": name, "input_schema": {"type": "object", "properties": {}}}
+                      for name in ("Agent", "WebSearch")]})
+        (part,) = reply.json["content"]
+        self.assertTrue(part["text"].endswith("You said: Say hi"), part)
+
     def test_auto_is_listed_and_the_answer_names_the_real_model(self) -> None:
         self.assertIn("auto", [m["id"] for m in self.proxy.get("/v1/models").json["data"]])
         for path, make in (("/v1/chat/completions", chat), ("/v1/messages", message),
