@@ -163,7 +163,8 @@ class TranslatedRunTest(unittest.TestCase):
         self.cut_at = ["word 7"]
         frames = self.upstream("responses", ["word %d" % number for number in range(20)], False)
         at = next(at for at, frame in enumerate(frames) if b"word 2" in frame)
-        blocks = [b"".join(frames[:at]), b"".join(frames[at:])]
+        cuts = [0, at, at + 8, len(frames)]         # the block in between is of texts alone
+        blocks = [b"".join(frames[begin:end]) for begin, end in zip(cuts, cuts[1:])]
         together, _ = self.relay("messages", "responses", blocks)
         self.assertIn(b"word 6", together)
         self.assertNotIn(b'"text":"word 7', together)
