@@ -23445,8 +23445,9 @@ class EventLoop:
         Signal    a limit, an approval, a shared fetch    whoever sets it, in any thread
 
     and, whatever it waits for: by the end of its time (the result is False), by its client's
-    leaving (ClientGone), or by the end of the server (UpstreamError 503).  Events of a stream resume
-    nothing: the loop calls the function that sends them on (Ready.consume).  One round of the loop:
+    leaving (ClientGone), or by the end of the server (UpstreamError 503).  Events of a
+    stream resume nothing: the loop calls the function that sends them on, `consume` of
+    Ready.  One round of the loop:
 
         select --> resume what is ready --> compute for 2 ms or so --> timers, and once a tick:
            ^                                                          deadlines, pings
