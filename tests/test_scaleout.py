@@ -19,10 +19,11 @@ import time
 import unittest
 from typing import Any
 
-from support import (JSON_TYPE, SCRIPT, SLOW, Command, chat, document, read_blocks, run_command,
-                     wait_until)
+from support import (JSON_TYPE, SCRIPT, SLOW, Command, chat, document, read_blocks, response,
+                     run_command, wait_until)
 import copilot_proxy as cp
 from fake_upstream import FakeUpstream
+from socket_client import CLOSE, Socket, frame
 
 BLOCKS = list(read_blocks(document(".github/OPERATING.md")))
 NGINX = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
@@ -131,6 +132,14 @@ class RollingRestartTest(unittest.TestCase):
         self.assertEqual(self.failures, [])
         self.assertGreaterEqual(self.done.count("stream"), 40)
         self.assertGreaterEqual(self.done.count("call"), 40)
+
+    def test_a_websocket_passes_nginx(self) -> None:
+        with Socket(self.front, timeout_s=30) as opened:
+            self.assertEqual(opened.status, 101)
+            for text in ("hi", "@@events=20 delay_ms=20@@"):
+                self.assertEqual(opened.turn(response(text))[-1]["type"], "response.completed")
+            opened.send(frame(CLOSE, b"\x03\xe8"))
+            self.assertEqual(opened.wait_closed().code, 1000)
 
     def test_events_pass_nginx_one_by_one(self) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.front, timeout=60)
