@@ -35,7 +35,7 @@ MAX_TEXTS = 1000 if SLOW else 15       # for one pattern
 
 #: what stands for a local name in a pattern that is put together inside a function
 LOCAL_NAMES = {"family": cp._FAMILIES[0], "f": cp._FAMILIES[0], "line": "key = value",
-               "asked": "gpt-5-mini", "key": "model"}
+               "asked": "gpt-5-mini", "key": "model", "quoted": "[ \t]*[\"']?key[\"']?\\s*[=:].*\n"}
 #: patterns that are rows of a table: see `table_patterns`
 TABLE_NAMES = ("repair.pattern", "pattern", "recipe.sign", "recipe.named", "recipe.rivals")
 CATEGORIES = {
