@@ -29665,15 +29665,20 @@ def is_at_keyboard() -> bool:
         return False
 
 
-def wait_for_enter(timeout_s: float) -> bool:
-    """Is Enter pressed within that time?"""
-    if os.name == "nt":
-        import msvcrt
+def typed_line(timeout_s: float) -> str | None:
+    """What is typed within that time, None for nothing, '' at the end of the input."""
+    if os.name != "nt":
+        if wait_ready(sys.stdin, timeout_s):
+            return sys.stdin.readline()
+        return None
 
-        keyboard: Any = msvcrt
-        time.sleep(timeout_s)
-        return bool(keyboard.kbhit()) and keyboard.getwch() in "\r\n"
-    return wait_ready(sys.stdin, timeout_s) and sys.stdin.readline() != ""
+    import msvcrt
+
+    keyboard: Any = msvcrt
+    time.sleep(timeout_s)
+    if keyboard.kbhit() and keyboard.getwch() in "\r\n":
+        return "\n"
+    return None
 
 
 class LoginPrompt:
@@ -29723,15 +29728,17 @@ class LoginPrompt:
         ends = time.monotonic() + code.expires_in
         text = translated(WAIT_TEXT, console_language(self._app.settings.lang))
         while not self._is_over() and time.monotonic() < ends:
-            is_pressed = False
+            typed = None
             if is_asked:
-                is_pressed = wait_for_enter(LOGIN_LOOK_S)
+                typed = typed_line(LOGIN_LOOK_S)
             else:
                 self._over.wait(LOGIN_LOOK_S)
+            if typed == "":  # nothing more can be typed
+                is_asked = False
 
             left = int(ends - time.monotonic())
             handler.show(text % (left // 60, left % 60))
-            if is_pressed:
+            if typed:
                 is_asked = False
                 data = base64.b64encode(code.user_code.encode()).decode()
                 sys.stdout.write("\x1b]52;c;%s\x07" % data)

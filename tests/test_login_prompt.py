@@ -96,6 +96,25 @@ class TerminalTest(CliCase):
         last = text[text.rindex("waiting for the login"):] if "waiting for" in text else "\r\x1b[K"
         self.assertIn("\r\x1b[K", last)
 
+    def test_the_end_of_the_input_keeps_no_processor_busy(self) -> None:
+        self.fake.device.interval = 3600
+        self.open("auth", "--github-url", self.fake.url)
+        self.wait_for("Press Enter to copy the code.")
+        os.write(self.master, b"\x04")                       # Ctrl-D
+        self.wait_for("14:58 left")
+        times = os.path.join("/proc", str(self.process.pid), "stat")
+        if not os.path.exists(times):
+            self.skipTest("no /proc here")
+
+        def used() -> int:
+            with open(times, encoding="ascii") as file:
+                return int(file.read().rsplit(")", 1)[1].split()[11])
+
+        before = used()
+        self.wait_for("14:56 left")
+        self.assertLess(used() - before, 0.5 * os.sysconf("SC_CLK_TCK"))
+        self.assertNotIn(b"\x1b]52", self.shown)
+
     def test_in_chinese_where_that_is_wanted(self) -> None:
         self.fake.device.interval = 3600
         self.open("auth", "--lang", "zh", "--github-url", self.fake.url, DISPLAY=":9")
