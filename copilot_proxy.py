@@ -27993,9 +27993,13 @@ def demo_prompt(request: Request) -> tuple[str, bool]:
     """Returns (the last words of the prompt, whether they are a tool result).  What Claude Code
     reminds a model of is left out: it tells of tools and of searching."""
     parts: list[Part] = []
-    for part in [part for turn in request.turns[-1:] for part in turn.parts]:
-        if not (isinstance(part, Text) and is_reminder(part.text)):
-            parts.append(part)
+    for turn in request.turns:
+        words = [
+            part
+            for part in turn.parts
+            if not (isinstance(part, Text) and is_reminder(part.text))
+        ]
+        parts = words or parts
     results = [
         result_text(part, request) for part in parts if isinstance(part, ToolResult)
     ]

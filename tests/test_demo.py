@@ -150,7 +150,8 @@ class Demo(unittest.TestCase):
         parts = [{"type": "text", "text": words} for words in (reminder, reminder, "Say hi")]
         reply = self.proxy.post("/v1/messages", {
             "model": "claude-sonnet-5", "max_tokens": 99,
-            "messages": [{"role": "user", "content": parts}],
+            "messages": [{"role": "user", "content": parts},
+                         {"role": "system", "content": "Tools to search with, and to think."}],
             "tools": [{"name": name, "input_schema": {"type": "object", "properties": {}}}
                       for name in ("Agent", "WebSearch")]})
         (part,) = reply.json["content"]
