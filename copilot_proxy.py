@@ -632,8 +632,8 @@ with the next request => 下一个请求时
 Clear => 解除
 Clear the limit of %s => 解除 %s 的限制
  limited by GitHub (%s) until %s. Next probe: %s. =>  被 GitHub 限制（%s），直到 %s。下次试探：%s。
-at %s a day %s will be left at the reset => 按每天 %s 计，重置时还剩 %s
-at %s a day used up in %s, %s too early => 按每天 %s 计，%s后用完，提前 %s
+at %s a day, %s will be left at the reset => 按每天 %s 计，重置时还剩 %s
+at %s a day, used up in %s, %s too early => 按每天 %s 计，%s后用完，提前 %s
 Running now => 正在进行
 Requests today => 今日请求
 Requests since start => 启动以来的请求
@@ -24308,10 +24308,11 @@ td:first-child, td .sub, #names td { overflow-wrap: anywhere; }
 dialog h2 { flex: 1 1 0; min-width: 0; overflow-wrap: anywhere; } .pill { min-width: 0; }
 @media (min-width: 46rem) { .pill { display: inline-block; max-width: 22rem; overflow: hidden;
   text-overflow: ellipsis; white-space: nowrap; vertical-align: bottom; } .cards td:first-child {
-  min-width: 11rem; } } @media (max-width: 56rem) { nav { order: 1; flex-basis: 100%; } }
+  min-width: 11rem; } } @media (max-width: 56rem) {
+  nav { order: 1; flex-basis: 100%; } #theme { margin-left: auto; } }
 .rows td .sub { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3;
   overflow: hidden; }
-@media (max-width: 46rem) { header { gap: .2rem .8rem; } #theme { margin-left: auto; }
+@media (max-width: 46rem) { header { gap: .2rem .8rem; }
   .cards thead { display: none; }
   .cards :is(table, tbody, td, caption) { display: block; padding: 0 0 .2rem; }
   .cards tr { display: grid; grid-template-columns: repeat(6, 1fr); gap: .3rem .8rem; }
@@ -24636,8 +24637,8 @@ function forecast(lane) {                                   // in words; '' when
   const rate = perDay(lane), days = (lane.resets_at - Date.now() / 1000) / 86400;
   if (!rate || !(lane.left > 0) || !(days > 0)) return '';
   const rest = lane.left - rate * days;
-  return rest >= 0 ? t('at %s a day %s will be left at the reset', fine(rate), fine(rest))
-    : t('at %s a day used up in %s, %s too early', fine(rate), span(lane.left / rate * 864e5),
+  return rest >= 0 ? t('at %s a day, %s will be left at the reset', fine(rate), fine(rest))
+    : t('at %s a day, used up in %s, %s too early', fine(rate), span(lane.left / rate * 864e5),
       span(-rest / rate * 864e5)); }
 function creditTiles(c, of) {                               // none where nothing is known
   const lane = lanes.find(l => !l.unlimited && known(l.left) && known(l.total) && l.total > 0);

@@ -994,13 +994,13 @@ class Overview(DemoPage):
         wait_until(lambda: self.demo.get(since).json["total"]["requests"] >= 3)
         count = self.demo.get(since).json["total"]["requests"]
         page = self.view(width=1280, height=1020)
-        page.wait_for("/Requests today\\n%d\\n[^]* a day /.test($('tiles').innerText)" % count)
+        page.wait_for("/Requests today\\n%d\\n[^]* a day, /.test($('tiles').innerText)" % count)
         text = page.run("$('tiles').innerText")
         for part in ("Requests today", "Credits today", "Credits left", "Cache hits today",
                      "First byte today", "as GitHub reports them"):
             self.assertIn(part, text)
         self.assertNotIn("unknown", text)
-        self.assertRegex(text, r"at [\d.]+ a day ([\d.]+ will be left at the reset|used up in)")
+        self.assertRegex(text, r"at [\d.]+ a day, ([\d.]+ will be left at the reset|used up in)")
         self.wait_for_text(page, "This is the demo")
         path = PICTURE if os.environ.get("PAGE_PICTURE") == "1" else os.path.join(
             self.demo.data_dir, "page.png")

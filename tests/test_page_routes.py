@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 from fake_upstream import CHAT, MESSAGES, RESPONSES, Answer
+from socket_client import Socket
 from support import (Proxy, ProxyCase, Reply, bearer, chat, cp, message, response,
                      second_proxy, wait_until)
 
@@ -72,6 +73,21 @@ class Stopping(HoldingCase):
                 self.assertEqual((row["error"], row["path"] is None), ("request_stopped", False))
                 self.assertEqual(self.proxy.get("/stats").json["totals"]["errors"], 0)
                 self.let_go()
+
+    def test_a_request_on_a_websocket_is_stopped_and_the_next_one_is_answered(self) -> None:
+        socket = self.enter(Socket(self.proxy.port))
+        for model in ("gpt-5.3-codex", "claude-sonnet-4.6"):
+            with self.subTest(model=model):
+                socket.create(response("@@events=3 stall=1@@", model))
+                while socket.event()["type"] != "response.output_text.delta":
+                    pass
+                self.assertEqual(self.stop(self.running()["id"]).status, 200)
+                last = socket.events()[-1]
+                self.assertIn(last["type"], ("response.failed", "error"))
+                self.assertIn("a person stopped this request", json.dumps(last))
+                self.let_go()
+                self.assertEqual(socket.turn(response("hi", model))[-1]["type"],
+                                 "response.completed")
 
     def test_a_whole_answer_is_refused_with_a_status_that_no_client_tries_again(self) -> None:
         for path, make, upstream in (("/v1/chat/completions", chat, CHAT),
