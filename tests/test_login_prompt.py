@@ -17,7 +17,7 @@ import unittest.mock
 from typing import Any
 
 from support import (SCRIPT, Proxy, ProxyCase, ask, chat, clean_environment, compiled, cp,
-                     interrupts_on, run_main, wait_until)
+                     interrupts_on, long_run, run_main, wait_until)
 from cases import CliCase
 from fake_upstream import CHAT, DEVICE_CODE, Answer, FakeUpstream
 
@@ -96,6 +96,7 @@ class TerminalTest(CliCase):
         last = text[text.rindex("waiting for the login"):] if "waiting for" in text else "\r\x1b[K"
         self.assertIn("\r\x1b[K", last)
 
+    @long_run
     def test_the_end_of_the_input_keeps_no_processor_busy(self) -> None:
         self.fake.device.interval = 3600
         self.open("auth", "--github-url", self.fake.url)
@@ -115,6 +116,7 @@ class TerminalTest(CliCase):
         self.assertLess(used() - before, 0.5 * os.sysconf("SC_CLK_TCK"))
         self.assertNotIn(b"\x1b]52", self.shown)
 
+    @long_run
     def test_in_chinese_where_that_is_wanted(self) -> None:
         self.fake.device.interval = 3600
         self.open("auth", "--lang", "zh", "--github-url", self.fake.url, DISPLAY=":9")
