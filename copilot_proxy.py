@@ -29013,52 +29013,120 @@ def splice_json(text: str, new: Any) -> str:
     return text
 
 
-#: a setting of TOML or YAML in one line -> its value and the comment behind it
-_SETTING = re.compile(r"""(?m)[=:] *(?:"[^"\n]*"|'[^'\n]*'|[^#"'\n])*([ \t]#.*)?$""")
+#: a text, a comment, a bracket or something else of TOML; what has no end takes the rest
+_TOML_TOKEN = re.compile(
+    r'"""(?:[^\\]|\\.)*?(?:"""|\Z)|'
+    r"'''.*?(?:'''|\Z)"
+    r'|"(?:[^"\\\n]|\\.)*"?'
+    r"|'[^'\n]*'?|#[^\n]*|[\[{]|[\]}]|\n|[^\"'#\[\]{}\n]+",
+    re.DOTALL,
+)
+_KEY = re.compile(r"""(?:export[ ]+)?["']?([\w.-]+)["']?[ \t]*[=:]""")
 
 
-def merge_setting(top: str, line: str) -> str:
-    """One `key = value` over the same key in the lines before the first section, or before them
-    all.  The comment behind it stays."""
-    key = re.split("[ =:]", line)[0]
-    quoted = r"[\"']?%s[\"']?\s*[=:].*\n" % re.escape(key)
-    if line[len(key) :].lstrip().startswith("="):  # in TOML the margin means nothing
-        quoted = "[ \t]*" + quoted
-    theirs = re.search("(?m)^" + quoted, top)
-    if not theirs:
-        return line + top
-    comment = _SETTING.search(theirs.group())
-    if comment and comment.group(1):
-        line = "%s  %s\n" % (line.rstrip(), comment.group(1).strip())
-    return top.replace(theirs.group(), line, 1)
+def lines_of_toml(text: str) -> list[str]:
+    """The lines of a TOML text; a value of several lines is in one of them."""
+    lines, depth = [""], 0
+    for token in _TOML_TOKEN.findall(text):
+        lines[-1] += token
+        if token in "[{":
+            depth += 1
+        elif token in "]}":
+            depth -= 1
+        elif token == "\n" and depth <= 0:
+            lines.append("")
+            depth = 0
+    return [line for line in lines if line]
+
+
+class SettingLines:
+    """The lines of a TOML text, of variables, or of a flat YAML text.  top: those before the first
+    section; sections: each with its first line, a [table] or a "- item"."""
+
+    def __init__(self, text: str, is_toml: bool) -> None:
+        self._is_toml = is_toml
+        self.top: list[str] = []
+        self.sections: list[list[str]] = []
+        if is_toml:
+            lines = lines_of_toml(text)
+        else:
+            lines = text.splitlines(True)
+
+        for line in lines:
+            if self.title(line):
+                self.sections.append([line])
+            elif self.sections:
+                self.sections[-1].append(line)
+            else:
+                self.top.append(line)
+
+    def title(self, line: str) -> str:
+        """The name of the section that begins with a line, "" for another line."""
+        if not self._is_toml:
+            if line.startswith("- "):
+                return line.strip()
+            return ""
+        bare = line.partition("#")[0].strip()
+        if bare.startswith("["):
+            return re.sub(r"[\s\"']", "", bare)
+        return ""
+
+    def key(self, line: str) -> str:
+        """The key that a line sets, "" for none.  The margin means something in YAML alone."""
+        found = _KEY.match(line.lstrip() if self._is_toml else line)
+        if found:
+            return found[1]
+        return ""
+
+    def set(self, line: str) -> None:
+        """Put a setting in the place of theirs, whose comment stays, or before all."""
+        key = self.key(line)
+        for at, theirs in enumerate(self.top):
+            if key and self.key(theirs) == key:
+                words = _TOML_TOKEN.findall(theirs)
+                comment = next((word for word in words if word[0] == "#"), "")
+                if comment and " " + comment in theirs.expandtabs(1):
+                    line = "%s  %s\n" % (line.rstrip(), comment)
+                self.top[at] = line
+                return
+        self.top.insert(0, line)
+
+    def put(self, section: list[str]) -> None:
+        """Put a section in the place of theirs: of that stay comments, and what is behind an empty
+        line, but for the same keys."""
+        title = self.title(section[0])
+        for at, theirs in enumerate(self.sections):
+            if self.title(theirs[0]) != title:
+                continue
+            keys = set(map(self.key, section))
+            blank = next((n for n, ln in enumerate(theirs) if not ln.strip()), None)
+            own = [line for line in section[1:] if line.strip()]
+            comments = [ln for ln in theirs[1:blank] if ln.lstrip().startswith("#")]
+            rest = theirs[blank:] if blank else []
+            kept = [ln for ln in rest if self.key(ln) not in keys or not self.key(ln)]
+            self.sections[at] = [theirs[0], *own, *comments, *kept]
+            return
+        self.sections.append(section)
+
+    def text(self) -> str:
+        """All of it."""
+        return "".join(map("".join, [self.top, *self.sections]))
 
 
 def merge_lines(old: str, new: str) -> str:
-    """`new` over a TOML or flat YAML text: its top keys replace theirs, a [table] or "- item" with
-    the same first line is replaced up to its first empty line but for its comments, the rest is
-    added."""
-    top, *sections = re.split(
-        r"(?m)^(?=\[|- )", old + "\n" * (old[-1:] not in ("", "\n"))
-    )
-    new_top, *new_sections = re.split(r"(?m)^(?=\[|- )", new)
+    """`new` over a TOML or flat YAML text: its top keys replace theirs, and so does a section with
+    the same name; the rest is added."""
+    is_toml = re.search(r"(?m)^\[", new) is not None
+    merged = SettingLines(old + "\n" * (old[-1:] not in ("", "\n")), is_toml)
+    ours = SettingLines(new, is_toml)
 
-    for line in reversed(new_top.splitlines(True)):
+    for line in reversed(ours.top):
         if line.strip() or not old:
-            top = merge_setting(top, line)
+            merged.set(line)
+    for section in ours.sections:
+        merged.put(section)
 
-    for section in new_sections:
-        same = [s for s in sections if s.split("\n")[0] == section.split("\n")[0]]
-        if same:
-            theirs, blank, rest = same[0].partition("\n\n")
-            comments = [ln for ln in theirs.split("\n") if ln.lstrip().startswith("#")]
-            whole = "\n".join([section.rstrip("\n"), *comments]) + "\n"
-            if blank:
-                whole += "\n" + rest
-            sections[sections.index(same[0])] = whole
-        else:
-            sections.append(section)
-
-    return top + "".join(sections)
+    return merged.text()
 
 
 def read_settings(path: str) -> str:

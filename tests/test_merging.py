@@ -1,6 +1,7 @@
 """How `setup --write` changes files that people have written (section 22, and cmd_setup of 23)."""
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import plistlib
@@ -189,6 +190,41 @@ class LinesTest(unittest.TestCase):
                          '[model_providers.copilot_proxy]\nname = "new"\n# why: see the wiki\n\n'
                          '[last]\nx = 1\n')
         self.assertEqual(cp.merge_lines(text, new), text)
+
+
+    @unittest.skipIf(sys.version_info < (3, 11), "tomllib")
+    def test_toml_says_what_it_said_and_what_is_new_however_it_is_written(self) -> None:
+        """A table of a provider twice, or a key, and Codex does not start."""
+        import tomllib
+
+        new = 'model = "new"\n\n[providers.ours]\nname = "ours"\nurl = "u"\n'
+        tops = ("", 'model = "old" # c\n', '  "model" = \'old\'\n', 'model = """old\n[x]\n"""\n',
+                'rules = """\n- do this\n[no.table]\n"""\n', "list = [\n  'a',\n\n  ']',\n]\n",
+                "lit = \'\'\'\n- a\n\'\'\'\n", 'a.b = "]" # [\n', "# model = 1\n")
+        tables = ("", '[providers.ours] # mine\nname = "old"\n', '[ providers."ours" ]\nkey = 1\n',
+                  '[providers.ours]\nname = "old"\n\nurl = "below"\nown = 1\n',
+                  '[providers.ours]\nlist = [\n\n 1,\n]\n', '[providers.ours.headers]\na = "b"\n')
+        others = ("", "[p]\nmodel = 1\n", "  [[rows]]\n  a = 1\n[[rows]]\na = 2\n",
+                  '[t]\ntext = """\nmodel = 1\n[providers.ours]\n"""\n')
+        for top, table, other in itertools.product(tops, tables, others):
+            for old in (top + table + other, top + other + table):
+                wanted = tomllib.loads(old)
+                text = cp.merge_lines(old, new)
+                with self.subTest(old=old, text=text):
+                    found = tomllib.loads(text)
+                    ours = found.pop("providers")["ours"]
+                    self.assertEqual((found.pop("model"), ours["name"], ours["url"]),
+                                     ("new", "ours", "u"))
+                    their = wanted.pop("providers", {}).get("ours", {})
+                    for key in {"own", "headers"} & set(their):
+                        self.assertEqual(ours[key], their[key])
+                    wanted.pop("model", None)
+                    self.assertEqual(found, wanted)
+                    self.assertEqual(cp.merge_lines(text, new), text)
+
+    def test_an_exported_variable_is_not_set_twice(self) -> None:
+        text = cp.merge_lines("export KEY='old' # mine\nOTHER=it's\n", "KEY=new\n")
+        self.assertEqual(text, "KEY=new  # mine\nOTHER=it's\n")
 
 
 class WriteTest(SetupCase):
