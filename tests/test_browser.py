@@ -200,6 +200,7 @@ class PageCase(ProxyCase):
         found = page.run(CONTRAST)
         self.assertGreater(len(found), 5)
         self.assertEqual([entry for entry in found if entry[0] < entry[1]], [])
+        self.assertEqual(page.run(FAULTS), [])
 
 
 class LoggedIn(PageCase):
@@ -1023,7 +1024,6 @@ class Overview(DemoPage):
                     page.run("new Promise(done => setTimeout(done, 300))")
                     self.check_contrast(page)
                     self.assertEqual(page.run(NAMELESS), [], view)
-                    self.assertEqual(page.run(FAULTS), [], view)
                     self.assertLessEqual(
                         page.run("document.scrollingElement.scrollWidth"), width, view)
                     self.shoot(page, "demo %s %s %d" % (view, "dark" if dark else "light", width))
