@@ -3460,7 +3460,8 @@ _SOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 
 def accept_key(head: RequestHead) -> str:
-    """Sec-WebSocket-Accept for a handshake.  Raises BadRequest: 426 for another version, 400."""
+    """Return Sec-WebSocket-Accept for a handshake.  Raises BadRequest: 426 for another version
+    of the protocol, else 400."""
     headers = head.headers
     if head.minor == 0 or "upgrade" not in headers.get("connection", "").lower():
         raise BadRequest("a WebSocket needs HTTP/1.1 and Connection: Upgrade")
@@ -3479,7 +3480,7 @@ def accept_key(head: RequestHead) -> str:
 
 
 def socket_frame_head(kind: int, size_bytes: int) -> bytes:
-    """What goes before the payload of a whole frame from the server, which is not masked."""
+    """Return the head of a whole frame from the server, which is never masked."""
     first = 0x80 | kind
     if size_bytes <= MAX_CONTROL_BYTES:
         return bytes((first, size_bytes))
@@ -3494,7 +3495,7 @@ def socket_frame(kind: int, payload: bytes = b"") -> bytes:
 
 
 def close_frame(code: int, reason: str = "") -> bytes:
-    """The last frame.  reason: short."""
+    """Return the frame that ends a connection.  reason: at most 123 bytes."""
     payload = struct.pack(">H", code) + reason.encode()
     return socket_frame(CLOSE_FRAME, payload)
 
@@ -3505,7 +3506,7 @@ _TEXT_HEADS = [socket_frame_head(TEXT_FRAME, size) for size in range(4096)]
 
 
 def _event_texts(block: bytes) -> list[bytes]:
-    """The data of each event.  Mostly all of them have one name."""
+    """Return the data of each event.  In most blocks all events have the same name."""
     head = block[: block.find(b"data: ") + 6]
     if head.startswith(b"event: ") and head.count(b"\n") == 1:
         texts = block[len(head) : -2].split(b"\n\n" + head)
@@ -3520,7 +3521,7 @@ def _event_texts(block: bytes) -> list[bytes]:
 
 
 def text_frames(block: bytes, lane: bytes = b"") -> bytes:
-    """Whole server-sent events as text frames, the data of one in each; comments are left out.
+    """Turn whole server-sent events into text frames, one each; comments are left out.
     b'event: a\\ndata: {}\\n\\n' -> b'\\x81\\x02{}'.  A burst has hundreds of events, and the
     usual ones take no step of their own.  lane: how each text begins in place of its brace."""
     if not block.isascii():
@@ -3538,7 +3539,8 @@ def text_frames(block: bytes, lane: bytes = b"") -> bytes:
 
 
 class FrameHead(NamedTuple):
-    """Of one frame of a client.  is_last: of its message; end: where its payload begins."""
+    """The head of one frame of a client.  is_last: the frame ends its message; end: where the
+    head ends."""
 
     kind: int
     is_last: bool
@@ -3553,7 +3555,7 @@ class FrameHead(NamedTuple):
 
 
 def parse_frame_head(data: bytes, at: int) -> FrameHead | None:
-    """The head that begins at `at`, None while it is not whole.  Raises BadFrame."""
+    """Parse the head that begins at `at`; None while it is incomplete.  Raises BadFrame."""
     if len(data) < at + 2:
         return None
     first, second = data[at], data[at + 1]
@@ -3583,8 +3585,8 @@ def parse_frame_head(data: bytes, at: int) -> FrameHead | None:
 
 
 def unmask(data: bytes, key: bytes) -> bytes:
-    """Each byte XOR the one of the 4 bytes of `key` whose turn it is: one operation on two long
-    integers, where a loop would take a thousand times as long."""
+    """XOR every byte with the 4 bytes of `key` in turn.  One operation on two long integers is a
+    thousand times as fast as a loop."""
     size = len(data)
     mask = (key * (size // 4 + 1))[:size]
     number = int.from_bytes(data, "little") ^ int.from_bytes(mask, "little")
@@ -3592,7 +3594,7 @@ def unmask(data: bytes, key: bytes) -> bytes:
 
 
 def close_code_of(payload: bytes) -> int:
-    """The code in a client's close frame, NORMAL where it has none.  Raises BadFrame."""
+    """Return the code in a client's close frame, NORMAL if it has none.  Raises BadFrame."""
     if not payload:
         return NORMAL
     code = int.from_bytes(payload[:2], "big")
@@ -3614,10 +3616,10 @@ class SocketMessage(NamedTuple):
 
 
 class SocketDecoder:
-    """The frames of a client.  `feed(data)` gives the messages that are whole by now: texts, their
-    fragments joined, and control frames, which may come between the fragments.  It holds at most
-    a frame's head and MAX_BODY_BYTES of a message; a size is checked before anything of that size
-    is there.  Raises BadFrame for what RFC 6455 forbids; what follows cannot be read then."""
+    """Decodes the frames of a client.  `feed(data)` returns the messages that are complete: texts,
+    with their fragments joined, and control frames, which may arrive between fragments.  It holds
+    at most a frame's head and MAX_BODY_BYTES of a message, and checks a size before it stores
+    anything.  Raises BadFrame for what RFC 6455 forbids; nothing can be read after that."""
 
     def __init__(self) -> None:
         self._tail = b""  # an incomplete head
@@ -3630,16 +3632,16 @@ class SocketDecoder:
 
     @property
     def size_bytes(self) -> int:
-        """What has come of a message that is not whole."""
+        """The size of the incomplete message so far."""
         return len(self._text)
 
     @property
     def is_midway(self) -> bool:
-        """Is something begun that is not whole?"""
+        """Is a frame or a message incomplete?"""
         return bool(self._tail or self._fragments or self._frame)
 
     def feed(self, data: bytes) -> list[SocketMessage]:
-        """The messages that these bytes end."""
+        """Return the messages that these bytes complete."""
         data, self._tail = self._tail + data, b""
         found: list[SocketMessage] = []
         at = 0
@@ -3692,7 +3694,7 @@ class SocketDecoder:
             raise BadFrame("a text is not UTF-8", NOT_UTF8) from None
 
     def _end(self, frame: FrameHead) -> list[SocketMessage]:
-        """The frame is whole -> what it ends."""
+        """A frame is complete -> the message that it completes, if any."""
         self._frame = None
         if not frame.is_text:
             control, self._control = self._control, b""
@@ -22301,13 +22303,13 @@ class ClientConnection(Connection):
         self.wake()
 
     def wake(self) -> None:
-        """Whoever waits for news looks again."""
+        """Resume the coroutine if it waits for news."""
         if self._news is not None:
             (what, task), self._news = self._news, None
             self.loop.resume(task, what, True)
 
     def _hand_over(self) -> None:
-        """What has come on a WebSocket is looked at at once."""
+        """Let the WebSocket look at what has arrived, at once."""
         if self.socket is None or self.socket.is_over or self.sock is None:
             return
         data, self.ahead = self.ahead, b""
@@ -22404,14 +22406,14 @@ class ClientConnection(Connection):
         self.loop.cancel(self.task, ClientGone())
 
     def dismiss(self) -> None:
-        """The server serves no further request here."""
+        """Serve no further request on this connection."""
         if self.socket is None:
             self.leave()
         else:
             self.socket.end(GOING_AWAY, "the proxy is shutting down")
 
     def give_up_request(self) -> None:
-        """The request that is answered is not wanted any more, or none will come."""
+        """Cancel the running request; without one, wake the coroutine that waits for the next."""
         if self.exchange is None:
             self.wake()
         else:
@@ -22482,7 +22484,7 @@ class ClientConnection(Connection):
         return self._take_head()
 
     def open_socket(self, socket: WebSocket) -> None:
-        """From here on requests come as messages."""
+        """Read requests as messages of a WebSocket from now on."""
         self.socket = socket
 
     async def read_message(self, socket: WebSocket) -> bytes | None:
@@ -22568,16 +22570,16 @@ class ClientConnection(Connection):
 
 
 class WebSocket:
-    """The messages of a client behind a handshake: each is a request, and they are answered one
-    after the other, as those of any connection are.
+    """Reads the messages of a client after its handshake.  Each of them is a request, and requests
+    are answered one after the other, as on any connection.
 
-    The loop hands over whatever comes, also while a request is answered (`feed`): so a ping gets
-    its pong at once, a client that leaves ends its request, and what it asks meanwhile waits, up
-    to SOCKET_QUEUE requests and MAX_BODY_BYTES in all.  Nothing is read behind the last frame
-    (`end`).  The loop's thread alone uses it.
+    The loop hands over all bytes as they arrive, also while a request is being answered (`feed`).
+    So a ping gets its pong at once, a client that leaves ends its request, and further requests
+    wait, up to SOCKET_QUEUE of them and MAX_BODY_BYTES in all.  Nothing is read after the close
+    frame (`end`).  Only the loop's thread uses it.
 
-    kept: the answers that a request here may name; head: of each request, as of the handshake;
-    endpoint: that answers them."""
+    kept: answers that a request on this connection may name; head: the head of every request,
+    made from the handshake's; endpoint: answers the requests."""
 
     def __init__(
         self, client: ClientConnection, head: RequestHead, endpoint: SocketEndpoint
@@ -22600,7 +22602,7 @@ class WebSocket:
     # -- what the loop reports
 
     def feed(self, data: bytes) -> None:
-        """These bytes have come."""
+        """Decode bytes that have arrived, and act on the messages in them."""
         try:
             for message in self._decoder.feed(data):
                 if not self.is_over:
@@ -22651,7 +22653,7 @@ class WebSocket:
         )
 
     def on_tick(self, now: float) -> None:
-        """What depends on time."""
+        """Close a connection that is too slow or too old; send a ping in a silence."""
         client, settings = self._client, self._client.settings
         late = self._begun_at + settings.body_stall_s
         late += self._decoder.size_bytes / BODY_BYTES_PER_S
@@ -22672,7 +22674,7 @@ class WebSocket:
 
     @property
     def has_message(self) -> bool:
-        """Does a request wait?"""
+        """Is a request waiting?"""
         return bool(self._waiting)
 
     def next_message(self) -> bytes | None:
@@ -22685,17 +22687,17 @@ class WebSocket:
         return self._waiting.popleft()
 
     def prepare(self, response_id: str, fields_: Json) -> None:
-        """What a request said that was only to prepare another, which may leave it out."""
+        """Remember fields of a preparing request: the next request may leave them out."""
         self._prepared = response_id, fields_
 
     def prepared_for(self, response_id: Any) -> Json:
-        """The same for a request that names it."""
+        """Return the remembered fields if the preparing request had this id, else none."""
         if response_id == self._prepared[0]:
             return self._prepared[1]
         return {}
 
     def send_error(self, error: ProxyError, more: Json | None = None) -> None:
-        """An error as a frame; the connection stays.  Raises ClientGone."""
+        """Send an error as a frame; the connection stays open.  Raises ClientGone."""
         event = dumps({**RESPONSES.error_event(error), **(more or {})})
         self._client.send(socket_frame(TEXT_FRAME, event))
 
@@ -22706,7 +22708,7 @@ class WebSocket:
         self.end(NORMAL, "connect again")
 
     def end(self, code: int, reason: str = "") -> None:
-        """Send the last frame and read no more.  A request that is being answered is given up."""
+        """Send the close frame and read no more.  A running request is given up."""
         if self.is_over:
             return
         self.is_over = True
@@ -23173,8 +23175,10 @@ class Exchange:
 
 
 class SocketExchange(Exchange):
-    """A request that came over a WebSocket, and its answer: each event of a stream is a text frame
-    here.  There are no headers, and an error can be told at any time: it is a frame, too."""
+    """A request that came over a WebSocket, and its answer.
+
+    Each event of a stream is sent as a text frame, and there are no headers.  An error is a frame,
+    too, so it can be sent at any time."""
 
     def __init__(
         self, client: ClientConnection, socket: WebSocket, body: bytes, app: App
@@ -23185,8 +23189,8 @@ class SocketExchange(Exchange):
         self._lane: Json = {}  # repeated in each event
 
     def take_lane(self, stream_id: Any) -> None:
-        """Name the lane of the request, of which a client may have several.  They are served one
-        after the other here.  Raises BadRequest."""
+        """Set the lane of the request.  A client may use several; here they share one queue.
+        Raises BadRequest."""
         if stream_id is None:
             return
         if not isinstance(stream_id, str) or len(stream_id) > MAX_ID_CHARS:
@@ -23218,10 +23222,10 @@ class SocketExchange(Exchange):
         self.fail(error)
 
     def ping(self) -> None:
-        """The WebSocket sends its own."""
+        """Do nothing: the WebSocket sends pings by itself."""
 
     def probe(self) -> None:
-        """Who sends no more on a WebSocket has left it.  Raises ClientGone."""
+        """Raise ClientGone: a client that stops sending on a WebSocket has left."""
         raise ClientGone
 
     def frame(self, data: bytes) -> bytes:
@@ -26305,15 +26309,16 @@ PREPARED_FIELDS = ("instructions", "tools")
 
 
 def forget_answer(exchange: SocketExchange, previous: Any) -> None:
-    """A request has failed: at OpenAI none may go on from what it named, so clients send all."""
+    """Forget the answer that a failed request named.  OpenAI does so, and clients then send the
+    whole conversation."""
     account = exchange.record.account
     if account is not None:
         exchange.store.delete(owner_of(exchange, account), str(previous))
 
 
 async def prepare_response(exchange: SocketExchange, job: Job, body: Json) -> None:
-    """A request that the next one goes on from (`generate: false`).  Copilot takes none such: it
-    is answered here, and kept."""
+    """Answer a request that only prepares the next one (`generate: false`), and keep it.  Copilot
+    refuses such requests."""
     fields_ = {name: body[name] for name in PREPARED_FIELDS if name in body}
     echo = RESPONSES.echo_of(body)
     await job.begin(body)
@@ -26327,7 +26332,7 @@ async def prepare_response(exchange: SocketExchange, job: Job, body: Json) -> No
 
 
 async def create_response(exchange: SocketExchange) -> None:
-    """`response.create` on a WebSocket: as POST /responses, always as a stream."""
+    """Answer `response.create` on a WebSocket like POST /responses, always with a stream."""
     exchange.answer_in(RESPONSES)
     body = await exchange.read_json()
     kind = body.pop("type", None)
@@ -26364,7 +26369,7 @@ async def create_response(exchange: SocketExchange) -> None:
 
 
 def open_socket(exchange: Exchange) -> None:
-    """GET /responses: a WebSocket, for clients that ask for one as Codex and VS Code do."""
+    """Open a WebSocket at GET /responses, which Codex and VS Code ask for."""
     if exchange.head.headers.get("upgrade", "").lower() != "websocket":
         text = "GET is possible here for a WebSocket only, else POST"
         raise BadRequest(text, 405, headers={"Allow": "POST"})
