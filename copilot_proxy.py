@@ -29026,7 +29026,7 @@ _TOML_TOKEN = re.compile(
     r"|'[^'\n]*'?|#[^\n]*|[\[{]|[\]}]|\n|[^\"'#\[\]{}\n]+",
     re.DOTALL,
 )
-_KEY = re.compile(r"""(?:export[ ]+)?["']?([\w.-]+)["']?[ \t]*[=:]""")
+_SETTING_KEY = re.compile(r"""(?:export[ ]+)?["']?([\w.-]+)["']?[ \t]*[=:]""")
 
 
 def lines_of_toml(text: str) -> list[str]:
@@ -29078,7 +29078,7 @@ class SettingLines:
 
     def key(self, line: str) -> str:
         """The key that a line sets, "" for none.  The margin means something in YAML alone."""
-        found = _KEY.match(line.lstrip() if self._is_toml else line)
+        found = _SETTING_KEY.match(line.lstrip() if self._is_toml else line)
         if found:
             return found[1]
         return ""
