@@ -120,6 +120,7 @@ class Stopping(HoldingCase):
         request_id = self.running()["id"]
         self.assertEqual(self.stop(request_id, **FOREIGN).status, 403)
         self.assertEqual(self.proxy.get("/requests/stop").status, 405)
+        self.assertTrue(self.fake.wait_for(lambda: self.fake.holding == 1, 10))
         self.let_go()
         thread.join(10)
         self.assertEqual(replies[0].status, 200)
