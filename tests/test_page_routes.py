@@ -118,6 +118,7 @@ class Stopping(HoldingCase):
         self.fake.script(CHAT, Answer(status=0, hold=True))
         thread, replies = self.begin("/v1/chat/completions", chat("a"))
         request_id = self.running()["id"]
+        wait_until(lambda: self.fake.holding)             # else it would be let go too early
         self.assertEqual(self.stop(request_id, **FOREIGN).status, 403)
         self.assertEqual(self.proxy.get("/requests/stop").status, 405)
         self.assertTrue(self.fake.wait_for(lambda: self.fake.holding == 1, 10))
@@ -161,6 +162,7 @@ class Progress(HoldingCase):
                     rows = json.loads(file.readline()[len(b"data: "):])
                     seen = rows[0]["received_bytes"]
             self.assertGreater(rows[0]["input"], 0)
+            wait_until(lambda: self.fake.holding)
             self.let_go()
 
 
