@@ -14052,21 +14052,24 @@ class PlanRepairs:
     """Notes about the repairs of a plan, written by its own methods only. memory: of
     the account; names: the repairs in order, one list for all plans of a request;
     lessons: (repair, words) to be remembered if they help; words: captured from the
-    last refusal; is_stale: the request needs another plan."""
+    last refusal; is_stale: the request needs another plan; known: how much the memory had
+    been refused when it was planned."""
 
     memory: Any = None  # a Memory, which is defined below
     names: list[str] = field(default_factory=list)
     lessons: list[Any] = field(default_factory=list)
     words: tuple[str, ...] = ()
     is_stale: bool = False
+    known: int = 0
 
     def share(self, names: list[str]) -> None:
         """Go on with the list of an earlier plan of this request."""
         self.names = names
 
-    def use(self, memory: Any) -> None:
+    def use(self, memory: Any, known: int) -> None:
         """This account's memory is asked, and learns."""
         self.memory = memory
+        self.known = known
 
     def quote(self, *words: str) -> None:
         """Set the words of the refusal that are to be remembered."""
@@ -14075,8 +14078,9 @@ class PlanRepairs:
     def avoid(self, model_id: str, what: str) -> bool:
         """Mark `what` as unsupported by this model. Returns True if that is news, so
         that the request must be planned again."""
-        self.is_stale |= (model_id, what) not in self.memory.refused
-        self.memory.refused.add((model_id, what))
+        refused = self.memory.refused
+        refused.add((model_id, what))
+        self.is_stale |= len(refused) > self.known  # or another request has learned it
         return self.is_stale
 
 
@@ -15146,9 +15150,12 @@ class Memory:
             self._bad.add(mark)
         return not known or mark in self._bad
 
-    def prepare(self, plan: Plan) -> None:
-        """Change a plan by what was learned before."""
-        plan.repairs.use(self)
+    def prepare(self, plan: Plan, known: int | None = None) -> None:
+        """Change a plan by what was learned before.  known: how much had been refused when it was
+        begun, as much as now by default."""
+        if known is None:
+            known = len(self.refused)
+        plan.repairs.use(self, known)
         if self._bad and drop_state(plan, True):
             plan.repairs.names.append("reasoning state")
         for store in (self._facts, self._values):
@@ -25969,6 +25976,7 @@ class Job:
             self.model,
         )
         refused = self.copilot.memory.refused
+        known = len(refused)
         upstream = choose_upstream(client, model, refused, client.has_files(body))
         has_search = upstream.answers_search and (model.id, SEARCH_TOOLS) not in refused
         if client.answers_search and not has_search and is_search_request(body):
@@ -26004,7 +26012,7 @@ class Job:
             sent = plan.edit.body
             plan.request.foresee(estimate_tokens(sent, model.is_claude, sample_tokens))
         plan.request.measure(exchange.record.elapsed_ns)
-        self.copilot.memory.prepare(plan)
+        self.copilot.memory.prepare(plan, known)
         return plan
 
     def may_search(self) -> bool:

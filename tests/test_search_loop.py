@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import json
+import threading
 import unittest
 from typing import Any
 from unittest import mock
 
-from support import Proxy, ProxyCase, chat, cp, message, response
+from support import Proxy, ProxyCase, chat, cp, message, release, response, wait_until
 from socket_client import Socket
 from fake_upstream import CHAT, MESSAGES, RESPONSES, Answer, bad, today_models
 
@@ -284,6 +285,24 @@ class MessagesTest(LoopCase):
             self.assertIn("tools", reply.headers["x-copilot-proxy-lossy"])
             sent = self.fake.last(MESSAGES).json
             self.assertEqual([tool["name"] for tool in sent["tools"]], ["get_weather"])
+
+    def test_requests_that_meet_the_same_refusal_at_once_are_all_answered(self) -> None:
+        """The first one to learn it left the others with a 400."""
+        paths = (("/v1/messages", message("cats", CLAUDE, tools=[TOOL]), MESSAGES),
+                 ("/v1/messages", message("cats", CLAUDE, tools=[TOOL], stream=True), MESSAGES))
+        replies: list[Any] = []
+        threads = []
+        for path, body, upstream in paths:
+            self.fake.script(upstream, Answer(status=0, hold=True))
+            threads.append(threading.Thread(
+                target=lambda path=path, body=body: replies.append(self.proxy.post(path, body))))
+            threads[-1].start()
+        wait_until(lambda: self.fake.holding == len(paths))
+        release(self.fake, len(paths))
+        for thread in threads:
+            thread.join(10)
+        self.assertEqual([reply.status for reply in replies], [200] * len(paths),
+                         [reply.body for reply in replies])
 
     def test_on_a_gpt_and_a_gemini(self) -> None:
         for model, path in (("gpt-5.4", RESPONSES), (GEMINI, CHAT)):
