@@ -82,6 +82,21 @@ class SectionTest(unittest.TestCase):
                         name.lineno, here, name.id, defined[name.id]))
         self.assertEqual(wrong, [])
 
+    def test_no_name_of_the_module_is_given_twice(self) -> None:
+        """The second one would take the place of the first everywhere above it, too."""
+        seen: set[str] = set()
+        twice = []
+        for node in SOURCE.tree.body:
+            if isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = {name.id for target in targets for name in ast.walk(target)
+                         if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+            else:
+                names = {node.name} if isinstance(node, FUNCTIONS + (ast.ClassDef,)) else set()
+            twice += sorted(names & seen)
+            seen |= names
+        self.assertEqual(twice, [])
+
     def test_every_name_that_is_used_exists(self) -> None:
         known = set(SOURCE.defined()) | set(dir(builtins)) | {"__name__", "__file__", "__doc__"}
         unknown = {"%s (line %d)" % (name.id, name.lineno) for statement in SOURCE.tree.body
