@@ -1231,6 +1231,8 @@ class SoakClient(threading.Thread):
     def visit(self, kind: str) -> Tuple[str, str]:
         """(error, wrong content), both '' when all was as it should be."""
         dialect = self.random.choice(list(DIALECTS.values()))
+        if dialect.name == "responses":      # as Codex; else answers are kept, up to 32 MB of them
+            dialect = dialect._replace(more={"store": False})
         orders = self.orders_for(kind)
         body = dialect.request(orders, 1000000 if kind == "big request" else 0,
                                self.random.random() < 0.3 and dialect.name == "chat")
@@ -1280,6 +1282,8 @@ class SoakClient(threading.Thread):
         return Seen(status, bytes(body), whole)
 
     def judge(self, kind: str, dialect: Dialect, orders: Json, seen: Seen) -> Tuple[str, str]:
+        if kind == "cut" and orders["cut"] == 0 and seen.status == 502:
+            return "", ""                # nothing was shown yet: the status can still tell it
         if seen.status not in (0, 200):
             return "%s: status %d" % (kind, seen.status), ""
         marks = MARK.findall(seen.body)
