@@ -1643,6 +1643,10 @@ class TextPiece(NamedTuple):
     holder: Json
     key: str
 
+    @property
+    def text(self) -> str:
+        return str(self.holder[self.key])
+
 
 class TextRun:
     """A text that is streamed in pieces, from its last gap on."""
@@ -1651,8 +1655,8 @@ class TextRun:
         self._text = ""
         self._pieces: list[TextPiece] = []
 
-    def add(self, line: HeldLine, holder: Json, key: str) -> None:
-        """The next piece."""
+    def add(self, line: HeldLine, holder: Json, key: str) -> bool:
+        """The next piece -> does anything wait now?"""
         begin = len(self._text)
         self._text += holder[key]
         self._pieces.append(TextPiece(begin, len(self._text), line, holder, key))
@@ -1660,14 +1664,18 @@ class TextRun:
         gap = _LAST_GAP.match(self._text)
         if gap:
             self.decide(gap.end())
+        return bool(self._pieces or self._text)
 
     def decide(self, end: int) -> None:
-        """Look for secrets up to `end`; one in a single line is left to that."""
+        """Look for secrets up to `end`; what a single line shows to be one is left to that, but
+        "Bearer " may have stood in the line before."""
         for found in _SECRET.finditer(self._text[:end]):
             begin, stop = found.span()
             shared = [p for p in self._pieces if p.begin < stop and p.end > begin]
             text = "[redacted]"
-            for piece in shared if len(shared) > 1 else ():
+            if len(shared) == 1 and found.group() not in redact(shared[0].text):
+                continue
+            for piece in shared:
                 start = max(begin - piece.begin, 0)
                 piece.line.edit(
                     piece.holder, piece.key, start, stop - piece.begin, text
@@ -1722,7 +1730,9 @@ class Redactor:
         held = HeldLine(line)
         self._lines.append(held)
         for path, holder in text_pieces(held.value):
-            self._runs.setdefault(path, TextRun()).add(held, holder, path[-1])
+            run_ = self._runs.setdefault(path, TextRun())
+            if not run_.add(held, holder, path[-1]):
+                del self._runs[path]
         self._size += len(line)
         return self._release(self._size > MAX_HELD_CHARS)
 

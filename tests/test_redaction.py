@@ -116,6 +116,28 @@ class PiecesTest(unittest.TestCase):
                         cuts = [chance.randrange(len(data)) for _ in range(5)]
                         self.assertEqual(in_pieces(data, cuts), whole)
 
+    def test_a_secret_in_one_event_whose_sign_came_in_another_is_hidden(self) -> None:
+        for pieces in (["Bearer", " ", "opaque.value1", " end"], ["Bear", "er opaque.value1", " "],
+                       ["a bearer ", "opaque.value1", "\n"], ["token ", "opaque_value1", " "],
+                       ["https://", "opaque.value1", "@host "], ["x Bearer opaque.value1", " "]):
+            redactor = cp.Redactor()
+            out = "".join(redactor.feed(self.event(text)) for text in pieces)
+            out += redactor.feed(b"", True)
+            self.assertNotIn("value1", out, pieces)
+            said = "".join(json.loads(line[6:])["delta"]["text"]
+                           for line in out.splitlines() if line)
+            self.assertEqual(said.count("[redacted]"), 1, said)
+
+    def test_nothing_is_kept_of_parts_that_are_over(self) -> None:
+        redactor = cp.Redactor()
+        for index in range(500):
+            redactor.feed(self.event("a word ", index=index))
+        self.assertEqual(redactor._runs, {})
+
+    @staticmethod
+    def event(text: str, **more: int) -> bytes:
+        return b"data: %s\n\n" % json.dumps({"delta": {"text": text}, **more}).encode()
+
     def test_events_without_a_secret_are_written_as_they_came(self) -> None:
         lines = ['data: {"choices": [{"delta":{"content":"%s"}}]}\n' % word
                  for word in ("Hello", " wor", "ld", "", "gh", "u_", " no", "Bearer", " KEY")]
