@@ -1011,7 +1011,7 @@ class AuthError(ProxyError):
 
 
 class BadFrame(BadRequest):
-    """What a client sends on its WebSocket breaks RFC 6455, or a limit.  It ends the connection
+    """A client's WebSocket frame that breaks RFC 6455 or a limit. The connection ends
     with this close code."""
 
     def __init__(self, message: str, close_code: int) -> None:
@@ -1635,7 +1635,8 @@ class HeldLine:
 
 
 class TextPiece(NamedTuple):
-    """Where a piece stands: its place in the run, and the object that holds it."""
+    """The place of a piece of text: its position in the run, and the object that holds
+    it."""
 
     begin: int
     end: int
@@ -1705,7 +1706,7 @@ class Redactor:
         self._size = 0  # characters in _lines
 
     def feed(self, data: bytes, is_last: bool = False) -> str:
-        """What is known not to change any more; all of it after the last bytes."""
+        """Returns the text that cannot change any more; all of it after the last bytes."""
         text = self._decode(data, is_last)
         parts = []
         while text:
@@ -2517,8 +2518,9 @@ class SearchCall(Part):
 
 @dataclass
 class SearchFindings(Part):
-    """What came of a SearchCall, which stands before it.  text: the words that the searching model
-    wrote; sources: (url, title), each url once; error: a word of Anthropic's, "" for none."""
+    """The result of a SearchCall, which stands before it. text: written by the
+    searching model; sources: (url, title), each url once; error: Anthropic's error
+    code, or ""."""
 
     call: SearchCall
     text: str = ""
@@ -3185,7 +3187,8 @@ class BodyDecoder:
         return taken
 
     def end(self) -> None:
-        """It is there whole, or the connection has ended that delimits it."""
+        """The body ends here: it is complete, or the connection that delimits it has
+        ended."""
         self.done = True
 
     def _feed_chunked(self, data: bytes) -> bytes:
@@ -3490,7 +3493,7 @@ def accept_key(head: RequestHead) -> str:
 
 
 def socket_frame_head(kind: int, size_bytes: int) -> bytes:
-    """Return the head of a whole frame from the server, which is never masked."""
+    """The bytes before the payload of an unmasked whole frame from the server."""
     first = 0x80 | kind
     if size_bytes <= MAX_CONTROL_BYTES:
         return bytes((first, size_bytes))
@@ -3549,8 +3552,8 @@ def text_frames(block: bytes, lane: bytes = b"") -> bytes:
 
 
 class FrameHead(NamedTuple):
-    """The head of one frame of a client.  is_last: the frame ends its message; end: where the
-    head ends."""
+    """The head of a client's frame. is_last: it is the last one of its message; end:
+    where its payload begins."""
 
     kind: int
     is_last: bool
@@ -3595,8 +3598,8 @@ def parse_frame_head(data: bytes, at: int) -> FrameHead | None:
 
 
 def unmask(data: bytes, key: bytes) -> bytes:
-    """XOR every byte with the 4 bytes of `key` in turn.  One operation on two long integers is a
-    thousand times as fast as a loop."""
+    """XOR each byte with the matching one of the 4 bytes of `key`, as one operation on
+    two long integers; a loop would take a thousand times as long."""
     size = len(data)
     mask = (key * (size // 4 + 1))[:size]
     number = int.from_bytes(data, "little") ^ int.from_bytes(mask, "little")
@@ -3626,10 +3629,13 @@ class SocketMessage(NamedTuple):
 
 
 class SocketDecoder:
-    """Decodes the frames of a client.  `feed(data)` returns the messages that are complete: texts,
-    with their fragments joined, and control frames, which may arrive between fragments.  It holds
-    at most a frame's head and MAX_BODY_BYTES of a message, and checks a size before it stores
-    anything.  Raises BadFrame for what RFC 6455 forbids; nothing can be read after that."""
+    """Decodes the frames of a client.
+
+    `feed(data)` returns the messages that are complete: texts with their fragments
+    joined, and control frames, which may come between fragments. It holds at most a
+    frame's head and MAX_BODY_BYTES of a message, and checks each size before it buffers
+    anything of that size. Raises BadFrame for violations of RFC 6455; nothing behind
+    them can be read."""
 
     def __init__(self) -> None:
         self._tail = b""  # an incomplete head
@@ -3642,7 +3648,7 @@ class SocketDecoder:
 
     @property
     def size_bytes(self) -> int:
-        """The size of the incomplete message so far."""
+        """The bytes received of an incomplete message."""
         return len(self._text)
 
     @property
@@ -5188,7 +5194,7 @@ def kinds_in(item: Json) -> frozenset[str] | None:
 def placed_parts(
     parts: list[Part], kinds: frozenset[str], request: Request
 ) -> list[Part]:
-    """What such a place can hold instead of these parts: their words, or a recorded loss."""
+    """Convert parts that a place cannot hold: to their words, or to a recorded loss."""
     placed: list[Part] = []
 
     for part in parts:
@@ -5544,7 +5550,7 @@ _GOOGLE_SEARCHES = ("googleSearch", "googleSearchRetrieval", "enterpriseWebSearc
 
 
 def search_tool(tool: Json) -> SearchTool:
-    """What a hosted search of any vendor is to do."""
+    """Read a hosted search tool of any vendor."""
     filters = as_object(tool.get("filters")) or tool
     location = as_object(tool.get("user_location"))
     inner = as_object(location.get("approximate"))  # as Chat has it
@@ -8909,7 +8915,7 @@ class ResponsesEncoder(StreamEncoder):
         return out
 
     def _end_search(self, found: SearchFindings) -> bytes:
-        """The item of a search ends when it has found something."""
+        """The item of a search ends when it has a result."""
         place = self._search.place
         item = self.dialect.item(found.call, place["item_id"], {})
         sources = [{"type": "url", "url": url} for url, _ in found.sources]
@@ -9242,17 +9248,17 @@ class MessagesStream(StreamRelay):
 
 
 class FoundTools(NamedTuple):
-    """What a history may say to a model that finds tools by itself, see `TOOL_BETA`.
-
-    names: of tools that are loaded later; searches: ids of the upstream's own searches, whose
-    results name no other tools.  Both are empty for models that find none: to them it is text."""
+    """The tool-search blocks that a history may send to a model, see `TOOL_BETA`.
+    names: of tools that are loaded later; searches: ids of the upstream's own searches,
+    whose results name no other tools. Both are empty for models without tool search,
+    which get text instead."""
 
     names: frozenset[str] = frozenset()
     searches: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, body: Json, model: Model) -> FoundTools:
-        """What this request and this model make of it."""
+        """Read the tools of this request for this model."""
         if not model.can("tool_search"):
             return cls()
         tools = dicts_in(body, "tools")
@@ -9294,7 +9300,7 @@ def _told_block(edit: Edit, block: Any, found: FoundTools) -> Any:
 
 
 def tell_found_tools(edit: Edit) -> bool:
-    """All blocks about tools that are loaded later as text -> were there any?"""
+    """Replace all tool-search blocks by text. Returns True if there were any."""
     is_changed = False
     for message in dicts_in(edit.body, "messages"):
         for holder in [message, *dicts_in(message, "content")]:
@@ -11690,15 +11696,14 @@ def with_sources(text: str, sources: list[tuple[str, str]]) -> str:
 
 
 class SearchLoop:
-    """Offers a hosted search as a function, whose calls the proxy fulfils itself.
+    """Offers a hosted search as a function and fulfils its calls itself.
 
-    One answer for the client is made of several rounds, each an answer of the upstream: one that
-    calls the search is followed by another, which gets the findings.  `take` stands between decoder
-    and encoder: it hides the calls and the ends of all rounds but the last, and numbers the parts
-    through.
-
-    turns: what the rounds so far add to the conversation; rounds: how many are over; calls: the
-    searches that wait for the proxy; told: all events for a client that wants no stream."""
+    One answer for the client consists of several rounds, each an answer of the
+    upstream: a round that calls the search is followed by another, which gets the
+    findings. `take` stands between decoder and encoder: it hides the calls and the ends
+    of all rounds but the last, and renumbers the parts. turns: what the rounds so far
+    add to the conversation; rounds: how many are over; calls: searches that the proxy
+    must make next; told: all events, for a client that wants no stream."""
 
     def __init__(self, client: Dialect) -> None:
         self.client = client
@@ -11720,7 +11725,7 @@ class SearchLoop:
     # -- the request
 
     def offer(self, request: Request, tool: SearchTool) -> None:
-        """Put the function, and what the rounds so far have said, into a request."""
+        """Add the function and the turns of earlier rounds to a request."""
         self.tool = tool
         name = "web_search"
         while name in request.tool_names:  # the client has its own, too
@@ -11764,7 +11769,7 @@ class SearchLoop:
         return []
 
     def take(self, events: Iterable[Event]) -> list[Event]:
-        """What of a round's events is for the client."""
+        """Returns the events of a round that the client may see."""
         return [out for event in events for out in self._take(event)]
 
     def _take(self, event: Event) -> list[Event]:
@@ -11844,7 +11849,7 @@ class SearchLoop:
     # -- the searches
 
     def begin_search(self, call: SearchCall) -> list[Event]:
-        """The client is told that it begins."""
+        """Returns the events that announce a search to the client."""
         place, self._count = self._count, self._count + 1
         return [PartStart(place, call), PartEnd(place)]
 
@@ -11861,7 +11866,8 @@ class SearchLoop:
         return ""
 
     def end_search(self, found: SearchFindings) -> list[Event]:
-        """The client is told what was found; the model will be."""
+        """Record the findings for the model; returns the events that report them to the
+        client."""
         place, self._count = self._count, self._count + 1
         self._searches = (self._searches or 0) + (not found.error)
         self._sources.update(found.sources)
@@ -13205,7 +13211,7 @@ def image_parts(body: Json) -> list[Json]:
 
 class LargeImage(NamedTuple):
     """An inline image for GitHub's store. holder: the object that holds its data under
-    `key`; digest: tells the image from all others."""
+    `key`; digest: identifies the image."""
 
     holder: Json
     key: str
@@ -13223,7 +13229,7 @@ class LargeImage(NamedTuple):
 
 
 def large_images(body: Json) -> list[LargeImage]:
-    """The large inline images of a body that goes upstream, the newest first."""
+    """The large inline images of an upstream body, newest first."""
     found = []
     for part in reversed(image_parts(body)):
         holder = as_object(part.get("source") or part.get("image_url")) or part
@@ -13695,7 +13701,7 @@ def model_that_searches(models: list[Model]) -> Model | None:
 
 
 def last_words(body: Json) -> str:
-    """What the user said last, in a body of Messages."""
+    """The newest text of the user in a body of Messages."""
     turns = dicts_in(body, "messages")
     texts = [
         text_of(turn.get("content")) for turn in turns if turn.get("role") == "user"
@@ -13746,7 +13752,8 @@ class SearchWish:
 
 
 def read_findings(query: str, answer: Json) -> SearchFindings:
-    """What a model has found that was to search.  Raises UpstreamError where it did not."""
+    """Read the answer of a model that was asked to search. Raises UpstreamError if it
+    did not search."""
     items = dicts_in(answer, "output")
     parts = [part for item in items for part in dicts_in(item, "content")]
     marks = [mark for part in parts for mark in dicts_in(part, "annotations")]
@@ -14265,8 +14272,8 @@ class Plan:
         return self.loop is not None and bool(self.loop.calls)
 
     def go_on(self, events: list[Event]) -> bytes:
-        """The client's bytes for more of an answer with searches; for a whole one all of them, once
-        the last event is there.  Raises UpstreamError."""
+        """The client's bytes for the next part of an answer with searches; for a whole
+        answer all of them, once the last event has arrived. Raises UpstreamError."""
         if isinstance(self.pipeline, TranslatedStream):
             return self.pipeline.tell(events)
         assert self.loop is not None
@@ -17091,7 +17098,7 @@ class HttpConnection(Connection):
         """Begin TLS, where it is spoken.  Raises OSError."""
 
     def on_first_answer(self) -> None:
-        """The head of its first answer is there."""
+        """Called when the head of the first answer has arrived."""
 
     def on_event(self, mask: int) -> None:
         """An idle connection that can be read was closed by the upstream.  Another one is just
@@ -17113,7 +17120,7 @@ class HttpConnection(Connection):
             sent += send_now(self.sock, memoryview(data)[sent : sent + MAX_OUT_BYTES])
 
     def take_received(self) -> bytes:
-        """What was read already."""
+        """Returns and clears the bytes that were read ahead."""
         data, self.received = self.received, b""
         return data
 
@@ -20249,8 +20256,8 @@ class Approval:
         self._asked = ""  # the id whose answer the terminal owes
 
     async def ask(self, **about: Any) -> None:
-        """Returns after a yes.  about: client, who (sends it), account, model, text.  Raises
-        BadRequest 403 for a no, RateLimited when too many wait."""
+        """Wait for a yes. about: client, who (sends it), account, model, text. Raises
+        BadRequest 403 for a no, RateLimited if too many requests wait."""
         if not self._wanted or self._asker(about) in self.standing:
             return
         if len(self.waiting) >= RATE_QUEUE:
@@ -21027,7 +21034,8 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
             self.release()
 
     def show(self, status: str) -> None:
-        """What goes on, in one line below the log, '' for nothing.  Not seen in a file or pipe."""
+        """Show a status line below the log, '' for none. It is not written to a file or
+        pipe."""
         if not self._is_console or visible(status) == self._status:
             return
         self.acquire()
@@ -21233,7 +21241,7 @@ class RequestRecord:
         self.meters.append(meter)
 
     def receive(self, size_bytes: int) -> None:
-        """The stream goes on."""
+        """More of the stream has arrived."""
         self.received_bytes += size_bytes
 
     def elapsed_ns(self) -> int:
@@ -21774,8 +21782,8 @@ class DefaultLogin:
         return account
 
     def end(self) -> None:
-        """Log out: the file is deleted, the account serves nobody any more.
-        Raises BadRequest 409, ConfigError."""
+        """Log out: delete the file and stop serving the account. Raises BadRequest 409,
+        ConfigError."""
         if self._services.settings.github_token:
             raise BadRequest(
                 "this login comes from --github-token or the environment: it ends with the "
@@ -22326,7 +22334,7 @@ class ClientConnection(Connection):
             self.loop.resume(task, what, True)
 
     def _hand_over(self) -> None:
-        """Let the WebSocket look at what has arrived, at once."""
+        """Pass the bytes that arrived to the WebSocket at once."""
         if self.socket is None or self.socket.is_over or self.sock is None:
             return
         data, self.ahead = self.ahead, b""
@@ -22587,16 +22595,16 @@ class ClientConnection(Connection):
 
 
 class WebSocket:
-    """Reads the messages of a client after its handshake.  Each of them is a request, and requests
-    are answered one after the other, as on any connection.
+    """The messages of a client after a handshake: each is a request, answered in order
+    like those of any connection.
 
-    The loop hands over all bytes as they arrive, also while a request is being answered (`feed`).
-    So a ping gets its pong at once, a client that leaves ends its request, and further requests
-    wait, up to SOCKET_QUEUE of them and MAX_BODY_BYTES in all.  Nothing is read after the close
-    frame (`end`).  Only the loop's thread uses it.
+    The loop passes on whatever arrives, also while a request is answered (`feed`): so a
+    ping gets its pong at once, a client that leaves ends its request, and further
+    requests wait, up to SOCKET_QUEUE of them and MAX_BODY_BYTES in all. Nothing is read
+    after the last frame (`end`). Only the loop's thread uses it.
 
-    kept: answers that a request on this connection may name; head: the head of every request,
-    made from the handshake's; endpoint: answers the requests."""
+    kept: answers that a request on this socket may refer to; head: of each request,
+    copied from the handshake; endpoint: answers the requests."""
 
     def __init__(
         self, client: ClientConnection, head: RequestHead, endpoint: SocketEndpoint
@@ -22619,7 +22627,7 @@ class WebSocket:
     # -- what the loop reports
 
     def feed(self, data: bytes) -> None:
-        """Decode bytes that have arrived, and act on the messages in them."""
+        """Process received bytes."""
         try:
             for message in self._decoder.feed(data):
                 if not self.is_over:
@@ -22670,7 +22678,7 @@ class WebSocket:
         )
 
     def on_tick(self, now: float) -> None:
-        """Close a connection that is too slow or too old; send a ping in a silence."""
+        """Time-dependent work: pings, deadlines, the end of its life."""
         client, settings = self._client, self._client.settings
         late = self._begun_at + settings.body_stall_s
         late += self._decoder.size_bytes / BODY_BYTES_PER_S
@@ -22704,11 +22712,11 @@ class WebSocket:
         return self._waiting.popleft()
 
     def prepare(self, response_id: str, fields_: Json) -> None:
-        """Remember fields of a preparing request: the next request may leave them out."""
+        """Store a request that only prepares another one, which may omit its fields."""
         self._prepared = response_id, fields_
 
     def prepared_for(self, response_id: Any) -> Json:
-        """Return the remembered fields if the preparing request had this id, else none."""
+        """The stored fields for a request that refers to a prepared one."""
         if response_id == self._prepared[0]:
             return self._prepared[1]
         return {}
@@ -22725,7 +22733,8 @@ class WebSocket:
         self.end(NORMAL, "connect again")
 
     def end(self, code: int, reason: str = "") -> None:
-        """Send the close frame and read no more.  A running request is given up."""
+        """Send the last frame and stop reading. A request that is being answered is
+        cancelled."""
         if self.is_over:
             return
         self.is_over = True
@@ -22801,7 +22810,7 @@ def dialect_of(path: str) -> Dialect:
 
 @functools.lru_cache(maxsize=HEADS_KEPT)
 def head_start(status: int, second: int, kind: str) -> bytes:
-    """What is the same in the heads of all such answers of one second."""
+    """The part of the heads that is equal for all such answers of one second."""
     phrase = http.client.responses.get(status, "Error")
     fields_ = [("Date", email.utils.formatdate(second, usegmt=True))]
     if kind:
@@ -22896,13 +22905,13 @@ class Exchange:
 
     @property
     def store(self) -> ResponseStore:
-        """Where the answers are that the request may name."""
+        """The store of answers that this request may refer to."""
         return self.app.store
 
     # -- the request
 
     def come_from(self, sender: Sender) -> None:
-        """It has the head of a request whose sender was found out."""
+        """Use the sender that was found for an equal head."""
         self.caller = sender.caller
         self.is_same_origin = sender.is_same_origin
         self.headers.update(sender.headers)
@@ -23021,7 +23030,8 @@ class Exchange:
             self.fail(error)
 
     def close_after(self) -> None:
-        """What follows this request on its connection is not read as another one."""
+        """Close the connection after this answer; bytes that follow the request are not
+        read as another one."""
         self.keep_alive = False
 
     def client_left(self) -> None:
@@ -23192,10 +23202,9 @@ class Exchange:
 
 
 class SocketExchange(Exchange):
-    """A request that came over a WebSocket, and its answer.
-
-    Each event of a stream is sent as a text frame, and there are no headers.  An error is a frame,
-    too, so it can be sent at any time."""
+    """A request that came over a WebSocket, and its answer: each event of a stream is a
+    text frame. There are no headers, and an error can be reported at any time, because
+    it is a frame, too."""
 
     def __init__(
         self, client: ClientConnection, socket: WebSocket, body: bytes, app: App
@@ -23235,7 +23244,7 @@ class SocketExchange(Exchange):
         self.socket.send_error(error, self._lane)
 
     def refuse(self, error: ProxyError) -> None:
-        """The same, whatever was sent before."""
+        """Report an error, whatever was sent before."""
         self.fail(error)
 
     def ping(self) -> None:
@@ -23256,7 +23265,7 @@ class SocketExchange(Exchange):
         return text_frames(data)
 
     def frame_end(self, last: bytes = b"") -> bytes:
-        """The last ones; no frame says that there are no more."""
+        """The last frames; nothing marks the end of a stream."""
         return self.frame(last)
 
 
@@ -23586,9 +23595,9 @@ class EventLoop:
             )
 
     def defer(self, work: Callable[[], None]) -> None:
-        """Call `work` after DEFER_S, when what is urgent in that round has been done: once for all
-        who want it meanwhile.  So what is recorded of requests takes fewer steps, and most of
-        them are with the upstream before the last one is counted."""
+        """Call `work` once after DEFER_S, however often it is deferred meanwhile. So
+        records of requests are written in batches, and most requests are with the
+        upstream before the last one is counted."""
         self._deferred.setdefault(work, self._now)
 
     def _do_deferred(self, least_s: float) -> None:
@@ -23766,8 +23775,11 @@ def is_json_type(text: str) -> bool:
 
 
 class Handler:
-    """From a request's head to its endpoint: what must be right before any work is done.  Of one
-    connection, whose requests mostly have the same head: then its sender is known."""
+    """Takes a request from its head to its endpoint: the checks before any work is
+    done.
+
+    There is one for each connection. Its requests mostly have equal heads, so the
+    sender of the last one is remembered."""
 
     def __init__(self, app: App, routes: Routes, scheme: str) -> None:
         self._app, self._routes, self._scheme = app, routes, scheme
@@ -23805,7 +23817,8 @@ class Handler:
             await work
 
     async def _handle_message(self, exchange: SocketExchange) -> None:
-        """The same for a request on a WebSocket: its key may have been taken back meanwhile."""
+        """As `handle`, for a request on a WebSocket: its key may have been revoked
+        meanwhile."""
         self._check_browser(exchange)
         self._check_key(exchange)
         exchange.log_body("request", exchange.body)
@@ -25890,8 +25903,8 @@ class Job:
             self.exchange.write(data)
 
     async def find(self, loop: SearchLoop, call: SearchCall) -> SearchFindings:
-        """One search in the middle of an answer.  One that fails is told to model and client.
-        Raises ClientGone."""
+        """Make one search in the middle of an answer. A failure is reported to model
+        and client. Raises ClientGone."""
         code = loop.refusal(call)
         if code:
             return SearchFindings(call, "No search was made: " + code, error=code)
@@ -26032,7 +26045,8 @@ class Job:
         return own != "" or model_that_searches(models) is not None
 
     def plan_body(self) -> bytes:
-        """What is sent by the plan, which is made where there is none; b"" without one."""
+        """The body that the plan sends, planning first if necessary; b"" without a
+        plan."""
         self.plan = self.plan or self.make_plan()
         if self.plan is None:
             return b""
@@ -26335,8 +26349,8 @@ def forget_answer(exchange: SocketExchange, previous: Any) -> None:
 
 
 async def prepare_response(exchange: SocketExchange, job: Job, body: Json) -> None:
-    """Answer a request that only prepares the next one (`generate: false`), and keep it.  Copilot
-    refuses such requests."""
+    """Answer a request with `generate: false`, which the next one continues. Copilot
+    does not accept such requests, so it is answered and stored here."""
     fields_ = {name: body[name] for name in PREPARED_FIELDS if name in body}
     echo = RESPONSES.echo_of(body)
     await job.begin(body)
@@ -26663,7 +26677,7 @@ def lost_lines(app: App) -> int:
 
 
 def approvals_report(app: App) -> Json:
-    """What waits for a person, and which programs need not ask."""
+    """Requests that wait for a person, and programs that need no approval."""
     approval = app.admission.approval
     return {
         "approvals": list(approval.waiting.values()),
@@ -26992,8 +27006,8 @@ def stop_request(exchange: Exchange) -> None:
 
 
 def approvals(exchange: Exchange) -> None:
-    """GET /approvals: what waits, and who need not ask; POST /approvals/ID: a person's answer;
-    DELETE: everybody must ask again."""
+    """GET /approvals: waiting requests and programs that need no approval; POST
+    /approvals/ID: a person's answer; DELETE: every program needs approval again."""
     check_operator(exchange)
     approval, method = exchange.app.admission.approval, exchange.head.method
     if method != "POST":
@@ -27139,8 +27153,8 @@ def price_entry(model: Model) -> Json | None:
 
 
 def served_endpoints(model: Model) -> list[str]:
-    """Where the upstream serves a model.  A WebSocket is served here where any of the dialects is,
-    else it is left out: VS Code would open one."""
+    """The endpoints at which a model is served. A WebSocket is listed if one of the
+    dialects is served here, else it is left out, because VS Code would open one."""
     is_served = any(dialect.path in model.endpoints for dialect in DIALECTS.values())
     return [name for name in model.endpoints if is_served or name != SOCKET_ENDPOINT]
 
@@ -27459,7 +27473,7 @@ async def make_key(exchange: Exchange) -> None:
 
 
 async def end_login(exchange: Exchange) -> None:
-    """POST /auth/logout: the default account serves nobody any more; its login is deleted."""
+    """POST /auth/logout: delete the login of the default account and stop serving it."""
     check_door(exchange)
     check_operator(exchange)
     await wait(InThread(exchange.app.login.end))
@@ -28054,7 +28068,7 @@ def demo_call(request: Request, said: str) -> list[Part]:
 
 
 def demo_search(request: Request, said: str) -> list[Part]:
-    """What a hosted web search finds in the demo: always the same pages."""
+    """The demo's web search, which always finds the same pages."""
     if request.search is None or (request.tools and "search" not in said.lower()):
         return []
     call = SearchCall("ws_" + request.key, said[:200])
@@ -29282,8 +29296,8 @@ Register-ScheduledTask -Force -TaskName copilot_proxy `
 def service_text(
     name: str, python: str, flags: list[str], url: str, grace_s: float, cache: str
 ) -> str:
-    """The unit for this Python, file and user: as a module, whose byte code Python keeps, in the
-    file's folder.  cache: where it keeps that."""
+    """The unit file for this Python, file and user. It starts the module in the file's
+    folder, so that Python caches its byte code. cache: the folder of that cache."""
     folder, file = os.path.split(os.path.abspath(__file__))
     stem, kind = os.path.splitext(file)
     module = ["-m", stem]
@@ -29540,7 +29554,7 @@ class QueuedOutput:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Never blocks, never fails."""
+        """Never blocks and never fails."""
         with self._changed:
             if self._size + len(text) > OUTPUT_QUEUE_CHARS:
                 self.lost += text.count("\n")
@@ -29610,7 +29624,7 @@ def columns(text: str) -> int:
 
 
 def console_language(language: str) -> str:
-    """The same, or English where this console cannot show its letters."""
+    """The language, or English if this console cannot show its letters."""
     sample = "".join(TEXTS.get(language, {}).values())
     try:
         sample.encode(getattr(sys.stdout, "encoding", "") or "ascii")
@@ -29700,8 +29714,8 @@ def client_key(settings: Settings) -> str:
 
 
 def ask_server(app: App, url: str, key: str, path: str) -> Json:
-    """What a running server answers there.  Raises UpstreamError where none serves, AuthError
-    for a status other than 200."""
+    """The answer of a running server at a path. Raises UpstreamError if none serves,
+    AuthError for a status other than 200."""
     headers = {"Authorization": "Bearer " + key}
     request = UpstreamRequest("GET", url + path, headers, timeout_s=GITHUB_TIMEOUT_S)
     with progress(app, "asking " + url):
@@ -29712,9 +29726,9 @@ def ask_server(app: App, url: str, key: str, path: str) -> Json:
 
 
 def find_server(app: App, flags: argparse.Namespace) -> Callable[[str], Json] | None:
-    """A function that asks the server of --url; without that flag the one that serves where
-    servers usually do, if nobody is logged in here, and a line tells so.  (The demo has a login
-    of its own.)  None where GitHub is to be asked.  Raises ConfigError."""
+    """Returns a function that asks the server of --url. Without that flag it asks the
+    server at the usual place if nobody is logged in here (the demo has a login of its
+    own). None if GitHub is to be asked. Raises ConfigError."""
     url = local_url(app.settings)
     key = flags.key or client_key(app.settings)
     if flags.url:
@@ -29745,7 +29759,7 @@ def can_open(url: str, settings: Settings, environ: Mapping[str, str]) -> bool:
 
 
 def open_in_browser(url: str) -> None:
-    """At once; a browser may take its time."""
+    """Open a page without waiting for the browser."""
     import webbrowser
 
     threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
@@ -29778,8 +29792,8 @@ def typed_line(timeout_s: float) -> str | None:
 
 
 class LoginPrompt:
-    """What stands on a terminal while a login waits: the code, how long it is good for, and an
-    offer to copy it and to open the page."""
+    """The prompt on a terminal while a login waits: the code, its remaining time, and
+    an offer to copy it and to open the page."""
 
     def __init__(self, app: App) -> None:
         self._app, self._over = app, threading.Event()
@@ -29886,7 +29900,8 @@ def open_server(app: App) -> Server:
 
 
 def banner(server: Server) -> str:
-    """What `start` prints once it serves: three lines that matter, and what to do next."""
+    """The text that `start` prints once it serves: three lines that matter, and the
+    next step."""
     settings = server.app.settings
     language = console_language(settings.lang)
     title = "copilot_proxy " + __version__
@@ -30086,7 +30101,7 @@ def span_text(seconds: float) -> str:
 
 
 def credits_text(sums: Json) -> str:
-    """'12.3 credits', '~12.3 credits' where only an estimate is there."""
+    """'12.3 credits', or '~12.3 credits' for an estimate."""
     credits_ = text_number_or_none(sums.get("credits"))
     if credits_ is not None:
         return "%.4g credits" % credits_
@@ -30097,7 +30112,7 @@ def credits_text(sums: Json) -> str:
 
 
 def sums_parts(sums: Json) -> list[str]:
-    """Of one line of sums: requests, failures, credits."""
+    """The texts of a line of sums: requests, failures, credits."""
     count = count_or_zero(sums.get("requests"))
     parts = ["%d request%s" % (count, "s" * (count != 1))]
     if count_or_zero(sums.get("errors")):
@@ -30418,7 +30433,8 @@ def missing_models(app: App, models: list[Model]) -> list[str]:
 
 
 def price_text(price: Json) -> str:
-    """As the account reports it: USD per million tokens in/out, or the request multiplier."""
+    """The price as the account reports it: USD per million tokens in/out, or the
+    request multiplier."""
     into, out, multiplier = (
         text_number_or_none(price.get(name))
         for name in ("input", "output", "multiplier")
@@ -30532,7 +30548,8 @@ def cmd_models(app: App, flags: argparse.Namespace) -> int:
 
 
 def token_parts(sums: Json) -> list[str]:
-    """Of the same: tokens of the prompts, how many of them came from a cache, of the answers."""
+    """The texts of a line of sums: prompt tokens, the share from a cache, answer
+    tokens."""
     cached = count_or_zero(sums.get("cache_read"))
     others = ("input", "cache_write")
     prompt = cached + sum(count_or_zero(sums.get(name)) for name in others)
@@ -30839,7 +30856,8 @@ def show_change(path: str, old: str, new: str) -> None:
 
 
 def may_write(question: str, sure: bool) -> bool:
-    """Does the user want it?  Without a terminal only --yes says so: else raises ConfigError."""
+    """Ask the user for permission to write. Without a terminal only --yes grants it.
+    Raises ConfigError."""
     if not sure and not sys.stdin.isatty():
         raise ConfigError(
             "nothing is written unasked, and there is no terminal to ask on: add --yes"
@@ -31124,8 +31142,8 @@ class HelpFormat(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Of the command line, or of one command.  What is wrong is one line that names the nearest
-    word there is, and one that says where the others are."""
+    """Parses the command line, or the options of one command. An error is one line that
+    names the nearest valid word, and one line that says where the others are listed."""
 
     def __init__(self, **more: Any) -> None:
         super().__init__(formatter_class=HelpFormat, **more)
@@ -31225,14 +31243,14 @@ def choices_of(action: argparse.Action) -> list[str]:
 
 
 def words_of(command: Parser) -> str:
-    """What may stand behind a command: its operands and options."""
+    """The operands and options of a command."""
     name = command.prog.split()[-1]
     options = [name for name in command.option_strings() if name.startswith("--")]
     return " ".join([*OPERANDS.get(name, ()), *options])
 
 
 def shell_cases(commands: Mapping[str, Parser]) -> str:
-    """For bash and zsh: what may follow the word before, then what the command takes."""
+    """The cases of the script for bash and zsh: the words that may follow the last one."""
     lines = ["  case $before in"]
     seen: set[str] = set()
     for parser in commands.values():
@@ -31254,7 +31272,7 @@ def fish_text(text: str) -> str:
 
 
 def fish_lines(commands: Mapping[str, Parser]) -> str:
-    """For fish: a line for each command, and for each option with its help."""
+    """The script for fish: a line for each command, and for each option with its help."""
     lines = []
 
     for name, parser in commands.items():
@@ -31417,7 +31435,8 @@ def add_options(command: str, parser: Parser) -> None:
 
 
 def add_server_flags(parser: Parser, when: str) -> None:
-    """For commands that can ask a running server; when: without --url, too."""
+    """Add the flags of commands that can ask a running server; when: used without
+    --url, too."""
     parser.add_argument(
         "--url",
         default="",
@@ -31690,10 +31709,11 @@ def flush_output() -> None:
 
 
 def run_script() -> None:
-    """The command line.
-    Python keeps the syntax tree of a script, 14 MB here, until its last line has run.  So `start`
-    goes on in a thread of its own and lets the script come to its end; from 3.12 on an ended
-    script can begin no more threads, and the memory stays taken."""
+    """Run the command line of a script.
+
+    Python keeps the syntax tree of a script, 14 MB here, until its last line has run.
+    So `start` continues in a thread of its own and lets the script end. From 3.12 on an
+    ended script can begin no more threads, and the memory stays taken."""
     if sys.argv[1:2] != ["start"]:
         sys.exit(main())
     signals = catch_signals()
