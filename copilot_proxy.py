@@ -20382,6 +20382,15 @@ def local_time(at: Any) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
 
 
+def budget_state(share: float) -> str:
+    """0.97 of a limit -> 'warning'"""
+    if share >= 1:
+        return "spent"
+    if share >= BUDGET_WARNING:
+        return "warning"
+    return "ok"
+
+
 class Budget:
     """`--budget`: credits that may be spent per day of local time, and per session if
     its client sets a limit.
@@ -20494,11 +20503,7 @@ class Budget:
                 "limit": limit,
                 "used": spent,
                 "percent": 100 * share,
-                "state": "spent"
-                if share >= 1
-                else "warning"
-                if share >= BUDGET_WARNING
-                else "ok",
+                "state": budget_state(share),
             }
             for (name, limit, spent), share in zip(used, shares)
         ]
@@ -26627,10 +26632,18 @@ def account_entry(account: Account) -> Json:
     """How it stands with one account; no secret."""
     token: CopilotToken | None = account.token.value
     problem = account.token.error
+
+    if problem:
+        state = "problem"
+    elif token:
+        state = "ok"
+    else:
+        state = "starting"
+
     return {
         "account": account.name,
-        "problem": str(problem) if problem else None,
-        "state": "problem" if problem else "ok" if token else "starting",
+        "problem": problem and str(problem),
+        "state": state,
         "token": {
             "ready": token is not None,
             "direct": token is not None and token.direct,
@@ -27407,19 +27420,15 @@ async def begin_login(exchange: Exchange) -> None:
 def poll_login(exchange: Exchange) -> None:
     """GET /auth/device/poll: how it stands; the server's own thread asks GitHub."""
     check_door(exchange)
-    login = exchange.app.accounts.find_login(
-        exchange.head.headers.get("x-login-state", "")
-    ).login
-    exchange.reply_json(
-        {
-            "status": "failed"
-            if login.problem
-            else "granted"
-            if login.token
-            else "pending",
-            "problem": login.problem or None,
-        }
-    )
+    state = exchange.head.headers.get("x-login-state", "")
+    login = exchange.app.accounts.find_login(state).login
+    if login.problem:
+        status = "failed"
+    elif login.token:
+        status = "granted"
+    else:
+        status = "pending"
+    exchange.reply_json({"status": status, "problem": login.problem or None})
 
 
 async def claim_login(exchange: Exchange) -> None:
@@ -31726,7 +31735,9 @@ def run_script() -> None:
         flushing = threading.Thread(target=flush_output, daemon=True)
         flushing.start()
         flushing.join(OUTPUT_END_S)  # no longer: perhaps nobody reads it
-        os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+        if not isinstance(code, int):
+            code = int(code is not None)  # as sys.exit does it
+        os._exit(code)
 
     if sys.version_info >= (3, 12):
         serve()

@@ -327,7 +327,7 @@ GAUGES = (
           lambda source: sum(source.tokens.values())),
     Gauge("tokens per code line", 8.0, 9.0,
           lambda source: sum(source.tokens.values()) / len(source.tokens)),
-    Gauge("conditional expressions", 230, 220,
+    Gauge("conditional expressions", 220, 220,
           lambda source: len(conditionals(source))),
     Gauge("code lines of 90 columns or more, percent", 1.0, 4.0, wide_share),
     Gauge("long functions without a blank line", 4, 0,
