@@ -857,37 +857,18 @@ class ErrorClass(NamedTuple):
     endings: tuple[str, ...]
 
 
+# fmt: off
 #: The one table of failures that have a name.  A limit or a used-up quota makes the model rest.
 #: Codex acts on the codes of the second column.
 ERROR_CLASSES = (
-    ErrorClass(
-        402,
-        "insufficient_quota",
-        (
-            "quota_exceeded",
-            "insufficient_quota",
-            "overage_limit_reached",
-            "billing_not_configured",
-            "billing_error",
-            "payment_required",
-        ),
-    ),
-    ErrorClass(
-        429,
-        "rate_limit_exceeded",
-        (
-            "rate_limited",
-            "rate_limit_exceeded",
-            "rate_limit_error",
-            "mode_limit_exceeded",
-            "resource_exhausted",
-            "too_many_requests",
-            "extension_blocked",
-        ),
-    ),
-    ErrorClass(
-        529, "server_is_overloaded", ("overloaded", "overloaded_error", "slow_down")
-    ),
+    ErrorClass(402, "insufficient_quota", ("quota_exceeded", "insufficient_quota",
+        "overage_limit_reached", "billing_not_configured", "billing_error",
+        "payment_required")),
+    ErrorClass(429, "rate_limit_exceeded", ("rate_limited", "rate_limit_exceeded",
+        "rate_limit_error", "mode_limit_exceeded", "resource_exhausted",
+        "too_many_requests", "extension_blocked")),
+    ErrorClass(529, "server_is_overloaded",
+        ("overloaded", "overloaded_error", "slow_down")),
     ErrorClass(503, "server_is_overloaded", ("unavailable", "unavailable_error")),
     ErrorClass(504, "", ("timeout", "timeout_error", "deadline_exceeded")),
     ErrorClass(500, "", ("server_error", "internal_error", "internal", "api_error")),
@@ -895,25 +876,12 @@ ERROR_CLASSES = (
     ErrorClass(404, "", ("not_found_error", "not_found")),
     ErrorClass(403, "", ("permission_error", "permission_denied")),
     ErrorClass(401, "", ("authentication_error", "unauthenticated")),
-    ErrorClass(
-        400,
-        "",
-        (
-            "invalid_request_error",
-            "invalid_request",
-            "invalid_request_body",
-            "invalid_argument",
-            "invalid_prompt",
-            "failed_precondition",
-            "content_filter",
-            "policy",
-            "policy_violation",
-            "context_length_exceeded",
-            "model_not_supported",
-            "unsupported_value",
-        ),
-    ),
+    ErrorClass(400, "", ("invalid_request_error", "invalid_request", "invalid_request_body",
+        "invalid_argument", "invalid_prompt", "failed_precondition", "content_filter",
+        "policy", "policy_violation", "context_length_exceeded", "model_not_supported",
+        "unsupported_value")),
 )
+# fmt: on
 
 
 def status_of(name: Any) -> int:
@@ -4090,90 +4058,45 @@ SUMMARY_PROMPT = (
 )
 
 
+# fmt: off
 #: requests that no human wrote: compaction, continuation, titles, topics, safety checks
 SIDE_REQUESTS = (
-    SideRequest(
-        "Claude Code",
-        "user",
-        "holds",
-        (
-            "CRITICAL: Respond with TEXT ONLY. Do NOT call any tools.",
-            "Your task is to create a detailed summary of the conversation so far",
-            "Pending Tasks:",
-        ),
-        "compaction",
-    ),
-    SideRequest(
-        "Claude Code",
-        "user",
-        "holds",
-        (
-            "CRITICAL: Respond with TEXT ONLY. Do NOT call any tools.",
-            "Your task is to create a detailed summary of the conversation so far",
-            "Current Work:",
-        ),
-        "compaction",
-    ),
+    SideRequest("Claude Code", "user", "holds",
+        ("CRITICAL: Respond with TEXT ONLY. Do NOT call any tools.",
+        "Your task is to create a detailed summary of the conversation so far",
+        "Pending Tasks:"), "compaction"),
+    SideRequest("Claude Code", "user", "holds",
+        ("CRITICAL: Respond with TEXT ONLY. Do NOT call any tools.",
+        "Your task is to create a detailed summary of the conversation so far",
+        "Current Work:"), "compaction"),
     SideRequest("Claude Code", "user", "starts", (CONTINUED,), "agent"),
-    SideRequest(
-        "Claude Code", "user", "starts", ("Please write a 5-10 word title for",)
-    ),
-    SideRequest(
-        "Claude Code",
-        "system",
-        "begins",
+    SideRequest("Claude Code", "user", "starts", ("Please write a 5-10 word title for",)),
+    SideRequest("Claude Code", "system", "begins",
         ("You are a helpful AI assistant tasked with summarizing conversations",),
-        "compaction",
-    ),
-    SideRequest(
-        "Claude Code",
-        "system",
-        "begins",
-        ("You are a security monitor for autonomous AI coding agents",),
-    ),
-    SideRequest(
-        "Claude Code",
-        "system",
-        "begins",
-        ("Analyze if this message indicates a new conversation topic",),
-    ),
-    SideRequest(
-        "Claude Code", "system", "begins", ("Generate a concise, sentence-case title",)
-    ),
-    SideRequest(
-        "Claude Code", "system", "begins", ("Summarize this coding conversation in",)
-    ),
-    SideRequest(
-        "opencode",
-        "user",
-        "starts",
-        ("The previous request exceeded the provider's size limit",),
-        "agent",
-    ),
-    SideRequest(
-        "opencode",
-        "user",
-        "is",
-        ("Continue if you have next steps, or stop and ask for clarification",),
-        "agent",
-    ),
-    SideRequest(
-        "opencode",
-        "system",
-        "begins",
+        "compaction"),
+    SideRequest("Claude Code", "system", "begins",
+        ("You are a security monitor for autonomous AI coding agents",)),
+    SideRequest("Claude Code", "system", "begins",
+        ("Analyze if this message indicates a new conversation topic",)),
+    SideRequest("Claude Code", "system", "begins",
+        ("Generate a concise, sentence-case title",)),
+    SideRequest("Claude Code", "system", "begins",
+        ("Summarize this coding conversation in",)),
+    SideRequest("opencode", "user", "starts",
+        ("The previous request exceeded the provider's size limit",), "agent"),
+    SideRequest("opencode", "user", "is",
+        ("Continue if you have next steps, or stop and ask for clarification",), "agent"),
+    SideRequest("opencode", "system", "begins",
         ("You are an anchored context summarization assistant for coding sessions.",),
-        "compaction",
-    ),
+        "compaction"),
     SideRequest("opencode", "system", "begins", ("You are a title generator.",)),
     SideRequest("Open WebUI", "user", "starts", ("### Task:\nGenerate a concise",)),
-    SideRequest(
-        "Open WebUI", "user", "starts", ("### Task:\nGenerate 1-3 broad tags",)
-    ),
-    SideRequest(
-        "Open WebUI", "user", "starts", ("### Task:\nSuggest 3-5 relevant follow-up",)
-    ),
+    SideRequest("Open WebUI", "user", "starts", ("### Task:\nGenerate 1-3 broad tags",)),
+    SideRequest("Open WebUI", "user", "starts",
+        ("### Task:\nSuggest 3-5 relevant follow-up",)),
     SideRequest("this proxy", "user", "is", (SUMMARY_PROMPT,), "compaction"),
 )
+# fmt: on
 
 
 _SYSTEM_SIDE_REQUESTS = tuple(row for row in SIDE_REQUESTS if row.place == "system")
@@ -5857,112 +5780,35 @@ def read_schema(layout: Any) -> Json | None:
     return None
 
 
+# fmt: off
 #: a field of Request, what makes sense of it, and its place in a body of each dialect
 FIELDS = (
     ("", None, "chat", "responses", "messages", "gemini", "ollama"),
     ("stream", flag, "stream", "stream", "stream", "stream", "stream"),
-    (
-        "temperature",
-        number_or_none,
-        "temperature",
-        "temperature",
-        "temperature",
-        "generationConfig.temperature",
-        "options.temperature",
-    ),
-    (
-        "top_p",
-        number_or_none,
-        "top_p",
-        "top_p",
-        "top_p",
-        "generationConfig.topP",
-        "options.top_p",
-    ),
-    (
-        "top_k",
-        number_or_none,
-        "",
-        "",
-        "top_k",
-        "generationConfig.topK",
-        "options.top_k",
-    ),
+    ("temperature", number_or_none, "temperature", "temperature", "temperature",
+     "generationConfig.temperature", "options.temperature"),
+    ("top_p", number_or_none, "top_p", "top_p", "top_p", "generationConfig.topP",
+     "options.top_p"),
+    ("top_k", number_or_none, "", "", "top_k", "generationConfig.topK", "options.top_k"),
     ("seed", number_or_none, "seed", "", "", "generationConfig.seed", "options.seed"),
-    (
-        "presence_penalty",
-        number_or_none,
-        "presence_penalty",
-        "",
-        "",
-        "generationConfig.presencePenalty",
-        "options.presence_penalty",
-    ),
-    (
-        "frequency_penalty",
-        number_or_none,
-        "frequency_penalty",
-        "",
-        "",
-        "generationConfig.frequencyPenalty",
-        "options.frequency_penalty",
-    ),
-    (
-        "parallel_tool_calls",
-        flag,
-        "parallel_tool_calls",
-        "parallel_tool_calls",
-        "",
-        "",
-        "",
-    ),
-    (
-        "max_output_tokens",
-        positive,
-        "max_tokens",
-        "max_output_tokens",
-        "max_tokens",
-        "generationConfig.maxOutputTokens",
-        "options.num_predict",
-    ),
-    (
-        "stop",
-        words,
-        "stop",
-        "",
-        "stop_sequences",
-        "generationConfig.stopSequences",
-        "options.stop",
-    ),
+    ("presence_penalty", number_or_none, "presence_penalty", "", "",
+     "generationConfig.presencePenalty", "options.presence_penalty"),
+    ("frequency_penalty", number_or_none, "frequency_penalty", "", "",
+     "generationConfig.frequencyPenalty", "options.frequency_penalty"),
+    ("parallel_tool_calls", flag, "parallel_tool_calls", "parallel_tool_calls", "", "", ""),
+    ("max_output_tokens", positive, "max_tokens", "max_output_tokens", "max_tokens",
+     "generationConfig.maxOutputTokens", "options.num_predict"),
+    ("stop", words, "stop", "", "stop_sequences", "generationConfig.stopSequences",
+     "options.stop"),
     ("user", word, "user", "user", "metadata.user_id", "", ""),
-    (
-        "effort",
-        word,
-        "reasoning_effort",
-        "reasoning.effort",
-        "output_config.effort",
-        "generationConfig.thinkingConfig.thinkingLevel",
-        "think",
-    ),
-    (
-        "thinking_budget",
-        positive,
-        "thinking_budget",
-        "",
-        "thinking.budget_tokens",
-        "generationConfig.thinkingConfig.thinkingBudget",
-        "",
-    ),
-    (
-        "output_schema",
-        read_schema,
-        "response_format",
-        "text.format",
-        "output_config.format",
-        "",
-        "",
-    ),
+    ("effort", word, "reasoning_effort", "reasoning.effort", "output_config.effort",
+     "generationConfig.thinkingConfig.thinkingLevel", "think"),
+    ("thinking_budget", positive, "thinking_budget", "", "thinking.budget_tokens",
+     "generationConfig.thinkingConfig.thinkingBudget", ""),
+    ("output_schema", read_schema, "response_format", "text.format", "output_config.format",
+     "", ""),
 )
+# fmt: on
 #: fields of FIELDS that not every dialect has and whose absence is a loss
 SAMPLING_FIELDS = ("top_k", "seed", "presence_penalty", "frequency_penalty")
 
@@ -14929,202 +14775,83 @@ _QUOTES = r"['\"`\\]{0,8}"
 _NAME = _QUOTES + r"(?<![\w.$\[\]-])([\w.$\[\]-]+)" + _QUOTES
 _UN = r"n(?:supported|known|recognized)(?: request)? "
 VALUE_CODES = ("unsupported_value", "invalid_value")  # not the field: what stands in it
+# fmt: off
 REPAIRS = (
-    Repair(
-        "endpoint",
-        r"\Acode=unsupported_api_for_model",
-        lambda plan: avoid(plan, plan.upstream.path),
-        "Copilot, where its list is wrong",
-        keeps=ONCE,
-    ),
-    Repair(
-        "reasoning state",
-        r"(?i)encrypted (?:function output )?content|invalid .?signature.? in"
-        r"|input item id does not belong|thinking.{0,40}blocks.{0,60}cannot be modified|without "
-        r"its required following item",
-        drop_state,
-        "OpenAI, Anthropic",
-        (400, 401),
-        ONCE,
-    ),
-    Repair(
-        "thinking", r"Expected .?thinking.? or .?redacted", stop_thinking, "Anthropic"
-    ),
-    Repair(
-        "thinking",
-        r"thinking\.type\.enabled.{0,3} is not supported",
-        lambda plan: think_adaptively(plan.edit),
-        "Claude from 4.7 on",
-    ),
-    Repair(
-        "thinking",
-        r"thinking\.type\.disabled.{0,3} is not supported",
-        lambda plan: drop_thinking(plan),
-        "Claude models that always think",
-    ),
-    Repair(
-        "thinking",
-        r"(?i)adaptive.{0,3} (?:thinking )?is not supported|tag 'adaptive'",
-        lambda plan: think_within_budget(plan.edit, plan.model),
-        "Claude before 4.6",
-    ),
-    Repair(
-        "effort",
-        r"(?s)effort\b" + _FAR + r"?(?:upported values|one of|must be)(.*)",
-        lower_effort,
-        "all",
-    ),
+    Repair("endpoint", r"\Acode=unsupported_api_for_model",
+           lambda plan: avoid(plan, plan.upstream.path), "Copilot, where its list is wrong",
+           keeps=ONCE),
+    Repair("reasoning state",
+           r"(?i)encrypted (?:function output )?content|invalid .?signature.? in"
+           r"|input item id does not belong|thinking.{0,40}blocks.{0,60}cannot be modified|without "
+           r"its required following item", drop_state, "OpenAI, Anthropic", (400, 401),
+           ONCE),
+    Repair("thinking", r"Expected .?thinking.? or .?redacted", stop_thinking, "Anthropic"),
+    Repair("thinking", r"thinking\.type\.enabled.{0,3} is not supported",
+           lambda plan: think_adaptively(plan.edit), "Claude from 4.7 on"),
+    Repair("thinking", r"thinking\.type\.disabled.{0,3} is not supported",
+           lambda plan: drop_thinking(plan), "Claude models that always think"),
+    Repair("thinking", r"(?i)adaptive.{0,3} (?:thinking )?is not supported|tag 'adaptive'",
+           lambda plan: think_within_budget(plan.edit, plan.model), "Claude before 4.6"),
+    Repair("effort", r"(?s)effort\b" + _FAR + r"?(?:upported values|one of|must be)(.*)",
+           lower_effort, "all"),
     Repair("effort", r"\Acode=invalid_reasoning_effort()", lower_effort, "Copilot"),
-    Repair(
-        "effort",
-        r"not support the (effort) parameter",
-        lambda plan, word: drop_field(plan, "output_config." + word),
-        "Anthropic",
-    ),
-    Repair(
-        "limit",
-        r"\b(max_tokens|max_completion_tokens)\b['\"`]*(?: is not support|: Extra)|"
-        + _UN
-        + r"(?!value)[^:]{0,80}: ['\"`]{0,8}(max\w*_tokens)\b",
-        rename_limit,
-        "OpenAI, Anthropic",
-    ),
-    Repair(
-        "limit",
-        r"\b(max_\w*tokens)(?:: \d+ (>)| is too large: "
-        + _FAR
-        + r" (at most)) (\d{1,15}(?:\.\d{1,15})?)",
-        clamp,
-        "Anthropic, OpenAI",
-    ),
-    Repair(
-        "limit",
-        _NAME
-        + r": (?:Input"
-        + _FAR
-        + r" (less|greater) than or equal to|"
-        + _FAR
-        + r"Expected a value ([<>]=)) (\d{1,15}(?:\.\d{1,15})?)",
-        clamp,
-        "Anthropic, OpenAI",
-    ),
-    Repair(
-        "tool",
-        r"use of the (web.search) tool is not supported",
-        lambda plan, name: drop_tool(plan, name.replace(" ", "_")),
-        "Copilot, of Anthropic's search",
-    ),
-    Repair(
-        "cache time",
-        r"cache_control\S{0,40}ttl",
-        lambda plan: drop_cache_times(plan),
-        "Anthropic, Bedrock",
-    ),
-    Repair(
-        "sampling",
-        r"temperature.? and .?(top_p).? cannot both",
-        lambda plan, name: "temperature" in plan.edit.body and drop_field(plan, name),
-        "Claude from 4.5 on",
-    ),
-    Repair(
-        "tool",
-        r"tag '(?:tool_reference|tool_search_tool_result|server_tool_use)' found",
-        lambda plan: tell_found_tools(plan.edit),
-        "Anthropic, where tools are not found later",
-    ),
-    Repair(
-        "tool",
-        r"[Tt]ool (?:type )?" + _NAME + r" is not (?:supported|available)|nsupported "
-        r"tool(?: type)?:? "
-        + _NAME
-        + r"|tag '([\w-]+)' found using|param=tools\S{0,200} "
-        + _FAR
-        + r"nvalid value: "
-        + _NAME,
-        drop_tool,
-        "Copilot, OpenAI, Anthropic",
-    ),
-    Repair(
-        "beta",
-        r"(?i)value\(s\) (" + _FAR + r"?) for the .?anthropic-beta|"
-        r"(?:invalid|unknown) beta(" + _FAR + r"-\d.*)",
-        drop_betas,
-        "Anthropic, Bedrock",
-    ),
-    Repair(
-        "beta",
-        r"(?i)(?:invalid|unknown) beta",
-        lambda plan, *sent: drop_all_betas(plan, *sent),
-        "Bedrock, which names none",
-        keeps=WITH_VALUE,
-    ),
-    Repair(
-        "prefill",
-        r"not support assistant message prefill|must end with a user message",
-        lambda plan: end_with_user(plan.edit),
-        "Claude from 4.6 on",
-    ),
-    Repair(
-        "images",
-        r"many-image requests()|too many .{0,9}images" + _FAR + r"?(\d{1,15})",
-        lambda plan, *most: keep_images(plan, most[-1] or "20"),
-        "Anthropic, Copilot",
-    ),
-    Repair(
-        "images",
-        r"(?i)image (?:exceeds|dimensions|size)|could not process image",
-        drop_images,
-        "Anthropic: 5 MB, 8000 pixels",
-        keeps=WITH_VALUE,
-    ),
-    Repair(
-        "images", r"\A", drop_images, "Copilot, of too large a body", (413,), WITH_VALUE
-    ),
-    Repair(
-        "field",
-        r"param=(\S{1,200}) " + _FAR + r"(?:nsupported value|nvalid value|string too "
-        r"long)|\Acode=(?:unsupported|invalid)_value param=(\S{1,200}) ",
-        drop_value,
-        "OpenAI, of a value that the field cannot have",
-        keeps=WITH_VALUE,
-    ),
-    Repair(
-        "field",
-        _NAME + r"(?:: range| does not support (?!th))",
-        drop_value,
-        "Bedrock, OpenAI",
-        keeps=WITH_VALUE,
-        unless=VALUE_CODES,
-    ),
-    Repair(
-        "field",
-        r"does not support the " + _NAME + r" parameter",
-        drop_field,
-        "Copilot",
-        unless=VALUE_CODES,
-    ),
-    Repair(
-        "field",
-        _NAME
-        + r"(?:: Extra inputs| is not supported| is deprecated)|"
-        + _UN
-        + r"(?:parameter|argument|field|key)s?(?: supplied)?:? "
-        + _NAME
-        + r"|not allowed \("
-        + _NAME
-        + " w",
-        drop_field,
-        "all, with each release of a client",
-        unless=VALUE_CODES,
-    ),
-    Repair(
-        "field",
-        r"param=(\S{1,200}) " + _FAR + r"(?:not support|nsupported)",
-        drop_field,
-        "OpenAI",
-        unless=VALUE_CODES,
-    ),
+    Repair("effort", r"not support the (effort) parameter",
+           lambda plan, word: drop_field(plan, "output_config." + word), "Anthropic"),
+    Repair("limit",
+           r"\b(max_tokens|max_completion_tokens)\b['\"`]*(?: is not support|: Extra)|"
+           + _UN + r"(?!value)[^:]{0,80}: ['\"`]{0,8}(max\w*_tokens)\b", rename_limit,
+           "OpenAI, Anthropic"),
+    Repair("limit", r"\b(max_\w*tokens)(?:: \d+ (>)| is too large: " + _FAR
+           + r" (at most)) (\d{1,15}(?:\.\d{1,15})?)", clamp, "Anthropic, OpenAI"),
+    Repair("limit", _NAME + r": (?:Input" + _FAR + r" (less|greater) than or equal to|"
+           + _FAR + r"Expected a value ([<>]=)) (\d{1,15}(?:\.\d{1,15})?)", clamp,
+           "Anthropic, OpenAI"),
+    Repair("tool", r"use of the (web.search) tool is not supported",
+           lambda plan, name: drop_tool(plan, name.replace(" ", "_")),
+           "Copilot, of Anthropic's search"),
+    Repair("cache time", r"cache_control\S{0,40}ttl", lambda plan: drop_cache_times(plan),
+           "Anthropic, Bedrock"),
+    Repair("sampling", r"temperature.? and .?(top_p).? cannot both",
+           lambda plan, name: "temperature" in plan.edit.body and drop_field(plan, name),
+           "Claude from 4.5 on"),
+    Repair("tool",
+           r"tag '(?:tool_reference|tool_search_tool_result|server_tool_use)' found",
+           lambda plan: tell_found_tools(plan.edit),
+           "Anthropic, where tools are not found later"),
+    Repair("tool", r"[Tt]ool (?:type )?" + _NAME
+           + r" is not (?:supported|available)|nsupported " r"tool(?: type)?:? " + _NAME
+           + r"|tag '([\w-]+)' found using|param=tools\S{0,200} " + _FAR + r"nvalid value: "
+           + _NAME, drop_tool, "Copilot, OpenAI, Anthropic"),
+    Repair("beta", r"(?i)value\(s\) (" + _FAR + r"?) for the .?anthropic-beta|"
+           r"(?:invalid|unknown) beta(" + _FAR + r"-\d.*)", drop_betas,
+           "Anthropic, Bedrock"),
+    Repair("beta", r"(?i)(?:invalid|unknown) beta",
+           lambda plan, *sent: drop_all_betas(plan, *sent), "Bedrock, which names none",
+           keeps=WITH_VALUE),
+    Repair("prefill", r"not support assistant message prefill|must end with a user message",
+           lambda plan: end_with_user(plan.edit), "Claude from 4.6 on"),
+    Repair("images", r"many-image requests()|too many .{0,9}images" + _FAR + r"?(\d{1,15})",
+           lambda plan, *most: keep_images(plan, most[-1] or "20"), "Anthropic, Copilot"),
+    Repair("images", r"(?i)image (?:exceeds|dimensions|size)|could not process image",
+           drop_images, "Anthropic: 5 MB, 8000 pixels", keeps=WITH_VALUE),
+    Repair("images", r"\A", drop_images, "Copilot, of too large a body", (413,),
+           WITH_VALUE),
+    Repair("field", r"param=(\S{1,200}) " + _FAR
+           + r"(?:nsupported value|nvalid value|string too "
+           r"long)|\Acode=(?:unsupported|invalid)_value param=(\S{1,200}) ", drop_value,
+           "OpenAI, of a value that the field cannot have", keeps=WITH_VALUE),
+    Repair("field", _NAME + r"(?:: range| does not support (?!th))", drop_value,
+           "Bedrock, OpenAI", keeps=WITH_VALUE, unless=VALUE_CODES),
+    Repair("field", r"does not support the " + _NAME + r" parameter", drop_field, "Copilot",
+           unless=VALUE_CODES),
+    Repair("field", _NAME + r"(?:: Extra inputs| is not supported| is deprecated)|" + _UN
+           + r"(?:parameter|argument|field|key)s?(?: supplied)?:? " + _NAME
+           + r"|not allowed \(" + _NAME + " w", drop_field,
+           "all, with each release of a client", unless=VALUE_CODES),
+    Repair("field", r"param=(\S{1,200}) " + _FAR + r"(?:not support|nsupported)",
+           drop_field, "OpenAI", unless=VALUE_CODES),
 )
+# fmt: on
 
 # such a refusal holds beside other fields only, and those are another client's to send
 _CONDITION = re.compile(
@@ -15439,279 +15166,98 @@ class Option:
         return ("COPILOT_PROXY_" + self.field.upper(),) + self.env
 
 
+# fmt: off
 OPTIONS = (
-    Option(
-        "port",
-        DEFAULT_PORT,
-        "port to serve on; 0 takes a free one",
-        "int",
-        "-p",
-        "start setup stats",
-        ("PORT",),
-        value="PORT",
-    ),
-    Option(
-        "ollama-port",
-        0,
-        "serve on this port, too, where programs look for Ollama: 11434",
-        "int",
-        value="PORT",
-    ),
-    Option(
-        "host",
-        "127.0.0.1",
-        "address to serve on; beyond loopback only with --api-key",
-        where="start setup stats",
-        env=("HOST",),
-        value="ADDRESS",
-    ),
-    Option(
-        "verbose",
-        False,
-        "log every step, not only one line per request",
-        "switch",
-        "-v",
-        "network",
-    ),
-    Option(
-        "account-type",
-        "individual",
-        "plan whose API host is used when GitHub names none",
-        short="-a",
-        where="network",
-        value="individual|business|enterprise",
-    ),
-    Option(
-        "manual",
-        False,
-        "ask on terminal and page before each request goes up",
-        "switch",
-    ),
-    Option(
-        "rate-limit",
-        0.0,
-        "least seconds between two requests to the upstream",
-        "float",
-        "-r",
-        value="SECONDS",
-    ),
-    Option(
-        "wait",
-        False,
-        "with --rate-limit: let requests wait instead of answering 429",
-        "switch",
-        "-w",
-    ),
-    Option(
-        "github-token",
-        "",
-        "a GitHub token to use; - reads it from standard input",
-        short="-g",
-        where="network",
-        env=("GH_TOKEN", "GITHUB_TOKEN"),
-        value="TOKEN",
-    ),
-    Option(
-        "show-token",
-        False,
-        "print tokens on the terminal at login and refresh, and serve "
-        "/token to this machine",
-        "switch",
-        where="start auth",
-    ),
-    Option(
-        "proxy-env",
-        None,
-        "insist on HTTPS_PROXY & co.; --no-proxy-env ignores them",
-        "either",
-        where="network",
-    ),
-    Option(
-        "github-url",
-        GITHUB_URL,
-        "where to log in: https://TENANT.ghe.com",
-        where="network",
-        value="URL",
-    ),
-    Option(
-        "copilot-url",
-        "",
-        "Copilot API base, instead of the one GitHub names",
-        where="network",
-        value="URL",
-    ),
-    Option(
-        "client-id",
-        CLIENT_ID,
-        "app id of the device login",
-        where="network",
-        value="ID",
-    ),
-    Option(
-        "ca-file",
-        "",
-        "PEM file with further certificate authorities",
-        where="network",
-        value="FILE",
-    ),
-    Option(
-        "tls-relaxed",
-        False,
-        "accept CAs that lack key identifiers (Python 3.13 is strict)",
-        "switch",
-        where="network",
-    ),
-    Option(
-        "data-dir",
-        "",
-        "folder of the login",
-        where="network",
-        env=("COPILOT_PROXY_HOME",),
-        value="DIR",
-    ),
-    Option(
-        "header",
-        (),
-        "header that goes upstream instead of the built-in one",
-        "list",
-        where="network",
-        value="NAME=VALUE",
-    ),
-    Option(
-        "fallback",
-        "",
-        "model to ask instead when the quota is used up",
-        where="start models debug",
-        value="MODEL",
-    ),
-    Option(
-        "model-alias",
-        (),
-        "serve model TO under the name FROM",
-        "list",
-        where="start models debug",
-        value="FROM=TO",
-    ),
-    Option(
-        "strict-models",
-        False,
-        "answer 404 instead of asking another model than the one that was named",
-        "switch",
-        where="start models debug",
-    ),
-    Option(
-        "search-model",
-        "",
-        "model that searches the web, else a small GPT",
-        value="MODEL",
-    ),
+    Option("port", DEFAULT_PORT, "port to serve on; 0 takes a free one", "int", "-p",
+           "start setup stats", ("PORT",), value="PORT"),
+    Option("ollama-port", 0,
+           "serve on this port, too, where programs look for Ollama: 11434", "int",
+           value="PORT"),
+    Option("host", "127.0.0.1", "address to serve on; beyond loopback only with --api-key",
+           where="start setup stats", env=("HOST",), value="ADDRESS"),
+    Option("verbose", False, "log every step, not only one line per request", "switch",
+           "-v", "network"),
+    Option("account-type", "individual",
+           "plan whose API host is used when GitHub names none", short="-a",
+           where="network", value="individual|business|enterprise"),
+    Option("manual", False, "ask on terminal and page before each request goes up",
+           "switch"),
+    Option("rate-limit", 0.0, "least seconds between two requests to the upstream", "float",
+           "-r", value="SECONDS"),
+    Option("wait", False, "with --rate-limit: let requests wait instead of answering 429",
+           "switch", "-w"),
+    Option("github-token", "", "a GitHub token to use; - reads it from standard input",
+           short="-g", where="network", env=("GH_TOKEN", "GITHUB_TOKEN"), value="TOKEN"),
+    Option("show-token", False,
+           "print tokens on the terminal at login and refresh, and serve "
+           "/token to this machine", "switch", where="start auth"),
+    Option("proxy-env", None, "insist on HTTPS_PROXY & co.; --no-proxy-env ignores them",
+           "either", where="network"),
+    Option("github-url", GITHUB_URL, "where to log in: https://TENANT.ghe.com",
+           where="network", value="URL"),
+    Option("copilot-url", "", "Copilot API base, instead of the one GitHub names",
+           where="network", value="URL"),
+    Option("client-id", CLIENT_ID, "app id of the device login", where="network",
+           value="ID"),
+    Option("ca-file", "", "PEM file with further certificate authorities", where="network",
+           value="FILE"),
+    Option("tls-relaxed", False,
+           "accept CAs that lack key identifiers (Python 3.13 is strict)", "switch",
+           where="network"),
+    Option("data-dir", "", "folder of the login", where="network",
+           env=("COPILOT_PROXY_HOME",), value="DIR"),
+    Option("header", (), "header that goes upstream instead of the built-in one", "list",
+           where="network", value="NAME=VALUE"),
+    Option("fallback", "", "model to ask instead when the quota is used up",
+           where="start models debug", value="MODEL"),
+    Option("model-alias", (), "serve model TO under the name FROM", "list",
+           where="start models debug", value="FROM=TO"),
+    Option("strict-models", False,
+           "answer 404 instead of asking another model than the one that was named",
+           "switch", where="start models debug"),
+    Option("search-model", "", "model that searches the web, else a small GPT",
+           value="MODEL"),
     Option("no-web-search", False, "searches of the web fail", "switch"),
-    Option(
-        "fetch-images",
-        False,
-        "fetch images that clients name by URL, from public addresses "
-        "only, and send them inline",
-        "switch",
-    ),
-    Option(
-        "upload-images",
-        False,
-        "send large images through GitHub's store, uploads.github.com, as VS Code does",
-        "switch",
-    ),
-    Option(
-        "api-key",
-        (),
-        "a key that clients must send; auto makes, stores and prints one",
-        "list",
-        where="start setup",
-        value="KEY",
-    ),
-    Option(
-        "requests-per-minute",
-        0,
-        "most requests of one key in a minute; 0 is no limit",
-        "int",
-        value="N",
-    ),
-    Option(
-        "max-concurrency",
-        0,
-        "most requests at a time, the others wait; 0 is no limit",
-        "int",
-        value="N",
-    ),
-    Option(
-        "tls-cert", "", "PEM file with the certificate chain: serve https", value="FILE"
-    ),
-    Option(
-        "tls-key",
-        "",
-        "PEM file with its key, where --tls-cert does not hold it",
-        value="FILE",
-    ),
-    Option(
-        "trusted-proxy",
-        (),
-        "address or network whose X-Forwarded-* headers are believed",
-        "list",
-        value="ADDRESS",
-    ),
-    Option(
-        "allow-host",
-        (),
-        "a further name that clients may use in the Host header",
-        "list",
-        value="NAME",
-    ),
-    Option(
-        "cors-origin",
-        (),
-        "a web page's origin that may call the API (https://app.example), or "
-        "a scheme of a program (vscode-webview://*)",
-        "list",
-        value="ORIGIN",
-    ),
-    Option(
-        "grace",
-        10.0,
-        "seconds that running answers get at shutdown",
-        "float",
-        where="start setup",
-        value="SECONDS",
-    ),
-    Option(
-        "claude-code",
-        False,
-        "choose models for Claude Code and print its launch command",
-        "switch",
-        "-c",
-    ),
-    Option(
-        "budget",
-        0.0,
-        "credits that may be spent in a day; 0 is no limit",
-        "float",
-        value="CREDITS",
-    ),
+    Option("fetch-images", False,
+           "fetch images that clients name by URL, from public addresses "
+           "only, and send them inline", "switch"),
+    Option("upload-images", False,
+           "send large images through GitHub's store, uploads.github.com, as VS Code does",
+           "switch"),
+    Option("api-key", (), "a key that clients must send; auto makes, stores and prints one",
+           "list", where="start setup", value="KEY"),
+    Option("requests-per-minute", 0, "most requests of one key in a minute; 0 is no limit",
+           "int", value="N"),
+    Option("max-concurrency", 0, "most requests at a time, the others wait; 0 is no limit",
+           "int", value="N"),
+    Option("tls-cert", "", "PEM file with the certificate chain: serve https",
+           value="FILE"),
+    Option("tls-key", "", "PEM file with its key, where --tls-cert does not hold it",
+           value="FILE"),
+    Option("trusted-proxy", (),
+           "address or network whose X-Forwarded-* headers are believed", "list",
+           value="ADDRESS"),
+    Option("allow-host", (), "a further name that clients may use in the Host header",
+           "list", value="NAME"),
+    Option("cors-origin", (),
+           "a web page's origin that may call the API (https://app.example), or "
+           "a scheme of a program (vscode-webview://*)", "list", value="ORIGIN"),
+    Option("grace", 10.0, "seconds that running answers get at shutdown", "float",
+           where="start setup", value="SECONDS"),
+    Option("claude-code", False,
+           "choose models for Claude Code and print its launch command", "switch", "-c"),
+    Option("budget", 0.0, "credits that may be spent in a day; 0 is no limit", "float",
+           value="CREDITS"),
     Option("no-history", False, "write no history.sqlite3", "switch"),
     Option("log-json", False, "the log as one JSON object per line", "switch"),
-    Option(
-        "log-bodies",
-        "",
-        "folder for every request and answer WITH ITS WORDS",
-        value="DIR",
-    ),
+    Option("log-bodies", "", "folder for every request and answer WITH ITS WORDS",
+           value="DIR"),
     Option("open", False, "open the status page in the browser", "switch"),
-    Option(
-        "lang",
-        "",
-        "language of page and banner, else that of the locale",
-        where="start auth",
-        value="en|zh",
-    ),
+    Option("lang", "", "language of page and banner, else that of the locale",
+           where="start auth", value="en|zh"),
     Option("demo", False, "play without account and network", "switch"),
 )
+# fmt: on
 #: the headings of `--help`, with the names of their options as one reads them
 OPTION_GROUPS: Mapping[str, tuple[str, ...]] = {
     "common options": ("port", "host", "api-key", "github-token", "demo"),
