@@ -261,7 +261,7 @@ MAX_ERROR_BYTES = 64 * 1024
 MAX_ERROR_TEXT = 2000  # characters of an upstream message that are passed on
 MAX_HELD_CHARS = 64 * 1024  # of a body without white space or quotes, for --log-bodies
 MAX_LOGGED_CHARS = 1000  # of what is listed in one line of the log
-MAX_SAID = 700  # of it are looked through for what can be repaired
+REPAIR_TEXT_CHARS = 700  # of it are looked through for what can be repaired
 MAX_ANSWER_BYTES = 256 * 1024 * 1024  # a whole body that must be looked at
 MAX_FRAME_BYTES = 32 * 1024 * 1024  # one server-sent event
 MAX_CHUNK_LINE_BYTES = 1024
@@ -304,7 +304,7 @@ SLICE_S, SLICE_SHARE = 0.002, 0.25  # of computing between two looks at the stre
 # least so long, and of the time that the streams took
 ACCEPTED_AT_ONCE = 16  # connections in one round of the loop
 SPARE_FILES = 32  # kept free for logins, history, the pool
-FIRST_REQUEST_S = 0.1  # at shutdown, for a connection that has just come
+SHUTDOWN_ACCEPT_S = 0.1  # at shutdown, for a connection that has just come
 DRAIN_S = 0.5  # for the last chunk behind a terminal event
 MAX_OUT_BYTES = 256 * 1024  # not taken by a slow client: its upstream is paused
 LINGER_S = 2.0  # reading on after a refusal, so that it can be read
@@ -849,8 +849,9 @@ ERROR_TYPES = {
 
 
 class ErrorClass(NamedTuple):
-    """A kind of failure: its HTTP status, the code of it in a failed Responses object ("": the
-    upstream's own code stays), and how its names end: codes, types and statuses of upstreams."""
+    """A kind of failure: its HTTP status, the code of it in a failed Responses object
+    ("": the upstream's own code stays), and how its names end: codes, types and
+    statuses of upstreams."""
 
     status: int
     response_code: str
@@ -885,8 +886,9 @@ ERROR_CLASSES = (
 
 
 def status_of(name: Any) -> int:
-    """The HTTP status that an upstream's code, type or status means, 0 for what has no meaning.
-    'user_model_rate_limited:gpt-5-mini' -> 429, 'overloaded_error' -> 529, 503 -> 503"""
+    """The HTTP status that an upstream's code, type or status means, 0 for what has no
+    meaning. 'user_model_rate_limited:gpt-5-mini' -> 429, 'overloaded_error' -> 529, 503
+    -> 503"""
     if isinstance(name, int) and 400 <= name < 600:
         return name
     if not isinstance(name, str) or not name:
@@ -901,8 +903,9 @@ def status_of(name: Any) -> int:
 
 
 def true_status(status: int, names: Iterable[Any]) -> int:
-    """The status of a failure by its names; a limit, a quota or an overload counts whatever the
-    status it was sent with.  (400, ["rate_limited"]) -> 429, (404, ["not_found"]) -> 404"""
+    """The status of a failure by its names; a limit, a quota or an overload counts
+    whatever the status it was sent with. (400, ["rate_limited"]) -> 429, (404,
+    ["not_found"]) -> 404"""
     named = next(filter(None, map(status_of, names)), 0)
     is_limit = status in (402, 429)
     if (
@@ -1007,8 +1010,9 @@ _OVERFLOW_CODE = "context_length_exceeded"
 
 
 class UpstreamError(ProxyError):
-    """GitHub or Copilot could not be reached, or answered with an error.  Too long a prompt gets
-    the status and code that clients act on, whatever the upstream's were."""
+    """GitHub or Copilot could not be reached, or answered with an error. Too long a
+    prompt gets the status and code that clients act on, whatever the upstream's
+    were."""
 
     status = 502
     answered = False  # the status is the upstream's own
@@ -1065,8 +1069,9 @@ class StaleConnection(UpstreamError):
 
 
 def forget_frames(error: ProxyError) -> ProxyError:
-    """An error that is caught for good.  Its traceback and those behind it lead to the variables of
-    all that was going on, the body among them, and back to itself: they would stay in memory."""
+    """An error that is caught for good. Its traceback and those behind it lead to the
+    variables of all that was going on, the body among them, and back to itself: they
+    would stay in memory."""
     error.__context__ = error.__cause__ = None
     return error.with_traceback(None)
 
@@ -1116,8 +1121,8 @@ decode_vectors = json.JSONDecoder().decode
 
 
 def _decode(text: str) -> Any:
-    """Decode JSON as JSONDecoder.decode does; without its searches for white space, since
-    most texts have none around their value."""
+    """Decode JSON as JSONDecoder.decode does; without its searches for white space,
+    since most texts have none around their value."""
     try:
         value, end = _decoder.scan_once(text, 0)
     except StopIteration:
@@ -1167,8 +1172,9 @@ def valid_text(data: bytes) -> bytes:
 
 
 def _has_long_digits(data: bytes) -> bool:
-    """Are there so many digits in a row?  Python before 3.8.14 takes the square of their number
-    to make an integer of them.  Looks at pieces so short that one lies in any such row."""
+    """Are there so many digits in a row? Python before 3.8.14 takes the square of their
+    number to make an integer of them. Looks at pieces so short that one lies in any
+    such row."""
     step = MAX_INT_DIGITS // 2
     return any(data[at : at + step].isdigit() for at in range(0, len(data), step))
 
@@ -1191,8 +1197,9 @@ def _is_deep(value: Any, data: bytes) -> bool:
 
 
 def _room_of(data: bytes) -> int:
-    """About how many bytes the values between these marks take in a 64-bit Python, beside the
-    characters of texts: lists, objects, their entries, and what stands in them."""
+    """About how many bytes the values between these marks take in a 64-bit Python,
+    beside the characters of texts: lists, objects, their entries, and what stands in
+    them."""
     return (
         data.count(b"[") * 72
         + data.count(b"{") * 232
@@ -1203,8 +1210,8 @@ def _room_of(data: bytes) -> int:
 
 
 def _json_pieces(data: bytes) -> Iterator[bytes]:
-    """A JSON text piece by piece; no escape is cut.  Each quote in them is one that begins or ends
-    a text: what was `\\\\` or `\\"` is `\\/`."""
+    """A JSON text piece by piece; no escape is cut. Each quote in them is one that
+    begins or ends a text: what was `\\\\` or `\\"` is `\\/`."""
     start = 0
     while start < len(data):
         end = start + JSON_PIECE_BYTES
@@ -1225,8 +1232,8 @@ def _outside_texts(data: bytes) -> Iterator[bytes]:
 
 
 def _has_many_escapes(data: bytes, most: int) -> bool:
-    """Are there more escapes than this in one text?  json makes an object of each, and of what
-    stands between two, until it comes to the text's end."""
+    """Are there more escapes than this in one text? json makes an object of each, and
+    of what stands between two, until it comes to the text's end."""
     if data.count(b"\\") <= most:
         return False
     escapes, is_inside = 0, False
@@ -1257,8 +1264,8 @@ def _count_emojis(data: bytes) -> int:
 def decode_json(data: bytes) -> str:
     """The characters of a JSON text.  Raises ValueError, TooManyValues.
 
-    Python takes four bytes for each character of a text that holds one emoji, so those of a long
-    one are read as escapes, unless there are many."""
+    Python takes four bytes for each character of a text that holds one emoji, so those
+    of a long one are read as escapes, unless there are many."""
     if len(data) > WIDE_TEXT_BYTES and not data.isascii():
         share = _count_emojis(data) / len(data)
         if 0 < share < WIDE_SHARES[0]:
@@ -1269,8 +1276,9 @@ def decode_json(data: bytes) -> str:
 
 
 def _check_marks(data: bytes, room_bytes: int) -> None:
-    """Refuse a JSON text by the marks between its values: first by all, also those inside texts,
-    which takes no time; then by those that count.  Raises ValueError, see `loads`."""
+    """Refuse a JSON text by the marks between its values: first by all, also those
+    inside texts, which takes no time; then by those that count. Raises ValueError, see
+    `loads`."""
     if _room_of(data) <= room_bytes:
         return
     room = depth = 0
@@ -1289,8 +1297,9 @@ def loads(
     decode: Callable[[str], Any] = _decode,
     room_bytes: int = JSON_ROOM_BYTES,
 ) -> Any:
-    """A JSON value.  Raises ValueError for everything malformed, also for too deep a nesting, and
-    TooManyValues for one that would take far more than `room_bytes` beside its texts."""
+    """A JSON value. Raises ValueError for everything malformed, also for too deep a
+    nesting, and TooManyValues for one that would take far more than `room_bytes` beside
+    its texts."""
     if len(data) > JSON_CHECK_BYTES:
         _check_marks(data, room_bytes)
         if _has_many_escapes(data, room_bytes // JSON_ESCAPE_BYTES):
@@ -1349,8 +1358,9 @@ def _json_batches(
 def rewrite(value: Any, source: bytes) -> bytes:
     """The JSON of what was made of the JSON text `source`.
 
-    Of a large one it is written piece by piece, since json keeps all of its small pieces until the
-    end; and in ASCII where most of it is and an emoji would make it four times as large."""
+    Of a large one it is written piece by piece, since json keeps all of its small
+    pieces until the end; and in ASCII where most of it is and an emoji would make it
+    four times as large."""
     if len(source) <= INLINE_BYTES:
         return dumps(value)
     encode = dumps
@@ -1454,8 +1464,9 @@ _MOMENT = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[Tt ](\d\d):(\d\d):(\d\d))?", re.
 
 
 def moment_or_none(value: Any) -> float | None:
-    """Unix seconds of a moment in UTC: '2026-12-01', '2026-12-01T08:00:00Z', 1796083200, or the
-    milliseconds 1796083200000; None for what is no moment from 1970 to 9999: '2026-02-30'."""
+    """Unix seconds of a moment in UTC: '2026-12-01', '2026-12-01T08:00:00Z',
+    1796083200, or the milliseconds 1796083200000; None for what is no moment from 1970
+    to 9999: '2026-02-30'."""
     number = text_number_or_none(value, 1)
     if number is not None:
         if number > LAST_MOMENT_S / 2:
@@ -1572,8 +1583,9 @@ def text_pieces(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, A
 
 
 class HeldLine:
-    """A line that is not written yet.  Its event holds pieces of texts, and so may a line that
-    comes later: `waiting` of them are not decided.  edits: (object, key, begin, end, text)."""
+    """A line that is not written yet. Its event holds pieces of texts, and so may a
+    line that comes later: `waiting` of them are not decided. edits: (object, key,
+    begin, end, text)."""
 
     def __init__(self, line: str) -> None:
         self.line, self.waiting = line, 0
@@ -1636,8 +1648,8 @@ class TextRun:
         return bool(self._pieces or self._text)
 
     def decide(self, end: int) -> None:
-        """Look for secrets up to `end`; what a single line shows to be one is left to that, but
-        "Bearer " may have stood in the line before."""
+        """Look for secrets up to `end`; what a single line shows to be one is left to
+        that, but "Bearer " may have stood in the line before."""
         for found in _SECRET.finditer(self._text[:end]):
             begin, stop = found.span()
             shared = [p for p in self._pieces if p.begin < stop and p.end > begin]
@@ -1662,9 +1674,9 @@ class TextRun:
 
 
 class Redactor:
-    """`redact` for bytes that come in pieces: the same text, however they are cut, and without a
-    secret that the events of a stream hold in pieces.  What could be the beginning of one is held
-    back, MAX_HELD_CHARS at most."""
+    """`redact` for bytes that come in pieces: the same text, however they are cut, and
+    without a secret that the events of a stream hold in pieces. What could be the
+    beginning of one is held back, MAX_HELD_CHARS at most."""
 
     def __init__(self) -> None:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
@@ -1726,8 +1738,9 @@ _INVISIBLE = re.compile(
 
 
 def visible(text: str, keep: str = "") -> str:
-    """`text` with all escaped that a terminal would obey or not show: control characters, C1,
-    bidi overrides, zero width.  keep: those of them that stay.  'a\\x1b[2J' -> 'a\\\\x1b[2J'"""
+    """`text` with all escaped that a terminal would obey or not show: control
+    characters, C1, bidi overrides, zero width. keep: those of them that stay.
+    'a\\x1b[2J' -> 'a\\\\x1b[2J'"""
     if text.isprintable() and (text.isascii() or not _INVISIBLE.search(text)):
         return text
     return "".join(
@@ -1795,9 +1808,10 @@ def short_ipv6(text: str) -> str:
 
 @functools.lru_cache(maxsize=256)
 def split_host(text: str) -> tuple[str, int]:
-    """Name and port of a Host header: the name in lower case and without its final dot, an IPv6
-    address in its shortest form, the port 0 where none is written; ('', 0) for whatever could be
-    read in two ways.  '[0:0::1]:80' -> ('::1', 80), 'evil:80@localhost' -> ('', 0)"""
+    """Name and port of a Host header: the name in lower case and without its final dot,
+    an IPv6 address in its shortest form, the port 0 where none is written; ('', 0) for
+    whatever could be read in two ways. '[0:0::1]:80' -> ('::1', 80),
+    'evil:80@localhost' -> ('', 0)"""
     match = _HOST.match(text)
     if not match or len(text) > MAX_HOST_CHARS:
         return _NO_HOST
@@ -1821,8 +1835,8 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def origin_of(text: str) -> str:
-    """An origin as browsers write it, '' for what is none.  Schemes of programs may have any host,
-    or * for all of them.  'HTTPS://A.example:443/' -> 'https://a.example'"""
+    """An origin as browsers write it, '' for what is none. Schemes of programs may have
+    any host, or * for all of them. 'HTTPS://A.example:443/' -> 'https://a.example'"""
     match = _ORIGIN.match(text)
     if not match:
         return ""
@@ -1852,9 +1866,9 @@ class ErrorText(NamedTuple):
 
 
 def read_error_text(body: bytes, phrase: str) -> ErrorText:
-    """Read any error body that the upstream is known to send; phrase: where it has no words.
-    Shapes: {"error":{message,code,param,type}}, {"error":"text"}, {"message","code"}, plain text,
-    HTML, nothing, and JSON inside `message`."""
+    """Read any error body that the upstream is known to send; phrase: where it has no
+    words. Shapes: {"error":{message,code,param,type}}, {"error":"text"},
+    {"message","code"}, plain text, HTML, nothing, and JSON inside `message`."""
     text = body[:MAX_ERROR_BYTES].decode("utf-8", "replace").strip()
     code, param = None, None
     names: list[Any] = []
@@ -1913,7 +1927,7 @@ def unwrap_error(
     return read_error_text(body, status_phrase(status, phrase))[:3]
 
 
-def told_error(answer: Json) -> UpstreamError:
+def reported_error(answer: Json) -> UpstreamError:
     """Build the error that an event, or a whole answer with status 200, reports in any
     dialect. {"error": {"code": "rate_limited", "message": "slow down"}} -> one with
     status 429"""
@@ -1975,9 +1989,9 @@ class Usage:
 def read_usage(usage: Json) -> dict[str, int]:
     """Read a `usage` object of any dialect; the only place where that is done.
 
-    {"prompt_tokens": 100, "prompt_tokens_details": {"cached_tokens": 30}} ->
-    {"input": 70, "cache_read": 30}: what was not reported is absent.  OpenAI counts cached tokens
-    inside the prompt, Anthropic beside it.  cache_write_1h is a part of cache_write."""
+    {"prompt_tokens": 100, "prompt_tokens_details": {"cached_tokens": 30}} -> {"input":
+    70, "cache_read": 30}: what was not reported is absent. OpenAI counts cached tokens
+    inside the prompt, Anthropic beside it. cache_write_1h is a part of cache_write."""
     prompt_details = as_object(
         usage.get("prompt_tokens_details", usage.get("input_tokens_details"))
     )
@@ -2016,16 +2030,17 @@ def parts_of(share: float) -> int:
 
 
 class PriceTier(NamedTuple):
-    """Prices of prompts up to a length.  most_tokens: of such a prompt; nano: kind of token ->
-    nano-AIU for `Prices.batch` of them."""
+    """Prices of prompts up to a length. most_tokens: of such a prompt; nano: kind of
+    token -> nano-AIU for `Prices.batch` of them."""
 
     most_tokens: int
     nano: dict[str, int]
 
     @classmethod
     def read(cls, listed: Json) -> PriceTier:
-        """One object of `token_prices`.  The names changed with the API version 2026-08-01:
-        context_max became max_prompt_tokens, cache_price became cache_read_price."""
+        """One object of `token_prices`. The names changed with the API version
+        2026-08-01: context_max became max_prompt_tokens, cache_price became
+        cache_read_price."""
         newer = count_or_zero(listed.get("max_prompt_tokens"))
         most = newer or count_or_zero(listed.get("context_max"))
         nano: dict[str, int] = {}
@@ -2049,9 +2064,10 @@ class PriceTier(NamedTuple):
 class Prices:
     """Listed prices of a model; whole numbers, so that sums are exact.
 
-    batch: tokens that a price is for; tiers: by the length of the prompt, the shortest first, []
-    where the account lists none; promo: (parts of a million that a promotion takes off, unix time
-    of its end); auto_discount: parts of a million that the choice by `auto` takes off."""
+    batch: tokens that a price is for; tiers: by the length of the prompt, the shortest
+    first, [] where the account lists none; promo: (parts of a million that a promotion
+    takes off, unix time of its end); auto_discount: parts of a million that the choice
+    by `auto` takes off."""
 
     batch: int
     tiers: list[PriceTier]
@@ -2304,10 +2320,11 @@ class Losses(List[Tuple[str, str]]):
         self.append(loss)
 
 
-class Edit:
-    """A request body that is being made fit for the upstream, and the record of what was done.
-    As long as `changed` is False the bytes that the client sent go upstream as they are.  Fields
-    that are only added at the top level are put before them, as long as nothing is rewritten.
+class BodyEdit:
+    """A request body that is being made fit for the upstream, and the record of what
+    was done. As long as `changed` is False the bytes that the client sent go upstream
+    as they are. Fields that are only added at the top level are put before them, as
+    long as nothing is rewritten.
 
     added: the names of such fields; is_rewritten: something else has changed, too."""
 
@@ -2517,10 +2534,11 @@ class Turn:
 
 @dataclass
 class Tool:
-    """A function that the client runs.  `parameters`: a JSON schema, None when there is none.
-    kind: how its client knows it, which decides the form of its calls: "function", "custom"
-    (freeform: the client gives and gets bare text) or a type of CLIENT_TOOLS.  namespace,
-    short_name: of a tool that its client knows under two names."""
+    """A function that the client runs. `parameters`: a JSON schema, None when there is
+    none. kind: how its client knows it, which decides the form of its calls:
+    "function", "custom" (freeform: the client gives and gets bare text) or a type of
+    CLIENT_TOOLS. namespace, short_name: of a tool that its client knows under two
+    names."""
 
     name: str
     description: str | None = None
@@ -2536,8 +2554,9 @@ class Tool:
 class SearchTool:
     """A search of the web that the client wants its vendor's servers to run.
 
-    source: as the client wrote it; max_uses: 0 for no limit of the client's; filters, location: in
-    OpenAI's words; size: how much of the pages is to be read, "" for the usual."""
+    source: as the client wrote it; max_uses: 0 for no limit of the client's; filters,
+    location: in OpenAI's words; size: how much of the pages is to be read, "" for the
+    usual."""
 
     source: Json
     max_uses: int = 0
@@ -2565,11 +2584,11 @@ class Request:
     both of OpenAI's dialects share. wants_usage: a Chat client asked for usage. echo:
     fields that a response object repeats. prompt_tokens: an estimate, 0 where it is not
     needed. output_tool: the name of the forced tool call that stands for
-    `output_schema`, see `Unwrapper`. cut_at: stop sequences that the upstream cannot
-    handle, see `StopCutter`. hides_thinking: the client does not want thinking or has
-    no field for it, see `ThinkingFilter`. wants_thoughts: a Gemini client wants to read
-    the thinking; it gets the state in any case. elapsed_ns: returns the time since the
-    request arrived, for clients that report it."""
+    `output_schema`, see `StructuredOutputUnwrapper`. cut_at: stop sequences that the
+    upstream cannot handle, see `StopCutter`. hides_thinking: the client does not want
+    thinking or has no field for it, see `ThinkingFilter`. wants_thoughts: a Gemini
+    client wants to read the thinking; it gets the state in any case. elapsed_ns:
+    returns the time since the request arrived, for clients that report it."""
 
     model: str
     dialect: str = field(default="", compare=False)
@@ -2671,8 +2690,9 @@ class Request:
 
 @dataclass
 class Response:
-    """A whole answer.  stop: stop, length, tool_use, stop_sequence, refusal or pause.  created:
-    unix seconds, 0 when unknown; fingerprint, tier: OpenAI's system_fingerprint, service_tier."""
+    """A whole answer. stop: stop, length, tool_use, stop_sequence, refusal or pause.
+    created: unix seconds, 0 when unknown; fingerprint, tier: OpenAI's
+    system_fingerprint, service_tier."""
 
     id: str
     model: str
@@ -2686,9 +2706,10 @@ class Response:
 
 
 class Event:
-    """A piece of a streamed answer.  Legal order: ResponseStart, then for each index PartStart
-    (PartDelta | PartCitation | PartSignature)* PartEnd, then ResponseEnd; StreamError ends all.
-    Parts may interleave; their indexes rise in the order of their starts."""
+    """A piece of a streamed answer. Legal order: ResponseStart, then for each index
+    PartStart (PartDelta | PartCitation | PartSignature)* PartEnd, then ResponseEnd;
+    StreamError ends all. Parts may interleave; their indexes rise in the order of their
+    starts."""
 
 
 @dataclass
@@ -3002,8 +3023,8 @@ _LENGTH_FIELD = re.compile(
 
 
 def parse_request_head(raw: bytes) -> RequestHead:
-    """A request head without its closing empty line.  Raises BadRequest (400, 414, 431, 505).
-    b"GET / HTTP/1.1\\r\\nHost: a" -> RequestHead("GET", "/", 1, {"host": "a"})
+    """A request head without its closing empty line. Raises BadRequest (400, 414, 431,
+    505). b"GET / HTTP/1.1\\r\\nHost: a" -> RequestHead("GET", "/", 1, {"host": "a"})
 
     Clients repeat their heads but for the length of the body: each is parsed once."""
     length = _LENGTH_FIELD.search(raw)
@@ -3038,9 +3059,10 @@ def parse_status_line(line: str) -> tuple[int, str]:
 
 
 def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
-    """(status, phrase, headers).  Lenient: the upstream is trusted not to smuggle, but may fold
-    lines, repeat fields or send what is no field, which is left out.  Control characters become
-    spaces, because the values go on to clients.  Raises UpstreamError when it is no HTTP head."""
+    """(status, phrase, headers). Lenient: the upstream is trusted not to smuggle, but
+    may fold lines, repeat fields or send what is no field, which is left out. Control
+    characters become spaces, because the values go on to clients. Raises UpstreamError
+    when it is no HTTP head."""
     line, _, rest = raw.decode("latin-1").partition("\n")
     status, reason = parse_status_line(line[:MAX_TARGET_BYTES])
     fields_ = _PLAIN_FIELD.findall(rest)
@@ -3120,10 +3142,11 @@ MANY_CHUNKS_BYTES = 2048  # read at once
 
 
 class BodyDecoder:
-    """A message body: of a known length, chunked, or ending with the connection (length None).
-    `feed(data)` gives the payload bytes found so far; `done` is True at the end, `rest` then holds
-    what came behind it.  Raises BadRequest on malformed framing; never blocks, holds back at most
-    one chunk line.  b"3\\r\\nabc\\r\\n0\\r\\n\\r\\n" -> b"abc", done"""
+    """A message body: of a known length, chunked, or ending with the connection (length
+    None). `feed(data)` gives the payload bytes found so far; `done` is True at the end,
+    `rest` then holds what came behind it. Raises BadRequest on malformed framing; never
+    blocks, holds back at most one chunk line. b"3\\r\\nabc\\r\\n0\\r\\n\\r\\n" ->
+    b"abc", done"""
 
     def __init__(self, length: int | None = None, chunked: bool = False) -> None:
         self.chunked = chunked
@@ -3403,8 +3426,8 @@ def split_frames(block: bytes) -> list[bytes]:
 
 
 class SSEDecoder:
-    """`feed(bytes) -> list[Frame]`: the events that are complete by now, without empty ones.
-    b'data: {"a":1}\\n\\n' -> [Frame('', b'{"a":1}')]"""
+    """`feed(bytes) -> list[Frame]`: the events that are complete by now, without empty
+    ones. b'data: {"a":1}\\n\\n' -> [Frame('', b'{"a":1}')]"""
 
     def __init__(self) -> None:
         self._cutter = FrameCutter()
@@ -3441,8 +3464,8 @@ _SOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 
 def accept_key(head: RequestHead) -> str:
-    """Return Sec-WebSocket-Accept for a handshake.  Raises BadRequest: 426 for another version
-    of the protocol, else 400."""
+    """Return Sec-WebSocket-Accept for a handshake. Raises BadRequest: 426 for another
+    version of the protocol, else 400."""
     headers = head.headers
     if head.minor == 0 or "upgrade" not in headers.get("connection", "").lower():
         raise BadRequest("a WebSocket needs HTTP/1.1 and Connection: Upgrade")
@@ -3503,8 +3526,9 @@ def _event_texts(block: bytes) -> list[bytes]:
 
 def text_frames(block: bytes, lane: bytes = b"") -> bytes:
     """Turn whole server-sent events into text frames, one each; comments are left out.
-    b'event: a\\ndata: {}\\n\\n' -> b'\\x81\\x02{}'.  A burst has hundreds of events, and the
-    usual ones take no step of their own.  lane: how each text begins in place of its brace."""
+    b'event: a\\ndata: {}\\n\\n' -> b'\\x81\\x02{}'. A burst has hundreds of events, and
+    the usual ones take no step of their own. lane: how each text begins in place of its
+    brace."""
     if not block.isascii():
         block = block.decode("utf-8", "replace").encode()
     texts = _event_texts(block)
@@ -3712,7 +3736,7 @@ def is_whole_event(raw: bytes) -> bool:
 
 _SHORT_NAME = re.compile(
     rb'"[A-Za-z0-9_-]{0,31}_[0-9a-f]{32}"'
-)  # as `fit_names` makes them
+)  # as `shorten_tool_names` makes them
 
 
 def restore_names(data: bytes, names: Mapping[bytes, bytes]) -> bytes:
@@ -3725,9 +3749,9 @@ def restore_names(data: bytes, names: Mapping[bytes, bytes]) -> bytes:
 _REPORT_FIELDS = ("usage", "copilot_usage", "copilot_quota_snapshots")
 
 
-class Meter:
-    """Usage and quotas that the upstream reported for one answer; what it did not is absent.
-    counts: by the names of COUNTS; quotas: lane -> snapshot."""
+class UsageMeter:
+    """Usage and quotas that the upstream reported for one answer; what it did not is
+    absent. counts: by the names of COUNTS; quotas: lane -> snapshot."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -3741,8 +3765,8 @@ class Meter:
         return None
 
     def take(self, answer: Json) -> None:
-        """Record what an answer or event reports; later values replace earlier ones, but a report
-        without a count wipes nothing."""
+        """Record what an answer or event reports; later values replace earlier ones,
+        but a report without a count wipes nothing."""
         for holder in (answer, answer.get("response"), answer.get("message")):
             if not isinstance(holder, dict) or holder.keys().isdisjoint(_REPORT_FIELDS):
                 continue
@@ -3769,8 +3793,8 @@ class DeltaTemplate:
         self._before = self._behind = b""
 
     def learn(self, raw: bytes, text: str, keys: tuple[bytes, ...] = (b"",)) -> bool:
-        """Take `raw`, which holds `text` behind one of `keys`, as the pattern for the next ones.
-        False: it holds the text in two places, or none."""
+        """Take `raw`, which holds `text` behind one of `keys`, as the pattern for the
+        next ones. False: it holds the text in two places, or none."""
         quoted = dumps(text)
         before, _, behind = raw.partition(quoted)
         if raw.count(quoted) != 1 or not before.endswith(keys):
@@ -3795,9 +3819,9 @@ class DeltaTemplate:
     def match_all(
         self, block: bytes, start: bytes = b"", end: bytes = b""
     ) -> list[bytes]:
-        """The texts of a block of such events, [] where it has another one or a quote in a text.
-        A burst has hundreds of them, and this takes no step for each.  start, end: of each event in
-        the block, around what was learned."""
+        """The texts of a block of such events, [] where it has another one or a quote
+        in a text. A burst has hundreds of them, and this takes no step for each. start,
+        end: of each event in the block, around what was learned."""
         before, behind = start + self._before, self._behind + end
 
         if not self._before or not (
@@ -3822,16 +3846,18 @@ class DeltaTemplate:
 class StreamRelay:
     """A pure pipeline for one streamed answer: upstream bytes in, client bytes out.
 
-    `feed(data)` may be called with any cut of the stream and gives the same bytes in all;
-    `close(error)` gives the last bytes: nothing after a proper end, else the dialect's error
-    event, so that a cut stream never ends politely.  `ended` is True once the terminal event went
-    through; `error` then holds the failure, if it was one.
+    `feed(data)` may be called with any cut of the stream and gives the same bytes in
+    all; `close(error)` gives the last bytes: nothing after a proper end, else the
+    dialect's error event, so that a cut stream never ends politely. `ended` is True
+    once the terminal event went through; `error` then holds the failure, if it was one.
 
-    Until `has_content` is True the bytes so far show nothing to a user.  Who keeps them back may
-    drop them when the stream fails, and ask again or answer with the status of `error`.
+    Until `has_content` is True the bytes so far show nothing to a user. Who keeps them
+    back may drop them when the stream fails, and ask again or answer with the status of
+    `error`.
 
-    A finished thinking comes out together with what follows it: Claude Code starts a failed turn
-    again by itself as long as no block of it is closed, and Codex keeps what is done."""
+    A finished thinking comes out together with what follows it: Claude Code starts a
+    failed turn again by itself as long as no block of it is closed, and Codex keeps
+    what is done."""
 
     def __init__(
         self, dialect: Dialect, asked: str, body: Json, request: Request | None = None
@@ -3843,7 +3869,7 @@ class StreamRelay:
         # (id, frame of the whole)
         self.on_final: Callable[[str, bytes], None] | None = None
         self.names: Mapping[bytes, bytes] = {}  # see Edit
-        self.meter = Meter()
+        self.meter = UsageMeter()
         self._options = {"stream_options": body.get("stream_options")}
         self._cutter = FrameCutter()
         self._held = b""  # the end of a thinking
@@ -3913,8 +3939,9 @@ class StreamRelay:
         return out
 
     def _block(self, block: bytes) -> bytes:
-        """Whole frames, some of which need a look: the others pass together.  Most often they are
-        the first or the last ones, so halves of the block are tried, and halves of these."""
+        """Whole frames, some of which need a look: the others pass together. Most often
+        they are the first or the last ones, so halves of the block are tried, and
+        halves of these."""
         frames = split_frames(block)
         if len(frames) == 1:
             return self._mend(frames[0])
@@ -4014,8 +4041,8 @@ REMINDER_START, REMINDER_END = "<system-reminder>", "</system-reminder>"
 
 
 def is_reminder(text: str) -> bool:
-    """Is this one reminder or several, and nothing else?  Claude Code puts such texts beside tool
-    results; no human wrote them."""
+    """Is this one reminder or several, and nothing else? Claude Code puts such texts
+    beside tool results; no human wrote them."""
     *reminders, rest = text.split(REMINDER_END)
     return (
         bool(reminders)
@@ -4036,9 +4063,10 @@ def text_of(content: Any) -> str:
 
 
 class SideRequest(NamedTuple):
-    """How to know a request that a client makes by itself.  marks: all must be there; how: the
-    text "starts" with it, it "begins" a line, stands anywhere ("holds"), or "is" the text.
-    kind: of interaction, as the upstream's header names it behind "conversation-"."""
+    """How to know a request that a client makes by itself. marks: all must be there;
+    how: the text "starts" with it, it "begins" a line, stands anywhere ("holds"), or
+    "is" the text. kind: of interaction, as the upstream's header names it behind
+    "conversation-"."""
 
     client: str
     place: str  # system, user
@@ -4264,7 +4292,7 @@ class Dialect:
     # `prepare` makes a body fit for the upstream in place, raising BadRequest.  The others serve
     # clients of models in another dialect: both ways between a body and neutral words, unknown
     # fields are losses.
-    prepare: Callable[[Edit, Model], None]
+    prepare: Callable[[BodyEdit, Model], None]
     decode_request: Callable[[Json], Request]
     read_tool: Callable[[Json, Request], None]
     read_turn: Callable[
@@ -4289,14 +4317,14 @@ class Dialect:
         return self._relay(self, asked, body, request)
 
     def mend(self, answer: Json, asked: str, request: Request | None = None) -> bool:
-        """Mend a whole answer in place -> was it changed?  asked: the model in the client's words;
-        request: what the answer repeats of it."""
+        """Mend a whole answer in place -> was it changed? asked: the model in the
+        client's words; request: what the answer repeats of it."""
         raise NotImplementedError
 
     def check_answer(self, answer: Json) -> None:
         """Raises UpstreamError if a whole answer with status 200 reports a failure."""
         if answer.get("error") or answer.get("type") == "error":
-            raise told_error(answer)
+            raise reported_error(answer)
 
     def stream_decoder(self) -> StreamDecoder:
         return self._decoder(self)
@@ -4376,13 +4404,13 @@ class Dialect:
         return item.get("role") is not None
 
     def goes_as_is(self, body: Json) -> bool:
-        """Is there nothing in a conversation of words that `fit_body` would change for a model of
-        OpenAI's?  A quick look, which may say False of one that is."""
+        """Is there nothing in a conversation of words that `prepare_body` would change
+        for a model of OpenAI's? A quick look, which may say False of one that is."""
         return False
 
     def is_in_shape(self, item: Any) -> bool:
-        """Is there nothing in this item that normalising would change?  A quick look, which may
-        say False of an item that is."""
+        """Is there nothing in this item that normalising would change? A quick look,
+        which may say False of an item that is."""
         return False
 
     def write_part(self, part: Part, by_model: bool) -> Json:
@@ -4406,8 +4434,8 @@ class Dialect:
         raise NotImplementedError
 
     def missing_result(self, item: Json, call_id: str) -> Json:
-        """An error as the result of a call in `item` that has none; {} where only the client can
-        know what such a result looks like."""
+        """An error as the result of a call in `item` that has none; {} where only the
+        client can know what such a result looks like."""
         raise NotImplementedError
 
     def result_content(self, item: Json) -> Any:
@@ -4418,10 +4446,10 @@ class Dialect:
         """The conversation without empty items, joined where the dialect wants one user turn."""
         return [item for item in items if item]
 
-    def drop_foreign_fields(self, edit: Edit, model: Model) -> None:
+    def drop_foreign_fields(self, edit: BodyEdit, model: Model) -> None:
         """Drop top-level fields that this model's vendor refuses."""
 
-    def tidy_item(self, edit: Edit, item: Json, model: Model) -> bool:
+    def tidy_item(self, edit: BodyEdit, item: Json, model: Model) -> bool:
         """Make one item fit for strict upstreams.  False: nothing is left in it."""
         return True
 
@@ -4429,7 +4457,7 @@ class Dialect:
         """The objects in an item that hold the name of a called tool, beside blocks."""
         return []
 
-    def fit_cache(self, edit: Edit, model: Model) -> None:
+    def fit_cache(self, edit: BodyEdit, model: Model) -> None:
         """Help the prompt cache: set marks, or a key, where the client has set none."""
 
     def tool_schemas(self, body: Json) -> list[tuple[Json, str]]:
@@ -4546,7 +4574,7 @@ def refuse_forced_tool(body: Json, tool: Json) -> None:
 _TOOL_FIELDS = frozenset(("tools", "parallel_tool_calls", "tool_choice"))
 
 
-def drop_tool_fields(edit: Edit) -> None:
+def drop_tool_fields(edit: BodyEdit) -> None:
     """Without tools every field about them is refused: an empty list, too."""
     body = edit.body
     for key in ("tools", "parallel_tool_calls"):
@@ -4561,7 +4589,7 @@ def drop_tool_fields(edit: Edit) -> None:
 
 
 def prepare_tools(
-    edit: Edit, is_offered: Callable[[Json], bool], *refused: str
+    edit: BodyEdit, is_offered: Callable[[Json], bool], *refused: str
 ) -> None:
     """Remove tools that no upstream runs, and fields of the others that some backend
     refuses and no model needs. Raises BadRequest if a removed tool was forced."""
@@ -4693,7 +4721,7 @@ def flag(value: Any) -> bool | None:
     return None
 
 
-def given(**fields: Any) -> Json:
+def without_none(**fields: Any) -> Json:
     """The fields that have a value.  (a=1, b=None) -> {"a": 1}"""
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -4712,8 +4740,8 @@ def is_packed(state: Any) -> bool:
 
 
 def unpack_opaque(text: Any) -> list[tuple[str, str | None, str]]:
-    """[(dialect, id, blob)] of one packed state, or of several that a client has joined; [] for
-    anything that was not packed here."""
+    """[(dialect, id, blob)] of one packed state, or of several that a client has
+    joined; [] for anything that was not packed here."""
     if not is_packed(text):
         return []
     found = []
@@ -4800,8 +4828,8 @@ def plain_text(part: Part) -> str:
 
 
 def usable_parts(turn: Turn, request: Request, dialect: str) -> list[Part]:
-    """The parts of a turn that may go upstream: foreign reasoning never does, and no upstream takes
-    a file from the model; the words of one stay."""
+    """The parts of a turn that may go upstream: foreign reasoning never does, and no
+    upstream takes a file from the model; the words of one stay."""
     kept: list[Part] = []
     for part in turn.parts:
         if turn.role == "assistant" and isinstance(part, (Image, Document)):
@@ -4838,13 +4866,13 @@ def fit_call_id(text: str) -> str:
     return stable_id("call_", text)
 
 
-def drop_nulls(edit: Edit, target: Json, *keep: str) -> None:
+def drop_nulls(edit: BodyEdit, target: Json, *keep: str) -> None:
     """Nulls mean nothing, and strict schemas refuse them."""
     for key in [k for k, value in target.items() if value is None and k not in keep]:
         edit.drop(target, key)
 
 
-def fit_id(edit: Edit, target: Any, name: str) -> None:
+def fit_id(edit: BodyEdit, target: Any, name: str) -> None:
     """A call's id, in the call or in its result, as every upstream takes it."""
     if isinstance(target, dict) and not _CALL_ID.match(str(target.get(name) or "")):
         edit.set(target, name, fit_call_id(str(target.get(name))))
@@ -4864,7 +4892,7 @@ def last_user_turns(messages: list[Json]) -> list[Json]:
     return turns[::-1]
 
 
-def drop_surplus_marks(edit: Edit, marked: list[Json], mark: str) -> None:
+def drop_surplus_marks(edit: BodyEdit, marked: list[Json], mark: str) -> None:
     """The upstream takes four cache marks; the last ones save most."""
     for target in marked[:-4]:
         edit.drop(target, mark, "more than four marks")
@@ -4951,8 +4979,8 @@ def join_texts(parts: Iterable[Part]) -> str:
 
 
 def block_as_text(block: Json, request: Request) -> Text:
-    """A block or item that the model's dialect has no word for, whole and in JSON: a session must
-    not end because its history holds one."""
+    """A block or item that the model's dialect has no word for, whole and in JSON: a
+    session must not end because its history holds one."""
     kind = printable(str(block.get("type")), 60)
     request.lose(kind, "sent as text")
     shown = {
@@ -5146,8 +5174,8 @@ def placed_parts(
 
 
 class ClientTool(NamedTuple):
-    """arguments: the field of a call's item that holds the arguments; fixed: what else is in the
-    item, or, where it has the arguments' name, beside them."""
+    """arguments: the field of a call's item that holds the arguments; fixed: what else
+    is in the item, or, where it has the arguments' name, beside them."""
 
     arguments: str
     description: str
@@ -5314,7 +5342,7 @@ def client_tool(tool: Json) -> Json | None:
     kind = str(tool.get("type"))
     for prefix, description, schema in ANTHROPIC_TOOLS:
         if kind.startswith(prefix):
-            return given(
+            return without_none(
                 name=tool.get("name"),
                 description=description,
                 input_schema=schema,
@@ -5362,7 +5390,7 @@ def function_of(tool: Json) -> Json | None:
         return None
     elif kind == "custom" and "input_schema" not in tool:
         return None  # OpenAI's freeform tool
-    return given(
+    return without_none(
         name=tool.get("name"),
         description=tool.get("description"),
         parameters=tool.get("parameters", tool.get("input_schema")),
@@ -5375,7 +5403,7 @@ def freeform_of(tool: Json) -> Json | None:
     if tool.get("type") != "custom" or "input_schema" in tool:
         return None
     source = as_object(tool.get("custom")) or tool
-    return given(
+    return without_none(
         name=source.get("name"),
         description=source.get("description"),
         format=source.get("format"),
@@ -5412,7 +5440,7 @@ def write_part(part: Part, prefix: str) -> Json:
     if isinstance(part, Image):
         return {
             "type": "image_url",
-            "image_url": given(url=data_url(part), detail=part.detail),
+            "image_url": without_none(url=data_url(part), detail=part.detail),
         }
     if isinstance(part, Document) and not part.text:
         file = {"filename": part.title or "document.pdf", "file_data": data_url(part)}
@@ -5483,7 +5511,7 @@ def search_tool(tool: Json) -> SearchTool:
     return SearchTool(
         tool,
         count_or_zero(tool.get("max_uses")),
-        given(
+        without_none(
             allowed_domains=words(filters.get("allowed_domains")) or None,
             blocked_domains=blocked or None,
         ),
@@ -5555,8 +5583,9 @@ class UnansweredCalls:
         self._by_name.setdefault(call.name, collections.deque()).append(call.id)
 
     def take(self, result: ToolResult) -> str:
-        """The id of the call that a result answers: by its id, else the first one of its name, or
-        the very first where it names none; "" when there is no such call."""
+        """The id of the call that a result answers: by its id, else the first one of
+        its name, or the very first where it names none; "" when there is no such
+        call."""
         call_id = result.call_id
         if call_id not in self._waiting:
             call_id = self._first_of(result.name)
@@ -5575,8 +5604,9 @@ class UnansweredCalls:
 
 
 def pair_by_order(turns: list[Turn]) -> None:
-    """Give each call and result an id: calls without one get theirs by their place, so that it is
-    the same in each request of a conversation; a result gets that of its call."""
+    """Give each call and result an id: calls without one get theirs by their place, so
+    that it is the same in each request of a conversation; a result gets that of its
+    call."""
     parts = [part for turn in turns for part in turn.parts]
     used = {part.id for part in parts if isinstance(part, ToolCall)}
     used.update(part.call_id for part in parts if isinstance(part, ToolResult))
@@ -5655,8 +5685,8 @@ def clamp_effort(effort: str, listed: list[str]) -> str:
 
 
 def fit_effort(request: Request, model: Model) -> str | None:
-    """The wish for reasoning as an effort that the model lists; None: say nothing, which is a
-    loss if there was a wish."""
+    """The wish for reasoning as an effort that the model lists; None: say nothing,
+    which is a loss if there was a wish."""
     wish = request.effort or (
         budget_to_effort(request.thinking_budget) if request.thinking_budget else None
     )
@@ -5670,8 +5700,8 @@ def fit_effort(request: Request, model: Model) -> str | None:
 
 
 def fit_budget(wish: int | None, room: int | None, model: Model) -> int | None:
-    """A thinking budget in tokens as the model takes it, `room` for all of the answer; None when
-    it takes none or there is no room."""
+    """A thinking budget in tokens as the model takes it, `room` for all of the answer;
+    None when it takes none or there is no room."""
     least, most = (
         count_or_zero(model.supports.get(k))
         for k in ("min_thinking_budget", "max_thinking_budget")
@@ -5685,9 +5715,9 @@ def fit_budget(wish: int | None, room: int | None, model: Model) -> int | None:
 def offered_tools(
     request: Request, model: Model, bare: bool
 ) -> tuple[list[Tool], str | Named | None, Json | None]:
-    """(tools, tool_choice, output schema) that go upstream.  A schema that the model cannot keep
-    to by itself becomes a tool that must be called.  bare: the dialect has JSON without a schema.
-    """
+    """(tools, tool_choice, output schema) that go upstream. A schema that the model
+    cannot keep to by itself becomes a tool that must be called. bare: the dialect has
+    JSON without a schema."""
     tools, choice, schema = (
         list(request.tools),
         request.tool_choice,
@@ -5724,8 +5754,8 @@ def offered_tools(
 
 
 def watch_stops(request: Request) -> None:
-    """The proxy itself is to end the answer at the stop sequences.  Every piece of the answer is
-    looked through for all of them, so their number and length are bounded."""
+    """The proxy itself is to end the answer at the stop sequences. Every piece of the
+    answer is looked through for all of them, so their number and length are bounded."""
     fitting = [stop for stop in request.stop if len(stop) <= MAX_STOP_CHARS]
     request.watch_for(fitting[:MAX_WATCHED_STOPS])
     if len(request.cut_at) < len(request.stop):
@@ -5737,8 +5767,8 @@ def watch_stops(request: Request) -> None:
 
 
 def upstream_stops(dialect: Dialect, request: Request, model: Model) -> list[str]:
-    """The stop sequences that go upstream: all or none, since an upstream that stops at one of them
-    may not say at which.  The proxy watches for the others itself."""
+    """The stop sequences that go upstream: all or none, since an upstream that stops at
+    one of them may not say at which. The proxy watches for the others itself."""
     tells_which = (
         dialect.name == request.dialect or "stop_sequence" in dialect.TO_NEUTRAL
     )
@@ -5776,7 +5806,7 @@ def read_schema(layout: Any) -> Json | None:
     if "json_schema" in layout:
         layout = dict(as_object(layout["json_schema"]), type=layout.get("type"))
     if layout.get("type") in ("json_schema", "json_object"):
-        return given(**layout)
+        return without_none(**layout)
     return None
 
 
@@ -5824,8 +5854,8 @@ def fields_of(dialect: str) -> list[tuple[str, Callable[[Any], Any], list[str]]]
 
 
 def read_fields(dialect: Dialect, body: Json, known: str) -> Request:
-    """The fields of FIELDS, those that OpenAI's two share, and the tools.  All others but
-    the `known` ones are losses."""
+    """The fields of FIELDS, those that OpenAI's two share, and the tools. All others
+    but the `known` ones are losses."""
     request = Request(str(body.get("model") or ""), dialect.name, dialect.turns_key)
     fields = fields_of(dialect.name)
 
@@ -5907,7 +5937,7 @@ def openai_usage(usage: Usage | None, asked: str, made: str) -> Json:
 ASTRAY = "the model sent endless white space as tool arguments"
 
 
-def is_astray(blanks: dict[int, int], index: int, text: str) -> bool:
+def is_runaway_whitespace(blanks: dict[int, int], index: int, text: str) -> bool:
     """Has call `index` with this piece got nothing but white space for too long?"""
     blank = len(text) - len(text.rstrip("\r\n\t "))
     run = blanks[index] = blank + (blanks.get(index, 0) if blank == len(text) else 0)
@@ -5930,7 +5960,7 @@ class StreamDecoder:
     def __init__(self, dialect: Any) -> None:
         self.dialect = dialect
         self.ended = False
-        self.meter = Meter()
+        self.meter = UsageMeter()
         self._started = False
         self._events: list[Event] = []
         self._held: list[Event] = []  # the end of a Reasoning
@@ -5943,13 +5973,13 @@ class StreamDecoder:
         self._template = DeltaTemplate()  # of the last delta
         self._template_index = -1  # ... and its part
 
-    def count_with(self, meter: Meter) -> None:
+    def count_with(self, meter: UsageMeter) -> None:
         """Usage and the like go into this one."""
         self.meter = meter
 
     def read(self, data: bytes) -> list[Event]:
-        """Events of one frame's data.  A frame that equals the last delta but for one JSON string
-        is not parsed: the rest of it means the same as last time."""
+        """Events of one frame's data. A frame that equals the last delta but for one
+        JSON string is not parsed: the rest of it means the same as last time."""
         steady = self._steady(data)
         text = self._template.match(steady)
         if text:
@@ -6009,8 +6039,8 @@ class StreamDecoder:
         return self._template_index
 
     def read_texts(self, block: bytes) -> list[bytes]:
-        """The texts of a block of deltas of that part, as JSON has them, which is as they
-        are: where one has an escape, or the block needs a look, there are none."""
+        """The texts of a block of deltas of that part, as JSON has them, which is as
+        they are: where one has an escape, or the block needs a look, there are none."""
         start = block[: block.find(b"data: ") + 6]
         steady = self._steady_block(block)
         texts = self._template.match_all(steady, start, b"\n\n")
@@ -6103,7 +6133,9 @@ class StreamDecoder:
         if part is None or not (text or tokens):
             return
         self._empty.discard(index)
-        if isinstance(part, ToolCall) and is_astray(self._blanks, index, text):
+        if isinstance(part, ToolCall) and is_runaway_whitespace(
+            self._blanks, index, text
+        ):
             self._fail(UpstreamError(ASTRAY))
         else:
             self._emit(PartDelta(index, text, tokens or None))
@@ -6158,8 +6190,8 @@ class StreamDecoder:
 
 
 def citation_of(annotation: Any) -> list[Citation]:
-    """The citation that an annotation of OpenAI's or a citation of Anthropic's stands for; [] for
-    one that names no source."""
+    """The citation that an annotation of OpenAI's or a citation of Anthropic's stands
+    for; [] for one that names no source."""
     source = as_object(annotation)
     source = as_object(source.get("url_citation")) or source
     title = (
@@ -6198,8 +6230,9 @@ def url_citation(citation: Citation) -> Json:
 
 
 class StreamEncoder:
-    """Neutral events in, bytes of the client's dialect out: `feed(event)`; `ended` is True behind
-    the terminal event.  A delta is the part's frame, cut where the text belongs."""
+    """Neutral events in, bytes of the client's dialect out: `feed(event)`; `ended` is
+    True behind the terminal event. A delta is the part's frame, cut where the text
+    belongs."""
 
     MARK, QUOTED_MARK = "\0", dumps("\0")
     METHODS = (
@@ -6236,8 +6269,9 @@ class StreamEncoder:
         return self._on[type(event)](event)
 
     def around(self, index: int) -> list[bytes]:
-        """What stands before and behind the text in each delta of this part now; another number
-        of pieces where more changes than one text, or anything is kept of it."""
+        """What stands before and behind the text in each delta of this part now;
+        another number of pieces where more changes than one text, or anything is kept
+        of it."""
         return []
 
     def _delta(self, event: PartDelta) -> bytes:
@@ -6259,8 +6293,8 @@ class StreamEncoder:
 
 @dataclass
 class ChatCall:
-    """A tool call of a streamed turn.  number: ours, in the order in which the calls were named,
-    -1 before; waiting: its delta so far, while it has no name."""
+    """A tool call of a streamed turn. number: ours, in the order in which the calls
+    were named, -1 before; waiting: its delta so far, while it has no name."""
 
     id: str = ""
     name: str = ""
@@ -6320,11 +6354,13 @@ class ChatCall:
 
 
 class ChatChunks:
-    """Chat's chunks made uniform: Claude's turns come split over several choices, so the deltas of
-    all are one, tool calls are numbered from 0 by first appearance, and the finish reason waits
-    for the end: a client stops reading tool calls at the first one it sees.
+    """Chat's chunks made uniform: Claude's turns come split over several choices, so
+    the deltas of all are one, tool calls are numbered from 0 by first appearance, and
+    the finish reason waits for the end: a client stops reading tool calls at the first
+    one it sees.
 
-    A call begins when its name is known: clients take the name of its first delta only."""
+    A call begins when its name is known: clients take the name of its first delta
+    only."""
 
     def __init__(self) -> None:
         self.reason = ""
@@ -6343,7 +6379,7 @@ class ChatChunks:
         ):
             self.usage = usage or None
         if answer.get("error"):
-            raise told_error(answer)
+            raise reported_error(answer)
 
         merged: Json | None = None
         self.logprobs = None
@@ -6359,7 +6395,7 @@ class ChatChunks:
         """Join the delta of a choice to those before it."""
         reason = choice.get("finish_reason")
         if reason == "error":
-            raise told_error({})
+            raise reported_error({})
         self.reason = word(reason) or self.reason
 
         place = count_or_zero(choice.get("index"))
@@ -6408,8 +6444,8 @@ class ChatChunks:
         return {}
 
     def _find_call(self, choice: int, index: int, call_id: str) -> ChatCall:
-        """The call that a delta belongs to; a new one for an id that was not seen in its place,
-        unless the call there has had none so far."""
+        """The call that a delta belongs to; a new one for an id that was not seen in
+        its place, unless the call there has had none so far."""
         slot, key = (choice, index), (choice, index, call_id)
         before = self._open.get(slot)
         if call_id and key in self._calls:
@@ -6445,8 +6481,8 @@ class ChatChunks:
 
 
 class ChatStream(StreamRelay):
-    """Chunks with one choice of index 0, `object`, `id` and `model` filled, one finish chunk, and
-    usage only for a client that asked for it."""
+    """Chunks with one choice of index 0, `object`, `id` and `model` filled, one finish
+    chunk, and usage only for a client that asked for it."""
 
     HEAD_FIELDS = ("id", "created", "system_fingerprint", "service_tier")
 
@@ -6495,7 +6531,7 @@ class ChatStream(StreamRelay):
             if (
                 isinstance(text, str)
                 and text
-                and is_astray(self._blanks, call["index"], text)
+                and is_runaway_whitespace(self._blanks, call["index"], text)
             ):
                 return self._fail(UpstreamError(ASTRAY))
 
@@ -6508,8 +6544,8 @@ class ChatStream(StreamRelay):
         return out
 
     def _chunk(self, delta: Json) -> bytes:
-        """A chunk with this delta.  The first one has role and content; no other has the role,
-        since SDKs join what chunks repeat."""
+        """A chunk with this delta. The first one has role and content; no other has the
+        role, since SDKs join what chunks repeat."""
         if self._chunks.reason or any(
             value for key, value in delta.items() if key != "reasoning_opaque"
         ):
@@ -6593,7 +6629,7 @@ class ChatCompletions(Dialect):
             and None not in body.values()
         )
 
-    def prepare(self, edit: Edit, model: Model) -> None:
+    def prepare(self, edit: BodyEdit, model: Model) -> None:
         body = edit.body
         messages = check_list(body, "messages")
         if not messages:
@@ -6621,7 +6657,9 @@ class ChatCompletions(Dialect):
         self._prepare_max_tokens(edit, model)
 
     @staticmethod
-    def _prepare_message(edit: Edit, model: Model, message: Json, place: str) -> None:
+    def _prepare_message(
+        edit: BodyEdit, model: Model, message: Json, place: str
+    ) -> None:
         takes_developer = model.is_openai and not model.id.startswith(
             ("gpt-4", "gpt-3")
         )
@@ -6644,9 +6682,9 @@ class ChatCompletions(Dialect):
                 edit.set(image, "detail", "high")
 
     @staticmethod
-    def _move_tool_images(edit: Edit) -> None:
-        """Messages of tools take text only: their images and files move into a message of the user
-        behind the results of the round."""
+    def _move_tool_images(edit: BodyEdit) -> None:
+        """Messages of tools take text only: their images and files move into a message
+        of the user behind the results of the round."""
         messages = edit.body["messages"]
         if not any(
             message.get("role") == "tool" and type(message.get("content")) is list
@@ -6680,7 +6718,7 @@ class ChatCompletions(Dialect):
         edit.replace(edit.body, "messages", shaped)
 
     @staticmethod
-    def _prepare_max_tokens(edit: Edit, model: Model) -> None:
+    def _prepare_max_tokens(edit: BodyEdit, model: Model) -> None:
         body = edit.body
         for key in ("max_tokens", "max_completion_tokens"):
             if key in body and (body[key] is None or body[key] == -1):
@@ -6755,7 +6793,7 @@ class ChatCompletions(Dialect):
     def missing_result(self, item: Json, call_id: str) -> Json:
         return {"role": "tool", "tool_call_id": call_id, "content": INTERRUPTED}
 
-    def drop_foreign_fields(self, edit: Edit, model: Model) -> None:
+    def drop_foreign_fields(self, edit: BodyEdit, model: Model) -> None:
         if model.is_openai:
             return
         for name in _OPENAI_ONLY:
@@ -6763,7 +6801,7 @@ class ChatCompletions(Dialect):
                 edit.body, name, "" if name in HARMLESS else "the model is not OpenAI's"
             )
 
-    def tidy_item(self, edit: Edit, item: Json, model: Model) -> bool:
+    def tidy_item(self, edit: BodyEdit, item: Json, model: Model) -> bool:
         is_list = type(item.get("content")) is list
         if is_list or "cache_control" in item or "tool_calls" in item:
             self._take_marks(edit, item, model)
@@ -6805,9 +6843,9 @@ class ChatCompletions(Dialect):
             edit.set(item, "content", "")
         return is_result or model.is_openai
 
-    def _take_marks(self, edit: Edit, message: Json, model: Model) -> None:
-        """Turn Anthropic's cache marks, which opencode writes on messages and on what is in them,
-        into Copilot's own on the message.  Only Claude has such marks."""
+    def _take_marks(self, edit: BodyEdit, message: Json, model: Model) -> None:
+        """Turn Anthropic's cache marks, which opencode writes on messages and on what
+        is in them, into Copilot's own on the message. Only Claude has such marks."""
         calls = dicts_in(message, "tool_calls")
         places = [message, *dicts_in(message, "content"), *calls]
         places += [as_object(call.get("function")) for call in calls]
@@ -6817,7 +6855,7 @@ class ChatCompletions(Dialect):
         if marked and model.is_claude:
             edit.set(message, self.cache_mark, EPHEMERAL)
 
-    def _tidy_parts(self, edit: Edit, message: Json) -> None:
+    def _tidy_parts(self, edit: BodyEdit, message: Json) -> None:
         """Drop empty texts."""
         parts = message["content"]
 
@@ -6836,7 +6874,7 @@ class ChatCompletions(Dialect):
     def function_tools(self, body: Json) -> list[Json]:
         return [as_object(tool.get("function")) for tool in dicts_in(body, "tools")]
 
-    def fit_cache(self, edit: Edit, model: Model) -> None:
+    def fit_cache(self, edit: BodyEdit, model: Model) -> None:
         if not model.is_claude:
             return
         messages = dicts_in(edit.body, "messages")
@@ -6892,7 +6930,7 @@ class ChatCompletions(Dialect):
         super().check_answer(answer)
         for choice in dicts_in(answer, "choices"):
             if choice.get("finish_reason") == "error":
-                raise told_error({})
+                raise reported_error({})
 
     @staticmethod
     def _is_whole(choice: Json) -> bool:
@@ -6930,7 +6968,7 @@ class ChatCompletions(Dialect):
         options = as_object(body.get("stream_options"))
         if options.get("include_usage") is True:
             request.report_usage()
-        request.openai.update(given(verbosity=body.get("verbosity") or None))
+        request.openai.update(without_none(verbosity=body.get("verbosity") or None))
         if body.get("logprobs") is True:
             request.openai["logprobs"] = True
         for at, message in enumerate(check_list(body, "messages")):
@@ -7064,12 +7102,12 @@ class ChatCompletions(Dialect):
 
         if tools:
             body["tools"] = [
-                given(
+                without_none(
                     type="function",
                     copilot_cache_control=EPHEMERAL
                     if tool.cache and model.is_claude
                     else None,
-                    function=given(
+                    function=without_none(
                         name=tool.name,
                         description=tool.description,
                         parameters=tool.parameters,
@@ -7080,7 +7118,7 @@ class ChatCompletions(Dialect):
             ]
 
             body.update(
-                given(
+                without_none(
                     tool_choice={"type": "function", "function": {"name": choice.name}}
                     if isinstance(choice, Named)
                     else choice
@@ -7161,8 +7199,8 @@ class ChatCompletions(Dialect):
     def _write_assistant(
         self, parts: list[Part], request: Request | None, freeform: Container[str] = ()
     ) -> Json:
-        """One message: for the upstream with a request, for a client without, then with the names
-        of its freeform tools."""
+        """One message: for the upstream with a request, for a client without, then with
+        the names of its freeform tools."""
         thoughts = [p for p in parts if isinstance(p, Reasoning)]
         texts = [p for p in parts if isinstance(p, Text)]
         said = "".join(p.text for p in texts if not p.refusal)
@@ -7171,7 +7209,7 @@ class ChatCompletions(Dialect):
         states = [client_state(p, self.name) for p in thoughts]
         message: Json = {"role": "assistant", "content": said or None}
         message.update(
-            given(
+            without_none(
                 refusal=refusal or None,
                 reasoning_text=thought or None,
                 reasoning_opaque=join_states(list(filter(None, states))),
@@ -7227,7 +7265,7 @@ class ChatCompletions(Dialect):
 
         return dict(
             answer,
-            **given(
+            **without_none(
                 system_fingerprint=response.fingerprint, service_tier=response.tier
             ),
         )
@@ -7373,7 +7411,7 @@ class ChatEncoder(StreamEncoder):
             "model": request.model,
         }
         self._head.update(
-            given(system_fingerprint=event.fingerprint, service_tier=event.tier)
+            without_none(system_fingerprint=event.fingerprint, service_tier=event.tier)
         )
         return self._chunk({"role": "assistant", "content": ""})
 
@@ -7602,8 +7640,8 @@ def mend_response_usage(answer: Json) -> None:
 
 
 def _vendor_output(output: Any) -> Any:
-    """The output of a vendor's tool as content: a screenshot as an image, the runs of a shell as
-    JSON, text as it is."""
+    """The output of a vendor's tool as content: a screenshot as an image, the runs of a
+    shell as JSON, text as it is."""
     picture = as_object(output)
     if picture.get("type") == "computer_screenshot":
         return [{"type": "input_image", "image_url": picture.get("image_url")}]
@@ -7861,7 +7899,7 @@ class ResponsesStream(StreamRelay):
     def _told_failure(self, event: Json, kind: str) -> bytes:
         """The upstream's own failure event, with the code that Codex understands."""
         answer = as_object(event.get("response"))
-        error = told_error(answer or event)
+        error = reported_error(answer or event)
         if error.overflow:  # as the event and code that clients act on
             return self._fail(error)
         if isinstance(answer.get("error"), dict):
@@ -7950,7 +7988,7 @@ class Responses(Dialect):
         ("completed", "pause"),
     )
 
-    def prepare(self, edit: Edit, model: Model) -> None:
+    def prepare(self, edit: BodyEdit, model: Model) -> None:
         body = edit.body
         self._refuse_state(body)
         edit.set(body, "store", False)
@@ -8004,7 +8042,7 @@ class Responses(Dialect):
             )
 
     @staticmethod
-    def _prepare_item(edit: Edit, item: Json, at: int) -> bool:
+    def _prepare_item(edit: BodyEdit, item: Json, at: int) -> bool:
         """Ids are bound to a connection upstream and refused later: they go.  False: drop it."""
         kind = item.get("type")
         if kind == "item_reference":
@@ -8113,7 +8151,7 @@ class Responses(Dialect):
             return [item]
         return []
 
-    def fit_cache(self, edit: Edit, model: Model) -> None:
+    def fit_cache(self, edit: BodyEdit, model: Model) -> None:
         if not edit.body.get("prompt_cache_key"):
             edit.set(edit.body, "prompt_cache_key", conversation_key(edit.body, model))
 
@@ -8124,11 +8162,11 @@ class Responses(Dialect):
     def check_answer(self, answer: Json) -> None:
         super().check_answer(answer)
         if answer.get("status") in ("failed", "cancelled"):
-            raise told_error(answer)
+            raise reported_error(answer)
 
     def error_event(self, error: ProxyError) -> Json:
-        """An error as a WebSocket is sent it: OpenAI's SDKs read the fields at the top, Codex the
-        status (older ones `status_code`), `error` and the headers."""
+        """An error as a WebSocket is sent it: OpenAI's SDKs read the fields at the top,
+        Codex the status (older ones `status_code`), `error` and the headers."""
         about = dict(self.error_body(error, "")["error"])
         about["code"] = error.code or error.response_code
         headers = {
@@ -8175,7 +8213,7 @@ class Responses(Dialect):
         self._refuse_state(body)
         request = read_fields(self, body, "input instructions")
         verbosity = as_object(body.get("text")).get("verbosity")
-        request.openai.update(given(verbosity=verbosity or None))
+        request.openai.update(without_none(verbosity=verbosity or None))
         if LOGPROBS in as_list(body.get("include")) or body.get("top_logprobs"):
             request.openai["logprobs"] = True
         if body.get("instructions"):
@@ -8189,8 +8227,8 @@ class Responses(Dialect):
         return request
 
     def read_tool(self, tool: Json, request: Request, namespace: str = "") -> None:
-        """One entry of `tools`; a namespace holds several, which are flattened.  A tool that is no
-        function becomes one, see `item` for the way back."""
+        """One entry of `tools`; a namespace holds several, which are flattened. A tool
+        that is no function becomes one, see `item` for the way back."""
         kind, name = str(tool.get("type")), str(tool.get("name") or "")
         if kind == "namespace":
             for inner in as_list(tool.get("tools")):
@@ -8247,8 +8285,8 @@ class Responses(Dialect):
             )
 
     def read_output(self, item: Json) -> list[Part]:
-        """The parts of one item that a model made, in an answer or in a history; hosted tools'
-        items have none."""
+        """The parts of one item that a model made, in an answer or in a history; hosted
+        tools' items have none."""
         kind = item.get("type") or "message"
 
         if kind == "message":
@@ -8336,7 +8374,7 @@ class Responses(Dialect):
         )
 
         body["input"] = self.write_turns(turns, request, model)
-        body.update(given(instructions="\n\n".join(instructions) or None))
+        body.update(without_none(instructions="\n\n".join(instructions) or None))
         if "verbosity" in body:
             body.setdefault("text", {})["verbosity"] = body.pop("verbosity")
         if body.pop("logprobs", None):
@@ -8349,7 +8387,7 @@ class Responses(Dialect):
             # `strict` is always said: what its absence means differs from Chat
             body["tools"] = [
                 dict(
-                    given(description=tool.description),
+                    without_none(description=tool.description),
                     type="function",
                     name=tool.name,
                     strict=bool(tool.strict),
@@ -8361,7 +8399,7 @@ class Responses(Dialect):
             ]
 
             body.update(
-                given(
+                without_none(
                     tool_choice={"type": "function", "name": choice.name}
                     if isinstance(choice, Named)
                     else choice
@@ -8456,7 +8494,7 @@ class Responses(Dialect):
                 head,
                 type="reasoning",
                 summary=summary,
-                **given(encrypted_content=client_state(part, self.name)),
+                **without_none(encrypted_content=client_state(part, self.name)),
             )
 
         if isinstance(part, SearchCall):
@@ -8475,7 +8513,7 @@ class Responses(Dialect):
     @staticmethod
     def _call_item(call: ToolCall, head: Json, tool: Tool) -> Json:
         """A call in the form in which the client knows its tool."""
-        names = given(
+        names = without_none(
             name=tool.short_name or call.name, namespace=tool.namespace or None
         )
 
@@ -8518,8 +8556,9 @@ _ANY_SEQUENCE = re.compile(rb'"sequence_number":[0-9]*')
 
 
 class ResponsesDecoder(StreamDecoder):
-    """Events of /responses.  Items are known by `output_index`: their ids change in every event.
-    Argument deltas with `obfuscation` may be ciphertext, the text of `.done` counts."""
+    """Events of /responses. Items are known by `output_index`: their ids change in
+    every event. Argument deltas with `obfuscation` may be ciphertext, the text of
+    `.done` counts."""
 
     TEXT_KEYS = (b'"delta":',)
 
@@ -8574,7 +8613,7 @@ class ResponsesDecoder(StreamDecoder):
         elif kind in ("response.completed", "response.incomplete"):
             self._read_end(kind, answer)
         elif kind in ("response.failed", "response.cancelled", "error"):
-            self._fail(told_error(answer or event))
+            self._fail(reported_error(answer or event))
 
     def _steady_block(self, block: bytes) -> bytes:
         block = _ANY_ITEM_ID.sub(b'"item_id":"', block)
@@ -8668,8 +8707,9 @@ class ResponsesDecoder(StreamDecoder):
 
 
 class ItemKind(NamedTuple):
-    """How the events of an item, or of its block, are called.  stem: of its deltas; field: of the
-    whole text in `.done`; around: the stem of the events around them, "" for none."""
+    """How the events of an item, or of its block, are called. stem: of its deltas;
+    field: of the whole text in `.done`; around: the stem of the events around them, ""
+    for none."""
 
     stem: str
     field: str
@@ -8688,8 +8728,9 @@ class ResponseItem(NamedTuple):
 
 
 class ResponsesEncoder(StreamEncoder):
-    """The whole choreography: created, in_progress, for each item added, its deltas and dones,
-    item done, and completed with the full output.  One id for each item, one for the response."""
+    """The whole choreography: created, in_progress, for each item added, its deltas and
+    dones, item done, and completed with the full output. One id for each item, one for
+    the response."""
 
     KINDS: ClassVar = {
         "output_text": ItemKind(
@@ -8720,7 +8761,7 @@ class ResponsesEncoder(StreamEncoder):
     def _start(self, event: ResponseStart) -> bytes:
         response_id = client_id("resp_", event.id, self.request)
         self.answer = empty_response(self.request, response_id, event.created)
-        self.answer.update(given(service_tier=event.tier))
+        self.answer.update(without_none(service_tier=event.tier))
         return self._event("response.created", response=self.answer) + self._event(
             "response.in_progress", response=self.answer
         )
@@ -8783,7 +8824,7 @@ class ResponsesEncoder(StreamEncoder):
             {"type": kind, "sequence_number": self.MARK},
             **item.place,
             delta=self.MARK,
-            **given(logprobs=logprobs),
+            **without_none(logprobs=logprobs),
         )
         return Frame(kind, dumps(delta)).encode().split(self.QUOTED_MARK)
 
@@ -8853,7 +8894,7 @@ class ResponsesEncoder(StreamEncoder):
                 kind.stem + ".done",
                 **whole,
                 **place,
-                **given(logprobs=block.get("logprobs"), name=name),
+                **without_none(logprobs=block.get("logprobs"), name=name),
             )
             if kind.around:
                 out += self._event(kind.around + ".done", part=block, **place)
@@ -8929,7 +8970,7 @@ CACHE_TIMES = ("5m", "1h")  # how long the prompt cache may be kept
 _COUNTED_FIELDS = ("model", "messages", "system", "tools", "tool_choice")
 
 
-def think_adaptively(edit: Edit) -> bool:
+def think_adaptively(edit: BodyEdit) -> bool:
     """Replace a thinking budget by adaptive thinking with an effort. Returns True if
     there was one."""
     body, thinking = edit.body, as_object(edit.body.get("thinking"))
@@ -8938,13 +8979,15 @@ def think_adaptively(edit: Edit) -> bool:
     effort = config.get("effort") or budget_to_effort(budget)
     if thinking.get("type") == "enabled":
         edit.set(
-            body, "thinking", given(type="adaptive", display=thinking.get("display"))
+            body,
+            "thinking",
+            without_none(type="adaptive", display=thinking.get("display")),
         )
         edit.set(body, "output_config", dict(config, effort=effort))
     return thinking.get("type") == "enabled"
 
 
-def think_within_budget(edit: Edit, model: Model) -> bool:
+def think_within_budget(edit: BodyEdit, model: Model) -> bool:
     """Thinking with a budget that fits the model and max_tokens, else none -> a change?"""
     body, thinking = edit.body, as_object(edit.body.get("thinking"))
     effort = str(as_object(body.get("output_config")).get("effort"))
@@ -8957,14 +9000,14 @@ def think_within_budget(edit: Edit, model: Model) -> bool:
         edit.set(
             body,
             "thinking",
-            given(
+            without_none(
                 type="enabled", budget_tokens=fitting, display=thinking.get("display")
             ),
         )
     return as_object(body.get("thinking")) != thinking
 
 
-def end_with_user(edit: Edit, key: str = "messages") -> bool:
+def end_with_user(edit: BodyEdit, key: str = "messages") -> bool:
     """Replace an assistant prefill by a user turn that asks to continue. Returns True
     if there was one."""
     turns = edit.body.get(key)
@@ -9012,8 +9055,9 @@ _SHAPED_BLOCKS = frozenset(
 
 
 class MessagesStream(StreamRelay):
-    """Anthropic's events as they come.  Exchanged are the model's name in `message_start`, counts
-    that SDKs cannot do without, and the names of errors that Anthropic does not have."""
+    """Anthropic's events as they come. Exchanged are the model's name in
+    `message_start`, counts that SDKs cannot do without, and the names of errors that
+    Anthropic does not have."""
 
     def __init__(
         self, dialect: Dialect, asked: str, body: Json, request: Request | None = None
@@ -9080,14 +9124,14 @@ class MessagesStream(StreamRelay):
         usage = as_object(holder.get("usage"))
         if count_or_none(usage.get("output_tokens")) is None:
             known = self.meter.usage or Usage()
-            holder["usage"] = dict(given(**usage), output_tokens=known.output)
+            holder["usage"] = dict(without_none(**usage), output_tokens=known.output)
             if kind == "message_start":
                 holder["usage"].setdefault("input_tokens", known.input)
         return before != (holder.get("model"), holder.get("usage"))
 
     def _told_failure(self, event: Json, raw: bytes) -> bytes:
         """The upstream's own words stay where its type is the one of Anthropic."""
-        error = told_error(event)
+        error = reported_error(event)
         inner = as_object(event.get("error"))
         is_own = event.get("type") == "error" and inner.get("type") == error.types()[1]
         return self._fail(error, raw if is_own and not error.overflow else b"")
@@ -9131,7 +9175,7 @@ class FoundTools(NamedTuple):
         return str(block.get("id") or block.get("tool_use_id")) in self.searches
 
 
-def _told_block(edit: Edit, block: Any, found: FoundTools) -> Any:
+def _told_block(edit: BodyEdit, block: Any, found: FoundTools) -> Any:
     """A block of a tool that an upstream ran as text, since this one does not run it."""
     kind = str(as_object(block).get("type"))
     is_served = kind in ("server_tool_use", "tool_reference") or (
@@ -9145,7 +9189,7 @@ def _told_block(edit: Edit, block: Any, found: FoundTools) -> Any:
     return {"type": "text", "text": "[%s] %s" % (kind, shown)}
 
 
-def tell_found_tools(edit: Edit) -> bool:
+def tell_found_tools(edit: BodyEdit) -> bool:
     """Replace all tool-search blocks by text. Returns True if there were any."""
     is_changed = False
     for message in dicts_in(edit.body, "messages"):
@@ -9184,8 +9228,9 @@ def filter_betas(value: str) -> str:
 
 
 class Messages(Dialect):
-    """POST /v1/messages, Anthropic's shape.  The backend behind a model changes from request to
-    request and differs in strictness, so everything that one of them refuses is left out."""
+    """POST /v1/messages, Anthropic's shape. The backend behind a model changes from
+    request to request and differs in strictness, so everything that one of them refuses
+    is left out."""
 
     name, path = "messages", "/v1/messages"
     counts_tokens = True
@@ -9242,7 +9287,7 @@ class Messages(Dialect):
     def error_frame(self, error: ProxyError) -> bytes:
         return Frame("error", dumps(self.error_body(error, ""))).encode()
 
-    def prepare(self, edit: Edit, model: Model) -> None:
+    def prepare(self, edit: BodyEdit, model: Model) -> None:
         body = edit.body
         if "thread" in body:
             raise BadRequest(
@@ -9308,13 +9353,13 @@ class Messages(Dialect):
         return [as_object(holder.get("cache_control")) for holder in holders]
 
     @staticmethod
-    def prepare_count(edit: Edit) -> None:
+    def prepare_count(edit: BodyEdit) -> None:
         """Reduce a prepared body to the fields that count_tokens accepts."""
         for key in [k for k in edit.body if k not in _COUNTED_FIELDS]:
             edit.drop(edit.body, key)
 
     @staticmethod
-    def _prepare_system(edit: Edit) -> None:
+    def _prepare_system(edit: BodyEdit) -> None:
         body = edit.body
         if isinstance(body.get("system"), str):
             edit.set(body, "system", [{"type": "text", "text": body["system"]}])
@@ -9335,7 +9380,7 @@ class Messages(Dialect):
             edit.drop(body, "system")
 
     @staticmethod
-    def _system_texts(edit: Edit, block: Any) -> list[Json]:
+    def _system_texts(edit: BodyEdit, block: Any) -> list[Json]:
         """A block of another kind as texts, since a system prompt holds nothing else."""
         request = Request("", "messages", losses=edit.losses)
         parts = read_content([block], "system", request)
@@ -9343,9 +9388,9 @@ class Messages(Dialect):
         return [{"type": "text", "text": plain_text(text)} for text in texts]
 
     @staticmethod
-    def _drop_answer_fields(edit: Edit, message: Json, at: int) -> None:
-        """Some clients replay an answer whole, with its id and usage: the upstream takes role and
-        content alone."""
+    def _drop_answer_fields(edit: BodyEdit, message: Json, at: int) -> None:
+        """Some clients replay an answer whole, with its id and usage: the upstream
+        takes role and content alone."""
         for key in [key for key in message if key not in ("role", "content")]:
             is_harmless = key in _ANSWER_FIELDS or not message[key]
             edit.drop(message, key)
@@ -9353,7 +9398,7 @@ class Messages(Dialect):
                 edit.lose("messages[%d].%s" % (at, key), "no field of a message")
 
     @staticmethod
-    def _drop_empty_turns(edit: Edit) -> None:
+    def _drop_empty_turns(edit: BodyEdit) -> None:
         """Claude refuses turns without a word.  A system text alone becomes the user's turn."""
         body = edit.body
         kept: list[Json] = []
@@ -9382,8 +9427,8 @@ class Messages(Dialect):
 
     @staticmethod
     def _fold_system_turns(messages: list[Json]) -> list[Json]:
-        """Newer Claude Code writes system turns between the others: they become part of the next
-        user turn, behind its tool results, or a user turn of their own."""
+        """Newer Claude Code writes system turns between the others: they become part of
+        the next user turn, behind its tool results, or a user turn of their own."""
         folded: list[Json] = []
         waiting: list[Json] = []
         for message in messages + [{"role": "end"}]:
@@ -9400,7 +9445,9 @@ class Messages(Dialect):
         return folded[:-1]
 
     @staticmethod
-    def _fit_block(edit: Edit, block: Any, at: int, found: FoundTools) -> Json | None:
+    def _fit_block(
+        edit: BodyEdit, block: Any, at: int, found: FoundTools
+    ) -> Json | None:
         """The block in a form that every backend accepts, or None if it is empty."""
         place = "messages[%d].content" % at
         if not isinstance(block, dict):
@@ -9438,7 +9485,7 @@ class Messages(Dialect):
         return as_object(_told_block(edit, block, found))
 
     @staticmethod
-    def _fit_result(edit: Edit, block: Json, found: FoundTools) -> None:
+    def _fit_result(edit: BodyEdit, block: Json, found: FoundTools) -> None:
         """Parts of a result: without empty texts, and a cache mark only on the whole result."""
         kept: list[Any] = []
         for part in block["content"]:
@@ -9452,7 +9499,7 @@ class Messages(Dialect):
         edit.replace(block, "content", kept)
 
     @staticmethod
-    def _prepare_cache_marks(edit: Edit) -> None:
+    def _prepare_cache_marks(edit: BodyEdit) -> None:
         """Every mark plain, none on thinking, the last four only: more is refused."""
         said = [b for m in edit.body["messages"] for b in as_list(m.get("content"))]
         said = [inner for b in said for inner in [b] + as_list(b.get("content"))]
@@ -9467,7 +9514,7 @@ class Messages(Dialect):
         for block in marked:
             mark = block["cache_control"]
             ttl = as_object(mark).get("ttl")
-            plain = given(**EPHEMERAL, ttl=ttl if ttl in CACHE_TIMES else None)
+            plain = without_none(**EPHEMERAL, ttl=ttl if ttl in CACHE_TIMES else None)
             edit.set(block, "cache_control", plain if isinstance(mark, dict) else None)
             if block["cache_control"] is None or "thinking" in str(block.get("type")):
                 edit.drop(block, "cache_control")
@@ -9475,7 +9522,7 @@ class Messages(Dialect):
         for block in [b for b in marked if "cache_control" in b][:-4]:
             edit.drop(block, "cache_control", "more than four marks")
 
-    def _prepare_thinking(self, edit: Edit, model: Model) -> None:
+    def _prepare_thinking(self, edit: BodyEdit, model: Model) -> None:
         """Adaptive or with a budget, as the model takes it; see also `EFFORT_BUDGETS`."""
         body = edit.body
         thinking = as_object(body.get("thinking"))
@@ -9503,7 +9550,7 @@ class Messages(Dialect):
                 edit.drop(body, "output_config")
 
     @staticmethod
-    def _prepare_max_tokens(edit: Edit, model: Model) -> None:
+    def _prepare_max_tokens(edit: BodyEdit, model: Model) -> None:
         body = edit.body
         most = model.limit("max_output_tokens")
         wish = body.get("max_tokens")
@@ -9513,7 +9560,7 @@ class Messages(Dialect):
             edit.set(body, "max_tokens", most)
 
     @staticmethod
-    def _prepare_sampling(edit: Edit, model: Model) -> None:
+    def _prepare_sampling(edit: BodyEdit, model: Model) -> None:
         body = edit.body
         if as_object(body.get("thinking")).get("type") in ("enabled", "adaptive"):
             if body.get("temperature") != 1:
@@ -9526,14 +9573,14 @@ class Messages(Dialect):
     def own_tool(self, tool: Json) -> Json:
         freeform, function = freeform_of(tool), function_of(tool)
         if freeform:
-            return given(
+            return without_none(
                 name=freeform.get("name"),
                 input_schema=FREEFORM_SCHEMA,
                 description=freeform_description(freeform) or None,
             )
         if not function or "input_schema" in tool:
             return client_tool(tool) or tool
-        return given(
+        return without_none(
             name=function.get("name"),
             description=function.get("description"),
             input_schema=function.get("parameters") or {"type": "object"},
@@ -9664,7 +9711,7 @@ class Messages(Dialect):
                 is_ours = False
         return joined
 
-    def fit_cache(self, edit: Edit, model: Model) -> None:
+    def fit_cache(self, edit: BodyEdit, model: Model) -> None:
         if not model.is_claude:
             return
         messages = dicts_in(edit.body, "messages")
@@ -9701,7 +9748,7 @@ class Messages(Dialect):
 
     def decode_request(self, body: Json) -> Request:
         if "thread" in body:
-            self.prepare(Edit(body), Model(""))  # refuses it as clients want
+            self.prepare(BodyEdit(body), Model(""))  # refuses it as clients want
         thinking = as_object(body.get("thinking")).get("type")
         choice = as_object(body.get("tool_choice"))
         own: Json = {
@@ -9793,13 +9840,13 @@ class Messages(Dialect):
         )
 
         body.update(
-            given(system=system or None, thinking=thinking or None),
+            without_none(system=system or None, thinking=thinking or None),
             messages=self.write_turns(turns, request, model),
         )
 
         if tools:
             body["tools"] = [
-                given(
+                without_none(
                     name=tool.name,
                     description=tool.description,
                     cache_control=EPHEMERAL if tool.cache else None,
@@ -9929,7 +9976,7 @@ class Messages(Dialect):
 
         if isinstance(part, ToolResult) and request:
             content = self._write_blocks(part.parts, request)
-            return given(
+            return without_none(
                 type="tool_result",
                 tool_use_id=fit_call_id(part.call_id),
                 content=content or None,
@@ -9941,7 +9988,7 @@ class Messages(Dialect):
                 citations = part.citations
             else:
                 citations = ()
-            return given(
+            return without_none(
                 type="text",
                 text=plain_text(part),
                 citations=[self.citation(one) for one in citations] or None,
@@ -9954,7 +10001,7 @@ class Messages(Dialect):
             return {"type": "image", "source": source}
         if part.text:
             source = {"type": "text", "media_type": "text/plain", "data": part.text}
-        return given(type="document", source=source, title=part.title)
+        return without_none(type="document", source=source, title=part.title)
 
     def encode_response(self, response: Response, request: Request) -> Json:
         return {
@@ -9986,7 +10033,7 @@ class Messages(Dialect):
         if usage.searches is not None:
             # Anthropic's SDK wants both
             searches = {"web_search_requests": usage.searches, "web_fetch_requests": 0}
-        return given(
+        return without_none(
             input_tokens=usage.input,
             cache_read_input_tokens=usage.cache_read,
             cache_creation_input_tokens=usage.cache_write,
@@ -10028,7 +10075,7 @@ class MessagesDecoder(StreamDecoder):
         elif kind == "message_stop":
             self._read_end()
         elif kind == "error" or isinstance(event.get("error"), dict):
-            self._fail(told_error(event))
+            self._fail(reported_error(event))
 
     def _read_message(self, message: Json) -> None:
         self._start(message)
@@ -10075,8 +10122,8 @@ class MessagesDecoder(StreamDecoder):
 
 
 class MessagesEncoder(StreamEncoder):
-    """One block after another: while one is open the events of others wait.  A thinking block has
-    exactly one signature, behind its text."""
+    """One block after another: while one is open the events of others wait. A thinking
+    block has exactly one signature, behind its text."""
 
     def __init__(self, dialect: Messages, request: Request) -> None:
         super().__init__(dialect, request)
@@ -10369,9 +10416,9 @@ def _allow_null(schema: Json) -> None:
 
 
 def json_schema_of(schema: Json) -> Json:
-    """Google's schema, a piece of OpenAPI, as a JSON schema: types in lower case, `nullable` as a
-    type, counts as numbers.  {"type": "STRING", "nullable": true} -> {"type": ["string", "null"]}
-    """
+    """Google's schema, a piece of OpenAPI, as a JSON schema: types in lower case,
+    `nullable` as a type, counts as numbers. {"type": "STRING", "nullable": true} ->
+    {"type": ["string", "null"]}"""
     whole: Json = {}
     todo: list[tuple[Json, Json]] = [(schema, whole)]
 
@@ -10389,7 +10436,7 @@ def json_schema_of(schema: Json) -> Json:
             if name in ("nullable", "propertyOrdering", "example") or value is None:
                 continue
             if name == "type":
-                target.update(given(type=_schema_type(value)))
+                target.update(without_none(type=_schema_type(value)))
             elif name in ("properties", "defs", "$defs") and isinstance(value, dict):
                 target[name] = {own: convert(inner) for own, inner in value.items()}
             elif name in ("anyOf", "oneOf", "allOf", "prefixItems"):
@@ -10397,7 +10444,7 @@ def json_schema_of(schema: Json) -> Json:
             elif name in ("items", "additionalProperties", "not"):
                 target[name] = convert(value)
             elif name in _SCHEMA_COUNTS and isinstance(value, str):
-                target.update(given(**{name: digits_or_none(value)}))
+                target.update(without_none(**{name: digits_or_none(value)}))
             elif (name, value) != ("format", "enum"):
                 target[name] = value
         if source.get("nullable") is True:
@@ -10741,8 +10788,8 @@ class Gemini(ClientDialect):
     def _choice(
         config: Json, request: Request
     ) -> tuple[list[Tool], str | Named | None]:
-        """(tools, tool_choice).  A list of allowed functions leaves the others out: it must not
-        widen to all."""
+        """(tools, tool_choice). A list of allowed functions leaves the others out: it
+        must not widen to all."""
         note_unknown(request, config, "functionCallingConfig")
         wish = as_object(config.get("functionCallingConfig"))
         mode = str(wish.get("mode") or "").upper()
@@ -10852,8 +10899,8 @@ class Gemini(ClientDialect):
     # -- answers
 
     def pack(self, part: Reasoning) -> str:
-        """The state of a thinking, "" when it has none.  Anthropic's signs the words, which a
-        client may drop, so they go with it."""
+        """The state of a thinking, "" when it has none. Anthropic's signs the words,
+        which a client may drop, so they go with it."""
         packed = client_state(part, self.name) or ""
         if packed and part.minted_by == "messages" and part.text and not part.redacted:
             packed += pack_opaque(SIGNED_TEXT, None, part.text)
@@ -10952,8 +10999,8 @@ class Gemini(ClientDialect):
 
 
 class GeminiEncoder(StreamEncoder):
-    """Calls go out whole, the reason of the end with the last piece alone: clients take it for the
-    end.  The state of a thinking waits for the part behind it."""
+    """Calls go out whole, the reason of the end with the last piece alone: clients take
+    it for the end. The state of a thinking waits for the part behind it."""
 
     def __init__(self, dialect: Gemini, request: Request) -> None:
         super().__init__(dialect, request)
@@ -11277,7 +11324,7 @@ class Ollama(ClientDialect):
                 calls.append(self.call(part))
             elif type(part) in texts:
                 texts[type(part)] += text_in(part)
-        message = given(
+        message = without_none(
             content=texts[Text],
             thinking=texts[Reasoning] or None,
             tool_calls=calls or None,
@@ -11309,7 +11356,7 @@ class OllamaGenerate(Ollama):
             for system in words(body.get("system"))
         ]
         left["messages"].append(
-            given(
+            without_none(
                 role="user", content=body.get("prompt") or "", images=body.get("images")
             )
         )
@@ -11412,9 +11459,10 @@ CLIENT_DIALECTS: dict[str, Dialect] = {
 }
 
 
-class Unwrapper:
-    """Turns the forced call of OUTPUT_TOOL back into the text that the client asked for.  Other
-    texts are held: beside such a call they are chatter, without one they are the answer."""
+class StructuredOutputUnwrapper:
+    """Turns the forced call of OUTPUT_TOOL back into the text that the client asked
+    for. Other texts are held: beside such a call they are chatter, without one they are
+    the answer."""
 
     def __init__(self) -> None:
         self._held: list[Event] = []
@@ -11462,10 +11510,11 @@ class ThinkingFilter:
 class StopCutter:
     """Ends an answer at a stop sequence where the upstream cannot.
 
-    A sequence may come in several deltas, so the end of a text that could be the beginning of one
-    is held back until it is known to be none.  Sequences are looked for in texts alone."""
+    A sequence may come in several deltas, so the end of a text that could be the
+    beginning of one is held back until it is known to be none. Sequences are looked for
+    in texts alone."""
 
-    def __init__(self, sequences: list[str], meter: Meter) -> None:
+    def __init__(self, sequences: list[str], meter: UsageMeter) -> None:
         self._sequences = [sequence for sequence in sequences if sequence]
         self._meter = meter
         self._held: dict[int, str] = {}  # index of an open text -> its end that waits
@@ -11723,8 +11772,8 @@ class SearchLoop:
         return [PartStart(place, found), PartEnd(place)]
 
     def go_on(self) -> list[Event]:
-        """The end of the answer where the client is to answer calls of its own tools, or where it
-        has enough rounds; [] when the model is asked again."""
+        """The end of the answer where the client is to answer calls of its own tools,
+        or where it has enough rounds; [] when the model is asked again."""
         self.calls = []
         said, results = [turn.parts for turn in self.turns[-2:]]
         if sum(isinstance(part, ToolCall) for part in said) > len(results):
@@ -11735,13 +11784,13 @@ class SearchLoop:
 
 
 def event_filters(
-    request: Request, meter: Meter
+    request: Request, meter: UsageMeter
 ) -> list[Callable[[Event], list[Event]]]:
     """The filters between decoder and encoder: wishes of the client that the proxy
     itself fulfils."""
     filters: list[Callable[[Event], list[Event]]] = []
     if request.output_tool:
-        filters.append(Unwrapper().feed)
+        filters.append(StructuredOutputUnwrapper().feed)
     if request.hides_thinking:
         filters.append(ThinkingFilter().feed)
     if request.cut_at:
@@ -11760,8 +11809,8 @@ def pass_through(
 
 
 class TranslatedStream(StreamRelay):
-    """StreamRelay's interface off the diagonal: upstream bytes of one dialect in, client bytes of
-    another out."""
+    """StreamRelay's interface off the diagonal: upstream bytes of one dialect in,
+    client bytes of another out."""
 
     def __init__(
         self,
@@ -11819,8 +11868,8 @@ class TranslatedStream(StreamRelay):
             self.on_final(*final)
 
     def _quick(self, block: bytes) -> bytes:
-        """Client bytes for a block of deltas of one part: each text goes from one frame into
-        another as it is."""
+        """Client bytes for a block of deltas of one part: each text goes from one frame
+        into another as it is."""
         is_one = block.find(b"\n\n") == len(block) - 2
         is_cut = self.request.output_tool or self.request.cut_at
         if is_one or is_cut or self.loop is not None or not self.has_content:
@@ -11877,7 +11926,7 @@ def parse_answer(data: bytes) -> Json:
 
 
 def read_events(
-    upstream: Dialect, data: bytes, is_stream: bool, meter: Meter | None = None
+    upstream: Dialect, data: bytes, is_stream: bool, meter: UsageMeter | None = None
 ) -> list[Event]:
     """A whole answer of the upstream, or one that it streamed."""
     decoder = upstream.stream_decoder()
@@ -11899,10 +11948,10 @@ def read_answer(
     data: bytes,
     is_stream: bool,
     request: Request,
-    meter: Meter | None = None,
+    meter: UsageMeter | None = None,
 ) -> Response:
     """The same as the client wants it.  Raises UpstreamError."""
-    meter = meter or Meter()
+    meter = meter or UsageMeter()
     events = read_events(upstream, data, is_stream, meter)
     return fold(pass_through(event_filters(request, meter), events))
 
@@ -12061,7 +12110,7 @@ _OLD_NAMES = {
 }
 
 
-def rename_old_fields(edit: Edit, client: Dialect, model: Model) -> None:
+def rename_old_fields(edit: BodyEdit, client: Dialect, model: Model) -> None:
     """Older spellings, fields that were betas once, and the sister dialects' names of a field."""
     if _OLD_NAMES[client.name].isdisjoint(edit.body):
         return
@@ -12083,9 +12132,9 @@ def rename_old_fields(edit: Edit, client: Dialect, model: Model) -> None:
             edit.drop(edit.body, outer)
 
 
-def name_the_turns(edit: Edit, client: Dialect, model: Model) -> None:
-    """`messages` sent to a route that wants `input`, or the reverse, and a system text by the
-    sister dialect's name."""
+def name_the_turns(edit: BodyEdit, client: Dialect, model: Model) -> None:
+    """`messages` sent to a route that wants `input`, or the reverse, and a system text
+    by the sister dialect's name."""
     body, own = edit.body, client.turns_key
     if own == "messages":
         other = "input"
@@ -12107,7 +12156,7 @@ def name_the_turns(edit: Edit, client: Dialect, model: Model) -> None:
             edit.set(body, own, [{"role": "system", "content": text}] + body[own])
 
 
-def convert_functions(edit: Edit, client: Dialect, model: Model) -> None:
+def convert_functions(edit: BodyEdit, client: Dialect, model: Model) -> None:
     """`functions` and `function_call`, OpenAI's words before there were tools."""
     body = edit.body
     if isinstance(body.get("functions"), list):
@@ -12123,7 +12172,7 @@ def convert_functions(edit: Edit, client: Dialect, model: Model) -> None:
             edit.set(body, "tool_choice", choice)
 
 
-def convert_function_turns(edit: Edit, client: Dialect, model: Model) -> None:
+def convert_function_turns(edit: BodyEdit, client: Dialect, model: Model) -> None:
     """Calls and results of `functions`: they have names, tools have ids."""
     called: dict[str, list[str]] = {}  # name of a function -> ids of its open calls
     for at, item in enumerate(as_list(edit.body.get(client.turns_key))):
@@ -12143,9 +12192,9 @@ def convert_function_turns(edit: Edit, client: Dialect, model: Model) -> None:
             edit.set(item, "tool_call_id", open_calls.pop(0))
 
 
-def shape_tools(edit: Edit, client: Dialect, model: Model) -> None:
-    """Tools in the shape of another dialect, and nulls beside a schema, which strict models
-    refuse."""
+def shape_tools(edit: BodyEdit, client: Dialect, model: Model) -> None:
+    """Tools in the shape of another dialect, and nulls beside a schema, which strict
+    models refuse."""
     tools = edit.body.get("tools")
     if not isinstance(tools, list):
         return
@@ -12180,9 +12229,9 @@ def merge_tools(tools: Iterable[Json]) -> list[Json]:
     return list(merged.values())
 
 
-def hoist_tools(edit: Edit, client: Dialect, model: Model) -> None:
-    """Codex sends the tools of newer models as an item, which it replays for ever; after a switch
-    of the model both forms come."""
+def hoist_tools(edit: BodyEdit, client: Dialect, model: Model) -> None:
+    """Codex sends the tools of newer models as an item, which it replays for ever;
+    after a switch of the model both forms come."""
     items = edit.body.get(client.turns_key)
     carriers = [
         item
@@ -12200,7 +12249,7 @@ def hoist_tools(edit: Edit, client: Dialect, model: Model) -> None:
     edit.replace(edit.body, client.turns_key, kept)
 
 
-def narrow_tools(edit: Edit, client: Dialect, model: Model) -> None:
+def narrow_tools(edit: BodyEdit, client: Dialect, model: Model) -> None:
     """`allowed_tools` must not widen to all tools where the upstream does not know it."""
     choice = as_object(edit.body.get("tool_choice"))
     if choice.get("type") != "allowed_tools":
@@ -12227,7 +12276,7 @@ def narrow_tools(edit: Edit, client: Dialect, model: Model) -> None:
     edit.set(edit.body, "tool_choice", client.own_choice(mode))
 
 
-def shape_choice(edit: Edit, client: Dialect, model: Model) -> None:
+def shape_choice(edit: BodyEdit, client: Dialect, model: Model) -> None:
     """`tool_choice` in the shape of another dialect."""
     choice = edit.body.get("tool_choice")
     if choice is not None:
@@ -12237,7 +12286,7 @@ def shape_choice(edit: Edit, client: Dialect, model: Model) -> None:
 _ANTHROPIC_PARTS = ("tool_use", "tool_result", "thinking", "redacted_thinking")
 
 
-def give_call_ids(edit: Edit, client: Dialect, model: Model) -> None:
+def give_call_ids(edit: BodyEdit, client: Dialect, model: Model) -> None:
     """Items of the local shell may have ids alone, and those do not go up."""
     named: dict[str, Any] = {}  # id of a call -> its call_id
     for item in as_list(edit.body.get(client.turns_key)):
@@ -12273,7 +12322,7 @@ def _reader_of(item: Json, client: Dialect) -> Dialect:
 _LONGEST_LABEL = 200  # characters of a data: URL before its data
 
 
-def label_image(edit: Edit, part: Json) -> None:
+def label_image(edit: BodyEdit, part: Json) -> None:
     """Correct an image's media type by its first bytes: every vendor refuses a wrong
     one."""
     source = part.get("source")
@@ -12305,7 +12354,7 @@ def label_image(edit: Edit, part: Json) -> None:
 
 
 def rewrite_part(
-    edit: Edit, client: Dialect, item: Json, part: Any, place: str
+    edit: BodyEdit, client: Dialect, item: Json, part: Any, place: str
 ) -> list[Json]:
     """Read a part of any dialect and write it in the client's own."""
     request = Request("", client.name, client.turns_key, losses=edit.losses)
@@ -12318,7 +12367,7 @@ def rewrite_part(
     ]
 
 
-def shape_content(edit: Edit, client: Dialect, item: Json, place: str) -> None:
+def shape_content(edit: BodyEdit, client: Dialect, item: Json, place: str) -> None:
     """The parts of one item, each in the client's own shape."""
     own_parts, kinds = client.own_parts, kinds_in(item)
     if kinds is not None:
@@ -12353,7 +12402,7 @@ def shape_content(edit: Edit, client: Dialect, item: Json, place: str) -> None:
 
 
 def rewrite_item(
-    edit: Edit, client: Dialect, item: Json, model: Model, place: str
+    edit: BodyEdit, client: Dialect, item: Json, model: Model, place: str
 ) -> list[Json]:
     """Read an item in its dialect and write it in the client's own."""
     request = Request("", client.name, client.turns_key, losses=edit.losses)
@@ -12361,9 +12410,9 @@ def rewrite_item(
     return client.write_turns(request.turns, request, model)
 
 
-def fit_call_ids(edit: Edit, items: list[Json]) -> None:
-    """An item that was rewritten has a call id that every upstream takes; the others get theirs
-    before calls are paired, so that a call and its result have the same."""
+def fit_call_ids(edit: BodyEdit, items: list[Json]) -> None:
+    """An item that was rewritten has a call id that every upstream takes; the others
+    get theirs before calls are paired, so that a call and its result have the same."""
     places: list[tuple[Json, str]] = []
     for item in items:
         places += [(item, "call_id"), (item, "tool_call_id")]
@@ -12379,9 +12428,9 @@ def fit_call_ids(edit: Edit, items: list[Json]) -> None:
             fit_id(edit, holder, key)
 
 
-def shape_turns(edit: Edit, client: Dialect, model: Model) -> None:
-    """Items and parts in the shape of another dialect, and those that no dialect knows: their text
-    stays, since a session must not end because its history holds one."""
+def shape_turns(edit: BodyEdit, client: Dialect, model: Model) -> None:
+    """Items and parts in the shape of another dialect, and those that no dialect knows:
+    their text stays, since a session must not end because its history holds one."""
     key = client.turns_key
     items = edit.body.get(key)
     if not isinstance(items, list):
@@ -12407,7 +12456,7 @@ def shape_turns(edit: Edit, client: Dialect, model: Model) -> None:
 
 
 #: what is done to every request, in this order: to its fields, then to its turns
-FIELD_STEPS: tuple[Callable[[Edit, Dialect, Model], None], ...] = (
+FIELD_STEPS: tuple[Callable[[BodyEdit, Dialect, Model], None], ...] = (
     name_the_turns,
     rename_old_fields,
     convert_functions,
@@ -12416,7 +12465,7 @@ FIELD_STEPS: tuple[Callable[[Edit, Dialect, Model], None], ...] = (
     narrow_tools,
     shape_choice,
 )
-TURN_STEPS: tuple[Callable[[Edit, Dialect, Model], None], ...] = (
+TURN_STEPS: tuple[Callable[[BodyEdit, Dialect, Model], None], ...] = (
     convert_function_turns,
     give_call_ids,
     shape_turns,
@@ -12441,12 +12490,12 @@ def is_plain(body: Json, client: Dialect) -> bool:
     return body.keys() & _SHAPED_FIELDS[client.name] == {own}
 
 
-def normalise(edit: Edit, client: Dialect, model: Model) -> None:
+def normalise(edit: BodyEdit, client: Dialect, model: Model) -> None:
     """Make a request uniform in its own dialect.  Raises BadRequest.
 
-    Most conversations are in shape and are looked at once; those of words alone need no care
-    behind it either.  A dialect of clients alone is translated in any case, by a reader that is
-    lenient enough."""
+    Most conversations are in shape and are looked at once; those of words alone need no
+    care behind it either. A dialect of clients alone is translated in any case, by a
+    reader that is lenient enough."""
     if not client.path:
         return
     if is_plain(edit.body, client):
@@ -12471,8 +12520,8 @@ def normalise(edit: Edit, client: Dialect, model: Model) -> None:
 
 
 def is_paired(steps: Iterable[ToolStep], once: bool) -> bool:
-    """Has each call one result, directly behind it but for what may stand between, and each result
-    its call?  once: no id may come again."""
+    """Has each call one result, directly behind it but for what may stand between, and
+    each result its call? once: no id may come again."""
     waiting: set[str] = set()
     seen: set[str] = set()
     for _, calls, answers, is_loose in steps:
@@ -12576,7 +12625,9 @@ class OpenCalls:
         return stable_id("", json.dumps(item, sort_keys=True))
 
 
-def _in_order(steps: list[ToolStep], dialect: Dialect, edit: Edit) -> Iterator[Json]:
+def _in_order(
+    steps: list[ToolStep], dialect: Dialect, edit: BodyEdit
+) -> Iterator[Json]:
     """A result belongs to the latest open call of its id before it, else to one behind it."""
     calls, results, orphans = OpenCalls(), {}, set()
     early: list[tuple[Json, str]] = []
@@ -12616,7 +12667,7 @@ def _in_order(steps: list[ToolStep], dialect: Dialect, edit: Edit) -> Iterator[J
         yield from made
 
 
-def pair_calls(edit: Edit, dialect: Dialect) -> None:
+def pair_tool_results(edit: BodyEdit, dialect: Dialect) -> None:
     """Move each tool result right behind its call. A missing result becomes an error
     result, an orphan becomes user text, a duplicate is dropped."""
     if edit.is_words:
@@ -12639,9 +12690,9 @@ def pair_calls(edit: Edit, dialect: Dialect) -> None:
 # ---- What strict upstreams refuse: nulls, emptiness, ids, names, schemas ----
 
 
-def fit_names(edit: Edit, calls: list[Json]) -> None:
-    """Names of tools that the upstream would refuse become short ones everywhere alike, which
-    `restore_names` turns back in the answer."""
+def shorten_tool_names(edit: BodyEdit, calls: list[Json]) -> None:
+    """Names of tools that the upstream would refuse become short ones everywhere alike,
+    which `restore_names` turns back in the answer."""
     if not calls and "tools" not in edit.body and "tool_choice" not in edit.body:
         return
     tools = list(
@@ -12664,7 +12715,7 @@ def fit_names(edit: Edit, calls: list[Json]) -> None:
             edit.set(tool, "name", short)
 
 
-def tidy_parts(edit: Edit, parts: list[Any]) -> list[Json]:
+def tidy_parts(edit: BodyEdit, parts: list[Any]) -> list[Json]:
     """Make the parts of one item fit for strict upstreams; returns the tool calls among them."""
     calls: list[Json] = []
     for part in parts:
@@ -12685,7 +12736,7 @@ def tidy_parts(edit: Edit, parts: list[Any]) -> list[Json]:
     return calls
 
 
-def tidy_history(edit: Edit, dialect: Dialect, model: Model) -> None:
+def normalise_history(edit: BodyEdit, dialect: Dialect, model: Model) -> None:
     """Make all parts of a conversation, and the names of tools, fit for strict upstreams."""
     body, key = edit.body, dialect.turns_key
     if None in body.values():
@@ -12695,7 +12746,7 @@ def tidy_history(edit: Edit, dialect: Dialect, model: Model) -> None:
         raise empty_conversation()
 
     if edit.is_words:
-        fit_names(edit, [])
+        shorten_tool_names(edit, [])
         return
 
     calls: list[Json] = []
@@ -12714,15 +12765,15 @@ def tidy_history(edit: Edit, dialect: Dialect, model: Model) -> None:
         edit.replace(body, key, kept)
     elif isinstance(body.get(key), list):
         raise empty_conversation()
-    fit_names(edit, calls)
+    shorten_tool_names(edit, calls)
 
 
 # ---- Schemas of tools for OpenAI ----
 
 
 def schema_nodes(schema: Json) -> Iterator[Json]:
-    """Every schema inside a schema, itself first.  A property may have any name, also that of a
-    word of JSON Schema."""
+    """Every schema inside a schema, itself first. A property may have any name, also
+    that of a word of JSON Schema."""
     todo: list[Any] = [schema]
     while todo:
         node = todo.pop()
@@ -12737,9 +12788,10 @@ def schema_nodes(schema: Json) -> Iterator[Json]:
             todo.extend(as_object(node.get(word_)).values())
 
 
-def fit_openai_schema(edit: Edit, schema: Json) -> bool:
-    """Give objects their `properties` and arrays their `items`, which OpenAI's validator demands.
-    Returns False when not every property is required, as strict tools must have it."""
+def fit_openai_schema(edit: BodyEdit, schema: Json) -> bool:
+    """Give objects their `properties` and arrays their `items`, which OpenAI's
+    validator demands. Returns False when not every property is required, as strict
+    tools must have it."""
     is_strict = True
     for node in schema_nodes(schema):
         kind = node.get("type")
@@ -12754,7 +12806,7 @@ def fit_openai_schema(edit: Edit, schema: Json) -> bool:
     return is_strict
 
 
-def fit_openai_tools(edit: Edit, upstream: Dialect) -> None:
+def fit_openai_tools(edit: BodyEdit, upstream: Dialect) -> None:
     """Tools as OpenAI's models take them."""
     for tool in upstream.function_tools(edit.body):
         schema = tool.get(upstream.schema_key)
@@ -12849,8 +12901,8 @@ class GeminiSchema:
         return out
 
     def _count_copy(self, node: Json) -> None:
-        """A node's own words are written once more; nodes inside it are counted when it is their
-        turn."""
+        """A node's own words are written once more; nodes inside it are counted when it
+        is their turn."""
         words = [
             value
             for key, value in node.items()
@@ -12971,7 +13023,7 @@ def gemini_schema(schema: Json) -> Json:
 # ---- The prompt cache, images ----
 
 
-def _drop_nonce_line(edit: Edit, holder: Json, key: str) -> None:
+def _drop_nonce_line(edit: BodyEdit, holder: Json, key: str) -> None:
     text = holder.get(key)
     if isinstance(text, str) and text.startswith(_NONCE_LINE):
         rest = text.partition("\n")[2]
@@ -12980,7 +13032,7 @@ def _drop_nonce_line(edit: Edit, holder: Json, key: str) -> None:
             edit.note_words(False)
 
 
-def drop_nonce(edit: Edit) -> None:
+def drop_billing_line(edit: BodyEdit) -> None:
     """Claude Code's first system line is another in each request and defeats the prompt cache."""
     body = edit.body
     first = (as_list(body.get("messages") or body.get("input")) or [{}])[0]
@@ -13101,7 +13153,7 @@ def put_note(part: Json) -> None:
     kind = "text"
     if part.get("type") == "input_image":
         kind = "input_text"
-    note = given(
+    note = without_none(
         type=kind if "type" in part else None,
         cache_control=part.get("cache_control"),
         text=SHED_IMAGE,
@@ -13111,10 +13163,11 @@ def put_note(part: Json) -> None:
 
 
 def shed_images(
-    edit: Edit, size: int, limit: int = MAX_SENT_BYTES, most: int = MAX_IMAGES
+    edit: BodyEdit, size: int, limit: int = MAX_SENT_BYTES, most: int = MAX_IMAGES
 ) -> bool:
-    """A note instead of the oldest images until at most `most` are left in a body of `size` bytes,
-    now within the limit; never of those in the last turn.  Was there one?"""
+    """A note instead of the oldest images until at most `most` are left in a body of
+    `size` bytes, now within the limit; never of those in the last turn. Was there
+    one?"""
     images, asked = image_parts(edit.body), image_parts(last_turn(edit.body))
     left = len(images)
     for part in images[: len(images) - len(asked)]:
@@ -13129,9 +13182,9 @@ def shed_images(
 KIMI_SAMPLING = {"temperature": 1, "top_p": 0.95}
 
 
-def limit_images(edit: Edit, most: int) -> None:
-    """No more images than the model's family takes.  Raises BadRequest where the last turn alone
-    has too many."""
+def limit_images(edit: BodyEdit, most: int) -> None:
+    """No more images than the model's family takes. Raises BadRequest where the last
+    turn alone has too many."""
     asked = len(image_parts(last_turn(edit.body)))
     if asked > most:
         raise BadRequest(
@@ -13141,7 +13194,7 @@ def limit_images(edit: Edit, most: int) -> None:
     shed_images(edit, 0, most=most)
 
 
-def fit_kimi(edit: Edit, model: Model) -> None:
+def fit_kimi(edit: BodyEdit, model: Model) -> None:
     """Give tool calls the ids that Kimi itself would make, counted over the
     conversation, and its own sampling: other ids lead it astray, and at temperature 0
     it repeats itself endlessly."""
@@ -13177,9 +13230,9 @@ UNREADABLE_SUMMARY = (
 )
 
 
-def expand_compactions(edit: Edit, upstream: Dialect) -> None:
-    """Our own compactions become text and replace what models did before; the upstream's stay
-    where they can be read."""
+def expand_compactions(edit: BodyEdit, upstream: Dialect) -> None:
+    """Our own compactions become text and replace what models did before; the
+    upstream's stay where they can be read."""
     items = as_list(edit.body.get("input"))
     if not items:
         return
@@ -13235,17 +13288,17 @@ def compaction_request(body: Json, native: bool) -> Json:
     )
 
 
-def fit_body(edit: Edit, upstream: Dialect, model: Model) -> None:
+def prepare_body(edit: BodyEdit, upstream: Dialect, model: Model) -> None:
     """Make a body in the upstream's dialect fit for it.  Raises BadRequest."""
     is_usual = model.is_openai and not (model.is_kimi or model.most_images)
     if is_usual and edit.is_words and upstream.goes_as_is(edit.body):
         return
     edit.go_on()
-    pair_calls(edit, upstream)
+    pair_tool_results(edit, upstream)
     edit.go_on()
     upstream.prepare(edit, model)
     edit.go_on()
-    tidy_history(edit, upstream, model)
+    normalise_history(edit, upstream, model)
     edit.go_on()
     if model.is_claude and model.version >= (4, 6):
         end_with_user(edit)
@@ -13267,14 +13320,14 @@ def fit_body(edit: Edit, upstream: Dialect, model: Model) -> None:
 def translate_request(
     client: Dialect,
     upstream: Dialect,
-    before: Edit,
+    before: BodyEdit,
     model: Model,
     loop: SearchLoop | None = None,
-) -> tuple[Edit, Request]:
-    """(a body that is fit for the upstream, the request in neutral words).
-    before: the normalised request, which may be changed; loop: fulfils a hosted search.  Raises
+) -> tuple[BodyEdit, Request]:
+    """(a body that is fit for the upstream, the request in neutral words). before: the
+    normalised request, which may be changed; loop: fulfils a hosted search. Raises
     BadRequest for what would change the meaning."""
-    drop_nonce(before)
+    drop_billing_line(before)
     expand_compactions(before, upstream)
     before.go_on()
     request = client.decode_request(before.body)
@@ -13288,8 +13341,8 @@ def translate_request(
     before.go_on()
     body = upstream.encode_request(request, model)
     request.forget_turns()
-    edit = Edit(body, request.losses, before.go_on)
-    fit_body(edit, upstream, model)
+    edit = BodyEdit(body, request.losses, before.go_on)
+    prepare_body(edit, upstream, model)
     return edit, request
 
 
@@ -13306,7 +13359,8 @@ _SUFFIX = re.compile(
 
 def normalise_model(asked: str) -> list[str]:
     """The ids that a client's spelling may stand for, most literal first.
-    'anthropic/claude-haiku-4-5-20251001' -> [..., 'claude-haiku-4-5', 'claude-haiku-4.5']"""
+    'anthropic/claude-haiku-4-5-20251001' -> [..., 'claude-haiku-4-5',
+    'claude-haiku-4.5']"""
     names = [asked, asked.strip().lower()]
     plain = names[1]
     while plain.endswith("[1m]"):
@@ -13437,8 +13491,8 @@ class ModelName:
 
     @property
     def is_light(self) -> bool:
-        """Is it one of the small, cheap ones?  The GPTs before 5 count among them: they cost no
-        premium request, and GPT-5 mini is what is left of that kind."""
+        """Is it one of the small, cheap ones? The GPTs before 5 count among them: they
+        cost no premium request, and GPT-5 mini is what is left of that kind."""
         is_old_gpt = self.line == "gpt" and () < self.version < (5,)
         return is_old_gpt or bool(self.words & _LIGHT_WORDS)
 
@@ -13449,8 +13503,9 @@ class ModelName:
         return major * 1000 + minor
 
     def distance_to(self, other: ModelName) -> tuple[int, ...]:
-        """Smallest for the model that replaces this one best: of the same size and kind, rather
-        the next newer version than an older one.  Without a version the newest is meant."""
+        """Smallest for the model that replaces this one best: of the same size and
+        kind, rather the next newer version than an older one. Without a version the
+        newest is meant."""
         differing = len((self.words ^ other.words) - _PLAIN_WORDS)
         unlike = int(self.is_light != other.is_light)
         if not self.version:
@@ -13580,7 +13635,7 @@ class SearchWish:
 
     def request(self, model: Model) -> Json:
         """The body for /responses."""
-        tool = given(
+        tool = without_none(
             type="web_search",
             filters=self.tool.filters or None,
             user_location=self.tool.location,
@@ -13768,8 +13823,8 @@ def resolve_model(
 
 
 def is_same_model(asked: str, model: Model) -> bool:
-    """Does `asked` name this model, in whatever spelling?  A bare class ('opus') names the newest
-    of it; every other name that led to the model was substituted."""
+    """Does `asked` name this model, in whatever spelling? A bare class ('opus') names
+    the newest of it; every other name that led to the model was substituted."""
     if asked == model.id or asked in BUILT_IN_NAMES:
         return True
     names = normalise_model(asked)
@@ -13777,8 +13832,8 @@ def is_same_model(asked: str, model: Model) -> bool:
 
 
 def _most_alike(name: str, ids: list[str], most: int) -> list[str]:
-    """The ids that share most pieces of three letters with `name`: a quick choice of those that
-    are worth a closer look."""
+    """The ids that share most pieces of three letters with `name`: a quick choice of
+    those that are worth a closer look."""
     pieces = {name[at : at + 3] for at in range(max(len(name) - 2, 1))}
     return sorted(
         ids, key=lambda one: sum(piece in one for piece in pieces), reverse=True
@@ -13786,8 +13841,8 @@ def _most_alike(name: str, ids: list[str], most: int) -> list[str]:
 
 
 def nearest_ids(asked: str, models: list[Model], count: int = 3) -> list[str]:
-    """Ids that come nearest to `asked`, for the text of a 404: first the one that would answer for
-    it, then those that look most like it."""
+    """Ids that come nearest to `asked`, for the text of a 404: first the one that would
+    answer for it, then those that look most like it."""
     import difflib
 
     ids = [m.id for m in models if m.is_listed] or [m.id for m in models]
@@ -13829,8 +13884,8 @@ _WIDE_BETA = "context-1m-"
 
 
 def wider_sibling(model: Model, betas: str, models: list[Model]) -> Model:
-    """The sibling with a context of a million tokens, where the client's `anthropic-beta` asks for
-    it and one is listed; else the model itself."""
+    """The sibling with a context of a million tokens, where the client's
+    `anthropic-beta` asks for it and one is listed; else the model itself."""
     if _WIDE_BETA not in betas or "-1m" in model.id:
         return model
     names = (model.id + "-1m", model.id + "-1m-internal")
@@ -13884,9 +13939,9 @@ def choose_upstream(
 
 
 def needs_hub(client: Dialect, body: Json, model: Model) -> bool:
-    """Does a request need translation though model and client speak one dialect?  So it is with
-    stop sequences that the upstream cannot watch for, and with OpenAI's freeform tools, which its
-    models know from GPT-5 on."""
+    """Does a request need translation though model and client speak one dialect? So it
+    is with stop sequences that the upstream cannot watch for, and with OpenAI's
+    freeform tools, which its models know from GPT-5 on."""
     stops = body.get(client.stop_key)
     if stops is not None and not client.takes_stops(words(stops), model):
         return True
@@ -13897,7 +13952,7 @@ def needs_hub(client: Dialect, body: Json, model: Model) -> bool:
     return any(map(freeform_of, dicts_in(body, "tools")))
 
 
-def fold_long_answer(edit: Edit, upstream: Dialect, model: Model) -> None:
+def fold_long_answer(edit: BodyEdit, upstream: Dialect, model: Model) -> None:
     """Ask for a stream where a whole answer as long as the client allows would be refused."""
     body = edit.body
     wish = max(
@@ -13915,8 +13970,8 @@ class PlanRepairs:
     """Notes about the repairs of a plan, written by its own methods only. memory: of
     the account; names: the repairs in order, one list for all plans of a request;
     lessons: (repair, words) to be remembered if they help; words: captured from the
-    last refusal; is_stale: the request needs another plan; known: how much the memory had
-    been refused when it was planned."""
+    last refusal; is_stale: the request needs another plan; known: how much the memory
+    had been refused when it was planned."""
 
     memory: Any = None  # a Memory, which is defined below
     names: list[str] = field(default_factory=list)
@@ -13961,12 +14016,12 @@ class Plan:
     client: Dialect
     upstream: Dialect
     model: Model
-    edit: Edit
+    edit: BodyEdit
     request: Request
     is_translated: bool
     pipeline: StreamRelay | None
     streams: bool
-    meter: Meter
+    meter: UsageMeter
     headers: Headers = field(default_factory=dict)
     answer: Json = field(default_factory=dict)
     begun: bytes = b""
@@ -13988,12 +14043,13 @@ class Plan:
         go_on: Callable[[], None] = lambda: None,
         loop: SearchLoop | None = None,
     ) -> Plan:
-        """Translate the body or fit it.  An answer longer than the model gives in one piece is
-        asked for as a stream and folded.  by_hub: translate even where the dialects are the same;
-        go_on: asked between the steps, may raise ClientGone; loop: for a hosted search, should
-        there be one.  `body` may be changed.  Raises BadRequest."""
+        """Translate the body or fit it. An answer longer than the model gives in one
+        piece is asked for as a stream and folded. by_hub: translate even where the
+        dialects are the same; go_on: asked between the steps, may raise ClientGone;
+        loop: for a hosted search, should there be one. `body` may be changed. Raises
+        BadRequest."""
         echo = client.echo_of(body)  # as the client wrote it
-        edit = Edit(body, go_on=go_on)
+        edit = BodyEdit(body, go_on=go_on)
         normalise(edit, client, model)
         is_translated = (
             client is not upstream or by_hub or needs_hub(client, body, model)
@@ -14012,9 +14068,9 @@ class Plan:
             loop = None
             if wants_stream:
                 pipeline = client.stream(request.model, body, request)
-            drop_nonce(edit)
+            drop_billing_line(edit)
             expand_compactions(edit, upstream)
-            fit_body(edit, upstream, model)
+            prepare_body(edit, upstream, model)
 
         request.answer_as(now, key)
         request.echo.update(echo)
@@ -14022,7 +14078,10 @@ class Plan:
             pipeline.names = edit.names
         if not wants_stream:
             fold_long_answer(edit, upstream, model)
-        meter = pipeline.meter if pipeline else Meter()
+        if pipeline:
+            meter = pipeline.meter
+        else:
+            meter = UsageMeter()
         return cls(
             client,
             upstream,
@@ -14252,9 +14311,10 @@ _known_weight = functools.lru_cache(maxsize=KNOWN_PIECES)(_weigh)
 
 
 def count_text(text: str) -> int:
-    """About how many o200k tokens `text` has; over a mix 3 % too many rather than one too few.
-    Measured: half of the texts within 5 % (English, code, JSON, Chinese, Japanese, numbers), nine
-    of ten within 11 %; Polish, Ukrainian and traditional Chinese come out 10 to 20 % short."""
+    """About how many o200k tokens `text` has; over a mix 3 % too many rather than one
+    too few. Measured: half of the texts within 5 % (English, code, JSON, Chinese,
+    Japanese, numbers), nine of ten within 11 %; Polish, Ukrainian and traditional
+    Chinese come out 10 to 20 % short."""
     total = 0.0
     for at in range(0, len(text), _CHUNK_CHARS):
         chunk = text[at : at + _CHUNK_CHARS]
@@ -14375,10 +14435,10 @@ def _as_json(value: Any) -> str:
 def estimate_tokens(
     body: Json, is_claude: bool = False, count: Callable[[str], int] = count_text
 ) -> int:
-    """How many tokens the prompt of a request of any dialect has, estimated on the high side.
-    System, tools and all texts count, images by their pixels, a PDF by its size (3,000 per 60 KB),
-    sealed reasoning little, ids not.  `is_claude`: as Claude counts, about a quarter more;
-    `count`: of a text."""
+    """How many tokens the prompt of a request of any dialect has, estimated on the high
+    side. System, tools and all texts count, images by their pixels, a PDF by its size
+    (3,000 per 60 KB), sealed reasoning little, ids not. `is_claude`: as Claude counts,
+    about a quarter more; `count`: of a text."""
     tools = as_list(body.get("tools")) + as_list(body.get("functions"))
     texts = [_as_json(tool) for tool in tools]
     tokens = 3 + 8 * len(tools) + (346 if is_claude else 16) * bool(tools)
@@ -14469,8 +14529,9 @@ _STATE_KINDS = (
 
 
 def places(value: Any, path: str) -> list[tuple[Json, str]]:
-    """(object, key) of all that a validator's path means: a number stands for every element, the
-    tag of a union for nothing.  'tools.0.custom.strict' -> `strict` of each such tool."""
+    """(object, key) of all that a validator's path means: a number stands for every
+    element, the tag of a union for nothing. 'tools.0.custom.strict' -> `strict` of each
+    such tool."""
     path = path.replace("[", ".").replace("]", "")
     if path.count(".") > MAX_PATH_STEPS:  # each may be a tag: two ways to go on
         return []
@@ -14664,8 +14725,8 @@ def note_images_left(plan: Plan) -> None:
 
 
 def keep_images(plan: Plan, most: str) -> bool:
-    """A note instead of the oldest images until the newest `most` are left; never of those that
-    the user asks about now."""
+    """A note instead of the oldest images until the newest `most` are left; never of
+    those that the user asks about now."""
     size = len(dumps(plan.edit.body))
     is_changed = shed_images(plan.edit, size, size, int(most))
     note_images_left(plan)
@@ -14700,8 +14761,9 @@ _CLIENTS_OWN = ("custom", "namespace", *CLIENT_TOOLS)  # the client runs these
 
 
 def drop_tool(plan: Plan, name: str) -> bool:
-    """Remove a hosted tool unless it is forced; turn freeform tools into functions.  Repairs are
-    few: the second refusal of a request removes all hosted tools that are not forced."""
+    """Remove a hosted tool unless it is forced; turn freeform tools into functions.
+    Repairs are few: the second refusal of a request removes all hosted tools that are
+    not forced."""
     tools = list(map(as_object, as_list(plan.edit.body.get("tools"))))
     others = [
         tool
@@ -14872,7 +14934,7 @@ def is_echo(words: str, body: Json) -> bool:
     )
 
 
-class Memory:
+class LearnedRepairs:
     """The refusals of one account's upstream, bounded, for the life of the process.
     refused: (model id, path) pairs that a model does not serve, see also BY_HUB."""
 
@@ -14895,8 +14957,8 @@ class Memory:
         return not known or mark in self._bad
 
     def prepare(self, plan: Plan, known: int | None = None) -> None:
-        """Change a plan by what was learned before.  known: how much had been refused when it was
-        begun, as much as now by default."""
+        """Change a plan by what was learned before. known: how much had been refused
+        when it was begun, as much as now by default."""
         if known is None:
             known = len(self.refused)
         plan.repairs.use(self, known)
@@ -14912,7 +14974,7 @@ class Memory:
         if not isinstance(error, UpstreamError) or not error.answered:
             return False
         said = "code=%s param=%s %s" % (error.code or "", error.param or "-", error)
-        said = said[:MAX_SAID]  # patterns may look far ahead
+        said = said[:REPAIR_TEXT_CHARS]  # patterns may look far ahead
         return any(
             self._apply(repair, plan, said)
             for repair in REPAIRS
@@ -15034,8 +15096,9 @@ def quota_lane(name: str, said: Any) -> Json:
 
 
 def lane_rooms(lanes: Mapping[str, Any]) -> dict[str, float]:
-    """Lane -> percent left, infinity where overage is permitted; of the lanes that limit something
-    here.  Completions are an editor's own; the lane of premium requests has two names."""
+    """Lane -> percent left, infinity where overage is permitted; of the lanes that
+    limit something here. Completions are an editor's own; the lane of premium requests
+    has two names."""
     rooms: dict[str, float] = {}
     for name, said in list(lanes.items())[:MAX_NAMES]:
         lane = quota_lane(name, said)
@@ -15085,9 +15148,10 @@ def exhausted_lanes(error: ProxyError) -> dict[str, float | None]:
 
 
 def named_limit_s(error: ProxyError, now: float) -> float | None:
-    """Seconds until a limit ends, from the unix time `now`, where the upstream names its end: by
-    retry-after (seconds or a date), else in its text ('try again in 2 hours', 'resets at
-    2026-12-01T00:00:00Z'), else by the reset of the lanes that are used up."""
+    """Seconds until a limit ends, from the unix time `now`, where the upstream names
+    its end: by retry-after (seconds or a date), else in its text ('try again in 2
+    hours', 'resets at 2026-12-01T00:00:00Z'), else by the reset of the lanes that are
+    used up."""
     text = str(error).lower()
     after = error.headers.get("retry-after", "").strip()
     after_s = text_number_or_none(after)
@@ -15125,8 +15189,9 @@ def doubled_s(first_s: float, times: int, most_s: float) -> float:
 
 
 def limit_s(error: ProxyError, now: float, repeats: int = 0) -> float:
-    """How long a limit lasts, from the unix time `now`.  Nonsense is clamped.  Where no end is
-    named: for a quota an hour, else a short while that doubles each time the limit repeats."""
+    """How long a limit lasts, from the unix time `now`. Nonsense is clamped. Where no
+    end is named: for a quota an hour, else a short while that doubles each time the
+    limit repeats."""
     named, most_s = named_limit_s(error, now), LIMIT_S
     usual_s = doubled_s(LIMIT_PAUSE_S, repeats, LIMIT_PAUSE_MAX_S)
     if is_quota(error):
@@ -15143,9 +15208,9 @@ def limit_s(error: ProxyError, now: float, repeats: int = 0) -> float:
 
 @dataclass(frozen=True)
 class Option:
-    """One setting: `--name`, `COPILOT_PROXY_NAME`, and what it is for.
-    kind: text, int, float, switch, list; where: the commands that take it, 'network' means all
-    that talk to GitHub; env: further variables, read after COPILOT_PROXY_NAME; value: what its
+    """One setting: `--name`, `COPILOT_PROXY_NAME`, and what it is for. kind: text, int,
+    float, switch, list; where: the commands that take it, 'network' means all that talk
+    to GitHub; env: further variables, read after COPILOT_PROXY_NAME; value: what its
     value is, 'a|b' where it is one of these."""
 
     name: str
@@ -15795,10 +15860,11 @@ def new_key() -> str:
 
 
 class KeyFile:
-    """`proxy_accounts.json`: keys made here, as hashes, and the GitHub tokens of those that
-    browsers logged in for; with the keys from flags.  Hashes are keyed with the file's salt.  What
-    another process writes is noticed.  Thread-safe; `_lock` guards all fields and, unlike others,
-    is held while the file is read and written: changes must not mix."""
+    """`proxy_accounts.json`: keys made here, as hashes, and the GitHub tokens of those
+    that browsers logged in for; with the keys from flags. Hashes are keyed with the
+    file's salt. What another process writes is noticed. Thread-safe; `_lock` guards all
+    fields and, unlike others, is held while the file is read and written: changes must
+    not mix."""
 
     def __init__(self, path: str, host: str, given: Iterable[str]) -> None:
         self.path, self._host = path, host
@@ -15927,14 +15993,14 @@ OnEnd = Callable[[Any, Optional[BaseException]], None]
 class Wait:
     """Something that a coroutine waits for.
 
-    A request is a coroutine: plain `async def`, without asyncio.  Where it has to wait it hands
-    one of these objects to its driver, which resumes it with the result:
+    A request is a coroutine: plain `async def`, without asyncio. Where it has to wait
+    it hands one of these objects to its driver, which resumes it with the result:
 
         coroutine  -- await wait(Wait) -->  EventLoop: calls `begin`, serves others, resumes it
                    <------ result --------  run():     calls `block` in this very thread
 
-    So the same code serves a client in the loop, and a command or a test in a thread.  The loop is
-    the EventLoop of section 18, a task one coroutine that it drives.
+    So the same code serves a client in the loop, and a command or a test in a thread.
+    The loop is the EventLoop of section 18, a task one coroutine that it drives.
     timeout_s: the longest wait; when it is over the result is False."""
 
     timeout_s = math.inf
@@ -15980,8 +16046,8 @@ _POLL_READ = getattr(select, "POLLIN", 0) | getattr(select, "POLLRDHUP", 0)
 
 
 def wait_ready(sock: Any, timeout_s: float, write: bool = False) -> bool:
-    """Can this socket (or object with fileno()) be read, or written, now or within `timeout_s`?
-    poll where there is one: select ends at file number 1,024."""
+    """Can this socket (or object with fileno()) be read, or written, now or within
+    `timeout_s`? poll where there is one: select ends at file number 1,024."""
     if not hasattr(select, "poll"):
         if timeout_s == math.inf:
             seconds = None
@@ -16174,7 +16240,7 @@ async def within(seconds: float, work: Work) -> Any:
     return value
 
 
-class Refreshed:
+class RefreshingValue:
     """A cached value that is fetched again when it is due, by one fetch for all who
     wait.
 
@@ -16280,9 +16346,9 @@ class Refreshed:
 class Connection:
     """A socket that the event loop may watch.
 
-    An event belongs to the coroutine that waits for it (`waiter`); where none does the connection
-    decides itself what it means, in `on_event`.
-    watched: the events that the loop's selector reports; written by the loop alone."""
+    An event belongs to the coroutine that waits for it (`waiter`); where none does the
+    connection decides itself what it means, in `on_event`. watched: the events that the
+    loop's selector reports; written by the loop alone."""
 
     sock: Any = None
     loop: Any = None  # that watches it
@@ -16297,8 +16363,8 @@ class Connection:
         raise NotImplementedError
 
     async def shake_hands(self, deadline: float) -> None:
-        """Take all steps of a TLS handshake until `deadline`, monotonic.  The first one begins at
-        once, so its caller has waited for its turn.  Raises OSError."""
+        """Take all steps of a TLS handshake until `deadline`, monotonic. The first one
+        begins at once, so its caller has waited for its turn. Raises OSError."""
         while True:
             try:
                 self.sock.do_handshake()
@@ -16395,8 +16461,8 @@ _TLS_REMEDIES = (
 def without_answer(
     kind: type[UpstreamError], reason: str, is_unsent: bool
 ) -> UpstreamError:
-    """The error of a connection that gave no answer.  Who raises it has no name for it, which
-    would lead from the error's traceback back to it."""
+    """The error of a connection that gave no answer. Who raises it has no name for it,
+    which would lead from the error's traceback back to it."""
     error = kind(reason)
     if is_unsent:
         error.mark_unsent()
@@ -16449,12 +16515,12 @@ def explain_connect_error(error: Exception, host: str, proxied: bool) -> Upstrea
 class HostNames:
     """Addresses of hosts, looked up in a thread and kept for NAME_AGE_S.
 
-    A resolver may hang for minutes, and no thread can be called back from it; so at most
-    MAX_LOOK_UPS threads ask it at a time, one for each host, and the others stay free.
-    `_running`: the hosts they ask for; `_lock` guards it."""
+    A resolver may hang for minutes, and no thread can be called back from it; so at
+    most MAX_LOOK_UPS threads ask it at a time, one for each host, and the others stay
+    free. `_running`: the hosts they ask for; `_lock` guards it."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, int], Refreshed] = {}
+        self._known: dict[tuple[str, int], RefreshingValue] = {}
         self._lock = threading.Lock()
         self._running: set[tuple[str, int]] = set()
 
@@ -16466,7 +16532,7 @@ class HostNames:
         known = self._known.get((host, port))
         if known is None:
             fetch = functools.partial(self._fetch, host, port)
-            known = self._known[host, port] = Refreshed(
+            known = self._known[host, port] = RefreshingValue(
                 fetch, self._is_old, self._is_old, (0.0,)
             )
         _, found = await known.get()
@@ -16530,7 +16596,8 @@ _CONNECTING = (
 
 
 class HttpConnection(Connection):
-    """A connection to an upstream, directly or through a proxy; it carries one request at a time.
+    """A connection to an upstream, directly or through a proxy; it carries one request
+    at a time.
 
         opener ---> open() ---> exchange() ---> UpstreamResponse --- read whole ---> Pool
                                     ^                 |                               |
@@ -16647,8 +16714,8 @@ class HttpConnection(Connection):
         """Called when the head of the first answer has arrived."""
 
     def on_event(self, mask: int) -> None:
-        """An idle connection that can be read was closed by the upstream.  Another one is just
-        not read now: its client is slow, or its request is in a thread."""
+        """An idle connection that can be read was closed by the upstream. Another one
+        is just not read now: its client is slow, or its request is in a thread."""
         self.unwatch()
         if self.is_idle:
             self.close()
@@ -16690,8 +16757,8 @@ class HttpConnection(Connection):
     async def receive_into(
         self, take: Callable[[bytes], bool], timeout_s: float
     ) -> None:
-        """Give all that comes to `take`, b"" at the end, until that returns False.  Raises OSError;
-        UpstreamError 504 after a silence; what `take` raises."""
+        """Give all that comes to `take`, b"" at the end, until that returns False.
+        Raises OSError; UpstreamError 504 after a silence; what `take` raises."""
 
         def consume() -> bool:
             while True:
@@ -16864,8 +16931,9 @@ class HttpsConnection(HttpConnection):
         await self.shake_hands(time.monotonic() + CONNECT_TIMEOUT_S)
 
     def on_first_answer(self) -> None:
-        """TLS 1.3 gives a session only behind the handshake.  To take it costs as much as a third
-        of one, so of many connections that begin together the first one does it."""
+        """TLS 1.3 gives a session only behind the handshake. To take it costs as much
+        as a third of one, so of many connections that begin together the first one does
+        it."""
         is_newest = self._sessions.get(self._server) is self._offered
         if is_newest and not self.sock.session_reused:
             self._sessions[self._server] = self.sock.session
@@ -16878,9 +16946,9 @@ class HttpsConnection(HttpConnection):
 class Pool:
     """Idle connections by origin; newest first, none older than POOL_IDLE_S.
 
-    The loop watches those that it keeps, so that one that is closed by its upstream is gone at
-    once; those of other threads are looked at when they are taken.  Neither takes the other's.
-    `_lock` guards `_idle` and is held for no I/O."""
+    The loop watches those that it keeps, so that one that is closed by its upstream is
+    gone at once; those of other threads are looked at when they are taken. Neither
+    takes the other's. `_lock` guards `_idle` and is held for no I/O."""
 
     def __init__(self, closed: bool = False) -> None:
         self.closed = closed
@@ -16980,8 +17048,8 @@ class UpstreamResponse:
         return self._body.done
 
     async def read(self, timeout_s: float = ANSWER_TIMEOUT_S) -> bytes:
-        """The next piece of the body, b"" where only framing came.  `timeout_s` is the longest
-        silence.  Raises StreamCut, UpstreamError 504."""
+        """The next piece of the body, b"" where only framing came. `timeout_s` is the
+        longest silence. Raises StreamCut, UpstreamError 504."""
         assert self.connection is not None
         try:
             data = await self.connection.receive(timeout_s)
@@ -16992,8 +17060,8 @@ class UpstreamResponse:
     async def read_into(
         self, use: Callable[[bytes], bool], timeout_s: float = ANSWER_TIMEOUT_S
     ) -> None:
-        """Give the pieces of the body to `use`, until the last one or until it returns False.
-        Raises StreamCut, UpstreamError 504, and what `use` raises."""
+        """Give the pieces of the body to `use`, until the last one or until it returns
+        False. Raises StreamCut, UpstreamError 504, and what `use` raises."""
         assert self.connection is not None
         self.headers = {}  # 3 KB that nobody asks for while a stream goes on
 
@@ -17036,8 +17104,8 @@ class UpstreamResponse:
         total_s: float = math.inf,
     ) -> bytes:
         """The whole rest of the body, at most `limit` bytes (more is an UpstreamError).
-        `timeout_s` is the longest silence, `total_s` the longest time in all.  Raises StreamCut,
-        UpstreamError 504."""
+        `timeout_s` is the longest silence, `total_s` the longest time in all. Raises
+        StreamCut, UpstreamError 504."""
         connection = self.connection
         if connection is not None and self._body.is_rest(connection.received, limit):
             self._body.end()  # it came with its head, as small ones do
@@ -17132,8 +17200,8 @@ _SecureHandler: Any = getattr(
 
 
 class ConnectionHandler(urllib.request.HTTPHandler, _SecureHandler):  # type: ignore[misc]
-    """Gives the opener a connection that is still to be opened, where the stock handlers would
-    open one for each call and read its answer."""
+    """Gives the opener a connection that is still to be opened, where the stock
+    handlers would open one for each call and read its answer."""
 
     def __init__(self, names: HostNames, context: Callable[[], Any]) -> None:
         urllib.request.HTTPHandler.__init__(self)
@@ -17543,9 +17611,9 @@ class DeviceCode:
 @dataclass(frozen=True)
 class CopilotToken:
     """The short-lived bearer and the API host it is bound to: always replaced together.
-    Its age is the larger of two elapsed times, because the monotonic clock stands still while a
-    laptop sleeps and the wall clock may be set; the server's `expires_at` is never compared with
-    the local clock, which may be wrong by hours."""
+    Its age is the larger of two elapsed times, because the monotonic clock stands still
+    while a laptop sleeps and the wall clock may be set; the server's `expires_at` is
+    never compared with the local clock, which may be wrong by hours."""
 
     value: str = field(repr=False)
     api_url: str
@@ -17756,8 +17824,9 @@ class GitHub:
         return answer
 
     async def fetch_copilot_token(self, token: str) -> CopilotToken:
-        """Exchange the GitHub token.  Where the exchange is not offered but the account has
-        Copilot, the GitHub token itself is the bearer (direct mode); so are tokens of machines."""
+        """Exchange the GitHub token. Where the exchange is not offered but the account
+        has Copilot, the GitHub token itself is the bearer (direct mode); so are tokens
+        of machines."""
         if token.startswith(MACHINE_PREFIXES):
             return await self._use_machine_token(token)
         status, answer, headers, body = await self._get(
@@ -17807,8 +17876,8 @@ class GitHub:
         return next((url for url in accepted if url), self._settings.usual_copilot_url)
 
     async def _use_machine_token(self, token: str) -> CopilotToken:
-        """There is no exchange for it.  An app's token may not ask for the account's API host:
-        the usual one serves it.  Raises AuthError, UpstreamError."""
+        """There is no exchange for it. An app's token may not ask for the account's API
+        host: the usual one serves it. Raises AuthError, UpstreamError."""
         status, answer, headers, body = await self._get("/copilot_internal/user", token)
         if status == 401 or status >= 500:
             raise self._refusal(status, headers, body, token)
@@ -17877,9 +17946,9 @@ class GitHub:
 class DeviceLogin:
     """One login by device flow; `run` blocks until it is granted, refused or stopped.
 
-    `code` is the code that the user must enter, or None, and good until `expires_at`, in
-    Unix time; `problem` is the reason for a failure; `token` is set once the login is
-    granted. renews: an expired code is replaced by a new one."""
+    `code` is the code that the user must enter, or None, and good until `expires_at`,
+    in Unix time; `problem` is the reason for a failure; `token` is set once the login
+    is granted. renews: an expired code is replaced by a new one."""
 
     def __init__(
         self,
@@ -17897,8 +17966,8 @@ class DeviceLogin:
         self.ready = threading.Event()  # there is a code, or a problem
 
     def run(self) -> str:
-        """The GitHub token.  Raises AuthError (denied, refused, expired), UpstreamError (no code
-        to be had); returns '' when stopped."""
+        """The GitHub token. Raises AuthError (denied, refused, expired), UpstreamError
+        (no code to be had); returns '' when stopped."""
         while not self.stop.is_set():
             earliest = time.monotonic() + CODE_PAUSE_S
             self.code = run(self._github.request_code())
@@ -18019,16 +18088,17 @@ def whole_s(pause_s: float) -> int:
 
 @dataclass
 class Cooldown:
-    """The rest of one scope.  RateLimits alone changes it, under its lock, by the methods here;
-    times are seconds of its clock.
+    """The rest of one scope. RateLimits alone changes it, under its lock, by the
+    methods here; times are seconds of its clock.
 
-    error: what the upstream said last; since: time of the first refusal in this row; ends: by what
-    the upstream named; next_try: before it nothing goes up; pause_s: from a probe to the next;
-    number: of the newest request when the upstream refused last; repeats: refusals in a row;
-    probes: of them, answers to probes in this rest; lanes: that the refusal called used up;
-    refuted: the most room that was shown when the upstream refused yet, by headers and by /usage;
-    prober: number of the request that is the probe now, 0 for none; deaths: probes in a row that
-    ended without a verdict; is_tried: a request has gone up since the end."""
+    error: what the upstream said last; since: time of the first refusal in this row;
+    ends: by what the upstream named; next_try: before it nothing goes up; pause_s: from
+    a probe to the next; number: of the newest request when the upstream refused last;
+    repeats: refusals in a row; probes: of them, answers to probes in this rest; lanes:
+    that the refusal called used up; refuted: the most room that was shown when the
+    upstream refused yet, by headers and by /usage; prober: number of the request that
+    is the probe now, 0 for none; deaths: probes in a row that ended without a verdict;
+    is_tried: a request has gone up since the end."""
 
     error: UpstreamError
     since: float
@@ -18086,7 +18156,8 @@ class Cooldown:
 
 
 class RateLimits:
-    """What rests because the upstream refused: a model, or under the name ACCOUNT all of them.
+    """What rests because the upstream refused: a model, or under the name ACCOUNT all
+    of them.
 
     state     begins when                          a request of this scope
     open      nothing was refused yet, a request   goes up
@@ -18098,13 +18169,15 @@ class RateLimits:
               both clocks, or /usage or a header
               shows room for what was used up
 
-    From resting, probing and over: a success opens the scope, a refusal makes it rest anew, and
-    anything else (the client left, a network error, another error) frees the place of the probe.
-    A 429 that names no end rests 10 s and twice as long each time, up to 5 minutes, and is not
-    probed in between.  Nobody goes up before the end of a rest as short as the first pause.
+    From resting, probing and over: a success opens the scope, a refusal makes it rest
+    anew, and anything else (the client left, a network error, another error) frees the
+    place of the probe. A 429 that names no end rests 10 s and twice as long each time,
+    up to 5 minutes, and is not probed in between. Nobody goes up before the end of a
+    rest as short as the first pause.
 
-    Every request has a number from `admit`, in their order.  It tells a refusal of requests that
-    went up together from one that repeats, and keeps a success of before from ending a rest.
+    Every request has a number from `admit`, in their order. It tells a refusal of
+    requests that went up together from one that repeats, and keeps a success of before
+    from ending a rest.
 
     Nothing here waits or calls anybody but the clock; `_lock` guards all."""
 
@@ -18118,9 +18191,10 @@ class RateLimits:
         self._scopes: dict[str, Cooldown] = {}  # what was refused last stands last
 
     def admit(self, model: str, may_probe: bool = True) -> int:
-        """The number of a request that may go up; `finish` must follow, after `refuse` or not.
-        Raises UpstreamError in the upstream's words when it may not.  model: "" for what no limit
-        of a model holds for; may_probe: False for a look, which nothing follows."""
+        """The number of a request that may go up; `finish` must follow, after `refuse`
+        or not. Raises UpstreamError in the upstream's words when it may not. model: ""
+        for what no limit of a model holds for; may_probe: False for a look, which
+        nothing follows."""
         with self._lock:
             self._count += 1
             if not self._scopes:  # nearly always
@@ -18153,8 +18227,8 @@ class RateLimits:
             return self._refusal(scope, rest, rest.ends - self._now(), error.headers)
 
     def finish(self, model: str, number: int, is_taken: bool) -> list[str]:
-        """A request is through -> the scopes that it opens, if the upstream took it.  Else, unless
-        it was refused before, the place of the probe is free again."""
+        """A request is through -> the scopes that it opens, if the upstream took it.
+        Else, unless it was refused before, the place of the probe is free again."""
         opened: list[str] = []
         if not self._scopes:
             return opened
@@ -18413,9 +18487,9 @@ class Attempts:
         self._taken[row] += 1
 
     async def send(self, call: Call) -> UpstreamResponse:
-        """An answer below 300.  Raises UpstreamError with the upstream's own status and words,
-        AuthError, ClientGone.  While a limit of the model or the account lasts nothing is sent but
-        probes, see RateLimits."""
+        """An answer below 300. Raises UpstreamError with the upstream's own status and
+        words, AuthError, ClientGone. While a limit of the model or the account lasts
+        nothing is sent but probes, see RateLimits."""
         log, limits = self._copilot.log, self._copilot.limits
         number, is_taken = limits.admit(call.model), False
 
@@ -18530,8 +18604,8 @@ def request_start(
     headers: tuple[tuple[str, str], ...],
     own: tuple[str, ...],
 ) -> bytes:
-    """The head of a call to the API up to the value of X-Request-Id: most of it is as in the
-    request before.  headers: of the call; own: of --header, which win."""
+    """The head of a call to the API up to the value of X-Request-Id: most of it is as
+    in the request before. headers: of the call; own: of --header, which win."""
     is_machine = bearer.startswith(MACHINE_PREFIXES)
     fields_ = dict(CLI_HEADERS if is_machine else EDITOR_HEADERS)
     fields_.update(
@@ -18582,14 +18656,14 @@ class Copilot:
             None
         )  # of each answer
         self._version = ""  # the API version that worked after a 466
-        self.memory = Memory()
+        self.memory = LearnedRepairs()
         self.limits = RateLimits(clock)
         self._futile_refresh_at = -REACTIVE_PAUSE_S  # monotonic
-        self.token = Refreshed(
+        self.token = RefreshingValue(
             self._fetch_token, self._is_due, self._is_dead, settings.token_retry_s
         )
 
-        self.catalogue = Refreshed(
+        self.catalogue = RefreshingValue(
             self._fetch_models,
             self._is_old,
             lambda value: False,
@@ -18605,9 +18679,9 @@ class Copilot:
         return token.age_s(self._clock()) >= token.lifetime_s
 
     async def _ask_github(self, ask: Callable[[str], Work]) -> Any:
-        """`ask(GitHub token)`.  All that needs the login passes here.  A 401 counts only when a
-        second one follows, since GitHub sends a wrong one at times; what to raise then is the
-        matter of `on_refused`."""
+        """`ask(GitHub token)`. All that needs the login passes here. A 401 counts only
+        when a second one follows, since GitHub sends a wrong one at times; what to
+        raise then is the matter of `on_refused`."""
         try:
             return await ask(self.github_token)
         except AuthError as error:
@@ -18794,8 +18868,8 @@ class Copilot:
         return catalogue.models
 
     async def find_model(self, asked: str) -> Model:
-        """The model that `asked` means; an unknown name refreshes the list, once a minute at most.
-        Raises BadRequest 404 that names the three nearest ids."""
+        """The model that `asked` means; an unknown name refreshes the list, once a
+        minute at most. Raises BadRequest 404 that names the three nearest ids."""
         catalogue: Catalogue = await self.catalogue.get()
         model = self._find_in(catalogue, asked)
         if (
@@ -18863,7 +18937,7 @@ class AutoConversation:
     def __init__(self, auto: AutoMode) -> None:
         self._auto = auto
         self._wish = AutoWish("", "", "")
-        self._choice = Refreshed(
+        self._choice = RefreshingValue(
             self._fetch, self._is_due, self._is_dead, auto.pauses_s
         )
 
@@ -18877,8 +18951,8 @@ class AutoConversation:
         return choice.left_s(self._auto.clock()) <= 0
 
     async def choose(self, wish: AutoWish, refused: str) -> Model:
-        """refused: the selector that the upstream does not take any more.  Raises UpstreamError,
-        AuthError; the old choice is better than none."""
+        """refused: the selector that the upstream does not take any more. Raises
+        UpstreamError, AuthError; the old choice is better than none."""
         self._wish, old = wish, self._choice.value
         is_refused = old is not None and old.model.selector == refused
         keeps = old is not None and not is_refused and wish.fits(old.wish, old.model)
@@ -18892,8 +18966,8 @@ class AutoConversation:
 
 
 class Attachments:
-    """`--upload-images` for one account: the URLs of images in GitHub's store, the last used
-    one last.  Only the loop may use it."""
+    """`--upload-images` for one account: the URLs of images in GitHub's store, the last
+    used one last. Only the loop may use it."""
 
     def __init__(self, copilot: Copilot) -> None:
         self._copilot = copilot
@@ -18932,9 +19006,9 @@ class Attachments:
 
 
 class AutoMode:
-    """`auto` for one account: POST /auto; on accounts without it the pair that it replaced; else
-    the account's default model.  is_there: the upstream has chosen once.
-    Only the loop may use it.  `_conversations`: the most recently used last."""
+    """`auto` for one account: POST /auto; on accounts without it the pair that it
+    replaced; else the account's default model. is_there: the upstream has chosen once.
+    Only the loop may use it. `_conversations`: the most recently used last."""
 
     def __init__(
         self,
@@ -19160,8 +19234,8 @@ def client_name(agent: str | None) -> str | None:
 def row_filter(
     wanted: Mapping[str, str], agents: Iterable[str | None]
 ) -> tuple[str, list[Any]]:
-    """A condition in SQL and its values.  wanted: model, client (a program's name), state, text;
-    '' is no wish.  agents: every User-Agent of the history."""
+    """A condition in SQL and its values. wanted: model, client (a program's name),
+    state, text; '' is no wish. agents: every User-Agent of the history."""
     parts: list[str] = []
     values: list[Any] = []
 
@@ -19275,8 +19349,8 @@ def delete_old(link: Any, now: float) -> None:
 
 
 def sums_since(keys: str, which: str) -> str:
-    """A SELECT of `keys`, columns of both tables, and their sums since ?1: of the lines of `sums`
-    and of the rows that are not in there yet.  which: a condition in SQL."""
+    """A SELECT of `keys`, columns of both tables, and their sums since ?1: of the lines
+    of `sums` and of the rows that are not in there yet. which: a condition in SQL."""
     lines = ", ".join(SUMMED)
     found = (
         f"SELECT hour, {keys}, {lines} FROM sums WHERE {which} "
@@ -19288,9 +19362,9 @@ def sums_since(keys: str, which: str) -> str:
 
 
 def summarise(link: Any, since: float, with_sessions: bool) -> Json:
-    """{"total": one line of sums, "by_day": lines, ...} of the requests since then, a full hour.
-    Sums by hour, model, client and account go into a table in memory, and that is summed up for
-    each answer."""
+    """{"total": one line of sums, "by_day": lines, ...} of the requests since then, a
+    full hour. Sums by hour, model, client and account go into a table in memory, and
+    that is summed up for each answer."""
     link.execute("DROP TABLE IF EXISTS temp.wanted")
     link.execute(
         "CREATE TEMP TABLE wanted AS %s GROUP BY 1, 2, 3, 4"
@@ -19349,8 +19423,8 @@ def shown(row: Json) -> Json:
 
 
 def session_key(headers: Headers, body: Json) -> str | None:
-    """A short name of the conversation that a request belongs to, made from what the client sends
-    to keep it together; None when it sends nothing of the kind."""
+    """A short name of the conversation that a request belongs to, made from what the
+    client sends to keep it together; None when it sends nothing of the kind."""
     found = body.get("prompt_cache_key")
     for name in SESSION_HEADERS:
         if name in headers:
@@ -19470,10 +19544,11 @@ def insert_rows(link: Any, rows: list[Json]) -> None:
 
 
 class History:
-    """The table of requests in SQLite.  One thread writes and reads it, so that no request waits
-    for the disk: rows go into a queue, and where the file cannot be written they stay there until
-    it can.  A broken file is moved aside.  path: ':memory:' for the demo, '' for none; problem: why
-    nothing is written now; dropped: how many rows were lost."""
+    """The table of requests in SQLite. One thread writes and reads it, so that no
+    request waits for the disk: rows go into a queue, and where the file cannot be
+    written they stay there until it can. A broken file is moved aside. path: ':memory:'
+    for the demo, '' for none; problem: why nothing is written now; dropped: how many
+    rows were lost."""
 
     def __init__(self, path: str, log: logging.Logger) -> None:
         self.path, self._log, self.problem, self.dropped = path, log, "", 0
@@ -19490,8 +19565,8 @@ class History:
             self.dropped += bool(self.path)
 
     def ask(self, job: Callable[[Any], None]) -> None:
-        """Have the thread call `job(connection)`, before anything is written; None where there is
-        no database.  The first call starts the thread."""
+        """Have the thread call `job(connection)`, before anything is written; None
+        where there is no database. The first call starts the thread."""
         if not self.path:
             job(None)
             return
@@ -19646,8 +19721,9 @@ class RateLimiter:
         self._line: collections.deque[Signal] = collections.deque()
 
     def check(self, calls: int) -> None:
-        """Refuse a request that takes so many calls upstream that its last one would come far too
-        late, before the first one has cost anything.  Raises RateLimited."""
+        """Refuse a request that takes so many calls upstream that its last one would
+        come far too late, before the first one has cost anything. Raises
+        RateLimited."""
         pause = (calls - 1) * self._interval_s
         if pause > CALLS_WAIT_S and not self._may_wait:
             raise too_early(
@@ -19658,8 +19734,8 @@ class RateLimiter:
             )
 
     async def admit(self, is_begun: bool = False) -> None:
-        """Return when it is this caller's turn.  is_begun: its request has had a call already and
-        waits for the next one in any case.  Raises RateLimited."""
+        """Return when it is this caller's turn. is_begun: its request has had a call
+        already and waits for the next one in any case. Raises RateLimited."""
         if not self._interval_s:
             return
         pause = (
@@ -19690,8 +19766,8 @@ class RateLimiter:
 
 
 class MinuteLimiter:
-    """At most `limit` calls of each caller within any 60 s; 0 is no limit.
-    `_lock` guards `_times`: caller -> when it asked, the most recently active caller last."""
+    """At most `limit` calls of each caller within any 60 s; 0 is no limit. `_lock`
+    guards `_times`: caller -> when it asked, the most recently active caller last."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -19734,8 +19810,9 @@ class MinuteLimiter:
 
 
 class Gate:
-    """`--max-concurrency`: at most `most` requests at a time, 0 for any number; the others wait,
-    each caller's in a line of its own, and the lines take turns.  Only the loop may use it."""
+    """`--max-concurrency`: at most `most` requests at a time, 0 for any number; the
+    others wait, each caller's in a line of its own, and the lines take turns. Only the
+    loop may use it."""
 
     def __init__(self, most: int) -> None:
         self._most, self._running = most, 0
@@ -19743,8 +19820,8 @@ class Gate:
         self._lines = collections.OrderedDict()
 
     async def enter(self, who: str) -> bool:
-        """Returns when it is this request's turn.  True: it holds a slot, `leave` must follow.
-        Raises RateLimited when too many wait already."""
+        """Returns when it is this request's turn. True: it holds a slot, `leave` must
+        follow. Raises RateLimited when too many wait already."""
         if not self._most:
             return False
         turn = Signal()
@@ -19787,8 +19864,8 @@ class Gate:
 
 class Approval:
     """`--manual`: a person approves or refuses each request, on the terminal or on the
-    page. waiting: id -> question, oldest first; standing: (who, program) -> a program that
-    need not ask again until the proxy ends; `_changed` guards both."""
+    page. waiting: id -> question, oldest first; standing: (who, program) -> a program
+    that need not ask again until the proxy ends; `_changed` guards both."""
 
     def __init__(
         self, wanted: bool, log: logging.Logger, tell: Callable[[str, Any], None]
@@ -19880,8 +19957,9 @@ class Approval:
         return question
 
     def _converse(self) -> None:
-        """On the terminal, to its end: a question, the line for it, the next.  A yes to one that
-        the page has decided meanwhile allows no other, and a mistyped word decides nothing."""
+        """On the terminal, to its end: a question, the line for it, the next. A yes to
+        one that the page has decided meanwhile allows no other, and a mistyped word
+        decides nothing."""
         line = "y"
 
         while line:
@@ -19970,8 +20048,8 @@ class Budget:
         return bool(self._limits)
 
     async def admit(self, payer: str, wish: str | None, running: int = 0) -> None:
-        """May another call go up?  wish: the header that limits this payer; running: nano-AIU that
-        its request has spent so far.  Raises RateLimited, BadRequest."""
+        """May another call go up? wish: the header that limits this payer; running:
+        nano-AIU that its request has spent so far. Raises RateLimited, BadRequest."""
         if wish is None and not self._limits:
             return
         limit = text_number_or_none(wish)
@@ -20150,8 +20228,9 @@ class Stats:
 
 
 class BodyLog:
-    """--log-bodies: the words of requests and answers, without secrets, a file for each.  Only
-    the loop may use it.  `_open`: the file's name -> what redacts it while more may come."""
+    """--log-bodies: the words of requests and answers, without secrets, a file for
+    each. Only the loop may use it. `_open`: the file's name -> what redacts it while
+    more may come."""
 
     def __init__(self, folder: str, log: logging.Logger) -> None:
         self.folder, self._log = folder, log
@@ -20199,7 +20278,8 @@ _ITEM_IDS = re.compile(rb'"id":("[^"\\]{1,%d}")' % MAX_ID_CHARS)
 
 
 class KeptResponse:
-    """An answer of /responses, the request that it answers, and when it came (monotonic).
+    """An answer of /responses, the request that it answers, and when it came
+    (monotonic).
 
     Both stay bytes and are parsed when they are asked for."""
 
@@ -20407,9 +20487,9 @@ class Services(NamedTuple):
 
 
 class Account(Copilot):
-    """One GitHub account; nothing of it is shared.  id: short, always the same for its token;
-    name: the GitHub login where known, else the id.  on_refused: GitHub refuses its login -> the
-    error to raise."""
+    """One GitHub account; nothing of it is shared. id: short, always the same for its
+    token; name: the GitHub login where known, else the id. on_refused: GitHub refuses
+    its login -> the error to raise."""
 
     def __init__(
         self,
@@ -20436,7 +20516,7 @@ class Account(Copilot):
         self.auto = AutoMode(self, settings.token_retry_s, services.clock)
         self.attachments = Attachments(self)
         self._ledger = ledger
-        self.on_headers = lambda headers: ledger.see_quotas(
+        self.on_headers = lambda headers: ledger.record_quotas(
             self, "header", header_lanes(headers)
         )
         if settings.show_token:
@@ -20446,7 +20526,7 @@ class Account(Copilot):
         """The usage answer; the account's name and quotas in it are noted."""
         answer = await super().fetch_usage()
         self.name = str(answer.get("login") or self.name)
-        self._ledger.see_quotas(self, "usage", quotas_of(answer))
+        self._ledger.record_quotas(self, "usage", quotas_of(answer))
         return answer
 
     async def _fetch_models(self) -> Catalogue:
@@ -20542,11 +20622,12 @@ def is_console(stream: Any, environ: Mapping[str, str]) -> bool:
 
 
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """The log of the command line.  The lines of requests come ready, several at a time: to make a
-    LogRecord of each and to format it takes longer than all the rest of the accounting.
+    """The log of the command line. The lines of requests come ready, several at a time:
+    to make a LogRecord of each and to format it takes longer than all the rest of the
+    accounting.
 
-    On a terminal warnings, errors and failed requests have a colour, unless NO_COLOR is set, and
-    below the log stands a status, which `show` replaces."""
+    On a terminal warnings, errors and failed requests have a colour, unless NO_COLOR is
+    set, and below the log stands a status, which `show` replaces."""
 
     def __init__(self, stream: Any, environ: Mapping[str, str]) -> None:
         super().__init__(stream)
@@ -20614,8 +20695,8 @@ def line_handler(log: logging.Logger) -> LogHandler | None:
 
 
 class Notes:
-    """Names of what was changed of a request, as its header and its row list them: as many as fit
-    into MAX_NOTE_CHARS, then how many more there are."""
+    """Names of what was changed of a request, as its header and its row list them: as
+    many as fit into MAX_NOTE_CHARS, then how many more there are."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -20623,8 +20704,9 @@ class Notes:
         self._room = MAX_NOTE_CHARS - len("+1000000000 more")
 
     def add(self, names: set[str], more: int = 0) -> set[str]:
-        """Note them -> those that are listed now and were not before.  more: how many were not
-        even recorded.  The same ones may be noted again: their number does not add up."""
+        """Note them -> those that are listed now and were not before. more: how many
+        were not even recorded. The same ones may be noted again: their number does not
+        add up."""
         fresh = set()
         for name in sorted(names - self.names):
             self._room -= len(name) + len(", ")
@@ -20726,7 +20808,7 @@ class RequestRecord:
     first_byte_ms: float = 0.0
     losses: Notes = field(default_factory=Notes)
     repairs: Notes = field(default_factory=Notes)
-    meters: list[Meter] = field(default_factory=list)
+    meters: list[UsageMeter] = field(default_factory=list)
     upstream_id: str | None = None
     total_ms: float = 0.0
     received_bytes: int = 0
@@ -20786,7 +20868,7 @@ class RequestRecord:
         self.initiator = initiator
         self.sent_ms = self.elapsed_ms()
 
-    def hear(self, headers: Headers, meter: Meter) -> None:
+    def hear(self, headers: Headers, meter: UsageMeter) -> None:
         """The upstream answers; the meter continues to count."""
         self.upstream_id = headers.get("x-github-request-id")
         self.meters.append(meter)
@@ -20852,8 +20934,8 @@ class RequestRecord:
         return total
 
     def estimate(self) -> int | None:
-        """Nano-AIU by the listed prices, each answer for itself, since tiers go by the length of
-        one prompt; None when that is unknown."""
+        """Nano-AIU by the listed prices, each answer for itself, since tiers go by the
+        length of one prompt; None when that is unknown."""
         if self.model is None:
             return None
         prices, by_auto = self.model.prices, self.model.selector != ""
@@ -20938,8 +21020,9 @@ class RequestRecord:
         return redact(" ".join(parts))
 
     def console_line(self, row: Json) -> str:
-        """One line for people, aligned, what matters first: client, model (or what is asked for
-        where there is none), route, status, tokens, credits, first byte and total."""
+        """One line for people, aligned, what matters first: client, model (or what is
+        asked for where there is none), route, status, tokens, credits, first byte and
+        total."""
         asked = self._path()
         models = self._models()
         tokens = token_text(row)
@@ -21015,14 +21098,14 @@ class Ledger:
             self.events.tell("request", record.running_row())
 
     def end(self, record: RequestRecord) -> None:
-        """A request has ended; it is recorded by `settle`, which may be called a moment later.
-        At once where a budget could be passed meanwhile."""
+        """A request has ended; it is recorded by `settle`, which may be called a moment
+        later. At once where a budget could be passed meanwhile."""
         record.end()
         self._ended.append(record)
         if record.account is not None:
             for meter in record.meters:
                 if meter.quotas:
-                    self.see_quotas(record.account, "stream", meter.quotas)
+                    self.record_quotas(record.account, "stream", meter.quotas)
         if self.budget.is_set:
             self.settle()
 
@@ -21134,7 +21217,7 @@ class Ledger:
 
     # -- quotas
 
-    def see_quotas(
+    def record_quotas(
         self, account: Account, source: str, told: Mapping[str, Any]
     ) -> None:
         """Store the latest report of some lanes; it is parsed only on request. Room in
@@ -21184,10 +21267,11 @@ class Ticket:
 
 
 class Admission:
-    """When a request may go up: budget, requests per minute, slots, rate, a person's approval.
-    A person is asked once for a request, which has one slot; budget and rates hold for each call
-    that it takes upstream: one for each prompt of a completion, for each batch of embeddings.  A
-    call that is repeated, since the upstream refused it, is no further one."""
+    """When a request may go up: budget, requests per minute, slots, rate, a person's
+    approval. A person is asked once for a request, which has one slot; budget and rates
+    hold for each call that it takes upstream: one for each prompt of a completion, for
+    each batch of embeddings. A call that is repeated, since the upstream refused it, is
+    no further one."""
 
     def __init__(
         self,
@@ -21206,9 +21290,9 @@ class Admission:
         self.approval = Approval(settings.manual, log, tell)
 
     async def admit(self, ticket: Ticket, calls: int = 1) -> Headers:
-        """Returns when the request may go up -> headers for its answer; `leave` must follow, also
-        after an exception.  calls: how many it takes, each further one by `admit_next`.  Raises
-        RateLimited, BadRequest."""
+        """Returns when the request may go up -> headers for its answer; `leave` must
+        follow, also after an exception. calls: how many it takes, each further one by
+        `admit_next`. Raises RateLimited, BadRequest."""
         if self._budget.is_set or ticket.wish is not None:
             await self._budget.admit(ticket.payer, ticket.wish)
         ticket.account.limiter.check(calls)
@@ -21221,8 +21305,8 @@ class Admission:
         return headers
 
     async def admit_next(self, ticket: Ticket, spent: int) -> None:
-        """Returns when the request's next call may go up.  spent: nano-AIU, by those before.
-        Raises RateLimited."""
+        """Returns when the request's next call may go up. spent: nano-AIU, by those
+        before. Raises RateLimited."""
         await self._budget.admit(ticket.payer, ticket.wish, spent)
         await ticket.account.limiter.admit(is_begun=True)
 
@@ -21234,9 +21318,9 @@ class Admission:
 
 
 class Caller(NamedTuple):
-    """Who sends a request.  account: None is the default one; key_id: the beginning of the key's
-    hash, '' without one; is_operator: may see and change what belongs to others; address: of the
-    client itself, behind a trusted proxy, too."""
+    """Who sends a request. account: None is the default one; key_id: the beginning of
+    the key's hash, '' without one; is_operator: may see and change what belongs to
+    others; address: of the client itself, behind a trusted proxy, too."""
 
     address: str = ""
     is_admitted: bool = False
@@ -21401,8 +21485,8 @@ class DefaultLogin:
     # -- a login that GitHub refuses
 
     async def _replace(self, account: Account, error: AuthError) -> AuthError:
-        """GitHub has refused this account's login: a newer one is taken from the file, else a
-        person is asked -> what to raise."""
+        """GitHub has refused this account's login: a newer one is taken from the file,
+        else a person is asked -> what to raise."""
         with self._lock:
             is_news = self.account is account
             if is_news:
@@ -21455,8 +21539,8 @@ async def own_login_refused(account: Account, error: AuthError) -> AuthError:
 
 
 class Accounts:
-    """Who calls, and as which account: the keys, the accounts that keys and GitHub tokens stand
-    for, the logins that browsers begin.  The default one is `login`'s.
+    """Who calls, and as which account: the keys, the accounts that keys and GitHub
+    tokens stand for, the logins that browsers begin. The default one is `login`'s.
     `_lock` guards all fields and is held for no I/O."""
 
     def __init__(self, services: Services, keys: KeyFile, login: DefaultLogin) -> None:
@@ -21472,8 +21556,9 @@ class Accounts:
         self._lock = threading.Lock()
 
     def identify(self, headers: Headers, address: str) -> Caller:
-        """Who sends these headers; anybody is the operator where no key is wanted.  Raises
-        AuthError for a missing or wrong key, RateLimited for one address' many wrong ones."""
+        """Who sends these headers; anybody is the operator where no key is wanted.
+        Raises AuthError for a missing or wrong key, RateLimited for one address' many
+        wrong ones."""
         keys, offered = (
             self.keys.all(),
             [headers[name] for name in KEY_HEADERS if name in headers],
@@ -21807,17 +21892,19 @@ class News(Wait):
 class ClientConnection(Connection):
     """One connection from a client.
 
-    Its coroutine (Server.serve) reads a request, answers it, and reads the next.  Meanwhile the
-    loop reads ahead and writes what the client did not take at once, so that a client that leaves
-    is noticed in whatever its request waits for: ClientGone is thrown into the coroutine.
+    Its coroutine (Server.serve) reads a request, answers it, and reads the next.
+    Meanwhile the loop reads ahead and writes what the client did not take at once, so
+    that a client that leaves is noticed in whatever its request waits for: ClientGone
+    is thrown into the coroutine.
 
-    A client that only stops sending (shutdown of one direction) still gets its answer.  TCP does
-    not tell it from one that has closed, so something harmless is sent to it at once: whoever has
-    closed answers with a reset.  That is a keep-alive of the stream, or before the answer its
-    first bytes, which are always the same (PROBE).  Over TLS the end of sending is the end.
+    A client that only stops sending (shutdown of one direction) still gets its answer.
+    TCP does not tell it from one that has closed, so something harmless is sent to it
+    at once: whoever has closed answers with a reset. That is a keep-alive of the
+    stream, or before the answer its first bytes, which are always the same (PROBE).
+    Over TLS the end of sending is the end.
 
-    After a handshake the requests are messages of a WebSocket (`socket`), which looks at all that
-    comes as soon as it is there.
+    After a handshake the requests are messages of a WebSocket (`socket`), which looks
+    at all that comes as soon as it is there.
 
     ahead: read, but not used yet; out: to be sent, not taken yet."""
 
@@ -21840,7 +21927,7 @@ class ClientConnection(Connection):
         self.task: Any = None  # the loop's, that runs its coroutine
         self.ahead = b""
         self.out = bytearray()
-        self.exchange: Exchange | None = None  # the request that is being answered
+        self.exchange: HttpExchange | None = None  # the request that is being answered
         self.is_idle = True  # it waits for a request
         self.is_used = False  # it has had one
         self.at_end = False  # the client sends no more
@@ -22012,8 +22099,8 @@ class ClientConnection(Connection):
         self._watch()
 
     async def room(self) -> None:
-        """Return when the client has taken most of what was sent: so a slow one stops its own
-        upstream.  Raises ClientGone when it takes nothing for SEND_TIMEOUT_S."""
+        """Return when the client has taken most of what was sent: so a slow one stops
+        its own upstream. Raises ClientGone when it takes nothing for SEND_TIMEOUT_S."""
         while self.is_slow:
             await wait(News(self, math.inf))
 
@@ -22312,8 +22399,9 @@ PATH_PREFIXES = ("/v1", "/api/v1", "/openai/v1", "/v1beta/openai")
 
 
 def normalise_path(path: str) -> str:
-    """'//v1/v1/models/' -> '/models': doubled slashes, a final one and any /v1 are left out.
-    '/openai/v1/responses' -> '/responses': so are prefixes that only name the kind of API."""
+    """'//v1/v1/models/' -> '/models': doubled slashes, a final one and any /v1 are left
+    out. '/openai/v1/responses' -> '/responses': so are prefixes that only name the kind
+    of API."""
     while "//" in path:
         path = path.replace("//", "/")
     prefix = "/"
@@ -22329,8 +22417,8 @@ def normalise_path(path: str) -> str:
 
 @functools.lru_cache(maxsize=HEADS_KEPT)
 def split_target(target: str) -> tuple[str | None, str]:
-    """(host and port, path and query) of a request target.  The first is None for the usual form;
-    a client that believes in a proxy writes a whole URL."""
+    """(host and port, path and query) of a request target. The first is None for the
+    usual form; a client that believes in a proxy writes a whole URL."""
     if not target.lower().startswith(("http://", "https://")):
         return None, target
     rest = target.partition("://")[2]
@@ -22380,9 +22468,9 @@ def exposed_headers(fields_: list[tuple[str, str]]) -> str:
 
 
 def give_back_memory() -> None:
-    """Compiling this file took 12 MB that glibc would keep for ever, as it would that of a large
-    request, and each new thread would open an arena of its own: return the one, forbid the other.
-    Elsewhere nothing happens."""
+    """Compiling this file took 12 MB that glibc would keep for ever, as it would that
+    of a large request, and each new thread would open an arena of its own: return the
+    one, forbid the other. Elsewhere nothing happens."""
     with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
         import ctypes
 
@@ -22402,8 +22490,8 @@ def spare_collector() -> None:
 
 
 class Sender(NamedTuple):
-    """Who sends the requests of a connection that have this head, and the keys as they were then;
-    headers: to be added to the answers."""
+    """Who sends the requests of a connection that have this head, and the keys as they
+    were then; headers: to be added to the answers."""
 
     head: RequestHead
     keys: list[Key]
@@ -22412,16 +22500,16 @@ class Sender(NamedTuple):
     headers: Headers
 
 
-class Exchange:
-    """One request and its answer.
-    `reply` and `fail` send a whole answer.  A stream is announced with `expect_stream`; then either
-    `relay` sends an upstream's answer on, or `write` and `finish` send one that is made here.  Its
-    head goes out together with its first bytes.
+class HttpExchange:
+    """One request and its answer. `reply` and `fail` send a whole answer. A stream is
+    announced with `start_keepalives`; then either `relay` sends an upstream's answer
+    on, or `write` and `finish` send one that is made here. Its head goes out together
+    with its first bytes.
 
-    It knows bytes, head and answer, but no model and no account: those are in `record`.  The
-    Handler sets caller, is_same_origin, argument, body and keep_alive before the endpoint runs;
-    the endpoint may set ticket, keepalive and keep_alive, and the rest by methods.  Nobody else
-    sets anything."""
+    It knows bytes, head and answer, but no model and no account: those are in `record`.
+    The Handler sets caller, is_same_origin, argument, body and keep_alive before the
+    endpoint runs; the endpoint may set ticket, keepalive and keep_alive, and the rest
+    by methods. Nobody else sets anything."""
 
     def __init__(self, client: ClientConnection, head: RequestHead, app: App) -> None:
         self.client, self.head, self.app = client, head, app
@@ -22595,7 +22683,7 @@ class Exchange:
 
     # -- a streamed answer
 
-    def expect_stream(self, keepalive: bytes) -> None:
+    def start_keepalives(self, keepalive: bytes) -> None:
         """From now on silence is filled with keep-alives, the first of which commits to 200."""
         self.keepalive = keepalive
         self.keep_alive = self.keep_alive and self.is_chunked
@@ -22611,8 +22699,8 @@ class Exchange:
             self.write(self.keepalive)
 
     def probe(self) -> None:
-        """Send something that may be sent now in any case, only to see whether the client still
-        reads.  Raises ClientGone."""
+        """Send something that may be sent now in any case, only to see whether the
+        client still reads. Raises ClientGone."""
         if self.started:
             self.ping()
         elif not self._is_probed:
@@ -22752,7 +22840,7 @@ class Exchange:
             bodies.put(name, data, is_last)
 
 
-class SocketExchange(Exchange):
+class SocketExchange(HttpExchange):
     """A request that came over a WebSocket, and its answer: each event of a stream is a
     text frame. There are no headers, and an error can be reported at any time, because
     it is a frame, too."""
@@ -22766,8 +22854,8 @@ class SocketExchange(Exchange):
         self._lane: Json = {}  # repeated in each event
 
     def take_lane(self, stream_id: Any) -> None:
-        """Set the lane of the request.  A client may use several; here they share one queue.
-        Raises BadRequest."""
+        """Set the lane of the request. A client may use several; here they share one
+        queue. Raises BadRequest."""
         if stream_id is None:
             return
         if not isinstance(stream_id, str) or len(stream_id) > MAX_ID_CHARS:
@@ -22820,7 +22908,7 @@ class SocketExchange(Exchange):
         return self.frame(last)
 
 
-Endpoint = Callable[[Exchange], Optional[Work]]  # None where it is through already
+Endpoint = Callable[[HttpExchange], Optional[Work]]  # None where it is through already
 Routes = Mapping[
     str, Mapping[str, Endpoint]
 ]  # path -> method -> endpoint; "/x/*" for a tail
@@ -22830,7 +22918,7 @@ Routes = Mapping[
 OPEN_PATHS = ("/health", "/", "/dashboard", "/auth/device")
 
 
-def is_open(exchange: Exchange) -> bool:
+def is_open(exchange: HttpExchange) -> bool:
     """Is this served without a key?"""
     return exchange.head.method == "OPTIONS" or (
         exchange.path in OPEN_PATHS and exchange.head.method in ("GET", "HEAD")
@@ -22873,8 +22961,8 @@ def as_seen(
 
 
 def check_host(text: str, settings: Settings, sock: Any) -> None:
-    """DNS rebinding: only names of this server are served, and the address that the connection
-    `sock` has come to.  Raises BadRequest 403."""
+    """DNS rebinding: only names of this server are served, and the address that the
+    connection `sock` has come to. Raises BadRequest 403."""
     name = split_host(text)[0]
 
     if not name:
@@ -22913,9 +23001,9 @@ def foreign_origin(origin: str | None) -> BadRequest:
 
 
 class Workers:
-    """A few threads for what may block; an idle one ends after WORKER_IDLE_S.
-    `_lock` guards the fields; _free: threads that wait less work that waits, so below 0 when all
-    of them are busy."""
+    """A few threads for what may block; an idle one ends after WORKER_IDLE_S. `_lock`
+    guards the fields; _free: threads that wait less work that waits, so below 0 when
+    all of them are busy."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -22958,8 +23046,9 @@ class Workers:
             work = None  # it holds a whole request, which an idle thread must not keep
 
     def _next(self) -> Callable[[], None] | None:
-        """None: this thread has nothing more to do, and counts no more.  It is not counted from
-        the look into the queue on, else work could be left to a thread that ends."""
+        """None: this thread has nothing more to do, and counts no more. It is not
+        counted from the look into the queue on, else work could be left to a thread
+        that ends."""
         try:
             return self._queue.get(timeout=WORKER_IDLE_S)
         except queue.Empty:
@@ -23014,8 +23103,9 @@ class Task:
 class EventLoop:
     """One thread for everything that waits.
 
-    Each connection of a client is a coroutine that the loop drives, and so is whatever goes on
-    beside it (a fetched token, the last chunk of a stream).  A coroutine runs until it waits:
+    Each connection of a client is a coroutine that the loop drives, and so is whatever
+    goes on beside it (a fetched token, the last chunk of a stream). A coroutine runs
+    until it waits:
 
         it waits for                                      and is resumed by
         Ready     an upstream connection                  the selector
@@ -23025,17 +23115,18 @@ class EventLoop:
         InThread  DNS, files, the database, big bodies    one of a few worker threads
         Signal    a limit, an approval, a shared fetch    whoever sets it, in any thread
 
-    and, whatever it waits for: by the end of its time (the result is False), by its client's
-    leaving (ClientGone), or by the end of the server (UpstreamError 503).  Events of a
-    stream resume nothing: the loop calls the function that sends them on, `consume` of
-    Ready.  One round of the loop:
+    and, whatever it waits for: by the end of its time (the result is False), by its
+    client's leaving (ClientGone), or by the end of the server (UpstreamError 503).
+    Events of a stream resume nothing: the loop calls the function that sends them on,
+    `consume` of Ready. One round of the loop:
 
         select --> resume what is ready --> compute for 2 ms or so --> timers, and once a tick:
            ^                                                          deadlines, pings
            +---------------------------------------------------------------------------+
 
-    Methods with a leading underscore run in the loop's own thread; spawn, wake, post, start and
-    stop may be called from any.  No exception of one coroutine touches another."""
+    Methods with a leading underscore run in the loop's own thread; spawn, wake, post,
+    start and stop may be called from any. No exception of one coroutine touches
+    another."""
 
     def __init__(self, settings: Settings, log: logging.Logger) -> None:
         self.log = log
@@ -23232,8 +23323,8 @@ class EventLoop:
             self._guard(*self._inbox.popleft())
 
     def _take_turns(self) -> None:
-        """Compute for a moment.  A longer one would make the streams late; where they take nearly
-        all of the time a share of it keeps requests going."""
+        """Compute for a moment. A longer one would make the streams late; where they
+        take nearly all of the time a share of it keeps requests going."""
         until = time.monotonic()
         until += max(SLICE_S, SLICE_SHARE * (until - self._now))
         while self._turns:
@@ -23336,7 +23427,7 @@ class Handler:
         self._app, self._routes, self._scheme = app, routes, scheme
         self._sender: Sender | None = None
 
-    async def handle(self, exchange: Exchange) -> None:
+    async def handle(self, exchange: HttpExchange) -> None:
         """Check the request, read its body, call its endpoint.  Raises ProxyError, ClientGone."""
         if isinstance(exchange, SocketExchange):
             await self._handle_message(exchange)
@@ -23376,7 +23467,9 @@ class Handler:
         await wait(NextTurn())
         await exchange.socket.endpoint(exchange)
 
-    async def _read_body(self, exchange: Exchange, length: int, chunked: bool) -> None:
+    async def _read_body(
+        self, exchange: HttpExchange, length: int, chunked: bool
+    ) -> None:
         head, client = exchange.head, exchange.client
         if head.minor == 1 and head.headers.get("expect", "").lower() == "100-continue":
             client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -23392,7 +23485,7 @@ class Handler:
             exchange.body = body
         exchange.log_body("request", exchange.body)
 
-    def _check_sender(self, exchange: Exchange) -> None:
+    def _check_sender(self, exchange: HttpExchange) -> None:
         """Browser and key, where they are not those of the request before."""
         head, known = exchange.head.same, self._sender
         key_file = self._app.accounts.keys
@@ -23409,7 +23502,7 @@ class Handler:
                 head, keys, caller, exchange.is_same_origin, exchange.headers.copy()
             )
 
-    def _check_browser(self, exchange: Exchange) -> None:
+    def _check_browser(self, exchange: HttpExchange) -> None:
         """DNS rebinding and foreign web pages: refused before any work."""
         headers, settings = exchange.head.headers, self._app.settings
         host, scheme, address = as_seen(
@@ -23450,7 +23543,7 @@ class Handler:
             if "access-control-request-private-network" in headers:
                 exchange.headers["Access-Control-Allow-Private-Network"] = "true"
 
-    def _check_key(self, exchange: Exchange) -> None:
+    def _check_key(self, exchange: HttpExchange) -> None:
         """Raises AuthError, RateLimited."""
         try:
             accounts = self._app.accounts
@@ -23461,7 +23554,7 @@ class Handler:
             if not is_open(exchange):
                 raise
 
-    def _find_route(self, exchange: Exchange) -> Endpoint:
+    def _find_route(self, exchange: HttpExchange) -> Endpoint:
         """Exact path first, then `/x/*` and `/x/y/*`.  Raises BadRequest 404, 405."""
         methods = self._routes.get(exchange.path)
         parts = exchange.path.split("/")
@@ -23494,7 +23587,7 @@ class Handler:
 
         return endpoint
 
-    def _check_body(self, exchange: Exchange, length: int, chunked: bool) -> None:
+    def _check_body(self, exchange: HttpExchange, length: int, chunked: bool) -> None:
         headers = exchange.head.headers
         if length > MAX_BODY_BYTES:
             raise BadRequest(f"the body is larger than {MAX_BODY_BYTES} bytes", 413)
@@ -23540,15 +23633,16 @@ class Listener(Connection):
 
 
 class Server(ThreadingHTTPServer):
-    """Listens, and serves each connection as a coroutine in the loop.  Of ThreadingHTTPServer it
-    uses how to listen and to accept; `serve_forever` and its threads are not needed."""
+    """Listens, and serves each connection as a coroutine in the loop. Of
+    ThreadingHTTPServer it uses how to listen and to accept; `serve_forever` and its
+    threads are not needed."""
 
     request_queue_size = BACKLOG
     allow_reuse_address = os.name != "nt"  # on Windows that would let another take over
 
     def __init__(self, app: App, routes: Routes, host: str, port: int) -> None:
         self.app = app
-        self._running: dict[Exchange, None] = {}
+        self._running: dict[HttpExchange, None] = {}
         self._most_clients = max(file_limit() // 2 - SPARE_FILES, 1)
         self.loop = EventLoop(app.settings, app.log)
         if app.settings.tls_cert:
@@ -23665,12 +23759,12 @@ class Server(ThreadingHTTPServer):
     async def _serve_one(self, client: ClientConnection, handler: Handler) -> bool:
         """Read a request and answer it.  False: the connection is over."""
         problem: BadRequest | None = None
-        exchange: Exchange | None = None
+        exchange: HttpExchange | None = None
         try:
             exchange = await self._next_request(client)
         except BadRequest as error:
             head = RequestHead("GET", "/", 1, {"connection": "close"})
-            problem, exchange = error, Exchange(client, head, self.app)
+            problem, exchange = error, HttpExchange(client, head, self.app)
         if exchange is None:
             return False
 
@@ -23690,14 +23784,14 @@ class Server(ThreadingHTTPServer):
             await client.linger()
         return False
 
-    async def _next_request(self, client: ClientConnection) -> Exchange | None:
+    async def _next_request(self, client: ClientConnection) -> HttpExchange | None:
         """None when there will be none.  Raises BadRequest, ClientGone."""
         socket_ = client.socket
         if socket_ is None:
             raw = await client.read_head()
             if not raw:
                 return None
-            return Exchange(client, parse_request_head(raw), self.app)
+            return HttpExchange(client, parse_request_head(raw), self.app)
 
         text = await client.read_message(socket_)
         if text is None:
@@ -23706,7 +23800,7 @@ class Server(ThreadingHTTPServer):
         return SocketExchange(client, socket_, text, self.app)
 
     async def _answer(
-        self, exchange: Exchange, problem: BadRequest | None, handler: Handler
+        self, exchange: HttpExchange, problem: BadRequest | None, handler: Handler
     ) -> bool:
         """Every error is rendered here and nowhere else.  -> was it refused?"""
         refusal: ProxyError | None = problem
@@ -23740,7 +23834,7 @@ class Server(ThreadingHTTPServer):
 
         return refusal is not None
 
-    def end(self, exchange: Exchange) -> None:
+    def end(self, exchange: HttpExchange) -> None:
         """The exchange is over: one log line."""
         self._running.pop(exchange, None)
         exchange.log_body("answer", b"")
@@ -23760,7 +23854,8 @@ class Server(ThreadingHTTPServer):
             self.loop.post(self.loop.watch, listener, selectors.EVENT_READ)
 
     def finish(self, grace_s: float) -> None:
-        """Accept nothing more, give running answers `grace_s`, then end them with an error.
+        """Accept nothing more, give running answers `grace_s`, then end them with an
+        error.
 
         A second call has nothing left to do."""
         if not self.loop.is_running:
@@ -23770,7 +23865,7 @@ class Server(ThreadingHTTPServer):
         self.app.ledger.events.close(*self.app.ledger.events.readers)
         self._stop_listening()
         if any(not client.is_used for client in self.loop.clients.copy()):
-            time.sleep(FIRST_REQUEST_S)  # who has just connected is served
+            time.sleep(SHUTDOWN_ACCEPT_S)  # who has just connected is served
         self.loop.post(self._close_idle)
         if not self._wait_idle(grace_s):
             self.loop.post(self._end_running)
@@ -23786,7 +23881,7 @@ class Server(ThreadingHTTPServer):
         done = threading.Event()
 
         def stop() -> None:
-            until = time.monotonic() + FIRST_REQUEST_S  # others may go on connecting
+            until = time.monotonic() + SHUTDOWN_ACCEPT_S  # others may go on connecting
             for listener in self._listeners:
                 while wait_ready(listener.sock, 0) and time.monotonic() < until:
                     self._accept_some(listener.sock)
@@ -24941,7 +25036,7 @@ PAGE_HEADERS = {
 # One short function per route, and the table of routes.
 
 
-async def account_for(exchange: Exchange) -> Account:
+async def account_for(exchange: HttpExchange) -> Account:
     """The account that serves this request.  Raises AuthError."""
     record = exchange.record
     if record.account is not None:
@@ -24952,7 +25047,7 @@ async def account_for(exchange: Exchange) -> Account:
 
 
 async def choose_model(
-    exchange: Exchange, copilot: Account, body: Json, refused: str = ""
+    exchange: HttpExchange, copilot: Account, body: Json, refused: str = ""
 ) -> Model:
     """The model that the upstream chooses for a request that asks for `auto`."""
     key = session_key(exchange.head.headers, body)
@@ -24965,7 +25060,7 @@ async def choose_model(
     return model
 
 
-def name_model(exchange: Exchange, model: Model) -> None:
+def name_model(exchange: HttpExchange, model: Model) -> None:
     """Note the model that answers, for the log and for the header that always names it."""
     exchange.record.ask(model)
     exchange.headers["x-copilot-proxy-model"] = printable(model.id)
@@ -24979,9 +25074,10 @@ def add_fields(data: bytes, fields_: Json) -> bytes:
     return b"%b%b,%b" % (data[:begin], dumps(fields_)[1:-1], data[begin:])
 
 
-def fit_model(data: bytes, edit: Edit, model_id: str) -> bytes:
-    """The body to send: the client's own bytes where no more is changed than the model's id, and
-    fields added.  To write 1 MB of JSON anew takes 4 ms, in which all streams stand still."""
+def fit_model(data: bytes, edit: BodyEdit, model_id: str) -> bytes:
+    """The body to send: the client's own bytes where no more is changed than the
+    model's id, and fields added. To write 1 MB of JSON anew takes 4 ms, in which all
+    streams stand still."""
     asked = edit.body["model"]
     if not edit.is_rewritten and asked != model_id:
         found = list(re.finditer(rb'"model"\s*:\s*' + re.escape(dumps(asked)), data))
@@ -24995,7 +25091,7 @@ def fit_model(data: bytes, edit: Edit, model_id: str) -> bytes:
     return add_fields(data, {name: edit.body[name] for name in sorted(edit.added)})
 
 
-async def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
+async def resolve(exchange: HttpExchange, body: Json) -> tuple[Account, Model]:
     """(account, model) of a request.  Raises AuthError, BadRequest."""
     sessions, asked = exchange.app.sessions, body.get("model")
     key = session_key(exchange.head.headers, body)
@@ -25028,14 +25124,14 @@ async def resolve(exchange: Exchange, body: Json) -> tuple[Account, Model]:
         model = wider_sibling(model, betas, await copilot.models())
     name_model(exchange, model)
     if copilot.is_substitute(asked, model):  # the answer then names the real one
-        exchange.put_body(fit_model(exchange.body, Edit(body), model.id))
+        exchange.put_body(fit_model(exchange.body, BodyEdit(body), model.id))
         body["model"] = model.id
 
     return copilot, model
 
 
 def upstream_headers(
-    exchange: Exchange, client: Dialect, upstream: Dialect, body: Json, model: Model
+    exchange: HttpExchange, client: Dialect, upstream: Dialect, body: Json, model: Model
 ) -> Headers:
     """The headers that depend on the request itself: its initiator, images, Anthropic's
     versions."""
@@ -25070,9 +25166,11 @@ def question_about(headers: Headers, body: Json, model: Model, calls: int) -> Js
     }
 
 
-async def admit(exchange: Exchange, body: Json, model: Model, calls: int = 1) -> None:
-    """Wait until this request may go up, once.  calls: how many it takes, see `admit_next`.
-    Raises RateLimited, BadRequest, ClientGone."""
+async def admit(
+    exchange: HttpExchange, body: Json, model: Model, calls: int = 1
+) -> None:
+    """Wait until this request may go up, once. calls: how many it takes, see
+    `admit_next`. Raises RateLimited, BadRequest, ClientGone."""
     headers, asked = exchange.head.headers, exchange.record.asked
     if exchange.ticket is None:
         about: Json = {}
@@ -25097,20 +25195,20 @@ async def admit(exchange: Exchange, body: Json, model: Model, calls: int = 1) ->
     app.ledger.show_running(exchange.record)
 
 
-async def admit_next(exchange: Exchange) -> None:
+async def admit_next(exchange: HttpExchange) -> None:
     """Wait until the next call of a request of several may go up.  Raises RateLimited."""
     if exchange.ticket is not None:
         await exchange.app.admission.admit_next(exchange.ticket, exchange.record.cost())
 
 
-def owner_of(exchange: Exchange, copilot: Copilot) -> str:
+def owner_of(exchange: HttpExchange, copilot: Copilot) -> str:
     """The owner of stored responses: a hash of the account and the client's key."""
     keys = [exchange.head.headers.get(name) for name in (*KEY_HEADERS, "authorization")]
     return stable_id("", "%s %s" % (copilot.github_token, keys))
 
 
-def tell_losses(
-    exchange: Exchange, losses: Losses, repaired: Iterable[str] = ()
+def report_losses(
+    exchange: HttpExchange, losses: Losses, repaired: Iterable[str] = ()
 ) -> None:
     """Report losses and repairs to the client, the log and /stats."""
     if not losses and not repaired:
@@ -25119,11 +25217,11 @@ def tell_losses(
     exchange.headers.update(headers)
 
 
-async def inline_images(exchange: Exchange, body: Json) -> None:
+async def inline_images(exchange: HttpExchange, body: Json) -> None:
     """--fetch-images: put images that are named by URL into the body, the newest first.
 
-    Where the upstream would take no more, older ones are left out unfetched.  Raises BadRequest
-    (413 for what grows too large)."""
+    Where the upstream would take no more, older ones are left out unfetched. Raises
+    BadRequest (413 for what grows too large)."""
     if exchange.app.settings.fetch_images:
         links = linked_images(body)
     else:
@@ -25147,12 +25245,12 @@ async def inline_images(exchange: Exchange, body: Json) -> None:
         size_bytes += len(data)
         check_expanded(size_bytes)
         link.put(media_type, data)
-    tell_losses(exchange, losses)
+    report_losses(exchange, losses)
     exchange.put_body(dumps(body))
 
 
 async def fall_back(
-    exchange: Exchange, copilot: Copilot, model: Model, error: ProxyError
+    exchange: HttpExchange, copilot: Copilot, model: Model, error: ProxyError
 ) -> Model | None:
     """The model of --fallback if a quota is used up, reported in header and log; else
     None."""
@@ -25181,7 +25279,7 @@ def failed_search(call: SearchCall, error: ProxyError) -> SearchFindings:
     return SearchFindings(call, "Web search failed: %s" % error, error=code)
 
 
-async def search_model(exchange: Exchange, copilot: Account) -> Model:
+async def search_model(exchange: HttpExchange, copilot: Account) -> Model:
     """The model that searches.  Raises BadRequest."""
     settings = exchange.app.settings
     if settings.no_web_search:
@@ -25225,7 +25323,7 @@ async def read_beginning(
     return b"".join(out)
 
 
-async def put_in_kept(exchange: Exchange, owner: str, body: Json) -> bool:
+async def put_in_kept(exchange: HttpExchange, owner: str, body: Json) -> bool:
     """ResponseStore.expand, in a thread: what a small request names may be large."""
     size_bytes = len(exchange.body)
     store = exchange.store
@@ -25262,18 +25360,22 @@ class Job:
         answer     to the client: whole, or relayed as it comes       18, Exchange
         record     one row, one log line, whatever happened           18, Server.end
 
-    Each stage calls down into its section and comes back.  Where one waits (`await`) the loop
-    serves others; a client that leaves ends the job there, with ClientGone.
+    Each stage calls down into its section and comes back. Where one waits (`await`) the
+    loop serves others; a client that leaves ends the job there, with ClientGone.
 
-    A remedy of Attempts goes back to `plan`: a repaired body, or the model of --fallback.  So does
-    an answer that asks for a search of the web, once the search is made: see SearchLoop.
-    data: the body as bytes, parsed in `body`; keep: stores the answer under its id; record: of the
-    exchange, or of a search that is one step of it; loop: for searches, None where there may be
-    none; last: the plan before, whose stream can tell the client of an error; uploads: images
-    that were sent by URL, see `Attachments`."""
+    A remedy of Attempts goes back to `plan`: a repaired body, or the model of
+    --fallback. So does an answer that asks for a search of the web, once the search is
+    made: see SearchLoop. data: the body as bytes, parsed in `body`; keep: stores the
+    answer under its id; record: of the exchange, or of a search that is one step of it;
+    loop: for searches, None where there may be none; last: the plan before, whose
+    stream can tell the client of an error; uploads: images that were sent by URL, see
+    `Attachments`."""
 
     def __init__(
-        self, exchange: Exchange, client: Dialect, record: RequestRecord | None = None
+        self,
+        exchange: HttpExchange,
+        client: Dialect,
+        record: RequestRecord | None = None,
     ) -> None:
         self.exchange, self.client = exchange, client
         self.record = record or exchange.record
@@ -25288,6 +25390,7 @@ class Job:
         self.uploads = 0
         self.copilot: Account
         self.model: Model
+
         self.attempts: Attempts
 
     @classmethod
@@ -25313,8 +25416,8 @@ class Job:
         self.attempts = Attempts(copilot, lambda: exchange.started and not is_step)
 
     async def serve(self, body: Json) -> None:
-        """All stages behind `read`; `body` is what the exchange's bytes say.  Raises ProxyError,
-        ClientGone."""
+        """All stages behind `read`; `body` is what the exchange's bytes say. Raises
+        ProxyError, ClientGone."""
         await self.begin(body)
         del body  # this lasts as long as the answer
         if self.is_compaction():
@@ -25341,7 +25444,9 @@ class Job:
         await inline_images(exchange, body)
         if self.client.keeps_answers:
             owner = owner_of(exchange, copilot)
-            self.echo = given(previous_response_id=body.get("previous_response_id"))
+            self.echo = without_none(
+                previous_response_id=body.get("previous_response_id")
+            )
             if await put_in_kept(exchange, owner, body):
                 exchange.put_body(rewrite(body, exchange.body))
             if body.get("store") is not False:
@@ -25365,8 +25470,8 @@ class Job:
         )
 
     async def ask(self) -> UpstreamResponse | None:
-        """Plan, admit, send, and again after each remedy; None when the client has its answer
-        already.  Raises ProxyError, ClientGone."""
+        """Plan, admit, send, and again after each remedy; None when the client has its
+        answer already. Raises ProxyError, ClientGone."""
         if not isinstance(self.body.get("stream"), (bool, type(None))):
             raise BadRequest("'stream' must be true or false", param="stream")
         while True:
@@ -25421,8 +25526,8 @@ class Job:
                 self.uploads += 1
 
     async def next_round(self) -> UpstreamResponse | None:
-        """Make the searches that the model asked for and ask it again; None where the client has
-        its whole answer.  Raises ProxyError, ClientGone."""
+        """Make the searches that the model asked for and ask it again; None where the
+        client has its whole answer. Raises ProxyError, ClientGone."""
         plan = self.plan
         if plan is None or plan.loop is None or not plan.is_waiting:
             return None
@@ -25481,13 +25586,13 @@ class Job:
     @classmethod
     async def search(
         cls,
-        exchange: Exchange,
+        exchange: HttpExchange,
         copilot: Account,
         wish: SearchWish,
         record: RequestRecord | None = None,
     ) -> tuple[SearchFindings, Usage]:
-        """Have a model search; it costs what its tokens do.  record: of a search that is one step
-        of the exchange's.  Raises ProxyError."""
+        """Have a model search; it costs what its tokens do. record: of a search that is
+        one step of the exchange's. Raises ProxyError."""
         model = await search_model(exchange, copilot)
         job = cls(exchange, RESPONSES, record)
         job.record.begin_by("agent")  # it is a step of a tool
@@ -25513,7 +25618,7 @@ class Job:
         call = SearchCall(stable_id("srvtoolu_", exchange.id), wish.query)
         usage = Usage(searches=0)
         if body.get("stream") is True:
-            exchange.expect_stream(MESSAGES.keepalive)
+            exchange.start_keepalives(MESSAGES.keepalive)
         try:
             found, spent = await self.search(exchange, self.copilot, wish)
             usage = replace(spent, searches=1)
@@ -25541,8 +25646,8 @@ class Job:
         return self.exchange.compute(work, len(self.data))
 
     def make_plan(self) -> Plan | None:
-        """How to ask the model, with all that was learned of it; None for a search where there is
-        none.  Raises BadRequest."""
+        """How to ask the model, with all that was learned of it; None for a search
+        where there is none. Raises BadRequest."""
         exchange, client, body, model = (
             self.exchange,
             self.client,
@@ -25623,7 +25728,7 @@ class Job:
         exchange, model, record = self.exchange, self.model, self.record
 
         if record is exchange.record:
-            tell_losses(exchange, plan.edit.losses, self.repaired)
+            report_losses(exchange, plan.edit.losses, self.repaired)
             name_model(exchange, model)
         else:
             losses, ledger = plan.edit.losses, exchange.app.ledger
@@ -25652,7 +25757,7 @@ class Job:
         exchange.log_body("sent", call.body or b"")
         if plan.pipeline is not None:
             plan.pipeline.call_at_end(self.keep)
-            exchange.expect_stream(self.client.keepalive)
+            exchange.start_keepalives(self.client.keepalive)
 
         answer = await self.attempts.send(call)
         self.copilot.memory.learn(plan)
@@ -25661,9 +25766,9 @@ class Job:
         return answer
 
     async def open(self, plan: Plan, answer: UpstreamResponse) -> None:
-        """Read an answer until it shows something to a user, a whole one to its end.  Raises
-        UpstreamError for a failure before: it can still be answered by its status, or the
-        upstream be asked again."""
+        """Read an answer until it shows something to a user, a whole one to its end.
+        Raises UpstreamError for a failure before: it can still be answered by its
+        status, or the upstream be asked again."""
         exchange = self.exchange
         plan.begin()
         is_stream = "event-stream" in answer.headers.get("content-type", "")
@@ -25770,7 +25875,7 @@ class Job:
         self.exchange.reply(data)
 
 
-async def alpha_search(exchange: Exchange) -> None:
+async def alpha_search(exchange: HttpExchange) -> None:
     """POST /alpha/search: Codex's own search. Pages cannot be opened: the result holds
     only what the searching model reports of them."""
     exchange.answer_in(RESPONSES)
@@ -25802,14 +25907,14 @@ async def alpha_search(exchange: Exchange) -> None:
 
 
 async def compact(job: Job) -> None:
-    """POST /responses/compact, or a request that ends with a `compaction_trigger`: one item that
-    stands for the conversation so far."""
+    """POST /responses/compact, or a request that ends with a `compaction_trigger`: one
+    item that stands for the conversation so far."""
     exchange, body, keep = job.exchange, job.body, job.keep
     is_route, now = exchange.path == COMPACT_PATH, int(time.time())
     if "x-initiator" not in exchange.head.headers:
         exchange.record.begin_by("agent")  # no human asks for this
     if body.get("stream") is True and not is_route:
-        exchange.expect_stream(RESPONSES.keepalive)
+        exchange.start_keepalives(RESPONSES.keepalive)
     encoder = ResponsesEncoder(
         RESPONSES, Request(str(body["model"]), now=now, key=exchange.id)
     )
@@ -25842,8 +25947,8 @@ async def compact(job: Job) -> None:
 
 
 async def make_compaction(job: Job) -> tuple[Json, Usage | None]:
-    """(a compaction item, token counts): the upstream's own where it makes one, else a summary by
-    the same model, packed.  Raises ProxyError."""
+    """(a compaction item, token counts): the upstream's own where it makes one, else a
+    summary by the same model, packed. Raises ProxyError."""
     copilot, model = job.copilot, job.model
     refusal = model.id, COMPACTION_TRIGGER
     can = job.client.path in model.endpoints and refusal not in copilot.memory.refused
@@ -25880,7 +25985,7 @@ async def make_compaction(job: Job) -> tuple[Json, Usage | None]:
     raise UpstreamError("the model gave no summary of the conversation")
 
 
-async def complete(dialect: Dialect, exchange: Exchange) -> None:
+async def complete(dialect: Dialect, exchange: HttpExchange) -> None:
     """A request of any dialect to any model."""
     exchange.answer_in(dialect)
     await Job(exchange, dialect).serve(await exchange.read_json())
@@ -25892,8 +25997,8 @@ PREPARED_FIELDS = ("instructions", "tools")
 
 
 def forget_answer(exchange: SocketExchange, previous: Any) -> None:
-    """Forget the answer that a failed request named.  OpenAI does so, and clients then send the
-    whole conversation."""
+    """Forget the answer that a failed request named. OpenAI does so, and clients then
+    send the whole conversation."""
     account = exchange.record.account
     if account is not None:
         exchange.store.delete(owner_of(exchange, account), str(previous))
@@ -25951,7 +26056,7 @@ async def create_response(exchange: SocketExchange) -> None:
         forget_answer(exchange, previous)
 
 
-def open_socket(exchange: Exchange) -> None:
+def open_socket(exchange: HttpExchange) -> None:
     """Open a WebSocket at GET /responses, which Codex and VS Code ask for."""
     if exchange.head.headers.get("upgrade", "").lower() != "websocket":
         text = "GET is possible here for a WebSocket only, else POST"
@@ -25961,7 +26066,11 @@ def open_socket(exchange: Exchange) -> None:
 
 
 async def fetch_count(
-    exchange: Exchange, copilot: Copilot, edit: Edit, model: Model, headers: Headers
+    exchange: HttpExchange,
+    copilot: Copilot,
+    edit: BodyEdit,
+    model: Model,
+    headers: Headers,
 ) -> int:
     """The tokens of a prompt as the upstream counts them.  Raises ProxyError, ValueError."""
     MESSAGES.prepare_count(edit)
@@ -25974,15 +26083,16 @@ async def fetch_count(
             GITHUB_TIMEOUT_S,
         )
     )
+
     body = await answer.read_all(MAX_ERROR_BYTES, GITHUB_TIMEOUT_S, SMALL_ANSWER_S)
     counted = count_or_zero(as_object(loads(body)).get("input_tokens"))
     exchange.record.go_up("passthrough", "")
     return counted
 
 
-async def count_tokens(exchange: Exchange) -> None:
-    """The upstream's own count for models with /v1/messages, else an estimate, always 200: Claude
-    Code waits for it."""
+async def count_tokens(exchange: HttpExchange) -> None:
+    """The upstream's own count for models with /v1/messages, else an estimate, always
+    200: Claude Code waits for it."""
     exchange.answer_in(MESSAGES)
     body = await exchange.read_json()
     size_bytes = len(exchange.body)
@@ -25995,9 +26105,9 @@ async def count_tokens(exchange: Exchange) -> None:
         check_endpoint(model, MESSAGES.path)
         copilot.limits.admit(model.id, may_probe=False)
         await inline_images(exchange, body)
-        edit = Edit(body, go_on=exchange.go_on)
-        drop_nonce(edit)
-        fit = functools.partial(fit_body, edit, MESSAGES, model)
+        edit = BodyEdit(body, go_on=exchange.go_on)
+        drop_billing_line(edit)
+        fit = functools.partial(prepare_body, edit, MESSAGES, model)
         await exchange.compute(fit, size_bytes)
         headers = upstream_headers(exchange, MESSAGES, MESSAGES, body, model)
         counted = await fetch_count(exchange, copilot, edit, model, headers)
@@ -26011,7 +26121,7 @@ async def count_tokens(exchange: Exchange) -> None:
     exchange.reply_json({"input_tokens": counted})
 
 
-async def count_input(exchange: Exchange) -> None:
+async def count_input(exchange: HttpExchange) -> None:
     """POST /responses/input_tokens: an estimate."""
     exchange.answer_in(RESPONSES)
     body = await exchange.read_json()
@@ -26024,7 +26134,7 @@ async def count_input(exchange: Exchange) -> None:
     exchange.reply_json({"object": "response.input_tokens", "input_tokens": counted})
 
 
-async def stored_response(exchange: Exchange) -> None:
+async def stored_response(exchange: HttpExchange) -> None:
     """GET and DELETE /responses/ID, GET /responses/ID/input_items: from the local store."""
     exchange.answer_in(RESPONSES)
     store, owner = exchange.app.store, owner_of(exchange, await account_for(exchange))
@@ -26084,7 +26194,7 @@ async def stored_response(exchange: Exchange) -> None:
     )
 
 
-async def completions(exchange: Exchange) -> None:
+async def completions(exchange: HttpExchange) -> None:
     """POST /completions, the old shape: each prompt is a chat of its own."""
     body = await exchange.read_json()
     given = body.pop("prompt", None)
@@ -26143,7 +26253,7 @@ async def completions(exchange: Exchange) -> None:
 
     whole.update(choices=choices, usage=counts)
     if streams:
-        exchange.expect_stream(CHAT.keepalive)
+        exchange.start_keepalives(CHAT.keepalive)
         exchange.finish(b"data: %b\n\ndata: [DONE]\n\n" % dumps(whole))
     else:
         exchange.reply_json(whole)
@@ -26199,7 +26309,7 @@ def account_entry(account: Account) -> Json:
     }
 
 
-def own_names(exchange: Exchange) -> tuple[str, ...]:
+def own_names(exchange: HttpExchange) -> tuple[str, ...]:
     """Account names whose requests the caller may see; () means all (operator)."""
     own = exchange.caller.account
     if exchange.caller.is_operator:
@@ -26209,7 +26319,7 @@ def own_names(exchange: Exchange) -> tuple[str, ...]:
     return ("",)
 
 
-def check_door(exchange: Exchange) -> None:
+def require_same_origin(exchange: HttpExchange) -> None:
     """Logins, keys and limits are for this server's own page and for programs.
     Raises BadRequest 403."""
     exchange.headers["Cache-Control"] = "no-store"
@@ -26221,7 +26331,7 @@ def check_door(exchange: Exchange) -> None:
         )
 
 
-def check_operator(exchange: Exchange) -> None:
+def check_operator(exchange: HttpExchange) -> None:
     """Raises BadRequest 403: what belongs to all is for the operator."""
     if not exchange.caller.is_operator:
         raise BadRequest("this is for the operator's key", 403)
@@ -26244,9 +26354,9 @@ def approvals_report(app: App) -> Json:
     }
 
 
-def stats_report(exchange: Exchange) -> Json:
-    """Everything that /stats, /metrics and the page show at a glance; no secret, no words.  The
-    operator sees that of all, others what is their account's."""
+def stats_report(exchange: HttpExchange) -> Json:
+    """Everything that /stats, /metrics and the page show at a glance; no secret, no
+    words. The operator sees that of all, others what is their account's."""
     app, ledger = exchange.app, exchange.app.ledger
     ledger.settle()
     names, account = own_names(exchange), exchange.caller.account
@@ -26397,7 +26507,7 @@ def render_metric(family: MetricFamily) -> Iterator[str]:
         yield f"copilot_proxy_{name}{shown} {value!r}"
 
 
-def metrics(exchange: Exchange) -> None:
+def metrics(exchange: HttpExchange) -> None:
     """GET /metrics: the counts in Prometheus' text format 0.0.4."""
     check_operator(exchange)
     families = metric_families(stats_report(exchange), exchange.app.ledger)
@@ -26409,7 +26519,7 @@ def metrics(exchange: Exchange) -> None:
     )
 
 
-def number_of(exchange: Exchange, name: str, usual: int, most: int) -> int:
+def number_of(exchange: HttpExchange, name: str, usual: int, most: int) -> int:
     """A whole number of the query string.  Raises BadRequest."""
     text = exchange.parameter(name) or str(usual)
     number = digits_or_none(text, most)
@@ -26420,7 +26530,7 @@ def number_of(exchange: Exchange, name: str, usual: int, most: int) -> int:
     return number
 
 
-def wanted_rows(exchange: Exchange) -> dict[str, str]:
+def wanted_rows(exchange: HttpExchange) -> dict[str, str]:
     """The filters of GET /history.  Raises BadRequest."""
     wanted = {
         name: exchange.parameter(name) or ""
@@ -26438,9 +26548,9 @@ def wanted_rows(exchange: Exchange) -> dict[str, str]:
     return wanted
 
 
-async def history(exchange: Exchange) -> None:
-    """GET /history: the newest rows, or those before row `before`; model, client, state and text
-    choose among them."""
+async def history(exchange: HttpExchange) -> None:
+    """GET /history: the newest rows, or those before row `before`; model, client, state
+    and text choose among them."""
     ledger, limit = exchange.app.ledger, number_of(exchange, "limit", 50, 500)
     ledger.settle()
     before = number_of(exchange, "before", MAX_COUNT, MAX_COUNT)
@@ -26482,9 +26592,9 @@ async def history(exchange: Exchange) -> None:
     )
 
 
-async def summary(exchange: Exchange) -> None:
-    """GET /history/summary: sums by local day and hour, by model, client and account, and with
-    `sessions=1` by session."""
+async def summary(exchange: HttpExchange) -> None:
+    """GET /history/summary: sums by local day and hour, by model, client and account,
+    and with `sessions=1` by session."""
     check_operator(exchange)
     ledger = exchange.app.ledger
     ledger.settle()
@@ -26505,7 +26615,7 @@ async def summary(exchange: Exchange) -> None:
     exchange.reply(await wait(InThread(answer)))
 
 
-def progress_frame(exchange: Exchange) -> bytes:
+def progress_frame(exchange: HttpExchange) -> bytes:
     """How far the running requests are, b"" when none runs."""
     lines = [
         {
@@ -26522,13 +26632,13 @@ def progress_frame(exchange: Exchange) -> bytes:
     return Frame("progress", dumps(lines[:PAGE_PROGRESS_ROWS])).encode()
 
 
-async def events(exchange: Exchange) -> None:
+async def events(exchange: HttpExchange) -> None:
     """GET /history/events: what happens, as server-sent events; first of all /stats."""
     check_operator(exchange)
     reader = exchange.app.ledger.events.open()
 
     try:
-        exchange.expect_stream(CHAT.keepalive)
+        exchange.start_keepalives(CHAT.keepalive)
         exchange.write(Frame("hello", dumps(stats_report(exchange))).encode())
         due = time.monotonic() + PAGE_PROGRESS_S
 
@@ -26548,9 +26658,9 @@ async def events(exchange: Exchange) -> None:
         exchange.app.ledger.events.close(reader)
 
 
-def stop_request(exchange: Exchange) -> None:
+def stop_request(exchange: HttpExchange) -> None:
     """POST /requests/stop: end the running request `id`; its client gets an error."""
-    check_door(exchange)
+    require_same_origin(exchange)
     wanted, names = exchange.json_object().get("id"), own_names(exchange)
 
     for client in list(exchange.client.loop.clients):
@@ -26564,14 +26674,14 @@ def stop_request(exchange: Exchange) -> None:
     raise BadRequest("no such request runs", 404, "request_not_running", "id")
 
 
-def approvals(exchange: Exchange) -> None:
+def approvals(exchange: HttpExchange) -> None:
     """GET /approvals: waiting requests and programs that need no approval; POST
     /approvals/ID: a person's answer; DELETE: every program needs approval again."""
     check_operator(exchange)
     approval, method = exchange.app.admission.approval, exchange.head.method
     if method != "POST":
         if method == "DELETE":
-            check_door(exchange)
+            require_same_origin(exchange)
             approval.ask_again()
         exchange.reply_json(approvals_report(exchange.app))
         return
@@ -26591,7 +26701,7 @@ def approvals(exchange: Exchange) -> None:
 
 
 def read_embeddings(
-    answer: bytes, wanted: int, counts: Json, meter: Meter
+    answer: bytes, wanted: int, counts: Json, meter: UsageMeter
 ) -> list[Json]:
     """The vectors of one batch in order; its usage is added to `counts` and the meter.
     Raises UpstreamError."""
@@ -26600,7 +26710,7 @@ def read_embeddings(
     except ValueError:
         value = {}
     if value.get("error"):
-        raise told_error(value)
+        raise reported_error(value)
     items = [
         item
         for item in as_list(value.get("data"))
@@ -26623,10 +26733,10 @@ def read_embeddings(
 
 
 async def fetch_vectors(
-    exchange: Exchange, body: Json, write: Callable[[Json, int], bytes]
+    exchange: HttpExchange, body: Json, write: Callable[[Json, int], bytes]
 ) -> tuple[list[bytes], Json]:
-    """(each vector of `input` as `write` makes it of {"embedding"} and its number, the counts).
-    Strings only upstream, floats only back: wrapped, split and merged here."""
+    """(each vector of `input` as `write` makes it of {"embedding"} and its number, the
+    counts). Strings only upstream, floats only back: wrapped, split and merged here."""
     copilot, model = await resolve(exchange, body)
     check_endpoint(model, "/embeddings")
     texts = body.get("input")
@@ -26655,7 +26765,7 @@ async def fetch_vectors(
     items: list[bytes] = []
     counts = {"prompt_tokens": 0, "total_tokens": 0}
 
-    def write_batch(data: bytes, wanted: int, meter: Meter) -> None:
+    def write_batch(data: bytes, wanted: int, meter: UsageMeter) -> None:
         for item in read_embeddings(data, wanted, counts, meter):
             items.append(write(item, len(items)))  # a third of what its numbers take
 
@@ -26666,7 +26776,7 @@ async def fetch_vectors(
         call = Call("/embeddings", dumps(part), {}, exchange.id, model=model.id)
         answer = await copilot.send(call)
         exchange.headers.update(passed_headers(answer.headers))
-        meter = Meter()
+        meter = UsageMeter()
         exchange.record.hear(answer.headers, meter)
         data = await answer.read_all()
         work = functools.partial(write_batch, data, len(part["input"]), meter)
@@ -26674,7 +26784,7 @@ async def fetch_vectors(
     return items, counts
 
 
-async def embeddings(exchange: Exchange) -> None:
+async def embeddings(exchange: HttpExchange) -> None:
     """POST /embeddings; the numbers may be packed."""
     body = await exchange.read_json()
     packing = body.pop("encoding_format", None)
@@ -26756,7 +26866,7 @@ def model_entry(model: Model) -> Json:
     }
 
 
-async def shown_models(exchange: Exchange) -> list[Model]:
+async def shown_models(exchange: HttpExchange) -> list[Model]:
     """The models offered to users; with `?all=1` hidden and disabled ones as well."""
     copilot = await account_for(exchange)
     everything = exchange.parameter("all") not in (None, "0")
@@ -26764,9 +26874,9 @@ async def shown_models(exchange: Exchange) -> list[Model]:
     return [model for model in shown if model.kind in ("chat", "embeddings")]
 
 
-async def models(exchange: Exchange) -> None:
-    """The models meant for users; `?all=1` shows hidden and disabled ones, too.  Codex asks with
-    `client_version` and takes an empty `models` as: use your own list."""
+async def models(exchange: HttpExchange) -> None:
+    """The models meant for users; `?all=1` shows hidden and disabled ones, too. Codex
+    asks with `client_version` and takes an empty `models` as: use your own list."""
     data = list(map(model_entry, await shown_models(exchange)))
     answer: Json = {
         "object": "list",
@@ -26780,9 +26890,9 @@ async def models(exchange: Exchange) -> None:
     exchange.reply_json(answer)
 
 
-async def one_model(exchange: Exchange) -> None:
-    """One entry of the list; any spelling that finds a model will do.  Its id is then the one
-    that was asked for, unless another model answers for it."""
+async def one_model(exchange: HttpExchange) -> None:
+    """One entry of the list; any spelling that finds a model will do. Its id is then
+    the one that was asked for, unless another model answers for it."""
     exchange.answer_in(
         MESSAGES if "anthropic-version" in exchange.head.headers else CHAT
     )
@@ -26805,9 +26915,9 @@ NAMES_ASKED = (
 )
 
 
-async def retired_names(exchange: Exchange) -> None:
-    """GET /retired: what becomes of names that GitHub has retired or that flags give; asked: the
-    same of those that clients used in the last 30 days."""
+async def retired_names(exchange: HttpExchange) -> None:
+    """GET /retired: what becomes of names that GitHub has retired or that flags give;
+    asked: the same of those that clients used in the last 30 days."""
     check_operator(exchange)
     app, copilot = exchange.app, await account_for(exchange)
     models, is_strict = await copilot.models(), app.settings.strict_models
@@ -26833,14 +26943,14 @@ async def retired_names(exchange: Exchange) -> None:
     )
 
 
-async def usage(exchange: Exchange) -> None:
+async def usage(exchange: HttpExchange) -> None:
     """The upstream's usage answer, whole."""
     copilot = await account_for(exchange)
     answer = await copilot.fetch_usage()
     exchange.reply_json(answer)
 
 
-async def token(exchange: Exchange) -> None:
+async def token(exchange: HttpExchange) -> None:
     """The Copilot token, for this machine's own programs and only with --show-token."""
     if (
         not exchange.app.settings.show_token
@@ -26859,7 +26969,7 @@ async def token(exchange: Exchange) -> None:
     exchange.reply_json({"token": value.value})
 
 
-def health_report(exchange: Exchange) -> Json:
+def health_report(exchange: HttpExchange) -> Json:
     """The state of login and token, and the code to enter. It holds no secret;
     strangers only learn whether the server works, because a person with the code could
     log in as somebody else."""
@@ -26892,19 +27002,19 @@ def health_report(exchange: Exchange) -> Json:
     return report
 
 
-def health(exchange: Exchange) -> None:
+def health(exchange: HttpExchange) -> None:
     """200 as soon as the port serves; whether calls will work is in `status`."""
     exchange.reply_json(health_report(exchange))
 
 
-def page(exchange: Exchange) -> None:
+def page(exchange: HttpExchange) -> None:
     """The one page: it holds no data and fetches what it shows."""
     exchange.headers.update(PAGE_HEADERS)
     text = page_in(exchange.app.settings.lang)
     exchange.reply(text.encode(), kind="text/html; charset=utf-8")
 
 
-def front_door(exchange: Exchange) -> None:
+def front_door(exchange: HttpExchange) -> None:
     """GET /: the page for browsers; programs that look for Ollama ask here whether it runs."""
     if "text/html" in exchange.head.headers.get("accept", ""):
         page(exchange)
@@ -26912,10 +27022,10 @@ def front_door(exchange: Exchange) -> None:
         exchange.reply(b"Ollama is running", kind="text/plain; charset=utf-8")
 
 
-def clear_limits(exchange: Exchange) -> None:
-    """POST /limits/clear: end the rest of `scope` (a model's id, or "account") of `account` (its
-    name); without them of all -> what rested."""
-    check_door(exchange)
+def clear_limits(exchange: HttpExchange) -> None:
+    """POST /limits/clear: end the rest of `scope` (a model's id, or "account") of
+    `account` (its name); without them of all -> what rested."""
+    require_same_origin(exchange)
     check_operator(exchange)
     if exchange.body:
         asked = exchange.json_object()
@@ -26942,9 +27052,9 @@ def clear_limits(exchange: Exchange) -> None:
     )
 
 
-async def begin_login(exchange: Exchange) -> None:
+async def begin_login(exchange: HttpExchange) -> None:
     """POST /auth/device/start: a code, and the state token that makes it this browser's login."""
-    check_door(exchange)
+    require_same_origin(exchange)
     if not exchange.caller.is_operator:
         raise BadRequest("only the operator's key can begin a login", 403)
     by_key = bool(exchange.caller.key_id)
@@ -26963,9 +27073,9 @@ async def begin_login(exchange: Exchange) -> None:
     )
 
 
-def poll_login(exchange: Exchange) -> None:
+def poll_login(exchange: HttpExchange) -> None:
     """GET /auth/device/poll: how it stands; the server's own thread asks GitHub."""
-    check_door(exchange)
+    require_same_origin(exchange)
     state = exchange.head.headers.get("x-login-state", "")
     login = exchange.app.accounts.find_login(state).login
     if login.problem:
@@ -26977,15 +27087,15 @@ def poll_login(exchange: Exchange) -> None:
     exchange.reply_json({"status": status, "problem": login.problem or None})
 
 
-async def claim_login(exchange: Exchange) -> None:
-    """POST /auth/device/claim: the account's key, once; null for a default login that was begun
-    without the operator's key."""
-    check_door(exchange)
+async def claim_login(exchange: HttpExchange) -> None:
+    """POST /auth/device/claim: the account's key, once; null for a default login that
+    was begun without the operator's key."""
+    require_same_origin(exchange)
     state = str(exchange.json_object().get("state"))
     exchange.reply_json(await exchange.app.accounts.claim_login(state))
 
 
-def own_keys(exchange: Exchange) -> list[Key]:
+def own_keys(exchange: HttpExchange) -> list[Key]:
     """The keys that the caller may see: the operator all, others their account's."""
     caller = exchange.caller
     return [
@@ -26997,9 +27107,9 @@ def own_keys(exchange: Exchange) -> list[Key]:
     ]
 
 
-def list_keys(exchange: Exchange) -> None:
+def list_keys(exchange: HttpExchange) -> None:
     """GET /auth/tokens: ids and accounts, never keys."""
-    check_door(exchange)
+    require_same_origin(exchange)
     exchange.reply_json(
         {
             "object": "list",
@@ -27017,9 +27127,9 @@ def list_keys(exchange: Exchange) -> None:
     )
 
 
-async def make_key(exchange: Exchange) -> None:
+async def make_key(exchange: HttpExchange) -> None:
     """POST /auth/tokens: a new key of the operator's, in full this once."""
-    check_door(exchange)
+    require_same_origin(exchange)
     check_operator(exchange)
     text = new_key()
     issue = functools.partial(exchange.app.accounts.issue_key, text)
@@ -27027,17 +27137,17 @@ async def make_key(exchange: Exchange) -> None:
     exchange.reply_json({"key": text, "key_id": made.id, "kind": "operator"})
 
 
-async def end_login(exchange: Exchange) -> None:
+async def end_login(exchange: HttpExchange) -> None:
     """POST /auth/logout: delete the login of the default account and stop serving it."""
-    check_door(exchange)
+    require_same_origin(exchange)
     check_operator(exchange)
     await wait(InThread(exchange.app.login.end))
     exchange.reply_json({"status": "login_required"})
 
 
-def delete_key(exchange: Exchange) -> None:
+def delete_key(exchange: HttpExchange) -> None:
     """DELETE /auth/tokens/ID: forget a key, and its account with the last one."""
-    check_door(exchange)
+    require_same_origin(exchange)
     whole = exchange.app.accounts.keys.find(exchange.argument)
     found = [
         key
@@ -27056,12 +27166,12 @@ def delete_key(exchange: Exchange) -> None:
     exchange.reply_json({"key_id": found[0].id, "deleted": True})
 
 
-def accept_quietly(exchange: Exchange) -> None:
+def accept_quietly(exchange: HttpExchange) -> None:
     """Telemetry of clients: dropped without noise."""
     exchange.reply_json({})
 
 
-def nothing(exchange: Exchange) -> None:
+def nothing(exchange: HttpExchange) -> None:
     exchange.reply(b"", 204, "")
 
 
@@ -27086,7 +27196,7 @@ def gemini_entry(model: Model) -> Json:
     }
 
 
-async def gemini_models(exchange: Exchange) -> None:
+async def gemini_models(exchange: HttpExchange) -> None:
     """GET /v1beta/models and /v1beta/models/ID."""
     collection, _, asked = exchange.argument.partition("/")
     if collection != "models":
@@ -27103,19 +27213,19 @@ async def gemini_models(exchange: Exchange) -> None:
     exchange.reply_json(gemini_entry(model))
 
 
-async def complete_with(exchange: Exchange, dialect: Dialect, body: Json) -> None:
+async def complete_with(exchange: HttpExchange, dialect: Dialect, body: Json) -> None:
     """`complete` with another body than the client's bytes say."""
     exchange.answer_in(dialect)
     exchange.put_body(rewrite(body, exchange.body))
     await Job(exchange, dialect).serve(body)
 
 
-async def generate_content(exchange: Exchange, body: Json) -> None:
+async def generate_content(exchange: HttpExchange, body: Json) -> None:
     """:generateContent"""
     await complete_with(exchange, GEMINI, dict(body, stream=False))
 
 
-async def stream_content(exchange: Exchange, body: Json) -> None:
+async def stream_content(exchange: HttpExchange, body: Json) -> None:
     """:streamGenerateContent, as server-sent events or as the elements of an array."""
     dialect: Dialect = GEMINI_ARRAY
     if exchange.parameter("alt") == "sse":
@@ -27123,7 +27233,7 @@ async def stream_content(exchange: Exchange, body: Json) -> None:
     await complete_with(exchange, dialect, dict(body, stream=True))
 
 
-async def count_content(exchange: Exchange, body: Json) -> None:
+async def count_content(exchange: HttpExchange, body: Json) -> None:
     """:countTokens; the upstream's own count for Claude, else an estimate."""
     body = dict(
         as_object(body.get("generateContentRequest")) or body, model=body["model"]
@@ -27154,7 +27264,7 @@ def content_text(request: Json, place: str) -> str:
 
 
 async def fetch_values(
-    exchange: Exchange, model: str, requests: list[Json]
+    exchange: HttpExchange, model: str, requests: list[Json]
 ) -> list[bytes]:
     """The vector of each request, as Google writes it."""
     texts = [
@@ -27162,26 +27272,28 @@ async def fetch_values(
         for at, request in enumerate(requests)
     ]
     sizes = [camel_keys(request).get("outputDimensionality") for request in requests]
-    body = given(model=model, input=texts, dimensions=next(filter(None, sizes), None))
+    body = without_none(
+        model=model, input=texts, dimensions=next(filter(None, sizes), None)
+    )
     items, _ = await fetch_vectors(
         exchange, body, lambda item, index: dumps({"values": item["embedding"]})
     )
     return items
 
 
-async def embed_content(exchange: Exchange, body: Json) -> None:
+async def embed_content(exchange: HttpExchange, body: Json) -> None:
     """:embedContent"""
     (vector,) = await fetch_values(exchange, body["model"], [body])
     exchange.reply(b'{"embedding":%b}' % vector)
 
 
-async def embed_contents(exchange: Exchange, body: Json) -> None:
+async def embed_contents(exchange: HttpExchange, body: Json) -> None:
     """:batchEmbedContents"""
     vectors = await fetch_values(exchange, body["model"], check_list(body, "requests"))
     exchange.reply(b'{"embeddings":[%b]}' % b",".join(vectors))
 
 
-GEMINI_CALLS: dict[str, Callable[[Exchange, Json], Work]] = dict(
+GEMINI_CALLS: dict[str, Callable[[HttpExchange, Json], Work]] = dict(
     zip(
         GEMINI_METHODS,
         (
@@ -27195,7 +27307,7 @@ GEMINI_CALLS: dict[str, Callable[[Exchange, Json], Work]] = dict(
 )
 
 
-async def gemini_call(exchange: Exchange) -> None:
+async def gemini_call(exchange: HttpExchange) -> None:
     """POST .../models/ID:METHOD: the path holds what other dialects have in the body."""
     name, _, method = exchange.argument.rpartition(":")
     if method not in GEMINI_CALLS and exchange.path.startswith("/models/"):
@@ -27234,7 +27346,7 @@ def ollama_details(model: Model) -> Json:
     }
 
 
-async def ollama_tags(exchange: Exchange) -> None:
+async def ollama_tags(exchange: HttpExchange) -> None:
     """GET /api/tags: the models."""
     entries = []
     for model in await shown_models(exchange):
@@ -27251,7 +27363,7 @@ async def ollama_tags(exchange: Exchange) -> None:
     exchange.reply_json({"models": entries})
 
 
-async def ollama_show(exchange: Exchange) -> None:
+async def ollama_show(exchange: HttpExchange) -> None:
     """POST /api/show: what VS Code and others read of a model before they offer it."""
     body = exchange.json_object()
     body.setdefault("model", body.get("name"))
@@ -27284,9 +27396,9 @@ async def ollama_show(exchange: Exchange) -> None:
     )
 
 
-async def ollama_call(dialect: Ollama, exchange: Exchange) -> None:
-    """POST /api/chat and /api/generate: a stream unless the client wants none.  Without anything
-    to answer the model is only to be loaded."""
+async def ollama_call(dialect: Ollama, exchange: HttpExchange) -> None:
+    """POST /api/chat and /api/generate: a stream unless the client wants none. Without
+    anything to answer the model is only to be loaded."""
     exchange.answer_in(dialect)
     body = await exchange.read_json()
     if body.get("stream") is None:
@@ -27305,14 +27417,14 @@ async def ollama_call(dialect: Ollama, exchange: Exchange) -> None:
     )
 
 
-async def ollama_embed(exchange: Exchange) -> None:
+async def ollama_embed(exchange: HttpExchange) -> None:
     """POST /api/embed, and the older /api/embeddings with one text and one vector."""
     body = await exchange.read_json()
     is_old = exchange.path == "/api/embeddings"
     texts = body.get("input")
     if is_old:
         texts = body.get("prompt")
-    asked = given(
+    asked = without_none(
         model=body.get("model"), input=texts, dimensions=body.get("dimensions")
     )
     items, counts = await fetch_vectors(
@@ -27334,7 +27446,7 @@ async def ollama_embed(exchange: Exchange) -> None:
     exchange.reply(b'%b,"embeddings":[%b]}' % (about[:-1], b",".join(items)))
 
 
-async def ollama_pull(exchange: Exchange) -> None:
+async def ollama_pull(exchange: HttpExchange) -> None:
     """POST /api/pull: a model of the account needs no download."""
     body = exchange.json_object()
     body.setdefault("model", body.get("name"))
@@ -27342,7 +27454,7 @@ async def ollama_pull(exchange: Exchange) -> None:
     exchange.reply(b'{"status":"success"}\n', kind=OLLAMA.stream_type)
 
 
-def refuse_change(exchange: Exchange) -> None:
+def refuse_change(exchange: HttpExchange) -> None:
     """Refuses the routes that create, copy or delete models."""
     raise BadRequest("models cannot be changed here: they are those of GitHub Copilot")
 
@@ -27357,7 +27469,7 @@ AZURE_CALLS: Mapping[str, Endpoint] = {
 }
 
 
-async def azure_call(exchange: Exchange) -> None:
+async def azure_call(exchange: HttpExchange) -> None:
     """POST /openai/deployments/NAME/...: a deployment is a model, whatever the body names."""
     name, _, operation = exchange.argument.partition("/")
     endpoint = AZURE_CALLS.get(operation)
@@ -27382,7 +27494,7 @@ async def azure_call(exchange: Exchange) -> None:
         raise BadRequest(str(error), 404, "DeploymentNotFound", error.param) from None
 
 
-async def list_deployments(exchange: Exchange) -> None:
+async def list_deployments(exchange: HttpExchange) -> None:
     """GET /openai/deployments: each model is one."""
     exchange.reply_json(
         {
@@ -27583,8 +27695,8 @@ DEMO_MODELS = [
 
 
 def demo_prompt(request: Request) -> tuple[str, bool]:
-    """Returns (the last words of the prompt, whether they are a tool result).  What Claude Code
-    reminds a model of is left out: it tells of tools and of searching."""
+    """Returns (the last words of the prompt, whether they are a tool result). What
+    Claude Code reminds a model of is left out: it tells of tools and of searching."""
     parts: list[Part] = []
     for turn in request.turns:
         words = [
@@ -27698,7 +27810,7 @@ def with_demo_cost(data: bytes, cost: int) -> bytes:
     return _USAGE_OBJECT.sub(told, data)
 
 
-async def demo_answer(dialect: Dialect, exchange: Exchange) -> None:
+async def demo_answer(dialect: Dialect, exchange: HttpExchange) -> None:
     """A request of any dialect to the demo; streams come at a pace that can be seen."""
     body = exchange.json_object()
     request = dialect.decode_request(body)
@@ -27717,7 +27829,7 @@ async def demo_answer(dialect: Dialect, exchange: Exchange) -> None:
         return
 
     encoder = dialect.stream_encoder(request)
-    exchange.expect_stream(b": demo\n\n")
+    exchange.start_keepalives(b": demo\n\n")
     if "slow" in said.lower():
         pause_s = DEMO_SLOW_PAUSE_S
     else:
@@ -27794,8 +27906,8 @@ def demo_row(at: float, number: int) -> Json:
 
 
 def seed_demo(history: History, now: float) -> None:
-    """Two weeks of made-up history, so that every chart has something to show: more on working
-    days, most of it in working hours."""
+    """Two weeks of made-up history, so that every chart has something to show: more on
+    working days, most of it in working hours."""
     rows: list[Json] = []
     year, month, day = time.localtime(now)[:3]
 
@@ -27817,7 +27929,7 @@ def seed_demo(history: History, now: float) -> None:
             history.put(row)
 
 
-def demo_embeddings(exchange: Exchange) -> None:
+def demo_embeddings(exchange: HttpExchange) -> None:
     """Vectors made from a hash: equal texts have equal vectors, no more is promised."""
     body = exchange.json_object()
     size = min(count_or_zero(body.get("dimensions")) or 8, 1536)
@@ -27835,7 +27947,7 @@ def demo_embeddings(exchange: Exchange) -> None:
     )
 
 
-def demo_auto(exchange: Exchange) -> None:
+def demo_auto(exchange: HttpExchange) -> None:
     """POST /auto of the demo: always the same model."""
     chosen = DEMO_MODELS[0]
     exchange.reply_json(
@@ -27848,7 +27960,7 @@ def demo_auto(exchange: Exchange) -> None:
     )
 
 
-def demo_token(exchange: Exchange) -> None:
+def demo_token(exchange: HttpExchange) -> None:
     """A token of the make-believe Copilot."""
     exchange.reply_json(
         {
@@ -27860,7 +27972,7 @@ def demo_token(exchange: Exchange) -> None:
     )
 
 
-def demo_user(exchange: Exchange) -> None:
+def demo_user(exchange: HttpExchange) -> None:
     """GET /copilot_internal/user and /user of the demo; its quota ends with the month."""
     days = 32 - time.gmtime().tm_mday  # from any day of a month into the next one
 
@@ -27930,13 +28042,14 @@ _LARGE_GPT = "gpt-(?!.{0,40}(?:mini|nano))"
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a client is set up; all of it text with %(places)s that `fill` knows.
-    main, small: patterns of model ids, best first.  env: variables, those that stay empty are left
-    out.  run: what is typed, `typed` into it.  files: (path, text, text for each model); what
-    stands before // is moved by a $VARIABLE.  suffix: of models with a window of 1M tokens.
-    sign, named: patterns that find in those files that they are about this proxy, and a setting
-    with the model it names.  rivals: finds settings that the client prefers to these."""
+class ClientSetup:
+    """How a client is set up; all of it text with %(places)s that `fill` knows. main,
+    small: patterns of model ids, best first. env: variables, those that stay empty are
+    left out. run: what is typed, `typed` into it. files: (path, text, text for each
+    model); what stands before // is moved by a $VARIABLE. suffix: of models with a
+    window of 1M tokens. sign, named: patterns that find in those files that they are
+    about this proxy, and a setting with the model it names. rivals: finds settings that
+    the client prefers to these."""
 
     about: str
     dialect: Dialect = CHAT
@@ -27964,8 +28077,8 @@ _ZED = {
 }.get(sys.platform, "$XDG_CONFIG_HOME:~/.config//zed/")
 _CODEX = "-c model_providers.copilot_proxy."
 
-CLIENTS: Mapping[str, Recipe] = {
-    "claude-code": Recipe(
+CLIENTS: Mapping[str, ClientSetup] = {
+    "claude-code": ClientSetup(
         "Claude Code",
         MESSAGES,
         ("claude-sonnet", "claude", _LARGE_GPT, "gpt-"),
@@ -27991,7 +28104,7 @@ CLIENTS: Mapping[str, Recipe] = {
             ),
         ),
     ),
-    "codex": Recipe(
+    "codex": ClientSetup(
         "Codex",
         RESPONSES,
         ("codex(?!.{0,40}mini)", _LARGE_GPT, "gpt-"),
@@ -28024,7 +28137,7 @@ experimental_bearer_token = "%(key)s"
             ),
         ),
     ),
-    "opencode": Recipe(
+    "opencode": ClientSetup(
         "opencode",
         run="opencode",
         sign='"copilot_proxy"',
@@ -28045,7 +28158,7 @@ experimental_bearer_token = "%(key)s"
             ),
         ),
     ),
-    "aider": Recipe(
+    "aider": ClientSetup(
         "aider",
         env="OPENAI_API_BASE=%(base)s OPENAI_API_KEY=%(key)s",
         run="aider --model openai/%(main)s --weak-model openai/%(small)s",
@@ -28070,7 +28183,7 @@ experimental_bearer_token = "%(key)s"
             ),
         ),
     ),
-    "continue": Recipe(
+    "continue": ClientSetup(
         "Continue (VS Code, JetBrains)",
         note="Choose copilot_proxy among its configurations.",
         files=(
@@ -28090,7 +28203,7 @@ experimental_bearer_token = "%(key)s"
             ),
         ),
     ),
-    "cline": Recipe(
+    "cline": ClientSetup(
         "Cline, Roo Code, Kilo Code",
         note=(
             "Enter on their settings page:\n  API provider    OpenAI Compatible\n  Base URL        "
@@ -28098,7 +28211,7 @@ experimental_bearer_token = "%(key)s"
             "%(window)s\n  Max output      %(out)s"
         ),
     ),
-    "vscode": Recipe(
+    "vscode": ClientSetup(
         "VS Code (custom endpoint)",
         note="Reload the window and choose a model below the chat's input.  If it asks for a key:\n"
         "  %(key)s\n"
@@ -28118,7 +28231,7 @@ experimental_bearer_token = "%(key)s"
             ),
         ),
     ),
-    "vscode-ollama": Recipe(
+    "vscode-ollama": ClientSetup(
         "VS Code (Ollama)",
         OLLAMA,
         note="Run Chat: Manage Language Models, choose Add Models and Ollama.  Its URL is\n"
@@ -28126,7 +28239,7 @@ experimental_bearer_token = "%(key)s"
         "It lists %(main)s and the others by itself.  It sends no key (here: %(key)s), so a\n"
         "server that wants one is for the custom endpoint: setup vscode",
     ),
-    "copilot-cli": Recipe(
+    "copilot-cli": ClientSetup(
         "Copilot CLI (own provider)",
         RESPONSES,
         (_LARGE_GPT, "gpt-", "claude-sonnet"),
@@ -28137,19 +28250,19 @@ experimental_bearer_token = "%(key)s"
         run="copilot",
         note="COPILOT_OFFLINE=true beside them keeps it from calling GitHub by itself.",
     ),
-    "xcode": Recipe(
+    "xcode": ClientSetup(
         "Xcode",
         note="In Settings > Intelligence choose Add a Chat Provider, then Internet Hosted:\n"
         "  URL %(url)s   API key %(key)s   API key header x-api-key\n"
         "(or Locally Hosted with the port %(port)s, without a key), and choose %(main)s.",
     ),
-    "jetbrains": Recipe(
+    "jetbrains": ClientSetup(
         "JetBrains AI Assistant",
         note="In Settings > Tools > AI Assistant > Providers & API keys choose OpenAI-compatible:\n"
         "  URL %(base)s   API key %(key)s   Tool calling on\n"
         "Press Test Connection, then choose %(main)s in the chat.",
     ),
-    "zed": Recipe(
+    "zed": ClientSetup(
         "Zed",
         env="GITHUB_COPILOT_PROXY_API_KEY=%(key)s",
         run="zed",
@@ -28172,7 +28285,7 @@ experimental_bearer_token = "%(key)s"
             ),
         ),
     ),
-    "gemini-cli": Recipe(
+    "gemini-cli": ClientSetup(
         "Gemini CLI",
         GEMINI,
         ("gemini.{0,40}pro", "gemini", "claude-sonnet", _LARGE_GPT, "gpt-"),
@@ -28193,7 +28306,7 @@ experimental_bearer_token = "%(key)s"
             ),
         ),
     ),
-    "home-assistant": Recipe(
+    "home-assistant": ClientSetup(
         "Home Assistant",
         OLLAMA,
         note="In Settings > Devices & services choose Add integration and Ollama:\n"
@@ -28201,7 +28314,7 @@ experimental_bearer_token = "%(key)s"
         "On another machine it needs the name of this one (setup --url) and a server that was\n"
         "started with --host 0.0.0.0 --api-key auto --allow-host NAME.",
     ),
-    "open-webui": Recipe(
+    "open-webui": ClientSetup(
         "Open WebUI",
         run="open-webui serve",
         env="OPENAI_API_BASE_URL=%(base)s OPENAI_API_KEY=%(key)s DEFAULT_MODELS=%(main)s "
@@ -28211,7 +28324,7 @@ experimental_bearer_token = "%(key)s"
         "http://host.docker.internal:PORT/v1: start the proxy with --host 0.0.0.0 --api-key\n"
         "and --allow-host host.docker.internal.",
     ),
-    "llm": Recipe(
+    "llm": ClientSetup(
         "llm",
         run="llm -m copilot-%(main)s Hello",
         files=(
@@ -28226,7 +28339,7 @@ experimental_bearer_token = "%(key)s"
             (_LLM + "keys.json", '{"copilot_proxy": "%(key)s"}', ""),
         ),
     ),
-    "openai-sdk": Recipe(
+    "openai-sdk": ClientSetup(
         "OpenAI SDKs",
         env="OPENAI_BASE_URL=%(base)s OPENAI_API_KEY=%(key)s",
         note=(
@@ -28235,14 +28348,14 @@ experimental_bearer_token = "%(key)s"
             'model="%(main)s", ...)\n  client.embeddings.create(model="%(embed)s", ...)'
         ),
     ),
-    "anthropic-sdk": Recipe(
+    "anthropic-sdk": ClientSetup(
         "Anthropic SDKs",
         MESSAGES,
         env="ANTHROPIC_BASE_URL=%(url)s ANTHROPIC_API_KEY=%(key)s",
         note="Anthropic() in Python and new Anthropic() in Node read these.\n"
         '  client.messages.create(model="%(main)s", ...)',
     ),
-    "openai-agents": Recipe(
+    "openai-agents": ClientSetup(
         "OpenAI Agents SDK",
         RESPONSES,
         (_LARGE_GPT, "gpt-", "claude-sonnet"),
@@ -28251,14 +28364,14 @@ experimental_bearer_token = "%(key)s"
         note="Agent(...) and Runner.run_sync(...) read these.  Tracing would send what is said\n"
         'to OpenAI.  Another model for one agent: Agent(model="%(small)s", ...)',
     ),
-    "langchain": Recipe(
+    "langchain": ClientSetup(
         "LangChain",
         env="OPENAI_BASE_URL=%(base)s OPENAI_API_KEY=%(key)s",
         note='ChatOpenAI(model="%(main)s") reads these.  Other classes reach all models, too:\n'
         '  ChatAnthropic(model="%(main)s", base_url="%(url)s", api_key="%(key)s")\n'
         '  ChatOllama(model="%(main)s", base_url="%(url)s")',
     ),
-    "curl": Recipe(
+    "curl": ClientSetup(
         "curl",
         main=(CHEAP_MODEL, "-mini", "gpt-", "claude"),
         run="curl -sS %(base)s/chat/completions -H %(type)s -H %(bearer)s -d @-",
@@ -28344,7 +28457,12 @@ def places_of(model: Model) -> dict[str, str]:
 
 
 def fill(
-    recipe: Recipe, models: list[Model], url: str, key: str, main: Model, small: Model
+    recipe: ClientSetup,
+    models: list[Model],
+    url: str,
+    key: str,
+    main: Model,
+    small: Model,
 ) -> dict[str, str]:
     """Values for a client's placeholders."""
 
@@ -28376,7 +28494,9 @@ def fill(
     )
 
 
-def variables_of(recipe: Recipe, values: Mapping[str, str]) -> list[tuple[str, str]]:
+def variables_of(
+    recipe: ClientSetup, values: Mapping[str, str]
+) -> list[tuple[str, str]]:
     """Name and value of those that have one."""
     pairs = [pair.partition("=")[::2] for pair in recipe.env.split()]
     return [(name, text % values) for name, text in pairs if text % values]
@@ -28394,10 +28514,11 @@ def settings_path(place: str, environ: Mapping[str, str]) -> str:
 
 
 def models_in_settings(
-    recipe: Recipe, environ: Mapping[str, str]
+    recipe: ClientSetup, environ: Mapping[str, str]
 ) -> Iterator[tuple[str, str]]:
-    """(place, model) for each model that a client is set up with, in its files or in the
-    environment.  A bare word ('opus') is an alias of the client's own and left out."""
+    """(place, model) for each model that a client is set up with, in its files or in
+    the environment. A bare word ('opus') is an alias of the client's own and left
+    out."""
     found: list[tuple[str, str]] = []
     pairs = [pair.partition("=")[::2] for pair in recipe.env.split()]
     if any(
@@ -28430,7 +28551,7 @@ def models_in_settings(
 
 
 def fill_file(
-    recipe: Recipe,
+    recipe: ClientSetup,
     row: tuple[str, str, str],
     values: Mapping[str, str],
     models: list[Model],
@@ -28458,7 +28579,7 @@ def fill_file(
 
 
 def command_line(
-    recipe: Recipe, values: Mapping[str, str], shell: str, single: bool = False
+    recipe: ClientSetup, values: Mapping[str, str], shell: str, single: bool = False
 ) -> str:
     """The command to type: variables and client; `single`: on one line."""
     export, join = SHELLS[shell][:2]
@@ -28503,8 +28624,8 @@ def merge_objects(old: Any, new: Any) -> Any:
 
 
 def merge_json(old: Any, new: Any) -> Any:
-    """`new` over `old`; objects are merged, and lists of objects that have names by those, at the
-    top; everything else is replaced."""
+    """`new` over `old`; objects are merged, and lists of objects that have names by
+    those, at the top; everything else is replaced."""
     if isinstance(old, list) and isinstance(new, list):
         names = [as_object(one).get("name") for one in old]
         merged = list(old)
@@ -28526,8 +28647,8 @@ _JSON_TOKEN = re.compile(
 
 
 def read_json_text(text: str) -> tuple[list[tuple[int, int]], Any]:
-    """([(begin, end) of each value directly inside], the whole value) of a JSON text that may have
-    comments and commas too many.  Raises ValueError."""
+    """([(begin, end) of each value directly inside], the whole value) of a JSON text
+    that may have comments and commas too many. Raises ValueError."""
     words: list[str] = []
     places: list[tuple[int, int]] = []
     depth, is_next = 0, False
@@ -28560,8 +28681,9 @@ def has_comment(text: str) -> bool:
 
 
 def splice_json(text: str, new: Any) -> str:
-    """`new` merged into a JSON text.  Only values directly inside are written anew, and only those
-    that change; raises ValueError where that would cost a comment, or for what is no JSON."""
+    """`new` merged into a JSON text. Only values directly inside are written anew, and
+    only those that change; raises ValueError where that would cost a comment, or for
+    what is no JSON."""
     places, value = read_json_text(text)
     if type(value) is not type(new) or len(places) != len(value):
         raise ValueError("it holds something else than expected")
@@ -28632,8 +28754,8 @@ def lines_of_toml(text: str) -> list[str]:
 
 
 class SettingLines:
-    """The lines of a TOML text, of variables, or of a flat YAML text.  top: those before the first
-    section; sections: each with its first line, a [table] or a "- item"."""
+    """The lines of a TOML text, of variables, or of a flat YAML text. top: those before
+    the first section; sections: each with its first line, a [table] or a "- item"."""
 
     def __init__(self, text: str, is_toml: bool) -> None:
         self._is_toml = is_toml
@@ -28684,8 +28806,8 @@ class SettingLines:
         self.top.insert(0, line)
 
     def put(self, section: list[str]) -> None:
-        """Put a section in the place of theirs: of that stay comments, and what is behind an empty
-        line, but for the same keys."""
+        """Put a section in the place of theirs: of that stay comments, and what is
+        behind an empty line, but for the same keys."""
         title = self.title(section[0])
         for at, theirs in enumerate(self.sections):
             if self.title(theirs[0]) != title:
@@ -28706,8 +28828,8 @@ class SettingLines:
 
 
 def merge_lines(old: str, new: str) -> str:
-    """`new` over a TOML or flat YAML text: its top keys replace theirs, and so does a section with
-    the same name; the rest is added."""
+    """`new` over a TOML or flat YAML text: its top keys replace theirs, and so does a
+    section with the same name; the rest is added."""
     is_toml = re.search(r"(?m)^\[", new) is not None
     merged = SettingLines(old + "\n" * (old[-1:] not in ("", "\n")), is_toml)
     ours = SettingLines(new, is_toml)
@@ -28722,8 +28844,8 @@ def merge_lines(old: str, new: str) -> str:
 
 
 def read_settings(path: str) -> str:
-    """A settings file's text, "" for none, its ends of lines and a mark of its encoding before it
-    as they are.  Raises ConfigError."""
+    """A settings file's text, "" for none, its ends of lines and a mark of its encoding
+    before it as they are. Raises ConfigError."""
     try:
         with contextlib.suppress(FileNotFoundError), open(
             path, encoding="utf-8", newline=""
@@ -28968,7 +29090,9 @@ def probe_host(upstream: Upstream, url: str) -> Iterator[tuple[str, str, bool]]:
         wire.close()
 
 
-def setup_steps(recipe: Recipe, values: dict[str, str], shell: str, files: Any) -> Any:
+def setup_steps(
+    recipe: ClientSetup, values: dict[str, str], shell: str, files: Any
+) -> Any:
     """[{title, text}] of what a person copies for a client, as `setup` prints it."""
     line = command_line(recipe, values, shell)
     direct = recipe.env or values["url"] in line
@@ -28982,7 +29106,7 @@ def setup_steps(recipe: Recipe, values: dict[str, str], shell: str, files: Any) 
     return steps
 
 
-def own_url(exchange: Exchange) -> str:
+def own_url(exchange: HttpExchange) -> str:
     """How the caller reaches this server: by the name that its request has used."""
     settings = exchange.app.settings
     host = exchange.head.headers.get("host") or "127.0.0.1:%d" % (
@@ -28995,9 +29119,9 @@ def own_url(exchange: Exchange) -> str:
 EXAMPLE_KEY = "YOUR-KEY"
 
 
-async def connect(exchange: Exchange) -> None:
-    """GET /connect: the clients that can be set up; GET /connect/CLIENT?shell=bash: what `setup`
-    prints for one, with a made-up key in it that the page replaces."""
+async def connect(exchange: HttpExchange) -> None:
+    """GET /connect: the clients that can be set up; GET /connect/CLIENT?shell=bash:
+    what `setup` prints for one, with a made-up key in it that the page replaces."""
     check_operator(exchange)
 
     if not exchange.argument:
@@ -29153,8 +29277,8 @@ class QueuedOutput:
         return True
 
     def _write_pieces(self, data: bytes) -> bool:
-        """Whole lines where they fit, and never more than a pipe takes at once: neither Python's
-        own locks nor the end of the process may wait for a reader."""
+        """Whole lines where they fit, and never more than a pipe takes at once: neither
+        Python's own locks nor the end of the process may wait for a reader."""
         begin = 0
         while begin < len(data):
             if not wait_ready(self.stream, OUTPUT_LOOK_S, write=True):
@@ -29494,7 +29618,7 @@ def json_banner(server: Server, notice: str) -> str:
     )
 
 
-def guard_door(app: App) -> str:
+def ensure_api_key(app: App) -> str:
     """Create or look up the `--api-key auto` key; returns the line to print. Raises
     ConfigError for a bind that strangers can reach without a key."""
     stored, text = (
@@ -29549,9 +29673,9 @@ def look_up_models(app: App) -> None:
 
 
 def catch_signals() -> list[int]:
-    """A list that Ctrl-C, SIGTERM and SIGHUP append to; a second one ends the process at once,
-    but not a SIGHUP: a terminal that is closed sends it twice, by its shell and by the system.
-    Under nohup SIGHUP stays ignored."""
+    """A list that Ctrl-C, SIGTERM and SIGHUP append to; a second one ends the process
+    at once, but not a SIGHUP: a terminal that is closed sends it twice, by its shell
+    and by the system. Under nohup SIGHUP stays ignored."""
     seen: list[int] = []
     hangup = getattr(signal, "SIGHUP", None)
 
@@ -29695,7 +29819,7 @@ def cmd_start(app: App, flags: argparse.Namespace) -> int:
         check_folder(settings.log_bodies, "--log-bodies")
     raise_file_limit()
     app.accounts.log_keys()
-    new_key = guard_door(app)
+    new_key = ensure_api_key(app)
     server = open_server(app)
 
     if flags.signals is None:
@@ -29973,8 +30097,8 @@ def cmd_check_usage(app: App, flags: argparse.Namespace) -> int:
 
 
 def missing_models(app: App, models: list[Model]) -> list[str]:
-    """A line for each alias, --fallback and setting of a client that names a model which this
-    account does not have."""
+    """A line for each alias, --fallback and setting of a client that names a model
+    which this account does not have."""
     lines = app.settings.missing_models(models)
     for recipe in CLIENTS.values():
         for place, name in models_in_settings(recipe, app.environ):
@@ -30022,8 +30146,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def model_table(entries: list[Json], columns: int) -> list[str]:
-    """Entries of /v1/models as lines.  A narrow terminal gets no routes, short numbers, and a
-    state below the model where it is not the usual one."""
+    """Entries of /v1/models as lines. A narrow terminal gets no routes, short numbers,
+    and a state below the model where it is not the usual one."""
     rows = [("id", "endpoints", "context", "output", "price", "state")]
     for entry in entries:
         paths = [str(path) for path in as_list(entry.get("supported_endpoints"))]
@@ -30068,8 +30192,8 @@ def model_table(entries: list[Json], columns: int) -> list[str]:
 
 
 def cmd_models(app: App, flags: argparse.Namespace) -> int:
-    """The catalogue as a table, or as JSON with the upstream's own entries; that of a running
-    server where it is asked instead."""
+    """The catalogue as a table, or as JSON with the upstream's own entries; that of a
+    running server where it is asked instead."""
     ask = find_server(app, flags)
     notices: list[str] = []
     if ask is None:
@@ -30278,8 +30402,8 @@ def probe_network(app: App) -> tuple[list[str], bool]:
 
 
 def models_at_hand(app: App) -> list[Model]:
-    """The account's models for `debug`, [] without a login or where they cannot be had within
-    MODELS_WAIT_S.  Nothing is asked when no setting names a model."""
+    """The account's models for `debug`, [] without a login or where they cannot be had
+    within MODELS_WAIT_S. Nothing is asked when no setting names a model."""
     models: list[Model] = []
     settings = app.settings
     names = [*settings.model_alias, *filter(None, [settings.fallback])]
@@ -30429,7 +30553,9 @@ def replace_settings(path: str, text: str) -> None:
     say("wrote " + path)
 
 
-def write_settings(recipe: Recipe, files: list[tuple[str, str]], sure: bool) -> bool:
+def write_settings(
+    recipe: ClientSetup, files: list[tuple[str, str]], sure: bool
+) -> bool:
     """Show each difference, ask, keep a backup, write -> do the files hold it all now?"""
     if not files:
         raise ConfigError("%s: there is no settings file to write" % recipe.about)
@@ -30460,7 +30586,7 @@ def write_settings(recipe: Recipe, files: list[tuple[str, str]], sure: bool) -> 
     return done
 
 
-def undo_settings(recipe: Recipe, environ: Mapping[str, str], sure: bool) -> int:
+def undo_settings(recipe: ClientSetup, environ: Mapping[str, str], sure: bool) -> int:
     """setup CLIENT --undo: the newest backup of each file back in its place."""
     if not recipe.files:
         raise ConfigError("%s: there is no settings file to put back" % recipe.about)
@@ -30521,7 +30647,7 @@ def trial_words(data: bytes, place: tuple[str | int, ...]) -> str:
     for line in filter(None, data.splitlines()):
         piece: Any = loads(line[line.index(b"{") :])
         if "error" in piece:
-            raise told_error(piece)
+            raise reported_error(piece)
         with contextlib.suppress(LookupError, TypeError):
             for step in place:
                 piece = piece[step]
@@ -30529,7 +30655,9 @@ def trial_words(data: bytes, place: tuple[str | int, ...]) -> str:
     return words
 
 
-def try_client(app: App, recipe: Recipe, values: dict[str, str], model: Model) -> str:
+def try_client(
+    app: App, recipe: ClientSetup, values: dict[str, str], model: Model
+) -> str:
     """One streamed request in the client's dialect through the running server."""
     dialect, began = recipe.dialect, time.monotonic()
     request = Request(
@@ -30877,8 +31005,8 @@ def cmd_completion(app: App, flags: argparse.Namespace) -> int:
 
 
 class Command(NamedTuple):
-    """One command: what it is for, its function, two examples of what one types behind it, and
-    the word that it needs."""
+    """One command: what it is for, its function, two examples of what one types behind
+    it, and the word that it needs."""
 
     about: str
     run: Callable[[App, argparse.Namespace], int]
@@ -30955,8 +31083,9 @@ def add_option(parser: Any, option: Option, is_shown: bool) -> None:
 
 
 def add_options(command: str, parser: Parser) -> None:
-    """The settings that this command takes, in the groups of OPTION_GROUPS.  Those of login and
-    network, which are many, are explained by `start` alone and only named by the others."""
+    """The settings that this command takes, in the groups of OPTION_GROUPS. Those of
+    login and network, which are many, are explained by `start` alone and only named by
+    the others."""
     named = {option.name: option for option in OPTIONS}
     hidden: list[Option] = []
     for title, names in OPTION_GROUPS.items():
@@ -31143,8 +31272,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 
 class RedactingFormatter(logging.Formatter):
-    """The last line of defence: whatever was logged, no token leaves through the log, no character
-    that a terminal obeys, and no line that pretends to be another record."""
+    """The last line of defence: whatever was logged, no token leaves through the log,
+    no character that a terminal obeys, and no line that pretends to be another
+    record."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """One line, the words of clients and upstreams in it escaped."""

@@ -1068,11 +1068,11 @@ def conversation(size: int) -> Json:
 
 def care(product: Any, body: Json) -> bool:
     """What transcript care does to a conversation that needs nothing -> was it left alone?"""
-    edit, model = product.Edit(body), product.Model(body["model"])
-    product.drop_nonce(edit)
+    edit, model = product.BodyEdit(body), product.Model(body["model"])
+    product.drop_billing_line(edit)
     product.expand_compactions(edit, product.MESSAGES)
-    product.pair_calls(edit, product.MESSAGES)
-    product.tidy_history(edit, product.MESSAGES, model)
+    product.pair_tool_results(edit, product.MESSAGES)
+    product.normalise_history(edit, product.MESSAGES, model)
     product.MESSAGES.fit_cache(edit, model)
     return not edit.changed
 

@@ -712,6 +712,6 @@ def document(name: str) -> str:
 
 def translated(client: str, upstream: str, body: dict[str, Any], model: cp.Model) -> Any:
     """(the upstream's Edit, the neutral Request) of a client's body, normalised first."""
-    edit = cp.Edit(body)
+    edit = cp.BodyEdit(body)
     cp.normalise(edit, cp.DIALECTS[client], model)
     return cp.translate_request(cp.DIALECTS[client], cp.DIALECTS[upstream], edit, model)

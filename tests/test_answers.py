@@ -170,7 +170,7 @@ class NamedFailures(unittest.TestCase):
                     {"type": "error", "code": code, "message": "no"},
                     {"status": "failed", "error": {"code": code, "message": "no"}},
                     {"error": {"message": '{"error":{"code":"%s","message":"no"}}' % code}}):
-                error = cp.told_error(shape)
+                error = cp.reported_error(shape)
                 self.assertEqual((str(error), error.status, error.types()[:2], error.answered),
                                  ("no", status, types, True), shape)
 
@@ -185,7 +185,7 @@ class NamedFailures(unittest.TestCase):
         for name, code in (("quota_exceeded", "insufficient_quota"),
                            ("user_global_rate_limited:pro", "rate_limit_exceeded"),
                            ("model_overloaded", "server_is_overloaded"), ("other", "other")):
-            error = cp.told_error({"error": {"code": name, "message": "no"}})
+            error = cp.reported_error({"error": {"code": name, "message": "no"}})
             self.assertEqual(error.response_code, code)
 
 

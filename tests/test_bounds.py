@@ -460,7 +460,7 @@ class LinearTest(unittest.TestCase):
         self.assertEqual([name for name, _ in request.losses], ["stop"])
 
         def watch(count: int) -> None:
-            cutter = cp.StopCutter(request.cut_at, cp.Meter())
+            cutter = cp.StopCutter(request.cut_at, cp.UsageMeter())
             cutter.feed(cp.PartStart(0, cp.Text("")))
             for _ in range(count):
                 cutter.feed(cp.PartDelta(0, "a" * 10))
@@ -913,7 +913,8 @@ class LearningTest(ProxyCase):
         self.fake.lenient = {"fields"}
         for name, case in TAUGHT.items():
             with self.subTest(name):
-                self.proxy.app.login.account.memory = cp.Memory()    # type: ignore[union-attr]
+                account: Any = self.proxy.app.login.account
+                account.memory = cp.LearnedRepairs()
                 self.refuse(case.refusal, lambda ask, case=case: all(    # type: ignore[misc]
                     ask.body.get(key) == value for key, value in case.refused.items()))
                 self.assertEqual(self.ask(case.path, dict(case.body, **case.refused)), 2)
@@ -941,7 +942,8 @@ class LearningTest(ProxyCase):
                         Refuse(413, "Request Entity Too Large")):
             with self.subTest(refusal.status):
                 self.refuse(refusal, lambda ask: b"aaaa" in ask.record.body)
-                self.proxy.app.login.account.memory = cp.Memory()    # type: ignore[union-attr]
+                account: Any = self.proxy.app.login.account
+                account.memory = cp.LearnedRepairs()
                 calls = [self.ask(CHAT, chat("", messages=self.turns("a"))) for _ in range(2)]
                 self.assertEqual(calls, [2, 1])
                 self.assertEqual(self.ask(CHAT, chat("", messages=self.turns("b", "c"))), 1)
@@ -1066,25 +1068,27 @@ class LeavingTest(ProxyCase):
     def test_preparing_stops_when_the_client_has_left(self) -> None:
         begun, go_on, over = (threading.Event() for _ in range(3))
         steps: list[str] = []
-        pair_calls, fit_body, tidy = cp.pair_calls, cp.fit_body, cp.tidy_history
+        pair_results, prepare = cp.pair_tool_results, cp.prepare_body
+        tidy = cp.normalise_history
 
         def pair(*what: Any) -> None:
             begun.set()
             go_on.wait(DEADLINE_S)
-            pair_calls(*what)
+            pair_results(*what)
 
         def fit(*what: Any) -> None:
             try:
-                fit_body(*what)
+                prepare(*what)
             finally:
                 over.set()
 
         def count(*what: Any) -> None:
-            steps.append("tidy_history")
+            steps.append("normalise_history")
             tidy(*what)
 
         self.addCleanup(go_on.set)
-        self.enter(mock.patch.multiple(cp, pair_calls=pair, fit_body=fit, tidy_history=count))
+        self.enter(mock.patch.multiple(
+            cp, pair_tool_results=pair, prepare_body=fit, normalise_history=count))
         for path in ("messages", "chat/completions"):
             with self.subTest(path):
                 seen = len(self.proxy.get("/stats").json["recent"])

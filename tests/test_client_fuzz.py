@@ -77,7 +77,7 @@ class FuzzTest(unittest.TestCase):
                     client.interaction(odd)
                     client.has_images(odd)
                     try:
-                        edit = cp.Edit(copy.deepcopy(odd))
+                        edit = cp.BodyEdit(copy.deepcopy(odd))
                         made, _ = cp.translate_request(client, cp.DIALECTS[upstream], edit,
                                                        rng.choice(models))
                         json.loads(cp.dumps(made.body))

@@ -51,7 +51,7 @@ class ClaudeCode(ClientCase):
         "user-agent": "claude-cli/2.1.197 (external, cli)", "x-stainless-lang": "js",
         "x-stainless-retry-count": "0", "accept-encoding": "gzip, deflate, br, zstd",
         "anthropic-dangerous-direct-browser-access": "true"}
-    NAMES = ("Bash", "Edit", "Read", "Task", "Glob", "Grep", "Write", "TodoWrite", "WebFetch")
+    NAMES = ("Bash", "BodyEdit", "Read", "Task", "Glob", "Grep", "Write", "TodoWrite", "WebFetch")
 
     def body(self, **more: Any) -> dict[str, Any]:
         """The first request of a session: 115 KB, most of it tools, for a one-word prompt."""

@@ -1,4 +1,4 @@
-"""Copilot tokens, their hosts, direct mode, the catalogue, and the law of Refreshed."""
+"""Copilot tokens, their hosts, direct mode, the catalogue, and the law of RefreshingValue."""
 from __future__ import annotations
 
 import email.utils
@@ -680,8 +680,8 @@ class RefreshedTest(unittest.TestCase):
             raise self.error
         return "value %d" % number
 
-    def make(self, *pauses_s: float) -> cp.Refreshed:
-        return cp.Refreshed(self.fetch, lambda value: value in self.due | self.dead,
+    def make(self, *pauses_s: float) -> cp.RefreshingValue:
+        return cp.RefreshingValue(self.fetch, lambda value: value in self.due | self.dead,
                             lambda value: value in self.dead, pauses_s or (0.0,))
 
     def test_many_threads_make_one_fetch_and_share_its_value(self) -> None:

@@ -291,17 +291,17 @@ class StartTest(FolderCase):
 
     def test_beyond_loopback_a_key_is_needed_whatever_its_source(self) -> None:
         with self.assertRaises(cp.ConfigError) as caught:
-            cp.guard_door(self.app(host="0.0.0.0"))
+            cp.ensure_api_key(self.app(host="0.0.0.0"))
         self.assertIn("--api-key", str(caught.exception))
-        self.assertEqual(cp.guard_door(self.app(host="0.0.0.0", api_key=(KEY,))), "")
+        self.assertEqual(cp.ensure_api_key(self.app(host="0.0.0.0", api_key=(KEY,))), "")
         self.app().accounts.keys.add("made-up-key", "octocat", "ghu_octocat")   # not one
         with self.assertRaises(cp.ConfigError):
-            cp.guard_door(self.app(host="0.0.0.0"))
-        told = cp.guard_door(self.app(host="0.0.0.0", api_key=("auto",)))
+            cp.ensure_api_key(self.app(host="0.0.0.0"))
+        told = cp.ensure_api_key(self.app(host="0.0.0.0", api_key=("auto",)))
         key = told.split()[-1]
         self.assertTrue(self.app().accounts.keys.find(key))
-        self.assertEqual(cp.guard_door(self.app(host="::")), "")          # it is stored now
-        again = cp.guard_door(self.app(host="0.0.0.0", api_key=("auto",)))
+        self.assertEqual(cp.ensure_api_key(self.app(host="::")), "")          # it is stored now
+        again = cp.ensure_api_key(self.app(host="0.0.0.0", api_key=("auto",)))
         self.assertNotIn(key, again)
         self.assertIn(self.app().accounts.keys.find(key).id, again)
 

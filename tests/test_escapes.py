@@ -139,7 +139,7 @@ class LabelTest(Case):
     def test_names_of_lanes_are_escaped_as_prometheus_reads_them(self) -> None:
         name = EVIL + '"\\'
         account = self.proxy.app.login.account
-        self.proxy.app.ledger.see_quotas(account, "usage", {
+        self.proxy.app.ledger.record_quotas(account, "usage", {
             name: {"entitlement": 10, "remaining": 5}})
         text = self.proxy.get("/metrics").body.decode()
         self.assert_clean(text)

@@ -229,7 +229,7 @@ class MeterTest(unittest.TestCase):
 
     def test_odd_values_are_not_counts(self) -> None:
         for odd in (None, True, -1, "5", 1.5, 1e300, 2 ** 63, [], {}):
-            meter = cp.Meter()
+            meter = cp.UsageMeter()
             meter.take({"usage": {"prompt_tokens": odd, "output_tokens": odd,
                                   "prompt_tokens_details": {"cached_tokens": odd}},
                         "copilot_usage": {"total_nano_aiu": odd}})

@@ -50,7 +50,7 @@ class LedgerTest(unittest.TestCase):
         record = self.begin()
         record.account = account
         record.begin_answer(200)
-        meter = cp.Meter()
+        meter = cp.UsageMeter()
         meter.take({"usage": {"prompt_tokens": 7, "completion_tokens": 1}})
         record.hear({}, meter)
         self.ledger.record(record)
@@ -66,7 +66,7 @@ class LedgerTest(unittest.TestCase):
 
     def test_lanes_name_their_account_as_it_is_called_now(self) -> None:
         account: Any = FakeAccount("0a1b")
-        self.ledger.see_quotas(account, "usage", {"chat": {"entitlement": 10, "remaining": 5}})
+        self.ledger.record_quotas(account, "usage", {"chat": {"entitlement": 10, "remaining": 5}})
         account.name = "octocat"
         lane = self.ledger.lanes()[0]
         self.assertEqual((lane["account"], lane["source"], lane["left"]), ("octocat", "usage", 5))
@@ -74,7 +74,7 @@ class LedgerTest(unittest.TestCase):
 
     def test_lanes_are_bounded(self) -> None:
         account: Any = FakeAccount("one")
-        self.ledger.see_quotas(account, "usage", {
+        self.ledger.record_quotas(account, "usage", {
             str(number): {} for number in range(cp.MAX_NAMES + 5)})
         self.assertEqual(len(self.ledger.quotas), cp.MAX_NAMES)
 

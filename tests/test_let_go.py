@@ -25,7 +25,7 @@ class LetGoTest(ProxyCase):
         self.addCleanup(gc.enable)
 
     def still_there(self) -> list[Any]:
-        return [one for one in gc.get_objects() if isinstance(one, cp.Exchange)]
+        return [one for one in gc.get_objects() if isinstance(one, cp.HttpExchange)]
 
     def assert_let_go(self, path: str, body: Any, status: int) -> None:
         gc.collect()

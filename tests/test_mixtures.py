@@ -58,7 +58,7 @@ class Checks:
 
     def last_refusal(self, plan: Any) -> str:
         """Why the service refuses it in the end, after the repairs; "" when it takes it."""
-        memory = cp.Memory()
+        memory = cp.LearnedRepairs()
         memory.prepare(plan)
         for _ in range(cp.MAX_REPAIRS):
             error = self.refusal(plan)

@@ -208,7 +208,7 @@ def body_of(dialect: str, **more: Any) -> Any:
 
 
 def normalised(dialect: str, body: Any) -> Any:
-    edit = cp.Edit(body)
+    edit = cp.BodyEdit(body)
     cp.normalise(edit, cp.DIALECTS[dialect], MODEL)
     return edit
 
@@ -396,7 +396,7 @@ class SchemaTest(unittest.TestCase):
 
     def fitted(self, schema: Any, **more: Any) -> Any:
         tool = {"type": "function", "name": "f", "parameters": copy.deepcopy(schema), **more}
-        edit = cp.Edit({"model": "m", "input": "hi", "tools": [tool]})
+        edit = cp.BodyEdit({"model": "m", "input": "hi", "tools": [tool]})
         cp.fit_openai_tools(edit, cp.RESPONSES)
         return edit
 

@@ -52,7 +52,7 @@ class RecordTest(unittest.TestCase):
     def test_counts_of_all_answers_are_one_sum(self) -> None:
         made = record()
         for _ in range(2):
-            meter = cp.Meter()
+            meter = cp.UsageMeter()
             made.hear({}, meter)
             meter.take({"usage": {"prompt_tokens": 10, "completion_tokens": 2}})
         row = made.row()

@@ -313,7 +313,7 @@ class TableTest(Posting):
             for first, second in ((False, True), (True, False)):
                 with self.subTest(case.name, body=case.body, stream=first):
                     proxy = self.proxy
-                    proxy.app.login.account.memory = cp.Memory()   # type: ignore[union-attr]
+                    proxy.app.login.account.memory = cp.LearnedRepairs()  # type: ignore[union-attr]
                     before = self.calls(self.fake)
                     reply = self.post(proxy, case, stream=first)
                     self.assertEqual(reply.status, 200, reply.body)
@@ -440,7 +440,7 @@ class PatchTest(unittest.TestCase):
                 plan = cp.Plan.make(dialect, dialect, body, model, 0, "k")
                 if number:
                     plan.edit.body = self.mutilated(case.body, wild, chance)
-                memory = cp.Memory()
+                memory = cp.LearnedRepairs()
                 memory.prepare(plan)
                 for refusal in own + chance.sample(refusals, 12):
                     error = raised(refusal)
@@ -507,14 +507,14 @@ class CousinTest(Posting):
             error = cp.UpstreamError("x" * 2000, 400)
             error.answered = True
             plan = mock.Mock(repairs=cp.PlanRepairs())
-            self.assertFalse(cp.Memory().repair(plan, error))
-        self.assertTrue(seen and max(seen) <= cp.MAX_SAID)
+            self.assertFalse(cp.LearnedRepairs().repair(plan, error))
+        self.assertTrue(seen and max(seen) <= cp.REPAIR_TEXT_CHARS)
 
     def refuse_all(self, refusal: Refuse) -> None:
         def refuse(ask: Ask) -> None:
             raise refusal
         self.fake.refusals = [refuse]
-        self.proxy.app.login.account.memory = cp.Memory()      # type: ignore[union-attr]
+        self.proxy.app.login.account.memory = cp.LearnedRepairs()      # type: ignore[union-attr]
 
     def test_what_carries_the_meaning_stays(self) -> None:
         schema = {"type": "json_schema", "json_schema": {"name": "o", "schema": {"type": "object"}}}

@@ -26,7 +26,7 @@ PLAIN_SCHEMA = {"type": "object", "properties": {}}
 def prepared(dialect: Any, body: Any, model: Any) -> Any:
     """The Edit after `prepare`; `changed` must tell the truth."""
     before = json.dumps(body)
-    edit = cp.Edit(copy.deepcopy(body))
+    edit = cp.BodyEdit(copy.deepcopy(body))
     dialect.prepare(edit, model)
     if not edit.changed:
         assert json.dumps(edit.body) == before, "changed without saying so"
@@ -501,10 +501,10 @@ class MessagesRequests(Requests):
         self.unchanged(HAIKU, body)
 
     def test_count_takes_the_counted_fields_only(self) -> None:
-        edit = cp.Edit(message(system="s", tools=[{"name": "a", "input_schema": PLAIN_SCHEMA}],
+        edit = cp.BodyEdit(message(system="s", tools=[{"name": "a", "input_schema": PLAIN_SCHEMA}],
                                tool_choice={"type": "auto"}, thinking={"type": "adaptive"},
                                stream=True, metadata={}))
-        cp.fit_body(edit, cp.MESSAGES, SONNET)
+        cp.prepare_body(edit, cp.MESSAGES, SONNET)
         cp.MESSAGES.prepare_count(edit)
         self.assertEqual(set(edit.body), {"model", "messages", "system", "tools", "tool_choice"})
 
@@ -585,7 +585,7 @@ class WrongTypes(unittest.TestCase):
             self.assertIsInstance(dialect.has_images(body), bool)
             dialect.stream("a", body)
             self.assertGreater(cp.estimate_tokens(body), 0)
-            edit = cp.Edit(body)
+            edit = cp.BodyEdit(body)
             try:
                 dialect.prepare(edit, model)
                 cp.dumps(edit.body)
@@ -611,7 +611,7 @@ class WrongTypes(unittest.TestCase):
         self.assertEqual(order, [key for key in body if key in edit.body])
 
     def test_edit_says_changed_only_when_it_is(self) -> None:
-        edit = cp.Edit({"a": 1, "l": [1, 2]})
+        edit = cp.BodyEdit({"a": 1, "l": [1, 2]})
         edit.set(edit.body, "a", 1)
         edit.drop(edit.body, "b", "reason")
         edit.replace(edit.body, "l", list(edit.body["l"]))

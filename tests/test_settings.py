@@ -65,7 +65,7 @@ class SettingsRules(unittest.TestCase):
             with self.subTest(host=host):
                 app = cp.App(cp.Settings(host=host, data_dir=folder).check(), {})
                 with self.assertRaises(cp.ConfigError) as caught:
-                    cp.guard_door(app)
+                    cp.ensure_api_key(app)
                 self.assertIn("--host", str(caught.exception))
                 self.assertIn("--api-key", str(caught.exception))
 

@@ -12,7 +12,7 @@ BODY = b'\n { "model" : "m",  "messages":[{"role":"user","content":"\\u00e4 {"}]
 
 class SpliceTest(unittest.TestCase):
     def setUp(self) -> None:
-        self.edit = cp.Edit(json.loads(BODY))
+        self.edit = cp.BodyEdit(json.loads(BODY))
 
     def sent(self, model: str = "m") -> bytes:
         data = cp.fit_model(BODY, self.edit, model)
@@ -46,7 +46,7 @@ class SpliceTest(unittest.TestCase):
             change_an_added_one,
             drop_an_added_one,
         ):
-            self.edit = cp.Edit(json.loads(BODY))
+            self.edit = cp.BodyEdit(json.loads(BODY))
             change()
             self.assertTrue(self.edit.is_rewritten)
             self.sent()

@@ -110,9 +110,9 @@ class VendorToolTest(unittest.TestCase):
             self.assertEqual(names(upstream, edit.body), [tool["name"] for tool in tools])
             for holder, key in cp.DIALECTS[upstream].tool_schemas(edit.body):
                 self.assertTrue(holder[key]["properties"])
-        edit = cp.Edit(copy.deepcopy(body))
+        edit = cp.BodyEdit(copy.deepcopy(body))
         cp.normalise(edit, cp.MESSAGES, CLAUDE)
-        cp.fit_body(edit, cp.MESSAGES, CLAUDE)
+        cp.prepare_body(edit, cp.MESSAGES, CLAUDE)
         self.assertEqual(names("messages", edit.body), [tool["name"] for tool in tools])
         self.assertEqual(edit.body["tool_choice"]["name"], "bash")
 
@@ -129,7 +129,7 @@ class CarriedToolTest(unittest.TestCase):
             with self.subTest(upstream=upstream):
                 body: Any = {"model": "m", "input": [copy.deepcopy(self.CARRIER), USER]}
                 if upstream == "responses":
-                    edit = cp.Edit(body)
+                    edit = cp.BodyEdit(body)
                     cp.normalise(edit, cp.RESPONSES, model)
                     self.assertEqual(edit.body["tools"], self.CARRIER["tools"])
                     self.assertEqual(edit.body["input"], [USER])

@@ -137,12 +137,12 @@ STRICT: Any = SimpleNamespace(lenient=set(), compacts=False, gemini_needs_opaque
                               is_sealed=lambda *sealed: True)
 
 
-def fitted(dialect: str, body: Any, model: str = "") -> cp.Edit:
+def fitted(dialect: str, body: Any, model: str = "") -> cp.BodyEdit:
     """The Edit of a body that goes up; `changed` must tell the truth."""
-    before, edit = json.dumps(body), cp.Edit(copy.deepcopy(body))
-    cp.drop_nonce(edit)
+    before, edit = json.dumps(body), cp.BodyEdit(copy.deepcopy(body))
+    cp.drop_billing_line(edit)
     cp.expand_compactions(edit, cp.DIALECTS[dialect])
-    cp.fit_body(edit, cp.DIALECTS[dialect], MODELS[model or UPSTREAMS[dialect]])
+    cp.prepare_body(edit, cp.DIALECTS[dialect], MODELS[model or UPSTREAMS[dialect]])
     if not edit.changed:
         assert json.dumps(edit.body) == before, "changed without saying so"
     return edit
@@ -168,8 +168,8 @@ class PairingTest(unittest.TestCase):
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [
             {"type": "tool_use", "id": "t1", "name": "f", "input": {}}]},
             {"type": []}, {"role": "user", "content": [{"type": "text", "text": "b"}]}]
-        edit = cp.Edit({"model": "m", "messages": copy.deepcopy(turns)})
-        cp.pair_calls(edit, cp.MESSAGES)
+        edit = cp.BodyEdit({"model": "m", "messages": copy.deepcopy(turns)})
+        cp.pair_tool_results(edit, cp.MESSAGES)
         sent = edit.body["messages"]
         self.assertEqual(sent[:2] + sent[3:], turns)
         self.assertEqual([(block["type"], block["tool_use_id"]) for block in sent[2]["content"]],
@@ -181,9 +181,9 @@ class PairingTest(unittest.TestCase):
                 items, _ = some_history(random.Random(seed), dialect)
                 writer = History(dialect)
                 writer.items = items
-                edit = cp.Edit(writer.body())
-                cp.pair_calls(edit, cp.DIALECTS[dialect])
-                cp.tidy_history(edit, cp.DIALECTS[dialect], MODELS[UPSTREAMS[dialect]])
+                edit = cp.BodyEdit(writer.body())
+                cp.pair_tool_results(edit, cp.DIALECTS[dialect])
+                cp.normalise_history(edit, cp.DIALECTS[dialect], MODELS[UPSTREAMS[dialect]])
                 with self.subTest(dialect=dialect, seed=seed):
                     self.assertFalse(edit.changed)
                     self.assertEqual(edit.body, writer.body())
@@ -213,8 +213,8 @@ class PairingTest(unittest.TestCase):
             self.assertLessEqual(count, max(1, calls - 1), text)
         again = fitted(dialect, edit.body, model)
         self.assertEqual(again.body, edit.body)
-        once = cp.Edit(copy.deepcopy(edit.body))
-        cp.pair_calls(once, cp.DIALECTS[dialect])
+        once = cp.BodyEdit(copy.deepcopy(edit.body))
+        cp.pair_tool_results(once, cp.DIALECTS[dialect])
         self.assertFalse(once.changed, "not idempotent")
 
     def test_mutated_histories_are_accepted_in_every_cell(self) -> None:
@@ -304,8 +304,8 @@ class PairingTest(unittest.TestCase):
             chat_history.say("user", "go")
             chat_history.call("call_0")
             chat_history.results(call_0=word)
-        edit = cp.Edit(chat_history.body())
-        cp.pair_calls(edit, cp.CHAT)
+        edit = cp.BodyEdit(chat_history.body())
+        cp.pair_tool_results(edit, cp.CHAT)
         self.assertFalse(edit.changed)
 
     def test_results_stand_before_text_and_in_one_turn_for_anthropic(self) -> None:
@@ -316,8 +316,8 @@ class PairingTest(unittest.TestCase):
         writer.call("a", "b")
         writer.items += [{"role": "user", "content": [{"type": "text", "text": "t"}, result("a")]},
                          {"role": "user", "content": [result("b")]}]
-        edit = cp.Edit(writer.body())
-        cp.pair_calls(edit, cp.MESSAGES)
+        edit = cp.BodyEdit(writer.body())
+        cp.pair_tool_results(edit, cp.MESSAGES)
         self.assertEqual(edit.body["messages"][2:], [{"role": "user", "content": [
             result("a"), result("b"), {"type": "text", "text": "t"}]}])
 
@@ -961,7 +961,7 @@ class CompactionTest(ProxyCase):
 
     def test_what_models_did_before_the_item_is_left_out(self) -> None:
         item = {"type": "compaction", "encrypted_content": cp.pack_opaque("compaction", None, "S")}
-        edit = cp.Edit({"input": [*self.history(), {"type": "compaction_trigger"}, item,
+        edit = cp.BodyEdit({"input": [*self.history(), {"type": "compaction_trigger"}, item,
                                   {"role": "user", "content": "go on"}]})
         cp.expand_compactions(edit, cp.RESPONSES)
         self.assertEqual([(i.get("role"), i["content"]) for i in edit.body["input"]], [

@@ -117,7 +117,7 @@ class WholeAnswers(unittest.TestCase):
             self.assertEqual(cp.read_usage(odd), {})
 
     def test_later_reports_replace_earlier_ones_and_empty_ones_wipe_nothing(self) -> None:
-        meter = cp.Meter()
+        meter = cp.UsageMeter()
         self.assertIsNone(meter.usage)
         meter.take({"message": {"usage": {"input_tokens": 5, "output_tokens": 1}}})
         meter.take({"usage": {"output_tokens": 9}})
@@ -131,7 +131,7 @@ class WholeAnswers(unittest.TestCase):
             "cached_tokens": 30, "cache_write_tokens": 50}}
         answer = {"id": "1", "model": "m", "usage": usage, "choices": [{
             "index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "a"}}]}
-        meter = cp.Meter()
+        meter = cp.UsageMeter()
         request = cp.Request("m", "messages")
         response = cp.read_answer(cp.CHAT, cp.dumps(answer), False, request, meter)
         shown = cp.MESSAGES.encode_response(response, request)["usage"]

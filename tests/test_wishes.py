@@ -15,7 +15,7 @@ WORDS = "one two three END four \n\nfive END"
 
 def cut(pieces: list[str], stops: list[str]) -> tuple[str, cp.ResponseEnd]:
     """The text and the end of an answer whose text comes in these pieces."""
-    meter = cp.Meter()
+    meter = cp.UsageMeter()
     cutter = cp.StopCutter(stops, meter)
     events: list[cp.Event] = [cp.ResponseStart("r", "m"), cp.PartStart(0, cp.Text(""))]
     events += [cp.PartDelta(0, piece) for piece in pieces]
@@ -52,7 +52,7 @@ class StopCutterTest(unittest.TestCase):
         self.assertEqual(cut(list("aaa"), ["ab"])[0], "aaa")
 
     def test_open_parts_are_closed_before_the_end(self) -> None:
-        cutter = cp.StopCutter(["END"], cp.Meter())
+        cutter = cp.StopCutter(["END"], cp.UsageMeter())
         cutter.feed(cp.PartStart(0, cp.Text("")))
         cutter.feed(cp.PartStart(1, cp.ToolCall("c", "f")))
         kinds = [type(event).__name__ for event in cutter.feed(cp.PartDelta(0, "aEND"))]
