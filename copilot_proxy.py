@@ -1428,6 +1428,34 @@ def count_or_none(value: Any) -> int | None:
     return None
 
 
+def word(value: Any) -> str | None:
+    """A non-empty string, or None; clients also send null and ""."""
+    if isinstance(value, str) and value:
+        return value
+    return None
+
+
+def words(value: Any) -> list[str]:
+    return list(filter(word, [value] if isinstance(value, str) else as_list(value)))
+
+
+def positive(value: Any) -> int | None:
+    """A limit in tokens; some clients say null or -1 for none."""
+    return count_or_none(value) or None
+
+
+def flag(value: Any) -> bool | None:
+    """`value` where it is a boolean, else None."""
+    if isinstance(value, bool):
+        return value
+    return None
+
+
+def without_none(**fields: Any) -> Json:
+    """The fields that have a value.  (a=1, b=None) -> {"a": 1}"""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def count_or_zero(value: Any) -> int:
     """A whole JSON number that can be a count, else 0."""
     return count_or_none(value) or 0
@@ -4227,6 +4255,352 @@ def is_search_tool(tool: Json) -> bool:
     return kind == "web_search" or kind.startswith(SEARCH_TOOLS)
 
 
+OPAQUE_TAG = "cpx1."  # marks state that this proxy packed; a dot never is in base64
+
+
+def pack_opaque(dialect: str, state_id: str | None, blob: str) -> str:
+    """Foreign state for a client's own slot: '<tag><base64 of [dialect, id, blob]>'."""
+    if state_id and len(state_id) <= MAX_ID_CHARS:
+        kept = state_id
+    else:
+        kept = None
+    return OPAQUE_TAG + base64.b64encode(dumps([dialect, kept, blob])).decode()
+
+
+def is_packed(state: Any) -> bool:
+    return isinstance(state, str) and state.startswith(OPAQUE_TAG)
+
+
+def unpack_opaque(text: Any) -> list[tuple[str, str | None, str]]:
+    """[(dialect, id, blob)] of one packed state, or of several that a client has
+    joined; [] for anything that was not packed here."""
+    if not is_packed(text):
+        return []
+    found = []
+    pieces = text.split(OPAQUE_TAG, MAX_JOINED_STATES + 1)
+    for piece in pieces[1 : MAX_JOINED_STATES + 1]:
+        try:
+            dialect, state_id, blob = loads(base64.b64decode(piece))
+            found.append((str(dialect), word(state_id), str(blob)))
+        except (TypeError, ValueError):
+            found.append(("", None, ""))
+    return found
+
+
+ASTRAY = "the model sent endless white space as tool arguments"
+
+
+def is_runaway_whitespace(blanks: dict[int, int], index: int, text: str) -> bool:
+    """Has call `index` with this piece got nothing but white space for too long?"""
+    blank = len(text) - len(text.rstrip("\r\n\t "))
+    run = blanks[index] = blank + (blanks.get(index, 0) if blank == len(text) else 0)
+    return run > MAX_WHITESPACE_RUN
+
+
+_ESCAPED = re.compile(rb"[\x00-\x1f\\]")  # what does not stand in JSON as it is
+
+
+class StreamDecoder:
+    """Turns upstream events into neutral events: `read(data of a frame)`, then
+    `close()`.
+
+    `ended` is True after a ResponseEnd or StreamError. `close` never ends politely by
+    itself: a stream without its terminal event becomes a StreamError. The end of a
+    Reasoning is emitted together with the next event, see StreamRelay."""
+
+    TEXT_KEYS: tuple[bytes, ...] = ()  # JSON keys of the text of a delta
+
+    def __init__(self, dialect: Any) -> None:
+        self.dialect = dialect
+        self.ended = False
+        self.meter = UsageMeter()
+        self._started = False
+        self._events: list[Event] = []
+        self._held: list[Event] = []  # the end of a Reasoning
+        self._next = 0
+        self._slots: dict[Any, int] = {}  # the upstream's name of a part -> our index
+        self._open: dict[int, Part] = {}  # index -> skeleton
+        self._empty: set[int] = set()  # parts without any delta so far
+        self._blanks: dict[int, int] = {}  # index -> run of white space in arguments
+        self._stop_word = "stop"  # why it stopped, as the parts so far tell it
+        self._template = DeltaTemplate()  # of the last delta
+        self._template_index = -1  # ... and its part
+
+    def count_with(self, meter: UsageMeter) -> None:
+        """Usage and the like go into this one."""
+        self.meter = meter
+
+    def read(self, data: bytes) -> list[Event]:
+        """Events of one frame's data. A frame that equals the last delta but for one
+        JSON string is not parsed: the rest of it means the same as last time."""
+        steady = self._steady(data)
+        text = self._template.match(steady)
+        if text:
+            quick = self._read_text(text)
+            if quick:
+                return quick
+
+        self._events = []
+        if self.ended or not data:
+            return self._events
+        if data.strip() == b"[DONE]":
+            self._done()
+            return self._events
+        try:
+            event = as_object(loads(data))
+        except ValueError:
+            self._fail(UpstreamError(NOT_JSON))
+            return self._events
+
+        self.meter.take(event)
+        self._read_event(event)
+        if len(self._events) == 1 and isinstance(self._events[0], PartDelta):
+            self._learn(self._events[0], steady)
+        return self._events
+
+    def _read_text(self, text: bytes) -> list[Event]:
+        """A delta of the part that the last one was of; [] for what must be looked into."""
+        try:
+            if b"\\" not in text:
+                plain = text.decode()
+            else:
+                plain = _decode('"%s"' % text.decode())
+        except ValueError:
+            return []
+        if plain.isspace():
+            return []
+        self._blanks.pop(self._template_index, None)
+        return [PartDelta(self._template_index, plain)]
+
+    def _learn(self, event: PartDelta, steady: bytes) -> None:
+        if event.logprobs is None and self._template.learn(
+            steady, event.text, self.TEXT_KEYS
+        ):
+            self._template_index = event.index
+
+    def _steady(self, data: bytes) -> bytes:
+        """The frame without the parts that differ between deltas but carry no meaning."""
+        return data
+
+    def _steady_block(self, block: bytes) -> bytes:
+        """The same for all frames of a block."""
+        return block
+
+    @property
+    def last_index(self) -> int:
+        """The part that the last delta was of, -1 where that says nothing of the next one."""
+        return self._template_index
+
+    def read_texts(self, block: bytes) -> list[bytes]:
+        """The texts of a block of deltas of that part, as JSON has them, which is as
+        they are: where one has an escape, or the block needs a look, there are none."""
+        start = block[: block.find(b"data: ") + 6]
+        steady = self._steady_block(block)
+        texts = self._template.match_all(steady, start, b"\n\n")
+        try:
+            plain = [text.decode() for text in texts]
+        except ValueError:
+            return []
+        if (
+            _ESCAPED.search(b"".join(texts))
+            or any(map(str.isspace, plain))
+            or not all(plain)
+        ):
+            return []
+        self._blanks.pop(self._template_index, None)
+        return texts
+
+    def read_whole(self, body: Json) -> list[Event]:
+        """The events of an answer that is no stream."""
+        self._events = []
+        self.meter.take(body)
+        self._read_event(body)
+        return self._events + (self.close() if not self.ended else [])
+
+    def close(self) -> list[Event]:
+        """The upstream's body has ended, without an error of the transport."""
+        self._events = []
+        if not self.ended:
+            self._finish()
+        if not self.ended:
+            self._fail(UpstreamError(CUT_SHORT, code="upstream_stream_ended"))
+        return self._events
+
+    def _read_event(self, event: Json) -> None:
+        raise NotImplementedError
+
+    def _done(self) -> None:
+        """Handle the upstream's [DONE], which most dialects ignore."""
+
+    def _finish(self) -> None:
+        """Hook for a proper end of the body; may still emit a ResponseEnd."""
+
+    # -- events
+
+    def _emit(self, event: Event) -> None:
+        """Emit an event after those that were held back for it."""
+        if self._held:
+            self._events += self._held
+            self._held = []
+        self._events.append(event)
+
+    def _start(self, answer: Json) -> None:
+        if self._started:
+            return
+        self._started = True
+        self._emit(
+            ResponseStart(
+                str(answer.get("id") or ""),
+                str(answer.get("model") or ""),
+                count_or_zero(answer.get("created", answer.get("created_at"))),
+                word(answer.get("system_fingerprint")),
+                word(answer.get("service_tier")),
+            )
+        )
+
+    def _begin(self, part: Part) -> int:
+        """A part begins -> its index."""
+        if isinstance(part, ToolCall):
+            self._stop_word = "tool_use"
+        elif isinstance(part, Text) and part.refusal and self._stop_word == "stop":
+            self._stop_word = "refusal"
+        self._start({})
+        index, self._next = self._next, self._next + 1
+        self._template.forget()
+        self._open[index] = part
+        self._empty.add(index)
+        self._emit(PartStart(index, part))
+        return index
+
+    def _slot(self, key: Any, part: Part) -> int:
+        """Our index of what the upstream calls `key`; it begins here if it has not yet."""
+        if key not in self._slots:
+            self._slots[key] = self._begin(part)
+        return self._slots[key]
+
+    def _delta(self, index: int, text: Any, logprobs: Any = None) -> None:
+        """More of a part; nothing for one that is not open."""
+        part = self._open.get(index)
+        tokens = [token for token in as_list(logprobs) if isinstance(token, dict)]
+        text = text if isinstance(text, str) else ""
+        if part is None or not (text or tokens):
+            return
+        self._empty.discard(index)
+        if isinstance(part, ToolCall) and is_runaway_whitespace(
+            self._blanks, index, text
+        ):
+            self._fail(UpstreamError(ASTRAY))
+        else:
+            self._emit(PartDelta(index, text, tokens or None))
+
+    def _cite(self, index: int, citations: Iterable[Citation]) -> None:
+        """Sources of a text that is open."""
+        if isinstance(self._open.get(index), Text):
+            for citation in citations:
+                self._emit(PartCitation(index, citation))
+
+    def _end(
+        self, index: int, signature: str | None = None, minted_by: str = ""
+    ) -> None:
+        """A part ends; signature: of a Reasoning, made by the dialect `minted_by`."""
+        part = self._open.pop(index, None)
+        if part is None or self.ended:
+            return
+        self._template.forget()
+        if isinstance(part, ToolCall) and index in self._empty:
+            self._emit(PartDelta(index, "{}"))
+        if not isinstance(part, Reasoning):
+            self._emit(PartEnd(index))
+            return
+
+        if signature:
+            # a proxy behind this proxy
+            state_id, packed = None, unpack_opaque(signature)
+            if packed:
+                minted_by, state_id, signature = packed[0]
+            self._held.append(PartSignature(index, signature, minted_by, state_id))
+        self._held.append(PartEnd(index))
+
+    def _stop(self, raw: str, stop_sequence: str | None = None) -> None:
+        """Map the dialect's stop reason `raw`; a plain stop may mean more, depending on
+        the parts."""
+        self._start({})
+        for index in sorted(self._open):
+            self._end(index)
+        self.ended = True
+        stop = self.dialect.TO_NEUTRAL.get(raw, "stop")
+        if stop == "stop":
+            stop = self._stop_word
+        self._emit(ResponseEnd(stop, self.meter.usage, stop_sequence))
+
+    def _fail(self, error: UpstreamError) -> None:
+        """End with an error; events that were held back are dropped."""
+        self.ended = True
+        self._held = []
+        self._template.forget()
+        forget_frames(error)
+        self._events.append(StreamError(error))
+
+
+class StreamEncoder:
+    """Neutral events in, bytes of the client's dialect out: `feed(event)`; `ended` is
+    True behind the terminal event. A delta is the part's frame, cut where the text
+    belongs."""
+
+    MARK, QUOTED_MARK = "\0", dumps("\0")
+    METHODS = (
+        (ResponseStart, "_start"),
+        (PartStart, "_begin"),
+        (PartDelta, "_delta"),
+        (PartCitation, "_cite"),
+        (PartSignature, "_sign"),
+        (PartEnd, "_end"),
+        (ResponseEnd, "_stop"),
+        (StreamError, "_fail"),
+    )
+
+    def __init__(self, dialect: Any, request: Request) -> None:
+        self.dialect, self.request = dialect, request
+        self.ended = False
+        self.final: (
+            tuple[()] | tuple[str, bytes]
+        ) = ()  # id and frame of a whole response
+        self._frames: dict[int, list[bytes]] = {}  # index -> what stands around a text
+        self._on: dict[type[Event], Callable[[Any], bytes]] = {
+            kind: getattr(self, name) for kind, name in self.METHODS
+        }
+
+    def take_final(self) -> tuple[()] | tuple[str, bytes]:
+        """Id and frame of a whole response, once."""
+        final, self.final = self.final, ()
+        return final
+
+    def feed(self, event: Event) -> bytes:
+        """The bytes of one event, b"" behind the end."""
+        if self.ended:
+            return b""
+        return self._on[type(event)](event)
+
+    def around(self, index: int) -> list[bytes]:
+        """What stands before and behind the text in each delta of this part now;
+        another number of pieces where more changes than one text, or anything is kept
+        of it."""
+        return []
+
+    def _delta(self, event: PartDelta) -> bytes:
+        return dumps(event.text).join(self._frames[event.index])
+
+    def _end(self, event: PartEnd) -> bytes:
+        return b""
+
+    def _cite(self, event: PartCitation) -> bytes:
+        return b""
+
+    def _fail(self, event: StreamError) -> bytes:
+        self.ended = True
+        return bytes(self.dialect.error_frame(event.error))
+
+
 class Dialect:
     """The interface of all dialects. Instances are stateless: the state of a stream
     lives in its StreamRelay."""
@@ -4648,7 +5022,6 @@ def refuse_image_urls(content: Any, place: str) -> None:
 
 # ---- From one dialect to another: what all share ----
 
-OPAQUE_TAG = "cpx1."  # marks state that this proxy packed; a dot never is in base64
 FOREIGN_STATE = "minted by another dialect"
 NO_COUNTERPART = "no counterpart in the model's dialect"
 OUTPUT_TOOL = "structured_output"
@@ -4696,63 +5069,6 @@ _CALL_ID = re.compile(
     r"[A-Za-z0-9_-]{1,40}\Z"
 )  # 40: the least that a model was seen to take
 _encode_text = json.JSONEncoder(ensure_ascii=False).encode
-
-
-def word(value: Any) -> str | None:
-    """A non-empty string, or None; clients also send null and ""."""
-    if isinstance(value, str) and value:
-        return value
-    return None
-
-
-def words(value: Any) -> list[str]:
-    return list(filter(word, [value] if isinstance(value, str) else as_list(value)))
-
-
-def positive(value: Any) -> int | None:
-    """A limit in tokens; some clients say null or -1 for none."""
-    return count_or_none(value) or None
-
-
-def flag(value: Any) -> bool | None:
-    """`value` where it is a boolean, else None."""
-    if isinstance(value, bool):
-        return value
-    return None
-
-
-def without_none(**fields: Any) -> Json:
-    """The fields that have a value.  (a=1, b=None) -> {"a": 1}"""
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def pack_opaque(dialect: str, state_id: str | None, blob: str) -> str:
-    """Foreign state for a client's own slot: '<tag><base64 of [dialect, id, blob]>'."""
-    if state_id and len(state_id) <= MAX_ID_CHARS:
-        kept = state_id
-    else:
-        kept = None
-    return OPAQUE_TAG + base64.b64encode(dumps([dialect, kept, blob])).decode()
-
-
-def is_packed(state: Any) -> bool:
-    return isinstance(state, str) and state.startswith(OPAQUE_TAG)
-
-
-def unpack_opaque(text: Any) -> list[tuple[str, str | None, str]]:
-    """[(dialect, id, blob)] of one packed state, or of several that a client has
-    joined; [] for anything that was not packed here."""
-    if not is_packed(text):
-        return []
-    found = []
-    pieces = text.split(OPAQUE_TAG, MAX_JOINED_STATES + 1)
-    for piece in pieces[1 : MAX_JOINED_STATES + 1]:
-        try:
-            dialect, state_id, blob = loads(base64.b64decode(piece))
-            found.append((str(dialect), word(state_id), str(blob)))
-        except (TypeError, ValueError):
-            found.append(("", None, ""))
-    return found
 
 
 def reasoning_parts(
@@ -5934,261 +6250,6 @@ def openai_usage(usage: Usage | None, asked: str, made: str) -> Json:
     }
 
 
-ASTRAY = "the model sent endless white space as tool arguments"
-
-
-def is_runaway_whitespace(blanks: dict[int, int], index: int, text: str) -> bool:
-    """Has call `index` with this piece got nothing but white space for too long?"""
-    blank = len(text) - len(text.rstrip("\r\n\t "))
-    run = blanks[index] = blank + (blanks.get(index, 0) if blank == len(text) else 0)
-    return run > MAX_WHITESPACE_RUN
-
-
-_ESCAPED = re.compile(rb"[\x00-\x1f\\]")  # what does not stand in JSON as it is
-
-
-class StreamDecoder:
-    """Turns upstream events into neutral events: `read(data of a frame)`, then
-    `close()`.
-
-    `ended` is True after a ResponseEnd or StreamError. `close` never ends politely by
-    itself: a stream without its terminal event becomes a StreamError. The end of a
-    Reasoning is emitted together with the next event, see StreamRelay."""
-
-    TEXT_KEYS: tuple[bytes, ...] = ()  # JSON keys of the text of a delta
-
-    def __init__(self, dialect: Any) -> None:
-        self.dialect = dialect
-        self.ended = False
-        self.meter = UsageMeter()
-        self._started = False
-        self._events: list[Event] = []
-        self._held: list[Event] = []  # the end of a Reasoning
-        self._next = 0
-        self._slots: dict[Any, int] = {}  # the upstream's name of a part -> our index
-        self._open: dict[int, Part] = {}  # index -> skeleton
-        self._empty: set[int] = set()  # parts without any delta so far
-        self._blanks: dict[int, int] = {}  # index -> run of white space in arguments
-        self._stop_word = "stop"  # why it stopped, as the parts so far tell it
-        self._template = DeltaTemplate()  # of the last delta
-        self._template_index = -1  # ... and its part
-
-    def count_with(self, meter: UsageMeter) -> None:
-        """Usage and the like go into this one."""
-        self.meter = meter
-
-    def read(self, data: bytes) -> list[Event]:
-        """Events of one frame's data. A frame that equals the last delta but for one
-        JSON string is not parsed: the rest of it means the same as last time."""
-        steady = self._steady(data)
-        text = self._template.match(steady)
-        if text:
-            quick = self._read_text(text)
-            if quick:
-                return quick
-
-        self._events = []
-        if self.ended or not data:
-            return self._events
-        if data.strip() == b"[DONE]":
-            self._done()
-            return self._events
-        try:
-            event = as_object(loads(data))
-        except ValueError:
-            self._fail(UpstreamError(NOT_JSON))
-            return self._events
-
-        self.meter.take(event)
-        self._read_event(event)
-        if len(self._events) == 1 and isinstance(self._events[0], PartDelta):
-            self._learn(self._events[0], steady)
-        return self._events
-
-    def _read_text(self, text: bytes) -> list[Event]:
-        """A delta of the part that the last one was of; [] for what must be looked into."""
-        try:
-            if b"\\" not in text:
-                plain = text.decode()
-            else:
-                plain = _decode('"%s"' % text.decode())
-        except ValueError:
-            return []
-        if plain.isspace():
-            return []
-        self._blanks.pop(self._template_index, None)
-        return [PartDelta(self._template_index, plain)]
-
-    def _learn(self, event: PartDelta, steady: bytes) -> None:
-        if event.logprobs is None and self._template.learn(
-            steady, event.text, self.TEXT_KEYS
-        ):
-            self._template_index = event.index
-
-    def _steady(self, data: bytes) -> bytes:
-        """The frame without the parts that differ between deltas but carry no meaning."""
-        return data
-
-    def _steady_block(self, block: bytes) -> bytes:
-        """The same for all frames of a block."""
-        return block
-
-    @property
-    def last_index(self) -> int:
-        """The part that the last delta was of, -1 where that says nothing of the next one."""
-        return self._template_index
-
-    def read_texts(self, block: bytes) -> list[bytes]:
-        """The texts of a block of deltas of that part, as JSON has them, which is as
-        they are: where one has an escape, or the block needs a look, there are none."""
-        start = block[: block.find(b"data: ") + 6]
-        steady = self._steady_block(block)
-        texts = self._template.match_all(steady, start, b"\n\n")
-        try:
-            plain = [text.decode() for text in texts]
-        except ValueError:
-            return []
-        if (
-            _ESCAPED.search(b"".join(texts))
-            or any(map(str.isspace, plain))
-            or not all(plain)
-        ):
-            return []
-        self._blanks.pop(self._template_index, None)
-        return texts
-
-    def read_whole(self, body: Json) -> list[Event]:
-        """The events of an answer that is no stream."""
-        self._events = []
-        self.meter.take(body)
-        self._read_event(body)
-        return self._events + (self.close() if not self.ended else [])
-
-    def close(self) -> list[Event]:
-        """The upstream's body has ended, without an error of the transport."""
-        self._events = []
-        if not self.ended:
-            self._finish()
-        if not self.ended:
-            self._fail(UpstreamError(CUT_SHORT, code="upstream_stream_ended"))
-        return self._events
-
-    def _read_event(self, event: Json) -> None:
-        raise NotImplementedError
-
-    def _done(self) -> None:
-        """Handle the upstream's [DONE], which most dialects ignore."""
-
-    def _finish(self) -> None:
-        """Hook for a proper end of the body; may still emit a ResponseEnd."""
-
-    # -- events
-
-    def _emit(self, event: Event) -> None:
-        """Emit an event after those that were held back for it."""
-        if self._held:
-            self._events += self._held
-            self._held = []
-        self._events.append(event)
-
-    def _start(self, answer: Json) -> None:
-        if self._started:
-            return
-        self._started = True
-        self._emit(
-            ResponseStart(
-                str(answer.get("id") or ""),
-                str(answer.get("model") or ""),
-                count_or_zero(answer.get("created", answer.get("created_at"))),
-                word(answer.get("system_fingerprint")),
-                word(answer.get("service_tier")),
-            )
-        )
-
-    def _begin(self, part: Part) -> int:
-        """A part begins -> its index."""
-        if isinstance(part, ToolCall):
-            self._stop_word = "tool_use"
-        elif isinstance(part, Text) and part.refusal and self._stop_word == "stop":
-            self._stop_word = "refusal"
-        self._start({})
-        index, self._next = self._next, self._next + 1
-        self._template.forget()
-        self._open[index] = part
-        self._empty.add(index)
-        self._emit(PartStart(index, part))
-        return index
-
-    def _slot(self, key: Any, part: Part) -> int:
-        """Our index of what the upstream calls `key`; it begins here if it has not yet."""
-        if key not in self._slots:
-            self._slots[key] = self._begin(part)
-        return self._slots[key]
-
-    def _delta(self, index: int, text: Any, logprobs: Any = None) -> None:
-        """More of a part; nothing for one that is not open."""
-        part = self._open.get(index)
-        tokens = [token for token in as_list(logprobs) if isinstance(token, dict)]
-        text = text if isinstance(text, str) else ""
-        if part is None or not (text or tokens):
-            return
-        self._empty.discard(index)
-        if isinstance(part, ToolCall) and is_runaway_whitespace(
-            self._blanks, index, text
-        ):
-            self._fail(UpstreamError(ASTRAY))
-        else:
-            self._emit(PartDelta(index, text, tokens or None))
-
-    def _cite(self, index: int, citations: Iterable[Citation]) -> None:
-        """Sources of a text that is open."""
-        if isinstance(self._open.get(index), Text):
-            for citation in citations:
-                self._emit(PartCitation(index, citation))
-
-    def _end(
-        self, index: int, signature: str | None = None, minted_by: str = ""
-    ) -> None:
-        """A part ends; signature: of a Reasoning, made by the dialect `minted_by`."""
-        part = self._open.pop(index, None)
-        if part is None or self.ended:
-            return
-        self._template.forget()
-        if isinstance(part, ToolCall) and index in self._empty:
-            self._emit(PartDelta(index, "{}"))
-        if not isinstance(part, Reasoning):
-            self._emit(PartEnd(index))
-            return
-
-        if signature:
-            # a proxy behind this proxy
-            state_id, packed = None, unpack_opaque(signature)
-            if packed:
-                minted_by, state_id, signature = packed[0]
-            self._held.append(PartSignature(index, signature, minted_by, state_id))
-        self._held.append(PartEnd(index))
-
-    def _stop(self, raw: str, stop_sequence: str | None = None) -> None:
-        """Map the dialect's stop reason `raw`; a plain stop may mean more, depending on
-        the parts."""
-        self._start({})
-        for index in sorted(self._open):
-            self._end(index)
-        self.ended = True
-        stop = self.dialect.TO_NEUTRAL.get(raw, "stop")
-        if stop == "stop":
-            stop = self._stop_word
-        self._emit(ResponseEnd(stop, self.meter.usage, stop_sequence))
-
-    def _fail(self, error: UpstreamError) -> None:
-        """End with an error; events that were held back are dropped."""
-        self.ended = True
-        self._held = []
-        self._template.forget()
-        forget_frames(error)
-        self._events.append(StreamError(error))
-
-
 def citation_of(annotation: Any) -> list[Citation]:
     """The citation that an annotation of OpenAI's or a citation of Anthropic's stands
     for; [] for one that names no source."""
@@ -6227,65 +6288,6 @@ def url_citation(citation: Citation) -> Json:
         "end_index": citation.end or 0,
         "start_index": citation.start or 0,
     }
-
-
-class StreamEncoder:
-    """Neutral events in, bytes of the client's dialect out: `feed(event)`; `ended` is
-    True behind the terminal event. A delta is the part's frame, cut where the text
-    belongs."""
-
-    MARK, QUOTED_MARK = "\0", dumps("\0")
-    METHODS = (
-        (ResponseStart, "_start"),
-        (PartStart, "_begin"),
-        (PartDelta, "_delta"),
-        (PartCitation, "_cite"),
-        (PartSignature, "_sign"),
-        (PartEnd, "_end"),
-        (ResponseEnd, "_stop"),
-        (StreamError, "_fail"),
-    )
-
-    def __init__(self, dialect: Any, request: Request) -> None:
-        self.dialect, self.request = dialect, request
-        self.ended = False
-        self.final: (
-            tuple[()] | tuple[str, bytes]
-        ) = ()  # id and frame of a whole response
-        self._frames: dict[int, list[bytes]] = {}  # index -> what stands around a text
-        self._on: dict[type[Event], Callable[[Any], bytes]] = {
-            kind: getattr(self, name) for kind, name in self.METHODS
-        }
-
-    def take_final(self) -> tuple[()] | tuple[str, bytes]:
-        """Id and frame of a whole response, once."""
-        final, self.final = self.final, ()
-        return final
-
-    def feed(self, event: Event) -> bytes:
-        """The bytes of one event, b"" behind the end."""
-        if self.ended:
-            return b""
-        return self._on[type(event)](event)
-
-    def around(self, index: int) -> list[bytes]:
-        """What stands before and behind the text in each delta of this part now;
-        another number of pieces where more changes than one text, or anything is kept
-        of it."""
-        return []
-
-    def _delta(self, event: PartDelta) -> bytes:
-        return dumps(event.text).join(self._frames[event.index])
-
-    def _end(self, event: PartEnd) -> bytes:
-        return b""
-
-    def _cite(self, event: PartCitation) -> bytes:
-        return b""
-
-    def _fail(self, event: StreamError) -> bytes:
-        self.ended = True
-        return bytes(self.dialect.error_frame(event.error))
 
 
 # ---- Chat Completions ----
