@@ -18062,20 +18062,20 @@ class Catalogue:
     """The models as fetched at one (monotonic) time, with a cache of past searches."""
 
     def __init__(self, fetched_at: float, models: list[Model]) -> None:
-        self.fetched_at, self.models = fetched_at, models
-        self._found = {model.id: model for model in models}
+        self.fetched_at = fetched_at
+        self.models = models
+        self._by_name = {model.id: model for model in models}
 
     def find(self, asked: str, aliases: Mapping[str, str]) -> Model | None:
-        """The model that `asked` means, None when there is none."""
-        if asked in self._found and asked not in aliases:
-            return self._found[asked]
+        """Returns the model that `asked` means, or None."""
+        is_alias = asked in aliases
+        if asked in self._by_name and not is_alias:
+            return self._by_name[asked]
+
         model = resolve_model(asked, self.models, aliases)
-        if (
-            model is not None
-            and asked not in aliases
-            and len(self._found) < MAX_SPELLINGS
-        ):
-            self._found[asked] = model
+        is_room = len(self._by_name) < MAX_SPELLINGS
+        if model is not None and not is_alias and is_room:
+            self._by_name[asked] = model
         return model
 
 
@@ -18083,42 +18083,38 @@ class Catalogue:
 
 
 def whole_s(pause_s: float) -> int:
-    """Round up for a Retry-After: whole seconds, at least one. 9.0000001 -> 9, 9.2 ->
-    10"""
-    return max(int(-(-round(pause_s, 3) // 1)), 1)
+    """Round up for a Retry-After: whole seconds, at least one.
+
+    9.0000001 -> 9, 9.2 -> 10"""
+    return max(math.ceil(round(pause_s, 3)), 1)
 
 
 @dataclass
 class Cooldown:
-    """The rest of one scope. RateLimits alone changes it, under its lock, by the
-    methods here; times are seconds of its clock.
+    """The time for which one scope (a model, or the account) rests.
 
-    error: what the upstream said last; since: time of the first refusal in this row;
-    ends: by what the upstream named; next_try: before it nothing goes up; pause_s: from
-    a probe to the next; number: of the newest request when the upstream refused last;
-    repeats: refusals in a row; probes: of them, answers to probes in this rest; lanes:
-    that the refusal called used up; refuted: the most room that was shown when the
-    upstream refused yet, by headers and by /usage; prober: number of the request that
-    is the probe now, 0 for none; deaths: probes in a row that ended without a verdict;
-    is_tried: a request has gone up since the end."""
+    Only RateLimits changes it, under its lock and by the methods here. All times are
+    seconds of the clock of RateLimits."""
 
-    error: UpstreamError
-    since: float
-    ends: float
-    next_try: float
-    pause_s: float
-    number: int
-    repeats: int
-    probes: int
-    lanes: set[str]
+    error: UpstreamError  # the last refusal
+    since: float  # when the first of these refusals came
+    ends: float  # the end that the upstream named
+    next_try: float  # no request is sent before it
+    pause_s: float  # between two probes
+    number: int  # of the newest request at the time of the last refusal
+    repeats: int  # refusals without a success between them
+    probes: int  # how many of them answered a probe in this rest
+    lanes: set[str]  # the quotas that the refusal called exhausted
+    #: the most room reported, by headers and by /usage, while the upstream still refused
     refuted: list[float]
-    prober: int = 0
-    deaths: int = 0
-    is_tried: bool = False
+    prober: int = 0  # number of the request that is the probe now, 0 for none
+    deaths: int = 0  # probes in a row that ended without a verdict
+    is_tried: bool = False  # a request was sent after the end
 
     def begin(self, number: int, now: float) -> None:
-        """A request goes up, as a probe or as the first one after the end. If no result
-        arrives the next request may follow after a pause."""
+        """A request is sent: as a probe, or as the first one after the end.
+
+        If no result arrives, the next request may follow after a pause."""
         if now < self.ends:
             self.next_try = min(now + self.pause_s, self.ends)
             self.prober = number
@@ -18128,7 +18124,8 @@ class Cooldown:
             self.is_tried = True
 
     def free(self, number: int, now: float) -> None:
-        """That request ended without a verdict: another one may go up, but not for ever."""
+        """That request ended without a verdict: another one may be sent at once, but
+        only MAX_DEAD_PROBES times in a row."""
         if self.prober == number:
             self.prober, self.is_tried = 0, False
             self.deaths += 1
@@ -18136,19 +18133,21 @@ class Cooldown:
                 self.next_try = now
 
     def see(self, rooms: Mapping[str, float], is_usage: bool, now: float) -> bool:
-        """End the rest if the exhausted lanes have room again: `rooms` is lane ->
-        percent left.
+        """End the rest if the exhausted lanes have room again. Returns whether it did.
 
-        Room that was shown before and refuted by a refusal does not count. Each kind of
-        source is judged by itself, because GitHub's usage answer and the headers do not
-        always agree."""
-        mine = {lane: room for lane, room in rooms.items() if lane in self.lanes}
-        if not self.lanes and is_quota(self.error):  # which one nobody said
-            mine = {
+        `rooms` is lane -> percent left. Room that a refusal has disproved before does
+        not count. Each kind of source is judged by itself, because GitHub's usage
+        answer and the headers do not always agree."""
+        if not self.lanes and is_quota(self.error):  # the refusal named no lane
+            exhausted = {
                 lane: room for lane, room in rooms.items() if lane not in USAGE_LANES
             }
-        room = min(mine.values(), default=0.0)
-        if now >= self.ends or self.lanes - set(mine) or room <= self.refuted[is_usage]:
+        else:
+            exhausted = {lane: rooms[lane] for lane in self.lanes if lane in rooms}
+
+        room = min(exhausted.values(), default=0.0)
+        is_unknown = bool(self.lanes - set(exhausted))
+        if now >= self.ends or is_unknown or room <= self.refuted[is_usage]:
             return False
 
         self.refuted[is_usage] = room
@@ -18158,45 +18157,48 @@ class Cooldown:
 
 
 class RateLimits:
-    """What rests because the upstream refused: a model, or under the name ACCOUNT all
-    of them.
+    """The scopes that rest because the upstream refused: a model, or under the name
+    ACCOUNT all models.
 
     state     begins when                          a request of this scope
-    open      nothing was refused yet, a request   goes up
+    open      nothing was refused yet, a request   is sent
               succeeded, or `clear` was called
     resting   the upstream refused (429, quota)    is refused here until the next probe
-    probing   a probe goes up: after a minute,     is refused here; the next probe may go up after
-              then at growing pauses               5 minutes at most, 15 in a rest beyond a day
-    over      the named end has passed by one of   goes up, but the first one alone for TRIAL_S
-              both clocks, or /usage or a header
-              shows room for what was used up
+    probing   a probe is sent: after a minute,     is refused here; the next probe follows
+              then at growing pauses               after 5 minutes at most, or after 15 in
+                                                   a rest longer than a day
+    over      the named end has passed by one of   is sent, but the first one is alone for
+              both clocks, or /usage or a header   TRIAL_S
+              shows room for what was exhausted
 
     From resting, probing and over: a success opens the scope, a refusal makes it rest
-    anew, and anything else (the client left, a network error, another error) frees the
-    place of the probe. A 429 that names no end rests 10 s and twice as long each time,
-    up to 5 minutes, and is not probed in between. Nobody goes up before the end of a
-    rest as short as the first pause.
+    anew, and anything else (the client left, a network error, another error) lets the
+    next request be the probe. A 429 that names no end rests 10 s, then twice as long
+    each time, up to 5 minutes, and is not probed in between. A rest no longer than the
+    first pause is not probed either.
 
-    Every request has a number from `admit`, in their order. It tells a refusal of
-    requests that went up together from one that repeats, and keeps a success of before
-    from ending a rest.
+    `admit` numbers the requests in their order. The number tells the refusals of one
+    burst from a repeated refusal, and a success of a request that was sent before the
+    refusal does not end the rest.
 
-    Nothing here waits or calls anybody but the clock; `_lock` guards all."""
+    Nothing here waits, and only the clock is called; `_lock` guards all fields."""
 
     ACCOUNT = "account"
 
     def __init__(self, clock: Callable[[], tuple[float, float]]) -> None:
-        self._clock, self._seen = clock, clock()
-        self._time = 0.0  # of the clock here
+        self._clock = clock
+        self._seen = clock()  # what both clocks showed at the last look
+        self._time = 0.0  # of the clock here, see `_now`
         self._lock = threading.Lock()
-        self._count = 0
-        self._scopes: dict[str, Cooldown] = {}  # what was refused last stands last
+        self._count = 0  # of requests
+        self._scopes: dict[str, Cooldown] = {}  # the last one refused is the last one
 
     def admit(self, model: str, may_probe: bool = True) -> int:
-        """The number of a request that may go up; `finish` must follow, after `refuse`
-        or not. Raises UpstreamError in the upstream's words when it may not. model: ""
-        for what no limit of a model holds for; may_probe: False for a look, which
-        nothing follows."""
+        """Returns the number of a request that may be sent. Raises UpstreamError with
+        the upstream's words when it may not.
+
+        `finish` must follow, after `refuse` or without it. model: "" where no limit of
+        a model applies; may_probe: False to ask only, when no request follows."""
         with self._lock:
             self._count += 1
             if not self._scopes:  # nearly always
@@ -18213,7 +18215,7 @@ class RateLimits:
 
     def refuse(self, model: str, number: int, error: UpstreamError) -> UpstreamError:
         """The upstream refused a request because of a limit. Returns an error that says
-        how long it lasts. number: 0 if it is unknown."""
+        how long the limit lasts. number: 0 if it is unknown."""
         scope = model
         if ACCOUNT_LIMITS.search(f"{error.code} {error}"):
             scope = self.ACCOUNT
@@ -18222,15 +18224,15 @@ class RateLimits:
             old = self._scopes.pop(scope, None)
             rest = self._new_rest(error, number, old)
             if old and number <= old.number and rest.ends <= old.ends:
-                rest = old  # one of a burst: it says no more
+                rest = old  # a refusal of the same burst says nothing new
             if len(self._scopes) >= MAX_SCOPES:
                 del self._scopes[next(iter(self._scopes))]
             self._scopes[scope] = rest
             return self._refusal(scope, rest, rest.ends - self._now(), error.headers)
 
     def finish(self, model: str, number: int, is_taken: bool) -> list[str]:
-        """A request is through -> the scopes that it opens, if the upstream took it.
-        Else, unless it was refused before, the place of the probe is free again."""
+        """A request is over. Returns the scopes that it opens, if the upstream accepted
+        it. Otherwise the next request may be the probe, unless `refuse` was called."""
         opened: list[str] = []
         if not self._scopes:
             return opened
@@ -18243,8 +18245,8 @@ class RateLimits:
         return opened
 
     def see(self, lanes: Mapping[str, Any], source: str) -> list[str]:
-        """The room in an account's lanes was reported by "usage" or an answer. Returns
-        the scopes whose rest it ends."""
+        """An answer, or GitHub's usage (source "usage"), reported the room in an
+        account's lanes. Returns the scopes whose rest it ends."""
         if not self._scopes:
             return []
         rooms = lane_rooms(lanes)
@@ -18256,13 +18258,11 @@ class RateLimits:
             ]
 
     def clear(self, scope: str = "") -> list[str]:
-        """Open one scope, or all -> those that rested."""
+        """Open one scope, or all of them. Returns those that rested."""
         with self._lock:
-            now, found = (
-                self._now(),
-                [name for name in self._scopes if scope in ("", name)],
-            )
-            return [name for name in found if self._scopes.pop(name).ends > now]
+            now = self._now()
+            scopes = [name for name in self._scopes if scope in ("", name)]
+            return [name for name in scopes if self._scopes.pop(name).ends > now]
 
     def report(self) -> list[Json]:
         """The current rests, for display; times are unix seconds."""
@@ -18301,10 +18301,13 @@ class RateLimits:
         self, error: UpstreamError, number: int, old: Cooldown | None
     ) -> Cooldown:
         """The rest that follows a refusal; old: the scope's previous rest."""
-        since = now = self._now()
-        repeats, probes, refuted = 0, 0, [0.0, 0.0]
+        now = self._now()
+        since = now
+        repeats = probes = 0
+        refuted = [0.0, 0.0]
         if old:
-            since, refuted = old.since, old.refuted
+            since = old.since
+            refuted = old.refuted
             repeats = old.repeats + (number > old.number)
             if now < old.ends:
                 probes = old.probes + (number > old.number)
@@ -18318,7 +18321,7 @@ class RateLimits:
         pause_s = doubled_s(PROBE_S, probes, most_s)
         first_s = min(rest_s, pause_s)
         if not is_quota(error) and named_limit_s(error, wall) is None:
-            first_s = rest_s  # our own guess is the pause already
+            first_s = rest_s  # the end is only our guess, so it is the pause, too
 
         rooms = lane_rooms(header_lanes(error.headers))
         refuted[0] = max(refuted[0], min(rooms.values(), default=0.0))
@@ -18339,7 +18342,8 @@ class RateLimits:
         self, scope: str, rest: Cooldown, pause_s: float, headers: Headers | None = None
     ) -> UpstreamError:
         """The error for a request that must wait; pause_s: for its Retry-After."""
-        error, now = rest.error, self._now()
+        error = rest.error
+        now = self._now()
         if scope == self.ACCOUNT:
             what = "the account"
         else:
@@ -18360,24 +18364,26 @@ class RateLimits:
             "%s (a limit of %s until %s local time: %s; to end it at once: POST /limits/clear, "
             "or the button on this server's page)" % (error, what, until, plan)
         )
-        told = dict(headers or {}, **{"retry-after": "%d" % whole_s(pause_s)})
-        if "retry-after-ms" in told:  # SDKs believe it more than the other
-            told["retry-after-ms"] = "%d" % max(pause_s * 1000, 1)
-        return UpstreamError(text, error.status, error.code, error.param, told)
+        answer_headers = dict(headers or {})
+        answer_headers["retry-after"] = "%d" % whole_s(pause_s)
+        if "retry-after-ms" in answer_headers:  # the SDKs prefer it to retry-after
+            answer_headers["retry-after-ms"] = "%d" % max(pause_s * 1000, 1)
+        return UpstreamError(
+            text, error.status, error.code, error.param, answer_headers
+        )
 
 
 @dataclass
 class Call:
-    """One call to the Copilot API; repeated after a repair. model: whose limits apply,
-    "" for none; opening: reads the beginning of an answer and raises a failure that it
-    reports."""
+    """One call to the Copilot API; repeated after a repair."""
 
     path: str
     body: bytes | None = None
     headers: Headers = field(default_factory=dict)  # beside the usual ones
     request_id: str = ""
     timeout_s: float = ANSWER_TIMEOUT_S
-    model: str = ""
+    model: str = ""  # the model whose limits apply, "" for none
+    #: reads the beginning of an answer, and raises the failure that it reports
     opening: Callable[[UpstreamResponse], Work] | None = None
 
     @property
@@ -18411,11 +18417,12 @@ AUTO_PATH, PAIR_PATH = AUTO_PATHS = ("/auto", "/models/session")
 
 
 def is_auto_refusal(error: ProxyError) -> bool:
-    """Is the choice of `auto` not good any more?  It comes as a 401, but the login is good."""
+    """Does the upstream refuse the choice of `auto`?  It does so with a 401, although
+    the login is valid."""
     return error.status == 401 and "invalid auto-mode selector" in str(error).lower()
 
 
-#: row of the retry ladder -> how often it may be taken for one request of a client
+#: row of the retry ladder -> how often it may be used for one request of a client
 ATTEMPTS = {
     "stale": 1,
     "login": 1,
@@ -18425,11 +18432,12 @@ ATTEMPTS = {
     "fallback": 1,
     "repair": MAX_REPAIRS,
 }
-CURES, MAX_CURES = ("login", "version", "hiccup"), 2  # of these together
+CURES = ("login", "version", "hiccup")
+MAX_CURES = 2  # of these together
 
 
 async def read_error(answer: UpstreamResponse) -> UpstreamError:
-    """The upstream's refusal as an error."""
+    """Read the upstream's refusal. Returns it as an error.  Raises UpstreamError."""
     body = await answer.read_beginning(MAX_ERROR_BYTES, ERROR_BODY_S)
     if answer.status >= 400:
         status = answer.status
@@ -18454,20 +18462,20 @@ class Attempts:
     r"""The retry ladder: all that is ever tried again for one request of a client.
 
         row        what came back                          what is changed             at most
-        stale      nothing: a kept connection had ended    a fresh connection          1
+        stale      nothing: a reused connection had ended  a fresh connection          1
         login      401, 421, token codes, a bare 403       a new token exchange        1 \
         version    466                                     the next API version        1  } 2
-        hiccup     500 502 503 504 529, also told inside   a pause, fresh connection   1 /
-                   a 200; it never left; a stream that
-                   broke before it showed anything
+        hiccup     500 502 503 504 529, also inside a      a pause, fresh connection   1 /
+                   200; the call could not be sent; a
+                   stream broke before it showed anything
         auto       401 "Invalid auto-mode selector"        another choice of `auto`    1
         fallback   402, a quota code                       the model of --fallback     1
-        repair     a text that REPAIRS knows               the body; learned for ever  3
+        repair     a text that REPAIRS knows               the body; remembered        3
         all of them together                                                           5 calls
 
-    `send` takes the first four rows, the Job the last three, and all of them ask `may`: no row is
-    taken when a byte of the answer has gone to the client.  A 401 of GitHub itself is no row:
-    the caller must log in again."""
+    `send` uses the first four rows, the Job the last three, and all of them ask `may` first: no
+    row is used once a byte of the answer has been sent to the client.  A 401 of GitHub itself has
+    no row: the user must log in again."""
 
     def __init__(
         self, copilot: Copilot, has_started: Callable[[], bool] = bool
@@ -18475,25 +18483,28 @@ class Attempts:
         self._copilot, self._has_started = copilot, has_started
         self._calls = 0
         self._taken = dict.fromkeys(ATTEMPTS, 0)
-        self._is_fresh = False  # no kept connection is trusted any more
+        self._is_fresh = False  # the next call opens a connection of its own
 
     def may(self, row: str) -> bool:
-        """May this row be taken now?  The one place that asks whether the client has something."""
-        is_left = self._calls < MAX_CALLS and self._taken[row] < ATTEMPTS[row]
+        """May this row be used now?  Only this place asks whether the client has received
+        a part of the answer."""
+        if self._calls >= MAX_CALLS or self._taken[row] >= ATTEMPTS[row]:
+            return False
         if row in CURES and sum(self._taken[one] for one in CURES) >= MAX_CURES:
-            is_left = False
-        return is_left and not self._has_started()
+            return False
+        return not self._has_started()
 
     def take(self, row: str) -> None:
-        """Count it."""
+        """Count the use of this row."""
         self._taken[row] += 1
 
     async def send(self, call: Call) -> UpstreamResponse:
-        """An answer below 300. Raises UpstreamError with the upstream's own status and
-        words, AuthError, ClientGone. While a limit of the model or the account lasts
-        nothing is sent but probes, see RateLimits."""
+        """Returns an answer below 300. Raises UpstreamError with the upstream's own
+        status and words, AuthError, ClientGone. While a limit of the model or the
+        account lasts only probes are sent, see RateLimits."""
         log, limits = self._copilot.log, self._copilot.limits
-        number, is_taken = limits.admit(call.model), False
+        number = limits.admit(call.model)
+        is_taken = False
 
         try:
             answer = await self._send_cured(call)
@@ -18502,16 +18513,17 @@ class Attempts:
         except UpstreamError as error:
             if not (error.answered and call.model and is_limit(error)):
                 raise
-            forget_frames(error)  # it is kept as long as the limit
-            told = limits.refuse(call.model, number, error)
+            forget_frames(error)  # RateLimits holds it as long as the limit lasts
+            refusal = limits.refuse(call.model, number, error)
             model = printable(call.model, 60)
             log.warning("%s %s has reached a limit of GitHub", call.request_id, model)
-            raise told from None
+            raise refusal from None
         finally:
             for scope in limits.finish(call.model, number, is_taken):
                 log.info("%s the limit of %s is over", call.request_id, scope)
 
     async def _send_cured(self, call: Call) -> UpstreamResponse:
+        """As `send`, without regard to limits."""
         copilot = self._copilot
         token: CopilotToken = await copilot.token.get()
         while True:
@@ -18529,8 +18541,9 @@ class Attempts:
                 forget_frames(error)
 
             row = self._row_for(error)
-            is_own = call.path in AUTO_PATHS and error.status == 466
-            if is_own or token.is_machine and error.status == 401:
+            has_own_version = call.path in AUTO_PATHS and error.status == 466
+            is_final_401 = token.is_machine and error.status == 401
+            if has_own_version or is_final_401:
                 row = ""
             if not row or not self.may(row):
                 if error.opaque and self._taken["login"]:
@@ -18546,15 +18559,12 @@ class Attempts:
             token = await self._change(row, token, version, error.status)
 
     def _row_for(self, error: UpstreamError) -> str:
-        """The row that may cure this error, or ""."""
+        """Returns the row that may cure this error, or ""."""
         status, text = error.status, str(error).lower()
         if isinstance(error, StaleConnection):
             return "stale"
         if status == 401:  # item ids that went stale come as a 401, too
-            is_other = (
-                "input item" in text or "connection" in text or is_auto_refusal(error)
-            )
-            if is_other:
+            if "input item" in text or "connection" in text or is_auto_refusal(error):
                 return ""
             return "login"
 
@@ -18568,13 +18578,11 @@ class Attempts:
             if self._copilot.may_change_version():
                 return "version"
             return ""
-        is_told = error.answered or error.showed_nothing
-        if error.unsent or status in HICCUP_STATUS and is_told:
-            wish = error.headers.get("retry-after", "0")
-            if wish in ("0", "1"):
-                return "hiccup"
-            return ""
 
+        is_repeatable = error.answered or error.showed_nothing
+        if error.unsent or status in HICCUP_STATUS and is_repeatable:
+            if error.headers.get("retry-after", "0") in ("0", "1"):
+                return "hiccup"
         return ""
 
     async def _change(
