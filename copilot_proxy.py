@@ -18580,9 +18580,9 @@ class Attempts:
             return ""
 
         is_repeatable = error.answered or error.showed_nothing
-        if error.unsent or status in HICCUP_STATUS and is_repeatable:
-            if error.headers.get("retry-after", "0") in ("0", "1"):
-                return "hiccup"
+        is_hiccup = error.unsent or status in HICCUP_STATUS and is_repeatable
+        if is_hiccup and error.headers.get("retry-after", "0") in ("0", "1"):
+            return "hiccup"
         return ""
 
     async def _change(
@@ -21837,9 +21837,9 @@ class App:
 
 
 # ==== 18. HTTP server =============================================================================
-# One loop drives each connection as a coroutine: it reads requests, calls their endpoints, sends
-# their answers on.  Threads do only what may block, so that a thousand streams and idle clients
-# hold none.  Every error is rendered here and nowhere else.
+# One loop drives each connection as a coroutine, which reads requests, calls their endpoints and
+# sends their answers.  Threads run only what may block, so that a thousand streams and idle clients
+# occupy none of them.  Every error is rendered here and nowhere else.
 
 PLAIN_HTTP_REFUSAL = (
     render_head(
@@ -21881,7 +21881,7 @@ SocketEndpoint = Callable[[Any], Work]  # gets a SocketExchange
 
 
 def is_acknowledgement(text: bytes) -> bool:
-    """Does a message only say that an answer was read?  Some clients send it."""
+    """Does a message only acknowledge an answer?  Some clients send such messages."""
     if len(text) > 1000 or b"response.processed" not in text:
         return False
     value, _ = outcome(loads, text)
@@ -21889,8 +21889,8 @@ def is_acknowledgement(text: bytes) -> bool:
 
 
 class News(Wait):
-    """Waits until a client has sent data, has hung up, or has taken what was sent to
-    it."""
+    """Waits until a client has sent data, has closed the connection, or has received
+    what was sent to it."""
 
     def __init__(self, client: ClientConnection, timeout_s: float) -> None:
         self._client, self.timeout_s = client, timeout_s
@@ -21902,21 +21902,22 @@ class News(Wait):
 class ClientConnection(Connection):
     """One connection from a client.
 
-    Its coroutine (Server.serve) reads a request, answers it, and reads the next.
-    Meanwhile the loop reads ahead and writes what the client did not take at once, so
-    that a client that leaves is noticed in whatever its request waits for: ClientGone
-    is thrown into the coroutine.
+    Its coroutine (Server.serve) reads a request, answers it, and reads the next one.
+    Meanwhile the loop reads ahead and writes what the client could not receive at once.
+    So the loop notices a client that leaves, whatever its request waits for, and throws
+    ClientGone into the coroutine.
 
     A client that only stops sending (shutdown of one direction) still gets its answer.
-    TCP does not tell it from one that has closed, so something harmless is sent to it
-    at once: whoever has closed answers with a reset. That is a keep-alive of the
-    stream, or before the answer its first bytes, which are always the same (PROBE).
-    Over TLS the end of sending is the end.
+    TCP does not distinguish it from a client that has closed the connection, so
+    something harmless is sent at once: a client that has closed answers with a reset.
+    It is a keep-alive of the stream, or before the answer the first bytes of the
+    answer, which are always the same (PROBE). Over TLS the end of sending is the end of
+    the connection.
 
-    After a handshake the requests are messages of a WebSocket (`socket`), which looks
-    at all that comes as soon as it is there.
+    After a WebSocket's handshake the requests are its messages. `socket` is then passed
+    all bytes as soon as they arrive.
 
-    ahead: read, but not used yet; out: to be sent, not taken yet."""
+    ahead: bytes that were read, but not used yet; out: bytes that still must be sent."""
 
     def __init__(
         self,
@@ -21947,12 +21948,12 @@ class ClientConnection(Connection):
 
     @property
     def is_full(self) -> bool:
-        """Is so much read ahead that it is not read any more?"""
+        """Are so many bytes read ahead that reading must stop?"""
         return len(self.ahead) > MAX_HEAD_BYTES
 
     @property
     def is_slow(self) -> bool:
-        """Has so much not been taken that nothing more is to be sent?"""
+        """Do so many bytes wait for the client that no more should be added?"""
         return len(self.out) > MAX_OUT_BYTES
 
     @property
@@ -21996,7 +21997,7 @@ class ClientConnection(Connection):
         self._watch()
 
     def _watch(self) -> None:
-        """Tell the selector what matters now."""
+        """Watch for reading while there is room, and for writing while bytes wait."""
         if self.sock is None:
             return
         events = 0
@@ -22007,7 +22008,7 @@ class ClientConnection(Connection):
         self.loop.watch(self, events)
 
     def fill(self) -> None:
-        """Read ahead what is available."""
+        """Read ahead what is available; handle the end of the client's bytes."""
         try:
             if self.is_full:
                 data = None
@@ -22029,13 +22030,13 @@ class ClientConnection(Connection):
                 self.leave()
 
     def still_reads(self) -> bool:
-        """Does it wait for its answer, though it may have stopped sending?"""
+        """Does the client wait for its answer, even if it has stopped sending?"""
         if not self.at_end or self.exchange is None:
             return True
         if hasattr(self.sock, "unwrap"):
             return False
         try:
-            if not self.out:  # else what is sent next will tell
+            if not self.out:  # else the bytes that wait are the probe
                 self.exchange.probe()
         except ClientGone:
             return False
@@ -22074,7 +22075,7 @@ class ClientConnection(Connection):
                 self.leave()
 
     def leave(self) -> None:
-        """The client has gone: throw ClientGone into its coroutine."""
+        """The client has left: throw ClientGone into its coroutine."""
         self.out.clear()
         self.loop.cancel(self.task, ClientGone())
 
@@ -22086,7 +22087,8 @@ class ClientConnection(Connection):
             self.socket.end(GOING_AWAY, "the proxy is shutting down")
 
     def give_up_request(self) -> None:
-        """Cancel the running request; without one, wake the coroutine that waits for the next."""
+        """Cancel the running request. Without one, wake the coroutine, which waits for
+        the next request."""
         if self.exchange is None:
             self.wake()
         else:
@@ -22095,7 +22097,8 @@ class ClientConnection(Connection):
     # -- what its coroutine does
 
     def send(self, data: bytes) -> None:
-        """Send what the client takes now, the rest as soon as it can.  Raises ClientGone."""
+        """Send as many bytes as possible now, and the rest as soon as the client can
+        receive it.  Raises ClientGone."""
         if not self.out:
             try:
                 sent = send_now(self.sock, data)
@@ -22109,13 +22112,14 @@ class ClientConnection(Connection):
         self._watch()
 
     async def room(self) -> None:
-        """Return when the client has taken most of what was sent: so a slow one stops
-        its own upstream. Raises ClientGone when it takes nothing for SEND_TIMEOUT_S."""
+        """Return when the client has received most of what was sent, so that a slow
+        client slows down its upstream. Raises ClientGone when it receives nothing for
+        SEND_TIMEOUT_S."""
         while self.is_slow:
             await wait(News(self, math.inf))
 
     async def flushed(self) -> None:
-        """Return when the client has taken all.  Raises ClientGone."""
+        """Return when the client has received all bytes.  Raises ClientGone."""
         while self.out:
             await wait(News(self, math.inf))
 
@@ -22126,7 +22130,7 @@ class ClientConnection(Connection):
             raise socket.timeout("timed out")
         self.unwatch()
         await wait(NextTurn())
-        # not before the first byte: it takes memory
+        # a TLS socket takes memory, so it is made only when the client has sent a byte
         self.sock = context.wrap_socket(
             self.sock, server_side=True, do_handshake_on_connect=False
         )
@@ -22139,8 +22143,8 @@ class ClientConnection(Connection):
             raise
 
     async def read_head(self) -> bytes:
-        """The next request's head without its empty line, b"" when there will be none.
-        Raises BadRequest, also for half a head that came too slowly."""
+        """Returns the next request's head without its empty line, b"" if there will be
+        none. Raises BadRequest, also for a head that arrives too slowly."""
         self.is_idle = True
         deadline = time.monotonic() + self.settings.idle_client_s
         has_begun = False
@@ -22161,7 +22165,8 @@ class ClientConnection(Connection):
         self.socket = socket
 
     async def read_message(self, socket: WebSocket) -> bytes | None:
-        """The next request on a WebSocket, None when there will be none.  Raises ClientGone."""
+        """Returns the next request on a WebSocket, None if there will be none.  Raises
+        ClientGone."""
         self.is_idle = True
         self._hand_over()  # what came with the handshake
         while not socket.is_over:
@@ -22174,6 +22179,7 @@ class ClientConnection(Connection):
         return socket.next_message()
 
     def _take_head(self) -> bytes:
+        """Returns the head that was read ahead.  Raises BadRequest."""
         end = self.ahead.find(b"\r\n\r\n")
         if end > MAX_HEAD_BYTES or end < 0 and self.is_full:
             raise BadRequest(
@@ -22185,9 +22191,10 @@ class ClientConnection(Connection):
         return raw
 
     async def read_body(self, length: int, chunked: bool) -> bytes:
-        """Raises BadRequest (400, 408, 413), ClientGone when it ends in the middle."""
+        """Returns the body of a request.  Raises BadRequest (400, 408, 413), ClientGone
+        if the body is cut off."""
         decoder = BodyDecoder(length, chunked)
-        body = bytearray()  # it may come in millions of pieces
+        body = bytearray()  # it may arrive in millions of pieces
         began = time.monotonic()
         while True:
             data, self.ahead = self.ahead, b""
@@ -22210,28 +22217,30 @@ class ClientConnection(Connection):
                 raise BadRequest("the request body came too slowly", 408)
 
     async def linger(self) -> None:
-        """After a refusal: read on for a moment, else the client sees a reset, not the reason."""
+        """Read on for a moment after a refusal, or the client sees a reset instead of
+        the reason.  Raises ClientGone."""
         await self.flushed()
-        deadline, size = time.monotonic() + LINGER_S, 0
+        deadline = time.monotonic() + LINGER_S
+        size_bytes = 0
         with contextlib.suppress(OSError):
             self._end_tls()
-            socket.socket.shutdown(
-                self.sock, socket.SHUT_WR
-            )  # TLS has one that ends it, too
-        while not self.at_end and size < 4 * MAX_BODY_BYTES:
-            size += len(self.ahead)
+            # not the method of a TLS socket, which would also stop TLS
+            socket.socket.shutdown(self.sock, socket.SHUT_WR)
+
+        while not self.at_end and size_bytes < 4 * MAX_BODY_BYTES:
+            size_bytes += len(self.ahead)
             self.ahead = b""
             if not await wait(News(self, deadline - time.monotonic())):
                 break
 
     def _end_tls(self) -> None:
-        """Tell the other side that nothing was cut off."""
+        """Send the closing alert, which shows that nothing was cut off."""
         if hasattr(self.sock, "unwrap"):
             with contextlib.suppress(OSError, ValueError):
                 self.sock.unwrap()
 
     def close(self) -> None:
-        """Let go of the socket; may be called twice."""
+        """Close the socket; may be called twice."""
         if self.sock is None:
             return
         self._on_close(self)
@@ -22243,10 +22252,10 @@ class ClientConnection(Connection):
 
 
 class WebSocket:
-    """The messages of a client after a handshake: each is a request, answered in order
-    like those of any connection.
+    """The messages of a client after a handshake. Each is a request, and they are
+    answered in order, like the requests of any connection.
 
-    The loop passes on whatever arrives, also while a request is answered (`feed`): so a
+    The loop passes all bytes to `feed`, also while a request is being answered. So a
     ping gets its pong at once, a client that leaves ends its request, and further
     requests wait, up to SOCKET_QUEUE of them and MAX_BODY_BYTES in all. Nothing is read
     after the last frame (`end`). Only the loop's thread uses it.
@@ -22258,7 +22267,7 @@ class WebSocket:
         self, client: ClientConnection, head: RequestHead, endpoint: SocketEndpoint
     ) -> None:
         headers = head.headers.copy()
-        for name in ("connection", "x-initiator"):  # it would count for all requests
+        for name in ("connection", "x-initiator"):  # they hold for the handshake only
             headers.pop(name, None)
         self.head = RequestHead(SOCKET_METHOD, head.target, 1, headers)
         self.endpoint = endpoint
@@ -22268,9 +22277,10 @@ class WebSocket:
         self._decoder = SocketDecoder()
         self._waiting: collections.deque[bytes] = collections.deque()
         self._ends_at = time.monotonic() + client.settings.socket_life_s
-        self._begun_at = math.inf  # when the message that is not whole began
-        self._minute_at, self._side_frames = 0.0, 0  # since then
-        self._prepared: tuple[str, Json] = ("", {})
+        self._begun_at = math.inf  # when the message that is being received began
+        self._minute_at = 0.0  # when the count of side frames began
+        self._side_frames = 0  # frames since then that are no requests
+        self._prepared: tuple[str, Json] = ("", {})  # (id, fields), see `prepare`
 
     # -- what the loop reports
 
@@ -22291,6 +22301,7 @@ class WebSocket:
             self._begun_at = time.monotonic()
 
     def _take(self, message: SocketMessage) -> None:
+        """Process one message.  Raises BadFrame, ClientGone."""
         if message.kind == CLOSE_FRAME:
             self.end(close_code_of(message.data))
         elif message.kind == PING_FRAME:
@@ -22304,6 +22315,7 @@ class WebSocket:
             self._put(message.data)
 
     def _count_side_frame(self) -> None:
+        """Count a frame that is no request.  Raises BadFrame if there are too many."""
         now = time.monotonic()
         if now - self._minute_at >= 60:
             self._minute_at, self._side_frames = now, 0
@@ -22312,6 +22324,7 @@ class WebSocket:
             raise BadFrame("too many frames that ask nothing", POLICY)
 
     def _put(self, text: bytes) -> None:
+        """Put a request into the queue, or refuse it.  Raises BadFrame, ClientGone."""
         size_bytes = len(text) + sum(map(len, self._waiting))
         if len(self._waiting) < SOCKET_QUEUE and size_bytes <= MAX_BODY_BYTES:
             self._waiting.append(text)
@@ -22327,14 +22340,14 @@ class WebSocket:
 
     def on_tick(self, now: float) -> None:
         """Time-dependent work: pings, deadlines, the end of its life."""
-        client, settings = self._client, self._client.settings
-        late = self._begun_at + settings.body_stall_s
-        late += self._decoder.size_bytes / BODY_BYTES_PER_S
-
         if self.is_over:
             return
+        client, settings = self._client, self._client.settings
+        deadline = self._begun_at + settings.body_stall_s
+        deadline += self._decoder.size_bytes / BODY_BYTES_PER_S
+
         try:
-            if now >= late:
+            if now >= deadline:
                 self.end(POLICY, "the message came too slowly")
             elif now >= self._ends_at and client.is_idle:
                 self._expire()
@@ -22351,7 +22364,7 @@ class WebSocket:
         return bool(self._waiting)
 
     def next_message(self) -> bytes | None:
-        """The next request, None when there will be none."""
+        """Returns the next request, None if there will be none.  Raises ClientGone."""
         if self.is_over:
             return None
         if time.monotonic() >= self._ends_at:
@@ -22375,6 +22388,7 @@ class WebSocket:
         self._client.send(socket_frame(TEXT_FRAME, event))
 
     def _expire(self) -> None:
+        """End the WebSocket after its longest life, as OpenAI does.  Raises ClientGone."""
         minutes = SOCKET_LIFE_S // 60
         text = f"a WebSocket lasts {minutes:.0f} minutes: connect again"
         self.send_error(BadRequest(text, code="websocket_connection_limit_reached"))
@@ -22393,7 +22407,7 @@ class WebSocket:
 
 
 async def drain(answer: UpstreamResponse) -> None:
-    """Read the last chunk behind a terminal event for up to DRAIN_S, so that the
+    """Read the last chunk after a terminal event for up to DRAIN_S, so that the
     connection can be reused. The client does not wait for it."""
     deadline = time.monotonic() + DRAIN_S
     try:
@@ -22409,9 +22423,10 @@ PATH_PREFIXES = ("/v1", "/api/v1", "/openai/v1", "/v1beta/openai")
 
 
 def normalise_path(path: str) -> str:
-    """'//v1/v1/models/' -> '/models': doubled slashes, a final one and any /v1 are left
-    out. '/openai/v1/responses' -> '/responses': so are prefixes that only name the kind
-    of API."""
+    """Remove doubled slashes, a final slash, any /v1, and prefixes that only name the
+    kind of API.
+
+    '//v1/v1/models/' -> '/models', '/openai/v1/responses' -> '/responses'"""
     while "//" in path:
         path = path.replace("//", "/")
     prefix = "/"
@@ -22427,8 +22442,8 @@ def normalise_path(path: str) -> str:
 
 @functools.lru_cache(maxsize=HEADS_KEPT)
 def split_target(target: str) -> tuple[str | None, str]:
-    """(host and port, path and query) of a request target. The first is None for the
-    usual form; a client that believes in a proxy writes a whole URL."""
+    """Returns (host and port, path and query) of a request target. The first is None
+    for the usual form; a client that uses this server as a proxy writes a whole URL."""
     if not target.lower().startswith(("http://", "https://")):
         return None, target
     rest = target.partition("://")[2]
@@ -22478,9 +22493,11 @@ def exposed_headers(fields_: list[tuple[str, str]]) -> str:
 
 
 def give_back_memory() -> None:
-    """Compiling this file took 12 MB that glibc would keep for ever, as it would that
-    of a large request, and each new thread would open an arena of its own: return the
-    one, forbid the other. Elsewhere nothing happens."""
+    """Return free memory to the system; only glibc needs it.
+
+    glibc would hold the 12 MB that compiling this file took, and those of large
+    requests, and each new thread would open an arena of its own. So free memory is
+    returned, and one arena is allowed."""
     with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
         import ctypes
 
@@ -22500,8 +22517,9 @@ def spare_collector() -> None:
 
 
 class Sender(NamedTuple):
-    """Who sends the requests of a connection that have this head, and the keys as they
-    were then; headers: to be added to the answers."""
+    """The sender of the requests of a connection that have this head.
+
+    keys: all keys when it was identified; headers: to be added to the answers."""
 
     head: RequestHead
     keys: list[Key]
