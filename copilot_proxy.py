@@ -62,8 +62,8 @@ with --upload-images uploads.github.com.  Nothing else, ever: no telemetry, no u
 
 Files written (mode 0600) in the data folder, see the section Storage: `github_token`,
 `proxy_accounts.json`, and what was asked when at what cost, never its words, in
-`history.sqlite3` (--no-history).  Nothing else, but what --log-bodies and debug --bundle are told
-to write.
+`history.sqlite3` (--no-history).  Nothing else, but what --log-bodies, debug --bundle and
+setup --write are asked to write.
 
 Secrets held: the GitHub tokens (in those files and in memory), the Copilot tokens made from them
 (in memory only, about 30 minutes) and the keys of clients (as hashes).  Tokens go to the hosts
@@ -15584,6 +15584,8 @@ class Settings:
         values: dict[str, Any] = {}
         for option in OPTIONS:
             value = flags.get(option.field)
+            if isinstance(value, str):
+                value = parse_value(option, value, "--" + option.name)
             for name in option.variables if value is None else ():
                 if environ.get(name):
                     value = parse_value(option, environ[name], name)
@@ -29420,10 +29422,14 @@ def client_key(settings: Settings) -> str:
     return next((key for key in settings.api_key if key != "auto"), "dummy")
 
 
+#: the client that commands are to a running server, in its log and history
+OWN_AGENT = "copilot_proxy/" + __version__
+
+
 def ask_server(app: App, url: str, key: str, path: str) -> Json:
     """The answer of a running server at a path. Raises UpstreamError if none serves,
     AuthError for a status other than 200."""
-    headers = {"Authorization": "Bearer " + key}
+    headers = {"Authorization": "Bearer " + key, "User-Agent": OWN_AGENT}
     request = UpstreamRequest("GET", url + path, headers, timeout_s=GITHUB_TIMEOUT_S)
     with progress(app, "asking " + url):
         status, answer, _, body = run(app.upstream.fetch_json(request))
@@ -29569,8 +29575,8 @@ def port_refused(error: OSError, host: str, port: int, option: str) -> ProxyErro
     """The message for a port that cannot be bound."""
     if error.errno == errno.EADDRINUSE:
         hint = (
-            "another program (this one, too?) uses it; choose one with --port, 0 takes a "
-            "free one"
+            "another program uses it, perhaps a copilot_proxy.py that still runs; "
+            "choose one with --port, 0 takes a free one"
         )
         if option == "--ollama-port":
             hint = (
@@ -30584,7 +30590,8 @@ def replace_settings(path: str, text: str) -> None:
 def write_settings(
     recipe: ClientSetup, files: list[tuple[str, str]], sure: bool
 ) -> bool:
-    """Show each difference, ask, keep a backup, write -> do the files hold it all now?"""
+    """Show each difference, ask, keep a backup, write -> do the files hold it all now?
+    The backup of a file that did not exist is empty."""
     if not files:
         raise ConfigError("%s: there is no settings file to write" % recipe.about)
 
@@ -30607,15 +30614,14 @@ def write_settings(
             say("not written: " + path)
             done = False
             continue
-        if old:
-            backup = "%s.%d.bak" % (path, time.time_ns())
-            replace_settings(backup, old)
+        replace_settings("%s.%d.bak" % (path, time.time_ns()), old)
         replace_settings(path, new)
     return done
 
 
 def undo_settings(recipe: ClientSetup, environ: Mapping[str, str], sure: bool) -> int:
-    """setup CLIENT --undo: the newest backup of each file back in its place."""
+    """setup CLIENT --undo: the newest backup of each file back in its place; an empty
+    one removes the file. What a client has written since stays in a file beside it."""
     if not recipe.files:
         raise ConfigError("%s: there is no settings file to put back" % recipe.about)
 
@@ -30636,13 +30642,20 @@ def undo_settings(recipe: ClientSetup, environ: Mapping[str, str], sure: bool) -
             continue
 
         newest = max(backups, key=os.path.getmtime)
-        text = read_settings(newest)
-        show_change(path, read_settings(path), text)
+        text, now = read_settings(newest), read_settings(path)
+        show_change(path, now, text)
+        if not may_write("put %s back ?" % newest, sure):
+            continue
 
-        if may_write("put %s back ?" % newest, sure):
+        if now:
+            replace_settings(newest[: -len(".bak")] + ".undone", now)
+        if text:
             replace_settings(path, text)
-            os.unlink(newest)
-            code = 0
+        elif now:
+            os.unlink(path)
+            say("removed %s, which was not there before" % path)
+        os.unlink(newest)
+        code = 0
 
     return code
 
@@ -30708,6 +30721,7 @@ def try_client(
     headers = {
         "Content-Type": "application/json",
         "Authorization": "Bearer " + values["key"],
+        "User-Agent": OWN_AGENT,
     }
     request_ = UpstreamRequest("POST", url, headers, dumps(body))
     with progress(app, "waiting for %s to answer" % values["main"]):
@@ -30801,6 +30815,8 @@ def cmd_setup(app: App, flags: argparse.Namespace) -> int:
         return setup_service(app, flags, url)
 
     recipe, key = CLIENTS[flags.client], flags.key or client_key(settings)
+    if flags.undo and (flags.write or flags.check):
+        raise ConfigError("--undo is not for use with --write or --check")
     if flags.undo:
         return undo_settings(recipe, app.environ, flags.yes)
     models = offered_models(app, url, key)
@@ -31106,8 +31122,7 @@ def add_option(parser: Any, option: Option, is_shown: bool) -> None:
     elif option.kind == "list":
         parser.add_argument(*names, action="append", metavar=option.value, **more)
     else:
-        kind = {"int": int, "float": float}.get(option.kind, str)
-        parser.add_argument(*names, type=kind, metavar=option.value, **more)
+        parser.add_argument(*names, metavar=option.value, **more)
 
 
 def add_options(command: str, parser: Parser) -> None:
@@ -31283,10 +31298,18 @@ def build_parser() -> Parser:
     return make_parser()[0]
 
 
+def precedes_command(parser: Parser, word: str) -> bool:
+    """Is the first word an option of a command, which must stand behind it?"""
+    own = [name for name in parser.option_strings() if name.startswith(word)]
+    return word.startswith("-") and not own
+
+
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """The command line; an unknown word ends the process with exit code 2, --help with 0."""
     parser, commands = make_parser()
     typed = sys.argv[1:] if argv is None else argv
+    if typed and precedes_command(parser, typed[0]):
+        parser.error("%s: options stand behind the command" % typed[0])
     if typed and typed[0][:1] not in ("", "-") and typed[0] not in COMMANDS:
         parser.error(
             "there is no command '%s'%s" % (typed[0], nearest(typed[0], COMMANDS))
