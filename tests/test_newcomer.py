@@ -1,5 +1,5 @@
 """What somebody meets who tries the program for the first time: slips on the command line, and
-settings files that were not there before `setup --write`."""
+settings files that were not there before `setup --write` (sections 22 and 23)."""
 from __future__ import annotations
 
 import contextlib
