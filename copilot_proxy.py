@@ -22531,15 +22531,17 @@ class Sender(NamedTuple):
 
 
 class HttpExchange:
-    """One request and its answer. `reply` and `fail` send a whole answer. A stream is
-    announced with `start_keepalives`; then either `relay` sends an upstream's answer
-    on, or `write` and `finish` send one that is made here. Its head goes out together
-    with its first bytes.
+    """One request and its answer.
+
+    `reply` and `fail` send a whole answer. A stream is announced with
+    `start_keepalives`; then either `relay` sends an upstream's answer on, or `write`
+    and `finish` send one that is made here. Its head is sent together with its first
+    bytes.
 
     It knows bytes, head and answer, but no model and no account: those are in `record`.
     The Handler sets caller, is_same_origin, argument, body and keep_alive before the
-    endpoint runs; the endpoint may set ticket, keepalive and keep_alive, and the rest
-    by methods. Nobody else sets anything."""
+    endpoint runs. The endpoint may set ticket, and changes the rest by methods. Nobody
+    else sets anything."""
 
     def __init__(self, client: ClientConnection, head: RequestHead, app: App) -> None:
         self.client, self.head, self.app = client, head, app
@@ -22550,13 +22552,13 @@ class HttpExchange:
         self.argument: str = ""  # what a route with a pattern matched
         self.is_same_origin = True  # no page of another origin has sent it
         self.caller = Caller(client.address)
-        self.ticket: Ticket | None = None  # once it wants to go up
+        self.ticket: Ticket | None = None  # once it asks for admission
         self.dialect = dialect_of(self.path)
         self.body = b""
         self.headers: Headers = {}  # to be added to the answer
         self.keep_alive = head.keep_alive
-        self._is_probed = False  # PROBE is sent: the head goes on behind it
-        self.keepalive = b""
+        self._is_probed = False  # PROBE is sent, so the head continues after it
+        self.keepalive = b""  # what is sent in a silence; b"" for nothing
 
     @property
     def id(self) -> str:
@@ -22569,7 +22571,7 @@ class HttpExchange:
 
     @property
     def started(self) -> bool:
-        """Has a byte of the answer gone out?"""
+        """Was a byte of the answer sent?"""
         return self.record.status != 0
 
     @property
@@ -22580,7 +22582,7 @@ class HttpExchange:
     # -- the request
 
     def come_from(self, sender: Sender) -> None:
-        """Use the sender that was found for an equal head."""
+        """Use the sender of an earlier request with an equal head."""
         self.caller = sender.caller
         self.is_same_origin = sender.is_same_origin
         self.headers.update(sender.headers)
@@ -22595,15 +22597,16 @@ class HttpExchange:
         self.body = body
 
     async def read_json(self) -> Json:
-        """As `json_object`; a large body is parsed in a thread, because streams would
-        stand still."""
+        """As `json_object`, but in a thread for a large body, because streams would
+        stand still meanwhile.  Raises BadRequest, ClientGone."""
         if len(self.body) > LARGE_BLOCK_BYTES:
-            await wait(InThread(give_back_memory))  # of requests before
+            await wait(InThread(give_back_memory))  # that of earlier requests
         body: Json = await self.compute(self.json_object, len(self.body))
         return body
 
     async def compute(self, work: Callable[[], Any], size_bytes: int) -> Any:
-        """`work()`; for a large body in a thread, since streams would stand still meanwhile."""
+        """Returns what `work` returns. For a large body `work` runs in a thread, because
+        streams would stand still meanwhile.  Raises ClientGone, and what `work` raises."""
         if size_bytes <= INLINE_BYTES:
             return work()
 
@@ -22620,7 +22623,7 @@ class HttpExchange:
             raise ClientGone
 
     def json_object(self) -> Json:
-        """The body.  Raises BadRequest."""
+        """Returns the body's JSON object.  Raises BadRequest."""
         text = valid_text(self.body)
         if text is not self.body:
             self.body = text
@@ -22640,11 +22643,11 @@ class HttpExchange:
         return value
 
     def parameter(self, name: str) -> str | None:
-        """A value of the query string."""
+        """Returns the last value that the query string has for this name, or None."""
         query = split_target(self.head.target)[1].partition("?")[2]
-        found = urllib.parse.parse_qs(query, keep_blank_values=True).get(name)
-        if found:
-            return found[-1]
+        values = urllib.parse.parse_qs(query, keep_blank_values=True).get(name)
+        if values:
+            return values[-1]
         return None
 
     # -- a whole answer
@@ -22666,17 +22669,19 @@ class HttpExchange:
         self.log_body("answer", body)
         if self.head.method == "HEAD":
             body = b""
-        if len(body) > READ_BYTES:  # without a copy of what is large
+        if len(body) > READ_BYTES:  # joining them would copy a large body
             self._send(head)
             self._send(body)
         else:
             self._send(head + body)
 
     def reply_json(self, value: Any, status: int = 200) -> None:
+        """Send a whole answer in JSON.  Raises ClientGone."""
         self.reply(dumps(value), status)
 
     def open_socket(self, accept: str, endpoint: SocketEndpoint) -> None:
-        """Answer a handshake.  What follows on the connection is a WebSocket."""
+        """Answer a handshake: the connection is a WebSocket from now on.  Raises
+        ClientGone."""
         fields_ = [("Upgrade", "websocket"), ("Connection", "Upgrade")]
         fields_.append(("Sec-WebSocket-Accept", accept))
         self.keep_alive = True
@@ -22684,14 +22689,14 @@ class HttpExchange:
         self.client.open_socket(WebSocket(self.client, self.head, endpoint))
 
     def fail(self, error: ProxyError) -> None:
-        """Render the error in the dialect of the route."""
+        """Send the error in the dialect of the route.  Raises ClientGone."""
         self.record.fail(error)
         error.args = (self.record.failure,)
         self.headers.update(error.headers)
         self.reply_json(self.dialect.error_body(error, self.id), error.status)
 
     def refuse(self, error: ProxyError) -> None:
-        """Tell the client, or where its answer has begun only note it.  Raises ClientGone."""
+        """Send the error, or only record it if the answer has begun.  Raises ClientGone."""
         if self.started:
             self.record.fail(error)
             self.keep_alive = False
@@ -22704,7 +22709,7 @@ class HttpExchange:
         self.keep_alive = False
 
     def client_left(self) -> None:
-        """Nobody waits for the answer any more."""
+        """Record that the client left before the end of the answer."""
         self.keep_alive = False
         if self.started:
             self.record.leave_stream()
@@ -22714,23 +22719,24 @@ class HttpExchange:
     # -- a streamed answer
 
     def start_keepalives(self, keepalive: bytes) -> None:
-        """From now on silence is filled with keep-alives, the first of which commits to 200."""
+        """Send keep-alives whenever the answer is silent. The first of them begins the
+        answer, with status 200."""
         self.keepalive = keepalive
         self.keep_alive = self.keep_alive and self.is_chunked
         self.client.sent_at = time.monotonic()
 
     def expect_whole(self) -> None:
-        """No keep-alive before a whole answer."""
+        """Send no keep-alive, because the answer will be a whole one."""
         self.keepalive = b""
 
     def ping(self) -> None:
-        """A keep-alive, where a stream is expected.  Raises ClientGone."""
+        """Send a keep-alive if a stream is expected.  Raises ClientGone."""
         if self.keepalive:
             self.write(self.keepalive)
 
     def probe(self) -> None:
-        """Send something that may be sent now in any case, only to see whether the
-        client still reads. Raises ClientGone."""
+        """Send bytes that may be sent now in any case, only to see whether the client
+        still reads. Raises ClientGone."""
         if self.started:
             self.ping()
         elif not self._is_probed:
@@ -22738,7 +22744,8 @@ class HttpExchange:
             self.client.send(PROBE)
 
     def frame(self, data: bytes) -> bytes:
-        """Some bytes of the stream as they go over the wire, with the head before the first."""
+        """Returns these bytes of the stream as they are sent. The first ones have the
+        head in front."""
         if self.app.settings.log_bodies:
             self.log_body("answer", data, is_last=False)
         if self.record.status and self.head.minor:
@@ -22747,7 +22754,7 @@ class HttpExchange:
         return head + (chunk(data) if self.is_chunked else data)
 
     def frame_end(self, last: bytes = b"") -> bytes:
-        """The last bytes of the stream and its end."""
+        """Returns the last bytes of the stream and its end, as they are sent."""
         return self.frame(last) + (LAST_CHUNK if self.is_chunked else b"")
 
     def write(self, data: bytes) -> None:
@@ -22755,21 +22762,24 @@ class HttpExchange:
         self.client.send(self.frame(data))
 
     def finish(self, last: bytes = b"") -> None:
-        """The end of the stream, in one write with its last bytes."""
+        """Send the last bytes and the end of the stream in one write.  Raises
+        ClientGone."""
         self._send(self.frame_end(last))
 
     async def relay(
         self, answer: UpstreamResponse, pipeline: StreamRelay, begun: bytes
     ) -> None:
-        """Relay a stream to its end: a proper one, a cut, or a cancellation.
+        """Relay a stream until it ends, is cut, or is cancelled.
 
-        A cut stream ends with the dialect's error event, never politely. begun: bytes
-        for the client that are there already. Raises ClientGone."""
+        A stream that was cut ends with the dialect's error event, never like a whole
+        one. begun: bytes for the client from what was read before. Raises ClientGone."""
         problem: ProxyError | None = None
         client, last = self.client, begun
 
         def pass_on(data: bytes) -> bool:
-            """-> is more wanted now?  The last bytes wait for the end, to go out with it."""
+            """Send the events of `data`. Returns whether the loop should read on.
+
+            The last bytes are not sent here, but together with the end."""
             nonlocal last
             self.record.receive(len(data))
             last += pipeline.feed(data)
@@ -22812,17 +22822,18 @@ class HttpExchange:
     def _last_bytes(
         self, last: bytes, pipeline: StreamRelay, problem: ProxyError | None
     ) -> bytes:
+        """Returns the end of a stream as it is sent, after `last`; records how it ended."""
         begin = self.frame(last) if last else b""
         closing = pipeline.close(problem)
         if problem is not None and not closing:
-            # a fault of ours at the very last event
+            # a fault of this program after the pipeline's end
             closing = self.dialect.error_frame(problem)
         if problem is not None or not pipeline.is_waiting:
             end = self.frame_end(closing)
         elif closing:
             end = self.frame(closing)
         else:
-            end = b""  # the answer goes on
+            end = b""  # the answer continues after a search
         self.record.end_stream(
             pipeline.failure or "", problem.code if problem else None
         )
@@ -22840,6 +22851,7 @@ class HttpExchange:
         return head
 
     def _head(self, status: int, kind: str, more: list[tuple[str, str]]) -> bytes:
+        """Returns the head of the answer, less PROBE if that was sent; records its status."""
         self.record.begin_answer(status)
         self.headers.pop("x-request-id", None)  # of the upstream
         fields_ = [("x-request-id", self.id), *self.dialect.answer_headers(self.id)]
@@ -22859,6 +22871,7 @@ class HttpExchange:
         return whole
 
     def _send(self, data: bytes) -> None:
+        """Send what is not empty.  Raises ClientGone."""
         if data:
             self.client.send(data)
 
@@ -22871,7 +22884,7 @@ class HttpExchange:
 
 
 class SocketExchange(HttpExchange):
-    """A request that came over a WebSocket, and its answer: each event of a stream is a
+    """A request that came over a WebSocket, and its answer. Each event of a stream is a
     text frame. There are no headers, and an error can be reported at any time, because
     it is a frame, too."""
 
@@ -22895,17 +22908,17 @@ class SocketExchange(HttpExchange):
 
     @property
     def store(self) -> ResponseStore:
-        """Answers on this very connection."""
+        """The store of answers on this connection."""
         return self.socket.kept
 
     def reply(
         self, body: bytes, status: int = 200, kind: str = "application/json"
     ) -> None:
-        """A whole answer as the events of a stream.  Raises ClientGone."""
+        """Send a whole answer as the events of a stream.  Raises ClientGone."""
         self.write(RESPONSES.tell_whole(as_object(loads(body))))
 
     def fail(self, error: ProxyError) -> None:
-        """A frame of its own.  Raises ClientGone."""
+        """Send the error as a frame.  Raises ClientGone."""
         self.record.fail(error)
         error.args = (self.record.failure,)
         if not self.started:
@@ -22913,7 +22926,7 @@ class SocketExchange(HttpExchange):
         self.socket.send_error(error, self._lane)
 
     def refuse(self, error: ProxyError) -> None:
-        """Report an error, whatever was sent before."""
+        """Report an error, whatever was sent before.  Raises ClientGone."""
         self.fail(error)
 
     def ping(self) -> None:
@@ -22924,7 +22937,7 @@ class SocketExchange(HttpExchange):
         raise ClientGone
 
     def frame(self, data: bytes) -> bytes:
-        """Some events of the stream as they go over the wire."""
+        """Returns these events of the stream as text frames."""
         self.log_body("answer", data, is_last=False)
         if not self.started:
             self.record.begin_answer(200)
@@ -22934,17 +22947,17 @@ class SocketExchange(HttpExchange):
         return text_frames(data)
 
     def frame_end(self, last: bytes = b"") -> bytes:
-        """The last frames; nothing marks the end of a stream."""
+        """Returns the last frames; nothing marks the end of a stream."""
         return self.frame(last)
 
 
-Endpoint = Callable[[HttpExchange], Optional[Work]]  # None where it is through already
-Routes = Mapping[
-    str, Mapping[str, Endpoint]
-]  # path -> method -> endpoint; "/x/*" for a tail
+#: an endpoint returns a coroutine, or None if it has answered already
+Endpoint = Callable[[HttpExchange], Optional[Work]]
+#: path -> method -> endpoint; "/x/*" stands for all paths that begin with "/x/"
+Routes = Mapping[str, Mapping[str, Endpoint]]
 
 
-#: what holds no data and asks for the key itself
+#: pages that hold no data, and ask for the key themselves
 OPEN_PATHS = ("/health", "/", "/dashboard", "/auth/device")
 
 
@@ -22969,11 +22982,14 @@ def is_within(address: str, networks: list[Any]) -> bool:
 def as_seen(
     head: RequestHead, peer: str, settings: Settings, scheme: str
 ) -> tuple[str, str, str]:
-    """(host, scheme, address of the client) from the client's view: a trusted proxy
-    reports them in X-Forwarded-*, where the last value is the proxy's own."""
-    host, trusted = head.headers.get("host", "localhost"), settings.trusted_networks
+    """Returns (host, scheme, address of the client) as the client sees them.
+
+    A trusted proxy reports them in X-Forwarded-*, where it appends its own value."""
+    host = head.headers.get("host", "localhost")
+    trusted = settings.trusted_networks
     if not trusted or not is_within(peer, trusted):
         return host, scheme, peer
+
     hosts, schemes, hops = (
         [
             value.strip()
@@ -22982,17 +22998,18 @@ def as_seen(
         for name in ("host", "proto", "for")
     )
 
-    hops = [hop for hop in hops if hop][::-1] or [peer]
-    return (
-        hosts[-1] or host,
-        schemes[-1].lower() or scheme,
-        next((hop for hop in hops if not is_within(hop, trusted)), hops[-1]),
-    )
+    nearest_first = [hop for hop in hops if hop][::-1] or [peer]
+    client = nearest_first[-1]  # unless a nearer one is not trusted
+    for hop in nearest_first:
+        if not is_within(hop, trusted):
+            client = hop
+            break
+    return hosts[-1] or host, schemes[-1].lower() or scheme, client
 
 
 def check_host(text: str, settings: Settings, sock: Any) -> None:
-    """DNS rebinding: only names of this server are served, and the address that the
-    connection `sock` has come to. Raises BadRequest 403."""
+    """Allow only the names of this server, and the address of this end of `sock`, as a
+    defence against DNS rebinding. Raises BadRequest 403."""
     name = split_host(text)[0]
 
     if not name:
@@ -23031,17 +23048,20 @@ def foreign_origin(origin: str | None) -> BadRequest:
 
 
 class Workers:
-    """A few threads for what may block; an idle one ends after WORKER_IDLE_S. `_lock`
-    guards the fields; _free: threads that wait less work that waits, so below 0 when
-    all of them are busy."""
+    """A few threads for what may block; an idle one ends after WORKER_IDLE_S.
+
+    `_lock` guards the fields."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._count = self._free = 0
+        self._count = 0  # of threads
+        #: idle threads minus works in the queue, so negative while works wait
+        self._free = 0
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
     def put(self, work: Callable[[], None]) -> bool:
-        """Do it soon.  False: too much waits already, or no thread can be had."""
+        """Do the work soon. Returns False if the queue is full, or if there is no thread
+        and the system gives none."""
         with self._lock:
             if self._queue.qsize() >= WORKER_QUEUE:
                 return False
@@ -23073,12 +23093,13 @@ class Workers:
             if work is None:
                 break
             work()
-            work = None  # it holds a whole request, which an idle thread must not keep
+            work = None  # an idle thread must not hold the memory of a request
 
     def _next(self) -> Callable[[], None] | None:
-        """None: this thread has nothing more to do, and counts no more. It is not
-        counted from the look into the queue on, else work could be left to a thread
-        that ends."""
+        """Returns the next work, or None if this thread must end.
+
+        The look into the queue and the change of the counts happen under one lock, or
+        `put` could leave work to a thread that ends."""
         try:
             return self._queue.get(timeout=WORKER_IDLE_S)
         except queue.Empty:
@@ -23100,7 +23121,7 @@ class Alarm(Connection):
         self._is_ringing = False
 
     def ring(self) -> None:
-        """Wake it, once for however many calls."""
+        """Wake the loop; further calls do nothing until it is awake."""
         if not self._is_ringing:
             self._is_ringing = True
             with contextlib.suppress(OSError):
@@ -23113,7 +23134,7 @@ class Alarm(Connection):
         self._is_ringing = False
 
     def close(self) -> None:
-        """Both ends."""
+        """Close both ends."""
         self._far.close()
         self.sock.close()
 
