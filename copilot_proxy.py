@@ -21443,14 +21443,12 @@ class DefaultLogin:
             self.account = self.device = None
 
     def begin(self) -> None:
-        """Start a login by device flow in its own thread, unless one is running."""
+        """Start a login by device flow in its own thread, unless one is running or an
+        account has come back meanwhile."""
         services = self._services
         with self._lock:
-            if (
-                self.device is not None
-                and not self.device.problem
-                or services.stop.is_set()
-            ):
+            is_under_way = self.device is not None and not self.device.problem
+            if is_under_way or self.account is not None or services.stop.is_set():
                 return
             if self.device is not None:
                 self.device.stop.set()  # it only waits to try again
@@ -28760,10 +28758,10 @@ def splice_json(text: str, new: Any) -> str:
             r"(,?)([ \t]{0,99}//[^\n]*)?",
             lambda found: "," + (found[2] or "") + more + found[1],
             text[end:],
-            1,
+            count=1,
         )
     elif more:
-        text = re.sub(r"[{\[]", lambda found: found[0] + more + "\n", text, 1)
+        text = re.sub(r"[{\[]", lambda found: found[0] + more + "\n", text, count=1)
 
     for (begin, end), before, after, one in reversed(
         [*zip(places, old, wanted, texts)]

@@ -3,7 +3,6 @@
 The short ways stand in sections 7, 8 and 9 of copilot_proxy.py."""
 from __future__ import annotations
 
-import copy
 import json
 import random
 import unittest

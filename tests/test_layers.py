@@ -28,7 +28,8 @@ HEAVY = {"ssl", "difflib", "ipaddress", "resource", "webbrowser", "sqlite3", "ge
          "tty", "ctypes", "mimetypes", "subprocess", "shutil", "winreg", "msvcrt"}
 #: the standard library of the oldest and newest Python that matter here, for Pythons without
 #: sys.stdlib_module_names
-STDLIB = {"__future__", "argparse", "base64", "binascii", "calendar", "collections", "contextlib",
+STDLIB = {"__future__", "argparse", "base64", "binascii", "calendar", "codecs", "collections",
+          "contextlib",
           "ctypes",
           "dataclasses", "datetime", "difflib", "email", "errno", "functools", "gc", "getpass",
           "gzip", "hashlib", "heapq",
@@ -39,7 +40,7 @@ STDLIB = {"__future__", "argparse", "base64", "binascii", "calendar", "collectio
           "shlex", "shutil", "signal", "socket", "socketserver", "sqlite3", "ssl", "stat",
           "string", "struct", "subprocess", "sys", "tempfile", "textwrap", "threading", "time",
           "traceback", "types", "typing", "unicodedata", "urllib", "uuid", "webbrowser",
-          "winreg", "zlib"}
+          "winreg", "zlib", "msvcrt"}
 MAX_FUNCTION, MAX_COLUMNS, MAX_NESTING = 80, 100, 4
 
 

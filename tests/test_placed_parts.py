@@ -8,7 +8,7 @@ import unittest
 from typing import Any
 
 from support import SLOW, ProxyCase
-from fake_upstream import MESSAGES, RESPONSES, Answer, today_models
+from fake_upstream import RESPONSES, Answer, today_models
 
 WORDS = "MARKED WORDS"
 PIXEL = {"type": "image", "source": {"type": "base64", "media_type": "image/png",
