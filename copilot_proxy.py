@@ -22564,7 +22564,7 @@ class HttpExchange:
 
     @property
     def is_chunked(self) -> bool:
-        """Can the client be sent chunks?"""
+        """Does the client understand chunks, as HTTP/1.1 demands?"""
         return self.head.minor == 1
 
     @property
@@ -23149,11 +23149,15 @@ class Task:
         self.deadline = math.inf
 
 
+#: what `watch` and `begin` raise for a socket that is closed already
+_CLOSED_SOCKET_ERRORS = (AttributeError, KeyError, OSError, ValueError)
+
+
 class EventLoop:
     """One thread for everything that waits.
 
-    Each connection of a client is a coroutine that the loop drives, and so is whatever
-    goes on beside it (a fetched token, the last chunk of a stream). A coroutine runs
+    Each connection of a client is a coroutine that the loop drives. Work beside it (the
+    fetch of a token, the last chunk of a stream) is a coroutine, too. A coroutine runs
     until it waits:
 
         it waits for                                      and is resumed by
@@ -23162,20 +23166,21 @@ class EventLoop:
         Pause     some time                               the loop's timers
         NextTurn  its turn to compute                     the loop, when streams have been served
         InThread  DNS, files, the database, big bodies    one of a few worker threads
-        Signal    a limit, an approval, a shared fetch    whoever sets it, in any thread
+        Signal    a limit, an approval, a shared fetch    `set`, called in any thread
+        Apart,    another coroutine                       the end of that coroutine
+        Within
 
-    and, whatever it waits for: by the end of its time (the result is False), by its
-    client's leaving (ClientGone), or by the end of the server (UpstreamError 503).
-    Events of a stream resume nothing: the loop calls the function that sends them on,
+    Besides, every wait ends when its time is over (the result is False), when the
+    client leaves (ClientGone), and when the server stops (UpstreamError 503). Events of
+    a stream resume no coroutine: the loop calls the function that sends them on,
     `consume` of Ready. One round of the loop:
 
-        select --> resume what is ready --> compute for 2 ms or so --> timers, and once a tick:
-           ^                                                          deadlines, pings
-           +---------------------------------------------------------------------------+
+        select --> what is ready, --> compute for 2 ms --> timers, deferred work, and once
+           ^       the inbox          or so                a tick: deadlines, pings
+           +--------------------------------------------------------+
 
-    Methods with a leading underscore run in the loop's own thread; spawn, wake, post,
-    start and stop may be called from any. No exception of one coroutine touches
-    another."""
+    Any thread may call the methods of the first group below; the others are for the
+    loop's own thread. No exception of one coroutine touches another."""
 
     def __init__(self, settings: Settings, log: logging.Logger) -> None:
         self.log = log
@@ -23188,7 +23193,7 @@ class EventLoop:
         self._tasks: dict[Task, None] = {}
         self._turns: collections.deque[tuple[Task, Wait]] = collections.deque()
         self._timers: list[tuple[float, int, Task, Wait]] = []
-        #: what is to be done -> since when, monotonic
+        #: deferred work -> when it was deferred, monotonic
         self._deferred: dict[Callable[[], None], float] = {}
         self._tick_s = min(1.0, settings.keepalive_s / 4, settings.head_timeout_s / 4)
         self._now = self._ticked_at = time.monotonic()
@@ -23199,13 +23204,13 @@ class EventLoop:
     # -- from any thread
 
     def start(self) -> None:
-        """Begin to wait."""
+        """Start the thread."""
         self.watch(self._alarm, selectors.EVENT_READ)
         self._thread.start()
 
     @property
     def is_running(self) -> bool:
-        """Has it begun, and not ended?"""
+        """Was the loop started, and does it still run?"""
         return self._thread.is_alive()
 
     def stop(self) -> None:
@@ -23214,7 +23219,7 @@ class EventLoop:
         self._thread.join(5)
 
     def close(self) -> None:
-        """Give up what it waits with; it does not run, or runs no more."""
+        """Release the selector and the alarm, when the loop does not run."""
         self._selector.close()
         self._alarm.close()
 
@@ -23225,10 +23230,11 @@ class EventLoop:
             self._alarm.ring()
 
     def is_own_thread(self) -> bool:
+        """Is this the loop's own thread?"""
         return threading.get_ident() == self._thread.ident
 
     def spawn(self, work: Work, on_end: OnEnd | None = None) -> Task:
-        """Drive a coroutine; `on_end` gets its result or error."""
+        """Drive a coroutine; `on_end` is called with its result or error."""
         task = Task(work, on_end)
         self._tasks[task] = None
         self.post(self._resume, task)
@@ -23247,7 +23253,7 @@ class EventLoop:
     # -- for coroutines, in the loop's thread
 
     def watch(self, connection: Connection, events: int) -> None:
-        """Have the selector watch for these events only; 0 for none."""
+        """Watch this connection for these events only; 0 for none."""
         if events == connection.watched:
             return
         if not events:
@@ -23292,7 +23298,7 @@ class EventLoop:
         self._deferred.setdefault(work, self._now)
 
     def _do_deferred(self, least_s: float) -> None:
-        """Do what has waited so long."""
+        """Do the deferred work that has waited at least so long."""
         for work, since in list(self._deferred.items()):
             if self._now - since >= least_s:
                 del self._deferred[work]
@@ -23325,7 +23331,7 @@ class EventLoop:
         self.close()
 
     def _pause_s(self) -> float:
-        """How long nothing can happen but in sockets."""
+        """Returns how long the loop may sleep if no socket wakes it."""
         if self._inbox or self._turns:
             return 0.0
         most = self._tick_s
@@ -23336,17 +23342,21 @@ class EventLoop:
         return most
 
     def _on_ready(self, connection: Connection, mask: int) -> None:
+        """Pass an event to the coroutine that waits for it, else to the connection."""
         task = connection.waiter
         if task is None:
             if not self._guard(connection.on_event, mask):
                 self._give_up(connection)
             return
-        what, waits_on, error = task.what, False, None
+
+        what = task.what
+        reads_on = False
+        error = None
         if what.consume is not None:
-            waits_on, error = outcome(what.consume)
-        if not waits_on:
+            reads_on, error = outcome(what.consume)
+        if not reads_on:
             self.resume(task, what, True, error)
-            error = None  # its traceback leads to this very call
+            error = None  # its traceback refers to this frame: a cycle
         elif task.what is what:
             task.deadline = self._now + what.timeout_s
 
@@ -23372,10 +23382,10 @@ class EventLoop:
             self._guard(*self._inbox.popleft())
 
     def _take_turns(self) -> None:
-        """Compute for a moment. A longer one would make the streams late; where they
-        take nearly all of the time a share of it keeps requests going."""
-        until = time.monotonic()
-        until += max(SLICE_S, SLICE_SHARE * (until - self._now))
+        """Compute for SLICE_S, because streams would be late otherwise. If they take
+        nearly all of the time, a share of it still moves the requests on."""
+        now = time.monotonic()
+        until = now + max(SLICE_S, SLICE_SHARE * (now - self._now))
         while self._turns:
             self.resume(*self._turns.popleft())
             if time.monotonic() >= until:
@@ -23387,7 +23397,7 @@ class EventLoop:
             self.resume(task, what)
 
     def _tick(self) -> None:
-        """Deadlines, and what clients are sent in a silence."""
+        """Resume the tasks whose time is over, and send what is due in a silence."""
         for task in [task for task in list(self._tasks) if task.deadline <= self._now]:
             # an earlier one of them may have resumed it: then it waits for something else
             if task.what is not None and task.deadline <= self._now:
@@ -23434,15 +23444,11 @@ class EventLoop:
         task.what, task.deadline = what, self._now + what.timeout_s
         try:
             what.begin(self, task)
-        except (
-            AttributeError,
-            KeyError,
-            OSError,
-            ValueError,
-        ) as fault:  # a closed socket
+        except _CLOSED_SOCKET_ERRORS as fault:
             self.wake(task, what, None, fault)
 
     def _end(self, task: Task, value: Any, error: BaseException | None) -> None:
+        """Forget a task and pass on its result, or log an error that nobody awaits."""
         del self._tasks[task]
         if task.on_end is not None:
             task.on_end(value, error)
@@ -23466,11 +23472,10 @@ def is_json_type(text: str) -> bool:
 
 
 class Handler:
-    """Takes a request from its head to its endpoint: the checks before any work is
-    done.
+    """Takes a request from its head to its endpoint: all checks that precede the work.
 
-    There is one for each connection. Its requests mostly have equal heads, so the
-    sender of the last one is remembered."""
+    Each connection has a Handler. Its requests mostly have equal heads, so the sender
+    of the last one is remembered."""
 
     def __init__(self, app: App, routes: Routes, scheme: str) -> None:
         self._app, self._routes, self._scheme = app, routes, scheme
@@ -23481,7 +23486,8 @@ class Handler:
         if isinstance(exchange, SocketExchange):
             await self._handle_message(exchange)
             return
-        head, length, chunked = exchange.head, 0, True  # until we know better
+        head = exchange.head
+        length, chunked = 0, True  # if `body_form` fails there may be a body
         try:
             length, chunked = head.body_form()
             self._check_sender(exchange)
@@ -23508,8 +23514,8 @@ class Handler:
             await work
 
     async def _handle_message(self, exchange: SocketExchange) -> None:
-        """As `handle`, for a request on a WebSocket: its key may have been revoked
-        meanwhile."""
+        """As `handle`, for a request on a WebSocket. The key is checked again, because
+        it may have been revoked meanwhile."""
         self._check_browser(exchange)
         self._check_key(exchange)
         exchange.log_body("request", exchange.body)
@@ -23519,13 +23525,15 @@ class Handler:
     async def _read_body(
         self, exchange: HttpExchange, length: int, chunked: bool
     ) -> None:
+        """Raises BadRequest, ClientGone."""
         head, client = exchange.head, exchange.client
         if head.minor == 1 and head.headers.get("expect", "").lower() == "100-continue":
             client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-        exchange.keep_alive, keep = False, exchange.keep_alive  # until it is read whole
+        keep_alive = exchange.keep_alive
+        exchange.keep_alive = False  # until the body is read whole
         body = await client.read_body(length, chunked)
-        exchange.keep_alive = keep
+        exchange.keep_alive = keep_alive
 
         coding = head.headers.get("content-encoding", "")
         if coding:
@@ -23535,11 +23543,12 @@ class Handler:
         exchange.log_body("request", exchange.body)
 
     def _check_sender(self, exchange: HttpExchange) -> None:
-        """Browser and key, where they are not those of the request before."""
-        head, known = exchange.head.same, self._sender
+        """Check browser and key, unless the last request had the same head and no key
+        has changed since.  Raises BadRequest, AuthError, RateLimited."""
+        head, last = exchange.head.same, self._sender
         key_file = self._app.accounts.keys
-        if known is not None and known.head is head and known.keys is key_file.all():
-            exchange.come_from(known)
+        if last is not None and last.head is head and last.keys is key_file.all():
+            exchange.come_from(last)
             return
 
         self._check_browser(exchange)
@@ -23552,15 +23561,17 @@ class Handler:
             )
 
     def _check_browser(self, exchange: HttpExchange) -> None:
-        """DNS rebinding and foreign web pages: refused before any work."""
+        """Refuse DNS rebinding and foreign web pages before any work.  Raises
+        BadRequest 403."""
         headers, settings = exchange.head.headers, self._app.settings
         host, scheme, address = as_seen(
             exchange.head, exchange.client.address, settings, self._scheme
         )
         exchange.caller = Caller(address)
-        named = split_target(exchange.head.target)[0]
-        for text in (host,) if named is None else (named, host):
-            check_host(text, settings, exchange.client.sock)
+        target_host = split_target(exchange.head.target)[0]
+        if target_host is not None:
+            check_host(target_host, settings, exchange.client.sock)
+        check_host(host, settings, exchange.client.sock)
 
         origin = headers.get("origin")
         if origin is None:
@@ -23593,7 +23604,7 @@ class Handler:
                 exchange.headers["Access-Control-Allow-Private-Network"] = "true"
 
     def _check_key(self, exchange: HttpExchange) -> None:
-        """Raises AuthError, RateLimited."""
+        """Find the caller by its key.  Raises AuthError, RateLimited."""
         try:
             accounts = self._app.accounts
             exchange.caller = accounts.identify(
@@ -23604,14 +23615,15 @@ class Handler:
                 raise
 
     def _find_route(self, exchange: HttpExchange) -> Endpoint:
-        """Exact path first, then `/x/*` and `/x/y/*`.  Raises BadRequest 404, 405."""
+        """Returns the endpoint: of the exact path, else of `/x/*`, else of `/x/y/*`.
+        Raises BadRequest 404, 405."""
         methods = self._routes.get(exchange.path)
         parts = exchange.path.split("/")
 
-        for at in (2, 3):
-            if methods is None and len(parts) > at:
-                methods = self._routes.get("/".join(parts[:at]) + "/*")
-                exchange.argument = urllib.parse.unquote("/".join(parts[at:]))
+        for depth in (2, 3):
+            if methods is None and len(parts) > depth:
+                methods = self._routes.get("/".join(parts[:depth]) + "/*")
+                exchange.argument = urllib.parse.unquote("/".join(parts[depth:]))
 
         if methods is None:
             raise BadRequest(
@@ -23637,6 +23649,7 @@ class Handler:
         return endpoint
 
     def _check_body(self, exchange: HttpExchange, length: int, chunked: bool) -> None:
+        """Raises BadRequest 413, 415, 417."""
         headers = exchange.head.headers
         if length > MAX_BODY_BYTES:
             raise BadRequest(f"the body is larger than {MAX_BODY_BYTES} bytes", 413)
@@ -23653,7 +23666,8 @@ class Handler:
 
 
 def file_limit() -> int:
-    """How many files this process may open; Windows' select ends at 512 sockets."""
+    """Returns how many files this process may open; Windows' select ends at 512
+    sockets."""
     try:
         import resource
 
@@ -23663,7 +23677,7 @@ def file_limit() -> int:
 
 
 def raise_file_limit() -> None:
-    """The soft limit to the hard one: a stream takes two files."""
+    """Raise the soft limit to the hard one, because each stream takes two files."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -23682,12 +23696,14 @@ class Listener(Connection):
 
 
 class Server(ThreadingHTTPServer):
-    """Listens, and serves each connection as a coroutine in the loop. Of
-    ThreadingHTTPServer it uses how to listen and to accept; `serve_forever` and its
-    threads are not needed."""
+    """Listens, and serves each connection as a coroutine in the loop.
+
+    ThreadingHTTPServer makes and binds the socket; its `serve_forever` and its threads
+    are not used."""
 
     request_queue_size = BACKLOG
-    allow_reuse_address = os.name != "nt"  # on Windows that would let another take over
+    #: not on Windows, where another program could take the port over
+    allow_reuse_address = os.name != "nt"
 
     def __init__(self, app: App, routes: Routes, host: str, port: int) -> None:
         self.app = app
@@ -23707,12 +23723,12 @@ class Server(ThreadingHTTPServer):
         self._listen_on(self.socket)
 
     def server_bind(self) -> None:
-        """Without the name look-up of the original, which can take seconds."""
+        """Bind without the name look-up of HTTPServer, which can take seconds."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
     def server_close(self) -> None:
-        """Listen no more.  The base class calls it, too, where the port cannot be had."""
+        """Stop listening.  The base class calls it, too, if it cannot bind the port."""
         super().server_close()
         for listener in self._listeners:
             listener.sock.close()
@@ -23753,12 +23769,12 @@ class Server(ThreadingHTTPServer):
         for _ in range(ACCEPTED_AT_ONCE):
             try:
                 request, address = sock.accept()
-            except OSError:  # nobody else, or no file is left
+            except OSError:  # none waits, or this process may open no more files
                 return
             self.process_request(request, address)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """A new connection."""
+        """Serve a new connection, or refuse it if there are too many."""
         with contextlib.suppress(OSError):  # macOS: the client has reset it already
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         request.settimeout(0)
@@ -23770,7 +23786,7 @@ class Server(ThreadingHTTPServer):
             self.loop.clients.discard,
         )
         if len(self.loop.clients) >= self._most_clients:
-            with contextlib.suppress(OSError):  # it has gone already
+            with contextlib.suppress(OSError):  # the client has closed it
                 self._refuse_connection(request)
             client.close()
             return
@@ -23793,7 +23809,7 @@ class Server(ThreadingHTTPServer):
         send_now(request, head + refusal)
 
     async def serve(self, client: ClientConnection) -> None:
-        """The life of a connection: its requests, one after the other."""
+        """Serve the requests of a connection, one after the other, and close it."""
         try:
             if self._tls is not None:
                 await client.begin_tls(self._tls)
@@ -23806,14 +23822,16 @@ class Server(ThreadingHTTPServer):
             client.close()
 
     async def _serve_one(self, client: ClientConnection, handler: Handler) -> bool:
-        """Read a request and answer it.  False: the connection is over."""
+        """Read a request and answer it. Returns whether another one may follow.  Raises
+        ClientGone."""
         problem: BadRequest | None = None
         exchange: HttpExchange | None = None
         try:
             exchange = await self._next_request(client)
         except BadRequest as error:
+            problem = error
             head = RequestHead("GET", "/", 1, {"connection": "close"})
-            problem, exchange = error, HttpExchange(client, head, self.app)
+            exchange = HttpExchange(client, head, self.app)
         if exchange is None:
             return False
 
@@ -23834,24 +23852,26 @@ class Server(ThreadingHTTPServer):
         return False
 
     async def _next_request(self, client: ClientConnection) -> HttpExchange | None:
-        """None when there will be none.  Raises BadRequest, ClientGone."""
-        socket_ = client.socket
-        if socket_ is None:
-            raw = await client.read_head()
-            if not raw:
+        """Returns the next request, None if there will be none.  Raises BadRequest,
+        ClientGone."""
+        web_socket = client.socket
+        if web_socket is None:
+            raw_head = await client.read_head()
+            if not raw_head:
                 return None
-            return HttpExchange(client, parse_request_head(raw), self.app)
+            return HttpExchange(client, parse_request_head(raw_head), self.app)
 
-        text = await client.read_message(socket_)
-        if text is None:
+        message = await client.read_message(web_socket)
+        if message is None:
             await client.linger()
             return None
-        return SocketExchange(client, socket_, text, self.app)
+        return SocketExchange(client, web_socket, message, self.app)
 
     async def _answer(
         self, exchange: HttpExchange, problem: BadRequest | None, handler: Handler
     ) -> bool:
-        """Every error is rendered here and nowhere else.  -> was it refused?"""
+        """Answer a request; every error is rendered here and nowhere else. Returns
+        whether the request was refused."""
         refusal: ProxyError | None = problem
 
         try:
@@ -23877,14 +23897,14 @@ class Server(ThreadingHTTPServer):
             ClientGone,
             UpstreamError,
             RequestStopped,
-        ):  # at the end of the server, too
+        ):  # the end of the server, too
             exchange.client_left()
             return False
 
         return refusal is not None
 
     def end(self, exchange: HttpExchange) -> None:
-        """The exchange is over: one log line."""
+        """Finish an exchange: leave the queue, record its row and its log line."""
         self._running.pop(exchange, None)
         exchange.log_body("answer", b"")
         self.app.admission.leave(exchange.ticket)
@@ -23903,10 +23923,8 @@ class Server(ThreadingHTTPServer):
             self.loop.post(self.loop.watch, listener, selectors.EVENT_READ)
 
     def finish(self, grace_s: float) -> None:
-        """Accept nothing more, give running answers `grace_s`, then end them with an
-        error.
-
-        A second call has nothing left to do."""
+        """Accept no more connections, give running answers `grace_s`, then end them
+        with an error. A second call does nothing."""
         if not self.loop.is_running:
             self.server_close()
             return
@@ -23914,7 +23932,7 @@ class Server(ThreadingHTTPServer):
         self.app.ledger.events.close(*self.app.ledger.events.readers)
         self._stop_listening()
         if any(not client.is_used for client in self.loop.clients.copy()):
-            time.sleep(SHUTDOWN_ACCEPT_S)  # who has just connected is served
+            time.sleep(SHUTDOWN_ACCEPT_S)  # serve clients that have just connected
         self.loop.post(self._close_idle)
         if not self._wait_idle(grace_s):
             self.loop.post(self._end_running)
@@ -23922,15 +23940,15 @@ class Server(ThreadingHTTPServer):
         self.loop.stop()
 
     def running(self) -> int:
-        """How many requests are not answered to the end."""
+        """Returns how many requests are being answered."""
         return len(self._running)
 
     def _stop_listening(self) -> None:
-        """Who has connected by now is let in, but no more than that."""
+        """Accept the clients that have connected by now, then stop listening."""
         done = threading.Event()
 
         def stop() -> None:
-            until = time.monotonic() + SHUTDOWN_ACCEPT_S  # others may go on connecting
+            until = time.monotonic() + SHUTDOWN_ACCEPT_S  # new ones may still come
             for listener in self._listeners:
                 while wait_ready(listener.sock, 0) and time.monotonic() < until:
                     self._accept_some(listener.sock)
@@ -23942,7 +23960,7 @@ class Server(ThreadingHTTPServer):
         self.server_close()
 
     def _close_idle(self) -> None:
-        """No further requests; running ones go on."""
+        """Close the connections that serve no request now."""
         for client in list(self.loop.clients):
             if client.is_idle:
                 client.dismiss()
