@@ -2331,6 +2331,8 @@ class Losses(List[Tuple[str, str]]):
     Clients invent field names, so at most MAX_LOSSES are recorded, with names of at
     most MAX_LOSS_CHARS in printable ASCII; `more` counts the others."""
 
+    __slots__ = ("_known", "more")  # every request has one
+
     def __init__(self) -> None:
         super().__init__()
         self.more = 0
@@ -2356,6 +2358,8 @@ class BodyEdit:
 
     added: the names of such fields; is_rewritten: something else has changed, too."""
 
+    added: frozenset[str] = frozenset()  # nearly always this one
+
     def __init__(
         self,
         body: Json,
@@ -2365,7 +2369,6 @@ class BodyEdit:
         self.body = body
         self.go_on = go_on  # asked between long steps: may raise ClientGone
         self.changed = self.is_rewritten = False
-        self.added: set[str] = set()
         if losses is None:
             self.losses = Losses()
         else:
@@ -2392,7 +2395,7 @@ class BodyEdit:
             or type(target[key]) is not type(value)
         ):
             if target is self.body and (key not in target or key in self.added):
-                self.added.add(key)
+                self.added |= {key}
                 self.changed = True
             else:
                 self.note_change()
@@ -2600,10 +2603,11 @@ class Named:
     name: str
 
 
-@dataclass
+@dataclass(init=False)
 class Request:
     """A request in the neutral vocabulary. A field that is None was not set by the
-    client and is not sent.
+    client and is not sent. Every stream holds one as long as it lasts: what has its
+    default stands in the class alone, so that a request takes a third of the memory.
 
     model: as the client wrote it; now: unix seconds; key: unique for each request.
     search: the hosted web search that the client offers, if it does. tool_choice: None,
@@ -2650,8 +2654,37 @@ class Request:
     cut_at: list[str] = field(default_factory=list, compare=False)
     hides_thinking: bool = field(default=False, compare=False)
     wants_thoughts: bool = field(default=False, compare=False)
-    elapsed_ns: Callable[[], int] = field(default=lambda: 0, compare=False)
+    elapsed_ns: Callable[[], int] = field(default=int, compare=False)  # returns 0
     losses: Losses = field(default_factory=Losses, compare=False)
+
+    def __init__(
+        self,
+        model: str,
+        dialect: str = "",
+        turns_key: str = "messages",
+        losses: Losses | None = None,
+        **fields: Any,
+    ) -> None:
+        self.model = model
+        self.dialect = dialect
+        self.turns_key = turns_key
+        if losses is None:
+            losses = Losses()
+        self.losses = losses
+        own: Json = {
+            "turns": [],
+            "tools": [],
+            "tool_names": set(),
+            "stop": [],
+            "openai": {},
+            "echo": {},
+            "cut_at": [],
+            **fields,
+        }
+
+        assert fields.keys() <= self.__dataclass_fields__.keys(), fields.keys()
+        for name, value in own.items():
+            setattr(self, name, value)
 
     def answer_as(self, now: int, key: str) -> None:
         """The answer's time in unix seconds, and the key that its ids are made of."""
@@ -14057,7 +14090,7 @@ class Plan:
             client is not upstream or by_hub or needs_hub(client, body, model)
         )
         wants_stream = body.get("stream") is True
-        request = Request(str(body["model"]), client.name)
+        request = Request(str(body["model"]), client.name, losses=edit.losses)
         pipeline: StreamRelay | None = None
 
         if is_translated:
@@ -14110,6 +14143,12 @@ class Plan:
         """The client's bytes of what was read of the answer so far, or of all of it."""
         self.begun = data
         self.is_whole = is_whole
+
+    def take_begun(self) -> bytes:
+        """The client's bytes so far, which nobody needs any more once they are sent."""
+        begun = self.begun
+        self.begun = b""
+        return begun
 
     def attach(self, headers: Headers, repaired: list[str], echo: Json) -> None:
         """Set the headers that belong to the body, the list of repairs so far, and the
@@ -20710,8 +20749,9 @@ class Notes:
     """Names of what was changed of a request, as its header and its row list them: as
     many as fit into MAX_NOTE_CHARS, then how many more there are."""
 
+    names: frozenset[str] = frozenset()  # nearly always this one
+
     def __init__(self) -> None:
-        self.names: set[str] = set()
         self.more = 0
         self._room = MAX_NOTE_CHARS - len("+1000000000 more")
 
@@ -22765,14 +22805,14 @@ class HttpExchange:
         self._send(self.frame_end(last))
 
     async def relay(
-        self, answer: UpstreamResponse, pipeline: StreamRelay, begun: bytes
+        self, answer: UpstreamResponse, pipeline: StreamRelay, last: bytes
     ) -> None:
         """Relay a stream until it ends, is cut, or is cancelled.
 
         A stream that was cut ends with the dialect's error event, never like a whole
-        one. begun: bytes for the client from what was read before. Raises ClientGone."""
+        one. last: bytes for the client from what was read before. Raises ClientGone."""
         problem: ProxyError | None = None
-        client, last = self.client, begun
+        client = self.client
 
         def pass_on(data: bytes) -> bool:
             """Send the events of `data`. Returns whether the loop should read on.
@@ -25919,17 +25959,21 @@ class Job:
         is_large = len(self.data) > LARGE_BLOCK_BYTES
         self.body = {}
         if plan.loop is None:
+            self.loop = None
             self.data = b""  # several MB that nobody needs any more
+
         exchange.put_body(b"")
         plan.edit.forget_body()
         if is_large:
             exchange.client.loop.workers.put(give_back_memory)  # nobody waits for it
         if plan.pipeline is not None and not plan.is_whole:
-            await exchange.relay(answer, plan.pipeline, plan.begun)
+            await exchange.relay(answer, plan.pipeline, plan.take_begun())
             return
+
         if plan.is_waiting:
             self.send_on(plan.begun)
             return
+
         self.finish(plan, plan.begun)
 
     def finish(self, plan: Plan, data: bytes) -> None:
