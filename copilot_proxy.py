@@ -24651,7 +24651,8 @@ const EMPTY = () => el('li', el('p', 'No request has come in yet. Send the first
   ' for your client, and try it there.'));
 function miniLine(row) {
   const about = [row.program || t('unknown client'), moment(row.at),
-    !isOpen(row) && span(row.total_ms)];
+    !isOpen(row) && span(row.total_ms),
+    !isOpen(row) && rowCost(row) && t('%s credits', rowCost(row))];
   return el('li.line.ends', el('span', opener(row), el('span.sub', ' ' + join(about, ' · '))),
     isOpen(row) ? outcome(row) : statePill(row),
     el('span.sub.cut', isFailed(row) ? row.message || '' : '')); }
@@ -29206,11 +29207,13 @@ def setup_steps(
 ) -> Any:
     """[{title, text}] of what a person copies for a client, as `setup` prints it."""
     line = command_line(recipe, values, shell)
-    direct = recipe.env or values["url"] in line
+    is_enough = values["url"] in line or not files  # Zed's has only the key
     steps = [{"title": "Into " + path, "text": text.rstrip()} for path, text in files]
 
-    if line and direct:
-        steps.insert(0, {"title": "In a terminal, for this time", "text": line})
+    if line and is_enough:
+        for step, word in zip(steps, ("Or for good, into ", "and into ")):
+            step["title"] = step["title"].replace("Into ", word, 1)
+        steps.insert(0, {"title": "In a terminal, for this session", "text": line})
     elif line:
         steps.append({"title": "Then", "text": line})
 
@@ -30922,7 +30925,7 @@ def cmd_setup(app: App, flags: argparse.Namespace) -> int:
     if steps and files:
         say("'setup %s --write' merges it into what is there.\n" % flags.client)
 
-    if flags.write or not flags.check:
+    if recipe.note and (flags.write or not flags.check):
         say(recipe.note % values)
     if flags.check:
         say(try_client(app, recipe, values, main))

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import unittest
 
 import support  # noqa: F401, which finds copilot_proxy.py
@@ -95,6 +96,30 @@ class FirstFilesTest(SetupCase):
             code, output = self.run_setup("codex", "--undo", flag, "--yes")
             self.assertEqual(code, 2)
             self.assertIn("--undo is not for use with --write or --check", output)
+
+
+class StepsTest(SetupCase):
+    """Who reads `setup` sees whether a step is another way or the next one."""
+
+    def titles(self, client: str) -> list[str]:
+        output = self.setup(client)
+        about = re.escape(cp.CLIENTS[client].about)
+        return re.findall(r"(?m)^%s: (.*):$" % about, output.replace(self.home, "~"))
+
+    def test_a_terminal_that_is_enough_and_files_are_two_ways(self) -> None:
+        self.assertEqual(self.titles("claude-code"), [
+            "In a terminal, for this session", "Or for good, into ~/.claude/settings.json",
+            "and into ~/.claude.json"])
+        self.assertEqual(self.titles("openai-sdk"), ["In a terminal, for this session"])
+
+    def test_a_command_that_needs_the_files_stands_behind_them(self) -> None:
+        self.assertEqual(self.titles("zed"), ["Into ~/.config/zed/settings.json", "Then"])
+        self.assertEqual(self.titles("gemini-cli"), [
+            "Into ~/.gemini/settings.json", "Into ~/.gemini/.env", "Then"])
+
+    def test_nothing_is_printed_behind_the_last_word(self) -> None:
+        for client in cp.CLIENTS:
+            self.assertRegex(self.setup(client), r"\S\n\n?\Z", client)
 
 
 class OwnRequestsTest(SetupCase):
