@@ -25458,26 +25458,24 @@ class Job:
     """A request to a model, from its body to its answer.  Its life, top to bottom:
 
         stage      does                                               in section
-        read       parse the body; a large one in a thread            20, Exchange
-        identify   which account serves it                            18, account_for
-        resolve    which model its name means                         15, Copilot.find_model
-        expand     put in what it names by id or by URL               17, ResponseStore; 13
-        plan       the dialect, body and headers to ask with          9, Plan; 8, care
+        read       parse the body, a large one in a thread            18, HttpExchange
+        identify   choose the account that serves it                  20, account_for
+        resolve    find the model that its name means                 15, Copilot.find_model
+        expand     insert what it refers to by id or by URL           17, ResponseStore; 13
+        plan       make the body and headers, choose the dialect      9, Plan; 8, care
         admit      wait for budget, limits, a person's approval       17, Admission
-        send       to the upstream; what fails is tried again         15, Attempts
-        answer     to the client: whole, or relayed as it comes       18, Exchange
-        record     one row, one log line, whatever happened           18, Server.end
+        send       call the upstream, again where that may help       15, Attempts
+        answer     send the answer whole, or relay it as it comes     18, HttpExchange
+        record     write one row and one log line, in any case        18, Server.end
 
-    Each stage calls down into its section and comes back. Where one waits (`await`) the
-    loop serves others; a client that leaves ends the job there, with ClientGone.
+    Each stage calls its section and returns here. Where one waits (`await`) the loop
+    serves other requests; a client that leaves ends the job there, with ClientGone.
 
-    A remedy of Attempts goes back to `plan`: a repaired body, or the model of
-    --fallback. So does an answer that asks for a search of the web, once the search is
-    made: see SearchLoop. data: the body as bytes, parsed in `body`; keep: stores the
-    answer under its id; record: of the exchange, or of a search that is one step of it;
-    loop: for searches, None where there may be none; last: the plan before, whose
-    stream can tell the client of an error; uploads: images that were sent by URL, see
-    `Attachments`."""
+    After a remedy of Attempts (a repaired body, another choice of `auto`, or the model
+    of --fallback) the job continues at `plan`. It does so, too, when the model has
+    asked for a search of the web, after the search: see SearchLoop.
+
+    record: of the exchange, or of a search that is one step of it."""
 
     def __init__(
         self,
@@ -25488,14 +25486,15 @@ class Job:
         self.exchange, self.client = exchange, client
         self.record = record or exchange.record
         self.body: Json = {}
-        self.data = b""
+        self.data = b""  # the same body as bytes
+        #: stores the answer under its id
         self.keep: Callable[[str, bytes], None] | None = None
         self.plan: Plan | None = None
-        self.repaired: list[str] = []
+        self.repaired: list[str] = []  # names of the repairs that were made
         self.echo: Json = {}  # what the answer repeats, beside what the body says
-        self.loop: SearchLoop | None = None
-        self.last: Plan | None = None
-        self.uploads = 0
+        self.loop: SearchLoop | None = None  # None where no search may be made
+        self.last: Plan | None = None  # the plan before; its stream can report an error
+        self.uploads = 0  # images that were sent by URL, see Attachments
         self.copilot: Account
         self.model: Model
 
@@ -25518,13 +25517,15 @@ class Job:
     ) -> None:
         """Set the results of the first stages. is_step: the client gets no byte of the
         answer, so any error may be cured."""
-        self.copilot, self.model = copilot, model
-        self.body, self.data = body, data or dumps(body)
+        self.copilot = copilot
+        self.model = model
+        self.body = body
+        self.data = data or dumps(body)
         exchange = self.exchange  # a cycle would keep the body alive
         self.attempts = Attempts(copilot, lambda: exchange.started and not is_step)
 
     async def serve(self, body: Json) -> None:
-        """All stages behind `read`; `body` is what the exchange's bytes say. Raises
+        """Run all stages after `read`; `body` is the exchange's body, parsed. Raises
         ProxyError, ClientGone."""
         await self.begin(body)
         del body  # this lasts as long as the answer
@@ -25539,14 +25540,15 @@ class Job:
             answer = await self.next_round()
 
     async def begin(self, body: Json) -> None:
-        """The stages from `identify` to `expand`."""
+        """Run the stages from `identify` to `expand`.  Raises ProxyError, ClientGone."""
         exchange = self.exchange
         copilot, model = await resolve(exchange, body)
         body = await self.expand(body, copilot, model)
         self.take(copilot, model, body, exchange.body)
 
     async def expand(self, body: Json, copilot: Account, model: Model) -> Json:
-        """The body with all that it only names, in the shape of its dialect."""
+        """Returns the body with all that it only referred to. Raises BadRequest,
+        UpstreamError, ClientGone."""
         exchange = self.exchange
 
         await inline_images(exchange, body)
@@ -25569,7 +25571,7 @@ class Job:
         return body
 
     def is_compaction(self) -> bool:
-        """Does it ask for one item in the place of the conversation so far?"""
+        """Does it ask for one item that replaces the conversation so far?"""
         if not self.client.reads_compactions:
             return False
         last = as_object((as_list(self.body.get("input")) or [None])[-1])
@@ -25578,8 +25580,8 @@ class Job:
         )
 
     async def ask(self) -> UpstreamResponse | None:
-        """Plan, admit, send, and again after each remedy; None when the client has its
-        answer already. Raises ProxyError, ClientGone."""
+        """Plan, admit and send, and again after each remedy. Returns the answer, or None
+        if the client has been answered already. Raises ProxyError, ClientGone."""
         if not isinstance(self.body.get("stream"), (bool, type(None))):
             raise BadRequest("'stream' must be true or false", param="stream")
         while True:
@@ -25606,7 +25608,8 @@ class Job:
                 return None
 
     async def prepare_call(self) -> Call | None:
-        """Plan and admit; None for a search where there is none.  Raises ProxyError."""
+        """Plan and admit. Returns the call, or None if it is a search that the model
+        cannot make.  Raises ProxyError, ClientGone."""
         if self.exchange.app.settings.upload_images:
             await self.upload_images()
         data = await self.compute(self.plan_body)
@@ -25624,7 +25627,7 @@ class Job:
             return
         find = functools.partial(large_images, plan.edit.body)
         images = await self.compute(find)
-        if images:  # it may be refused yet, by a person, say
+        if images:  # nothing is uploaded for a request that is refused
             await admit(self.exchange, plan.edit.body, self.model)
         for image in images:
             url = await self.copilot.attachments.url_of(image)
@@ -25634,8 +25637,9 @@ class Job:
                 self.uploads += 1
 
     async def next_round(self) -> UpstreamResponse | None:
-        """Make the searches that the model asked for and ask it again; None where the
-        client has its whole answer. Raises ProxyError, ClientGone."""
+        """Make the searches that the model asked for, and ask it again. Returns the next
+        answer, or None if the client has its whole answer. Raises ProxyError,
+        ClientGone."""
         plan = self.plan
         if plan is None or plan.loop is None or not plan.is_waiting:
             return None
@@ -25643,8 +25647,8 @@ class Job:
         try:
             for call in loop.calls:
                 self.send_on(plan.go_on(loop.begin_search(call)))
-                found = await self.find(loop, call)
-                self.send_on(plan.go_on(loop.end_search(found)))
+                findings = await self.find(loop, call)
+                self.send_on(plan.go_on(loop.end_search(findings)))
             end = loop.go_on()
             if end:
                 self.finish(plan, plan.go_on(end))
@@ -25658,11 +25662,12 @@ class Job:
         data = self.data
         self.plan = None
         self.body = await self.compute(functools.partial(loads, data))
-        self.attempts = Attempts(self.copilot, lambda: False)  # no byte of it is sent
+        #: the next answer is one of its own, of which nothing is sent yet
+        self.attempts = Attempts(self.copilot, lambda: False)
         return await self.ask()
 
     def send_on(self, data: bytes) -> None:
-        """Some bytes of a stream.  Raises ClientGone."""
+        """Send some bytes of a stream, if there are any.  Raises ClientGone."""
         if data:
             self.exchange.write(data)
 
@@ -25679,8 +25684,8 @@ class Job:
 
         try:
             await admit_next(exchange)
-            found, _ = await self.search(exchange, self.copilot, wish, record)
-            return replace(found, call=call)
+            findings, _ = await self.search(exchange, self.copilot, wish, record)
+            return replace(findings, call=call)
         except (ClientGone, RequestStopped):
             record.leave()
             raise
@@ -25699,8 +25704,10 @@ class Job:
         wish: SearchWish,
         record: RequestRecord | None = None,
     ) -> tuple[SearchFindings, Usage]:
-        """Have a model search; it costs what its tokens do. record: of a search that is
-        one step of the exchange's. Raises ProxyError."""
+        """Let a model search. Returns what it found, and the tokens that this cost.
+
+        record: of a search that is one step of a request. Raises ProxyError,
+        ClientGone."""
         model = await search_model(exchange, copilot)
         job = cls(exchange, RESPONSES, record)
         job.record.begin_by("agent")  # it is a step of a tool
@@ -25714,13 +25721,14 @@ class Job:
         answer = await job.ask()
         if answer is None or job.plan is None:
             raise UpstreamError("the search has no answer")
-        found = read_findings(wish.query, job.plan.answer)
-        return found, Usage.of(job.plan.meter.counts)
+        findings = read_findings(wish.query, job.plan.answer)
+        return findings, Usage.of(job.plan.meter.counts)
 
     async def answer_search(self) -> None:
-        """Claude Code requests a search by a request of its own, which another model
-        performs. A failed search is reported as an error, never replaced by words made
-        up without one."""
+        """Answer Claude Code's request for a search, with a search by another model.
+
+        A failed search is reported as an error, never replaced by a text that was
+        written without one. Raises ProxyError, ClientGone."""
         exchange, body = self.exchange, self.body
         wish = SearchWish.of_message(body)
         call = SearchCall(stable_id("srvtoolu_", exchange.id), wish.query)
@@ -25728,20 +25736,20 @@ class Job:
         if body.get("stream") is True:
             exchange.start_keepalives(MESSAGES.keepalive)
         try:
-            found, spent = await self.search(exchange, self.copilot, wish)
+            findings, spent = await self.search(exchange, self.copilot, wish)
             usage = replace(spent, searches=1)
-            said = with_sources(found.text, found.sources)
-            found = replace(found, call=call, text="")
+            text = with_sources(findings.text, findings.sources)
+            findings = replace(findings, call=call, text="")
         except ProxyError as error:
             is_of_search = isinstance(error, (UpstreamError, BadRequest))
             if not (is_of_search or exchange.started):
-                raise  # the client can still be told by a status
+                raise  # a status can still report it
             exchange.record.fail(error)
-            found = failed_search(call, error)
-            said = found.text
+            findings = failed_search(call, error)
+            text = findings.text
 
         request = Request(str(body["model"]), "messages", key=exchange.id)
-        parts: list[Part] = [call, found, Text(said)]
+        parts: list[Part] = [call, findings, Text(text)]
         response = Response(exchange.id, "", parts, usage=usage)
         if body.get("stream") is True:
             encoder = MESSAGES.stream_encoder(request)
@@ -25750,18 +25758,14 @@ class Job:
             exchange.reply_json(MESSAGES.encode_response(response, request))
 
     def compute(self, work: Callable[[], Any]) -> Work:
-        """`work()`, with a large body in a thread."""
+        """Returns what `work` returns; for a large body it runs in a thread."""
         return self.exchange.compute(work, len(self.data))
 
     def make_plan(self) -> Plan | None:
-        """How to ask the model, with all that was learned of it; None for a search
-        where there is none. Raises BadRequest."""
-        exchange, client, body, model = (
-            self.exchange,
-            self.client,
-            self.body,
-            self.model,
-        )
+        """Returns how to ask the model, with all that was learned of it, or None if it
+        is a search that the model cannot make. Raises BadRequest."""
+        exchange, client = self.exchange, self.client
+        body, model = self.body, self.model
         refused = self.copilot.memory.refused
         known = len(refused)
         upstream = choose_upstream(client, model, refused, client.has_files(body))
@@ -25769,13 +25773,14 @@ class Job:
         if client.answers_search and not has_search and is_search_request(body):
             return None
 
-        loop, is_refused = self.loop, (model.id, BY_HUB + upstream.path) in refused
+        loop = self.loop
+        is_refused = (model.id, BY_HUB + upstream.path) in refused
         is_next = loop is not None and loop.rounds > 0
         lacks_search = client is upstream and not has_search
         if lacks_search and client.wants_search(body, model):
             is_refused |= loop is not None or client.answers_search
 
-        # as the client wrote it
+        # made before the plan, which may change the body
         headers = upstream_headers(exchange, client, upstream, body, model)
         if is_next or self.record is not exchange.record:
             headers["X-Initiator"] = "agent"  # a step of the tool loop
@@ -25791,7 +25796,7 @@ class Job:
             loop=loop,
         )
         if plan.loop is not None and not (is_next or self.may_search()):
-            self.loop = None  # a search that nobody can make is not offered
+            self.loop = None  # do not offer a search that no model can make
             self.body = loads(self.data)
             return self.make_plan()
         plan.attach(headers, self.repaired, self.echo)
@@ -25803,14 +25808,14 @@ class Job:
         return plan
 
     def may_search(self) -> bool:
-        """Whether there is a model to search with."""
+        """Is there a model to search with?"""
         models = self.copilot.catalogue.value.models
         own = self.exchange.app.settings.search_model
         return own != "" or model_that_searches(models) is not None
 
     def plan_body(self) -> bytes:
-        """The body that the plan sends, planning first if necessary; b"" without a
-        plan."""
+        """Plan if necessary. Returns the body to send, b"" without a plan. Raises
+        BadRequest."""
         self.plan = self.plan or self.make_plan()
         if self.plan is None:
             return b""
@@ -25860,7 +25865,8 @@ class Job:
         )
 
     async def send(self, plan: Plan, call: Call) -> UpstreamResponse:
-        """The head of a good answer.  Raises ProxyError."""
+        """Make the call. Returns an answer with a status below 300, of which the
+        beginning is read. Raises ProxyError, ClientGone."""
         exchange = self.exchange
         exchange.log_body("sent", call.body or b"")
         if plan.pipeline is not None:
@@ -25874,9 +25880,10 @@ class Job:
         return answer
 
     async def open(self, plan: Plan, answer: UpstreamResponse) -> None:
-        """Read an answer until it shows something to a user, a whole one to its end.
-        Raises UpstreamError for a failure before: it can still be answered by its
-        status, or the upstream be asked again."""
+        """Read a stream up to its first content, and a whole answer to its end.
+
+        Raises UpstreamError for a failure before that: a status can still report it, or
+        the call can be repeated."""
         exchange = self.exchange
         plan.begin()
         is_stream = "event-stream" in answer.headers.get("content-type", "")
@@ -25888,7 +25895,7 @@ class Job:
                 exchange.record.receive(len(plan.begun))
                 return
             if plan.pipeline is not None and not plan.is_translated:
-                exchange.expect_whole()  # no keep-alive before a whole answer
+                exchange.expect_whole()
             data = await answer.read_all(timeout_s=timeout_s)
             work = functools.partial(plan.read, data, is_stream)
             plan.start(await exchange.compute(work, len(data)), is_whole=True)
@@ -25897,18 +25904,21 @@ class Job:
             raise
 
     async def remedy(self, plan: Plan, error: ProxyError) -> bool:
-        """The last three rows of the retry ladder, see Attempts -> is another try prepared?"""
-        other, row = None, "fallback"
+        """Use one of the last three rows of the retry ladder, see Attempts. Returns
+        whether another try is prepared. Raises ProxyError, ClientGone."""
+        row = "fallback"
         if self.model.selector and is_auto_refusal(error):
             row = "auto"
-        if not self.attempts.may(row):
-            other = None
-        elif row == "auto":
-            other = await choose_model(
-                self.exchange, self.copilot, self.body, self.model.selector
-            )
-        else:
-            other = await fall_back(self.exchange, self.copilot, self.model, error)
+
+        other: Model | None = None
+        if self.attempts.may(row):
+            if row == "auto":
+                other = await choose_model(
+                    self.exchange, self.copilot, self.body, self.model.selector
+                )
+            else:
+                other = await fall_back(self.exchange, self.copilot, self.model, error)
+
         if other is not None:
             self.attempts.take(row)
             self.model, self.plan = other, None
@@ -25938,7 +25948,8 @@ class Job:
         return True
 
     async def tell(self, plan: Plan, error: ProxyError) -> bool:
-        """Report an error inside a stream; returns False if it must be raised instead."""
+        """Report an error inside the stream. Returns False if there is no stream, so
+        that the error must be raised instead. Raises ClientGone."""
         if error.overflow == (0, 0):
             size = await self.compute(
                 functools.partial(estimate_tokens, plan.edit.body, self.model.is_claude)
@@ -25954,19 +25965,20 @@ class Job:
         return True
 
     async def answer(self, answer: UpstreamResponse) -> None:
-        """Whole, or as it comes.  Raises ProxyError, ClientGone."""
+        """Send an answer whole, or relay it as it comes. Raises ProxyError,
+        ClientGone."""
         exchange, plan = self.exchange, self.plan
         assert plan is not None
         is_large = len(self.data) > LARGE_BLOCK_BYTES
         self.body = {}
         if plan.loop is None:
             self.loop = None
-            self.data = b""  # several MB that nobody needs any more
+            self.data = b""  # it may have several MB, and is not needed any more
 
         exchange.put_body(b"")
         plan.edit.forget_body()
         if is_large:
-            exchange.client.loop.workers.put(give_back_memory)  # nobody waits for it
+            exchange.client.loop.workers.put(give_back_memory)
         if plan.pipeline is not None and not plan.is_whole:
             await exchange.relay(answer, plan.pipeline, plan.take_begun())
             return
@@ -25978,7 +25990,7 @@ class Job:
         self.finish(plan, plan.begun)
 
     def finish(self, plan: Plan, data: bytes) -> None:
-        """The last bytes of the answer, or the whole.  Raises ClientGone."""
+        """Send the last bytes of the answer, or all of it.  Raises ClientGone."""
         if plan.pipeline is not None and plan.is_translated:
             self.exchange.finish(data)
             return
