@@ -550,14 +550,14 @@ class Life(SocketCase):
 
     def leaves(self, goodbye: Any, model: str = CODEX) -> None:
         """The client goes in the middle of an answer: its upstream ends at once."""
-        before = self.fake.open_streams
+        self.assertTrue(self.fake.wait_for(lambda: self.fake.open_streams == 0))
         opened = self.ready()
         opened.create(response("@@events=500 delay_ms=20@@", model))
         while opened.event()["type"] != "response.output_text.delta":
             pass
-        self.assertEqual(self.fake.open_streams, before + 1)
+        self.assertEqual(self.fake.open_streams, 1)
         goodbye(opened)
-        self.assertTrue(self.fake.wait_for(lambda: self.fake.open_streams == before))
+        self.assertTrue(self.fake.wait_for(lambda: self.fake.open_streams == 0))
 
     def test_a_client_that_leaves_ends_its_upstream_request(self) -> None:
         for model in (CODEX, CLAUDE):
