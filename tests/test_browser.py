@@ -996,6 +996,7 @@ class Overview(DemoPage):
         count = self.demo.get(since).json["total"]["requests"]
         page = self.view(width=1280, height=1020)
         page.wait_for("/Requests today\\n%d\\n[^]* a day, /.test($('tiles').innerText)" % count)
+        self.assertRegex(page.run("$('newest').innerText"), r"(?m)^.* ms · [\d.,]+ credits$")
         text = page.run("$('tiles').innerText")
         for part in ("Requests today", "Credits today", "Credits left", "Cache hits today",
                      "First byte today", "as GitHub reports them"):
