@@ -19748,12 +19748,12 @@ class History:
 
 
 # ==== 17. Policy ==================================================================================
-# Who may ask and as which account, when a request may go up, and the App that holds everything
-# together.
+# Who may ask and as which account, when a request may be sent upstream, and the App that holds
+# everything together.
 
 
 def too_early(text: str, pause_s: float, **headers: str) -> RateLimited:
-    """A refusal with the time of the next allowed try."""
+    """Returns a refusal with the time of the next allowed try."""
     seconds = str(int(pause_s) + 1)
     return RateLimited(
         "%s: try again in %s s" % (text, seconds),
@@ -19763,20 +19763,22 @@ def too_early(text: str, pause_s: float, **headers: str) -> RateLimited:
 
 
 class RateLimiter:
-    """At least `interval_s` between two starts. Requests wait in a line; if one leaves,
-    those behind it move up. Only the loop's thread may use it."""
+    """`--rate-limit`: two calls begin at least `interval_s` apart.
+
+    Requests wait in a line; if one leaves, those behind it move up. Only the loop's
+    thread may use it."""
 
     def __init__(self, interval_s: float, may_wait: bool) -> None:
-        self._interval_s, self._may_wait = interval_s, may_wait
-        self._next = 0.0  # monotonic: when the first in line may go
+        self._interval_s = interval_s
+        self._may_wait = may_wait
+        self._next = 0.0  # monotonic: when the first in line may begin
         self._line: collections.deque[Signal] = collections.deque()
 
     def check(self, calls: int) -> None:
-        """Refuse a request that takes so many calls upstream that its last one would
-        come far too late, before the first one has cost anything. Raises
-        RateLimited."""
-        pause = (calls - 1) * self._interval_s
-        if pause > CALLS_WAIT_S and not self._may_wait:
+        """Refuse a request whose last call would come far too late, before its first
+        one has cost anything. calls: how many it needs. Raises RateLimited."""
+        pause_s = (calls - 1) * self._interval_s
+        if pause_s > CALLS_WAIT_S and not self._may_wait:
             raise too_early(
                 "this request takes %d calls, and one in %g s is allowed here "
                 "(--rate-limit): send fewer inputs at a time, or start with --wait"
@@ -19786,17 +19788,16 @@ class RateLimiter:
 
     async def admit(self, is_begun: bool = False) -> None:
         """Return when it is this caller's turn. is_begun: its request has had a call
-        already and waits for the next one in any case. Raises RateLimited."""
+        already, and waits for the next one in any case. Raises RateLimited."""
         if not self._interval_s:
             return
-        pause = (
-            max(0.0, self._next - time.monotonic()) + len(self._line) * self._interval_s
-        )
+        pause_s = max(0.0, self._next - time.monotonic())
+        pause_s += len(self._line) * self._interval_s
         may_wait = self._may_wait or is_begun
-        if pause and (not may_wait or len(self._line) >= RATE_QUEUE):
+        if pause_s and (not may_wait or len(self._line) >= RATE_QUEUE):
             raise too_early(
                 "one request in %g s is allowed here (--rate-limit)" % self._interval_s,
-                pause,
+                pause_s,
             )
 
         turn = Signal()
@@ -19812,13 +19813,16 @@ class RateLimiter:
             self._call_first()
 
     def _call_first(self) -> None:
+        """Wake the first one in the line."""
         if self._line:
             self._line[0].set()
 
 
 class MinuteLimiter:
-    """At most `limit` calls of each caller within any 60 s; 0 is no limit. `_lock`
-    guards `_times`: caller -> when it asked, the most recently active caller last."""
+    """At most `limit` calls of each caller within any 60 s; 0 is no limit.
+
+    `_lock` guards `_times`: caller -> times of its calls, the most recently active
+    caller last."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -19839,40 +19843,46 @@ class MinuteLimiter:
                 self._times.popitem(last=False)
             while times and now - times[0] >= 60:
                 times.popleft()
-            left = self._limit - len(times)
-            fits = left >= calls
+
+            remaining = self._limit - len(times)
+            fits = remaining >= calls
             if fits:
                 times.extend([now] * calls)
-                left -= calls
-            pause = 60 - (now - times[0]) if times else 0.0
+                remaining -= calls
+            pause_s = 0.0
+            if times:
+                pause_s = 60 - (now - times[0])
 
         headers = {
             "x-ratelimit-limit-requests": str(self._limit),
-            "x-ratelimit-remaining-requests": str(left),
-            "x-ratelimit-reset-requests": "%ds" % (int(pause) + 1),
+            "x-ratelimit-remaining-requests": str(remaining),
+            "x-ratelimit-reset-requests": "%ds" % (int(pause_s) + 1),
         }
 
         if not fits:
             if calls > 1:
                 text = "this request takes %d calls, and %s" % (calls, text)
-            raise too_early(text, pause, **headers)
+            raise too_early(text, pause_s, **headers)
 
         return headers
 
 
 class Gate:
-    """`--max-concurrency`: at most `most` requests at a time, 0 for any number; the
-    others wait, each caller's in a line of its own, and the lines take turns. Only the
-    loop may use it."""
+    """`--max-concurrency`: at most `most` requests at a time, 0 for any number.
+
+    The others wait, those of each caller in a line of its own, and the lines take
+    turns. Only the loop may use it."""
 
     def __init__(self, most: int) -> None:
-        self._most, self._running = most, 0
+        self._most = most
+        self._running = 0  # requests that hold a slot
+        #: caller -> its line; the caller whose turn is next is first
         self._lines: collections.OrderedDict[str, collections.deque[Signal]]
         self._lines = collections.OrderedDict()
 
     async def enter(self, who: str) -> bool:
-        """Returns when it is this request's turn. True: it holds a slot, `leave` must
-        follow. Raises RateLimited when too many wait already."""
+        """Return when it is this request's turn. Returns whether it holds a slot, so
+        that `leave` must follow. Raises RateLimited when too many wait already."""
         if not self._most:
             return False
         turn = Signal()
@@ -19900,11 +19910,12 @@ class Gate:
         return True
 
     def leave(self) -> None:
-        """The request is over."""
+        """Release the slot of a request that is over."""
         self._running -= 1
         self._pass_on()
 
     def _pass_on(self) -> None:
+        """Give the free slots to the requests whose turn it is."""
         while self._lines and self._running < self._most:
             who, line = self._lines.popitem(last=False)
             if line:
@@ -19915,8 +19926,10 @@ class Gate:
 
 class Approval:
     """`--manual`: a person approves or refuses each request, on the terminal or on the
-    page. waiting: id -> question, oldest first; standing: (who, program) -> a program
-    that need not ask again until the proxy ends; `_changed` guards both."""
+    page.
+
+    waiting: id -> question, oldest first; standing: (who, program) -> a program that
+    is approved until the proxy ends; `_changed` guards both."""
 
     def __init__(
         self, wanted: bool, log: logging.Logger, tell: Callable[[str, Any], None]
@@ -19925,9 +19938,9 @@ class Approval:
         self._changed = threading.Condition(threading.RLock())
         self.waiting: dict[str, Json] = {}
         self.standing: dict[tuple[str, str], Json] = {}
-        self._decided: dict[str, Signal] = {}  # id -> who waits for it
+        self._decided: dict[str, Signal] = {}  # id -> what its request waits for
         self._terminal: threading.Thread | None = None
-        self._asked = ""  # the id whose answer the terminal owes
+        self._asked = ""  # the id of the question that stands on the terminal
 
     async def ask(self, **about: Any) -> None:
         """Wait for a yes. about: client, who (sends it), account, model, text. Raises
@@ -19960,12 +19973,12 @@ class Approval:
 
     @staticmethod
     def _asker(question: Json) -> tuple[str, str]:
-        """Whom a lasting yes is for: a program, with its key or from its address."""
+        """Returns (key or address, program): a lasting approval is for this pair."""
         return question["who"], client_name(question["client"]) or ""
 
     def allow_always(self, question_id: str) -> Json:
-        """Yes to this one, to all that wait of the same program, and to those to come.
-        Raises BadRequest 404, and 409 for too many programs."""
+        """Approve this request, the waiting ones of the same program, and all that it
+        will send. Raises BadRequest 404, and 409 for too many programs."""
         with self._changed:
             question = self.decide(question_id, "allowed")
             asker = self._asker(question)
@@ -19979,11 +19992,12 @@ class Approval:
         return question
 
     def ask_again(self) -> None:
-        """Every program is asked about again."""
+        """Withdraw all lasting approvals."""
         with self._changed:
             self.standing.clear()
 
     def _call_person(self, question_id: str) -> None:
+        """Make sure that the terminal asks, or log that the page does."""
         if not (sys.stdin and sys.stdin.isatty()):
             self._log.warning("%s waits for its approval on the page", question_id)
         elif self._terminal is None:
@@ -19991,7 +20005,8 @@ class Approval:
             self._terminal.start()
 
     def decide(self, question_id: str, state: str) -> Json:
-        """'allowed', 'refused' or 'gone'.  Raises BadRequest 404 when it does not wait."""
+        """Answer a question; state: 'allowed', 'refused' or 'gone'. Raises BadRequest
+        404 if it does not wait."""
         with self._changed:
             question = self.waiting.pop(question_id, None)
             if question is None:
@@ -20008,9 +20023,10 @@ class Approval:
         return question
 
     def _converse(self) -> None:
-        """On the terminal, to its end: a question, the line for it, the next. A yes to
-        one that the page has decided meanwhile allows no other, and a mistyped word
-        decides nothing."""
+        """Ask one question after the other on the terminal, until its input ends.
+
+        A line belongs to the question that was shown: if the page has decided that one
+        meanwhile, the line approves no other. A mistyped word decides nothing."""
         line = "y"
 
         while line:
@@ -20029,7 +20045,8 @@ class Approval:
             )
 
             sys.stderr.flush()
-            line, self._asked = sys.stdin.readline(), ""
+            line = sys.stdin.readline()
+            self._asked = ""
             state = APPROVAL_WORDS.get(line.strip().lower())
             if state is None:
                 sys.stderr.write("type y to allow it, a for always, n to refuse it\n")
@@ -20050,7 +20067,7 @@ def payer_of(key: str | None, session: str | None, agent: str | None) -> str:
 
 
 def local_time(at: Any) -> str:
-    """A moment as people write it here, "?" for what is none: files may hold anything."""
+    """Returns a unix time as local text, "?" if it is none: files may hold anything."""
     moment = moment_or_none(at)
     if moment is None:
         return "?"
@@ -20084,13 +20101,12 @@ class Budget:
         self._lock = threading.Lock()
         self.loaded = threading.Event()  # what an earlier process spent is known
         self._began = self._ends = 0.0  # of the day
-        self._estimated = False
-        #: payer -> credits, and nano-AIU that were spent; '' is the day
-        # the payer of the last call is last
+        self._estimated = False  # some of the cost is estimated
+        #: payer -> credits; the payer "" is the day, the last caller's payer is last
+        self._limits: dict[str, float] = {}
         if limit:
-            self._limits = {"": limit}
-        else:
-            self._limits = {}
+            self._limits[""] = limit
+        #: payer -> nano-AIU that were spent; the last caller's payer is last
         self._spent: collections.OrderedDict[str, int] = collections.OrderedDict()
 
     @property
@@ -20099,8 +20115,9 @@ class Budget:
         return bool(self._limits)
 
     async def admit(self, payer: str, wish: str | None, running: int = 0) -> None:
-        """May another call go up? wish: the header that limits this payer; running:
-        nano-AIU that its request has spent so far. Raises RateLimited, BadRequest."""
+        """Return if another call may be sent. wish: the header that limits this payer;
+        running: nano-AIU that its request has spent so far. Raises RateLimited,
+        BadRequest."""
         if wish is None and not self._limits:
             return
         limit = text_number_or_none(wish)
@@ -20115,7 +20132,8 @@ class Budget:
         deadline = time.monotonic() + BUDGET_WAIT_S
         while not self.loaded.is_set() and time.monotonic() < deadline:
             await wait(Pause(BUDGET_LOOK_S))
-        self.loaded.set()  # a locked file delays nobody else
+        self.loaded.set()  # a locked file delays no other request
+
         for line in self._lines({"": running, payer: running}, ("", wish and payer)):
             if line["state"] != "spent":
                 continue
@@ -20139,7 +20157,8 @@ class Budget:
             )
 
     def _set_limit(self, payer: str, limit: float) -> None:
-        """Every call of a session states its limit anew, so the oldest ones can be dropped."""
+        """Set a session's limit. Each call sets it again, so the oldest limits can be
+        dropped."""
         with self._lock:
             self._limits.pop(payer, None)
             self._limits[payer] = limit
@@ -20151,7 +20170,9 @@ class Budget:
         running: Mapping[str, int] | None = None,
         payers: Container[str | None] | None = None,
     ) -> list[Json]:
-        """The limits and how much of each is used; starts a new day when it is due.
+        """Returns the limits, and how much of each is used. Starts a new day when it is
+        due.
+
         running: payer -> nano-AIU that are spent but not recorded yet; payers: only
         these."""
         running = running or {}
@@ -20160,11 +20181,11 @@ class Budget:
             now = self._clock()
             if not self._began <= now < self._ends:
                 year, month, day = time.localtime(now)[:3]
-                self._began, self._ends = (
-                    time.mktime((year, month, at, 0, 0, 0, 0, 0, -1))
-                    for at in (day, day + 1)
-                )
-                self._spent[""], self._estimated = 0, False
+                midnight = (0, 0, 0, 0, 0, -1)  # mktime knows day 32 and summer time
+                self._began = time.mktime((year, month, day, *midnight))
+                self._ends = time.mktime((year, month, day + 1, *midnight))
+                self._spent[""] = 0
+                self._estimated = False
             used = [
                 (name, limit, (self._spent.get(name, 0) + running.get(name, 0)) / NANO)
                 for name, limit in self._limits.items()
@@ -20212,6 +20233,7 @@ class Budget:
             self._tell("budget", after)
 
     def _add(self, costs: Mapping[str, int]) -> None:
+        """Add costs in nano-AIU; forget the payers that were idle for longest."""
         with self._lock:
             for session, cost in costs.items():
                 self._spent[session] = self._spent.pop(session, 0) + cost
@@ -20219,21 +20241,22 @@ class Budget:
                 self._limits.pop(self._spent.popitem(last=False)[0], None)
 
     def load(self, link: Any) -> None:
-        """Read from the history what was spent before this process began."""
-        self._lines()
-        # as payer_of
+        """Read from the history what was spent before this process began. link: the
+        database, None without one."""
+        self._lines()  # begins the day
+        # the same name as payer_of makes
         payer = "COALESCE(key || ' ', '') || COALESCE(session, client, '-')"
         for name, since in ((payer, 0), ("''", self._began)):
             if link:
-                found = link.execute(
+                rows = link.execute(
                     "SELECT %s, SUM(COALESCE(nano_aiu, estimate, 0)) FROM requests "
                     "WHERE at >= ? GROUP "
                     "BY 1 ORDER BY MAX(at) DESC LIMIT %d" % (name, MAX_SESSIONS - 1),
                     (since,),
                 ).fetchall()
             else:
-                found = []
-            self._add(dict(reversed(found)))
+                rows = []
+            self._add(dict(reversed(rows)))
         self.loaded.set()
 
     def report(self) -> Json | None:
@@ -20279,16 +20302,17 @@ class Stats:
 
 
 class BodyLog:
-    """--log-bodies: the words of requests and answers, without secrets, a file for
-    each. Only the loop may use it. `_open`: the file's name -> what redacts it while
-    more may come."""
+    """`--log-bodies`: the bodies of requests and answers, without secrets, a file for
+    each. Only the loop may use it.
+
+    `_open`: the file's name -> its redactor, while more of the body may come."""
 
     def __init__(self, folder: str, log: logging.Logger) -> None:
         self.folder, self._log = folder, log
         self._open: dict[str, Redactor] = {}
 
     def put(self, name: str, data: bytes, is_last: bool) -> None:
-        """Append to that file.  A failure is logged and fails no request."""
+        """Append to that file.  A failure is only logged."""
         if not data and name not in self._open:
             return
         redactor = self._open.setdefault(name, Redactor())
@@ -20962,14 +20986,14 @@ class RequestRecord:
         self.error = self.error or CLIENT_LEFT
 
     def end(self) -> None:
-        """It is over."""
+        """The request is over: note its whole time."""
         self.total_ms = self.elapsed_ms()
 
     # -- what is known
 
     @property
     def is_look(self) -> bool:
-        """Only a look at the proxy, and it went well: nothing that the log should be full of."""
+        """Was it only a look at the proxy, without an error?  The log omits those."""
         return self.asked.is_look and self.status < 400
 
     def elapsed_ms(self) -> float:
@@ -20986,21 +21010,23 @@ class RequestRecord:
         return total
 
     def estimate(self) -> int | None:
-        """Nano-AIU by the listed prices, each answer for itself, since tiers go by the
-        length of one prompt; None when that is unknown."""
+        """Returns the nano-AIU by the listed prices, None if those are unknown. Each
+        answer is counted by itself, because its price depends on the length of its
+        prompt."""
         if self.model is None:
             return None
-        prices, by_auto = self.model.prices, self.model.selector != ""
-        found = [
+        prices = self.model.prices
+        by_auto = self.model.selector != ""
+        costs = [
             prices.cost(meter.counts, self.asked.at, by_auto) for meter in self.meters
         ]
-        known = [cost for cost in found if cost is not None]
+        known = [cost for cost in costs if cost is not None]
         if known:
             return sum(known)
         return None
 
     def running_row(self) -> Json:
-        """While it runs, for the page."""
+        """Returns the row of a running request, for the page."""
         row = dict(shown(self.row()), state="running")
         row["received_bytes"] = self.received_bytes
         return row
@@ -21047,7 +21073,7 @@ class RequestRecord:
         return path_in_log(self.asked.method, self.asked.path)
 
     def _models(self) -> str:
-        """'asked->used', '' when none was asked for."""
+        """Returns 'asked->used', or '' if no model was asked for."""
         asked = self.asked.model
         if self.model is not None and asked not in ("", self.model.id):
             return printable(asked, 60) + "->" + printable(self.model.id, 60)
@@ -21144,14 +21170,14 @@ class Ledger:
         self.running[record.id] = record
 
     def show_running(self, record: RequestRecord) -> None:
-        """Publish to the page that a request went up, or that its first byte has
-        arrived."""
+        """Publish to the page that a request was sent upstream, or that its answer has
+        begun."""
         if record.asked.label and self.events.readers:
             self.events.tell("request", record.running_row())
 
     def end(self, record: RequestRecord) -> None:
-        """A request has ended; it is recorded by `settle`, which may be called a moment
-        later. At once where a budget could be passed meanwhile."""
+        """Note that a request has ended. `settle` records it a moment later, or at once
+        if the next request depends on a budget."""
         record.end()
         self._ended.append(record)
         if record.account is not None:
@@ -21162,7 +21188,7 @@ class Ledger:
             self.settle()
 
     def settle(self) -> None:
-        """Record the requests that have ended; called before anybody looks."""
+        """Record the requests that have ended; called before records are read."""
         while self._ended:
             record = self._ended.popleft()
             _, error = outcome(self.record, record)
@@ -21175,17 +21201,18 @@ class Ledger:
             handler.write_lines("".join(lines))
 
     def record(self, record: RequestRecord) -> None:
-        """A request has ended: into the counts, the history, the log, to the page."""
+        """Add a request that has ended to counts, history, log and page."""
         self.running.pop(record.id, None)
-        row, account = record.row(), record.account
+        row = record.row()
         group = "looks" if record.is_look else "requests"
-        told: dict[str, dict[Any, int]] = {
+        counts: dict[str, dict[Any, int]] = {
             group: {(record.route, str(record.status)): 1}
         }
         if record.asked.label:
-            told.update(self._record_row(row, redact(record.failure)))
-        for stats in [self.stats, account.stats] if account else [self.stats]:
-            stats.count(told)
+            counts.update(self._record_row(row, redact(record.failure)))
+        self.stats.count(counts)
+        if record.account is not None:
+            record.account.stats.count(counts)
 
         level = logging.INFO
         if record.is_look:
@@ -21211,7 +21238,7 @@ class Ledger:
         log.handle(log.makeRecord(log.name, level, "", 0, text, (), None, extra=extra))
 
     def _record_row(self, row: Json, message: str) -> dict[str, dict[Any, int]]:
-        """-> what it adds to the counts."""
+        """Record a request to a model. Returns what it adds to the counts."""
         counts = {name: row[name] for name in COUNTS if row[name] is not None}
         tokens = {(row["model"], name): number for name, number in counts.items()}
         compared: dict[Any, int] = {}
@@ -21247,12 +21274,12 @@ class Ledger:
         if not losses and not repairs:
             return headers
         names = {name for name, _ in losses}
-        for group, notes, found, more in (
+        for group, notes, reported, more in (
             ("lossy", record.losses, names, losses.more),
             ("repaired", record.repairs, set(repairs), 0),
         ):
             before = str(notes)
-            fresh = notes.add(found, more)
+            fresh = notes.add(reported, more)
 
             if str(notes) != before:
                 headers["x-copilot-proxy-" + group] = str(notes)
@@ -21270,32 +21297,36 @@ class Ledger:
     # -- quotas
 
     def record_quotas(
-        self, account: Account, source: str, told: Mapping[str, Any]
+        self, account: Account, source: str, reports: Mapping[str, Any]
     ) -> None:
-        """Store the latest report of some lanes; it is parsed only on request. Room in
-        them may end a rest of the account."""
-        if not told:
+        """Store the latest reports, lane -> snapshot or header, which are parsed only
+        when they are read. Room in the lanes may end a rest of the account."""
+        if not reports:
             return
-        for name, said in told.items():
-            if (account.id, name) in self.quotas or len(self.quotas) < MAX_NAMES:
-                self.quotas[account.id, name] = account, source, said, self._clock()[1]
-        for scope in account.limits.see(told, source):
+        for lane, report in reports.items():
+            key = account.id, lane
+            if key in self.quotas or len(self.quotas) < MAX_NAMES:
+                self.quotas[key] = account, source, report, self._clock()[1]
+        for scope in account.limits.see(reports, source):
             self._log.info("the limit of %s is over: the account has room again", scope)
         if self.events.readers:
             self.events.tell("quota", {"lanes": self.lanes(account.id)})
 
     def lanes(self, wanted: str = "") -> list[Json]:
-        """The latest report of each lane, of every account or of one by its id."""
-        return [
-            dict(
-                quota_lane(name, said), account=account.name, source=source, seen_at=at
-            )
-            for (owner, name), (account, source, said, at) in list(self.quotas.items())
-            if wanted in ("", owner)
-        ]
+        """Returns the latest report of each lane, of the account with the id `wanted`
+        or of all."""
+        lanes = []
+        for (owner, name), quota in list(self.quotas.items()):
+            if wanted not in ("", owner):
+                continue
+            account, source, report, seen_at = quota
+            lane = quota_lane(name, report)
+            lane.update(account=account.name, source=source, seen_at=seen_at)
+            lanes.append(lane)
+        return lanes
 
     def history_state(self) -> Json:
-        """Is there a history, and what is wrong with it."""
+        """Returns whether there is a history, and its last problem."""
         return {
             "enabled": bool(self.history.path),
             "problem": self.history.problem or None,
@@ -21305,25 +21336,24 @@ class Ledger:
 
 @dataclass
 class Ticket:
-    """The admission of one request through all limits; changed by Admission only. who:
-    the key's id, or the address; payer: whose budget is charged; wish: the header that
-    sets the session's budget; about: the question to the person who approves."""
+    """The admission of one request through all limits; changed by Admission only."""
 
-    who: str
-    payer: str
-    wish: str | None
+    who: str  # the key's id, or the address
+    payer: str  # whose budget is charged
+    wish: str | None  # the header that sets the session's budget
     account: Account
-    about: Json
+    about: Json  # the question to the person who approves
     has_slot: bool = False  # of --max-concurrency
-    is_admitted: bool = False  # by all
+    is_admitted: bool = False  # by all limits
 
 
 class Admission:
-    """When a request may go up: budget, requests per minute, slots, rate, a person's
-    approval. A person is asked once for a request, which has one slot; budget and rates
-    hold for each call that it takes upstream: one for each prompt of a completion, for
-    each batch of embeddings. A call that is repeated, since the upstream refused it, is
-    no further one."""
+    """Decides when a request may be sent upstream: budget, requests per minute, slots,
+    rate, a person's approval.
+
+    A request is approved once and has one slot. Budget and rates hold for each of its
+    calls: one for each prompt of a completion, or for each batch of embeddings. A call
+    that is repeated because the upstream refused it does not count again."""
 
     def __init__(
         self,
@@ -21357,28 +21387,27 @@ class Admission:
         return headers
 
     async def admit_next(self, ticket: Ticket, spent: int) -> None:
-        """Returns when the request's next call may go up. spent: nano-AIU, by those
-        before. Raises RateLimited."""
+        """Return when the request's next call may be sent. spent: nano-AIU of its
+        earlier calls. Raises RateLimited, BadRequest."""
         await self._budget.admit(ticket.payer, ticket.wish, spent)
         await ticket.account.limiter.admit(is_begun=True)
 
     def leave(self, ticket: Ticket | None) -> None:
-        """The request is over; may be called twice, and without a ticket."""
+        """Release the slot of a request that is over; may be called twice, and without
+        a ticket."""
         if ticket is not None and ticket.has_slot:
             ticket.has_slot = False
             self.gate.leave()
 
 
 class Caller(NamedTuple):
-    """Who sends a request. account: None is the default one; key_id: the beginning of
-    the key's hash, '' without one; is_operator: may see and change what belongs to
-    others; address: of the client itself, behind a trusted proxy, too."""
+    """The sender of a request."""
 
-    address: str = ""
+    address: str = ""  # of the client itself, also behind a trusted proxy
     is_admitted: bool = False
-    is_operator: bool = False
-    key_id: str = ""
-    account: Account | None = None
+    is_operator: bool = False  # may see and change what belongs to others
+    key_id: str = ""  # the beginning of the key's hash, '' without one
+    account: Account | None = None  # None is the default one
 
     @property
     def name(self) -> str:
