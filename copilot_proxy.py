@@ -20339,7 +20339,8 @@ class BodyLog:
 
 
 def check_expanded(size_bytes: int) -> None:
-    """A small request may name large things.  Raises BadRequest 413."""
+    """Refuse a request that is too large with all that it refers to. Raises BadRequest
+    413."""
     if size_bytes > MAX_BODY_BYTES:
         raise BadRequest(
             "the request with all that it refers to is larger than %d bytes"
@@ -20353,10 +20354,9 @@ _ITEM_IDS = re.compile(rb'"id":("[^"\\]{1,%d}")' % MAX_ID_CHARS)
 
 
 class KeptResponse:
-    """An answer of /responses, the request that it answers, and when it came
-    (monotonic).
+    """An answer of /responses and its request; `at` is when it arrived (monotonic).
 
-    Both stay bytes and are parsed when they are asked for."""
+    Both stay bytes, and are parsed only when a client refers to them."""
 
     def __init__(self, at: float, request: bytes, answer: bytes) -> None:
         self.at, self.request, self.answer = at, request, answer
@@ -20395,14 +20395,13 @@ class ResponseStore:
     def __init__(self, most: int = STORE_COUNT) -> None:
         self._lock = threading.Lock()
         self._most = most
-        self._kept: collections.OrderedDict[
-            tuple[str, str], KeptResponse
-        ]  # (owner, id) ->
+        #: (owner, id) -> response, the newest last
+        self._kept: collections.OrderedDict[tuple[str, str], KeptResponse]
         self._kept = collections.OrderedDict()
-        self._size = 0
+        self._size = 0  # in bytes
 
     def put(self, owner: str, request: bytes, response_id: str, answer: bytes) -> None:
-        """Keep an answer; cheap."""
+        """Store an answer; nothing is parsed here."""
         kept = KeptResponse(time.monotonic(), request, answer)
         with self._lock:
             self._drop((owner, response_id))
@@ -20424,7 +20423,7 @@ class ResponseStore:
             self._drop(key)
 
     def _of(self, owner: str) -> list[KeptResponse]:
-        """All of an owner, the newest first."""
+        """Returns all responses of an owner, the newest first."""
         with self._lock:
             self._drop_old()
             return [
@@ -20437,14 +20436,15 @@ class ResponseStore:
             return self._kept.get((owner, response_id))
 
     def find(self, owner: str, response_id: str) -> tuple[Json, list[Json]] | None:
-        """(answer, input items) of a stored response, or None."""
+        """Returns (answer, input items) of a stored response, or None."""
         kept = self._get(owner, response_id)
         if kept:
             return (kept.parse_answer(), kept.parse_input())
         return None
 
     def find_items(self, owner: str, ids: Iterable[str]) -> dict[str, bytes]:
-        """{id: item as JSON} of the output items that are there: each answer is looked at once."""
+        """Returns {id: item as JSON} of the output items that are stored. Each answer is
+        parsed at most once."""
         missing = {dumps(item_id): item_id for item_id in ids}
         found: dict[str, bytes] = {}
         for kept in self._of(owner):
@@ -20459,7 +20459,7 @@ class ResponseStore:
         return found
 
     def delete(self, owner: str, response_id: str) -> bool:
-        """False when it is not there."""
+        """Delete a response. Returns False if it is not stored."""
         with self._lock:
             return self._drop((owner, response_id))
 
@@ -20484,7 +20484,7 @@ class ResponseStore:
 
     @staticmethod
     def is_named(body: Json) -> bool:
-        """Does a request name anything that may be here?"""
+        """Does a request refer to anything that may be stored?"""
         return bool(body.get("previous_response_id")) or any(
             map(is_reference, input_items(body))
         )
@@ -20492,7 +20492,8 @@ class ResponseStore:
     def _resolve(
         self, owner: str, items: list[Json], size_bytes: int
     ) -> tuple[list[Json], int]:
-        """(the items with what they refer to, the size of the request then)."""
+        """Returns (the items in place of their references, the size of the request
+        with them). Raises BadRequest."""
         named = [
             str(item.get("id"))
             for item in items
@@ -20528,7 +20529,8 @@ class ResponseStore:
         return resolved, size_bytes
 
     def _history(self, owner: str, response_id: str, size_bytes: int) -> list[Json]:
-        """The conversation up to and including a stored answer."""
+        """Returns the conversation up to and including a stored answer. Raises
+        BadRequest."""
         kept = self._get(owner, response_id)
         if kept is None:
             raise BadRequest(
@@ -20562,9 +20564,11 @@ class Services(NamedTuple):
 
 
 class Account(Copilot):
-    """One GitHub account; nothing of it is shared. id: short, always the same for its
-    token; name: the GitHub login where known, else the id. on_refused: GitHub refuses
-    its login -> the error to raise."""
+    """One GitHub account; accounts share none of their state.
+
+    id: short, always the same for its token; name: the GitHub login if it is known,
+    else the id. on_refused: called when GitHub refuses the login; returns the error to
+    raise."""
 
     def __init__(
         self,
@@ -20598,14 +20602,16 @@ class Account(Copilot):
             self.on_token = show_token
 
     async def fetch_usage(self) -> Json:
-        """The usage answer; the account's name and quotas in it are noted."""
+        """Returns the usage answer, and stores the account's name and quotas from it.
+        Raises AuthError, UpstreamError."""
         answer = await super().fetch_usage()
         self.name = str(answer.get("login") or self.name)
         self._ledger.record_quotas(self, "usage", quotas_of(answer))
         return answer
 
     async def _fetch_models(self) -> Catalogue:
-        """The first time it warns of settings that name a model which this account lacks."""
+        """As Copilot does. The first time it warns of settings that name a model which
+        this account lacks."""
         catalogue = await super()._fetch_models()
         if self.catalogue.value is None:
             for line in self._settings.missing_models(catalogue.models):
@@ -20614,7 +20620,7 @@ class Account(Copilot):
 
 
 SEARCH_PATH = "/alpha/search"
-#: path -> the name in the history of what is asked there
+#: path -> the name of its requests in the history
 LABELS = {
     "/chat/completions": "chat",
     "/responses": "responses",
@@ -20697,9 +20703,9 @@ def is_console(stream: Any, environ: Mapping[str, str]) -> bool:
 
 
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """The log of the command line. The lines of requests come ready, several at a time:
-    to make a LogRecord of each and to format it takes longer than all the rest of the
-    accounting.
+    """The log of the command line. The lines of requests are passed ready and several at
+    a time, because to make and to format a LogRecord for each takes longer than the
+    rest of the accounting.
 
     On a terminal warnings, errors and failed requests have a colour, unless NO_COLOR is
     set, and below the log stands a status, which `show` replaces."""
@@ -20727,13 +20733,13 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
         return self._painted(super().format(record), record.levelno)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Above the status."""
+        """Write a record above the status."""
         self._write("\r\x1b[K" * bool(self._status))
         super().emit(record)
         self._write(self._status)
 
     def write_lines(self, lines: str) -> None:
-        """Write ready lines; a stream that is dead or closed fails no request."""
+        """Write ready lines. A stream that is closed raises nothing."""
         self.acquire()
         try:
             self._write("\r\x1b[K" * bool(self._status) + lines + self._status)
@@ -20760,7 +20766,8 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def line_handler(log: logging.Logger) -> LogHandler | None:
-    """The handler that takes ready lines; None where the log is configured in another way."""
+    """Returns the handler for ready lines, or None if the log is configured in another
+    way."""
     handlers = log.handlers
     if len(handlers) != 1 or log.propagate or log.filters:
         return None
@@ -20780,9 +20787,10 @@ class Notes:
         self._room = MAX_NOTE_CHARS - len("+1000000000 more")
 
     def add(self, names: set[str], more: int = 0) -> set[str]:
-        """Note them -> those that are listed now and were not before. more: how many
-        were not even recorded. The same ones may be noted again: their number does not
-        add up."""
+        """Add names. Returns those that are listed now and were not before.
+
+        more: how many others have no name. The same names may be added again; they are
+        not counted twice."""
         fresh = set()
         for name in sorted(names - self.names):
             self._room -= len(name) + len(", ")
@@ -20803,7 +20811,7 @@ class Notes:
 
 
 def token_text(row: Json) -> str:
-    """'prompt+output' of a row, '' where none are known."""
+    """Returns 'prompt+output' of a row, '' if no counts are known."""
     prompt = [row[name] for name in COUNTS[:3] if row[name] is not None]
     if prompt:
         return "%d+%d" % (sum(prompt), row["output"] or 0)
@@ -20820,33 +20828,28 @@ def path_in_log(method: str, path: str) -> str:
 
 @functools.lru_cache(maxsize=HEADS_KEPT)
 def program_of(agent: str) -> str | None:
-    """The first word of a User-Agent, which is no place for a key and yet may hold one."""
+    """Returns the first word of a User-Agent, redacted, because it may hold a key."""
     return printable(redact(agent.partition(" ")[0]), 60) or None
 
 
 @dataclass
 class AskedFor:
-    """The facts about a request that are known when it arrives.
-
-    label: its name in the history, '' if it is not recorded; agent: the client program;
-    key: the id of the client's key, or ''; session: a short name of the conversation;
-    model: as the client wrote it, or ''; at: unix time; began: monotonic; is_look: it
-    comes from the open page or a monitor."""
+    """The facts about a request that are known when it arrives."""
 
     method: str
     path: str
-    label: str
-    agent: str | None
-    at: float
-    began: float
-    key: str = ""
-    session: str | None = None
-    model: str = ""
+    label: str  # its name in the history, '' if it is not recorded
+    agent: str | None  # the client program
+    at: float  # unix time
+    began: float  # monotonic
+    key: str = ""  # the id of the client's key, or ''
+    session: str | None = None  # a short name of the conversation
+    model: str = ""  # as the client wrote it, or ''
     streamed: bool = False
-    is_look: bool = False
+    is_look: bool = False  # it comes from the open page or a monitor
 
     def name(self, key: str, session: str | None, model: str, streamed: bool) -> None:
-        """Its body has been read."""
+        """Set what the body says."""
         self.key = key
         self.session = session
         self.model = model
@@ -20854,7 +20857,8 @@ class AskedFor:
 
     @property
     def payer(self) -> str:
-        """Whose budget it is: of the session, or of the program, but never of two keys."""
+        """The name of the budget: that of the session, else of the program; no two keys
+        share one."""
         return payer_of(self.key, self.session, self.agent)
 
 
@@ -20894,7 +20898,7 @@ class RequestRecord:
     def begin(
         cls, method: str, path: str, headers: Headers, at: float
     ) -> RequestRecord:
-        """A request has come in."""
+        """Returns the record of a request that has arrived."""
         if method in ("POST", SOCKET_METHOD):
             label = label_of(path)
         else:
@@ -20907,7 +20911,8 @@ class RequestRecord:
         return cls(new_request_id(), asked)
 
     def begin_search(self, headers: Headers, at: float) -> RequestRecord:
-        """A search for this request begins: it is recorded as a request of its own."""
+        """Returns the record of a search for this request: it is recorded as a request
+        of its own."""
         search = RequestRecord.begin("POST", SEARCH_PATH, headers, at)
         asked = self.asked
         search.asked.name(asked.key, asked.session, asked.model, False)
@@ -20917,7 +20922,7 @@ class RequestRecord:
         return search
 
     def end_search(self, search: RequestRecord) -> None:
-        """One that `begin_search` began is over."""
+        """Add the cost of a search that is over, see `begin_search`."""
         if not search.status:
             search.begin_answer(502 if search.error else 200)
         self.beside += search.counts().get("nano_aiu", 0)
@@ -20925,12 +20930,12 @@ class RequestRecord:
     # -- what happens to it
 
     def serve_by(self, account: Account) -> Account:
-        """This account serves it."""
+        """Set the account that serves the request, and return it."""
         self.account = account
         return account
 
     def ask(self, model: Model) -> None:
-        """This model is asked."""
+        """Set the model that is asked."""
         self.model = model
 
     def begin_by(self, initiator: str) -> None:
@@ -20938,14 +20943,14 @@ class RequestRecord:
         self.initiator = initiator
 
     def go_up(self, route: str, path: str, initiator: str = "") -> None:
-        """It is sent to this path of the upstream."""
+        """The request is sent to this path of the upstream."""
         self.route = route
         self.path = path
         self.initiator = initiator
         self.sent_ms = self.elapsed_ms()
 
     def hear(self, headers: Headers, meter: UsageMeter) -> None:
-        """The upstream answers; the meter continues to count."""
+        """The upstream has begun to answer; the meter continues to count."""
         self.upstream_id = headers.get("x-github-request-id")
         self.meters.append(meter)
 
@@ -20954,11 +20959,11 @@ class RequestRecord:
         self.received_bytes += size_bytes
 
     def elapsed_ns(self) -> int:
-        """Since it came in."""
+        """Returns the nanoseconds since the request arrived."""
         return int((time.monotonic() - self.asked.began) * NANO)
 
     def begin_answer(self, status: int) -> None:
-        """The first bytes go to the client."""
+        """The first bytes are sent to the client."""
         self.status = status
         self.first_byte_ms = self.elapsed_ms()
 
@@ -20970,18 +20975,18 @@ class RequestRecord:
         self.upstream_id = error.headers.get("x-github-request-id", self.upstream_id)
 
     def end_stream(self, failure: str, code: str | None) -> None:
-        """The upstream's stream is over; failure: why it was cut, '' when it was not."""
+        """The upstream's stream is over; failure: why it was cut, '' if it was not."""
         self.failure = failure
         if failure:
             self.error = code or "stream_error"
 
     def leave(self) -> None:
-        """The client hung up before it was answered."""
+        """The client left before the answer began."""
         self.status = self.status or 499
         self.error = CLIENT_LEFT
 
     def leave_stream(self) -> None:
-        """The client hung up while its answer was sent."""
+        """The client left while the answer was being sent."""
         self.failure = self.failure or "the client left"
         self.error = self.error or CLIENT_LEFT
 
@@ -21166,7 +21171,7 @@ class Ledger:
     # -- requests
 
     def begin(self, record: RequestRecord) -> None:
-        """A request has come in."""
+        """Add a request that has arrived to the running ones."""
         self.running[record.id] = record
 
     def show_running(self, record: RequestRecord) -> None:
@@ -21446,7 +21451,7 @@ class DefaultLogin:
         self._lock = threading.Lock()
 
     def announce_by(self, announce: Callable[[DeviceCode], None]) -> None:
-        """Tell each code in this way from now on."""
+        """Call this function with each code from now on."""
         self.announce = announce
 
     def _log_code(self, code: DeviceCode) -> None:
@@ -21457,7 +21462,8 @@ class DefaultLogin:
         )
 
     async def copilot(self) -> Account:
-        """The account.  Raises AuthError with the code to enter while there is none."""
+        """Returns the account. Raises AuthError with the code to enter if there is
+        none."""
         account = self.account
         if account is not None:
             return account
@@ -21468,11 +21474,12 @@ class DefaultLogin:
         raise AuthError(await self.hint(), code="login_required")
 
     def load(self) -> str:
-        """The GitHub token to use: the one from the settings, else the stored one, else
-        ''. Never one that GitHub has refused. An unreadable login file is logged."""
-        given = self._services.settings.github_token
-        if given and given not in self._refused:
-            return given
+        """Returns the GitHub token to use: the one from the settings, else the stored
+        one, else ''. A token that GitHub has refused is not used again. An unreadable
+        login file is logged."""
+        configured = self._services.settings.github_token
+        if configured and configured not in self._refused:
+            return configured
         try:
             stored = self.file.load()
         except ConfigError as error:
@@ -21489,8 +21496,10 @@ class DefaultLogin:
         with self._lock:
             self._account_stop.set()
             if self.device is not None:
-                self.device.stop.set()  # another way was quicker
-            self.account, self._account_stop, self.device = account, stop, None
+                self.device.stop.set()  # no login by device flow is needed any more
+            self.account = account
+            self._account_stop = stop
+            self.device = None
             self._refused = [token for token in self._refused if token != github_token]
         threading.Thread(
             target=account.keep_fresh, args=(stop,), name="copilot-token", daemon=True
@@ -21543,20 +21552,25 @@ class DefaultLogin:
         )
 
     async def hint(self) -> str:
-        """How to log in; waits a moment for the code of a login that was just begun."""
-        device, deadline = self.device, time.monotonic() + CODE_WAIT_S
+        """Returns how to log in; waits a moment for the code of a login that has just
+        begun."""
+        device = self.device
+        deadline = time.monotonic() + CODE_WAIT_S
+
         while (
             device is not None
             and not device.ready.is_set()
             and time.monotonic() < deadline
         ):
             await wait(Pause(CODE_LOOK_S))
+
         code = device.code if device else None
         if code:
             return (
                 "login required: open %s and enter the code %s, or run: copilot_proxy.py auth"
                 % (code.verification_uri, code.user_code)
             )
+
         if device and device.problem:
             return "login required; the last try failed: %s" % device.problem
         return "login required: open /auth/device on this server, or run: copilot_proxy.py auth"
@@ -21564,8 +21578,8 @@ class DefaultLogin:
     # -- a login that GitHub refuses
 
     async def _replace(self, account: Account, error: AuthError) -> AuthError:
-        """GitHub has refused this account's login: a newer one is taken from the file,
-        else a person is asked -> what to raise."""
+        """GitHub has refused this account's login: use a newer one from the file, or
+        begin a login. Returns the error to raise."""
         with self._lock:
             is_news = self.account is account
             if is_news:
@@ -21591,7 +21605,8 @@ class DefaultLogin:
                 self._retry.start()
 
     def _retry_refused(self) -> None:
-        """Thread: GitHub may have been wrong, or the account was only suspended."""
+        """Body of a thread that tries refused logins again: GitHub may have been wrong,
+        or the account was only suspended."""
         services = self._services
         while not services.stop.wait(LOGIN_RETRY_S):
             for token in list(self._refused):
@@ -21618,9 +21633,11 @@ async def own_login_refused(account: Account, error: AuthError) -> AuthError:
 
 
 class Accounts:
-    """Who calls, and as which account: the keys, the accounts that keys and GitHub
-    tokens stand for, the logins that browsers begin. The default one is `login`'s.
-    `_lock` guards all fields and is held for no I/O."""
+    """Finds the caller and the account of a request: the keys, the accounts that keys
+    and GitHub tokens stand for, and the logins that browsers begin. The default account
+    is in `login`.
+
+    `_lock` guards all fields and is never held during I/O."""
 
     def __init__(self, services: Services, keys: KeyFile, login: DefaultLogin) -> None:
         self._services, self._log = services, services.log
@@ -21635,56 +21652,57 @@ class Accounts:
         self._lock = threading.Lock()
 
     def identify(self, headers: Headers, address: str) -> Caller:
-        """Who sends these headers; anybody is the operator where no key is wanted.
-        Raises AuthError for a missing or wrong key, RateLimited for one address' many
-        wrong ones."""
-        keys, offered = (
-            self.keys.all(),
-            [headers[name] for name in KEY_HEADERS if name in headers],
-        )
+        """Returns the caller who sends these headers; without keys every caller is the
+        operator.
+
+        Raises AuthError for a missing or wrong key, RateLimited if many wrong ones came
+        from one address."""
+        keys = self.keys.all()
+        offered = [headers[name] for name in KEY_HEADERS if name in headers]
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             offered.append(bearer.strip())
         if keys:
-            found = [key for key in map(self.keys.find, offered) if key]
+            valid = [key for key in map(self.keys.find, offered) if key]
         else:
-            found = []
-        if not found and (
+            valid = []
+        if not valid and (
             self.keys.is_closed or any(text.startswith(KEY_PREFIX) for text in offered)
         ):
-            if any(offered):
-                self.wrong_keys.admit(
-                    address, "too many wrong keys came from this address"
-                )
+            raise self._wrong_key(offered, address)
 
-            raise AuthError(
-                "%s: send it as Authorization: Bearer KEY or x-api-key: KEY"
-                % (
-                    "this key is not known here"
-                    if any(offered)
-                    else "this server wants an API key"
-                ),
-                code="invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
-            )
-
-        issued = next((key for key in found if key.token), None)
+        issued = next((key for key in valid if key.token), None)
         if issued:
             token = issued.token
         else:
             token = next(filter(_GITHUB_KEY.fullmatch, offered), "")
         if not token:
-            return Caller(address, True, True, found[0].id if found else "")
+            return Caller(address, True, True, valid[0].id if valid else "")
+
         account = self.of_token(token, issued.login if issued else "")
-        is_operator = any(not key.token for key in found)
-        if found:
-            key_id = (issued or found[0]).id
+        is_operator = any(not key.token for key in valid)
+        if valid:
+            key_id = (issued or valid[0]).id
         else:
             key_id = account.id
         return Caller(address, True, is_operator, key_id, account)
 
+    def _wrong_key(self, offered: list[str], address: str) -> AuthError:
+        """Returns the refusal of a missing or wrong key. Raises RateLimited if many
+        wrong ones came from this address."""
+        text = "this server wants an API key"
+        if any(offered):
+            text = "this key is not known here"
+            self.wrong_keys.admit(address, "too many wrong keys came from this address")
+        return AuthError(
+            text + ": send it as Authorization: Bearer KEY or x-api-key: KEY",
+            code="invalid_api_key",
+            headers={"www-authenticate": "Bearer"},
+        )
+
     def of_token(self, github_token: str, name: str = "") -> Account:
-        """The account of a token; beyond MAX_ACCOUNTS the least recently used one is forgotten."""
+        """Returns the account of a token. If there are more than MAX_ACCOUNTS the least
+        recently used one is forgotten."""
         key = stable_id("", github_token)
         with self._lock:
             account = self._accounts.pop(key, None) or Account(
@@ -21696,7 +21714,7 @@ class Accounts:
             return account
 
     def all(self) -> list[Account]:
-        """All that are in memory, the default one first."""
+        """Returns all accounts in memory, the default one first."""
         with self._lock:
             others = list(self._accounts.values())
         default = self._login.account
@@ -21721,8 +21739,10 @@ class Accounts:
 
     def _begin_login(self, by_key: bool) -> tuple[str, DeviceLogin]:
         """The part of open_login that does not wait."""
-        now, state = time.monotonic(), secrets.token_urlsafe(32)
-        services, is_default = self._services, self._login.account is None
+        now = time.monotonic()
+        state = secrets.token_urlsafe(32)
+        services = self._services
+        is_default = self._login.account is None
         if is_default:
             self._login.begin()
         with self._lock:
@@ -21735,9 +21755,8 @@ class Accounts:
             login = self._login.device if is_default else None
 
             if login is not None and len(self._logins) >= MAX_LOGINS:
-                del self._logins[
-                    next(iter(self._logins))
-                ]  # they all wait for the same one
+                # drop the oldest; they all wait for the same login
+                del self._logins[next(iter(self._logins))]
             elif len(self._logins) >= MAX_LOGINS:
                 raise too_early("%d logins are under way" % MAX_LOGINS, 60)
 
@@ -21761,28 +21780,30 @@ class Accounts:
         run(self._services.github.fetch_copilot_token(token))
 
     def find_login(self, state: str) -> BrowserLogin:
-        """Raises BadRequest 403."""
+        """Returns the login that this state token belongs to. Raises BadRequest 403."""
         with self._lock:
-            begun = self._logins.get(stable_id("", state))
-        if begun is None or time.monotonic() - begun.began > LOGIN_AGE_S:
+            entry = self._logins.get(stable_id("", state))
+        if entry is None or time.monotonic() - entry.began > LOGIN_AGE_S:
             raise BadRequest(
                 "this login was begun by another browser, or is over: start again",
                 403,
                 "unknown_login",
             )
-        return begun
+        return entry
 
     async def claim_login(self, state: str) -> Json:
-        """The key of a granted login, this once; None where it yields none.
-        Raises BadRequest 403, 409, ConfigError."""
-        begun, key, text = self.find_login(state), stable_id("", state), new_key()
-        login = begun.login
+        """Returns the name and the key of a granted login. The key is given only once,
+        and is None if the login yields none. Raises BadRequest 403, 409, ConfigError."""
+        browser_login = self.find_login(state)
+        login = browser_login.login
         if not login.token:
             raise BadRequest("nobody has granted this login yet", 409, "login_pending")
-        if not begun.gives_key:
+        if not browser_login.gives_key:
             name = await self._services.github.fetch_login(login.token)
             return {"login": name or None, "key": None, "key_id": None}
 
+        key = stable_id("", state)
+        text = new_key()
         with self._lock:
             entry = self._logins.pop(key, None)
         if entry is None:
@@ -21814,7 +21835,8 @@ class Accounts:
         return made
 
     def log_keys(self) -> None:
-        """Log at the start who holds a key that this server issued. Raises ConfigError."""
+        """Log at the start the keys that this server has issued, with their owners.
+        Raises ConfigError."""
         stored = [key for key in self.keys.all() if key.made]
 
         for key in stored[:KEYS_LISTED]:
@@ -21836,17 +21858,19 @@ class Accounts:
             )
 
     def forget(self, keys: list[Key]) -> None:
-        """Delete keys; accounts without one are let go of.  Raises ConfigError."""
+        """Delete keys, and forget the accounts that have no key any more. Raises
+        ConfigError."""
         self.keys.delete([key.id for key in keys])
-        left = {key.token for key in self.keys.all()}
+        remaining = {key.token for key in self.keys.all()}
         with self._lock:
             for key in keys:
-                if key.token not in left:
+                if key.token not in remaining:
                     self._accounts.pop(stable_id("", key.token), None)
 
 
 class App:
-    """Everything one server needs, each by its owner.  Two can live in a process.
+    """Holds everything that one server needs. A process may have several.
+
     sessions: a caller's conversation -> the model that was asked for last."""
 
     def __init__(
