@@ -31017,6 +31017,13 @@ class HelpFormat(argparse.HelpFormatter):
         return "%s %s" % (", ".join(action.option_strings), value)
 
 
+#: what argparse says behind the name of an option -> what a person reads
+PARSER_WORDS = {
+    "expected one argument": "needs a value",
+    "ignored explicit argument": "takes no value",
+}
+
+
 class Parser(argparse.ArgumentParser):
     """Parses the command line, or the options of one command. An error is one line that
     names the nearest valid word, and one line that says where the others are listed."""
@@ -31026,6 +31033,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit code 2."""
+        about, _, reason = message.partition(": ")
+        for start, plain in PARSER_WORDS.items():
+            if reason.startswith(start):
+                message = "%s %s" % (re.split("[ /]", about)[-1], plain)
         text = visible(redact(message[:MAX_ERROR_TEXT]))
         self.exit(2, "error: %s\nfor help: %s --help\n" % (text, self.prog))
 

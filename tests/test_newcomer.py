@@ -39,6 +39,16 @@ class SlipTest(unittest.TestCase):
                                  "--%s: '%s' is not a number" % (option.name, text))
         self.assertEqual(slip("start", "-p", "4.5"), "--port: '4.5' is not a number")
 
+    def test_every_option_says_whether_it_takes_a_value(self) -> None:
+        for option in cp.OPTIONS:
+            name = "--" + option.name
+            if option.kind in ("switch", "either"):
+                self.assertIn("error: %s takes no value\n" % name, slip("start", name + "=yes"))
+            else:
+                self.assertIn("error: %s needs a value\n" % name, slip("start", name))
+        self.assertIn("error: --port needs a value\n", slip("start", "-p"))
+        self.assertIn("error: --model needs a value\n", slip("setup", "codex", "--model"))
+
     def test_numbers_that_are_right_are_numbers(self) -> None:
         settings = cp.load_settings(
             cp.parse_flags(["start", "-p", "4400", "--budget", "2.5"]), {"PORT": "1"})
