@@ -2332,15 +2332,17 @@ class Losses(List[Tuple[str, str]]):
     most MAX_LOSS_CHARS in printable ASCII; `more` counts the others."""
 
     __slots__ = ("_known", "more")  # every request has one
+    _known: set[tuple[str, str]]
 
     def __init__(self) -> None:
         super().__init__()
         self.more = 0
-        self._known: set[tuple[str, str]] = set()
 
     def add(self, name: str, reason: str) -> None:
         """Record one; the time for it does not depend on how many there are."""
         loss = (printable(name, MAX_LOSS_CHARS).replace(",", ";"), reason)
+        if not self:
+            self._known = set()  # most requests need none
         if loss in self._known:
             return
         if len(self) >= MAX_LOSSES:
@@ -18523,7 +18525,7 @@ class Attempts:
     ) -> None:
         self._copilot, self._has_started = copilot, has_started
         self._calls = 0
-        self._taken = dict.fromkeys(ATTEMPTS, 0)
+        self._taken: dict[str, int] = collections.defaultdict(int)
         self._is_fresh = False  # the next call opens a connection of its own
 
     def may(self, row: str) -> bool:

@@ -44,6 +44,14 @@ class SmallRequests(unittest.TestCase):
         made = plan(dict(chat("hi"), stream=True))
         self.assertIs(made.request.losses, made.edit.losses)
 
+    def test_losses_that_are_none_hold_no_set(self) -> None:
+        losses = cp.Losses()
+        self.assertFalse(hasattr(losses, "_known"))
+        for _ in range(2):
+            losses.add("top_k", "no field")
+            losses.add("seed", "no field")
+        self.assertEqual(losses, [("top_k", "no field"), ("seed", "no field")])
+
     def test_what_was_sent_of_the_answer_is_let_go(self) -> None:
         made = plan(dict(chat("hi"), stream=True))
         made.start(b"data: {}\n\n")
