@@ -20404,19 +20404,19 @@ class ResponseStore:
 
     def put(self, owner: str, request: bytes, response_id: str, answer: bytes) -> None:
         """Store an answer; nothing is parsed here."""
-        kept = KeptResponse(time.monotonic(), request, answer)
+        response = KeptResponse(time.monotonic(), request, answer)
         with self._lock:
             self._drop((owner, response_id))
-            self._kept[owner, response_id] = kept
-            self._size += kept.size_bytes
+            self._kept[owner, response_id] = response
+            self._size += response.size_bytes
             while self._size > STORE_BYTES or len(self._kept) > self._most:
                 self._drop(next(iter(self._kept)))
 
     def _drop(self, key: tuple[str, str]) -> bool:
-        kept = self._kept.pop(key, None)
-        if kept is None:
+        response = self._kept.pop(key, None)
+        if response is None:
             return False
-        self._size -= kept.size_bytes
+        self._size -= response.size_bytes
         return True
 
     def _drop_old(self) -> None:
@@ -20439,26 +20439,26 @@ class ResponseStore:
 
     def find(self, owner: str, response_id: str) -> tuple[Json, list[Json]] | None:
         """Returns (answer, input items) of a stored response, or None."""
-        kept = self._get(owner, response_id)
-        if kept:
-            return (kept.parse_answer(), kept.parse_input())
-        return None
+        response = self._get(owner, response_id)
+        if response is None:
+            return None
+        return response.parse_answer(), response.parse_input()
 
     def find_items(self, owner: str, ids: Iterable[str]) -> dict[str, bytes]:
         """Returns {id: item as JSON} of the output items that are stored. Each answer is
         parsed at most once."""
         missing = {dumps(item_id): item_id for item_id in ids}
-        found: dict[str, bytes] = {}
-        for kept in self._of(owner):
+        items: dict[str, bytes] = {}
+        for response in self._of(owner):
             if not missing:
                 break
-            if kept.ids.isdisjoint(missing):
+            if response.ids.isdisjoint(missing):
                 continue
-            for item in map(as_object, as_list(kept.parse_answer().get("output"))):
+            for item in map(as_object, as_list(response.parse_answer().get("output"))):
                 item_id = missing.pop(dumps(item.get("id")), None)
                 if item_id is not None:
-                    found[item_id] = dumps(item)
-        return found
+                    items[item_id] = dumps(item)
+        return items
 
     def delete(self, owner: str, response_id: str) -> bool:
         """Delete a response. Returns False if it is not stored."""
@@ -20496,12 +20496,7 @@ class ResponseStore:
     ) -> tuple[list[Json], int]:
         """Returns (the items in place of their references, the size of the request
         with them). Raises BadRequest."""
-        named = [
-            str(item.get("id"))
-            for item in items
-            if item.get("type") == "item_reference"
-        ]
-
+        named = [str(item.get("id")) for item in items if is_reference(item)]
         if len(named) > MAX_REFERENCES:
             raise BadRequest(
                 "more than %d item references: send the items themselves"
@@ -20510,39 +20505,37 @@ class ResponseStore:
                 param="input",
             )
 
-        found = self.find_items(owner, named)
+        stored = self.find_items(owner, named)
         for item_id in named:
-            if item_id not in found:
+            if item_id not in stored:
                 raise BadRequest(
                     "Item with id '%s' not found." % printable(item_id, 80),
                     404,
                     param="input",
                 )
 
-        size_bytes += sum(len(found[item_id]) for item_id in named)
+        size_bytes += sum(len(stored[item_id]) for item_id in named)
         check_expanded(size_bytes)
-        resolved = [
-            loads(found[str(item.get("id"))])
-            if item.get("type") == "item_reference"
-            else item
-            for item in items
-        ]
-
+        resolved = []
+        for item in items:
+            if is_reference(item):
+                item = loads(stored[str(item.get("id"))])
+            resolved.append(item)
         return resolved, size_bytes
 
     def _history(self, owner: str, response_id: str, size_bytes: int) -> list[Json]:
         """Returns the conversation up to and including a stored answer. Raises
         BadRequest."""
-        kept = self._get(owner, response_id)
-        if kept is None:
+        response = self._get(owner, response_id)
+        if response is None:
             raise BadRequest(
                 "Previous response with id '%s' not found."
                 % printable(response_id, 80),
                 code="previous_response_not_found",
                 param="previous_response_id",
             )
-        check_expanded(size_bytes + kept.size_bytes)
-        return kept.parse_input() + as_list(kept.parse_answer().get("output"))
+        check_expanded(size_bytes + response.size_bytes)
+        return response.parse_input() + as_list(response.parse_answer().get("output"))
 
 
 def show_token(token: CopilotToken) -> None:
@@ -20869,31 +20862,29 @@ class RequestRecord:
     """Everything that is recorded of one request, for its history row, its log line and
     the page.
 
-    The endpoint that serves the request, and whoever ends it, write by the methods
-    here. route: local, passthrough or translated; model: the model that is asked;
-    account: the account that serves; path: the upstream's; error: its kind; failure: in
-    words; meters: one for each answer of the upstream; total_ms: 0 while it runs;
-    received_bytes: of a stream, so far; beside: nano-AIU that were reported for its web
-    searches, which have rows of their own."""
+    Its endpoint, its exchange and the Ledger change it, by the methods here. All
+    times with _ms count from the arrival of the request."""
 
     id: str
     asked: AskedFor
-    route: str = "local"
-    model: Model | None = None
-    account: Account | None = None
-    path: str = ""
+    route: str = "local"  # local, passthrough or translated
+    model: Model | None = None  # the model that is asked
+    account: Account | None = None  # the account that serves
+    path: str = ""  # the upstream's
     initiator: str = ""
-    status: int = 0
-    error: str = ""
-    failure: str = ""
+    status: int = 0  # 0 until the answer begins
+    error: str = ""  # the kind of error
+    failure: str = ""  # the error in words
     sent_ms: float = 0.0
     first_byte_ms: float = 0.0
     losses: Notes = field(default_factory=Notes)
     repairs: Notes = field(default_factory=Notes)
+    #: one for each answer of the upstream
     meters: list[UsageMeter] = field(default_factory=list)
     upstream_id: str | None = None
-    total_ms: float = 0.0
-    received_bytes: int = 0
+    total_ms: float = 0.0  # 0 while it runs
+    received_bytes: int = 0  # of a stream, so far
+    #: nano-AIU that its web searches cost; those have rows of their own
     beside: int = 0
 
     @classmethod
@@ -21379,9 +21370,10 @@ class Admission:
         self.approval = Approval(settings.manual, log, tell)
 
     async def admit(self, ticket: Ticket, calls: int = 1) -> Headers:
-        """Returns when the request may go up -> headers for its answer; `leave` must
-        follow, also after an exception. calls: how many it takes, each further one by
-        `admit_next`. Raises RateLimited, BadRequest."""
+        """Return when the request may be sent. Returns headers for its answer.
+
+        `leave` must follow, also after an exception. calls: how many it makes; each one
+        after the first needs `admit_next`. Raises RateLimited, BadRequest."""
         if self._budget.is_set or ticket.wish is not None:
             await self._budget.admit(ticket.payer, ticket.wish)
         ticket.account.limiter.check(calls)
@@ -25200,7 +25192,7 @@ PAGE_HEADERS = {
 
 
 async def account_for(exchange: HttpExchange) -> Account:
-    """The account that serves this request.  Raises AuthError."""
+    """Returns the account that serves this request.  Raises AuthError."""
     record = exchange.record
     if record.account is not None:
         return record.account
@@ -25212,7 +25204,10 @@ async def account_for(exchange: HttpExchange) -> Account:
 async def choose_model(
     exchange: HttpExchange, copilot: Account, body: Json, refused: str = ""
 ) -> Model:
-    """The model that the upstream chooses for a request that asks for `auto`."""
+    """Returns the model that the upstream chooses for a request that asks for `auto`.
+
+    refused: the selector that the upstream has refused. Raises UpstreamError, AuthError,
+    BadRequest."""
     key = session_key(exchange.head.headers, body)
     if key:
         key = "%s %s" % (exchange.caller.key_id, key)
@@ -25230,7 +25225,7 @@ def name_model(exchange: HttpExchange, model: Model) -> None:
 
 
 def add_fields(data: bytes, fields_: Json) -> bytes:
-    """An object of JSON with more fields, none of which it has: before the others."""
+    """Returns a JSON object with more fields in front; it must not have them already."""
     if not fields_:
         return data
     begin = data.index(b"{") + 1
@@ -25238,14 +25233,15 @@ def add_fields(data: bytes, fields_: Json) -> bytes:
 
 
 def fit_model(data: bytes, edit: BodyEdit, model_id: str) -> bytes:
-    """The body to send: the client's own bytes where no more is changed than the
-    model's id, and fields added. To write 1 MB of JSON anew takes 4 ms, in which all
-    streams stand still."""
+    """Returns the body to send.
+
+    These are the client's own bytes if only the model's id was changed or fields were
+    added: to serialise 1 MB of JSON takes 4 ms, in which all streams stand still."""
     asked = edit.body["model"]
     if not edit.is_rewritten and asked != model_id:
-        found = list(re.finditer(rb'"model"\s*:\s*' + re.escape(dumps(asked)), data))
-        if len(found) == 1:
-            start, end = found[0].span()
+        places = list(re.finditer(rb'"model"\s*:\s*' + re.escape(dumps(asked)), data))
+        if len(places) == 1:
+            start, end = places[0].span()
             data = data[:start] + b'"model":' + dumps(model_id) + data[end:]
             asked = model_id
 
@@ -25255,11 +25251,13 @@ def fit_model(data: bytes, edit: BodyEdit, model_id: str) -> bytes:
 
 
 async def resolve(exchange: HttpExchange, body: Json) -> tuple[Account, Model]:
-    """(account, model) of a request.  Raises AuthError, BadRequest."""
-    sessions, asked = exchange.app.sessions, body.get("model")
+    """Returns (account, model) of a request. Raises AuthError, BadRequest,
+    UpstreamError."""
+    sessions = exchange.app.sessions
+    asked = body.get("model")
     key = session_key(exchange.head.headers, body)
     session = key and "%s %s" % (exchange.caller.key_id, key)
-    if asked is None and session:  # Codex's desktop app leaves it out at times
+    if asked is None and session:  # Codex's desktop app omits it at times
         asked = body["model"] = sessions.get(session)
         exchange.put_body(dumps(body))
 
@@ -25280,7 +25278,7 @@ async def resolve(exchange: HttpExchange, body: Json) -> tuple[Account, Model]:
     betas = exchange.head.headers.get("anthropic-beta", "")
     if copilot.tier_of(asked) is not None:
         model = await choose_model(exchange, copilot, body)
-        betas = ""  # the choice holds for this very model
+        betas = ""  # the selector is valid for this model only
     else:
         model = await copilot.find_model(asked)
     if betas:
@@ -25296,26 +25294,32 @@ async def resolve(exchange: HttpExchange, body: Json) -> tuple[Account, Model]:
 def upstream_headers(
     exchange: HttpExchange, client: Dialect, upstream: Dialect, body: Json, model: Model
 ) -> Headers:
-    """The headers that depend on the request itself: its initiator, images, Anthropic's
-    versions."""
-    given = exchange.head.headers
-    said = exchange.record.initiator or given.get("x-initiator", "").lower()
+    """Returns the headers that depend on the request: its initiator, images,
+    Anthropic's versions."""
+    client_headers = exchange.head.headers
+    initiator = exchange.record.initiator
+    if not initiator:
+        initiator = client_headers.get("x-initiator", "").lower()
     interaction = client.interaction(body)
-    if said not in ("user", "agent"):
-        said = "user" if interaction == "user" else "agent"
-    headers = {"X-Initiator": said}
+    if initiator not in ("user", "agent"):
+        if interaction == "user":
+            initiator = "user"
+        else:
+            initiator = "agent"
+
+    headers = {"X-Initiator": initiator}
     if interaction in ("compaction", "background"):
         headers["X-Interaction-Type"] = "conversation-" + interaction
     if model.selector:
         headers["Copilot-Session-Token"] = model.selector
     if client.has_images(body):
         headers["Copilot-Vision-Request"] = "true"
-    headers.update(upstream.upstream_headers(given))
+    headers.update(upstream.upstream_headers(client_headers))
     return headers
 
 
 def question_about(headers: Headers, body: Json, model: Model, calls: int) -> Json:
-    """The question to the person who approves a request."""
+    """Returns the question to the person who approves a request."""
     turns = as_list(body.get("messages") or body.get("input"))
     last = as_object(turns[-1]) if turns else {}
     text = text_of(last.get("content")) or text_of(body.get("input"))
@@ -25332,15 +25336,15 @@ def question_about(headers: Headers, body: Json, model: Model, calls: int) -> Js
 async def admit(
     exchange: HttpExchange, body: Json, model: Model, calls: int = 1
 ) -> None:
-    """Wait until this request may go up, once. calls: how many it takes, see
-    `admit_next`. Raises RateLimited, BadRequest, ClientGone."""
+    """Wait until this request may be sent; a second call returns at once. calls: how
+    many it makes, see `admit_next`. Raises RateLimited, BadRequest, ClientGone."""
     headers, asked = exchange.head.headers, exchange.record.asked
     if exchange.ticket is None:
         about: Json = {}
         if exchange.app.settings.manual:
             about = question_about(headers, body, model, calls)
             about["who"] = exchange.caller.name
-            about["tokens"] = len(exchange.body) // 4  # about
+            about["tokens"] = len(exchange.body) // 4  # a rough estimate
         exchange.ticket = Ticket(
             exchange.caller.name,
             asked.payer,
@@ -25359,13 +25363,15 @@ async def admit(
 
 
 async def admit_next(exchange: HttpExchange) -> None:
-    """Wait until the next call of a request of several may go up.  Raises RateLimited."""
+    """Wait until the next call of a request with several may be sent. Raises
+    RateLimited, BadRequest, ClientGone."""
     if exchange.ticket is not None:
         await exchange.app.admission.admit_next(exchange.ticket, exchange.record.cost())
 
 
 def owner_of(exchange: HttpExchange, copilot: Copilot) -> str:
-    """The owner of stored responses: a hash of the account and the client's key."""
+    """Returns the owner of stored responses: a hash of the account and the client's
+    key."""
     keys = [exchange.head.headers.get(name) for name in (*KEY_HEADERS, "authorization")]
     return stable_id("", "%s %s" % (copilot.github_token, keys))
 
@@ -25381,10 +25387,11 @@ def report_losses(
 
 
 async def inline_images(exchange: HttpExchange, body: Json) -> None:
-    """--fetch-images: put images that are named by URL into the body, the newest first.
+    """`--fetch-images`: put images that are named by URL into the body, the newest
+    first.
 
-    Where the upstream would take no more, older ones are left out unfetched. Raises
-    BadRequest (413 for what grows too large)."""
+    Older ones that the upstream would not accept are omitted and not fetched. Raises
+    BadRequest (413 if the body grows too large)."""
     if exchange.app.settings.fetch_images:
         links = linked_images(body)
     else:
@@ -25415,12 +25422,14 @@ async def inline_images(exchange: HttpExchange, body: Json) -> None:
 async def fall_back(
     exchange: HttpExchange, copilot: Copilot, model: Model, error: ProxyError
 ) -> Model | None:
-    """The model of --fallback if a quota is used up, reported in header and log; else
-    None."""
-    name, headers, other = exchange.app.settings.fallback, exchange.headers, model
+    """Returns the model of `--fallback` if a quota is used up, else None. Header and
+    log report it."""
+    name = exchange.app.settings.fallback
+    other = model
     if name and is_quota(error):
         with contextlib.suppress(ProxyError):
             other = await copilot.find_model(name)
+
     if other.id == model.id:
         return None
     exchange.app.log.warning(
@@ -25429,12 +25438,14 @@ async def fall_back(
         model.id,
         other.id,
     )
-    headers["x-copilot-proxy-fallback"] = "%s -> %s" % (model.id, other.id)
+
+    change = "%s -> %s" % (model.id, other.id)
+    exchange.headers["x-copilot-proxy-fallback"] = change
     return other
 
 
 def failed_search(call: SearchCall, error: ProxyError) -> SearchFindings:
-    """A search that failed, as its client reads it."""
+    """Returns the findings that report a failed search."""
     if is_limit(error):
         code = "too_many_requests"
     else:
@@ -25443,17 +25454,17 @@ def failed_search(call: SearchCall, error: ProxyError) -> SearchFindings:
 
 
 async def search_model(exchange: HttpExchange, copilot: Account) -> Model:
-    """The model that searches.  Raises BadRequest."""
+    """Returns the model that searches.  Raises BadRequest, UpstreamError, AuthError."""
     settings = exchange.app.settings
     if settings.no_web_search:
         raise BadRequest("searching the web is off here (--no-web-search)")
     if settings.search_model:
         return await copilot.find_model(settings.search_model)
 
-    found = model_that_searches(await copilot.models())
-    if found is None:
+    model = model_that_searches(await copilot.models())
+    if model is None:
         raise BadRequest("no model of this account searches the web")
-    return found
+    return model
 
 
 COMPACT_PATH = "/responses/compact"
@@ -25487,7 +25498,8 @@ async def read_beginning(
 
 
 async def put_in_kept(exchange: HttpExchange, owner: str, body: Json) -> bool:
-    """ResponseStore.expand, in a thread: what a small request names may be large."""
+    """As ResponseStore.expand, but in a thread, because a small request may refer to
+    large answers."""
     size_bytes = len(exchange.body)
     store = exchange.store
     if not store.is_named(body):
@@ -25504,7 +25516,7 @@ def keep_in(
     response_id: str,
     answer: bytes,
 ) -> None:
-    """Keep an answer wherever it may be asked for."""
+    """Put an answer into each store in which a client may look for it."""
     for store in stores:
         store.put(owner, request, response_id, answer)
 
@@ -26126,8 +26138,8 @@ async def compact(job: Job) -> None:
 
 
 async def make_compaction(job: Job) -> tuple[Json, Usage | None]:
-    """(a compaction item, token counts): the upstream's own where it makes one, else a
-    summary by the same model, packed. Raises ProxyError."""
+    """Returns (a compaction item, token counts). The item is the upstream's own if it
+    makes one, else a packed summary by the same model. Raises ProxyError."""
     copilot, model = job.copilot, job.model
     refusal = model.id, COMPACTION_TRIGGER
     can = job.client.path in model.endpoints and refusal not in copilot.memory.refused
@@ -26146,7 +26158,7 @@ async def make_compaction(job: Job) -> tuple[Json, Usage | None]:
 
         plan = part.plan
         if answer is None or plan is None:
-            break  # it was told already
+            break  # the error was reported already
         usage = Usage.of(plan.meter.counts)
         output = [as_object(item) for item in as_list(plan.answer.get("output"))]
         own = [item for item in output if item.get("type") in COMPACTIONS]
@@ -26165,7 +26177,7 @@ async def make_compaction(job: Job) -> tuple[Json, Usage | None]:
 
 
 async def complete(dialect: Dialect, exchange: HttpExchange) -> None:
-    """A request of any dialect to any model."""
+    """Serve a request of any dialect to any model.  Raises ProxyError, ClientGone."""
     exchange.answer_in(dialect)
     await Job(exchange, dialect).serve(await exchange.read_json())
 
@@ -26251,7 +26263,8 @@ async def fetch_count(
     model: Model,
     headers: Headers,
 ) -> int:
-    """The tokens of a prompt as the upstream counts them.  Raises ProxyError, ValueError."""
+    """Returns the tokens of a prompt as the upstream counts them. Raises ProxyError,
+    ValueError."""
     MESSAGES.prepare_count(edit)
     answer = await copilot.send(
         Call(
@@ -26270,13 +26283,15 @@ async def fetch_count(
 
 
 async def count_tokens(exchange: HttpExchange) -> None:
-    """The upstream's own count for models with /v1/messages, else an estimate, always
-    200: Claude Code waits for it."""
+    """POST /messages/count_tokens: the upstream's own count for models with
+    /v1/messages, else an estimate. An error of the upstream is no error here, because
+    Claude Code waits for a number."""
     exchange.answer_in(MESSAGES)
     body = await exchange.read_json()
     size_bytes = len(exchange.body)
     check_list(body, "messages")
-    counted, is_claude = 0, True  # the higher estimate until the model is known
+    counted = 0
+    is_claude = True  # the higher estimate, until the model is known
 
     try:
         copilot, model = await resolve(exchange, body)
@@ -26328,9 +26343,9 @@ async def stored_response(exchange: HttpExchange) -> None:
         return
 
     find = functools.partial(store.find, owner, response_id)
-    found = await exchange.compute(find, INLINE_BYTES + 1)  # what is kept may be large
+    response = await exchange.compute(find, INLINE_BYTES + 1)  # it may be large
     if (
-        found is None
+        response is None
         or tail not in ("", "input_items")
         or exchange.head.method == "DELETE"
     ):
@@ -26338,7 +26353,7 @@ async def stored_response(exchange: HttpExchange) -> None:
             "Response with id '%s' not found." % printable(exchange.argument, 80), 404
         )
 
-    answer, items = found
+    answer, items = response
     if not tail:
         exchange.reply_json(answer)
         return
@@ -26347,26 +26362,25 @@ async def stored_response(exchange: HttpExchange) -> None:
         dict({"id": stable_id("item_", "%s %d" % (response_id, at))}, **item)
         for at, item in enumerate(items)
     ]
-    order, limit = (
-        exchange.parameter("order") or "desc",
-        exchange.parameter("limit") or "20",
-    )
-    left, after = items if order == "asc" else items[::-1], exchange.parameter("after")
-    ids = [None, *(item["id"] for item in left)]
-    most = digits_or_none(limit, 100)
+    order = exchange.parameter("order") or "desc"
+    if order != "asc":
+        items = items[::-1]
+    after = exchange.parameter("after")
+    ids = [None, *(item["id"] for item in items)]
+    most = digits_or_none(exchange.parameter("limit") or "20", 100)
 
     if order not in ("asc", "desc") or not most or after not in ids:
         raise BadRequest(
             "'order' must be asc or desc, 'limit' 1 to 100, 'after' an item's id"
         )
 
-    left = left[ids.index(after) :]
-    shown = left[:most]
+    items = items[ids.index(after) :]
+    shown = items[:most]
     exchange.reply_json(
         {
             "object": "list",
             "data": shown,
-            "has_more": len(shown) < len(left),
+            "has_more": len(shown) < len(items),
             "first_id": shown[0]["id"] if shown else None,
             "last_id": shown[-1]["id"] if shown else None,
         }
@@ -26376,11 +26390,9 @@ async def stored_response(exchange: HttpExchange) -> None:
 async def completions(exchange: HttpExchange) -> None:
     """POST /completions, the old shape: each prompt is a chat of its own."""
     body = await exchange.read_json()
-    given = body.pop("prompt", None)
-    if isinstance(given, str):
-        prompts = [given]
-    else:
-        prompts = given
+    prompts = body.pop("prompt", None)
+    if isinstance(prompts, str):
+        prompts = [prompts]
 
     if (
         not isinstance(prompts, list)
@@ -26404,13 +26416,17 @@ async def completions(exchange: HttpExchange) -> None:
         body.pop(key, None)
 
     copilot, model = await resolve(exchange, body)
-    echo, streams = body.pop("echo", False) is True, body.get("stream") is True
-    relays, whole, choices = streams and len(prompts) == 1, {}, []
+    echo = body.pop("echo", False) is True
+    streams = body.get("stream") is True
+    relays = streams and len(prompts) == 1  # else the answers are joined
+    whole: Json = {}
+    choices: list[Json] = []
     counts = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     if len(prompts) > 1:
         await admit(exchange, {"input": prompts[0]}, model, len(prompts))
-    for at, prompt in enumerate(prompts):
-        if at:
+
+    for index, prompt in enumerate(prompts):
+        if index:
             await admit_next(exchange)
         one = dict(body, messages=[{"role": "user", "content": prompt}], stream=relays)
         part = Job(exchange, CHAT)
@@ -26425,7 +26441,7 @@ async def completions(exchange: HttpExchange) -> None:
             await exchange.relay(answer, stream, stream.reshape(plan.begun))
             return
 
-        whole = as_completion(plan.answer, text, at)
+        whole = as_completion(plan.answer, text, index)
         choices += whole["choices"]
         for key in counts:
             counts[key] += count_or_zero(as_object(whole.get("usage")).get(key))
@@ -26440,21 +26456,21 @@ async def completions(exchange: HttpExchange) -> None:
 
 def by_route(stats: Stats) -> dict[str, Json]:
     """{route: {status: count}}"""
-    found: dict[str, Json] = {}
+    routes: dict[str, Json] = {}
     for (route, status), count in stats.group("requests").items():
-        found.setdefault(route, {})[status] = count
-    return found
+        routes.setdefault(route, {})[status] = count
+    return routes
 
 
 def price_check(stats: Stats) -> list[Json]:
-    """For each model with both figures: the credits that the upstream reported, and the
-    estimate by the listed prices for the same requests."""
-    found: dict[str, Json] = {}
+    """Returns for each model with both figures: the credits that the upstream reported,
+    and the estimate by the listed prices for the same requests."""
+    models: dict[str, Json] = {}
     for (model, name), amount in stats.group("compared").items():
-        found.setdefault(model, {"model": model})[name] = amount
+        models.setdefault(model, {"model": model})[name] = amount
 
     lines = []
-    for line in found.values():
+    for line in models.values():
         reported, estimated = line["reported"] / NANO, line["estimated"] / NANO
         line.update(
             reported=reported, estimated=estimated, difference=reported - estimated
@@ -26464,7 +26480,7 @@ def price_check(stats: Stats) -> list[Json]:
 
 
 def account_entry(account: Account) -> Json:
-    """How it stands with one account; no secret."""
+    """Returns the state of one account, without secrets."""
     token: CopilotToken | None = account.token.value
     problem = account.token.error
 
@@ -26754,9 +26770,9 @@ async def history(exchange: HttpExchange) -> None:
         work = functools.partial(ledger.history.read, read)
         rows = await wait(InThread(work)) or []
 
-    found = rows
+    shown_rows = rows
     if not ledger.history.path:
-        found = [
+        shown_rows = [
             row
             for row in list(ledger.recent)[:limit]
             if not names or row["account"] in names
@@ -26765,7 +26781,7 @@ async def history(exchange: HttpExchange) -> None:
     exchange.reply_json(
         dict(
             ledger.history_state(),
-            rows=[shown(row) for row in found],
+            rows=[shown(row) for row in shown_rows],
             next=rows[-1]["n"] if len(rows) == limit else None,
         )
     )
@@ -26785,11 +26801,11 @@ async def summary(exchange: HttpExchange) -> None:
 
     def answer() -> bytes:
         """In a thread, since it is some 50 KB."""
-        found = ledger.history.read(work) or {key: [] for key in SUMMARIES}
+        sums = ledger.history.read(work) or {key: [] for key in SUMMARIES}
         none = with_credits({**NO_COUNTS, "requests": 0, "errors": 0, "first_ms": None})
-        total = [line for line in found["total"] if line["requests"]] or [none]
+        total = [line for line in sums["total"] if line["requests"]] or [none]
         state = ledger.history_state()
-        return dumps({**state, **found, "days": days, "total": total[0]})
+        return dumps({**state, **sums, "days": days, "total": total[0]})
 
     exchange.reply(await wait(InThread(answer)))
 
@@ -27328,25 +27344,25 @@ def delete_key(exchange: HttpExchange) -> None:
     """DELETE /auth/tokens/ID: forget a key, and its account with the last one."""
     require_same_origin(exchange)
     whole = exchange.app.accounts.keys.find(exchange.argument)
-    found = [
+    keys = [
         key
         for key in own_keys(exchange)
         if key.id == exchange.argument or whole is not None and key.hash == whole.hash
     ]
-    if not found:
+    if not keys:
         raise BadRequest("there is no such key", 404, "unknown_key")
-    if not found[0].made:
+    if not keys[0].made:
         raise BadRequest(
             "this key comes from --api-key or the environment: it ends with the next "
             "start without it",
             409,
         )
-    exchange.app.accounts.forget(found)
-    exchange.reply_json({"key_id": found[0].id, "deleted": True})
+    exchange.app.accounts.forget(keys)
+    exchange.reply_json({"key_id": keys[0].id, "deleted": True})
 
 
 def accept_quietly(exchange: HttpExchange) -> None:
-    """Telemetry of clients: dropped without noise."""
+    """Accept the telemetry of clients and drop it."""
     exchange.reply_json({})
 
 
