@@ -18397,9 +18397,8 @@ class RateLimits:
 
         plan = "nothing is sent before"
         if rest.next_try < rest.ends:
-            plan = "the next request goes up as a probe in %d s" % whole_s(
-                rest.next_try - now
-            )
+            pause = whole_s(rest.next_try - now)
+            plan = "the next request goes up as a probe in %d s" % pause
         if rest.ends <= now:
             plan = "it is over, and one request is trying it now"
 
@@ -18631,7 +18630,8 @@ class Attempts:
     async def _change(
         self, row: str, token: CopilotToken, version: str, status: int
     ) -> CopilotToken:
-        """Apply the row. Returns the token to continue with."""
+        """Apply the row. Returns the token to continue with. Raises AuthError,
+        UpstreamError."""
         copilot = self._copilot
         if row == "login":
             return await copilot.token.get(token)  # type: ignore[no-any-return]
@@ -18641,10 +18641,9 @@ class Attempts:
 
         self._is_fresh = True
         if row == "hiccup":
-            least = 2 if status == 503 else 1  # a second at least for a 503
-            await wait(
-                Pause(copilot.hiccup_pause_s * (least + secrets.randbelow(100) / 100))
-            )
+            least = 2 if status == 503 else 1  # a 503 needs longer
+            factor = least + secrets.randbelow(100) / 100
+            await wait(Pause(copilot.hiccup_pause_s * factor))
         return token
 
 
@@ -18657,8 +18656,10 @@ def request_start(
     headers: tuple[tuple[str, str], ...],
     own: tuple[str, ...],
 ) -> bytes:
-    """The head of a call to the API up to the value of X-Request-Id: most of it is as
-    in the request before. headers: of the call; own: of --header, which win."""
+    """Returns the head of a call to the API up to the value of X-Request-Id. It is
+    cached, because most of it is the same for all calls.
+
+    headers: of the call; own: those of `--header`, which replace all others."""
     is_machine = bearer.startswith(MACHINE_PREFIXES)
     fields_ = dict(CLI_HEADERS if is_machine else EDITOR_HEADERS)
     fields_.update(
@@ -18685,11 +18686,15 @@ def request_start(
 
 
 async def same_error(error: AuthError) -> AuthError:
+    """Returns the error itself: what an account without an owner raises."""
     return error
 
 
 class Copilot:
-    """One account's way to the API.  Thread-safe."""
+    """The calls of one account to the API.  Thread-safe.
+
+    on_token, on_refused and on_headers are called with each new token, with a refusal
+    of the login (returns the error to raise), and with the headers of each answer."""
 
     def __init__(
         self,
@@ -18705,9 +18710,7 @@ class Copilot:
         self.github_token = github_token
         self.on_token: Callable[[CopilotToken], None] = lambda token: None
         self.on_refused: Callable[[AuthError], Work] = same_error
-        self.on_headers: Callable[[Headers], None] = lambda headers: (
-            None
-        )  # of each answer
+        self.on_headers: Callable[[Headers], None] = lambda headers: None
         self._version = ""  # the API version that worked after a 466
         self.memory = LearnedRepairs()
         self.limits = RateLimits(clock)
@@ -18732,9 +18735,10 @@ class Copilot:
         return token.age_s(self._clock()) >= token.lifetime_s
 
     async def _ask_github(self, ask: Callable[[str], Work]) -> Any:
-        """`ask(GitHub token)`. All that needs the login passes here. A 401 counts only
-        when a second one follows, since GitHub sends a wrong one at times; what to
-        raise then is the matter of `on_refused`."""
+        """Returns `ask(GitHub token)`. Every use of the login passes here.
+
+        A 401 counts only if a second one follows, because GitHub sends a wrong one at
+        times. Raises then what `on_refused` returns, and what `ask` raises."""
         try:
             return await ask(self.github_token)
         except AuthError as error:
@@ -18774,34 +18778,35 @@ class Copilot:
         return token
 
     def keep_fresh(self, stop: threading.Event) -> None:
-        """Body of the refresh thread: fetch ahead of time, so that no request has to wait."""
+        """Body of the refresh thread: fetch a new token early, so that no request has to
+        wait."""
         while not stop.is_set():
             with contextlib.suppress(ProxyError):
                 run(self.token.get())
             token = self.token.value
             if token:
-                left = token.refresh_s - token.age_s(self._clock())
+                pause_s = token.refresh_s - token.age_s(self._clock())
             else:
-                left = 0.0
+                pause_s = 0.0
             if isinstance(self.token.error, AuthError):
-                stop.wait(LOGIN_RETRY_S)  # no seat, say: a person must act
+                stop.wait(LOGIN_RETRY_S)  # a person must act, for a seat for example
                 continue
             if self.token.error is not None:
-                left = self._settings.token_retry_s[-1]
-            stop.wait(
-                min(max(left, 0.2), 30.0)
-            )  # 30: a slept laptop wakes into the check
+                pause_s = self._settings.token_retry_s[-1]
+            # at most 30 s, because a laptop may have slept meanwhile
+            stop.wait(min(max(pause_s, 0.2), 30.0))
 
     # -- one call; what is tried again is decided by Attempts
 
     async def send(self, call: Call) -> UpstreamResponse:
-        """A call that belongs to no client's request, or is all that it needs."""
+        """Make a call with attempts of its own.  Raises as Attempts.send does."""
         return await Attempts(self).send(call)
 
     async def send_once(
         self, call: Call, token: CopilotToken, is_fresh: bool = False
     ) -> UpstreamResponse:
-        """Any status is an answer.  Raises StaleConnection, UpstreamError."""
+        """Make a call once; an answer with any status is returned. Raises
+        StaleConnection, UpstreamError."""
         url = token.api_url + call.path
         head = request_start(
             call.method,
@@ -18827,21 +18832,21 @@ class Copilot:
 
     @property
     def version(self) -> str:
-        """The API version that is sent: the first one, or what worked after a 466."""
+        """The API version that is sent: the first one, or the next one after a 466."""
         return self._version or API_VERSIONS[0]
 
     def may_change_version(self) -> bool:
-        """Not where the user has set one."""
+        """May another API version be tried?  Not if the user has set one."""
         return "x-github-api-version" not in {
             name.lower() for name in self._settings.headers
         }
 
     def change_version(self, refused: str) -> None:
-        """Take the next one, unless another call has done so already."""
+        """Use the next version, unless another call has changed it already."""
         if self.version != refused:
             return
-        at = API_VERSIONS.index(refused) + 1
-        self._version = API_VERSIONS[at % len(API_VERSIONS)]
+        following = API_VERSIONS.index(refused) + 1
+        self._version = API_VERSIONS[following % len(API_VERSIONS)]
         self.log.warning(
             "API version %s is refused (466): trying %s; if that fails set "
             "--header X-GitHub-Api-Version=...",
@@ -18850,10 +18855,11 @@ class Copilot:
         )
 
     def may_be_login(self) -> bool:
-        """May a new token cure a 403 without a reason?  Not when that has just been in vain."""
+        """May a new token cure a 403 without a reason?  Not if one has just failed to."""
         return time.monotonic() - self._futile_refresh_at >= REACTIVE_PAUSE_S
 
     def note_futile_login(self) -> None:
+        """A new token did not cure a 403."""
         self._futile_refresh_at = time.monotonic()
 
     # -- the catalogue
@@ -18862,9 +18868,10 @@ class Copilot:
         return time.monotonic() - catalogue.fetched_at >= self._settings.catalogue_age_s
 
     async def _fetch_models(self) -> Catalogue:
-        """Fetch the list of models. If it is refused to the editor's identity, the
-        GitHub token is tried with the command line's identity, because some accounts
-        changed in 2026."""
+        """Fetch the list of models. Raises AuthError, UpstreamError.
+
+        If the list is refused to the editor's identity, the GitHub token is tried with
+        the command line's identity, because some accounts changed in 2026."""
         call = Call(
             "/models",
             headers={"OpenAI-Intent": MODEL_INTENT, "X-Interaction-Type": MODEL_INTENT},
@@ -18916,13 +18923,15 @@ class Copilot:
         return Catalogue(time.monotonic(), list(models.values()))
 
     async def models(self) -> list[Model]:
-        """The catalogue, at most 10 minutes old if it can be had, else the last one."""
+        """Returns the catalogue's models. If a catalogue older than 10 minutes cannot be
+        fetched again, it serves on. Raises AuthError, UpstreamError without one."""
         catalogue: Catalogue = await self.catalogue.get()
         return catalogue.models
 
     async def find_model(self, asked: str) -> Model:
-        """The model that `asked` means; an unknown name refreshes the list, once a
-        minute at most. Raises BadRequest 404 that names the three nearest ids."""
+        """Returns the model that `asked` means. An unknown name refreshes the list, once
+        a minute at most. Raises BadRequest 404 that names the three nearest ids,
+        AuthError, UpstreamError."""
         catalogue: Catalogue = await self.catalogue.get()
         model = self._find_in(catalogue, asked)
         if (
@@ -18949,7 +18958,8 @@ class Copilot:
         return model
 
     def _find_in(self, catalogue: Catalogue, asked: str) -> Model | None:
-        """None also where --strict-models forbids the model that would answer instead."""
+        """Returns the model, or None. `--strict-models` allows no model that would
+        answer instead of the one that was named."""
         aliases = self._settings.aliases
         model = catalogue.find(asked, aliases)
         is_strict = self._settings.strict_models and self.tier_of(asked) is None
@@ -18962,7 +18972,7 @@ class Copilot:
         return auto_tier(self._settings.aliases.get(asked, asked))
 
     def is_substitute(self, asked: str, model: Model) -> bool:
-        """Is `model` another one than the client named, itself or through an alias?"""
+        """Does `model` differ from the one that the client named, also by an alias?"""
         return not is_same_model(self._settings.aliases.get(asked, asked), model)
 
 
@@ -18984,12 +18994,12 @@ class AutoChoice:
 
 
 class AutoConversation:
-    """The choice of `auto` for one conversation; one call serves all who wait for it.
-    wish: of the latest request."""
+    """The choice of `auto` for one conversation; one call serves all requests that wait
+    for it."""
 
     def __init__(self, auto: AutoMode) -> None:
         self._auto = auto
-        self._wish = AutoWish("", "", "")
+        self._wish = AutoWish("", "", "")  # of the latest request
         self._choice = RefreshingValue(
             self._fetch, self._is_due, self._is_dead, auto.pauses_s
         )
@@ -19004,13 +19014,18 @@ class AutoConversation:
         return choice.left_s(self._auto.clock()) <= 0
 
     async def choose(self, wish: AutoWish, refused: str) -> Model:
-        """refused: the selector that the upstream does not take any more. Raises
-        UpstreamError, AuthError; the old choice is better than none."""
-        self._wish, old = wish, self._choice.value
+        """Returns the chosen model; if no new one can be had, the old one.
+
+        refused: the selector that the upstream has refused. Raises UpstreamError,
+        AuthError."""
+        self._wish = wish
+        old = self._choice.value
         is_refused = old is not None and old.model.selector == refused
-        keeps = old is not None and not is_refused and wish.fits(old.wish, old.model)
+        replaced = old
+        if old is not None and not is_refused and wish.fits(old.wish, old.model):
+            replaced = None  # the old choice remains good
         try:
-            choice: AutoChoice = await self._choice.get(None if keeps else old)
+            choice: AutoChoice = await self._choice.get(replaced)
         except UpstreamError:
             if old is None or is_refused or self._is_dead(old):
                 raise
@@ -19019,8 +19034,8 @@ class AutoConversation:
 
 
 class Attachments:
-    """`--upload-images` for one account: the URLs of images in GitHub's store, the last
-    used one last. Only the loop may use it."""
+    """`--upload-images` for one account: the URLs of images in GitHub's store, the most
+    recently used last. Only the loop may use it."""
 
     def __init__(self, copilot: Copilot) -> None:
         self._copilot = copilot
@@ -19029,7 +19044,8 @@ class Attachments:
         self._urls = collections.OrderedDict()
 
     async def url_of(self, image: LargeImage) -> str:
-        """The image's URL, or "" to send it inline."""
+        """Upload an image unless it is there already. Returns its URL, or "" to send it
+        inline."""
         now = time.monotonic()
         url, ends_at = self._urls.pop(image.digest, ("", 0.0))
         if now < self._rests_until:
@@ -19059,9 +19075,11 @@ class Attachments:
 
 
 class AutoMode:
-    """`auto` for one account: POST /auto; on accounts without it the pair that it
-    replaced; else the account's default model. is_there: the upstream has chosen once.
-    Only the loop may use it. `_conversations`: the most recently used last."""
+    """`auto` for one account: POST /auto; on accounts without it the pair of routes that
+    it replaced; else the account's default model. Only the loop may use it.
+
+    is_there: the upstream has chosen once; `_conversations`: the most recently used
+    last."""
 
     def __init__(
         self,
@@ -19071,14 +19089,14 @@ class AutoMode:
     ) -> None:
         self._copilot, self.pauses_s, self.clock = copilot, pauses_s, clock
         self.is_there = False
-        self._is_told = False
+        self._has_warned = False
         self._absent_until = 0.0  # monotonic
         self._conversations: collections.OrderedDict[str, AutoConversation]
         self._conversations = collections.OrderedDict()
 
     async def choose(self, wish: AutoWish, refused: str = "") -> Model:
-        """The model for a request, with its selector if the upstream chose it.  Raises
-        UpstreamError, AuthError, BadRequest."""
+        """Returns the model for a request, with its selector if the upstream chose it.
+        Raises UpstreamError, AuthError, BadRequest."""
         conversation = self._conversations.pop(wish.key, None) or AutoConversation(self)
         self._conversations[wish.key] = conversation
         if len(self._conversations) > MAX_SESSIONS:
@@ -19091,13 +19109,13 @@ class AutoMode:
                 if is_limit(error):
                     raise
                 problem = error
-            if not self._is_told:
+            if not self._has_warned:
                 self._copilot.log.warning(
                     "the upstream chooses no model for `auto` (%s): the "
                     "account's default model answers",
                     problem,
                 )
-            self._is_told = True
+            self._has_warned = True
         return await self._copilot.find_model("auto")
 
     async def ask(self, wish: AutoWish) -> AutoChoice:
@@ -19135,19 +19153,18 @@ class AutoMode:
             AUTO_TIMEOUT_S,
         )
         answer = await self._copilot.send(call)
+        limits = MAX_ERROR_BYTES, AUTO_TIMEOUT_S, AUTO_TIMEOUT_S
         try:
-            return as_object(
-                loads(
-                    await answer.read_all(
-                        MAX_ERROR_BYTES, AUTO_TIMEOUT_S, AUTO_TIMEOUT_S
-                    )
-                )
-            )
+            data = await answer.read_all(*limits)
+            return as_object(loads(data))
         except ValueError:
             raise UpstreamError("the choice of a model is not JSON") from None
 
     async def _choice_of(self, answer: Json, chosen: Any, wish: AutoWish) -> AutoChoice:
-        """The list's own entry is preferred: the one in the answer may be a part of it."""
+        """Returns the choice that an answer names. Raises UpstreamError.
+
+        The entry of the model list is preferred, because the answer may hold only a
+        part of it."""
         entry = as_object(chosen) or {"id": chosen}
         listed = {model.id: model.entry for model in await self._copilot.models()}
         entry = listed.get(str(entry.get("id")), entry)
@@ -19164,13 +19181,13 @@ class AutoMode:
             billing = dict(as_object(entry.get("billing")), auto_discount=discount)
             entry = dict(entry, billing=billing)
         now = self.clock()
-        left_s = number_or(answer.get("expires_at"), 0) - now[1]
-        if not 0 < left_s <= AUTO_LIFE_MAX_S:  # one of both clocks is wrong, or no end
-            left_s = AUTO_LIFE_S
+        lifetime_s = number_or(answer.get("expires_at"), 0) - now[1]
+        if not 0 < lifetime_s <= AUTO_LIFE_MAX_S:  # a wrong clock, or no end is named
+            lifetime_s = AUTO_LIFE_S
         self.is_there = True
         model = replace(Model.from_entry(entry), selector=selector)
         self._copilot.log.info("auto chose %s", printable(model.id))
-        return AutoChoice(model, wish, left_s, now)
+        return AutoChoice(model, wish, lifetime_s, now)
 
 
 # ==== 16. History =================================================================================
