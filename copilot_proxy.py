@@ -18,7 +18,7 @@ file, thread, clock or random number, so they can be read and tested by themselv
      6 Framing             HTTP heads, bodies, server-sent events and the frames of a WebSocket:
                            bytes in, values out
      7 Dialects            ChatCompletions, Responses, Messages: rules, streams, translation;
-                           Gemini and Ollama: for clients alone
+                           Gemini and Ollama: for clients alone; searches of the web
      8 Transcript care     histories mended, prompt cache marked, images, compaction
      9 Planning            which model is meant, which way to ask it, token estimate
     10 Repairs             what the upstream refuses, and how it is asked again
@@ -26,12 +26,14 @@ file, thread, clock or random number, so they can be read and tested by themselv
     12 Storage             the folder with logins and keys
     13 Upstream HTTP       how a coroutine waits; one urllib opener with a keep-alive pool
     14 GitHub              device flow, token exchange, usage
-    15 Copilot             the short-lived token, the model catalogue, a call and its retries
+    15 Copilot             the short-lived token, the model catalogue, a call and its retries,
+                           `auto`, uploads of images
     16 History             the table of requests, lanes of quotas, events for the page
-    17 Policy              keys and accounts, limits, approval by hand, budget, counts
+    17 Policy              keys and accounts, limits, approval by hand, budget, counts, and the
+                           answers that a later request can name
     18 HTTP server         the event loop, connections, requests, answers, streams, WebSocket
     19 Page                what a browser shows
-    20 Endpoints           Job, one short function per route, the table of routes
+    20 Endpoints           Job, one short function per route (also Azure's), the table of routes
     21 Demo                a make-believe GitHub and Copilot inside this process
     22 Setup               clients, services, what is in the way: tables and their text
     23 Commands            one function per command; the parser, help, completion
