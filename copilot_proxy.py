@@ -31441,7 +31441,7 @@ def add_setup_flags(setup: argparse.ArgumentParser) -> None:
             "write",
             "merge into the client's files: show what changes, ask, keep a backup",
         ),
-        ("undo", "put the newest backup of the client's files back"),
+        ("undo", "put the client's files back as they were before the last --write"),
         ("yes", "write without asking, also where there is no terminal"),
         ("check", "send one real request through the running server"),
         ("copy", "to the clipboard, too"),
