@@ -14154,6 +14154,12 @@ class Plan:
         self.begun = b""
         return begun
 
+    def forget_request(self) -> None:
+        """Drop what the upstream has accepted: it is not needed while the answer
+        streams."""
+        self.edit.forget_body()
+        self.headers = {}
+
     def attach(self, headers: Headers, repaired: list[str], echo: Json) -> None:
         """Set the headers that belong to the body, the list of repairs so far, and the
         fields that the answer repeats in addition to those of the body."""
@@ -26062,7 +26068,7 @@ class Job:
             self.data = b""  # it may have several MB, and is not needed any more
 
         exchange.put_body(b"")
-        plan.edit.forget_body()
+        plan.forget_request()
         if is_large:
             exchange.client.loop.workers.put(give_back_memory)
         if plan.pipeline is not None and not plan.is_whole:

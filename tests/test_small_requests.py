@@ -58,6 +58,13 @@ class SmallRequests(unittest.TestCase):
         self.assertEqual(made.take_begun(), b"data: {}\n\n")
         self.assertEqual(made.begun, b"")
 
+    def test_what_the_upstream_has_accepted_is_let_go(self) -> None:
+        made = plan(dict(chat("hi"), stream=True))
+        made.attach({"X-Initiator": "user"}, [], {})
+        self.assertEqual(made.headers, {"X-Initiator": "user", "Accept": "text/event-stream"})
+        made.forget_request()
+        self.assertEqual((made.headers, made.edit.body), ({}, {}))
+
     def test_nothing_changed_is_no_set_of_its_own(self) -> None:
         self.assertIs(cp.BodyEdit({}).added, cp.BodyEdit({}).added)
         self.assertIs(cp.Notes().names, cp.Notes().names)
