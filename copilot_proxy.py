@@ -47,11 +47,11 @@ The way of a request:
     client socket <- chunk <- StreamRelay.feed(bytes) -> bytes <--- upstream socket
 
 All of this is one coroutine for each connection (`async def`, without asyncio).  The EventLoop
-drives them in one thread; what may block goes to a few others.  Who waits for what, and who owns a
-connection, is drawn at EventLoop, HttpConnection and ClientConnection; what is tried again, at
-Attempts; the stages of a request, at Job.
+drives them in one thread; a few other threads do what may block.  EventLoop draws what a coroutine
+waits for, HttpConnection and ClientConnection describe the two kinds of connection, Attempts lists
+what is tried again, and Job the stages of a request.
 
-A WebSocket's messages are requests that go the same way from Handler on: each event of the answer
+A WebSocket's messages are requests that take the same way from Handler on: each event of the answer
 is a frame there.
 
 Where client and model speak the same dialect a StreamRelay mends bytes; else it is made of a
@@ -18316,7 +18316,7 @@ class RateLimits:
             return [name for name in scopes if self._scopes.pop(name).ends > now]
 
     def report(self) -> list[Json]:
-        """The current rests, for display; times are unix seconds."""
+        """Returns the current rests, for display; times are unix seconds."""
         with self._lock:
             now = self._now()
             wall = self._seen[1] - now
@@ -18334,7 +18334,7 @@ class RateLimits:
             ]
 
     def _now(self) -> float:
-        """A clock that follows the faster of two: the monotonic clock stands still
+        """Returns a time that follows the faster of two clocks: the monotonic one stands still
         while a laptop sleeps, and the wall clock can be set back."""
         now, seen = self._clock(), self._seen
         self._time += max(now[0] - seen[0], now[1] - seen[1], 0.0)
@@ -18342,7 +18342,7 @@ class RateLimits:
         return self._time
 
     def _resting(self, model: str) -> list[tuple[str, Cooldown]]:
-        """The rests that hold for a model."""
+        """Returns the rests that apply to a model, with their scopes."""
         scopes = (self.ACCOUNT, model) if model else ()
         return [
             (scope, self._scopes[scope]) for scope in scopes if scope in self._scopes
@@ -18351,7 +18351,7 @@ class RateLimits:
     def _new_rest(
         self, error: UpstreamError, number: int, old: Cooldown | None
     ) -> Cooldown:
-        """The rest that follows a refusal; old: the scope's previous rest."""
+        """Returns the rest that follows a refusal; old: the scope's previous rest."""
         now = self._now()
         since = now
         repeats = probes = 0
@@ -18392,7 +18392,7 @@ class RateLimits:
     def _refusal(
         self, scope: str, rest: Cooldown, pause_s: float, headers: Headers | None = None
     ) -> UpstreamError:
-        """The error for a request that must wait; pause_s: for its Retry-After."""
+        """Returns the error for a request that must wait; pause_s: for its Retry-After."""
         error = rest.error
         now = self._now()
         if scope == self.ACCOUNT:
@@ -18445,7 +18445,7 @@ class Call:
 
 
 def new_request_id() -> str:
-    """A random UUID as text (uuid4 without the import)."""
+    """Returns a random UUID as text (uuid4 without the import)."""
     text = os.urandom(16).hex()
     return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-a{text[17:20]}-{text[20:]}"
 
@@ -18457,7 +18457,7 @@ def is_passed(name: str) -> bool:
 
 
 def passed_headers(headers: Headers) -> Headers:
-    """The upstream's headers that clients may see."""
+    """Returns the upstream's headers that clients may see."""
     return {name: headers[name] for name in filter(is_passed, headers)}
 
 
@@ -18976,7 +18976,7 @@ class Copilot:
         return model
 
     def tier_of(self, asked: str) -> str | None:
-        """The tier of `auto`, "" for the usual one; None for the name of a model."""
+        """Returns the tier of `auto`, "" for the usual one; None for the name of a model."""
         return auto_tier(self._settings.aliases.get(asked, asked))
 
     def is_substitute(self, asked: str, model: Model) -> bool:
@@ -20232,8 +20232,8 @@ class Budget:
         ]
 
     def spend(self, row: Json) -> None:
-        """A request has ended: add its cost, or the estimate if the upstream reported
-        none."""
+        """Add the cost of a request that has ended, or the estimate if the upstream
+        reported none."""
         before = self.report()
         if row["nano_aiu"] is None:
             cost = row["estimate"]
@@ -20351,7 +20351,8 @@ class BodyLog:
             self._log.warning("--log-bodies: %s", plain_reason(error))
 
     def _append(self, name: str, text: str) -> None:
-        """A new file takes the place of the oldest of BODIES_KEPT."""
+        """Append to a file. A new file replaces the oldest one of BODIES_KEPT. Raises
+        OSError."""
         path = os.path.join(self.folder, name)
         if not os.path.exists(path):
             os.makedirs(self.folder, mode=0o700, exist_ok=True)
@@ -20392,8 +20393,8 @@ class KeptResponse:
     @functools.cached_property
     def ids(self) -> frozenset[bytes]:
         """The ids in the answer, as JSON."""
-        found = _ITEM_IDS.finditer(self.answer)
-        return frozenset(match.group(1) for match, _ in zip(found, range(MAX_KEPT_IDS)))
+        matches = zip(_ITEM_IDS.finditer(self.answer), range(MAX_KEPT_IDS))
+        return frozenset(match.group(1) for match, _ in matches)
 
     def parse_answer(self) -> Json:
         """Parse the answer, which is stored as a body or as the last event of a stream."""
@@ -22104,7 +22105,7 @@ class ClientConnection(Connection):
             self.leave()
 
     def expect(self, what: News, task: Any) -> None:
-        """The coroutine waits for news."""
+        """Note that the coroutine waits for news."""
         self._news = what, task
         self._watch()
 
@@ -22236,7 +22237,7 @@ class ClientConnection(Connection):
             await wait(News(self, math.inf))
 
     async def begin_tls(self, context: Any) -> None:
-        """The server's side of the handshake.  Raises OSError."""
+        """Shake hands as the server.  Raises OSError."""
         deadline = time.monotonic() + HANDSHAKE_S
         if not await wait(Ready(self, timeout_s=HANDSHAKE_S)):
             raise socket.timeout("timed out")
@@ -22489,7 +22490,7 @@ class WebSocket:
         self._prepared = response_id, fields_
 
     def prepared_for(self, response_id: Any) -> Json:
-        """The stored fields for a request that refers to a prepared one."""
+        """Returns the stored fields for a request that refers to a prepared one."""
         if response_id == self._prepared[0]:
             return self._prepared[1]
         return {}
@@ -22568,13 +22569,13 @@ def split_target(target: str) -> tuple[str | None, str]:
 
 @functools.lru_cache(maxsize=HEADS_KEPT)
 def path_of(target: str) -> str:
-    """The normalised path of a request target."""
+    """Returns the normalised path of a request target."""
     return normalise_path(split_target(target)[1].partition("?")[0])
 
 
 @functools.lru_cache(maxsize=HEADS_KEPT)
 def dialect_of(path: str) -> Dialect:
-    """The dialect of errors until an endpoint sets another."""
+    """Returns the dialect of errors until an endpoint sets another."""
     if path.startswith("/messages"):
         return MESSAGES
     if path.startswith(("/v1beta/", "/v1alpha/")) or gemini_method(path):
@@ -22586,7 +22587,7 @@ def dialect_of(path: str) -> Dialect:
 
 @functools.lru_cache(maxsize=HEADS_KEPT)
 def head_start(status: int, second: int, kind: str) -> bytes:
-    """The part of the heads that is equal for all such answers of one second."""
+    """Returns the part of the head that all such answers of one second share."""
     phrase = http.client.responses.get(status, "Error")
     fields_ = [("Date", email.utils.formatdate(second, usegmt=True))]
     if kind:
@@ -22596,8 +22597,8 @@ def head_start(status: int, second: int, kind: str) -> bytes:
 
 
 def exposed_headers(fields_: list[tuple[str, str]]) -> str:
-    """The headers that a page of another origin may read: all except those about that
-    rule."""
+    """Returns the headers that a page of another origin may read: all except those of
+    CORS itself."""
     names = ["date", "content-type", "x-content-type-options"]
     names += [name.lower() for name, _ in fields_]
     own = [name for name in names if not name.startswith("access-control-")]
@@ -23142,7 +23143,7 @@ def check_host(text: str, settings: Settings, sock: Any) -> None:
 
 
 def foreign_origin(origin: str | None) -> BadRequest:
-    """The refusal of a foreign page; it names --cors-origin where that flag would help."""
+    """Returns the refusal of a foreign page; it names --cors-origin if that would help."""
     if origin is None:
         text = "pages of other sites may not fetch this"
     elif origin_of(origin):
@@ -25770,7 +25771,8 @@ class Job:
         if code:
             return SearchFindings(call, "No search was made: " + code, error=code)
         exchange = self.exchange
-        ledger, now = exchange.app.ledger, exchange.app.clock()[1]
+        ledger = exchange.app.ledger
+        now = exchange.app.clock()[1]
         record = exchange.record.begin_search(exchange.head.headers, now)
         wish = SearchWish(call.query, loop.tool)
 
@@ -25914,7 +25916,7 @@ class Job:
         return self.body_for(self.plan)
 
     def body_for(self, plan: Plan) -> bytes:
-        """The body to send: the client's own bytes as far as possible."""
+        """Returns the body to send: the client's own bytes as far as possible."""
         if plan.is_translated:
             data = rewrite(plan.edit.body, self.data)
         else:
@@ -26126,7 +26128,8 @@ async def compact(job: Job) -> None:
     """POST /responses/compact, or a request that ends with a `compaction_trigger`: one
     item that stands for the conversation so far."""
     exchange, body, keep = job.exchange, job.body, job.keep
-    is_route, now = exchange.path == COMPACT_PATH, int(time.time())
+    is_route = exchange.path == COMPACT_PATH
+    now = int(time.time())
     if "x-initiator" not in exchange.head.headers:
         exchange.record.begin_by("agent")  # no human asks for this
     if body.get("stream") is True and not is_route:
@@ -26134,7 +26137,8 @@ async def compact(job: Job) -> None:
     encoder = ResponsesEncoder(
         RESPONSES, Request(str(body["model"]), now=now, key=exchange.id)
     )
-    out, answer = encoder.feed(ResponseStart("", "")), encoder.answer
+    out = encoder.feed(ResponseStart("", ""))
+    answer = encoder.answer
 
     try:
         item, usage = await make_compaction(job)
@@ -26356,7 +26360,8 @@ async def count_input(exchange: HttpExchange) -> None:
 async def stored_response(exchange: HttpExchange) -> None:
     """GET and DELETE /responses/ID, GET /responses/ID/input_items: from the local store."""
     exchange.answer_in(RESPONSES)
-    store, owner = exchange.app.store, owner_of(exchange, await account_for(exchange))
+    store = exchange.app.store
+    owner = owner_of(exchange, await account_for(exchange))
     response_id, _, tail = exchange.argument.partition("/")
 
     if (
@@ -26496,7 +26501,8 @@ def price_check(stats: Stats) -> list[Json]:
 
     lines = []
     for line in models.values():
-        reported, estimated = line["reported"] / NANO, line["estimated"] / NANO
+        reported = line["reported"] / NANO
+        estimated = line["estimated"] / NANO
         line.update(
             reported=reported, estimated=estimated, difference=reported - estimated
         )
@@ -26740,7 +26746,7 @@ def metrics(exchange: HttpExchange) -> None:
 
 
 def number_of(exchange: HttpExchange, name: str, usual: int, most: int) -> int:
-    """A whole number of the query string.  Raises BadRequest."""
+    """Returns a whole number of the query string.  Raises BadRequest."""
     text = exchange.parameter(name) or str(usual)
     number = digits_or_none(text, most)
     if not number:
@@ -26751,7 +26757,7 @@ def number_of(exchange: HttpExchange, name: str, usual: int, most: int) -> int:
 
 
 def wanted_rows(exchange: HttpExchange) -> dict[str, str]:
-    """The filters of GET /history.  Raises BadRequest."""
+    """Returns the filters of GET /history.  Raises BadRequest."""
     wanted = {
         name: exchange.parameter(name) or ""
         for name in ("model", "client", "state", "text")
@@ -26771,7 +26777,8 @@ def wanted_rows(exchange: HttpExchange) -> dict[str, str]:
 async def history(exchange: HttpExchange) -> None:
     """GET /history: the newest rows, or those before row `before`; model, client, state
     and text choose among them."""
-    ledger, limit = exchange.app.ledger, number_of(exchange, "limit", 50, 500)
+    ledger = exchange.app.ledger
+    limit = number_of(exchange, "limit", 50, 500)
     ledger.settle()
     before = number_of(exchange, "before", MAX_COUNT, MAX_COUNT)
     names, wanted = own_names(exchange), wanted_rows(exchange)
@@ -26825,7 +26832,7 @@ async def summary(exchange: HttpExchange) -> None:
     work = functools.partial(summarise, since=since, with_sessions=with_sessions)
 
     def answer() -> bytes:
-        """In a thread, since it is some 50 KB."""
+        """Runs in a thread, because the answer has some 50 KB."""
         sums = ledger.history.read(work) or {key: [] for key in SUMMARIES}
         none = with_credits({**NO_COUNTS, "requests": 0, "errors": 0, "first_ms": None})
         total = [line for line in sums["total"] if line["requests"]] or [none]
@@ -26836,7 +26843,7 @@ async def summary(exchange: HttpExchange) -> None:
 
 
 def progress_frame(exchange: HttpExchange) -> bytes:
-    """How far the running requests are, b"" when none runs."""
+    """Returns an event with the progress of the running requests, b"" if none runs."""
     lines = [
         {
             "id": record.id,
@@ -27139,8 +27146,10 @@ async def retired_names(exchange: HttpExchange) -> None:
     """GET /retired: what becomes of names that GitHub has retired or that flags give;
     asked: the same of those that clients used in the last 30 days."""
     check_operator(exchange)
-    app, copilot = exchange.app, await account_for(exchange)
-    models, is_strict = await copilot.models(), app.settings.strict_models
+    app = exchange.app
+    copilot = await account_for(exchange)
+    models = await copilot.models()
+    is_strict = app.settings.strict_models
     meant = {**{name: name for name in RETIRED_MODELS}, **app.settings.aliases}
 
     data = [
@@ -27194,7 +27203,8 @@ def health_report(exchange: HttpExchange) -> Json:
     strangers only learn whether the server works, because a person with the code could
     log in as somebody else."""
     app = exchange.app
-    account, login = exchange.caller.account or app.login.account, app.login.device
+    account = exchange.caller.account or app.login.account
+    login = app.login.device
     report: Json = {
         "status": "ok" if account else "login_required",
         "version": __version__,
