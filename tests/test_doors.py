@@ -402,7 +402,7 @@ class AccountTest(AccountCase):
         self.assertEqual(sorted(lists), ["ghu_p0", "ghu_p1", "ghu_p2", "ghu_p3"])
         owners = [record.headers["authorization"].split()[-1] for record in sent()
                   if record.path == EXCHANGE]
-        owners = [owner for owner in owners if owner != "ghu_fake"]     # it may be renewed meanwhile
+        owners = [owner for owner in owners if owner != "ghu_fake"]   # it may be renewed meanwhile
         self.assertEqual(sorted(owners), ["ghu_p0", "ghu_p1", "ghu_p2", "ghu_p3"])
 
     def test_each_account_has_its_own_host_and_list(self) -> None:
