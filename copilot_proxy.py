@@ -13054,11 +13054,6 @@ class GeminiSchema:
                 out["required"] = list(dict.fromkeys(named))
 
 
-def gemini_schema(schema: Json) -> Json:
-    """A tool's schema in the words that Gemini knows, references put in."""
-    return GeminiSchema().convert(schema)
-
-
 # ---- The prompt cache, images ----
 
 
@@ -31504,11 +31499,6 @@ def make_parser() -> tuple[Parser, Mapping[str, Parser]]:
         epilog=example_text(("start --demo", "setup --help")),
     )
     return parser, add_commands(parser)
-
-
-def build_parser() -> Parser:
-    """The whole command line."""
-    return make_parser()[0]
 
 
 def precedes_command(parser: Parser, word: str) -> bool:

@@ -85,7 +85,7 @@ class CommandTest(unittest.TestCase):
                     if tuple(line.split()[:2]) != SCRIPT_WORDS:
                         continue
                     if line.split()[2] == "start":         # served by others: known flags at least
-                        cp.build_parser().parse_args(line.split()[2:])
+                        cp.make_parser()[0].parse_args(line.split()[2:])
                         continue
                     code, output = self.run_line(line, proxy)
                     self.assertEqual(code, 0, "%s\n%s" % (line, output))
@@ -208,7 +208,7 @@ class TableTest(unittest.TestCase):
                 self.assertIn("`%s`" % name, row)
 
     def test_the_help_describes_every_option_with_its_default_and_variables(self) -> None:
-        commands = next(action for action in cp.build_parser()._actions
+        commands = next(action for action in cp.make_parser()[0]._actions
                         if isinstance(action, argparse._SubParsersAction))
         text = " ".join(commands.choices["start"].format_help().split()).replace("- ", "-")
         for option in cp.OPTIONS:
@@ -220,8 +220,8 @@ class TableTest(unittest.TestCase):
                 self.assertIn("default %s" % option.default, text)
 
     def test_options_that_are_named_anywhere_exist(self) -> None:
-        known = set(cp.build_parser().format_help().split())
-        commands = next(action for action in cp.build_parser()._actions
+        known = set(cp.make_parser()[0].format_help().split())
+        commands = next(action for action in cp.make_parser()[0]._actions
                         if isinstance(action, argparse._SubParsersAction))
         for parser in commands.choices.values():
             known.update(parser._option_string_actions)

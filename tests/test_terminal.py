@@ -31,7 +31,7 @@ class LanguageTest(CliCase):
                                    (("--lang", "en"), "zh_TW.UTF-8", "status page"),
                                    ((), "C.UTF-8", "status page")):
             with self.subTest(args=args, locale=locale):
-                settings = cp.load_settings(cp.build_parser().parse_args(["start", *args]),
+                settings = cp.load_settings(cp.make_parser()[0].parse_args(["start", *args]),
                                             {"LANG": locale})
                 self.assertEqual(cp.translated("status page", settings.lang), word)
         banner = self.banner("--lang", "zh", LANG="C.UTF-8")

@@ -335,7 +335,7 @@ class StrictTest(TodayCase):
             self.assertEqual(proxy.post("/v1/messages", message("hi", "sonnet")).status, 402)
 
     def test_it_is_a_flag_and_a_variable(self) -> None:
-        flags = vars(cp.build_parser().parse_args(["start", "--strict-models"]))
+        flags = vars(cp.make_parser()[0].parse_args(["start", "--strict-models"]))
         self.assertIs(cp.Settings.merge(flags, {}).strict_models, True)
         environ = {"COPILOT_PROXY_STRICT_MODELS": "1"}
         self.assertIs(cp.Settings.merge({}, environ).strict_models, True)
@@ -592,7 +592,7 @@ class TextTest(unittest.TestCase):
             self.assert_alive(document(name).replace("copilot-", ""), name)
 
     def test_the_help(self) -> None:
-        parser = cp.build_parser()
+        parser = cp.make_parser()[0]
         self.assert_alive(parser.format_help(), "--help")
         for name in cp.COMMANDS:
             with self.subTest(name), contextlib.redirect_stdout(io.StringIO()) as printed:
