@@ -1355,6 +1355,7 @@ def run_soak(stage: Stage, options: argparse.Namespace) -> int:
     for at in range(30):
         dialect = list(DIALECTS.values())[at % 3]
         fetch(proxy.port, "POST", "/v1" + dialect.path, dialect.request({"ev": at % 2 * 5}))
+    time.sleep(2)                            # until the script's syntax tree has been let go
     watch = Watch(proxy)
     watch.sample()
     until = time.monotonic() + options.soak * 60
