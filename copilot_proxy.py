@@ -5060,6 +5060,7 @@ def refuse_image_urls(content: Any, place: str) -> None:
 # ---- From one dialect to another: what all share ----
 
 FOREIGN_STATE = "minted by another dialect"
+UNSIGNED_STATE = "without a signature of the upstream"
 NO_COUNTERPART = "no counterpart in the model's dialect"
 OUTPUT_TOOL = "structured_output"
 ERROR_PREFIX = "Error: "  # tells of is_error where the dialect has no field for it
@@ -9500,10 +9501,14 @@ class Messages(Dialect):
             signature, text = block.get("signature"), block.get("thinking")
             if is_packed(signature):
                 edit.lose("reasoning", FOREIGN_STATE)
-            native = isinstance(signature, str) and signature and "@" not in signature
+                return None
+            is_native = isinstance(signature, str) and signature and "@" not in signature
             # newer models sign thinking whose text they do not show
-            if native and text != "Thinking..." and not is_packed(signature):
+            is_placeholder = text == "Thinking..."  # a client's own, without a thought
+            if is_native and not is_placeholder:
                 return block
+            if not is_placeholder:
+                edit.lose("reasoning", UNSIGNED_STATE)
             return None
 
         for inner in (
@@ -15626,16 +15631,28 @@ class Settings:
         """Combine flags (None: not given), environment and defaults, in this order of
         priority. Raises ConfigError."""
         values: dict[str, Any] = {}
+        sources: dict[str, str] = {}  # flag -> the variable that has set it
         for option in OPTIONS:
+            flag = "--" + option.name
             value = flags.get(option.field)
             if isinstance(value, str):
-                value = parse_value(option, value, "--" + option.name)
-            for name in option.variables if value is None else ():
-                if environ.get(name):
+                value = parse_value(option, value, flag)
+            if value is None:
+                for name in filter(environ.get, option.variables):
                     value = parse_value(option, environ[name], name)
+                    sources[flag] = name
                     break
-            values[option.field] = option.default if value is None else value
-        return cls(**values).check()
+            if value is None:
+                value = option.default
+            values[option.field] = value
+
+        try:
+            return cls(**values).check()
+        except ConfigError as error:
+            flag = str(error).partition(" ")[0].rstrip(":")
+            if flag not in sources:
+                raise
+            raise ConfigError(f"{error} (set by {sources[flag]})") from None
 
     def check(self) -> Settings:
         """Every combination that cannot work is refused here, with the flag's name."""
@@ -30844,7 +30861,7 @@ def undo_settings(recipe: ClientSetup, environ: Mapping[str, str], sure: bool) -
         if not may_write("put %s back ?" % newest, sure):
             continue
 
-        if now:
+        if now and now != text:
             replace_settings(newest[: -len(".bak")] + ".undone", now)
         if text:
             replace_settings(path, text)

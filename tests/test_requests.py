@@ -353,12 +353,16 @@ class MessagesRequests(Requests):
                 self.refused(SONNET, message(user([result([part])])), "base64")
 
     def test_thinking_of_others_is_left_out(self) -> None:
-        for given in (thinking("Thinking..."), thinking(signature="a@b"),
-                      thinking(signature=""), thinking(signature=None), thinking(signature=5),
+        for given in (thinking(signature="a@b"), thinking(signature=""),
+                      thinking(signature=None), thinking(signature=5),
                       {"type": "thinking", "thinking": "x"}):
             with self.subTest(given=given):
                 self.becomes(SONNET, message(user("a"), assistant([given, block("b")]), user("c")),
-                             {"messages": [user("a"), assistant([block("b")]), user("c")]})
+                             {"messages": [user("a"), assistant([block("b")]), user("c")]},
+                             ["reasoning"])
+        placeholder = thinking("Thinking...")  # nothing is lost of it
+        self.becomes(SONNET, message(user("a"), assistant([placeholder, block("b")]), user("c")),
+                     {"messages": [user("a"), assistant([block("b")]), user("c")]})
         for own in ({"type": "redacted_thinking", "data": "x"}, thinking("")):
             self.unchanged(SONNET, message(user("a"), assistant([own, block("b")]), user("c")))
 

@@ -41,7 +41,10 @@ class SettingsRules(unittest.TestCase):
     def test_bad_values_name_their_source(self) -> None:
         for name, value in (("PORT", "abc"), ("COPILOT_PROXY_PORT", "1.5"),
                             ("COPILOT_PROXY_RATE_LIMIT", "soon"), ("COPILOT_PROXY_GRACE", "x"),
-                            ("COPILOT_PROXY_VERBOSE", "maybe"), ("COPILOT_PROXY_DEMO", "2")):
+                            ("COPILOT_PROXY_VERBOSE", "maybe"), ("COPILOT_PROXY_DEMO", "2"),
+                            ("PORT", "70000"), ("COPILOT_PROXY_PORT", "-1"),
+                            ("COPILOT_PROXY_ACCOUNT_TYPE", "gold"),
+                            ("COPILOT_PROXY_API_KEY", "short"), ("COPILOT_PROXY_BUDGET", "-1")):
             with self.subTest(name=name):
                 self.refused(name, {}, {name: value})
         for flags, word in (({"port": -1}, "--port"), ({"port": 65536}, "--port"),
