@@ -9502,7 +9502,9 @@ class Messages(Dialect):
             if is_packed(signature):
                 edit.lose("reasoning", FOREIGN_STATE)
                 return None
-            is_native = isinstance(signature, str) and signature and "@" not in signature
+            is_native = (
+                isinstance(signature, str) and signature and "@" not in signature
+            )
             # newer models sign thinking whose text they do not show
             is_placeholder = text == "Thinking..."  # a client's own, without a thought
             if is_native and not is_placeholder:
