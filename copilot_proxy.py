@@ -421,6 +421,7 @@ PRICED = ("input", "cache_read", "cache_write", "cache_write_1h", "output")
 COUNTS = (*USAGE_FIELDS, "nano_aiu")
 MAX_FILTER_CHARS = 200  # of each wish of GET /history
 HISTORY_ROWS, HISTORY_AGE_S = 200000, 400 * 86400.0
+HISTORY_CLOCK_S = 7 * 86400.0  # a clock that jumped ahead is believed after so long
 ROWS_FOLDED = 1000  # of the history into sums by hour, at a time
 HISTORY_QUEUE = 5000  # rows that wait while the file cannot be written
 HISTORY_PAUSE_S, HISTORY_RETRY_S = 0.25, 5.0  # between two writes; after a failed one
@@ -19428,15 +19429,23 @@ def fold_rows(link: Any) -> bool:
 
 
 def delete_old(link: Any, now: float) -> None:
-    """Rows and sums that are too old, or too many."""
+    """Rows and sums that are too old, or too many.
+
+    Age counts from the newest row that is a week old already, because a clock that
+    stands years ahead for some days would else delete everything."""
+    oldest = link.execute(
+        "SELECT MAX(at) + ? FROM requests WHERE at < ?",
+        (HISTORY_CLOCK_S - HISTORY_AGE_S, now - HISTORY_CLOCK_S),
+    ).fetchone()[0]  # None, and then nothing is too old, where no row is a week old
+
     link.execute(
         "DELETE FROM requests WHERE at < ? OR n <= (SELECT MAX(n) FROM requests) - ?",
-        (now - HISTORY_AGE_S, HISTORY_ROWS),
+        (oldest, HISTORY_ROWS),
     )
     link.execute(
         f"DELETE FROM sums WHERE hour < (SELECT {LOCAL_HOUR} FROM (SELECT ? AS at)) "
         "OR rowid <= (SELECT MAX(rowid) FROM sums) - ?",
-        (now - HISTORY_AGE_S, HISTORY_ROWS),
+        (oldest, HISTORY_ROWS),
     )
 
 

@@ -93,8 +93,37 @@ class Sums(unittest.TestCase):
         self.assertTrue(cp.fold_rows(self.link))
         cp.delete_old(self.link, self.midnight)
         self.assertEqual(before[0]["requests"], 21)
-        cp.delete_old(self.link, self.midnight + cp.HISTORY_AGE_S + 86400)
-        self.assertEqual(self.summary(9, True)["total"], [])
+        later = self.midnight + cp.HISTORY_AGE_S + 86400
+        cp.insert_rows(self.link, [a_row(50, later - cp.HISTORY_CLOCK_S), a_row(51, later)])
+        cp.delete_old(self.link, later + 1)
+        self.assertEqual(self.summary(9, True)["total"][0]["requests"], 2)
+
+    def test_a_clock_that_stands_years_ahead_for_a_while_deletes_nothing(self) -> None:
+        self.put(0, 21)
+        while cp.fold_rows(self.link):
+            pass
+        before = self.summary(9, True)["total"][0]["requests"]
+        for ahead_days in (90, 300, 401, 2000):
+            with self.subTest(days=ahead_days):
+                now = self.midnight + ahead_days * 86400
+                cp.insert_rows(self.link, [a_row(22, now), a_row(23, now + 6 * 86400)])
+                cp.delete_old(self.link, now + 6 * 86400)
+                self.assertEqual(self.count("at < %f" % now), 21)
+                self.assertEqual(self.summary(9, True)["total"][0]["requests"], before + 2)
+                cp.delete_old(self.link, self.midnight)              # it is right again
+                self.assertEqual(self.count("1"), 23)
+            self.link.rollback()
+
+    def test_what_is_too_old_is_deleted_while_a_clock_stands_ahead(self) -> None:
+        too_old = self.midnight - cp.HISTORY_AGE_S - 30 * 86400
+        cp.insert_rows(self.link, [a_row(1, too_old), a_row(2, self.midnight)])
+        cp.delete_old(self.link, self.midnight + 2000 * 86400)
+        self.assertEqual(self.count("1"), 1)
+
+    def count(self, which: str) -> int:
+        """How many rows are there?"""
+        query = "SELECT COUNT(*) FROM requests WHERE " + which
+        return int(self.link.execute(query).fetchone()[0])
 
     def test_rows_deleted_by_hand_do_not_hide_those_to_come(self) -> None:
         self.put(0, 14)
