@@ -1032,13 +1032,16 @@ class UpstreamError(ProxyError):
         headers: Headers | None = None,
     ) -> None:
         super().__init__(message, status, code, param, headers)
-        found = _OVERFLOW.search(message.lower())
+        overflow_match = _OVERFLOW.search(message.lower())
 
-        if found or code in (_OVERFLOW_CODE, "model_max_prompt_tokens_exceeded"):
+        if overflow_match or code in (
+            _OVERFLOW_CODE,
+            "model_max_prompt_tokens_exceeded",
+        ):
             self.status, self.code = 400, _OVERFLOW_CODE
             counts = sorted(
                 sum(map(int, text.split(" + ")))
-                for text in (found.groups() if found else ())
+                for text in (overflow_match.groups() if overflow_match else ())
                 if text
             )
             if len(counts) == 2:
@@ -1164,13 +1167,13 @@ def valid_text(data: bytes) -> bytes:
     if not _SURROGATE.search(data):
         return data
     mended = bytearray()
-    at = 0
-    for found in _ESCAPES.finditer(data):
-        if found.group(1):
-            mended += data[at : found.start()] + b"\\ufffd"
-            at = found.end()
+    start = 0
+    for match in _ESCAPES.finditer(data):
+        if match.group(1):
+            mended += data[start : match.start()] + b"\\ufffd"
+            start = match.end()
     if mended:
-        return bytes(mended + data[at:])
+        return bytes(mended + data[start:])
     return data
 
 
@@ -1179,7 +1182,9 @@ def _has_long_digits(data: bytes) -> bool:
     number to make an integer of them. Looks at pieces so short that one lies in any
     such row."""
     step = MAX_INT_DIGITS // 2
-    return any(data[at : at + step].isdigit() for at in range(0, len(data), step))
+    return any(
+        data[start : start + step].isdigit() for start in range(0, len(data), step)
+    )
 
 
 def _is_deep(value: Any, data: bytes) -> bool:
@@ -1241,8 +1246,8 @@ def _has_many_escapes(data: bytes, most: int) -> bool:
         return False
     escapes, is_inside = 0, False
     for piece in _json_pieces(data):
-        for at, part in enumerate(piece.split(b'"')):
-            if at:
+        for index, part in enumerate(piece.split(b'"')):
+            if index:
                 escapes, is_inside = 0, not is_inside
             if is_inside and len(part) > 1:
                 escapes += part.count(b"\\")
@@ -1254,9 +1259,9 @@ def _has_many_escapes(data: bytes, most: int) -> bool:
 _FOUR_BYTES = re.compile(rb"[\xf0-\xf4][\x80-\xbf]{3}")  # of UTF-8: an emoji
 
 
-def _as_escape(found: re.Match[bytes]) -> bytes:
+def _as_escape(match: re.Match[bytes]) -> bytes:
     """An emoji as JSON writes it in ASCII.  Raises ValueError where it is none."""
-    return json.dumps(found.group().decode())[1:-1].encode()
+    return json.dumps(match.group().decode())[1:-1].encode()
 
 
 def _count_emojis(data: bytes) -> int:
@@ -1345,8 +1350,8 @@ def _json_batches(
         yield b"}"
     elif len(value) > BATCH_ITEMS:
         lead = b"["
-        for at in range(0, len(value), BATCH_ITEMS):
-            yield lead + encode(value[at : at + BATCH_ITEMS])[1:-1]
+        for start in range(0, len(value), BATCH_ITEMS):
+            yield lead + encode(value[start : start + BATCH_ITEMS])[1:-1]
             lead = b","
         yield b"]"
     else:
@@ -1509,12 +1514,12 @@ def moment_or_none(value: Any) -> float | None:
         return None
 
     if isinstance(value, str):
-        found = _MOMENT.match(value)
+        match = _MOMENT.match(value)
     else:
-        found = None
-    if not found:
+        match = None
+    if not match:
         return None
-    parts = [int(part) for part in found.groups("0")]
+    parts = [int(part) for part in match.groups("0")]
     with contextlib.suppress(ValueError):  # the 30th of February
         moment = datetime.datetime(*parts, tzinfo=datetime.timezone.utc)  # type: ignore
         if moment.year >= 1970:
@@ -1609,8 +1614,8 @@ def text_pieces(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, A
             else:
                 yield from text_pieces(inner, (*path, key))
     elif isinstance(value, list):
-        for at, inner in enumerate(value):
-            yield from text_pieces(inner, (*path, at))
+        for index, inner in enumerate(value):
+            yield from text_pieces(inner, (*path, index))
 
 
 class HeldLine:
@@ -1681,11 +1686,11 @@ class TextRun:
     def decide(self, end: int) -> None:
         """Look for secrets up to `end`; what a single line shows to be one is left to
         that, but "Bearer " may have stood in the line before."""
-        for found in _SECRET.finditer(self._text[:end]):
-            begin, stop = found.span()
+        for match in _SECRET.finditer(self._text[:end]):
+            begin, stop = match.span()
             shared = [p for p in self._pieces if p.begin < stop and p.end > begin]
             text = "[redacted]"
-            if len(shared) == 1 and found.group() not in redact(shared[0].text):
+            if len(shared) == 1 and match.group() not in redact(shared[0].text):
                 continue
             for piece in shared:
                 start = max(begin - piece.begin, 0)
@@ -1962,9 +1967,9 @@ def reported_error(answer: Json) -> UpstreamError:
     """Build the error that an event, or a whole answer with status 200, reports in any
     dialect. {"error": {"code": "rate_limited", "message": "slow down"}} -> one with
     status 429"""
-    found = read_error_text(dumps(answer), "the model failed")
-    status = next(filter(None, map(status_of, found.names)), 502)
-    error = UpstreamError(found.message, status, found.code, found.param)
+    text = read_error_text(dumps(answer), "the model failed")
+    status = next(filter(None, map(status_of, text.names)), 502)
+    error = UpstreamError(text.message, status, text.code, text.param)
     error.mark_answered()
     if error.status in (503, 529):
         error.headers["retry-after"] = "%d" % OVERLOAD_PAUSE_S
@@ -2274,9 +2279,9 @@ class Model:
     @functools.cached_property
     def version(self) -> tuple[int, ...]:
         """'claude-opus-4.6' -> (4, 6); () when the id has no number."""
-        found = re.search(r"(\d{1,9})(?:\.(\d{1,9}))?", self.id)
-        if found:
-            return tuple(int(n) for n in found.groups() if n)
+        match = re.search(r"(\d{1,9})(?:\.(\d{1,9}))?", self.id)
+        if match:
+            return tuple(int(n) for n in match.groups() if n)
         return ()
 
     @property
@@ -2304,8 +2309,8 @@ class Model:
         """The upstream's text about a promotion, or ""."""
         promo = as_object(as_object(self.entry.get("billing")).get("promo"))
         percent = number_or(promo.get("discount_percent"), 0, most=100)
-        told = str(promo.get("message") or "")[:MAX_ERROR_TEXT]
-        return told or (f"{percent:g} % off" if percent else "")
+        message = str(promo.get("message") or "")[:MAX_ERROR_TEXT]
+        return message or (f"{percent:g} % off" if percent else "")
 
     def limit(self, name: str) -> int:
         """A limit in tokens, 0 when the upstream gives none."""
@@ -3259,68 +3264,68 @@ class BodyDecoder:
         data = self._tail + data if self._tail else data
         out: list[bytes] = []
         if is_at_size:
-            at = self._whole_chunks(data, 0, out)
+            position = self._whole_chunks(data, 0, out)
         else:
-            at = 0
+            position = 0
         end = len(data)
 
-        while at < end and not self.done:
+        while position < end and not self.done:
             if self._state == "data":
-                taken = data[at : at + self._left]
+                taken = data[position : position + self._left]
                 out.append(taken)
-                at += len(taken)
+                position += len(taken)
                 self._left -= len(taken)
                 if not self._left:
                     self._state = "end"
                 continue
 
-            line_end = data.find(b"\r\n", at, at + MAX_CHUNK_LINE_BYTES)
+            line_end = data.find(b"\r\n", position, position + MAX_CHUNK_LINE_BYTES)
             if line_end < 0:
-                if end - at >= MAX_CHUNK_LINE_BYTES or b"\n" in data[at:]:
+                if end - position >= MAX_CHUNK_LINE_BYTES or b"\n" in data[position:]:
                     raise BadRequest("malformed chunked body")
                 break
 
-            self._take_line(data[at:line_end])
-            at = line_end + 2
+            self._take_line(data[position:line_end])
+            position = line_end + 2
             if self._state == "size":
-                at = self._whole_chunks(data, at, out)
+                position = self._whole_chunks(data, position, out)
 
-        self._tail = b"" if self.done else data[at:]
-        self.rest = data[at:] if self.done else b""
+        self._tail = b"" if self.done else data[position:]
+        self.rest = data[position:] if self.done else b""
         if len(out) == 1:
             return out[0]
         return b"".join(out)
 
     @staticmethod
-    def _whole_chunks(data: bytes, at: int, out: list[bytes]) -> int:
+    def _whole_chunks(data: bytes, position: int, out: list[bytes]) -> int:
         """The hot path: chunks that are here whole -> where the first other thing begins."""
         if len(data) >= MANY_CHUNKS_BYTES:
-            at = BodyDecoder._many_chunks(data, at, out)
+            position = BodyDecoder._many_chunks(data, position, out)
         find, add, size_of = data.find, out.append, _CHUNK_SIZES.get
         while True:
-            line_end = find(b"\r\n", at, at + 8)
-            if line_end > at:
-                size = size_of(data[at:line_end])
+            line_end = find(b"\r\n", position, position + 8)
+            if line_end > position:
+                size = size_of(data[position:line_end])
             else:
                 size = None
             if size is None:
-                return at
+                return position
             stop = line_end + 2 + size
             if data[stop : stop + 2] != b"\r\n":
-                return at
+                return position
             add(data[line_end + 2 : stop])
-            at = stop + 2
+            position = stop + 2
 
     @staticmethod
-    def _many_chunks(data: bytes, at: int, out: list[bytes]) -> int:
+    def _many_chunks(data: bytes, position: int, out: list[bytes]) -> int:
         """A fast path for hundreds of small chunks: if every piece between two line
         ends has the length that the piece before it announced, the pieces are the
         chunks."""
-        pieces = data[at:].split(b"\r\n")
+        pieces = data[position:].split(b"\r\n")
         end = (len(pieces) - 1) // 2 * 2
         chunks = pieces[1:end:2]
-        said = map(_CHUNK_SIZES.get, pieces[:end:2])
-        fits = [*map(operator.eq, said, map(len, chunks)), False]
+        sizes = map(_CHUNK_SIZES.get, pieces[:end:2])
+        fits = [*map(operator.eq, sizes, map(len, chunks)), False]
         count = fits.index(False)
         out += chunks[:count]
         return len(data) - len(b"\r\n".join(pieces[2 * count :]))
@@ -3344,10 +3349,10 @@ class BodyDecoder:
 
             self.done = not line
         else:
-            found = _CHUNK_SIZE.match(line)
-            if not found:
+            match = _CHUNK_SIZE.match(line)
+            if not match:
                 raise BadRequest("malformed chunked body: no chunk size")
-            self._left = int(found.group(1), 16)
+            self._left = int(match.group(1), 16)
             self._state = "data" if self._left else "trailer"
 
 
@@ -3625,11 +3630,11 @@ class FrameHead(NamedTuple):
         return self.kind < CLOSE_FRAME
 
 
-def parse_frame_head(data: bytes, at: int) -> FrameHead | None:
-    """Parse the head that begins at `at`; None while it is incomplete.  Raises BadFrame."""
-    if len(data) < at + 2:
+def parse_frame_head(data: bytes, start: int) -> FrameHead | None:
+    """Parse the head that begins at `start`; None while it is incomplete.  Raises BadFrame."""
+    if len(data) < start + 2:
         return None
-    first, second = data[at], data[at + 1]
+    first, second = data[start], data[start + 1]
     kind, is_last, size = first & 15, first > 127, second & 127
     is_control = kind in (CLOSE_FRAME, PING_FRAME, PONG_FRAME)
     if first & 0x70:
@@ -3643,10 +3648,10 @@ def parse_frame_head(data: bytes, at: int) -> FrameHead | None:
     if is_control and not (is_last and size <= MAX_CONTROL_BYTES):
         raise BadFrame("a control frame must be short and whole", PROTOCOL_ERROR)
 
-    end, least = at + 6, 0
+    end, least = start + 6, 0
     if size > MAX_CONTROL_BYTES:
         more, least = {126: (2, 126), 127: (8, 1 << 16)}[size]
-        size = int.from_bytes(data[at + 2 : at + 2 + more], "big")
+        size = int.from_bytes(data[start + 2 : start + 2 + more], "big")
         end += more
     if len(data) < end:
         return None
@@ -3717,24 +3722,24 @@ class SocketDecoder:
     def feed(self, data: bytes) -> list[SocketMessage]:
         """Return the messages that these bytes complete."""
         data, self._tail = self._tail + data, b""
-        found: list[SocketMessage] = []
-        at = 0
+        messages: list[SocketMessage] = []
+        position = 0
         while True:
             frame = self._frame
             if frame is None:
-                frame = parse_frame_head(data, at)
+                frame = parse_frame_head(data, position)
                 if frame is None:
-                    self._tail = data[at:]
-                    return found
+                    self._tail = data[position:]
+                    return messages
                 self._begin(frame)
-                at = frame.end
+                position = frame.end
 
-            piece = data[at : at + self._left]
+            piece = data[position : position + self._left]
             self._take(piece, frame)
-            at += len(piece)
+            position += len(piece)
             if self._left:
-                return found
-            found += self._end(frame)
+                return messages
+            messages += self._end(frame)
 
     def _begin(self, frame: FrameHead) -> None:
         if frame.kind == TEXT_FRAME and self._fragments:
@@ -4299,10 +4304,10 @@ OPAQUE_TAG = "cpx1."  # marks state that this proxy packed; a dot never is in ba
 def pack_opaque(dialect: str, state_id: str | None, blob: str) -> str:
     """Foreign state for a client's own slot: '<tag><base64 of [dialect, id, blob]>'."""
     if state_id and len(state_id) <= MAX_ID_CHARS:
-        kept = state_id
+        short_id = state_id
     else:
-        kept = None
-    return OPAQUE_TAG + base64.b64encode(dumps([dialect, kept, blob])).decode()
+        short_id = None
+    return OPAQUE_TAG + base64.b64encode(dumps([dialect, short_id, blob])).decode()
 
 
 def is_packed(state: Any) -> bool:
@@ -4314,15 +4319,15 @@ def unpack_opaque(text: Any) -> list[tuple[str, str | None, str]]:
     joined; [] for anything that was not packed here."""
     if not is_packed(text):
         return []
-    found = []
+    states = []
     pieces = text.split(OPAQUE_TAG, MAX_JOINED_STATES + 1)
     for piece in pieces[1 : MAX_JOINED_STATES + 1]:
         try:
             dialect, state_id, blob = loads(base64.b64decode(piece))
-            found.append((str(dialect), word(state_id), str(blob)))
+            states.append((str(dialect), word(state_id), str(blob)))
         except (TypeError, ValueError):
-            found.append(("", None, ""))
-    return found
+            states.append(("", None, ""))
+    return states
 
 
 ASTRAY = "the model sent endless white space as tool arguments"
@@ -4757,13 +4762,13 @@ class Dialect:
     def interaction(self, body: Json) -> str:
         """Why the client sent the request: "user", "agent" or a kind of SIDE_REQUESTS."""
         turns = as_list(body.get("messages", body.get("input")))
-        said: Json = {"role": "user" if "input" in body else ""}
+        last_turn: Json = {"role": "user" if "input" in body else ""}
         for turn in map(as_object, reversed(turns)):
             if turn.get("role") not in SYSTEM_ROLES:
-                said = turn
+                last_turn = turn
                 break
 
-        content = said.get("content")
+        content = last_turn.get("content")
         if isinstance(content, list):
             content = [
                 part
@@ -4771,9 +4776,9 @@ class Dialect:
                 if as_object(part).get("type") != "tool_result"
                 and not is_reminder(text_of([part]))
             ]
-        if said.get("type") == "compaction_trigger":
+        if last_turn.get("type") == "compaction_trigger":
             return "compaction"
-        if said.get("role") != "user" or content == []:
+        if last_turn.get("role") != "user" or content == []:
             return "agent"
 
         system = [body.get("system"), body.get("instructions")]
@@ -4907,10 +4912,11 @@ def check_list(body: Json, key: str) -> list[Json]:
     items = body.get(key)
     if not isinstance(items, list):
         raise BadRequest("'%s' must be an array" % key, param=key)
-    for at, item in enumerate(items):
+    for index, item in enumerate(items):
         if not isinstance(item, dict):
             raise BadRequest(
-                "'%s[%d]' must be an object" % (key, at), param="%s[%d]" % (key, at)
+                "'%s[%d]' must be an object" % (key, index),
+                param="%s[%d]" % (key, index),
             )
     return items
 
@@ -4993,10 +4999,10 @@ def drop_tool_fields(edit: BodyEdit) -> None:
         edit.drop(body, key)
     choice = edit.drop(body, "tool_choice")
     if isinstance(choice, dict):
-        wish = choice.get("type")
+        choice_type = choice.get("type")
     else:
-        wish = choice
-    if wish not in (None, "auto", "none"):
+        choice_type = choice
+    if choice_type not in (None, "auto", "none"):
         edit.lose("tool_choice", "there are no tools")
 
 
@@ -5008,7 +5014,7 @@ def prepare_tools(
     body = edit.body
     if _TOOL_FIELDS.isdisjoint(body):
         return
-    kept: list[Json] = []
+    offered: list[Json] = []
 
     for tool in check_list(body, "tools") if body.get("tools") else ():
         if not is_offered(tool):
@@ -5016,15 +5022,15 @@ def prepare_tools(
             edit.lose("tools", "the tool %s is not offered upstream" % kind)
             refuse_forced_tool(body, tool)
             continue
-        kept.append(tool)
+        offered.append(tool)
         for key in refused:
             edit.drop(tool, key)
         for holder in (tool, as_object(tool.get("function"))):
             for key in ("parameters", "input_schema"):
                 edit.drop(as_object(holder.get(key)), "$schema")
 
-    if kept:
-        edit.replace(body, "tools", kept)
+    if offered:
+        edit.replace(body, "tools", offered)
     else:
         drop_tool_fields(edit)
 
@@ -5125,14 +5131,14 @@ def reasoning_parts(
         return []
 
     parts: list[Part] = []
-    for minted_by, kept, blob in packed:
-        redacted = kept == "redacted"
+    for minted_by, inner_id, blob in packed:
+        redacted = inner_id == "redacted"
         if blob and (minted_by != "messages" or len(packed) == 1 or redacted):
             parts.append(
                 Reasoning(
                     "" if redacted else text,
                     blob,
-                    None if redacted else kept,
+                    None if redacted else inner_id,
                     minted_by,
                     redacted,
                 )
@@ -5157,7 +5163,7 @@ def client_state(part: Reasoning, dialect: str) -> str | None:
 def split_system(turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
     """(the system turns at the head of a conversation, all other turns: at least one)."""
     roles = [turn.role for turn in turns[:-1]] + ["end"]
-    head = next(at for at, role in enumerate(roles) if role != "system")
+    head = next(index for index, role in enumerate(roles) if role != "system")
     return turns[:head], turns[head:]
 
 
@@ -5185,18 +5191,18 @@ def plain_text(part: Part) -> str:
 def usable_parts(turn: Turn, request: Request, dialect: str) -> list[Part]:
     """The parts of a turn that may go upstream: foreign reasoning never does, and no
     upstream takes a file from the model; the words of one stay."""
-    kept: list[Part] = []
+    usable: list[Part] = []
     for part in turn.parts:
         if turn.role == "assistant" and isinstance(part, (Image, Document)):
             request.lose("file", "in a turn of the model's")
-            kept.append(Text(plain_text(part) or "[a file was left out]"))
+            usable.append(Text(plain_text(part) or "[a file was left out]"))
         elif not isinstance(part, Reasoning) or (
             part.signature and part.minted_by == dialect
         ):
-            kept.append(part)
+            usable.append(part)
         elif part.signature:
             request.lose("reasoning", FOREIGN_STATE)
-    return kept
+    return usable
 
 
 def arguments_object(text: str) -> Json:
@@ -5309,13 +5315,13 @@ def document_from_file(source: Any, place: str) -> Document:
     """Read OpenAI's file part: `file_data` (a data: URL) or `file_url`. File ids name
     files that no upstream stores."""
     source = as_object(source)
-    found = _DATA_URL.match(str(source.get("file_data") or ""))
-    if not found and not source.get("file_url"):
+    match = _DATA_URL.match(str(source.get("file_data") or ""))
+    if not match and not source.get("file_url"):
         raise BadRequest(
             "'%s': a file must come as file_data, a base64 data: URL" % place,
             param=place,
         )
-    media, data = found.groups() if found else ("", "")
+    media, data = match.groups() if match else ("", "")
     return Document(
         media,
         data,
@@ -5374,10 +5380,10 @@ def read_content(content: Any, place: str, request: Request) -> list[Part]:
 def read_part(part: Json, place: str, request: Request) -> list[Part]:
     """One part in any dialect; one of an unknown kind becomes text.  Raises BadRequest."""
     reader = _PART_READERS.get(str(part.get("type")), _read_unknown)
-    found = reader(part, place, request)
-    if found and (part.get("cache_control") or part.get("copilot_cache_control")):
-        found[-1].mark_cached()
-    return found
+    parts = reader(part, place, request)
+    if parts and (part.get("cache_control") or part.get("copilot_cache_control")):
+        parts[-1].mark_cached()
+    return parts
 
 
 def _read_text(part: Json, place: str, request: Request) -> list[Part]:
@@ -5720,8 +5726,8 @@ def freeform_description(tool: Json) -> str:
 
 def freeform_input(arguments: str) -> str:
     """'{"input": "a"}' -> 'a'; arguments of another shape stay as they are."""
-    found = arguments_object(arguments)
-    text = found.get("input", found.get("_raw"))
+    arguments_dict = arguments_object(arguments)
+    text = arguments_dict.get("input", arguments_dict.get("_raw"))
     if isinstance(text, str):
         return text
     return arguments
@@ -5905,9 +5911,9 @@ def _joined_run(run: list[Reasoning]) -> list[Part]:
     states: list[Part] = [part for part in run if part.signature]
     if not loose or any(map(text_in, states)):
         return states
-    for at, part in enumerate(states):
+    for index, part in enumerate(states):
         if isinstance(part, Reasoning) and not part.redacted:
-            states[at] = replace(part, text=loose)
+            states[index] = replace(part, text=loose)
             return states
     return [Reasoning(loose), *states]
 
@@ -5976,13 +5982,13 @@ def pair_by_order(turns: list[Turn]) -> None:
     for turn in turns:
         if turn.role == "assistant":
             waiting = UnansweredCalls()
-        for at, part in enumerate(turn.parts):
+        for index, part in enumerate(turn.parts):
             if isinstance(part, ToolCall):
-                turn.parts[at] = call = replace(part, id=part.id or next(fresh))
+                turn.parts[index] = call = replace(part, id=part.id or next(fresh))
                 waiting.add(call)
             elif isinstance(part, ToolResult):
                 call_id = waiting.take(part) or part.call_id or next(fresh)
-                turn.parts[at] = replace(part, call_id=call_id)
+                turn.parts[index] = replace(part, call_id=call_id)
 
 
 def preflight(request: Request, model: Model) -> None:
@@ -6042,19 +6048,19 @@ def clamp_effort(effort: str, listed: list[str]) -> str:
 def fit_effort(request: Request, model: Model) -> str | None:
     """The wish for reasoning as an effort that the model lists; None: say nothing,
     which is a loss if there was a wish."""
-    wish = request.effort or (
+    effort = request.effort or (
         budget_to_effort(request.thinking_budget) if request.thinking_budget else None
     )
-    if wish is None or not model.efforts:
-        if wish:
+    if effort is None or not model.efforts:
+        if effort:
             request.lose("effort", "the model lists none")
         return None
-    if wish in ("none", "minimal") and wish not in model.efforts:
-        wish = EFFORT_BUDGETS[0][0]
-    return clamp_effort(wish, model.efforts)
+    if effort in ("none", "minimal") and effort not in model.efforts:
+        effort = EFFORT_BUDGETS[0][0]
+    return clamp_effort(effort, model.efforts)
 
 
-def fit_budget(wish: int | None, room: int | None, model: Model) -> int | None:
+def fit_budget(budget: int | None, room: int | None, model: Model) -> int | None:
     """A thinking budget in tokens as the model takes it, `room` for all of the answer;
     None when it takes none or there is no room."""
     least, most = (
@@ -6062,8 +6068,8 @@ def fit_budget(wish: int | None, room: int | None, model: Model) -> int | None:
         for k in ("min_thinking_budget", "max_thinking_budget")
     )
     least, room = max(least, 1024), room or most + 1
-    if wish and most and room > least:
-        return max(least, min(wish, most, room - 1))
+    if budget and most and room > least:
+        return max(least, min(budget, most, room - 1))
     return None
 
 
@@ -6465,11 +6471,11 @@ class ChatChunks:
     def _read_calls(self, choice: int, deltas: Any, merged: Json) -> None:
         for place, delta in enumerate(as_list(deltas)):
             if isinstance(delta, dict):
-                found = self._read_call(choice, place, delta)
+                changes = self._read_call(choice, place, delta)
             else:
-                found = {}
-            if found:
-                merged.setdefault("tool_calls", []).append(found)
+                changes = {}
+            if changes:
+                merged.setdefault("tool_calls", []).append(changes)
 
     def _read_call(self, choice: int, place: int, delta: Json) -> Json:
         """A delta of a call as clients get it, {} while its name is not known."""
@@ -6479,9 +6485,9 @@ class ChatChunks:
         )
         call = self._find_call(choice, index, call_id)
         call.take_names(delta, call_id)
-        found = call.add(delta)
-        if found:
-            return self._begin(call, found)
+        changes = call.add(delta)
+        if changes:
+            return self._begin(call, changes)
         return {}
 
     def _find_call(self, choice: int, index: int, call_id: str) -> ChatCall:
@@ -6690,8 +6696,8 @@ class ChatCompletions(Dialect):
         if not model.is_openai and all(m.get("role") in SYSTEM_ROLES for m in messages):
             edit.set(messages[-1], "role", "user")  # Claude and Gemini want a turn
         if not edit.is_words:
-            for at, message in enumerate(messages):
-                self._prepare_message(edit, model, message, "messages[%d]" % at)
+            for index, message in enumerate(messages):
+                self._prepare_message(edit, model, message, "messages[%d]" % index)
             self._move_tool_images(edit)
 
         prepare_tools(edit, lambda tool: tool.get("type") in ("function", "custom"))
@@ -6804,19 +6810,19 @@ class ChatCompletions(Dialect):
         return shaped
 
     def own_choice(self, choice: Any) -> Any:
-        wish = choice_of(choice)
-        if wish is None:
+        neutral = choice_of(choice)
+        if neutral is None:
             return choice
-        if isinstance(wish, Named):
-            return {"type": "function", "function": {"name": wish.name}}
-        return wish
+        if isinstance(neutral, Named):
+            return {"type": "function", "function": {"name": neutral.name}}
+        return neutral
 
     def write_part(self, part: Part, by_model: bool) -> Json:
         return write_part(part, "")
 
     def wants_search(self, body: Json, model: Model) -> bool:
-        wish = body.get("web_search_options")
-        return isinstance(wish, dict) or super().wants_search(body, model)
+        options = body.get("web_search_options")
+        return isinstance(options, dict) or super().wants_search(body, model)
 
     def takes_stops(self, stops: list[str], model: Model) -> bool:
         if not stops:
@@ -7003,8 +7009,8 @@ class ChatCompletions(Dialect):
 
         options = body.get("web_search_options")
         if isinstance(options, dict):
-            wish = dict(options, type="web_search_options")
-            request.offer_search(search_tool(wish))
+            search_tool_entry = dict(options, type="web_search_options")
+            request.offer_search(search_tool(search_tool_entry))
 
         options = as_object(body.get("stream_options"))
         if options.get("include_usage") is True:
@@ -7012,8 +7018,8 @@ class ChatCompletions(Dialect):
         request.openai.update(without_none(verbosity=body.get("verbosity") or None))
         if body.get("logprobs") is True:
             request.openai["logprobs"] = True
-        for at, message in enumerate(check_list(body, "messages")):
-            self.read_turn(request, message, "messages[%d]" % at)
+        for index, message in enumerate(check_list(body, "messages")):
+            self.read_turn(request, message, "messages[%d]" % index)
         return request
 
     def read_tool(self, tool: Json, request: Request) -> None:
@@ -7081,11 +7087,11 @@ class ChatCompletions(Dialect):
         parts = reasoning_parts(self.name, thought, message.get("reasoning_opaque"))
         content = message.get("content")
         refusals = [p.get("refusal") for p in as_list(content) if isinstance(p, dict)]
-        said, refusal = (
+        text, refusal = (
             text_of(content),
             message.get("refusal") or next(filter(None, refusals), ""),
         )
-        parts += [Text(said)] if said else []
+        parts += [Text(text)] if text else []
         parts += [Text(str(refusal), refusal=True)] if refusal else []
 
         for call in map(as_object, as_list(message.get("tool_calls"))):
@@ -7244,11 +7250,11 @@ class ChatCompletions(Dialect):
         the names of its freeform tools."""
         thoughts = [p for p in parts if isinstance(p, Reasoning)]
         texts = [p for p in parts if isinstance(p, Text)]
-        said = "".join(p.text for p in texts if not p.refusal)
+        text = "".join(p.text for p in texts if not p.refusal)
         refusal = "".join(p.text for p in texts if p.refusal)
         thought = "".join(p.text for p in thoughts)
         states = [client_state(p, self.name) for p in thoughts]
-        message: Json = {"role": "assistant", "content": said or None}
+        message: Json = {"role": "assistant", "content": text or None}
         message.update(
             without_none(
                 refusal=refusal or None,
@@ -7631,17 +7637,17 @@ _ARGUMENT_EVENTS = (
 
 def item_id(item: Json, place: int) -> str:
     """The id under which a client sees an output item: the upstream's first one if it is short."""
-    given = str(item.get("id") or "")
-    if given and len(given) <= MAX_ID_CHARS:
-        return given
+    upstream_id = str(item.get("id") or "")
+    if upstream_id and len(upstream_id) <= MAX_ID_CHARS:
+        return upstream_id
     return stable_id(
-        _ITEM_PREFIXES.get(str(item.get("type")), "item_"), given or str(place)
+        _ITEM_PREFIXES.get(str(item.get("type")), "item_"), upstream_id or str(place)
     )
 
 
-def response_id(given: Any, key: str = "") -> str:
+def response_id(upstream_id: Any, key: str = "") -> str:
     """The upstream's id if it is short, else one of our own; key: makes it differ from others."""
-    text = str(given or "")
+    text = str(upstream_id or "")
     if 0 < len(text) <= MAX_ID_CHARS:
         return text
     return stable_id("resp_", key + text)
@@ -8046,12 +8052,12 @@ class Responses(Dialect):
 
         if not isinstance(body.get("input"), str):
             items = check_list(body, "input")
-            kept = [
+            prepared = [
                 item
-                for at, item in enumerate(items)
-                if self._prepare_item(edit, item, at)
+                for index, item in enumerate(items)
+                if self._prepare_item(edit, item, index)
             ]
-            edit.replace(body, "input", kept)
+            edit.replace(body, "input", prepared)
 
     def echo_of(self, body: Json) -> Json:
         echo = {
@@ -8083,11 +8089,11 @@ class Responses(Dialect):
             )
 
     @staticmethod
-    def _prepare_item(edit: BodyEdit, item: Json, at: int) -> bool:
+    def _prepare_item(edit: BodyEdit, item: Json, index: int) -> bool:
         """Ids are bound to a connection upstream and refused later: they go.  False: drop it."""
         kind = item.get("type")
         if kind == "item_reference":
-            edit.lose("input[%d]" % at, "the upstream stores no items")
+            edit.lose("input[%d]" % index, "the upstream stores no items")
             return False
 
         if (
@@ -8107,7 +8113,7 @@ class Responses(Dialect):
         if isinstance(item.get("call_id"), str) and len(item["call_id"]) > MAX_ID_CHARS:
             edit.set(item, "call_id", stable_id("call_", item["call_id"]))
         for key in ("content", "output"):
-            refuse_image_urls(item.get(key), "input[%d]" % at)
+            refuse_image_urls(item.get(key), "input[%d]" % index)
             for part in map(as_object, as_list(item.get(key))):
                 if part.get("type") == "input_image":  # refused without a detail
                     detail = part.get("detail") or "auto"
@@ -8143,18 +8149,18 @@ class Responses(Dialect):
         return tool
 
     def own_choice(self, choice: Any) -> Any:
-        wish = choice_of(choice)
+        neutral = choice_of(choice)
         if (
-            isinstance(wish, Named)
+            isinstance(neutral, Named)
             and "function" not in choice
             and choice["type"] == "function"
         ):
             return choice  # perhaps with a namespace
-        if wish is None:
+        if neutral is None:
             return choice
-        if isinstance(wish, Named):
-            return {"type": "function", "name": wish.name}
-        return wish
+        if isinstance(neutral, Named):
+            return {"type": "function", "name": neutral.name}
+        return neutral
 
     def wants_search(self, body: Json, model: Model) -> bool:
         return not model.is_openai and super().wants_search(body, model)
@@ -8235,10 +8241,10 @@ class Responses(Dialect):
         """A whole answer as the events of a stream, as many as clients need."""
         begun = dict(answer, status="in_progress", output=[], usage=None)
         events: list[Json] = [{"type": "response.created", "response": begun}]
-        for at, item in enumerate(as_list(answer.get("output"))):
+        for index, item in enumerate(as_list(answer.get("output"))):
             for kind in ("added", "done"):
                 kind = "response.output_item." + kind
-                events.append({"type": kind, "output_index": at, "item": item})
+                events.append({"type": kind, "output_index": index, "item": item})
         last = "response.%s" % (answer.get("status") or "completed")
         events.append({"type": last, "response": answer})
 
@@ -8263,8 +8269,8 @@ class Responses(Dialect):
             items = [{"role": "user", "content": body["input"]}]
         else:
             items = check_list(body, "input")
-        for at, item in enumerate(items):
-            self.read_turn(request, item, "input[%d]" % at)
+        for index, item in enumerate(items):
+            self.read_turn(request, item, "input[%d]" % index)
         return request
 
     def read_tool(self, tool: Json, request: Request, namespace: str = "") -> None:
@@ -8624,8 +8630,8 @@ class ResponsesDecoder(StreamDecoder):
         return super().read_whole({"type": "response." + status, "response": body})
 
     def _read_event(self, event: Json) -> None:
-        kind, at = str(event.get("type")), count_or_zero(event.get("output_index"))
-        key = at, count_or_zero(event.get("content_index"))
+        kind, index = str(event.get("type")), count_or_zero(event.get("output_index"))
+        key = index, count_or_zero(event.get("content_index"))
         answer = as_object(event.get("response"))
 
         if kind in _TEXT_EVENTS:
@@ -8636,19 +8642,19 @@ class ResponsesDecoder(StreamDecoder):
             "response.reasoning_summary_text.delta",
             "response.reasoning_text.delta",
         ):
-            self._delta(self._slot((at, 0), Reasoning()), event.get("delta"))
+            self._delta(self._slot((index, 0), Reasoning()), event.get("delta"))
         elif kind == "response.reasoning_summary_part.added" and count_or_zero(
             event.get("summary_index")
         ):
-            self._delta(self._slots.get((at, 0), -1), "\n\n")
+            self._delta(self._slots.get((index, 0), -1), "\n\n")
         elif kind.startswith(_ARGUMENT_EVENTS):
-            self._read_arguments(kind, self._slots.get((at, 0), -1), event)
+            self._read_arguments(kind, self._slots.get((index, 0), -1), event)
         elif kind == "response.output_item.added":
             self._read_item(key, as_object(event.get("item")))
         elif kind == "response.content_part.done":
             self._read_part_end(key, as_object(event.get("part")))
         elif kind == "response.output_item.done":
-            self._read_item_end(at, as_object(event.get("item")))
+            self._read_item_end(index, as_object(event.get("item")))
         elif kind in ("response.created", "response.in_progress"):
             self._start(answer)
         elif kind in ("response.completed", "response.incomplete"):
@@ -8710,17 +8716,17 @@ class ResponsesDecoder(StreamDecoder):
             self._cite(index, citations[self._cited.get(index, 0) :])
 
     def _cite(self, index: int, citations: Iterable[Citation]) -> None:
-        told = list(citations)
-        self._cited[index] = self._cited.get(index, 0) + len(told)
-        super()._cite(index, told)
+        known = list(citations)
+        self._cited[index] = self._cited.get(index, 0) + len(known)
+        super()._cite(index, known)
 
-    def _read_item_end(self, at: int, item: Json) -> None:
+    def _read_item_end(self, item_index: int, item: Json) -> None:
         """A finished item: emit whatever its deltas did not already cover."""
         parts = self.dialect.read_output(item)
         if not parts:
-            self._end(self._slots.get((at, 0), -1))
+            self._end(self._slots.get((item_index, 0), -1))
         for place, part in enumerate(parts):
-            index = self._slot((at, place), skeleton(part))
+            index = self._slot((item_index, place), skeleton(part))
             self._read_rest(index, part)
             if isinstance(part, Reasoning):
                 self._end(index, part.signature, part.minted_by or "")
@@ -8738,8 +8744,8 @@ class ResponsesDecoder(StreamDecoder):
     def _read_end(self, kind: str, answer: Json) -> None:
         self._start(answer)
         if not self._slots:  # nothing was streamed: take the whole
-            for at, item in enumerate(as_list(answer.get("output"))):
-                self._read_item_end(at, as_object(item))
+            for index, item in enumerate(as_list(answer.get("output"))):
+                self._read_item_end(index, as_object(item))
         reason = (
             as_object(answer.get("incomplete_details")).get("reason")
             or "max_output_tokens"
@@ -8808,14 +8814,14 @@ class ResponsesEncoder(StreamEncoder):
         )
 
     def _begin(self, event: PartStart) -> bytes:
-        part, index, at = event.part, event.index, len(self._items)
+        part, index, item_index = event.part, event.index, len(self._items)
         if isinstance(part, SearchFindings):
             return self._end_search(part)
         item = self.dialect.item(part, "", self._tools)
         prefix = _ITEM_PREFIXES.get(item["type"], "item_")
         item["id"] = stable_id(prefix, "%s %d" % (self.answer["id"], index))
         (block,) = item.get("content", [item])
-        place = {"item_id": item["id"], "output_index": at}
+        place = {"item_id": item["id"], "output_index": item_index}
         begun = self._items[index] = ResponseItem(
             PartBuilder(part), place, self.KINDS.get(block["type"], _NO_KIND)
         )
@@ -8828,7 +8834,9 @@ class ResponsesEncoder(StreamEncoder):
             "status": "in_progress",
         }
         shown = {key: hollow.get(key, value) for key, value in item.items()}
-        out = self._event("response.output_item.added", output_index=at, item=shown)
+        out = self._event(
+            "response.output_item.added", output_index=item_index, item=shown
+        )
         if isinstance(part, Text):
             place["content_index"] = 0
             out += self._event(begun.kind.around + ".added", part=block, **place)
@@ -8842,14 +8850,14 @@ class ResponsesEncoder(StreamEncoder):
             self._frames[index] = self._delta_frame(begun, block.get("logprobs"))
         return out
 
-    def _end_search(self, found: SearchFindings) -> bytes:
+    def _end_search(self, findings: SearchFindings) -> bytes:
         """The item of a search ends when it has a result."""
         place = self._search.place
-        item = self.dialect.item(found.call, place["item_id"], {})
-        sources = [{"type": "url", "url": url} for url, _ in found.sources]
+        item = self.dialect.item(findings.call, place["item_id"], {})
+        sources = [{"type": "url", "url": url} for url, _ in findings.sources]
         item["action"]["sources"] = sources
         out = b""
-        if found.error:
+        if findings.error:
             item["status"] = "failed"
         else:
             out = self._event("response.web_search_call.completed", **place)
@@ -8947,16 +8955,16 @@ class ResponsesEncoder(StreamEncoder):
 
     def whole_item(self, item: Json) -> bytes:
         """The events of an output item that no part stands for."""
-        at = len(self._output)
-        self._output[at] = item
+        index = len(self._output)
+        self._output[index] = item
         return b"".join(
-            self._event("response.output_item." + kind, output_index=at, item=item)
+            self._event("response.output_item." + kind, output_index=index, item=item)
             for kind in ("added", "done")
         )
 
     def _stop(self, event: ResponseEnd) -> bytes:
         self.ended = True
-        output = [self._output[at] for at in sorted(self._output)]
+        output = [self._output[index] for index in sorted(self._output)]
         raw = self.dialect.TO_WIRE.get(event.stop, "completed")
         parts = [item.builder.part for item in self._items.values()]
         if event.stop == "refusal" and any(
@@ -9032,9 +9040,9 @@ def think_within_budget(edit: BodyEdit, model: Model) -> bool:
     """Thinking with a budget that fits the model and max_tokens, else none -> a change?"""
     body, thinking = edit.body, as_object(edit.body.get("thinking"))
     effort = str(as_object(body.get("output_config")).get("effort"))
-    wish = thinking.get("budget_tokens") or dict(EFFORT_BUDGETS).get(effort, 8192)
+    budget = thinking.get("budget_tokens") or dict(EFFORT_BUDGETS).get(effort, 8192)
     room = count_or_zero(body.get("max_tokens"))
-    fitting = fit_budget(count_or_zero(wish), room, model)
+    fitting = fit_budget(count_or_zero(budget), room, model)
     if fitting is None:
         edit.drop(body, "thinking", "max_tokens leaves no room for it")
     elif thinking:
@@ -9204,8 +9212,10 @@ class FoundTools(NamedTuple):
             if kind == "server_tool_use":
                 begun.add(str(block.get("id")))
             elif kind == "tool_search_tool_result":
-                found = dicts_in(as_object(block.get("content")), "tool_references")
-                if all(str(tool.get("tool_name")) in names for tool in found):
+                references = dicts_in(
+                    as_object(block.get("content")), "tool_references"
+                )
+                if all(str(tool.get("tool_name")) in names for tool in references):
                     ended.add(str(block.get("tool_use_id")))
         return cls(frozenset(names), frozenset(begun & ended))
 
@@ -9216,13 +9226,13 @@ class FoundTools(NamedTuple):
         return str(block.get("id") or block.get("tool_use_id")) in self.searches
 
 
-def _told_block(edit: BodyEdit, block: Any, found: FoundTools) -> Any:
+def _told_block(edit: BodyEdit, block: Any, found_tools: FoundTools) -> Any:
     """A block of a tool that an upstream ran as text, since this one does not run it."""
     kind = str(as_object(block).get("type"))
     is_served = kind in ("server_tool_use", "tool_reference") or (
         kind != "tool_result" and kind.endswith("_tool_result")
     )
-    if not is_served or found.knows(block):
+    if not is_served or found_tools.knows(block):
         return block
     edit.lose(kind, "sent as text")
     inner = block.get("input", block.get("content", block.get("tool_name")))
@@ -9237,9 +9247,9 @@ def tell_found_tools(edit: BodyEdit) -> bool:
         for holder in [message, *dicts_in(message, "content")]:
             blocks = holder.get("content")
             if isinstance(blocks, list):
-                told = [_told_block(edit, block, FoundTools()) for block in blocks]
-                edit.replace(holder, "content", told)
-                is_changed |= any(a is not b for a, b in zip(told, blocks))
+                rewritten = [_told_block(edit, block, FoundTools()) for block in blocks]
+                edit.replace(holder, "content", rewritten)
+                is_changed |= any(a is not b for a, b in zip(rewritten, blocks))
     return is_changed
 
 
@@ -9343,13 +9353,13 @@ class Messages(Dialect):
         self._prepare_system(edit)
         if any(m.get("role") in SYSTEM_ROLES for m in messages):
             edit.replace(body, "messages", self._fold_system_turns(messages))
-        found = FoundTools.of(body, model)
-        for at, message in enumerate(body["messages"]):
+        found_tools = FoundTools.of(body, model)
+        for index, message in enumerate(body["messages"]):
             if len(message) > 2:
-                self._drop_answer_fields(edit, message, at)
+                self._drop_answer_fields(edit, message, index)
             if isinstance(message.get("content"), list):
                 blocks = [
-                    self._fit_block(edit, block, at, found)
+                    self._fit_block(edit, block, index, found_tools)
                     for block in message["content"]
                 ]
                 edit.replace(message, "content", [b for b in blocks if b is not None])
@@ -9408,15 +9418,15 @@ class Messages(Dialect):
             blocks = []
         else:
             blocks = check_list(body, "system")
-        kept: list[Json] = []
+        texts: list[Json] = []
         for block in blocks:
             if as_object(block).get("type") == "text":
-                kept.append(block)
+                texts.append(block)
             else:
-                kept += Messages._system_texts(edit, block)
-        kept = [block for block in kept if text_of([block]).strip()]
-        if kept:
-            edit.replace(body, "system", kept)
+                texts += Messages._system_texts(edit, block)
+        texts = [block for block in texts if text_of([block]).strip()]
+        if texts:
+            edit.replace(body, "system", texts)
         else:
             edit.drop(body, "system")
 
@@ -9429,34 +9439,34 @@ class Messages(Dialect):
         return [{"type": "text", "text": plain_text(text)} for text in texts]
 
     @staticmethod
-    def _drop_answer_fields(edit: BodyEdit, message: Json, at: int) -> None:
+    def _drop_answer_fields(edit: BodyEdit, message: Json, index: int) -> None:
         """Some clients replay an answer whole, with its id and usage: the upstream
         takes role and content alone."""
         for key in [key for key in message if key not in ("role", "content")]:
             is_harmless = key in _ANSWER_FIELDS or not message[key]
             edit.drop(message, key)
             if not is_harmless:
-                edit.lose("messages[%d].%s" % (at, key), "no field of a message")
+                edit.lose("messages[%d].%s" % (index, key), "no field of a message")
 
     @staticmethod
     def _drop_empty_turns(edit: BodyEdit) -> None:
         """Claude refuses turns without a word.  A system text alone becomes the user's turn."""
         body = edit.body
-        kept: list[Json] = []
+        turns: list[Json] = []
         for message in body["messages"]:
             content = message.get("content")
             is_blank = isinstance(content, str) and not content.strip()
             if content and not is_blank:
-                kept.append(message)
-        if not kept and body.get("system"):
+                turns.append(message)
+        if not turns and body.get("system"):
             system = edit.drop(body, "system")
         else:
             system = None
         if system:
-            kept.append({"role": "user", "content": system})
-        if not kept:
+            turns.append({"role": "user", "content": system})
+        if not turns:
             raise empty_conversation()
-        edit.replace(body, "messages", kept)
+        edit.replace(body, "messages", turns)
 
     @staticmethod
     def _as_reminder(block: Any) -> Any:
@@ -9487,10 +9497,10 @@ class Messages(Dialect):
 
     @staticmethod
     def _fit_block(
-        edit: BodyEdit, block: Any, at: int, found: FoundTools
+        edit: BodyEdit, block: Any, index: int, found_tools: FoundTools
     ) -> Json | None:
         """The block in a form that every backend accepts, or None if it is empty."""
-        place = "messages[%d].content" % at
+        place = "messages[%d].content" % index
         if not isinstance(block, dict):
             raise BadRequest("'%s' must hold objects" % place, param=place)
         kind = str(block.get("type"))
@@ -9528,13 +9538,13 @@ class Messages(Dialect):
                 )
 
         if kind == "tool_result" and isinstance(block.get("content"), list):
-            Messages._fit_result(edit, block, found)
-        return as_object(_told_block(edit, block, found))
+            Messages._fit_result(edit, block, found_tools)
+        return as_object(_told_block(edit, block, found_tools))
 
     @staticmethod
-    def _fit_result(edit: BodyEdit, block: Json, found: FoundTools) -> None:
+    def _fit_result(edit: BodyEdit, block: Json, found_tools: FoundTools) -> None:
         """Parts of a result: without empty texts, and a cache mark only on the whole result."""
-        kept: list[Any] = []
+        parts: list[Any] = []
         for part in block["content"]:
             if not isinstance(part, dict):
                 continue
@@ -9542,19 +9552,19 @@ class Messages(Dialect):
             if mark:
                 edit.set(block, "cache_control", mark)
             if part.get("type") != "text" or part.get("text"):
-                kept.append(_told_block(edit, part, found))
-        edit.replace(block, "content", kept)
+                parts.append(_told_block(edit, part, found_tools))
+        edit.replace(block, "content", parts)
 
     @staticmethod
     def _prepare_cache_marks(edit: BodyEdit) -> None:
         """Every mark plain, none on thinking, the last four only: more is refused."""
-        said = [b for m in edit.body["messages"] for b in as_list(m.get("content"))]
-        said = [inner for b in said for inner in [b] + as_list(b.get("content"))]
+        blocks = [b for m in edit.body["messages"] for b in as_list(m.get("content"))]
+        blocks = [inner for b in blocks for inner in [b] + as_list(b.get("content"))]
         marked = [
             b
             for b in as_list(edit.body.get("tools"))
             + as_list(edit.body.get("system"))
-            + said
+            + blocks
             if "cache_control" in as_object(b)
         ]
 
@@ -9600,10 +9610,10 @@ class Messages(Dialect):
     def _prepare_max_tokens(edit: BodyEdit, model: Model) -> None:
         body = edit.body
         most = model.limit("max_output_tokens")
-        wish = body.get("max_tokens")
-        if wish is None and most:
+        asked_tokens = body.get("max_tokens")
+        if asked_tokens is None and most:
             edit.set(body, "max_tokens", model.output_cap(body.get("stream") is True))
-        elif isinstance(wish, int) and most and wish > most:
+        elif isinstance(asked_tokens, int) and most and asked_tokens > most:
             edit.set(body, "max_tokens", most)
 
     @staticmethod
@@ -9635,16 +9645,16 @@ class Messages(Dialect):
         )
 
     def own_choice(self, choice: Any) -> Any:
-        wish = choice_of(choice)
+        neutral = choice_of(choice)
         is_own = isinstance(choice, dict) and choice.get("type") not in (
             "function",
             "required",
         )
-        if wish is None or is_own:
+        if neutral is None or is_own:
             return choice
-        if isinstance(wish, Named):
-            return {"type": "tool", "name": wish.name}
-        return {"type": "any" if wish == "required" else wish}
+        if isinstance(neutral, Named):
+            return {"type": "tool", "name": neutral.name}
+        return {"type": "any" if neutral == "required" else neutral}
 
     def is_in_shape(self, item: Any) -> bool:
         if (
@@ -9812,8 +9822,8 @@ class Messages(Dialect):
         system = placed_parts(system, TEXT_KINDS, request)
         if system:
             request.add_turn("system", system)
-        for at, message in enumerate(check_list(body, "messages")):
-            self.read_turn(request, message, "messages[%d]" % at)
+        for index, message in enumerate(check_list(body, "messages")):
+            self.read_turn(request, message, "messages[%d]" % index)
         return request
 
     @staticmethod
@@ -10105,13 +10115,13 @@ class MessagesDecoder(StreamDecoder):
         self._ending: Json = {}  # stop_reason and stop_sequence
 
     def _read_event(self, event: Json) -> None:
-        kind, at = event.get("type"), count_or_zero(event.get("index"))
+        kind, index = event.get("type"), count_or_zero(event.get("index"))
         if kind == "content_block_delta":
-            self._read_delta(self._slots.get(at, -1), as_object(event.get("delta")))
+            self._read_delta(self._slots.get(index, -1), as_object(event.get("delta")))
         elif kind == "content_block_start":
-            self._read_block(at, as_object(event.get("content_block")))
+            self._read_block(index, as_object(event.get("content_block")))
         elif kind == "content_block_stop":
-            self._read_block_end(at)
+            self._read_block_end(index)
         elif kind == "message_start":
             self._read_message(as_object(event.get("message")))
         elif kind == "message_delta":
@@ -10126,9 +10136,9 @@ class MessagesDecoder(StreamDecoder):
 
     def _read_message(self, message: Json) -> None:
         self._start(message)
-        for at, block in enumerate(as_list(message.get("content"))):
-            self._read_block(at, as_object(block))
-            self._read_block_end(at)
+        for index, block in enumerate(as_list(message.get("content"))):
+            self._read_block(index, as_object(block))
+            self._read_block_end(index)
         self._ending = message
 
     def _read_delta(self, index: int, delta: Json) -> None:
@@ -10142,12 +10152,14 @@ class MessagesDecoder(StreamDecoder):
         else:
             self._delta(index, delta.get(self.DELTAS.get(str(kind), "")))
 
-    def _read_block(self, at: int, block: Json) -> None:
+    def _read_block(self, block_index: int, block: Json) -> None:
         """A block begins; one that neither text nor thinking nor call is has no part."""
         parts = self.dialect.read_answer_block(block)
         if block.get("type") == "thinking":  # also an empty one, which deltas fill
             parts = [Reasoning(str(block.get("thinking") or ""))]
-        self._slots[at] = index = self._begin(skeleton(parts[0])) if parts else -1
+        self._slots[block_index] = index = (
+            self._begin(skeleton(parts[0])) if parts else -1
+        )
         self._states[index] = [str(block.get("signature") or "")]
         if not parts:
             return
@@ -10157,8 +10169,8 @@ class MessagesDecoder(StreamDecoder):
         if isinstance(parts[0], Text):
             self._cite(index, parts[0].citations)
 
-    def _read_block_end(self, at: int) -> None:
-        index = self._slots.get(at, -1)
+    def _read_block_end(self, block_index: int) -> None:
+        index = self._slots.get(block_index, -1)
         self._end(index, "".join(self._states.get(index, ())), "messages")
 
     def _read_end(self) -> None:
@@ -10228,7 +10240,7 @@ class MessagesEncoder(StreamEncoder):
 
     def _begin(self, event: PartStart) -> bytes:
         part, block = event.part, self.dialect.block(event.part)
-        self._active, at = event.index, self._count
+        self._active, block_index = event.index, self._count
         self._count += 1
         self._thinking = None
         kind, key = "text_delta", "text"
@@ -10240,10 +10252,12 @@ class MessagesEncoder(StreamEncoder):
             kind, key, block["input"] = "input_json_delta", "partial_json", {}
 
         delta = self._event(
-            "content_block_delta", index=at, delta={"type": kind, key: self.MARK}
+            "content_block_delta",
+            index=block_index,
+            delta={"type": kind, key: self.MARK},
         )
         self._frames[event.index] = delta.split(self.QUOTED_MARK)
-        out = self._event("content_block_start", index=at, content_block=block)
+        out = self._event("content_block_start", index=block_index, content_block=block)
         if isinstance(part, SearchCall):
             text = dumps({"query": part.query}).decode()
             out += self._delta(PartDelta(event.index, text))
@@ -10265,16 +10279,16 @@ class MessagesEncoder(StreamEncoder):
         return b""
 
     def _end(self, event: PartEnd) -> bytes:
-        at, out = self._count - 1, b""
+        block_index, out = self._count - 1, b""
         if self._thinking is not None:
             signature = self.dialect.block(self._thinking)["signature"]
             out = self._event(
                 "content_block_delta",
-                index=at,
+                index=block_index,
                 delta={"type": "signature_delta", "signature": signature},
             )
         self._active = -1
-        return out + self._event("content_block_stop", index=at)
+        return out + self._event("content_block_stop", index=block_index)
 
     def _stop(self, event: ResponseEnd) -> bytes:
         self.ended = True
@@ -10791,8 +10805,8 @@ class Gemini(ClientDialect):
         contents = self._contents(body)
         if not contents:
             raise BadRequest("'contents' must be a non-empty array", param="contents")
-        for at, item in enumerate(contents):
-            place = "contents[%d]" % at
+        for index, item in enumerate(contents):
+            place = "contents[%d]" % index
             if isinstance(item, str):
                 item = {"parts": [item]}
             if not isinstance(item, dict):
@@ -10838,9 +10852,9 @@ class Gemini(ClientDialect):
         """(tools, tool_choice). A list of allowed functions leaves the others out: it
         must not widen to all."""
         note_unknown(request, config, "functionCallingConfig")
-        wish = as_object(config.get("functionCallingConfig"))
-        mode = str(wish.get("mode") or "").upper()
-        allowed = set(words(wish.get("allowedFunctionNames")))
+        calling = as_object(config.get("functionCallingConfig"))
+        mode = str(calling.get("mode") or "").upper()
+        allowed = set(words(calling.get("allowedFunctionNames")))
         choice: str | Named | None = {
             "ANY": "required",
             "NONE": "none",
@@ -10874,8 +10888,8 @@ class Gemini(ClientDialect):
             add_tool(request, shown, "parameters")
         for kind in tool:
             if kind in _GOOGLE_SEARCHES:
-                wish = dict(as_object(tool[kind]), type=kind)
-                request.offer_search(search_tool(wish))
+                hosted = dict(as_object(tool[kind]), type=kind)
+                request.offer_search(search_tool(hosted))
             elif kind != "functionDeclarations":
                 drop_hosted_tool(request, {"type": kind})
 
@@ -10907,15 +10921,15 @@ class Gemini(ClientDialect):
         if part.get("thought") is True:
             return [Reasoning(text_in(text)) for text in texts] + state
 
-        found = state + texts
+        parts = state + texts
         for key, value in part.items():
             if key == "text" or key in _GEMINI_BESIDE:
                 continue
             if key in _GEMINI_READERS and isinstance(value, dict):
-                found += _GEMINI_READERS[key](value, place, request)
+                parts += _GEMINI_READERS[key](value, place, request)
             elif value is not None:
-                found.append(block_as_text({"type": key, key: value}, request))
-        return found
+                parts.append(block_as_text({"type": key, key: value}, request))
+        return parts
 
     @staticmethod
     def _read_signature(value: Any, request: Request) -> list[Part]:
@@ -10995,9 +11009,9 @@ class Gemini(ClientDialect):
     @staticmethod
     def grounding(findings: Sequence[SearchFindings]) -> Json:
         """`groundingMetadata`: what was searched for, and each source once."""
-        sources = {url: title for found in findings for url, title in found.sources}
+        sources = {url: title for finding in findings for url, title in finding.sources}
         return {
-            "webSearchQueries": [found.call.query for found in findings],
+            "webSearchQueries": [finding.call.query for finding in findings],
             "groundingChunks": [
                 {"web": {"uri": url, "title": title}} for url, title in sources.items()
             ],
@@ -11191,8 +11205,8 @@ _OLLAMA_OPTIONS = (
 
 def utc_time(second: int) -> str:
     """1790000000 -> '2026-09-21T14:13:20Z'"""
-    at = datetime.datetime.fromtimestamp(second, datetime.timezone.utc)
-    return at.strftime("%Y-%m-%dT%H:%M:%SZ")
+    moment = datetime.datetime.fromtimestamp(second, datetime.timezone.utc)
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Ollama(ClientDialect):
@@ -11237,8 +11251,8 @@ class Ollama(ClientDialect):
         options = as_object(body.get("options"))
         note_unknown(request, options, *_OLLAMA_OPTIONS, *_OLLAMA_MACHINE)
         request = replace(request, output_schema=self._format(body.get("format")))
-        for at, message in enumerate(check_list(body, "messages")):
-            self.read_turn(request, message, "messages[%d]" % at)
+        for index, message in enumerate(check_list(body, "messages")):
+            self.read_turn(request, message, "messages[%d]" % index)
         pair_by_order(request.turns)
         return request
 
@@ -11604,11 +11618,11 @@ class StopCutter:
         """How many characters at the end of the text may be the beginning of a sequence."""
         most = 0
         for sequence in self._sequences:
-            at = text.find(sequence[0], max(0, len(text) - len(sequence) + 1))
-            while at >= 0 and not sequence.startswith(text[at:]):
-                at = text.find(sequence[0], at + 1)
-            if at >= 0:
-                most = max(most, len(text) - at)
+            start = text.find(sequence[0], max(0, len(text) - len(sequence) + 1))
+            while start >= 0 and not sequence.startswith(text[start:]):
+                start = text.find(sequence[0], start + 1)
+            if start >= 0:
+                most = max(most, len(text) - start)
         return most
 
     def _cut(self, index: int, text: str, place: int, sequence: str) -> list[Event]:
@@ -11617,7 +11631,7 @@ class StopCutter:
             events: list[Event] = [PartDelta(index, text[:place])]
         else:
             events = []
-        events += [PartEnd(at) for at in self._open]
+        events += [PartEnd(open_index) for open_index in self._open]
         return [*events, ResponseEnd("stop_sequence", self._meter.usage, sequence)]
 
 
@@ -11695,8 +11709,8 @@ class SearchLoop:
         """Encoder and filters of the client's stream, which all rounds share."""
         if not self.rounds:
             self._outlet = fresh
-        kept: Outlet = self._outlet
-        return kept
+        outlet: Outlet = self._outlet
+        return outlet
 
     def begin_round(self) -> None:
         """An answer of the upstream is about to be read; nothing is left of a try before."""
@@ -11751,14 +11765,14 @@ class SearchLoop:
         part = builder.build()
         if not isinstance(part, Text) or not self.client.cites_sources:
             return []
-        found: list[Event] = []
+        events: list[Event] = []
         for url, title in list(self._sources.items()):
-            at = part.text.find(url)
-            if at >= 0:
+            start = part.text.find(url)
+            if start >= 0:
                 del self._sources[url]
-                citation = Citation(url, title, at, at + len(url))
-                found.append(PartCitation(place, citation))
-        return found
+                citation = Citation(url, title, start, start + len(url))
+                events.append(PartCitation(place, citation))
+        return events
 
     def _end_round(self, event: ResponseEnd) -> list[Event]:
         """The end of the answer, unless searches wait."""
@@ -11807,23 +11821,23 @@ class SearchLoop:
             return "query_too_long"
         return ""
 
-    def end_search(self, found: SearchFindings) -> list[Event]:
+    def end_search(self, findings: SearchFindings) -> list[Event]:
         """Record the findings for the model; returns the events that report them to the
         client."""
         place, self._count = self._count, self._count + 1
-        self._searches = (self._searches or 0) + (not found.error)
-        self._sources.update(found.sources)
-        text = with_sources(found.text, found.sources)
-        result = ToolResult(found.call.id, [Text(text)], bool(found.error))
+        self._searches = (self._searches or 0) + (not findings.error)
+        self._sources.update(findings.sources)
+        text = with_sources(findings.text, findings.sources)
+        result = ToolResult(findings.call.id, [Text(text)], bool(findings.error))
         self.turns[-1].parts.append(result)
-        return [PartStart(place, found), PartEnd(place)]
+        return [PartStart(place, findings), PartEnd(place)]
 
     def go_on(self) -> list[Event]:
         """The end of the answer where the client is to answer calls of its own tools,
         or where it has enough rounds; [] when the model is asked again."""
         self.calls = []
-        said, results = [turn.parts for turn in self.turns[-2:]]
-        if sum(isinstance(part, ToolCall) for part in said) > len(results):
+        answer, results = [turn.parts for turn in self.turns[-2:]]
+        if sum(isinstance(part, ToolCall) for part in answer) > len(results):
             return [ResponseEnd("tool_use", self._all_usage())]
         if self.rounds >= MAX_SEARCH_ROUNDS:
             return [ResponseEnd("pause", self._all_usage())]
@@ -12003,13 +12017,13 @@ def read_answer(
     return fold(pass_through(event_filters(request, meter), events))
 
 
-def as_completion(answer: Json, echo: str, at: int = 0) -> Json:
-    """A chat answer or chunk in the shape of the old /completions; `at`: which prompt's it is."""
+def as_completion(answer: Json, echo: str, index: int = 0) -> Json:
+    """A chat answer or chunk in the shape of the old /completions; `index`: which prompt's it is."""
     choices = [
         {
             "text": echo
             + (as_object(c.get("message") or c.get("delta")).get("content") or ""),
-            "index": at,
+            "index": index,
             "logprobs": None,
             "finish_reason": c.get("finish_reason"),
         }
@@ -12222,19 +12236,19 @@ def convert_functions(edit: BodyEdit, client: Dialect, model: Model) -> None:
 def convert_function_turns(edit: BodyEdit, client: Dialect, model: Model) -> None:
     """Calls and results of `functions`: they have names, tools have ids."""
     called: dict[str, list[str]] = {}  # name of a function -> ids of its open calls
-    for at, item in enumerate(as_list(edit.body.get(client.turns_key))):
+    for index, item in enumerate(as_list(edit.body.get(client.turns_key))):
         if not isinstance(item, dict):
             continue
         if isinstance(item.get("function_call"), dict):
             function = edit.drop(item, "function_call")
-            call_id = "call_function_%d" % at
+            call_id = "call_function_%d" % index
             called.setdefault(str(function.get("name")), []).append(call_id)
             if not item.get("tool_calls"):
                 call = {"id": call_id, "type": "function", "function": function}
                 edit.set(item, "tool_calls", [call])
         elif item.get("role") == "function":
             name = str(edit.drop(item, "name"))
-            open_calls = called.get(name) or ["call_function_%d" % at]
+            open_calls = called.get(name) or ["call_function_%d" % index]
             edit.set(item, "role", "tool")
             edit.set(item, "tool_call_id", open_calls.pop(0))
 
@@ -12292,8 +12306,8 @@ def hoist_tools(edit: BodyEdit, client: Dialect, model: Model) -> None:
     ]
     edit.set(edit.body, "tools", merge_tools(tools))
     hoisted = set(map(id, carriers))
-    kept = [item for item in as_list(items) if id(item) not in hoisted]
-    edit.replace(edit.body, client.turns_key, kept)
+    remaining = [item for item in as_list(items) if id(item) not in hoisted]
+    edit.replace(edit.body, client.turns_key, remaining)
 
 
 def narrow_tools(edit: BodyEdit, client: Dialect, model: Model) -> None:
@@ -12410,7 +12424,8 @@ def rewrite_part(
     if kinds is not None:
         parts = placed_parts(parts, kinds, request)
     return [
-        client.write_part(found, item.get("role") == "assistant") for found in parts
+        client.write_part(new_part, item.get("role") == "assistant")
+        for new_part in parts
     ]
 
 
@@ -12484,8 +12499,8 @@ def shape_turns(edit: BodyEdit, client: Dialect, model: Model) -> None:
         return
     shaped: list[Any] = []
     is_mixed = False
-    for at, item in enumerate(items):
-        place = "%s[%d]" % (key, at)
+    for index, item in enumerate(items):
+        place = "%s[%d]" % (key, index)
         if isinstance(item, str):
             item = {"role": "user", "content": item}
         if not isinstance(item, dict):
@@ -12570,7 +12585,7 @@ def is_paired(steps: Iterable[ToolStep], once: bool) -> bool:
     """Has each call one result, directly behind it but for what may stand between, and
     each result its call? once: no id may come again."""
     waiting: set[str] = set()
-    seen: set[str] = set()
+    answered: set[str] = set()
     for _, calls, answers, is_loose in steps:
         if answers is not None:
             if answers not in waiting:
@@ -12581,9 +12596,9 @@ def is_paired(steps: Iterable[ToolStep], once: bool) -> bool:
         if calls:
             size = len(waiting) + len(calls)
             waiting.update(calls)
-            if len(waiting) != size or once and not seen.isdisjoint(calls):
+            if len(waiting) != size or once and not answered.isdisjoint(calls):
                 return False
-            seen.update(calls)
+            answered.update(calls)
     return not waiting
 
 
@@ -12596,32 +12611,34 @@ def orphan_as_text(item: Json, dialect: Dialect) -> Json:
     return {"role": "user", "content": ORPHAN + text}
 
 
-def rename_repeated_calls(step: ToolStep, results: list[Json], seen: set[str]) -> None:
+def rename_repeated_calls(
+    step: ToolStep, results: list[Json], used_ids: set[str]
+) -> None:
     """Give a call whose id was used before, and its result, a new id. seen: ids of
     earlier steps; the ids of this step are added."""
     blocks: list[Json] = []
     for number, call_id in enumerate(step.calls):
-        if call_id in seen:
+        if call_id in used_ids:
             blocks = blocks or [
                 b for b in step.item["content"] if b.get("type") == "tool_use"
             ]
-            call_id = stable_id("call_", "%s %d" % (call_id, len(seen)))
+            call_id = stable_id("call_", "%s %d" % (call_id, len(used_ids)))
             blocks[number]["id"] = results[number]["content"][0]["tool_use_id"] = (
                 call_id
             )
-        seen.add(call_id)
+        used_ids.add(call_id)
 
 
 def rename_twin_calls(step: ToolStep, results: list[Json]) -> None:
     """Make the ids of the calls in one Chat message distinct, because results refer to
     nothing else. The later call of a pair gets a new id, and so does its result."""
-    seen: set[str] = set()
+    used_ids: set[str] = set()
     for number, call_id in enumerate(step.calls):
-        if call_id in seen:
+        if call_id in used_ids:
             own_id = stable_id("call_", "%s %d" % (call_id, number))
             step.item["tool_calls"][number]["id"] = own_id
             results[number]["tool_call_id"] = own_id
-        seen.add(call_id)
+        used_ids.add(call_id)
 
 
 class OpenCalls:
@@ -12633,12 +12650,12 @@ class OpenCalls:
         self._results: dict[str, list[Json]] = {}  # id -> those not in _digests yet
         self._digests: dict[str, set[str]] = {}  # id -> of results that were taken
 
-    def open(self, at: int, calls: Sequence[str]) -> None:
-        """Step `at` makes these calls."""
+    def open(self, index: int, calls: Sequence[str]) -> None:
+        """Step `index` makes these calls."""
         for number, call_id in enumerate(calls):
             groups = self._places.setdefault(call_id, [])
-            if not groups or groups[-1][0] != at:
-                groups.append((at, collections.deque()))
+            if not groups or groups[-1][0] != index:
+                groups.append((index, collections.deque()))
             groups[-1][1].append(number)
 
     def take(self, item: Json, call_id: str) -> tuple[int, int] | None:
@@ -12647,12 +12664,12 @@ class OpenCalls:
         groups = self._places.get(call_id)
         if not groups:
             return None
-        at, numbers = groups[-1]
+        index, numbers = groups[-1]
         number = numbers.popleft()
         if not numbers:
             groups.pop()
         self.note(item, call_id)
-        return at, number
+        return index, number
 
     def note(self, item: Json, call_id: str) -> None:
         """This result is in the conversation now."""
@@ -12678,8 +12695,8 @@ def _in_order(
     """A result belongs to the latest open call of its id before it, else to one behind it."""
     calls, results, orphans = OpenCalls(), {}, set()
     early: list[tuple[Json, str]] = []
-    for at, step in enumerate(steps):
-        calls.open(at, step.calls)
+    for index, step in enumerate(steps):
+        calls.open(index, step.calls)
         if step.answers is None:
             continue
         place = calls.take(step.item, step.answers)
@@ -12696,19 +12713,19 @@ def _in_order(
             orphans.add(id(item))
             calls.note(item, call_id)
 
-    seen: set[str] = set()
-    for at, step in enumerate(steps):
+    used_ids: set[str] = set()
+    for index, step in enumerate(steps):
         if id(step.item) in orphans:
             edit.lose("tool result", "its call is not there: told as text")
             yield orphan_as_text(step.item, dialect)
         elif step.answers is None:
             yield step.item
         made = [
-            results.get((at, number)) or dialect.missing_result(step.item, call_id)
+            results.get((index, number)) or dialect.missing_result(step.item, call_id)
             for number, call_id in enumerate(step.calls)
         ]
         if dialect.unique_call_ids:
-            rename_repeated_calls(step, made, seen)
+            rename_repeated_calls(step, made, used_ids)
         elif len(set(step.calls)) < len(step.calls):
             rename_twin_calls(step, made)
         yield from made
@@ -12797,7 +12814,7 @@ def normalise_history(edit: BodyEdit, dialect: Dialect, model: Model) -> None:
         return
 
     calls: list[Json] = []
-    kept: list[Json] = []
+    turns: list[Json] = []
     for item in as_list(body.get(key)):
         if None in item.values():
             drop_nulls(edit, item, "content", "output")
@@ -12806,10 +12823,10 @@ def normalise_history(edit: BodyEdit, dialect: Dialect, model: Model) -> None:
             calls += tidy_parts(edit, content)
         if dialect.tidy_item(edit, item, model):
             calls += dialect.calls_in(item)
-            kept.append(item)
+            turns.append(item)
 
-    if kept:
-        edit.replace(body, key, kept)
+    if turns:
+        edit.replace(body, key, turns)
     elif isinstance(body.get(key), list):
         raise empty_conversation()
     shorten_tool_names(edit, calls)
@@ -13110,7 +13127,7 @@ class LinkedImage(NamedTuple):
 def gemini_links(body: Json) -> list[LinkedImage]:
     """The image links of a Gemini body, which later become data: URLs in place of the
     addresses."""
-    found = []
+    links = []
     for content in as_list(body.get("contents")):
         for part in map(as_object, gemini_parts(content)):
             for name, key in (("fileData", "fileUri"), ("file_data", "file_uri")):
@@ -13118,13 +13135,13 @@ def gemini_links(body: Json) -> list[LinkedImage]:
                 kind = file.get("mimeType") or file.get("mime_type") or "image/"
                 url = str(file.get(key) or "")
                 if is_image_address(url, str(kind)):
-                    found.append(LinkedImage(part, file, key, url))
-    return found
+                    links.append(LinkedImage(part, file, key, url))
+    return links
 
 
 def linked_images(body: Json) -> list[LinkedImage]:
     """All images of a body that are given by URL, in order."""
-    found = []
+    links = []
     for part in content_parts(body):
         holder = as_object(part.get("source") or part.get("image_url")) or part
         key = "image_url" if holder is part else "url"
@@ -13134,8 +13151,8 @@ def linked_images(body: Json) -> list[LinkedImage]:
             and isinstance(url, str)
             and not is_inline_image(url)
         ):
-            found.append(LinkedImage(part, holder, key, url))
-    return found + gemini_links(body)
+            links.append(LinkedImage(part, holder, key, url))
+    return links + gemini_links(body)
 
 
 def last_turn(body: Json) -> Json:
@@ -13170,7 +13187,7 @@ class LargeImage(NamedTuple):
 
 def large_images(body: Json) -> list[LargeImage]:
     """The large inline images of an upstream body, newest first."""
-    found = []
+    images = []
     for part in reversed(image_parts(body)):
         holder = as_object(part.get("source") or part.get("image_url")) or part
         if "data" in holder:
@@ -13186,8 +13203,8 @@ def large_images(body: Json) -> list[LargeImage]:
         with contextlib.suppress(ValueError):
             image = base64.b64decode(data, validate=True)
             digest = hashlib.sha256(image).digest()
-            found.append(LargeImage(holder, key, label, image, digest))
-    return found[:MAX_UPLOADS]
+            images.append(LargeImage(holder, key, label, image, digest))
+    return images[:MAX_UPLOADS]
 
 
 def put_note(part: Json) -> None:
@@ -13284,30 +13301,30 @@ def expand_compactions(edit: BodyEdit, upstream: Dialect) -> None:
     ):
         return
     summaries: dict[int, str] = {}  # place -> text, of those packed here
-    for at, (item, kind) in enumerate(zip(items, kinds)):
+    for index, (item, kind) in enumerate(zip(items, kinds)):
         if kind in COMPACTIONS:
             packed = unpack_opaque(item.get("encrypted_content"))
         else:
             packed = []
         if packed:
-            summaries[at] = packed[0][2]
+            summaries[index] = packed[0][2]
 
-    kept: list[Any] = []
+    new_items: list[Any] = []
     last_summary = max(summaries, default=-1)
-    for at, (item, kind) in enumerate(zip(items, kinds)):
-        if at in summaries:
-            item = {"role": "user", "content": SUMMARY_HEAD + summaries[at]}
+    for index, (item, kind) in enumerate(zip(items, kinds)):
+        if index in summaries:
+            item = {"role": "user", "content": SUMMARY_HEAD + summaries[index]}
         elif kind in COMPACTIONS and not upstream.reads_compactions:
             edit.lose("compaction", FOREIGN_STATE)
             item = {"role": "user", "content": UNREADABLE_SUMMARY}
-        is_replaced = at < last_summary and as_object(item).get("role") not in (
+        is_replaced = index < last_summary and as_object(item).get("role") not in (
             "user",
             "system",
             "developer",
         )
         if not is_replaced and (kind != COMPACTION_TRIGGER or item is items[-1]):
-            kept.append(item)
-    edit.replace(edit.body, "input", kept)
+            new_items.append(item)
+    edit.replace(edit.body, "input", new_items)
 
 
 def compaction_request(body: Json, native: bool) -> Json:
@@ -13415,7 +13432,9 @@ def normalise_model(asked: str) -> list[str]:
     if plain != names[1]:
         names += [dotted + "-1m", dotted + "-1m-internal"]
     names += [plain, bare, steady, dotted]
-    return [name for at, name in enumerate(names) if name and name not in names[:at]]
+    return [
+        name for index, name in enumerate(names) if name and name not in names[:index]
+    ]
 
 
 #: Models that GitHub has retired from Copilot -> the day, "" where only the fact is known.  From
@@ -13876,7 +13895,7 @@ def is_same_model(asked: str, model: Model) -> bool:
 def _most_alike(name: str, ids: list[str], most: int) -> list[str]:
     """The ids that share most pieces of three letters with `name`: a quick choice of
     those that are worth a closer look."""
-    pieces = {name[at : at + 3] for at in range(max(len(name) - 2, 1))}
+    pieces = {name[start : start + 3] for start in range(max(len(name) - 2, 1))}
     return sorted(
         ids, key=lambda one: sum(piece in one for piece in pieces), reverse=True
     )[:most]
@@ -13972,12 +13991,12 @@ def choose_upstream(
         )  # stable: the order stays
 
     left = [d for d in known if (model.id, d.path) not in refused]
-    found = [d for d in left if d.path in model.endpoints]
-    if not found and len(left) < len(known):
-        found = [d for d in (RESPONSES, CHAT, MESSAGES) if d in left]
-    if not found:
+    candidates = [d for d in left if d.path in model.endpoints]
+    if not candidates and len(left) < len(known):
+        candidates = [d for d in (RESPONSES, CHAT, MESSAGES) if d in left]
+    if not candidates:
         check_endpoint(model, known[0].path)
-    return (found or known)[0]
+    return (candidates or known)[0]
 
 
 def needs_hub(client: Dialect, body: Json, model: Model) -> bool:
@@ -13997,13 +14016,13 @@ def needs_hub(client: Dialect, body: Json, model: Model) -> bool:
 def fold_long_answer(edit: BodyEdit, upstream: Dialect, model: Model) -> None:
     """Ask for a stream where a whole answer as long as the client allows would be refused."""
     body = edit.body
-    wish = max(
+    asked_tokens = max(
         count_or_zero(body.get("max_tokens")),
         count_or_zero(body.get("max_completion_tokens")),
     )
-    if not wish or not upstream.has_whole_answer_limit:
+    if not asked_tokens or not upstream.has_whole_answer_limit:
         return
-    if 0 < model.limit("max_non_streaming_output_tokens") < wish:
+    if 0 < model.limit("max_non_streaming_output_tokens") < asked_tokens:
         edit.set(body, "stream", True)
 
 
@@ -14370,8 +14389,8 @@ def count_text(text: str) -> int:
     Japanese, numbers), nine of ten within 11 %; Polish, Ukrainian and traditional
     Chinese come out 10 to 20 % short."""
     total = 0.0
-    for at in range(0, len(text), _CHUNK_CHARS):
-        chunk = text[at : at + _CHUNK_CHARS]
+    for start in range(0, len(text), _CHUNK_CHARS):
+        chunk = text[start : start + _CHUNK_CHARS]
         pieces = (_ASCII_PIECES if chunk.isascii() else _PIECES).findall(chunk)
         if max(map(len, pieces), default=0) <= KNOWN_PIECE_CHARS:
             total += sum(map(_known_weight, pieces))
@@ -14392,7 +14411,8 @@ def sample_tokens(text: str) -> int:
     if step <= _SAMPLE_CHARS:
         return count_text(text)
     sample = "".join(
-        text[at * step : at * step + _SAMPLE_CHARS] for at in range(_SAMPLES)
+        text[number * step : number * step + _SAMPLE_CHARS]
+        for number in range(_SAMPLES)
     )
     return count_text(sample) * len(text) // len(sample)
 
@@ -14452,10 +14472,13 @@ def image_size(head: bytes) -> tuple[int, ...]:
             *((">II", head, 16) if head[0] > 127 else ("<HH", head, 6))
         )
     if head[8:12] == b"WEBP":
-        at, bits, less = {b"X": (24, 24, 1), b"L": (21, 14, 1)}.get(
+        offset, bits, less = {b"X": (24, 24, 1), b"L": (21, 14, 1)}.get(
             head[15:16], (26, 16, 0)
         )
-        both, mask = int.from_bytes(head[at : at + 6], "little"), (1 << bits) - 1
+        both, mask = (
+            int.from_bytes(head[offset : offset + 6], "little"),
+            (1 << bits) - 1,
+        )
         return less + (both & mask), less + (both >> bits & mask)
     sizes = _JPEG_SIZE.findall(head)  # its own behind that of its preview
     if sizes:
@@ -14609,20 +14632,20 @@ def avoid(plan: Plan, what: str) -> bool:
     return plan.repairs.avoid(plan.model.id, what)
 
 
-def drop_places(plan: Plan, found: list[tuple[Json, str]]) -> bool:
+def drop_places(plan: Plan, fields: list[tuple[Json, str]]) -> bool:
     """Remove these fields, unless one of them carries the meaning."""
-    for holder, key in found:
+    for holder, key in fields:
         if (
             _MEANT.fullmatch(key)
             or "format" in as_object(holder[key])
             or (key == "tool_choice" and holder[key] not in ("auto", {"type": "auto"}))
         ):
             return False
-    for holder, key in found:
+    for holder, key in fields:
         plan.edit.drop(holder, key, REFUSED)
     if plan.edit.body.get("output_config") == {}:
         del plan.edit.body["output_config"]
-    return bool(found)
+    return bool(fields)
 
 
 def drop_field(plan: Plan, path: str) -> bool:
@@ -14650,16 +14673,16 @@ def drop_value(plan: Plan, path: str, mark: str = "") -> bool:
     whole_path = next(
         (root + path for root in _ROOTS if places(body, root + path)), path
     )
-    found = places(body, whole_path)
-    marks = [value_mark(holder[key]) for holder, key in found]
+    fields = places(body, whole_path)
+    marks = [value_mark(holder[key]) for holder, key in fields]
     if mark:
-        return marks == [mark] and drop_places(plan, found)
+        return marks == [mark] and drop_places(plan, fields)
     is_single = len(marks) == 1 and marks[0] and not re.search(r"[.\[]\d", whole_path)
     if is_single:
         plan.repairs.quote(whole_path, marks[0])
     else:
         plan.repairs.quote()
-    return drop_places(plan, found)
+    return drop_places(plan, fields)
 
 
 def clamp(plan: Plan, path: str, side: str, limit: str) -> bool:
@@ -14667,17 +14690,17 @@ def clamp(plan: Plan, path: str, side: str, limit: str) -> bool:
     or a minimum. Negative values stay, so that the client sees the upstream's error."""
     sign = -1 if side in ("greater", ">=") else 1
     most = float(limit) if "." in limit else int(limit)
-    found = [
+    fields = [
         (holder, key)
         for holder, key in places(plan.edit.body, path)
         if isinstance(holder[key], (int, float))
         and holder[key] >= 0
         and sign * holder[key] > sign * most
     ]
-    for holder, key in found:
+    for holder, key in fields:
         holder[key] = most
         plan.edit.lose(key, "the limit is " + limit)
-    return bool(found)
+    return bool(fields)
 
 
 def rename_limit(plan: Plan, old: str) -> bool:
@@ -14695,17 +14718,17 @@ def lower_effort(plan: Plan, words: str) -> bool:
     holder, key = next(
         (p for path in _EFFORTS for p in places(plan.edit.body, path)), ({}, "")
     )
-    wish = str(holder.get(key))
+    asked = str(holder.get(key))
     listed = re.findall(r"\b(?:none|minimal|low|medium|high|xhigh|max)\b", words) or [
-        effort for effort in plan.model.efforts if effort != wish
+        effort for effort in plan.model.efforts if effort != asked
     ]
-    if holder and listed and wish not in listed:
+    if holder and listed and asked not in listed:
         holder[key] = clamp_effort(
-            "low" if wish in ("none", "minimal") else wish, listed
+            "low" if asked in ("none", "minimal") else asked, listed
         )
-        plan.edit.lose("effort", "%s is refused" % wish[:20])
+        plan.edit.lose("effort", "%s is refused" % asked[:20])
         plan.repairs.quote(" ".join(listed))  # of the catalogue, too
-    return bool(holder) and holder[key] != wish
+    return bool(holder) and holder[key] != asked
 
 
 def stop_thinking(plan: Plan) -> bool:
@@ -14722,12 +14745,12 @@ def stop_thinking(plan: Plan) -> bool:
 
 def drop_cache_times(plan: Plan) -> bool:
     """The prompt cache for its usual time: it only costs differently."""
-    found = False
+    was_removed = False
     for mark in Messages.cache_marks(plan.edit.body):
-        found = mark.pop("ttl", None) is not None or found
-    if found:
+        was_removed = mark.pop("ttl", None) is not None or was_removed
+    if was_removed:
         plan.edit.lose("cache_control.ttl", REFUSED)
-    return found
+    return was_removed
 
 
 def drop_thinking(plan: Plan) -> bool:
@@ -14756,9 +14779,9 @@ def drop_state(plan: Plan, known: bool = False) -> bool:
         (t, k) for t in turns for k in ("content", "output")
     ]:
         items = as_list(holder.get(key))
-        kept = [item for item in items if not is_bad(item)]
-        if len(kept) < len(items):
-            bad, holder[key] = True, kept or "[it cannot be read]"
+        good_items = [item for item in items if not is_bad(item)]
+        if len(good_items) < len(items):
+            bad, holder[key] = True, good_items or "[it cannot be read]"
     if bad:
         plan.edit.lose("reasoning", REFUSED)
     return bad
@@ -14805,10 +14828,10 @@ def drop_images(plan: Plan, marks: str = "") -> bool:
         size = len(dumps(body))
         shed_images(plan.edit, size, size // 2)
 
-    gone = [mark for part, mark in images if part.get("type") not in IMAGE_TYPES]
-    plan.repairs.quote(" ".join(gone[-MAX_MARKED_IMAGES:]))
+    removed = [mark for part, mark in images if part.get("type") not in IMAGE_TYPES]
+    plan.repairs.quote(" ".join(removed[-MAX_MARKED_IMAGES:]))
     note_images_left(plan)
-    return bool(gone)
+    return bool(removed)
 
 
 _CLIENTS_OWN = ("custom", "namespace", *CLIENT_TOOLS)  # the client runs these
@@ -14849,12 +14872,12 @@ def drop_betas(plan: Plan, names: str) -> bool:
     """Take the betas that the upstream names out of `anthropic-beta`."""
     sent = plan.headers.get("anthropic-beta", "")
     named = [word for word in re.findall(r"[\w-]+", names) if re.search(r".-\d", word)]
-    kept = ",".join(beta for beta in sent.split(",") if beta not in named)
-    if kept == sent:
+    remaining = ",".join(beta for beta in sent.split(",") if beta not in named)
+    if remaining == sent:
         return False
     del plan.headers["anthropic-beta"]
-    if kept:
-        plan.headers["anthropic-beta"] = kept
+    if remaining:
+        plan.headers["anthropic-beta"] = remaining
     plan.edit.lose("anthropic-beta", REFUSED)
     return True
 
@@ -15110,22 +15133,26 @@ def is_limit(error: ProxyError) -> bool:
     return error.status == 429 or is_quota(error)
 
 
-def quota_lane(name: str, said: Any) -> Json:
+def quota_lane(name: str, snapshot: Any) -> Json:
     """Read one quota from a snapshot or a header
     (ent=300&rem=75.5&ov=0.0&rst=2026-12-01, `rem` in percent). Unknown numbers are
     None. Usage may exceed the quota: then the remainder is negative, or there is an
     overage."""
-    if isinstance(said, str):
-        said = dict(urllib.parse.parse_qsl(said))
+    if isinstance(snapshot, str):
+        snapshot = dict(urllib.parse.parse_qsl(snapshot))
     else:
-        said = as_object(said)
-    total = text_number_or_none(said.get("entitlement", said.get("ent")))
-    percent = text_number_or_none(said.get("percent_remaining", said.get("rem")))
-    over = text_number_or_none(said.get("overage_count", said.get("ov")))
-    left = text_number_or_none(said.get("quota_remaining", said.get("remaining")))
+        snapshot = as_object(snapshot)
+    total = text_number_or_none(snapshot.get("entitlement", snapshot.get("ent")))
+    percent = text_number_or_none(
+        snapshot.get("percent_remaining", snapshot.get("rem"))
+    )
+    over = text_number_or_none(snapshot.get("overage_count", snapshot.get("ov")))
+    left = text_number_or_none(
+        snapshot.get("quota_remaining", snapshot.get("remaining"))
+    )
     if total is not None and 0 < total < 1e-3:
         total = None  # nothing can be divided by it
-    unlimited = said.get("unlimited") in (True, "true") or total == -1
+    unlimited = snapshot.get("unlimited") in (True, "true") or total == -1
     if unlimited:
         total = left = percent = None
     if total and percent is None and left is not None:
@@ -15141,11 +15168,14 @@ def quota_lane(name: str, said: Any) -> Json:
         "unlimited": unlimited,
         "total": total,
         "left": left,
-        "overage": said.get("overage_permitted", said.get("ovPerm")) in (True, "true"),
+        "overage": snapshot.get("overage_permitted", snapshot.get("ovPerm"))
+        in (True, "true"),
         "used": None if total is None or left is None else total - left,
         "percent_left": percent,
         "percent_used": None if percent is None else 100 - percent,
-        "resets_at": moment_or_none(said.get("quota_reset_at", said.get("rst"))),
+        "resets_at": moment_or_none(
+            snapshot.get("quota_reset_at", snapshot.get("rst"))
+        ),
     }
 
 
@@ -15154,8 +15184,8 @@ def lane_rooms(lanes: Mapping[str, Any]) -> dict[str, float]:
     limit something here. Completions are an editor's own; the lane of premium requests
     has two names."""
     rooms: dict[str, float] = {}
-    for name, said in list(lanes.items())[:MAX_NAMES]:
-        lane = quota_lane(name, said)
+    for name, snapshot in list(lanes.items())[:MAX_NAMES]:
+        lane = quota_lane(name, snapshot)
         if lane["overage"]:
             room = float("inf")
         else:
@@ -15194,9 +15224,9 @@ def exhausted_lanes(error: ProxyError) -> dict[str, float | None]:
     if not is_quota(error):
         prefixes = QUOTA_PREFIXES[1:]
     return {
-        lane: quota_lane(lane, said)["resets_at"]
-        for name, said in header_lanes(error.headers, prefixes).items()
-        for lane, room in lane_rooms({name: said}).items()
+        lane: quota_lane(lane, snapshot)["resets_at"]
+        for name, snapshot in header_lanes(error.headers, prefixes).items()
+        for lane, room in lane_rooms({name: snapshot}).items()
         if room <= 0
     }
 
@@ -15963,12 +15993,12 @@ class KeyFile:
 
     def find(self, text: str) -> Key | None:
         """The key that this is.  Every hash is compared, in constant time."""
-        keys, found = self.all(), None
+        keys, same = self.all(), None
         digest = self._hash(text) if keys else ""
         for key in keys:
             if hmac.compare_digest(key.hash, digest):
-                found = key
-        return found
+                same = key
+        return same
 
     def add(self, text: str, login: str = "", token: str = "") -> Key:
         """Store the operator's key or an account's; the account's older keys get the
@@ -19345,9 +19375,9 @@ def row_filter(
         parts.append(ROW_STATES[wanted["state"]])
 
     if wanted["text"]:
-        found = ["instr(lower(%s), ?)" % name for name in TEXT_COLUMNS]
-        parts.append("(%s)" % " OR ".join("ifnull(%s, 0)" % one for one in found))
-        values += [wanted["text"].lower()] * len(found)
+        columns = ["instr(lower(%s), ?)" % name for name in TEXT_COLUMNS]
+        parts.append("(%s)" % " OR ".join("ifnull(%s, 0)" % one for one in columns))
+        values += [wanted["text"].lower()] * len(columns)
 
     return " AND ".join("(%s)" % part for part in parts) or "1", values
 
@@ -19453,13 +19483,13 @@ def sums_since(keys: str, which: str) -> str:
     """A SELECT of `keys`, columns of both tables, and their sums since ?1: of the lines
     of `sums` and of the rows that are not in there yet. which: a condition in SQL."""
     lines = ", ".join(SUMMED)
-    found = (
+    inner_query = (
         f"SELECT hour, {keys}, {lines} FROM sums WHERE {which} "
         f"AND hour >= (SELECT {LOCAL_HOUR} FROM (SELECT ?1 AS at)) UNION ALL "
         f"SELECT {LOCAL_HOUR} AS hour, {keys}, {SUMS} FROM requests "
         f"WHERE {IS_NEW} AND at >= ?1 GROUP BY hour, {keys}"
     )
-    return f"SELECT hour, {keys}, {SUMS_OF_SUMS} FROM ({found})"
+    return f"SELECT hour, {keys}, {SUMS_OF_SUMS} FROM ({inner_query})"
 
 
 def summarise(link: Any, since: float, with_sessions: bool) -> Json:
@@ -19481,7 +19511,7 @@ def summarise(link: Any, since: float, with_sessions: bool) -> Json:
             )
         )
 
-    found = {
+    summary = {
         "total": grouped("'' AS day", "1"),
         "by_day": grouped("substr(hour, 1, 10) AS day", "1"),
         "by_hour": grouped("hour", "1 DESC LIMIT %d" % HOURS_SHOWN)[::-1],
@@ -19492,7 +19522,7 @@ def summarise(link: Any, since: float, with_sessions: bool) -> Json:
     }
     if with_sessions:
         query = sums_since("session", "session IS NOT NULL")
-        found["by_session"] = objects(
+        summary["by_session"] = objects(
             link.execute(
                 f"SELECT session, {SUMS_OF_SUMS} FROM ({query} GROUP BY 1, 2) "
                 "WHERE session IS NOT NULL GROUP BY 1 "
@@ -19501,7 +19531,7 @@ def summarise(link: Any, since: float, with_sessions: bool) -> Json:
             )
         )
     link.execute("DROP TABLE temp.wanted")
-    return {name: [finish_sums(row) for row in rows] for name, rows in found.items()}
+    return {name: [finish_sums(row) for row in rows] for name, rows in summary.items()}
 
 
 def shown(row: Json) -> Json:
@@ -19526,16 +19556,16 @@ def shown(row: Json) -> Json:
 def session_key(headers: Headers, body: Json) -> str | None:
     """A short name of the conversation that a request belongs to, made from what the
     client sends to keep it together; None when it sends nothing of the kind."""
-    found = body.get("prompt_cache_key")
+    session = body.get("prompt_cache_key")
     for name in SESSION_HEADERS:
         if name in headers:
-            found = headers[name] or found
+            session = headers[name] or session
             break
-    if not found and body.get("metadata"):  # .._session_UUID, or a JSON text
+    if not session and body.get("metadata"):  # .._session_UUID, or a JSON text
         user = as_object(body["metadata"]).get("user_id")
-        found = re.split("session_(?:id)?", "%s" % user, maxsplit=1)[1:]
-    if found and isinstance(found, (str, list)):
-        return stable_id("", str(found))[:8]
+        session = re.split("session_(?:id)?", "%s" % user, maxsplit=1)[1:]
+    if session and isinstance(session, (str, list)):
+        return stable_id("", str(session))[:8]
     return None
 
 
@@ -19553,14 +19583,14 @@ def quotas_of(answer: Json) -> Json:
     )
 
     monthly = as_object(answer.get("monthly_quotas"))
-    found: Json = {
+    lanes: Json = {
         name: {"entitlement": monthly.get(name), "remaining": left}
         for name, left in as_object(answer.get("limited_user_quotas")).items()
     }
-    found.update(as_object(answer.get("quota_snapshots")))
+    lanes.update(as_object(answer.get("quota_snapshots")))
     return {
-        name: {"quota_reset_at": reset, **as_object(said)}
-        for name, said in found.items()
+        name: {"quota_reset_at": reset, **as_object(snapshot)}
+        for name, snapshot in lanes.items()
     }
 
 
@@ -20116,9 +20146,9 @@ def payer_of(key: str | None, session: str | None, agent: str | None) -> str:
     return name
 
 
-def local_time(at: Any) -> str:
+def local_time(value: Any) -> str:
     """Returns a unix time as local text, "?" if it is none: files may hold anything."""
-    moment = moment_or_none(at)
+    moment = moment_or_none(value)
     if moment is None:
         return "?"
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
