@@ -12018,7 +12018,7 @@ def read_answer(
 
 
 def as_completion(answer: Json, echo: str, index: int = 0) -> Json:
-    """A chat answer or chunk in the shape of the old /completions; `index`: which prompt's it is."""
+    """A chat answer or chunk in the shape of the old /completions. index: of its prompt."""
     choices = [
         {
             "text": echo
