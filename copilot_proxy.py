@@ -947,7 +947,7 @@ class ProxyError(Exception):
         self.code, self.param, self.details = code, param, details
         self.headers: Headers = headers or {}
 
-    def tell_overflow(self, tokens: int, limit: int) -> None:
+    def set_overflow(self, tokens: int, limit: int) -> None:
         """The prompt is too long by these counts."""
         self.overflow = (tokens, limit)
 
@@ -2713,7 +2713,7 @@ class Request:
         """Take the time with this from now on."""
         self.elapsed_ns = elapsed_ns
 
-    def foresee(self, prompt_tokens: int) -> None:
+    def set_prompt_tokens(self, prompt_tokens: int) -> None:
         """Note the estimate of the prompt."""
         self.prompt_tokens = prompt_tokens
 
@@ -4820,7 +4820,7 @@ class Dialect:
         """Is this an item of a conversation that the dialect knows, whatever parts it has?"""
         return item.get("role") is not None
 
-    def goes_as_is(self, body: Json) -> bool:
+    def fits_as_is(self, body: Json) -> bool:
         """Is there nothing in a conversation of words that `prepare_body` would change
         for a model of OpenAI's? A quick look, which may say False of one that is."""
         return False
@@ -4834,7 +4834,7 @@ class Dialect:
         """A content part in this dialect.  by_model: in a turn of the assistant."""
         raise NotImplementedError
 
-    def takes_stops(self, stops: list[str], model: Model) -> bool:
+    def accepts_stops(self, stops: list[str], model: Model) -> bool:
         """Does the upstream watch for these stop sequences itself?"""
         return not stops
 
@@ -5897,7 +5897,7 @@ def drop_hosted_tool(request: Request, tool: Json) -> None:
         )
 
 
-def take_hosted_tool(request: Request, tool: Json) -> None:
+def read_hosted_tool(request: Request, tool: Json) -> None:
     """A tool that its vendor's servers run: the proxy can do a search in their place."""
     if is_search_tool(tool):
         request.offer_search(search_tool(tool))
@@ -6134,7 +6134,9 @@ def upstream_stops(dialect: Dialect, request: Request, model: Model) -> list[str
         dialect.name == request.dialect or "stop_sequence" in dialect.TO_NEUTRAL
     )
     wants_to_know = request.dialect == "messages"
-    if dialect.takes_stops(request.stop, model) and (tells_which or not wants_to_know):
+    if dialect.accepts_stops(request.stop, model) and (
+        tells_which or not wants_to_know
+    ):
         return request.stop
     watch_stops(request)
     return []
@@ -6353,7 +6355,7 @@ class ChatCall:
         """The object in a call's delta that holds name and arguments."""
         return as_object(delta.get("function")) or as_object(delta.get("custom"))
 
-    def take_names(self, delta: Json, call_id: str) -> None:
+    def read_names(self, delta: Json, call_id: str) -> None:
         """Store id and name, and remove from the delta what was sent before."""
         if call_id and self.id == call_id:
             del delta["id"]
@@ -6484,7 +6486,7 @@ class ChatChunks:
             str(delta.get("id") or ""),
         )
         call = self._find_call(choice, index, call_id)
-        call.take_names(delta, call_id)
+        call.read_names(delta, call_id)
         changes = call.add(delta)
         if changes:
             return self._begin(call, changes)
@@ -6668,7 +6670,7 @@ class ChatCompletions(Dialect):
         ("stop", "pause"),
     )
 
-    def goes_as_is(self, body: Json) -> bool:
+    def fits_as_is(self, body: Json) -> bool:
         return (
             body.keys() <= _PLAIN_FIELDS
             and body["messages"] != []
@@ -6824,7 +6826,7 @@ class ChatCompletions(Dialect):
         options = body.get("web_search_options")
         return isinstance(options, dict) or super().wants_search(body, model)
 
-    def takes_stops(self, stops: list[str], model: Model) -> bool:
+    def accepts_stops(self, stops: list[str], model: Model) -> bool:
         if not stops:
             return True
         refuses = re.match(r"gpt-[5-9]|o\d", model.id)  # OpenAI's reasoning models do
@@ -7037,7 +7039,7 @@ class ChatCompletions(Dialect):
             }
             add_tool(request, shown, "parameters", kind="custom")
         else:
-            take_hosted_tool(request, tool)
+            read_hosted_tool(request, tool)
 
     def read_turn(self, request: Request, item: Json, place: str) -> None:
         message, role = item, str(item.get("role"))
@@ -8237,7 +8239,7 @@ class Responses(Dialect):
     def error_frame(self, error: ProxyError) -> bytes:
         return Frame("error", dumps(self.error_event(error))).encode()
 
-    def tell_whole(self, answer: Json) -> bytes:
+    def as_stream(self, answer: Json) -> bytes:
         """A whole answer as the events of a stream, as many as clients need."""
         begun = dict(answer, status="in_progress", output=[], usage=None)
         events: list[Json] = [{"type": "response.created", "response": begun}]
@@ -8300,7 +8302,7 @@ class Responses(Dialect):
                 "parameters": as_object(tool.get("parameters")) or row.schema,
             }
         elif kind != "function":
-            take_hosted_tool(request, tool)
+            read_hosted_tool(request, tool)
             return
         add_tool(request, shown, "parameters", kind=kind, **more)
 
@@ -9219,20 +9221,20 @@ class FoundTools(NamedTuple):
                     ended.add(str(block.get("tool_use_id")))
         return cls(frozenset(names), frozenset(begun & ended))
 
-    def knows(self, block: Json) -> bool:
+    def may_send(self, block: Json) -> bool:
         """May the block go up as it is?"""
         if block.get("type") == "tool_reference":
             return str(block.get("tool_name")) in self.names
         return str(block.get("id") or block.get("tool_use_id")) in self.searches
 
 
-def _told_block(edit: BodyEdit, block: Any, found_tools: FoundTools) -> Any:
+def _served_block_as_text(edit: BodyEdit, block: Any, found_tools: FoundTools) -> Any:
     """A block of a tool that an upstream ran as text, since this one does not run it."""
     kind = str(as_object(block).get("type"))
     is_served = kind in ("server_tool_use", "tool_reference") or (
         kind != "tool_result" and kind.endswith("_tool_result")
     )
-    if not is_served or found_tools.knows(block):
+    if not is_served or found_tools.may_send(block):
         return block
     edit.lose(kind, "sent as text")
     inner = block.get("input", block.get("content", block.get("tool_name")))
@@ -9240,14 +9242,16 @@ def _told_block(edit: BodyEdit, block: Any, found_tools: FoundTools) -> Any:
     return {"type": "text", "text": "[%s] %s" % (kind, shown)}
 
 
-def tell_found_tools(edit: BodyEdit) -> bool:
+def found_tools_as_text(edit: BodyEdit) -> bool:
     """Replace all tool-search blocks by text. Returns True if there were any."""
     is_changed = False
     for message in dicts_in(edit.body, "messages"):
         for holder in [message, *dicts_in(message, "content")]:
             blocks = holder.get("content")
             if isinstance(blocks, list):
-                rewritten = [_told_block(edit, block, FoundTools()) for block in blocks]
+                rewritten = [
+                    _served_block_as_text(edit, block, FoundTools()) for block in blocks
+                ]
                 edit.replace(holder, "content", rewritten)
                 is_changed |= any(a is not b for a, b in zip(rewritten, blocks))
     return is_changed
@@ -9539,7 +9543,7 @@ class Messages(Dialect):
 
         if kind == "tool_result" and isinstance(block.get("content"), list):
             Messages._fit_result(edit, block, found_tools)
-        return as_object(_told_block(edit, block, found_tools))
+        return as_object(_served_block_as_text(edit, block, found_tools))
 
     @staticmethod
     def _fit_result(edit: BodyEdit, block: Json, found_tools: FoundTools) -> None:
@@ -9552,7 +9556,7 @@ class Messages(Dialect):
             if mark:
                 edit.set(block, "cache_control", mark)
             if part.get("type") != "text" or part.get("text"):
-                parts.append(_told_block(edit, part, found_tools))
+                parts.append(_served_block_as_text(edit, part, found_tools))
         edit.replace(block, "content", parts)
 
     @staticmethod
@@ -9698,7 +9702,7 @@ class Messages(Dialect):
             is_misplaced(block, role) for block in as_list(content)
         )
 
-    def takes_stops(self, stops: list[str], model: Model) -> bool:
+    def accepts_stops(self, stops: list[str], model: Model) -> bool:
         return all(stop.strip() for stop in stops)  # white space alone is refused
 
     def write_part(self, part: Part, by_model: bool) -> Json:
@@ -9850,7 +9854,7 @@ class Messages(Dialect):
                 request, shown, "input_schema", cache=bool(tool.get("cache_control"))
             )
         else:
-            take_hosted_tool(request, tool)
+            read_hosted_tool(request, tool)
 
     def read_answer_block(self, block: Json) -> list[Part]:
         """The parts of one block of an answer; unknown ones have none."""
@@ -11659,7 +11663,7 @@ class SearchLoop:
     findings. `take` stands between decoder and encoder: it hides the calls and the ends
     of all rounds but the last, and renumbers the parts. turns: what the rounds so far
     add to the conversation; rounds: how many are over; calls: searches that the proxy
-    must make next; told: all events, for a client that wants no stream."""
+    must make next; events: all of them, for a client that wants no stream."""
 
     def __init__(self, client: Dialect) -> None:
         self.client = client
@@ -11667,10 +11671,10 @@ class SearchLoop:
         self.turns: list[Turn] = []
         self.rounds = 0
         self.calls: list[SearchCall] = []
-        self.told: list[Event] = []
+        self.events: list[Event] = []
         self._name = ""  # of the function
         self._searches: int | None = None  # that were made
-        self._asked = 0  # searches that the model asked for
+        self._requested = 0  # searches that the model asked for
         self._sources: dict[str, str] = {}  # url -> title; none that a text has cited
         self._usage = Usage()  # of the rounds that are over
         self._count = 0  # parts that the client was told of when this round began
@@ -11717,11 +11721,11 @@ class SearchLoop:
         self._round = {}
         self._places = {}
 
-    def tell(self, events: list[Event]) -> list[Event]:
+    def add_events(self, events: list[Event]) -> list[Event]:
         """Note events for a client that wants no stream -> all so far, [] before the last one."""
-        self.told += events
-        if self.told and isinstance(self.told[-1], (ResponseEnd, StreamError)):
-            return self.told
+        self.events += events
+        if self.events and isinstance(self.events[-1], (ResponseEnd, StreamError)):
+            return self.events
         return []
 
     def take(self, events: Iterable[Event]) -> list[Event]:
@@ -11811,9 +11815,9 @@ class SearchLoop:
 
     def refusal(self, call: SearchCall) -> str:
         """Why it is not made, in Anthropic's words; "" for one that is."""
-        self._asked += 1
+        self._requested += 1
         most = min(self.tool.max_uses or MAX_SEARCHES, MAX_SEARCHES)
-        if self._asked > most:
+        if self._requested > most:
             return "max_uses_exceeded"
         if not call.query:
             return "invalid_tool_input"
@@ -11971,7 +11975,7 @@ class TranslatedStream(StreamRelay):
     def _error(self, error: ProxyError) -> bytes:
         failure = UpstreamError(str(error), error.status, error.code)
         if error.overflow:
-            failure.tell_overflow(*error.overflow)
+            failure.set_overflow(*error.overflow)
         return self.tell([StreamError(failure)])
 
 
@@ -13207,7 +13211,7 @@ def large_images(body: Json) -> list[LargeImage]:
     return images[:MAX_UPLOADS]
 
 
-def put_note(part: Json) -> None:
+def replace_with_note(part: Json) -> None:
     """Turn an image into a few words that say that it was left out."""
     kind = "text"
     if part.get("type") == "input_image":
@@ -13233,7 +13237,7 @@ def shed_images(
         if left <= most and size <= limit:
             break
         size, left = size - len(dumps(part)), left - 1
-        put_note(part)
+        replace_with_note(part)
         edit.lose("images", "the upstream takes no more")
     return left < len(images)
 
@@ -13350,7 +13354,7 @@ def compaction_request(body: Json, native: bool) -> Json:
 def prepare_body(edit: BodyEdit, upstream: Dialect, model: Model) -> None:
     """Make a body in the upstream's dialect fit for it.  Raises BadRequest."""
     is_usual = model.is_openai and not (model.is_kimi or model.most_images)
-    if is_usual and edit.is_words and upstream.goes_as_is(edit.body):
+    if is_usual and edit.is_words and upstream.fits_as_is(edit.body):
         return
     edit.go_on()
     pair_tool_results(edit, upstream)
@@ -13682,14 +13686,14 @@ def is_search_request(body: Json) -> bool:
 
 
 @dataclass(frozen=True)
-class SearchWish:
+class SearchQuery:
     """A search of the web."""
 
     query: str
     tool: SearchTool
 
     @classmethod
-    def of_message(cls, body: Json) -> SearchWish:
+    def of_message(cls, body: Json) -> SearchQuery:
         """Read a request whose only tool is Anthropic's web search."""
         query = last_words(body)[len(QUERY_HEAD) :].strip()
         return cls(query, search_tool(dicts_in(body, "tools")[0]))
@@ -13749,7 +13753,7 @@ def auto_tier(asked: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class AutoWish:
+class AutoInput:
     """The input of a choice by `auto`. key: of the conversation; prompt: the newest
     words of the user; summary: a mark of the summary that replaced compacted turns, or
     ""."""
@@ -13761,7 +13765,7 @@ class AutoWish:
     summary: str = ""
 
     @classmethod
-    def read(cls, key: str | None, tier: str, body: Json) -> AutoWish:
+    def read(cls, key: str | None, tier: str, body: Json) -> AutoInput:
         """From a request of any dialect.  Without a key its beginning stands for one."""
         texts: list[str] = []
         summary = ""
@@ -13786,7 +13790,7 @@ class AutoWish:
             summary,
         )
 
-    def fits(self, old: AutoWish, model: Model) -> bool:
+    def fits(self, old: AutoInput, model: Model) -> bool:
         """May the choice for an older wish go on?  The prompt cache is lost with another model."""
         sees = (
             not self.has_image or old.has_image or model.supports.get("vision") is True
@@ -14004,7 +14008,7 @@ def needs_hub(client: Dialect, body: Json, model: Model) -> bool:
     is with stop sequences that the upstream cannot watch for, and with OpenAI's
     freeform tools, which its models know from GPT-5 on."""
     stops = body.get(client.stop_key)
-    if stops is not None and not client.takes_stops(words(stops), model):
+    if stops is not None and not client.accepts_stops(words(stops), model):
         return True
     if "tools" not in body or not client.has_freeform_tools:
         return False
@@ -14255,7 +14259,7 @@ class Plan:
         if isinstance(self.pipeline, TranslatedStream):
             return self.pipeline.tell(events)
         assert self.loop is not None
-        told = self.loop.tell(events)
+        told = self.loop.add_events(events)
         if not told:
             return b""
         filters = event_filters(self.request, self.meter)
@@ -14822,7 +14826,7 @@ def drop_images(plan: Plan, marks: str = "") -> bool:
         refused = set(marks.split())
         for part, mark in images:
             if mark in refused and id(part) not in asked:
-                put_note(part)
+                replace_with_note(part)
                 plan.edit.lose("images", REFUSED)
     else:
         size = len(dumps(body))
@@ -14955,7 +14959,7 @@ REPAIRS = (
            "Claude from 4.5 on"),
     Repair("tool",
            r"tag '(?:tool_reference|tool_search_tool_result|server_tool_use)' found",
-           lambda plan: tell_found_tools(plan.edit),
+           lambda plan: found_tools_as_text(plan.edit),
            "Anthropic, where tools are not found later"),
     Repair("tool", r"[Tt]ool (?:type )?" + _NAME
            + r" is not (?:supported|available)|nsupported " r"tool(?: type)?:? " + _NAME
@@ -15964,13 +15968,15 @@ class KeyFile:
     fields and, unlike others, is held while the file is read and written: changes must
     not mix."""
 
-    def __init__(self, path: str, host: str, given: Iterable[str]) -> None:
+    def __init__(self, path: str, host: str, configured: Iterable[str]) -> None:
         self.path, self._host = path, host
-        self._given = [key for key in given if key != "auto"]
+        self._configured = [key for key in configured if key != "auto"]
         self._lock = threading.RLock()
         self._salt = secrets.token_hex(32)
         self._keys: list[Key] = []  # of the file, those for other hosts, too
-        self._good: list[Key] = []  # those given and those of the file for this host
+        self._good: list[
+            Key
+        ] = []  # those configured and those of the file for this host
         self._stamp: Any = ()  # of the file as it was read; () before
         self.is_closed = False  # is a key wanted?  As of `all`; never undone
 
@@ -16062,11 +16068,11 @@ class KeyFile:
                     "cannot read %s: %s" % (self.path, error.strerror)
                 ) from None
 
-        self._good = [Key(self._hash(text)) for text in self._given]
+        self._good = [Key(self._hash(text)) for text in self._configured]
         self._good += [key for key in self._keys if key.host in ("", self._host)]
         self.is_closed |= any(not key.token for key in self._good)
 
-        if self._given and is_first and stamp is None:
+        if self._configured and is_first and stamp is None:
             with contextlib.suppress(
                 ConfigError
             ):  # read-only: ids differ at each start
@@ -19037,7 +19043,7 @@ class AutoChoice:
     """A model, with the session token that is good for it and this account only."""
 
     model: Model
-    wish: AutoWish
+    auto_input: AutoInput
     lifetime_s: float  # from receipt
     obtained: tuple[float, float]  # (monotonic, wall) at receipt
 
@@ -19052,13 +19058,13 @@ class AutoConversation:
 
     def __init__(self, auto: AutoMode) -> None:
         self._auto = auto
-        self._wish = AutoWish("", "", "")  # of the latest request
+        self._latest = AutoInput("", "", "")  # of the latest request
         self._choice = RefreshingValue(
             self._fetch, self._is_due, self._is_dead, auto.pauses_s
         )
 
     def _fetch(self) -> Work:
-        return self._auto.ask(self._wish)
+        return self._auto.ask(self._latest)
 
     def _is_due(self, choice: AutoChoice) -> bool:
         return choice.left_s(self._auto.clock()) < AUTO_RENEW_S
@@ -19066,23 +19072,30 @@ class AutoConversation:
     def _is_dead(self, choice: AutoChoice) -> bool:
         return choice.left_s(self._auto.clock()) <= 0
 
-    async def choose(self, wish: AutoWish, refused: str) -> Model:
+    async def choose(self, auto_input: AutoInput, refused: str) -> Model:
         """Returns the chosen model; if no new one can be had, the old one.
 
         refused: the selector that the upstream has refused. Raises UpstreamError,
         AuthError."""
-        self._wish = wish
+        self._latest = auto_input
         old = self._choice.value
         is_refused = old is not None and old.model.selector == refused
         replaced = old
-        if old is not None and not is_refused and wish.fits(old.wish, old.model):
+
+        if (
+            old is not None
+            and not is_refused
+            and auto_input.fits(old.auto_input, old.model)
+        ):
             replaced = None  # the old choice remains good
+
         try:
             choice: AutoChoice = await self._choice.get(replaced)
         except UpstreamError:
             if old is None or is_refused or self._is_dead(old):
                 raise
             choice = old
+
         return choice.model
 
 
@@ -19147,17 +19160,19 @@ class AutoMode:
         self._conversations: collections.OrderedDict[str, AutoConversation]
         self._conversations = collections.OrderedDict()
 
-    async def choose(self, wish: AutoWish, refused: str = "") -> Model:
+    async def choose(self, auto_input: AutoInput, refused: str = "") -> Model:
         """Returns the model for a request, with its selector if the upstream chose it.
         Raises UpstreamError, AuthError, BadRequest."""
-        conversation = self._conversations.pop(wish.key, None) or AutoConversation(self)
-        self._conversations[wish.key] = conversation
+        conversation = self._conversations.pop(
+            auto_input.key, None
+        ) or AutoConversation(self)
+        self._conversations[auto_input.key] = conversation
         if len(self._conversations) > MAX_SESSIONS:
             self._conversations.popitem(last=False)
 
         if time.monotonic() >= self._absent_until:
             try:
-                return await conversation.choose(wish, refused)
+                return await conversation.choose(auto_input, refused)
             except UpstreamError as error:
                 if is_limit(error):
                     raise
@@ -19171,9 +19186,13 @@ class AutoMode:
             self._has_warned = True
         return await self._copilot.find_model("auto")
 
-    async def ask(self, wish: AutoWish) -> AutoChoice:
+    async def ask(self, auto_input: AutoInput) -> AutoChoice:
         """Ask /auto, or the older pair of routes. Raises UpstreamError, AuthError."""
-        body = {"prompt": wish.prompt, "tier": wish.tier, "has_image": wish.has_image}
+        body = {
+            "prompt": auto_input.prompt,
+            "tier": auto_input.tier,
+            "has_image": auto_input.has_image,
+        }
         body = {name: value for name, value in body.items() if value}
         try:
             answer = await self._post(AUTO_PATH, AUTO_API_VERSION, body)
@@ -19182,7 +19201,7 @@ class AutoMode:
             if error.status not in (400, 403, 404, 466):
                 raise
             answer, chosen = await self._ask_pair()
-        return await self._choice_of(answer, chosen, wish)
+        return await self._choice_of(answer, chosen, auto_input)
 
     async def _ask_pair(self) -> tuple[Json, Any]:
         try:
@@ -19213,7 +19232,9 @@ class AutoMode:
         except ValueError:
             raise UpstreamError("the choice of a model is not JSON") from None
 
-    async def _choice_of(self, answer: Json, chosen: Any, wish: AutoWish) -> AutoChoice:
+    async def _choice_of(
+        self, answer: Json, chosen: Any, auto_input: AutoInput
+    ) -> AutoChoice:
         """Returns the choice that an answer names. Raises UpstreamError.
 
         The entry of the model list is preferred, because the answer may hold only a
@@ -19240,7 +19261,7 @@ class AutoMode:
         self.is_there = True
         model = replace(Model.from_entry(entry), selector=selector)
         self._copilot.log.info("auto chose %s", printable(model.id))
-        return AutoChoice(model, wish, lifetime_s, now)
+        return AutoChoice(model, auto_input, lifetime_s, now)
 
 
 # ==== 16. History =================================================================================
@@ -20012,15 +20033,15 @@ class Approval:
     is approved until the proxy ends; `_changed` guards both."""
 
     def __init__(
-        self, wanted: bool, log: logging.Logger, tell: Callable[[str, Any], None]
+        self, wanted: bool, log: logging.Logger, publish: Callable[[str, Any], None]
     ) -> None:
-        self._wanted, self._log, self._tell = wanted, log, tell
+        self._wanted, self._log, self._publish = wanted, log, publish
         self._changed = threading.Condition(threading.RLock())
         self.waiting: dict[str, Json] = {}
         self.standing: dict[tuple[str, str], Json] = {}
         self._decided: dict[str, Signal] = {}  # id -> what its request waits for
         self._terminal: threading.Thread | None = None
-        self._asked = ""  # the id of the question that stands on the terminal
+        self._shown_id = ""  # the id of the question that stands on the terminal
 
     async def ask(self, **about: Any) -> None:
         """Wait for a yes. about: client, who (sends it), account, model, text. Raises
@@ -20039,13 +20060,13 @@ class Approval:
             self._decided[question["id"]] = decided
             self._changed.notify_all()
             self._call_person(question["id"])
-        self._tell("approval", question)
+        self._publish("approval", question)
         try:
             await wait(decided)
         finally:
             with contextlib.suppress(BadRequest):
                 self.decide(question["id"], "gone")
-            self._tell("approval", question)
+            self._publish("approval", question)
         if question["state"] != "allowed":
             raise BadRequest(
                 "refused by the person who is asked (--manual)", 403, "request_refused"
@@ -20098,7 +20119,7 @@ class Approval:
             question["state"] = state
             self._decided.pop(question_id).set()
             self._changed.notify_all()
-            if question_id == self._asked:
+            if question_id == self._shown_id:
                 sys.stderr.write("\nthis one is decided already: press Enter\n")
         return question
 
@@ -20113,7 +20134,7 @@ class Approval:
             with self._changed:
                 self._changed.wait_for(lambda: self.waiting)
                 question = next(iter(self.waiting.values()))
-                self._asked = question["id"]
+                self._shown_id = question["id"]
 
             sys.stderr.write(
                 "\nallow %s to ask %s: %s ? (a: always) [y/N] "
@@ -20126,7 +20147,7 @@ class Approval:
 
             sys.stderr.flush()
             line = sys.stdin.readline()
-            self._asked = ""
+            self._shown_id = ""
             state = APPROVAL_WORDS.get(line.strip().lower())
             if state is None:
                 sys.stderr.write("type y to allow it, a for always, n to refuse it\n")
@@ -20175,9 +20196,9 @@ class Budget:
         limit: float,
         clock: Callable[[], float],
         log: logging.Logger,
-        tell: Callable[[str, Any], None],
+        publish: Callable[[str, Any], None],
     ) -> None:
-        self._clock, self._log, self._tell = clock, log, tell
+        self._clock, self._log, self._publish = clock, log, publish
         self._lock = threading.Lock()
         self.loaded = threading.Event()  # what an earlier process spent is known
         self._began = self._ends = 0.0  # of the day
@@ -20310,7 +20331,7 @@ class Budget:
                     after["percent"],
                     after["limit"],
                 )
-            self._tell("budget", after)
+            self._publish("budget", after)
 
     def _add(self, costs: Mapping[str, int]) -> None:
         """Add costs in nano-AIU; forget the payers that were idle for longest."""
@@ -20434,13 +20455,13 @@ def check_expanded(size_bytes: int) -> None:
 _ITEM_IDS = re.compile(rb'"id":("[^"\\]{1,%d}")' % MAX_ID_CHARS)
 
 
-class KeptResponse:
+class StoredResponse:
     """An answer of /responses and its request; `at` is when it arrived (monotonic).
 
     Both stay bytes, and are parsed only when a client refers to them."""
 
-    def __init__(self, at: float, request: bytes, answer: bytes) -> None:
-        self.at, self.request, self.answer = at, request, answer
+    def __init__(self, stored_at: float, request: bytes, answer: bytes) -> None:
+        self.stored_at, self.request, self.answer = stored_at, request, answer
         self.size_bytes = len(request) + len(answer)
 
     @functools.cached_property
@@ -20477,22 +20498,22 @@ class ResponseStore:
         self._lock = threading.Lock()
         self._most = most
         #: (owner, id) -> response, the newest last
-        self._kept: collections.OrderedDict[tuple[str, str], KeptResponse]
-        self._kept = collections.OrderedDict()
+        self._responses: collections.OrderedDict[tuple[str, str], StoredResponse]
+        self._responses = collections.OrderedDict()
         self._size = 0  # in bytes
 
     def put(self, owner: str, request: bytes, response_id: str, answer: bytes) -> None:
         """Store an answer; nothing is parsed here."""
-        response = KeptResponse(time.monotonic(), request, answer)
+        response = StoredResponse(time.monotonic(), request, answer)
         with self._lock:
             self._drop((owner, response_id))
-            self._kept[owner, response_id] = response
+            self._responses[owner, response_id] = response
             self._size += response.size_bytes
-            while self._size > STORE_BYTES or len(self._kept) > self._most:
-                self._drop(next(iter(self._kept)))
+            while self._size > STORE_BYTES or len(self._responses) > self._most:
+                self._drop(next(iter(self._responses)))
 
     def _drop(self, key: tuple[str, str]) -> bool:
-        response = self._kept.pop(key, None)
+        response = self._responses.pop(key, None)
         if response is None:
             return False
         self._size -= response.size_bytes
@@ -20500,21 +20521,27 @@ class ResponseStore:
 
     def _drop_old(self) -> None:
         oldest = time.monotonic() - STORE_AGE_S
-        for key in [key for key, kept in self._kept.items() if kept.at < oldest]:
+        for key in [
+            key
+            for key, response in self._responses.items()
+            if response.stored_at < oldest
+        ]:
             self._drop(key)
 
-    def _of(self, owner: str) -> list[KeptResponse]:
+    def _of(self, owner: str) -> list[StoredResponse]:
         """Returns all responses of an owner, the newest first."""
         with self._lock:
             self._drop_old()
             return [
-                kept for key, kept in reversed(self._kept.items()) if key[0] == owner
+                response
+                for key, response in reversed(self._responses.items())
+                if key[0] == owner
             ]
 
-    def _get(self, owner: str, response_id: str) -> KeptResponse | None:
+    def _get(self, owner: str, response_id: str) -> StoredResponse | None:
         with self._lock:
             self._drop_old()
-            return self._kept.get((owner, response_id))
+            return self._responses.get((owner, response_id))
 
     def find(self, owner: str, response_id: str) -> tuple[Json, list[Json]] | None:
         """Returns (answer, input items) of a stored response, or None."""
@@ -23079,7 +23106,7 @@ class SocketExchange(HttpExchange):
         self, body: bytes, status: int = 200, kind: str = "application/json"
     ) -> None:
         """Send a whole answer as the events of a stream.  Raises ClientGone."""
-        self.write(RESPONSES.tell_whole(as_object(loads(body))))
+        self.write(RESPONSES.as_stream(as_object(loads(body))))
 
     def fail(self, error: ProxyError) -> None:
         """Send the error as a frame.  Raises ClientGone."""
@@ -25291,7 +25318,7 @@ async def choose_model(
     if key:
         key = "%s %s" % (exchange.caller.key_id, key)
     tier = copilot.tier_of(exchange.record.asked.model) or ""
-    model = await copilot.auto.choose(AutoWish.read(key, tier, body), refused)
+    model = await copilot.auto.choose(AutoInput.read(key, tier, body), refused)
     exchange.headers["x-copilot-proxy-auto"] = printable(model.id)
     exchange.app.ledger.stats.count({"auto": {model.id: 1}})
     return model
@@ -25487,7 +25514,7 @@ async def inline_images(exchange: HttpExchange, body: Json) -> None:
     size_bytes = len(exchange.body)
     for place, link in enumerate(reversed(links)):
         if place >= asked and (place >= MAX_IMAGES or size_bytes > MAX_SENT_BYTES):
-            put_note(link.part)
+            replace_with_note(link.part)
             losses.add("images", "the upstream takes no more")
             continue
         media_type, data = await exchange.app.images.fetch(link.url)
@@ -25576,7 +25603,9 @@ async def read_beginning(
     return b"".join(out)
 
 
-async def put_in_kept(exchange: HttpExchange, owner: str, body: Json) -> bool:
+async def expand_stored_responses(
+    exchange: HttpExchange, owner: str, body: Json
+) -> bool:
     """As ResponseStore.expand, but in a thread, because a small request may refer to
     large answers."""
     size_bytes = len(exchange.body)
@@ -25703,7 +25732,7 @@ class Job:
             self.echo = without_none(
                 previous_response_id=body.get("previous_response_id")
             )
-            if await put_in_kept(exchange, owner, body):
+            if await expand_stored_responses(exchange, owner, body):
                 exchange.put_body(rewrite(body, exchange.body))
             if body.get("store") is not False:
                 stores = [exchange.app.store]
@@ -25827,7 +25856,7 @@ class Job:
         ledger = exchange.app.ledger
         now = exchange.app.clock()[1]
         record = exchange.record.begin_search(exchange.head.headers, now)
-        wish = SearchWish(call.query, loop.tool)
+        wish = SearchQuery(call.query, loop.tool)
 
         try:
             await admit_next(exchange)
@@ -25848,7 +25877,7 @@ class Job:
         cls,
         exchange: HttpExchange,
         copilot: Account,
-        wish: SearchWish,
+        wish: SearchQuery,
         record: RequestRecord | None = None,
     ) -> tuple[SearchFindings, Usage]:
         """Let a model search. Returns what it found, and the tokens that this cost.
@@ -25877,7 +25906,7 @@ class Job:
         A failed search is reported as an error, never replaced by a text that was
         written without one. Raises ProxyError, ClientGone."""
         exchange, body = self.exchange, self.body
-        wish = SearchWish.of_message(body)
+        wish = SearchQuery.of_message(body)
         call = SearchCall(stable_id("srvtoolu_", exchange.id), wish.query)
         usage = Usage(searches=0)
         if body.get("stream") is True:
@@ -25949,7 +25978,9 @@ class Job:
         plan.attach(headers, self.repaired, self.echo)
         if plan.is_translated and plan.pipeline and client.tells_prompt_first:
             sent = plan.edit.body
-            plan.request.foresee(estimate_tokens(sent, model.is_claude, sample_tokens))
+            plan.request.set_prompt_tokens(
+                estimate_tokens(sent, model.is_claude, sample_tokens)
+            )
         plan.request.measure(exchange.record.elapsed_ns)
         self.copilot.memory.prepare(plan, known)
         return plan
@@ -26102,7 +26133,7 @@ class Job:
                 functools.partial(estimate_tokens, plan.edit.body, self.model.is_claude)
             )
             most = self.model.limit("max_prompt_tokens") or size - 1
-            error.tell_overflow(max(size, most + 1), most)
+            error.set_overflow(max(size, most + 1), most)
         is_wanted = error.overflow and self.client.reads_overflow_in_streams
         if plan.pipeline is None or not (self.exchange.started or is_wanted):
             return False
@@ -26171,8 +26202,10 @@ async def alpha_search(exchange: HttpExchange) -> None:
     filters = as_object(settings.get("filters"))
     if domains:
         filters = dict(filters, allowed_domains=domains)
-    wish = SearchWish("\n".join(queries), search_tool(dict(settings, filters=filters)))
-    found, _ = await Job.search(exchange, await account_for(exchange), wish)
+    search = SearchQuery(
+        "\n".join(queries), search_tool(dict(settings, filters=filters))
+    )
+    found, _ = await Job.search(exchange, await account_for(exchange), search)
     output = with_sources(found.text, found.sources)
     exchange.reply_json({"output": output, "encrypted_output": None})
 
@@ -26403,7 +26436,7 @@ async def count_input(exchange: HttpExchange) -> None:
     body = await exchange.read_json()
     copilot, model = await resolve(exchange, body)
     size_bytes = len(exchange.body)
-    if await put_in_kept(exchange, owner_of(exchange, copilot), body):
+    if await expand_stored_responses(exchange, owner_of(exchange, copilot), body):
         size_bytes = MAX_BODY_BYTES
     estimate = functools.partial(estimate_tokens, body, model.is_claude)
     counted = await exchange.compute(estimate, size_bytes)
@@ -28101,7 +28134,7 @@ async def demo_answer(dialect: Dialect, exchange: HttpExchange) -> None:
     request.report_usage()
     said, _ = demo_prompt(request)
     demo_trouble(dialect, request, said)
-    request.foresee(estimate_tokens(body))
+    request.set_prompt_tokens(estimate_tokens(body))
     response = demo_response(request, request.prompt_tokens)
     by_auto = "copilot-session-token" in exchange.head.headers
     cost = demo_cost(response.usage or Usage(), by_auto)
@@ -30690,7 +30723,7 @@ def probe_network(app: App) -> tuple[list[str], bool]:
     return lines + [end], well
 
 
-def models_at_hand(app: App) -> list[Model]:
+def models_for_debug(app: App) -> list[Model]:
     """The account's models for `debug`, [] without a login or where they cannot be had
     within MODELS_WAIT_S. Nothing is asked when no setting names a model."""
     models: list[Model] = []
@@ -30759,7 +30792,7 @@ def cmd_debug(app: App, flags: argparse.Namespace) -> int:
     well = True
     if flags.network:
         report["network"], well = probe_network(app)
-    report["missing_models"] = missing_models(app, models_at_hand(app)) or ["none"]
+    report["missing_models"] = missing_models(app, models_for_debug(app)) or ["none"]
     if flags.bundle:
         write_bundle(app, report, flags.bundle)
         return 0

@@ -545,8 +545,8 @@ class ReferenceTest(ProxyCase):
 
     def test_four_thousand_references_to_a_small_item_are_looked_up_once(self) -> None:
         answer = self.answered("small")
-        with mock.patch.object(cp.KeptResponse, "parse_answer", autospec=True,
-                               side_effect=cp.KeptResponse.parse_answer) as parse:
+        with mock.patch.object(cp.StoredResponse, "parse_answer", autospec=True,
+                               side_effect=cp.StoredResponse.parse_answer) as parse:
             self.assertEqual(self.ask(self.references(answer, 4000)).status, 200)
         self.assertEqual(parse.call_count, 1)
         sent = self.fake.last(RESPONSES).json["input"]
@@ -555,8 +555,8 @@ class ReferenceTest(ProxyCase):
     def test_an_answer_that_is_not_meant_is_not_parsed(self) -> None:
         for number in range(20):
             answer = self.answered("answer %d" % number)
-        with mock.patch.object(cp.KeptResponse, "parse_answer", autospec=True,
-                               side_effect=cp.KeptResponse.parse_answer) as parse:
+        with mock.patch.object(cp.StoredResponse, "parse_answer", autospec=True,
+                               side_effect=cp.StoredResponse.parse_answer) as parse:
             self.assertEqual(self.ask([dict(HELLO), {"type": "item_reference",
                                                      "id": "msg_none"}]).status, 404)
             self.assertEqual(parse.call_count, 0)

@@ -466,9 +466,9 @@ class ResponsesClients(ClientCase):
         reply = self.proxy.request("POST", "/v1/responses", response(
             "a", previous_response_id=one["id"]), {"authorization": "Bearer other"})
         self.assertEqual(reply.json["error"]["code"], "previous_response_not_found")
-        owners = {owner for owner, _ in self.proxy.app.store._kept}
+        owners = {owner for owner, _ in self.proxy.app.store._responses}
         self.assertEqual([len(owner) for owner in owners], [32])
-        self.assertNotIn("ghu_fake", repr(self.proxy.app.store._kept.keys()))
+        self.assertNotIn("ghu_fake", repr(self.proxy.app.store._responses.keys()))
         self.assertEqual(self.proxy.request("DELETE", path).json["deleted"], True)
         self.assertEqual(self.proxy.get(path).status, 404)
 

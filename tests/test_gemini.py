@@ -214,7 +214,7 @@ class RequestTest(unittest.TestCase):
         links = cp.linked_images(body)
         self.assertEqual([link.url for link in links], [file["fileUri"], other["file_uri"]])
         links[0].put("image/png", PIXEL)
-        cp.put_note(links[1].part)
+        cp.replace_with_note(links[1].part)
         del body["contents"][0]["parts"][2:]
         self.assertEqual(decode(body).turns[0].parts, [cp.Image("image/png", PIXEL),
                                                        cp.Text(cp.SHED_IMAGE)])

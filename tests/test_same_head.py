@@ -108,8 +108,8 @@ class PlainBodyTest(unittest.TestCase):
                 for model in models:
                     body = dict(more, model=model.id, messages=turns)
                     found = self.outcome(body, model)
-                    quick += cp.CHAT.goes_as_is(body) and turns != []
-                    with mock.patch.object(type(cp.CHAT), "goes_as_is", lambda *_: False):
+                    quick += cp.CHAT.fits_as_is(body) and turns != []
+                    with mock.patch.object(type(cp.CHAT), "fits_as_is", lambda *_: False):
                         self.assertEqual(found, self.outcome(body, model), body)
         self.assertGreater(quick, 20)
 
