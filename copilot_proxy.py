@@ -14329,59 +14329,81 @@ _SCRIPTS = (
 )
 
 
+def _weigh_foreign(piece: str, mark: str) -> float:
+    """Tokens of a match with other letters than ASCII's."""
+    size, last = len(piece), piece[-1]
+    point = ord(last if last > "\x7f" else max(piece))
+    if size > 4 and 0x2000 <= point < 0x3000 and len(set(piece)) < 4:
+        return 1 + size / 8  # a line of a drawn box
+    if size == 1 and point < 0x10000:
+        return 1.0
+    first, each, more = next(row[1:] for row in _SCRIPTS if point < row[0])
+    tokens = first + each * size
+    if mark != " " or piece[1].isupper():
+        tokens += more
+    return max(1.0, tokens)
+
+
+def _weigh_word(word: str, mark: str) -> float:
+    """Tokens of a word of ASCII letters with the mark before it, "" for none."""
+    size = len(word)
+    if size == 1:
+        return 1.0
+    if mark in ("", " "):
+        kind = mark
+    elif mark in _MARKS_IN_WORDS:
+        kind = "."
+    else:
+        kind = "?"
+
+    if word.islower():
+        first, each = _WORDS[kind + "a"]
+    elif word.isupper():
+        first, each = _WORDS[kind + "A"]
+    elif word[1:].islower():
+        first, each = _WORDS[kind + "Aa"]
+    else:
+        first, each = _WORDS["AAa"]
+    return max(1.0, first + each * min(size, 12) + 0.5 * max(0, size - 12))
+
+
+def _weigh_marks(piece: str) -> float:
+    """Tokens of a run of blanks or of punctuation."""
+    marks = piece.strip()
+    if len(marks) < 3:
+        return 1.0 + (len(piece) - len(marks)) // 64
+    kinds = len(set(marks))
+    if kinds == 1:
+        each = 0.02
+    elif kinds == 2:
+        each = 0.12
+    elif marks.strip(_MARKS_OF_CODE):
+        each = 0.5
+    else:
+        each = 0.3
+    return 1.0 + (len(marks) - 2.5) * each
+
+
 def _weigh(piece: str) -> float:
     """Tokens of one match, on average: ' return' -> 1, '_HEAD' -> 1.8, '12.' -> 2, ' ==' -> 1"""
-    size, last, mark = len(piece), piece[-1], "" if piece[0].isalpha() else piece[0]
+    mark = piece[0]
+    if mark.isalpha():
+        mark = ""
 
     if not piece.isascii():
-        point = ord(last if last > "\x7f" else max(piece))
-        if size > 4 and 0x2000 <= point < 0x3000 and len(set(piece)) < 4:
-            return 1 + size / 8  # a line of a drawn box
-        if size == 1 and point < 0x10000:
-            return 1.0
-        first, each, more = next(rest for end, *rest in _SCRIPTS if point < end)
-        return max(
-            1.0, first + each * size + more * (mark != " " or piece[1].isupper())
-        )
-
-    if size > 59 and piece[0].isalnum():
-        return size * (0.66 if piece.strip("0123456789abcdefABCDEF") else 0.57)
+        return _weigh_foreign(piece, mark)
+    if len(piece) > 59 and piece[0].isalnum():
+        is_hex = not piece.strip("0123456789abcdefABCDEF")
+        return len(piece) * (0.57 if is_hex else 0.66)
     if mark.isdigit():
-        if last.isdigit():
+        if piece[-1].isdigit():
             return 1.0
         if piece[-2] == ",":
             return 3.0
         return 2.0
-    if last.isalpha():
-        word = piece[1:] if mark else piece
-        size = len(word)
-        if mark in ("", " "):
-            kind = mark
-        elif mark in _MARKS_IN_WORDS:
-            kind = "."
-        else:
-            kind = "?"
-        first, each = _WORDS[
-            kind + "a"
-            if word.islower()
-            else kind + "A"
-            if word.isupper()
-            else kind + "Aa"
-            if word[1:].islower()
-            else "AAa"
-        ]
-
-        if size == 1:
-            return 1.0
-        return max(1.0, first + each * min(size, 12) + 0.5 * max(0, size - 12))
-
-    marks = piece.strip()
-    if len(marks) < 3:
-        return 1.0 + (size - len(marks)) // 64
-    each = {1: 0.02, 2: 0.12}.get(
-        len(set(marks)), 0.5 if marks.strip(_MARKS_OF_CODE) else 0.3
-    )
-    return 1.0 + (len(marks) - 2.5) * each
+    if piece[-1].isalpha():
+        return _weigh_word(piece[len(mark) :], mark)
+    return _weigh_marks(piece)
 
 
 _known_weight = functools.lru_cache(maxsize=KNOWN_PIECES)(_weigh)
@@ -14393,18 +14415,23 @@ def count_text(text: str) -> int:
     Japanese, numbers), nine of ten within 11 %; Polish, Ukrainian and traditional
     Chinese come out 10 to 20 % short."""
     total = 0.0
+
     for start in range(0, len(text), _CHUNK_CHARS):
         chunk = text[start : start + _CHUNK_CHARS]
-        pieces = (_ASCII_PIECES if chunk.isascii() else _PIECES).findall(chunk)
+        pattern = _PIECES
+        if chunk.isascii():
+            pattern = _ASCII_PIECES
+        pieces = pattern.findall(chunk)
         if max(map(len, pieces), default=0) <= KNOWN_PIECE_CHARS:
             total += sum(map(_known_weight, pieces))
-        else:  # long ones would fill the memory
-            total += sum(
-                _known_weight(piece)
-                if len(piece) <= KNOWN_PIECE_CHARS
-                else _weigh(piece)
-                for piece in pieces
-            )
+            continue
+
+        for piece in pieces:  # weights of long pieces would fill the memory
+            if len(piece) <= KNOWN_PIECE_CHARS:
+                total += _known_weight(piece)
+            else:
+                total += _weigh(piece)
+
     return int(total * _LEAN + 0.999)
 
 
@@ -14470,20 +14497,19 @@ _JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc2]\0[\x0b\x11\x14]\x08(.{4})", re.DOTALL
 
 
 def image_size(head: bytes) -> tuple[int, ...]:
-    """(width, height) by the first bytes of a PNG, GIF, WebP or JPEG; () or struct.error: none."""
-    if head[:4] in (b"\x89PNG", b"GIF8"):
-        return struct.unpack_from(
-            *((">II", head, 16) if head[0] > 127 else ("<HH", head, 6))
-        )
+    """(width, height) by the first bytes of a PNG, GIF, WebP or JPEG, () for another file.
+    Raises struct.error if `head` is too short."""
+    if head[:4] == b"\x89PNG":
+        return struct.unpack_from(">II", head, 16)
+    if head[:4] == b"GIF8":
+        return struct.unpack_from("<HH", head, 6)
     if head[8:12] == b"WEBP":
-        offset, bits, less = {b"X": (24, 24, 1), b"L": (21, 14, 1)}.get(
-            head[15:16], (26, 16, 0)
-        )
-        both, mask = (
-            int.from_bytes(head[offset : offset + 6], "little"),
-            (1 << bits) - 1,
-        )
-        return less + (both & mask), less + (both >> bits & mask)
+        # VP8X, VP8L or VP8: where the two numbers stand, bits of each, what they lack
+        layouts = {b"X": (24, 24, 1), b"L": (21, 14, 1)}
+        offset, bits, lack = layouts.get(head[15:16], (26, 16, 0))
+        both = int.from_bytes(head[offset : offset + 6], "little")
+        mask = (1 << bits) - 1
+        return lack + (both & mask), lack + (both >> bits & mask)
     sizes = _JPEG_SIZE.findall(head)  # its own behind that of its preview
     if sizes:
         return struct.unpack(">HH", sizes[-1])[::-1]
@@ -14513,68 +14539,84 @@ def _as_json(value: Any) -> str:
         return ""  # no upstream takes it either
 
 
+def _media_tokens(url: str, is_claude: bool) -> int:
+    """The tokens of a link or a data: URL: an image counts by its pixels, a PDF by its size."""
+    if url.startswith("data:applic"):
+        return _FILE_TOKENS + len(url) * 3 // 80
+    return image_tokens(url, is_claude)
+
+
+def _fields_to_count(value: Json) -> list[tuple[str, Any]]:
+    """The fields of an object in a prompt. A field that holds plain words here, although
+    its name means a link elsewhere, is returned without its name."""
+    kind = value.get("type")
+    plain = _LINK_FIELDS
+    if kind == "text":
+        plain = ("data",)
+    elif kind in _LINK_TYPES:
+        plain = ()
+    return [
+        ("" if name in plain else name, inner_value)
+        for name, inner_value in value.items()
+    ]
+
+
+def _count_texts(texts: Iterable[str], count: Callable[[str], int]) -> int:
+    """The tokens of all texts. Short ones are counted together, which is quicker; a long
+    one by itself, because joined it would take its size in memory once more."""
+    total = 0
+    short: list[str] = []
+    for text in texts:
+        if len(text) > _CHUNK_CHARS:
+            total += count(text)
+        else:
+            short.append(text)
+    return total + count("\n".join(short))
+
+
 def estimate_tokens(
     body: Json, is_claude: bool = False, count: Callable[[str], int] = count_text
 ) -> int:
-    """How many tokens the prompt of a request of any dialect has, estimated on the high
-    side. System, tools and all texts count, images by their pixels, a PDF by its size
-    (3,000 per 60 KB), sealed reasoning little, ids not. `is_claude`: as Claude counts,
-    about a quarter more; `count`: of a text."""
+    """Estimate the tokens of a prompt in any dialect, on the high side.
+
+    System, tools and all texts count, images by their pixels, a PDF by its size (3,000
+    per 60 KB), sealed reasoning little, ids not. is_claude: count as Claude does, about
+    a quarter more; count: text -> tokens."""
     tools = as_list(body.get("tools")) + as_list(body.get("functions"))
     texts = [_as_json(tool) for tool in tools]
-    tokens = 3 + 8 * len(tools) + (346 if is_claude else 16) * bool(tools)
+    tokens = 3 + 8 * len(tools)
+    if tools:
+        tokens += 346 if is_claude else 16
     todo: list[tuple[str, Any]] = [("", body.get(name)) for name in _PROMPT_FIELDS]
 
     while todo:
         name, value = todo.pop()
         if name in _UNSEEN_FIELDS:
             continue
-        if isinstance(value, dict):
-            kind = value.get("type")
-        else:
-            kind = None
         if isinstance(value, list):
             todo.extend(("", inner) for inner in value)
-        elif isinstance(value, str) and (value[:5] == "data:" or name in _LINK_FIELDS):
-            is_image = value[:11] != "data:applic"
-            tokens += (
-                image_tokens(value, is_claude)
-                if is_image
-                else _FILE_TOKENS + len(value) * 3 // 80
-            )
-        elif isinstance(value, str) and name in _SEALED_FIELDS:
-            tokens += len(value) // 16
-        elif isinstance(value, str):
-            texts.append(value)
-        elif isinstance(value, dict) and name in _JSON_FIELDS:
-            texts.append(_as_json(value))
-        elif isinstance(value, dict) and kind == "base64":
-            todo.append(
-                ("", "data:%s,%s" % (value.get("media_type"), value.get("data")))
-            )
         elif isinstance(value, dict):
-            tokens += 1 if "text" in value else 4
-            plain: tuple[str, ...]
-            if kind == "text":
-                plain = ("data",)
-            elif kind in _LINK_TYPES:
-                plain = ()
+            if name in _JSON_FIELDS:
+                texts.append(_as_json(value))
+            elif value.get("type") == "base64":
+                url = "data:%s,%s" % (value.get("media_type"), value.get("data"))
+                tokens += _media_tokens(url, is_claude)
             else:
-                plain = _LINK_FIELDS
-            todo.extend(
-                ("" if field in plain else field, inner)
-                for field, inner in value.items()
-            )
-
-    total = 0
-    short: list[str] = []
-    for text in texts:
-        if len(text) > _CHUNK_CHARS:
-            total += count(text)  # by itself: joined it would take its size once more
+                tokens += 1 if "text" in value else 4
+                todo.extend(_fields_to_count(value))
+        elif not isinstance(value, str):
+            continue
+        elif value.startswith("data:") or name in _LINK_FIELDS:
+            tokens += _media_tokens(value, is_claude)
+        elif name in _SEALED_FIELDS:
+            tokens += len(value) // 16
         else:
-            short.append(text)
-    total += count("\n".join(short))
-    return int(total * (_CLAUDE_FACTOR if is_claude else 1)) + tokens
+            texts.append(value)
+
+    text_tokens = _count_texts(texts, count)
+    if is_claude:
+        text_tokens = int(text_tokens * _CLAUDE_FACTOR)
+    return text_tokens + tokens
 
 
 # ==== 10. Repairs =================================================================================
