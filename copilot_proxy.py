@@ -1395,7 +1395,10 @@ def as_list(value: Any) -> list[Any]:
 
 def dicts_in(body: Json, key: str) -> list[Json]:
     """The objects in the list `body[key]`; [] where there is no list."""
-    return [item for item in as_list(body.get(key)) if isinstance(item, dict)]
+    items = body.get(key)
+    if not isinstance(items, list):
+        return []
+    return [item for item in items if isinstance(item, dict)]
 
 
 # Numbers from outside, from a client, the upstream, a header, a file or the environment, pass one
@@ -2028,14 +2031,11 @@ def read_usage(usage: Json) -> dict[str, int]:
     {"prompt_tokens": 100, "prompt_tokens_details": {"cached_tokens": 30}} -> {"input":
     70, "cache_read": 30}: what was not reported is absent. OpenAI counts cached tokens
     inside the prompt, Anthropic beside it. cache_write_1h is a part of cache_write."""
-    prompt_details = as_object(
-        usage.get("prompt_tokens_details", usage.get("input_tokens_details"))
-    )
-    answer_details = as_object(
-        usage.get("completion_tokens_details", usage.get("output_tokens_details"))
-    )
-    cached = count_or_none(prompt_details.get("cached_tokens"))
-    written = count_or_none(prompt_details.get("cache_write_tokens"))
+    cached = written = for_an_hour = reasoning = None
+    details = usage.get("prompt_tokens_details", usage.get("input_tokens_details"))
+    if isinstance(details, dict):
+        cached = count_or_none(details.get("cached_tokens"))
+        written = count_or_none(details.get("cache_write_tokens"))
     prompt = count_or_none(usage.get("prompt_tokens", usage.get("input_tokens")))
     if prompt is not None:
         prompt = max(prompt - (cached or 0) - (written or 0), 0)
@@ -2043,17 +2043,22 @@ def read_usage(usage: Json) -> dict[str, int]:
         cached = count_or_none(usage.get("cache_read_input_tokens"))
     if written is None:
         written = count_or_none(usage.get("cache_creation_input_tokens"))
-    created = as_object(usage.get("cache_creation"))
-    for_an_hour = count_or_none(created.get("ephemeral_1h_input_tokens"))
+    details = usage.get("cache_creation")
+    if isinstance(details, dict):
+        for_an_hour = count_or_none(details.get("ephemeral_1h_input_tokens"))
 
-    written_out = usage.get("completion_tokens", usage.get("output_tokens"))
+    output = usage.get("completion_tokens", usage.get("output_tokens"))
+    details = usage.get("completion_tokens_details", usage.get("output_tokens_details"))
+    if isinstance(details, dict):
+        reasoning = count_or_none(details.get("reasoning_tokens"))
+
     counts = {
         "input": prompt,
         "cache_read": cached,
         "cache_write": written,
         "cache_write_1h": for_an_hour,
-        "output": count_or_none(written_out),
-        "reasoning": count_or_none(answer_details.get("reasoning_tokens")),
+        "output": count_or_none(output),
+        "reasoning": reasoning,
     }
     return {name: count for name, count in counts.items() if count is not None}
 
@@ -2266,7 +2271,7 @@ class Model:
     def is_kimi(self) -> bool:
         return self.vendor.startswith("Moonshot") or self.id.startswith("kimi")
 
-    @property
+    @functools.cached_property
     def most_images(self) -> int:
         """The largest number of images in one request, 0 if no limit is known. The
         catalogue's own numbers are unreliable."""
@@ -2339,18 +2344,14 @@ class Losses(List[Tuple[str, str]]):
     Clients invent field names, so at most MAX_LOSSES are recorded, with names of at
     most MAX_LOSS_CHARS in printable ASCII; `more` counts the others."""
 
-    __slots__ = ("_known", "more")  # every request has one
-    _known: set[tuple[str, str]]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.more = 0
+    more = 0
+    _known: set[tuple[str, str]]  # most requests need none
 
     def add(self, name: str, reason: str) -> None:
         """Record one; the time for it does not depend on how many there are."""
         loss = (printable(name, MAX_LOSS_CHARS).replace(",", ";"), reason)
         if not self:
-            self._known = set()  # most requests need none
+            self._known = set()
         if loss in self._known:
             return
         if len(self) >= MAX_LOSSES:
@@ -2369,6 +2370,9 @@ class BodyEdit:
     added: the names of such fields; is_rewritten: something else has changed, too."""
 
     added: frozenset[str] = frozenset()  # nearly always this one
+    changed = False
+    is_rewritten = False
+    is_words = False  # a conversation of roles and texts, nothing else
 
     def __init__(
         self,
@@ -2378,12 +2382,9 @@ class BodyEdit:
     ) -> None:
         self.body = body
         self.go_on = go_on  # asked between long steps: may raise ClientGone
-        self.changed = self.is_rewritten = False
         if losses is None:
-            self.losses = Losses()
-        else:
-            self.losses = losses
-        self.is_words = False  # a conversation of roles and texts, nothing else
+            losses = Losses()
+        self.losses = losses
         self.names: dict[
             bytes, bytes
         ] = {}  # a shortened tool's name as JSON -> the client's
@@ -2613,6 +2614,18 @@ class Named:
     name: str
 
 
+#: fields of a Request that are lists and the like: each has its own
+_REQUEST_LISTS: tuple[tuple[str, type], ...] = (
+    ("turns", list),
+    ("tools", list),
+    ("tool_names", set),
+    ("stop", list),
+    ("openai", dict),
+    ("echo", dict),
+    ("cut_at", list),
+)
+
+
 @dataclass(init=False)
 class Request:
     """A request in the neutral vocabulary. A field that is None was not set by the
@@ -2681,19 +2694,11 @@ class Request:
         if losses is None:
             losses = Losses()
         self.losses = losses
-        own: Json = {
-            "turns": [],
-            "tools": [],
-            "tool_names": set(),
-            "stop": [],
-            "openai": {},
-            "echo": {},
-            "cut_at": [],
-            **fields,
-        }
+        for name, kind in _REQUEST_LISTS:
+            setattr(self, name, kind())
 
         assert fields.keys() <= self.__dataclass_fields__.keys(), fields.keys()
-        for name, value in own.items():
+        for name, value in fields.items():
             setattr(self, name, value)
 
     def answer_as(self, now: int, key: str) -> None:
@@ -3844,11 +3849,13 @@ class UsageMeter:
             reported = read_usage(as_object(holder.get("usage")))
             if any(reported.values()) or not self.counts:
                 self.counts.update(reported)
-            copilot_usage = as_object(holder.get("copilot_usage"))
-            cost = count_or_none(copilot_usage.get("total_nano_aiu"))
-            if cost is not None:
-                self.counts["nano_aiu"] = cost
-            self.quotas.update(as_object(holder.get("copilot_quota_snapshots")))
+            if "copilot_usage" in holder:
+                copilot_usage = as_object(holder["copilot_usage"])
+                cost = count_or_none(copilot_usage.get("total_nano_aiu"))
+                if cost is not None:
+                    self.counts["nano_aiu"] = cost
+            if "copilot_quota_snapshots" in holder:
+                self.quotas.update(as_object(holder["copilot_quota_snapshots"]))
 
 
 _JSON_TEXT = re.compile(rb'(?:[^"\\]|\\.)*\Z')  # the inside of one JSON string
@@ -4227,14 +4234,14 @@ def _has_mark(text: str, mark: str, how: str) -> bool:
 
 def side_request(user_text: str, system_text: str) -> str:
     """The kind of a request that the client made by itself, "" for others.  See SIDE_REQUESTS."""
-    texts = {"user": user_text.strip(), "system": system_text.strip()}
     rows: tuple[SideRequest, ...] = _SYSTEM_SIDE_REQUESTS
-    user = texts["user"]
+    user = user_text.strip()
     if user.startswith(_USER_STARTS) or any(map(user.__contains__, _USER_PARTS)):
         rows = SIDE_REQUESTS
-    elif not texts["system"]:
+    elif not system_text or system_text.isspace():
         return ""
 
+    texts = {"user": user, "system": system_text.strip()}
     for row in rows:
         text = texts[row.place]
         if _has_mark(text, row.marks[0], row.how) and all(
@@ -4800,7 +4807,7 @@ class Dialect:
 
     def wants_search(self, body: Json, model: Model) -> bool:
         """Does it offer a hosted search that this dialect's own endpoint does not run?"""
-        return any(map(is_search_tool, dicts_in(body, "tools")))
+        return "tools" in body and any(map(is_search_tool, dicts_in(body, "tools")))
 
     def has_files(self, body: Json) -> bool:
         """Are there files that this dialect's own endpoint refuses?"""
@@ -6977,17 +6984,18 @@ class ChatCompletions(Dialect):
 
     def check_answer(self, answer: Json) -> None:
         super().check_answer(answer)
-        for choice in dicts_in(answer, "choices"):
-            if choice.get("finish_reason") == "error":
+        for choice in as_list(answer.get("choices")):
+            if isinstance(choice, dict) and choice.get("finish_reason") == "error":
                 raise reported_error({})
 
     @staticmethod
     def _is_whole(choice: Json) -> bool:
         """Has it all that clients insist on, and nothing that they would not see?"""
-        message = as_object(choice.get("message"))
+        message = choice.get("message")
         called = choice.get("finish_reason") == "tool_calls"
         return (
-            choice.get("index") == 0
+            isinstance(message, dict)
+            and choice.get("index") == 0
             and bool(choice.get("finish_reason"))
             and "role" in message
             and "content" in message
@@ -9391,12 +9399,10 @@ class Messages(Dialect):
             end_with_user(edit)
 
     def betas(self, body: Json) -> list[str]:
-        tools = dicts_in(body, "tools")
+        needed: list[str] = []
         if "context_management" in body:
-            needed = [CONTEXT_BETA]
-        else:
-            needed = []
-        if any("defer_loading" in tool for tool in tools):
+            needed.append(CONTEXT_BETA)
+        if any("defer_loading" in tool for tool in dicts_in(body, "tools")):
             needed.append(TOOL_BETA)
         return needed
 
@@ -9684,9 +9690,10 @@ class Messages(Dialect):
 
     def upstream_headers(self, headers: Headers) -> Headers:
         wanted = {"anthropic-version": ANTHROPIC_VERSION}
-        betas = filter_betas(headers.get("anthropic-beta", ""))
-        if betas:
-            wanted["anthropic-beta"] = betas
+        if "anthropic-beta" in headers:
+            betas = filter_betas(headers["anthropic-beta"])
+            if betas:
+                wanted["anthropic-beta"] = betas
         return wanted
 
     def answer_headers(self, request_id: str) -> list[tuple[str, str]]:
@@ -11665,9 +11672,11 @@ class SearchLoop:
     add to the conversation; rounds: how many are over; calls: searches that the proxy
     must make next; events: all of them, for a client that wants no stream."""
 
+    tool = SearchTool({})
+    _usage = Usage()  # of the rounds that are over
+
     def __init__(self, client: Dialect) -> None:
         self.client = client
-        self.tool = SearchTool({})
         self.turns: list[Turn] = []
         self.rounds = 0
         self.calls: list[SearchCall] = []
@@ -11676,7 +11685,6 @@ class SearchLoop:
         self._searches: int | None = None  # that were made
         self._requested = 0  # searches that the model asked for
         self._sources: dict[str, str] = {}  # url -> title; none that a text has cited
-        self._usage = Usage()  # of the rounds that are over
         self._count = 0  # parts that the client was told of when this round began
         self._round: dict[int, PartBuilder] = {}  # its parts, by the upstream's index
         self._places: dict[int, int] = {}  # their indexes for the client
@@ -11784,9 +11792,12 @@ class SearchLoop:
         calls = [part for part in parts if isinstance(part, ToolCall)]
         searches = [call for call in calls if call.name == self._name]
         usage = event.usage or Usage()
-        for name in USAGE_FIELDS:
-            total = getattr(self._usage, name) + getattr(usage, name)
-            setattr(self._usage, name, total)
+        self._usage = Usage(
+            *(
+                getattr(self._usage, name) + getattr(usage, name)
+                for name in USAGE_FIELDS
+            )
+        )
 
         self._count += len(self._places)
         self.rounds += 1
@@ -12550,10 +12561,10 @@ _SHAPED_FIELDS = {
 def is_plain(body: Json, client: Dialect) -> bool:
     """Is this a conversation of words, without a field that normalising would change?"""
     own = client.turns_key
-    turns = body.get(own)
-    if type(turns) is not list or not all(map(is_words, turns)):
+    if body.keys() & _SHAPED_FIELDS[client.name] != {own}:
         return False
-    return body.keys() & _SHAPED_FIELDS[client.name] == {own}
+    turns = body[own]
+    return type(turns) is list and all(map(is_words, turns))
 
 
 def normalise(edit: BodyEdit, client: Dialect, model: Model) -> None:
@@ -13098,16 +13109,17 @@ def _drop_nonce_line(edit: BodyEdit, holder: Json, key: str) -> None:
 def drop_billing_line(edit: BodyEdit) -> None:
     """Claude Code's first system line is another in each request and defeats the prompt cache."""
     body = edit.body
-    first = (as_list(body.get("messages") or body.get("input")) or [{}])[0]
-    for holder, key in (
-        (body, "system"),
-        (body, "instructions"),
-        (as_object(first), "content"),
-    ):
-        if key in holder:
-            _drop_nonce_line(edit, holder, key)
-            for block in as_list(holder[key]):
+    turns = body.get("messages") or body.get("input")
+    places = [(body, "system"), (body, "instructions")]
+    if turns and isinstance(turns, list) and isinstance(turns[0], dict):
+        places.append((turns[0], "content"))
+    for holder, key in places:
+        text = holder.get(key)
+        if isinstance(text, list):
+            for block in text:
                 _drop_nonce_line(edit, as_object(block), "text")
+        elif text is not None:
+            _drop_nonce_line(edit, holder, key)
 
 
 class LinkedImage(NamedTuple):
@@ -13285,6 +13297,7 @@ def fit_kimi(edit: BodyEdit, model: Model) -> None:
 
 #: with it as last item Codex asks for a compaction
 COMPACTION_TRIGGER = "compaction_trigger"
+_COMPACTION_TYPES = (COMPACTION_TRIGGER, *COMPACTIONS)
 SUMMARY_HEAD = (
     "Summary of the conversation so far, whose full text is not there any more:\n\n"
 )
@@ -13296,14 +13309,13 @@ UNREADABLE_SUMMARY = (
 def expand_compactions(edit: BodyEdit, upstream: Dialect) -> None:
     """Our own compactions become text and replace what models did before; the
     upstream's stay where they can be read."""
-    items = as_list(edit.body.get("input"))
-    if not items:
+    if "input" not in edit.body:
         return
+    present = [item.get("type") for item in dicts_in(edit.body, "input")]
+    if not any(map(_COMPACTION_TYPES.__contains__, present)):
+        return
+    items = as_list(edit.body["input"])
     kinds = [str(as_object(item).get("type")) for item in items]
-    if COMPACTION_TRIGGER not in kinds and not any(
-        kind in COMPACTIONS for kind in kinds
-    ):
-        return
     summaries: dict[int, str] = {}  # place -> text, of those packed here
     for index, (item, kind) in enumerate(zip(items, kinds)):
         if kind in COMPACTIONS:
@@ -14017,14 +14029,16 @@ def needs_hub(client: Dialect, body: Json, model: Model) -> bool:
     return any(map(freeform_of, dicts_in(body, "tools")))
 
 
+_LONG_WISHES = ("max_tokens", "max_completion_tokens")
+
+
 def fold_long_answer(edit: BodyEdit, upstream: Dialect, model: Model) -> None:
     """Ask for a stream where a whole answer as long as the client allows would be refused."""
     body = edit.body
-    asked_tokens = max(
-        count_or_zero(body.get("max_tokens")),
-        count_or_zero(body.get("max_completion_tokens")),
-    )
-    if not asked_tokens or not upstream.has_whole_answer_limit:
+    if not upstream.has_whole_answer_limit or body.keys().isdisjoint(_LONG_WISHES):
+        return
+    asked_tokens = max(count_or_zero(body.get(name)) for name in _LONG_WISHES)
+    if not asked_tokens:
         return
     if 0 < model.limit("max_non_streaming_output_tokens") < asked_tokens:
         edit.set(body, "stream", True)
@@ -14087,13 +14101,13 @@ class Plan:
     pipeline: StreamRelay | None
     streams: bool
     meter: UsageMeter
-    headers: Headers = field(default_factory=dict)
-    answer: Json = field(default_factory=dict)
-    begun: bytes = b""
-    is_whole: bool = False
-    tries: int = 0
     loop: SearchLoop | None = None
-    repairs: PlanRepairs = field(default_factory=PlanRepairs)
+    headers: Headers = field(init=False, default_factory=dict)
+    answer: Json = field(init=False, default_factory=dict)
+    begun: bytes = field(init=False, default=b"")
+    is_whole: bool = field(init=False, default=False)
+    tries: int = field(init=False, default=0)
+    repairs: PlanRepairs = field(init=False, default_factory=PlanRepairs)
 
     @classmethod
     def make(
@@ -14107,20 +14121,23 @@ class Plan:
         by_hub: bool = False,
         go_on: Callable[[], None] = lambda: None,
         loop: SearchLoop | None = None,
+        known_plain: bool = False,
     ) -> Plan:
         """Translate the body or fit it. An answer longer than the model gives in one
         piece is asked for as a stream and folded. by_hub: translate even where the
         dialects are the same; go_on: asked between the steps, may raise ClientGone;
-        loop: for a hosted search, should there be one. `body` may be changed. Raises
-        BadRequest."""
+        loop: for a hosted search, should there be one; known_plain: `is_plain` is
+        true of it. `body` may be changed. Raises BadRequest."""
         echo = client.echo_of(body)  # as the client wrote it
         edit = BodyEdit(body, go_on=go_on)
-        normalise(edit, client, model)
+        if known_plain:
+            edit.note_words(True)
+        else:
+            normalise(edit, client, model)
         is_translated = (
             client is not upstream or by_hub or needs_hub(client, body, model)
         )
         wants_stream = body.get("stream") is True
-        request = Request(str(body["model"]), client.name, losses=edit.losses)
         pipeline: StreamRelay | None = None
 
         if is_translated:
@@ -14131,6 +14148,7 @@ class Plan:
                 pipeline = TranslatedStream(client, upstream, request, loop)
         else:
             loop = None
+            request = Request(str(body["model"]), client.name, losses=edit.losses)
             if wants_stream:
                 pipeline = client.stream(request.model, body, request)
             drop_billing_line(edit)
@@ -14138,14 +14156,13 @@ class Plan:
             prepare_body(edit, upstream, model)
 
         request.answer_as(now, key)
-        request.echo.update(echo)
+        if echo:
+            request.echo.update(echo)
         if pipeline is not None:
             pipeline.names = edit.names
-        if not wants_stream:
-            fold_long_answer(edit, upstream, model)
-        if pipeline:
             meter = pipeline.meter
         else:
+            fold_long_answer(edit, upstream, model)
             meter = UsageMeter()
         return cls(
             client,
@@ -14157,7 +14174,7 @@ class Plan:
             pipeline,
             edit.body.get("stream") is True,
             meter,
-            loop=loop,
+            loop,
         )
 
     def begin(self) -> None:
@@ -14201,7 +14218,8 @@ class Plan:
         if needed:
             self._add_betas(needed)
         self.repairs.share(repaired)
-        self.request.echo.update(echo)
+        if echo:
+            self.request.echo.update(echo)
 
     def _add_betas(self, needed: list[str]) -> None:
         sent = self.headers.get("anthropic-beta", "")
@@ -14228,7 +14246,8 @@ class Plan:
 
     def read(self, data: bytes, is_stream: bool) -> bytes:
         """The client's bytes for a whole answer.  Raises UpstreamError."""
-        data = restore_names(data, self.edit.names)
+        if self.edit.names:
+            data = restore_names(data, self.edit.names)
         if not self.is_translated and not is_stream:
             self.answer = parse_answer(data)
             self.meter.take(self.answer)
@@ -14237,9 +14256,11 @@ class Plan:
             if changed:
                 return dumps(self.answer)
             return data
+
         if self.loop is not None:
             events = read_events(self.upstream, data, is_stream, self.meter)
             return self.go_on(self.loop.take(events))
+
         response = read_answer(self.upstream, data, is_stream, self.request, self.meter)
         if isinstance(self.pipeline, TranslatedStream):
             return self.pipeline.tell(unfold(response))
@@ -15087,7 +15108,7 @@ class LearnedRepairs:
         plan.repairs.use(self, known)
         if self._bad and drop_state(plan, True):
             plan.repairs.names.append("reasoning state")
-        for store in (self._facts, self._values):
+        for store in filter(None, (self._facts, self._values)):
             for repair, words in store.get(plan.key, ()):
                 if repair.patch(plan, *words):
                     plan.repairs.names.append(repair.name)
@@ -21524,12 +21545,14 @@ class Admission:
         after the first needs `admit_next`. Raises RateLimited, BadRequest."""
         if self._budget.is_set or ticket.wish is not None:
             await self._budget.admit(ticket.payer, ticket.wish)
-        ticket.account.limiter.check(calls)
+        if calls > 1:
+            ticket.account.limiter.check(calls)
         headers = self._minute.admit(ticket.who, self._minute_text, calls)
         if not ticket.has_slot:
             ticket.has_slot = await self.gate.enter(ticket.who)
         await ticket.account.limiter.admit()
-        await self.approval.ask(account=ticket.account.name, **ticket.about)
+        if ticket.about:
+            await self.approval.ask(account=ticket.account.name, **ticket.about)
         ticket.is_admitted = True
         return headers
 
@@ -25386,6 +25409,8 @@ def fit_model(data: bytes, edit: BodyEdit, model_id: str) -> bytes:
     These are the client's own bytes if only the model's id was changed or fields were
     added: to serialise 1 MB of JSON takes 4 ms, in which all streams stand still."""
     asked = edit.body["model"]
+    if asked == model_id and not edit.changed:
+        return data  # nearly always
     if not edit.is_rewritten and asked != model_id:
         places = list(re.finditer(rb'"model"\s*:\s*' + re.escape(dumps(asked)), data))
         if len(places) == 1:
@@ -25440,27 +25465,31 @@ async def resolve(exchange: HttpExchange, body: Json) -> tuple[Account, Model]:
 
 
 def upstream_headers(
-    exchange: HttpExchange, client: Dialect, upstream: Dialect, body: Json, model: Model
+    exchange: HttpExchange,
+    client: Dialect,
+    upstream: Dialect,
+    body: Json,
+    model: Model,
+    known_plain: bool = False,
 ) -> Headers:
     """Returns the headers that depend on the request: its initiator, images,
-    Anthropic's versions."""
+    Anthropic's versions. known_plain: as for `Plan.make`."""
     client_headers = exchange.head.headers
     initiator = exchange.record.initiator
     if not initiator:
         initiator = client_headers.get("x-initiator", "").lower()
     interaction = client.interaction(body)
     if initiator not in ("user", "agent"):
+        initiator = "agent"
         if interaction == "user":
             initiator = "user"
-        else:
-            initiator = "agent"
 
     headers = {"X-Initiator": initiator}
     if interaction in ("compaction", "background"):
         headers["X-Interaction-Type"] = "conversation-" + interaction
     if model.selector:
         headers["Copilot-Session-Token"] = model.selector
-    if client.has_images(body):
+    if not known_plain and client.has_images(body):
         headers["Copilot-Vision-Request"] = "true"
     headers.update(upstream.upstream_headers(client_headers))
     return headers
@@ -25486,7 +25515,7 @@ async def admit(
 ) -> None:
     """Wait until this request may be sent; a second call returns at once. calls: how
     many it makes, see `admit_next`. Raises RateLimited, BadRequest, ClientGone."""
-    headers, asked = exchange.head.headers, exchange.record.asked
+    headers, record = exchange.head.headers, exchange.record
     if exchange.ticket is None:
         about: Json = {}
         if exchange.app.settings.manual:
@@ -25495,9 +25524,9 @@ async def admit(
             about["tokens"] = len(exchange.body) // 4  # a rough estimate
         exchange.ticket = Ticket(
             exchange.caller.name,
-            asked.payer,
+            record.asked.payer,
             headers.get("x-copilot-proxy-budget"),
-            await account_for(exchange),
+            record.account or await account_for(exchange),
             about,
         )
     if exchange.ticket.is_admitted:
@@ -25507,7 +25536,7 @@ async def admit(
     if exchange.ticket.wish is not None:
         app.ledger.settle()  # what this payer has spent
     exchange.headers.update(await app.admission.admit(exchange.ticket, calls))
-    app.ledger.show_running(exchange.record)
+    app.ledger.show_running(record)
 
 
 async def admit_next(exchange: HttpExchange) -> None:
@@ -25540,10 +25569,7 @@ async def inline_images(exchange: HttpExchange, body: Json) -> None:
 
     Older ones that the upstream would not accept are omitted and not fetched. Raises
     BadRequest (413 if the body grows too large)."""
-    if exchange.app.settings.fetch_images:
-        links = linked_images(body)
-    else:
-        links = []
+    links = linked_images(body)
     if not links:
         return
     asked = len(linked_images(last_turn(body)))
@@ -25746,7 +25772,7 @@ class Job:
         ProxyError, ClientGone."""
         await self.begin(body)
         del body  # this lasts as long as the answer
-        if self.is_compaction():
+        if self.client.reads_compactions and self.is_compaction():
             await compact(self)
             return
         if not self.exchange.app.settings.no_web_search:
@@ -25760,37 +25786,33 @@ class Job:
         """Run the stages from `identify` to `expand`.  Raises ProxyError, ClientGone."""
         exchange = self.exchange
         copilot, model = await resolve(exchange, body)
-        body = await self.expand(body, copilot, model)
+        if exchange.app.settings.fetch_images:
+            await inline_images(exchange, body)
+        if self.client.keeps_answers:
+            await self.expand(body, copilot)
         self.take(copilot, model, body, exchange.body)
 
-    async def expand(self, body: Json, copilot: Account, model: Model) -> Json:
-        """Returns the body with all that it only referred to. Raises BadRequest,
-        UpstreamError, ClientGone."""
+    async def expand(self, body: Json, copilot: Account) -> None:
+        """Insert the answers that the body only refers to, and prepare to keep this one.
+        Raises BadRequest."""
         exchange = self.exchange
+        owner = owner_of(exchange, copilot)
+        previous = body.get("previous_response_id")
+        if previous is not None:
+            self.echo = {"previous_response_id": previous}
+        if await expand_stored_responses(exchange, owner, body):
+            exchange.put_body(rewrite(body, exchange.body))
 
-        await inline_images(exchange, body)
-        if self.client.keeps_answers:
-            owner = owner_of(exchange, copilot)
-            self.echo = without_none(
-                previous_response_id=body.get("previous_response_id")
-            )
-            if await expand_stored_responses(exchange, owner, body):
-                exchange.put_body(rewrite(body, exchange.body))
-            if body.get("store") is not False:
-                stores = [exchange.app.store]
-            else:
-                stores = []
-            if exchange.store is not exchange.app.store:
-                stores.append(exchange.store)
-            if stores:
-                self.keep = functools.partial(keep_in, stores, owner, exchange.body)
-
-        return body
+        stores = []
+        if body.get("store") is not False:
+            stores.append(exchange.app.store)
+        if exchange.store is not exchange.app.store:
+            stores.append(exchange.store)
+        if stores:
+            self.keep = functools.partial(keep_in, stores, owner, exchange.body)
 
     def is_compaction(self) -> bool:
         """Does it ask for one item that replaces the conversation so far?"""
-        if not self.client.reads_compactions:
-            return False
         last = as_object((as_list(self.body.get("input")) or [None])[-1])
         return (
             self.exchange.path == COMPACT_PATH or last.get("type") == COMPACTION_TRIGGER
@@ -25986,9 +26008,13 @@ class Job:
         body, model = self.body, self.model
         refused = self.copilot.memory.refused
         known = len(refused)
-        upstream = choose_upstream(client, model, refused, client.has_files(body))
+        #: words alone, which is asked once: then there are no files, images and tools
+        plain = client.path != "" and is_plain(body, client)
+        has_files = not plain and client.has_files(body)
+        upstream = choose_upstream(client, model, refused, has_files)
         has_search = upstream.answers_search and (model.id, SEARCH_TOOLS) not in refused
-        if client.answers_search and not has_search and is_search_request(body):
+        may_be_search = client.answers_search and not (has_search or plain)
+        if may_be_search and is_search_request(body):
             return None
 
         loop = self.loop
@@ -25999,7 +26025,7 @@ class Job:
             is_refused |= loop is not None or client.answers_search
 
         # made before the plan, which may change the body
-        headers = upstream_headers(exchange, client, upstream, body, model)
+        headers = upstream_headers(exchange, client, upstream, body, model, plain)
         if is_next or self.record is not exchange.record:
             headers["X-Initiator"] = "agent"  # a step of the tool loop
         plan = Plan.make(
@@ -26010,20 +26036,20 @@ class Job:
             int(time.time()),
             exchange.id,
             is_refused or is_next,
-            go_on=exchange.go_on,
-            loop=loop,
+            exchange.go_on,
+            loop,
+            plain,
         )
         if plan.loop is not None and not (is_next or self.may_search()):
             self.loop = None  # do not offer a search that no model can make
             self.body = loads(self.data)
             return self.make_plan()
         plan.attach(headers, self.repaired, self.echo)
-        if plan.is_translated and plan.pipeline and client.tells_prompt_first:
-            sent = plan.edit.body
-            plan.request.set_prompt_tokens(
-                estimate_tokens(sent, model.is_claude, sample_tokens)
-            )
-        plan.request.measure(exchange.record.elapsed_ns)
+        if plan.is_translated:
+            plan.request.measure(exchange.record.elapsed_ns)
+            if plan.pipeline and client.tells_prompt_first:
+                tokens = estimate_tokens(plan.edit.body, model.is_claude, sample_tokens)
+                plan.request.set_prompt_tokens(tokens)
         self.copilot.memory.prepare(plan, known)
         return plan
 
@@ -26062,7 +26088,8 @@ class Job:
 
         if record is exchange.record:
             report_losses(exchange, plan.edit.losses, self.repaired)
-            name_model(exchange, model)
+            if record.model is not model:  # of --fallback, or another choice of auto
+                name_model(exchange, model)
         else:
             losses, ledger = plan.edit.losses, exchange.app.ledger
             ledger.note_changes(record, losses, self.repaired)
@@ -26455,7 +26482,8 @@ async def count_tokens(exchange: HttpExchange) -> None:
         is_claude = model.is_claude
         check_endpoint(model, MESSAGES.path)
         copilot.limits.admit(model.id, may_probe=False)
-        await inline_images(exchange, body)
+        if exchange.app.settings.fetch_images:
+            await inline_images(exchange, body)
         edit = BodyEdit(body, go_on=exchange.go_on)
         drop_billing_line(edit)
         fit = functools.partial(prepare_body, edit, MESSAGES, model)
