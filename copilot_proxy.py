@@ -298,7 +298,7 @@ MAX_KEPT_HEAD_BYTES = 4096  # of such a request
 DEFER_S = 0.001
 LOG_TIME = "%H:%M:%S"
 #: client, model, route, status, tokens, credits, times
-LOG_COLUMNS = "%-14.14s %-24s %-11s %3d %13s %11s %12s"
+LOG_COLUMNS = "%-14.14s %-24s %-11s %3d %13s %11s %12s  %.8s"
 LOG_COLOURS = {30: "33", 40: "31", 50: "31"}  # level -> of the terminal: yellow, red
 #: one of these is set where a console of Windows obeys escape sequences
 ANSI_VARIABLES = ("WT_SESSION", "ANSICON", "ConEmuANSI", "TERM", "TERM_PROGRAM")
@@ -1558,20 +1558,7 @@ _SECRET = re.compile(
 )
 
 #: one of these is in every secret: a look before the pattern is tried
-_SECRET_SIGNS = (
-    "ghu_",
-    "gho_",
-    "ghp_",
-    "ghr_",
-    "ghs_",
-    "ght_",
-    "github_pat_",
-    "sk-copilot-",
-    "tid=",
-    "earer ",
-    "oken ",
-    "://",
-)
+_SECRET_SIGNS = ("_", "sk-copilot-", "tid=", "earer ", "oken ", "://")
 
 
 def redact(text: str) -> str:
@@ -2095,9 +2082,9 @@ class PriceTier(NamedTuple):
 
     def price_of(self, kind: str) -> int:
         """A kind without a price of its own costs what the next plainer kind does."""
-        plainer = {"cache_write_1h": "cache_write"}.get(kind, "input")
         if kind in self.nano:
             return self.nano[kind]
+        plainer = {"cache_write_1h": "cache_write"}.get(kind, "input")
         return self.nano.get(plainer, self.nano["input"])
 
 
@@ -2145,26 +2132,27 @@ class Prices:
         seconds."""
         if not self.tiers or "input" not in counts:
             return None
-        prompt = sum(
-            counts.get(kind, 0) for kind in ("input", "cache_read", "cache_write")
-        )
-        fits = [tier for tier in self.tiers if prompt <= tier.most_tokens]
-        tier = (fits or self.tiers[-1:])[0]
-
         amounts = {kind: counts.get(kind, 0) for kind in PRICED}
-        amounts["cache_write_1h"] = min(
-            amounts["cache_write_1h"], amounts["cache_write"]
-        )
-        amounts["cache_write"] -= amounts["cache_write_1h"]
-        cost = sum(amount * tier.price_of(kind) for kind, amount in amounts.items())
+        prompt = amounts["input"] + amounts["cache_read"] + amounts["cache_write"]
+        for tier in self.tiers:
+            if prompt <= tier.most_tokens:
+                break  # else it is the last one
+
+        for_an_hour = min(amounts["cache_write_1h"], amounts["cache_write"])
+        amounts["cache_write_1h"] = for_an_hour
+        amounts["cache_write"] -= for_an_hour
+        cost = 0
+        for kind, amount in amounts.items():
+            if amount:
+                cost += amount * tier.price_of(kind)
 
         divisor = self.batch
         promo, ends_at = self.promo
-        for discount in (
-            promo if now < ends_at else 0,
-            self.auto_discount if by_auto else 0,
-        ):
-            cost *= MILLION - discount
+        if promo and now < ends_at:
+            cost *= MILLION - promo
+            divisor *= MILLION
+        if by_auto:
+            cost *= MILLION - self.auto_discount
             divisor *= MILLION
         return count_or_none((2 * cost + divisor) // (2 * divisor))
 
@@ -19740,22 +19728,25 @@ class Events:
 
 #: one statement for many rows: each runs outside the interpreter's lock, which the loop wants
 ROWS_PER_INSERT = 999 // len(ROW_FIELDS)  # 999: values that any SQLite takes at once
+values_of = operator.itemgetter(*ROW_FIELDS)
 
 
 def insert_rows(link: Any, rows: list[Json]) -> None:
     """Write rows; of texts only what fits on a line."""
+    names = ", ".join(ROW_FIELDS)
     one = "(%s?)" % ("?, " * (len(ROW_FIELDS) - 1))
-    values = []
-    for row in rows:
-        for value in map(row.get, ROW_FIELDS):
-            if isinstance(value, str) and not (value.isascii() and len(value) < 200):
-                value = printable(value)
-            values.append(value)
-    link.execute(
-        "INSERT INTO requests (%s) VALUES %s"
-        % (", ".join(ROW_FIELDS), ", ".join([one] * len(rows))),
-        values,
-    )
+
+    for begin in range(0, len(rows), ROWS_PER_INSERT):
+        some = rows[begin : begin + ROWS_PER_INSERT]
+        values = [
+            printable(value)
+            if type(value) is str and not (value.isascii() and len(value) < 200)
+            else value
+            for row in some
+            for value in values_of(row)
+        ]
+        lines = ", ".join([one] * len(some))
+        link.execute(f"INSERT INTO requests ({names}) VALUES {lines}", values)
 
 
 class History:
@@ -19888,8 +19879,7 @@ class History:
         while self._jobs:
             self._jobs.popleft()(link)
         while self._rows:
-            most = min(len(self._rows), ROWS_PER_INSERT)
-            rows = [self._rows[at] for at in range(most)]
+            rows = [self._rows[at] for at in range(len(self._rows))]
             with link:
                 insert_rows(link, rows)
                 if secrets.randbelow(1000) < len(rows):  # now and then
@@ -20371,12 +20361,13 @@ class Budget:
     def spend(self, row: Json) -> None:
         """Add the cost of a request that has ended, or the estimate if the upstream
         reported none."""
-        before = self.report()
-        if row["nano_aiu"] is None:
+        cost = row["nano_aiu"]
+        if cost is None:
             cost = row["estimate"]
-        else:
-            cost = row["nano_aiu"]
+        if not cost and not self._limits:
+            return
 
+        before = self.report()
         if cost:
             self._estimated |= row["nano_aiu"] is None
             self._add(
@@ -20438,6 +20429,15 @@ class Budget:
             "ends_at": self._ends,
             "sessions": lines,
         }
+
+
+#: group -> name -> number
+Counts = Dict[str, Dict[Any, int]]
+
+
+def new_counts() -> Counts:
+    """Returns counts in which every number begins with 0."""
+    return collections.defaultdict(lambda: collections.defaultdict(int))
 
 
 class Stats:
@@ -20944,11 +20944,11 @@ class Notes:
     """Names of what was changed of a request, as its header and its row list them: as
     many as fit into MAX_NOTE_CHARS, then how many more there are."""
 
-    names: frozenset[str] = frozenset()  # nearly always this one
-
-    def __init__(self) -> None:
-        self.more = 0
-        self._room = MAX_NOTE_CHARS - len("+1000000000 more")
+    # nearly always these
+    names: frozenset[str] = frozenset()
+    more = 0
+    text = ""  # the names as they are listed
+    _room = MAX_NOTE_CHARS - len("+1000000000 more")
 
     def add(self, names: set[str], more: int = 0) -> set[str]:
         """Add names. Returns those that are listed now and were not before.
@@ -20963,23 +20963,21 @@ class Notes:
             fresh.add(name)
         self.names |= fresh
         self.more = max(self.more, len(names - self.names) + more)
-        return fresh
 
-    def __str__(self) -> str:
-        if not self.names and not self.more:
-            return ""
         listed = sorted(self.names)
         if self.more:
             listed.append(f"+{self.more} more")
-        return ", ".join(listed)
+        self.text = ", ".join(listed)
+        return fresh
 
 
 def token_text(row: Json) -> str:
     """Returns 'prompt+output' of a row, '' if no counts are known."""
-    prompt = [row[name] for name in COUNTS[:3] if row[name] is not None]
-    if prompt:
-        return "%d+%d" % (sum(prompt), row["output"] or 0)
-    return ""
+    fresh, read, written = row["input"], row["cache_read"], row["cache_write"]
+    if fresh is None and read is None and written is None:
+        return ""
+    prompt = (fresh or 0) + (read or 0) + (written or 0)
+    return f"{prompt}+{row['output'] or 0}"
 
 
 @functools.lru_cache(maxsize=HEADS_KEPT)
@@ -21138,7 +21136,7 @@ class RequestRecord:
 
     def end_stream(self, failure: str, code: str | None) -> None:
         """The upstream's stream is over; failure: why it was cut, '' if it was not."""
-        self.failure = failure
+        self.failure = redact(failure)
         if failure:
             self.error = code or "stream_error"
 
@@ -21154,7 +21152,7 @@ class RequestRecord:
 
     def end(self) -> None:
         """The request is over: note its whole time."""
-        self.total_ms = self.elapsed_ms()
+        self.total_ms = (time.monotonic() - self.asked.began) * 1000
 
     # -- what is known
 
@@ -21180,7 +21178,7 @@ class RequestRecord:
         """Returns the nano-AIU by the listed prices, None if those are unknown. Each
         answer is counted by itself, because its price depends on the length of its
         prompt."""
-        if self.model is None:
+        if self.model is None or not self.model.prices.tiers:
             return None
         prices = self.model.prices
         by_auto = self.model.selector != ""
@@ -21208,36 +21206,44 @@ class RequestRecord:
 
     def row(self) -> Json:
         """This request as a row of the history."""
-        asked, counts = self.asked, self.counts()
+        asked = self.asked
+        account, model = self.account, self.model
+        count_of = self.counts().get
+
+        name = asked.model
+        if model is None or name != model.id:  # the client's own words
+            name = printable(redact(name), 100)
 
         return {
             "id": self.id,
             "at": asked.at,
             "client": asked.agent,
-            "account": self.account.name if self.account else None,
+            "account": account and account.name,
             "key": asked.key or None,
             "session": asked.session,
             "dialect": asked.label,
             "path": self.path or None,
             "route": self.route,
-            "asked": printable(redact(asked.model), 100) or None,
-            "model": self.model.id if self.model else None,
+            "asked": name or None,
+            "model": model and model.id,
             "streamed": int(asked.streamed),
             "status": self.status or None,
             "error": self.error or None,
             "initiator": self.initiator or None,
-            **{name: counts.get(name) for name in COUNTS},
+            "input": count_of("input"),
+            "cache_read": count_of("cache_read"),
+            "cache_write": count_of("cache_write"),
+            "output": count_of("output"),
+            "reasoning": count_of("reasoning"),
+            "nano_aiu": count_of("nano_aiu"),
             "estimate": self.estimate(),
             "sent_ms": self.sent_ms or None,
             "first_ms": self.first_byte_ms or None,
             "total_ms": self.total_ms or self.elapsed_ms(),
-            "repairs": str(self.repairs) or None,
-            "losses": str(self.losses) or None,
+            "repairs": self.repairs.text or None,
+            "losses": self.losses.text or None,
             "upstream_id": self.upstream_id,
         }
-
-    def _path(self) -> str:
-        return path_in_log(self.asked.method, self.asked.path)
 
     def _models(self) -> str:
         """Returns 'asked->used', or '' if no model was asked for."""
@@ -21250,7 +21256,7 @@ class RequestRecord:
         """One line for a log that programs read: names with values."""
         parts = [
             self.id[:8],
-            self._path(),
+            path_in_log(self.asked.method, self.asked.path),
             "model=" + (self._models() or "-"),
             "route=" + self.route,
             "status=%d" % self.status,
@@ -21264,11 +21270,19 @@ class RequestRecord:
             parts.append("error=" + printable(self.failure))
         return redact(" ".join(parts))
 
+    def severity(self) -> int:
+        """Returns the level of the log whose colour the request's line has."""
+        if 400 <= self.status < 500:
+            return logging.WARNING
+        if self.status >= 500 or self.failure:
+            return logging.ERROR
+        return logging.INFO
+
     def console_line(self, row: Json) -> str:
         """One line for people, aligned, what matters first: client, model (or what is
         asked for where there is none), route, status, tokens, credits, first byte and
         total."""
-        asked = self._path()
+        asked = path_in_log(self.asked.method, self.asked.path)
         models = self._models()
         tokens = token_text(row)
         if tokens:
@@ -21280,21 +21294,21 @@ class RequestRecord:
         elif row["estimate"] is not None:
             credits_ = "~%.4f cr" % (row["estimate"] / NANO)
 
-        columns = LOG_COLUMNS % (
+        line = LOG_COLUMNS % (
             client_name(self.asked.agent) or "-",
             models or asked,
             self.route,
             self.status,
             tokens,
             credits_,
-            "%.0f/%.0f ms" % (self.first_byte_ms, row["total_ms"]),
+            f"{self.first_byte_ms:.0f}/{row['total_ms']:.0f} ms",
+            self.id,
         )
-        parts = [columns, self.id[:8]]
         if models:
-            parts.append(asked)
+            line += "  " + asked
         if self.failure:
-            parts.append("error: " + printable(self.failure))
-        return redact("  ".join(parts))
+            line += "  error: " + printable(self.failure)
+        return redact(line)
 
 
 class Ledger:
@@ -21326,7 +21340,6 @@ class Ledger:
         self.budget = Budget(settings.budget, lambda: clock()[1], log, self.events.tell)
         self.running: dict[str, RequestRecord] = {}
         self._ended: collections.deque[RequestRecord] = collections.deque()
-        self._lines: list[str] = []  # of the log, not written yet
         self.recent: collections.deque[Json] = collections.deque(maxlen=RECENT)
         self.quotas: dict[tuple[str, str], tuple[Account, str, Any, float]] = {}
 
@@ -21356,82 +21369,87 @@ class Ledger:
 
     def settle(self) -> None:
         """Record the requests that have ended; called before records are read."""
+        if not self._ended:
+            return
+        counts: dict[Account | None, Counts] = collections.defaultdict(new_counts)
+        handler = line_handler(self._log)
+        lines = []
+
         while self._ended:
             record = self._ended.popleft()
-            _, error = outcome(self.record, record)
+            added = counts[record.account]
+            line, error = outcome(self._record, record, added, handler)
             if error is not None:
                 self._log.error("%s could not be counted", record.id, exc_info=error)
+            elif line:
+                lines.append(line)
 
-        lines, self._lines = self._lines, []
-        handler = line_handler(self._log)
+        for account, added in counts.items():
+            self.stats.count(added)
+            if account is not None:
+                account.stats.count(added)
         if lines and handler is not None:
             handler.write_lines("".join(lines))
 
-    def record(self, record: RequestRecord) -> None:
-        """Add a request that has ended to counts, history, log and page."""
+    def _record(
+        self, record: RequestRecord, counts: Counts, handler: LogHandler | None
+    ) -> str:
+        """Add a request that has ended to counts, history, log and page. Returns its
+        line of the log, '' if that is not to be written by the handler."""
         self.running.pop(record.id, None)
         row = record.row()
-        group = "looks" if record.is_look else "requests"
-        counts: dict[str, dict[Any, int]] = {
-            group: {(record.route, str(record.status)): 1}
-        }
-        if record.asked.label:
-            counts.update(self._record_row(row, redact(record.failure)))
-        self.stats.count(counts)
-        if record.account is not None:
-            record.account.stats.count(counts)
-
+        group = "requests"
         level = logging.INFO
         if record.is_look:
+            group = "looks"
             level = logging.DEBUG
-        if self._log.isEnabledFor(level):
-            self._log_request(level, record, row)
 
-    def _log_request(self, level: int, record: RequestRecord, row: Json) -> None:
-        log, handler = self._log, line_handler(self._log)
+        counts[group][record.route, str(record.status)] += 1
+        if record.asked.label:
+            self._count(row, counts)
+            self.budget.spend(row)
+            self.history.put(row)
+            row["message"] = record.failure or None  # not among the columns
+            self.recent.appendleft(row)
+            if self.events.readers:
+                self.events.tell("request", shown(row))
+
+        if not self._log.isEnabledFor(level):
+            return ""
         if handler is not None:
-            colour_of = logging.INFO
-            if 400 <= record.status < 500:
-                colour_of = logging.WARNING
-            elif record.status >= 500 or record.failure:
-                colour_of = logging.ERROR
-            line = handler.line(level, record.console_line(row), colour_of)
-            self._lines.append(line)
-            return
+            return handler.line(level, record.console_line(row), record.severity())
+        self._log_fields(level, record.log_line(row), row)
+        return ""
 
-        text = record.log_line(row)
-        # as log.info would, but without its search for the caller's line in each request
-        extra = {"row": row}
-        log.handle(log.makeRecord(log.name, level, "", 0, text, (), None, extra=extra))
+    def _count(self, row: Json, counts: Counts) -> None:
+        """Count tokens, cost and errors of a request to a model."""
+        model, cost, estimate = row["model"], row["nano_aiu"], row["estimate"]
+        totals, tokens = counts["totals"], counts["tokens"]
 
-    def _record_row(self, row: Json, message: str) -> dict[str, dict[Any, int]]:
-        """Record a request to a model. Returns what it adds to the counts."""
-        counts = {name: row[name] for name in COUNTS if row[name] is not None}
-        tokens = {(row["model"], name): number for name, number in counts.items()}
-        compared: dict[Any, int] = {}
-        if row["nano_aiu"] is not None and row["estimate"] is not None:
-            compared = {
-                (row["model"], "requests"): 1,
-                (row["model"], "reported"): row["nano_aiu"],
-                (row["model"], "estimated"): row["estimate"],
-            }
-        if row["nano_aiu"] is None and row["estimate"] is not None:
-            counts["estimate"] = row["estimate"]
-        errors = int(
+        for name in COUNTS:
+            number = row[name]
+            if number is not None:
+                totals[name] += number
+                tokens[model, name] += number
+
+        if estimate is not None:
+            if cost is None:
+                totals["estimate"] += estimate
+            else:
+                compared = counts["compared"]
+                compared[model, "requests"] += 1
+                compared[model, "reported"] += cost
+                compared[model, "estimated"] += estimate
+
+        totals["requests"] += 1
+        totals["errors"] += (
             row["error"] not in (None, CLIENT_LEFT, STOPPED) and row["status"] != 404
         )
 
-        self.budget.spend(row)
-        self.history.put(row)
-        row["message"] = message or None  # not among the columns
-        self.recent.appendleft(row)
-        if self.events.readers:
-            self.events.tell("request", shown(row))
-        return {
-            "tokens": tokens,
-            "totals": dict(counts, requests=1, errors=errors),
-            "compared": compared,
-        }
+    def _log_fields(self, level: int, text: str, row: Json) -> None:
+        """As log.info would, but without its search for the caller's line."""
+        log, extra = self._log, {"row": row}
+        log.handle(log.makeRecord(log.name, level, "", 0, text, (), None, extra=extra))
 
     def note_changes(
         self, record: RequestRecord, losses: Losses, repairs: Iterable[str]
@@ -21445,11 +21463,11 @@ class Ledger:
             ("lossy", record.losses, names, losses.more),
             ("repaired", record.repairs, set(repairs), 0),
         ):
-            before = str(notes)
+            before = notes.text
             fresh = notes.add(reported, more)
 
-            if str(notes) != before:
-                headers["x-copilot-proxy-" + group] = str(notes)
+            if notes.text != before:
+                headers["x-copilot-proxy-" + group] = notes.text
                 words = ["%s (%s)" % loss for loss in losses] or sorted(repairs)
                 self._log.debug(
                     "%s %s: %s",

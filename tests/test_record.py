@@ -67,7 +67,7 @@ class RecordTest(unittest.TestCase):
         notes = cp.Notes()
         self.assertEqual(notes.add({"b", "a"}), {"a", "b"})
         self.assertEqual(notes.add({"b", "c"}), {"c"})
-        self.assertEqual(str(notes), "a, b, c")
+        self.assertEqual(notes.text, "a, b, c")
 
     def test_the_time_runs_until_the_row_is_made(self) -> None:
         made = record()

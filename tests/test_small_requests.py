@@ -74,7 +74,7 @@ class SmallRequests(unittest.TestCase):
         edit.set(edit.body, "stream", True)
         notes.add({"top_k"})
         self.assertEqual((set(edit.added), set(notes.names)), ({"stream"}, {"top_k"}))
-        self.assertEqual((len(cp.BodyEdit({}).added), str(cp.Notes())), (0, ""))
+        self.assertEqual((len(cp.BodyEdit({}).added), cp.Notes().text), (0, ""))
 
 
 if __name__ == "__main__":
