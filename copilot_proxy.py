@@ -6849,40 +6849,48 @@ class ChatCompletions(Dialect):
         is_list = type(item.get("content")) is list
         if is_list or "cache_control" in item or "tool_calls" in item:
             self._take_marks(edit, item, model)
-        if (
-            "annotations" in item and not item["annotations"]
-        ):  # [], as SDKs write answers down
-            edit.drop(item, "annotations")
+        if "annotations" in item and not item["annotations"]:
+            edit.drop(item, "annotations")  # [], as SDKs write answers down
         if "tool_calls" in item:
-            if item["tool_calls"] == []:
-                edit.drop(item, "tool_calls")
-            for call in as_list(item.get("tool_calls")):
-                fit_id(edit, call, "id")
+            self._tidy_calls(edit, item)
         if item.get("role") == "tool":
             fit_id(edit, item, "tool_call_id")
-        if item.get("refusal") and not model.is_openai:  # others know texts alone
-            refusal = edit.drop(item, "refusal")
-            texts = filter(None, (text_of(item.get("content")), str(refusal)))
-            edit.set(item, "content", "\n\n".join(texts))
+        if item.get("refusal") and not model.is_openai:
+            self._fold_refusal(edit, item)
         if type(item.get("content")) is str and item["content"]:
             return True
+        return self._fit_content(edit, item, model)
+
+    @staticmethod
+    def _tidy_calls(edit: BodyEdit, item: Json) -> None:
+        if item["tool_calls"] == []:
+            edit.drop(item, "tool_calls")
+        for call in as_list(item.get("tool_calls")):
+            fit_id(edit, call, "id")
+
+    @staticmethod
+    def _fold_refusal(edit: BodyEdit, item: Json) -> None:
+        """Make a refusal part of the text: models of other vendors know no such field."""
+        refusal = str(edit.drop(item, "refusal"))
+        texts = filter(None, (text_of(item.get("content")), refusal))
+        edit.set(item, "content", "\n\n".join(texts))
+
+    def _fit_content(self, edit: BodyEdit, item: Json, model: Model) -> bool:
+        """Tidy a content that is a list, and fill in an empty one. Returns False for a
+        message that says nothing, which is to be left out."""
         had_content = item.get("content") is not None
         if isinstance(item.get("content"), list):
             self._tidy_parts(edit, item)
             if not item["content"]:
                 edit.set(item, "content", None)
+        for key in ("content", "tool_calls", "reasoning_opaque"):
+            if item.get(key):
+                return True
 
-        if (
-            item.get("content")
-            or item.get("tool_calls")
-            or item.get("reasoning_opaque")
-        ):
-            return True
         is_result = item.get("role") == "tool"
         if is_result and not model.is_openai:
-            edit.set(
-                item, "content", "(no output)"
-            )  # Claude and Gemini refuse empty results
+            # Claude and Gemini refuse empty results
+            edit.set(item, "content", "(no output)")
         elif is_result or had_content:
             edit.set(item, "content", "")
         return is_result or model.is_openai
@@ -7244,8 +7252,22 @@ class ChatCompletions(Dialect):
     def _write_assistant(
         self, parts: list[Part], request: Request | None, freeform: Container[str] = ()
     ) -> Json:
-        """One message: for the upstream with a request, for a client without, then with
-        the names of its freeform tools."""
+        """Write one message: for the upstream with a request, for a client without one,
+        then with the names of its freeform tools."""
+        message = self._write_words(parts)
+        if request is None and "reasoning_text" in message:
+            message["reasoning_content"] = message["reasoning_text"]
+        calls = [p for p in parts if isinstance(p, ToolCall)]
+        if calls and request:
+            calls = [replace(call, id=fit_call_id(call.id)) for call in calls]
+        if calls:
+            message["tool_calls"] = [
+                self.call(call, call.name in freeform) for call in calls
+            ]
+        return message
+
+    def _write_words(self, parts: list[Part]) -> Json:
+        """A message of the assistant with what these parts say and think, without calls."""
         thoughts = [p for p in parts if isinstance(p, Reasoning)]
         texts = [p for p in parts if isinstance(p, Text)]
         text = "".join(p.text for p in texts if not p.refusal)
@@ -7260,16 +7282,6 @@ class ChatCompletions(Dialect):
                 reasoning_opaque=join_states(list(filter(None, states))),
             )
         )
-        if request is None and thought:
-            message["reasoning_content"] = thought
-
-        calls = [p for p in parts if isinstance(p, ToolCall)]
-        if calls:
-            if request:
-                calls = [replace(call, id=fit_call_id(call.id)) for call in calls]
-            message["tool_calls"] = [
-                self.call(call, call.name in freeform) for call in calls
-            ]
         return message
 
     @staticmethod
@@ -8330,51 +8342,49 @@ class Responses(Dialect):
             )
 
     def read_output(self, item: Json) -> list[Part]:
-        """The parts of one item that a model made, in an answer or in a history; hosted
-        tools' items have none."""
+        """Return the parts of one item that a model made, in an answer or in a history.
+        Items of hosted tools have none."""
         kind = item.get("type") or "message"
 
         if kind == "message":
             content = item.get("content")
             if isinstance(content, str):
-                parts = [{"text": content}]
-            else:
-                parts = as_list(content)
+                content = [{"text": content}]
             return [
                 self._read_words(p)
-                for p in parts
+                for p in as_list(content)
                 if isinstance(p, dict) and (p.get("refusal") or p.get("text"))
             ]
 
         if kind == "reasoning":
-            text = "\n\n".join(
-                str(p.get("text") or "")
-                for key in ("summary", "content")
-                for p in as_list(item.get(key))
-                if isinstance(p, dict)
-            )
+            pieces = dicts_in(item, "summary") + dicts_in(item, "content")
+            text = "\n\n".join(str(piece.get("text") or "") for piece in pieces)
             return reasoning_parts(
                 self.name, text, item.get("encrypted_content"), item.get("id")
             )
 
-        if kind not in ("function_call", "custom_tool_call", *CALL_ITEMS):
-            return []
+        if kind in ("function_call", "custom_tool_call", *CALL_ITEMS):
+            return [self._read_call(item, kind)]
+        return []
+
+    @staticmethod
+    def _read_call(item: Json, kind: str) -> ToolCall:
+        """A call of a function, of a freeform tool or of a tool that the client runs."""
         name = flat_name(str(item.get("namespace") or ""), str(item.get("name") or ""))
         arguments = item.get("arguments")
-
+        values: Json | None = None
         if kind == "custom_tool_call":
-            arguments = dumps({"input": str(item.get("input") or "")}).decode(
-                "utf-8", "replace"
-            )
+            values = {"input": str(item.get("input") or "")}
         elif kind in CALL_ITEMS:
             name = CALL_ITEMS[kind]
-            given_arguments = as_object(item.get(CLIENT_TOOLS[name].arguments))
-            arguments = dumps(given_arguments).decode("utf-8", "replace")
+            values = as_object(item.get(CLIENT_TOOLS[name].arguments))
+        if values is not None:
+            arguments = dumps(values).decode("utf-8", "replace")
 
         call_id = item.get("call_id") or item.get(
             "id"
         )  # local_shell once had ids alone
-        return [ToolCall(str(call_id or ""), name, str(arguments or "{}"))]
+        return ToolCall(str(call_id or ""), name, str(arguments or "{}"))
 
     @staticmethod
     def _read_words(block: Json) -> Text:
@@ -9349,10 +9359,23 @@ class Messages(Dialect):
         for key in _REFUSED_FIELDS:
             if key != "context_management" or not model.can("context_editing"):
                 edit.drop(body, key, "refused upstream" if body.get(key) else "")
+        self._prepare_turns(edit, model)
+        self._prepare_tools(edit, model)
+        self._prepare_cache_marks(edit)
+        self._prepare_max_tokens(edit, model)
+        self._prepare_thinking(edit, model)
+        self._prepare_sampling(edit, model)
+        if model.version >= (4, 6):  # these refuse prefill
+            end_with_user(edit)
+
+    def _prepare_turns(self, edit: BodyEdit, model: Model) -> None:
+        """The system's texts, and the turns with their blocks."""
+        body = edit.body
         messages = check_list(body, "messages")
         self._prepare_system(edit)
         if any(m.get("role") in SYSTEM_ROLES for m in messages):
             edit.replace(body, "messages", self._fold_system_turns(messages))
+
         found_tools = FoundTools.of(body, model)
         for index, message in enumerate(body["messages"]):
             if len(message) > 2:
@@ -9363,28 +9386,24 @@ class Messages(Dialect):
                     for block in message["content"]
                 ]
                 edit.replace(message, "content", [b for b in blocks if b is not None])
-
         self._drop_empty_turns(edit)
+
+    @staticmethod
+    def _prepare_tools(edit: BodyEdit, model: Model) -> None:
+        """Remove hosted tools that the model does not have. A search of the web stays:
+        another step answers it or refuses it."""
         offered: tuple[str, ...] = ("custom", SEARCH_TOOLS)
         refused: tuple[str, ...] = _REFUSED_TOOL_FIELDS
         if model.can("tool_search"):
             offered += (TOOL_SEARCH,)
             refused = tuple(key for key in refused if key != "defer_loading")
-        prepare_tools(
-            edit,
-            lambda tool: (
-                ("type" in tool or "name" in tool)  # Gemini's tools have neither
-                and str(tool.get("type") or "custom").startswith(offered)
-            ),
-            *refused,
-        )  # no search upstream: that is told
 
-        self._prepare_cache_marks(edit)
-        self._prepare_max_tokens(edit, model)
-        self._prepare_thinking(edit, model)
-        self._prepare_sampling(edit, model)
-        if model.version >= (4, 6):  # these refuse prefill
-            end_with_user(edit)
+        def is_offered(tool: Json) -> bool:
+            if "type" not in tool and "name" not in tool:
+                return False  # one of Gemini's
+            return str(tool.get("type") or "custom").startswith(offered)
+
+        prepare_tools(edit, is_offered, *refused)
 
     def betas(self, body: Json) -> list[str]:
         needed: list[str] = []
@@ -9497,7 +9516,8 @@ class Messages(Dialect):
     def _fit_block(
         edit: BodyEdit, block: Any, index: int, found_tools: FoundTools
     ) -> Json | None:
-        """The block in a form that every backend accepts, or None if it is empty."""
+        """Return the block in a form that every backend accepts, None if it is to be left
+        out. Raises BadRequest for images and documents that no upstream can fetch."""
         place = "messages[%d].content" % index
         if not isinstance(block, dict):
             raise BadRequest("'%s' must hold objects" % place, param=place)
@@ -9507,37 +9527,41 @@ class Messages(Dialect):
                 return block
             return None
         if kind == "thinking":
-            signature, text = block.get("signature"), block.get("thinking")
-            if is_packed(signature):
-                edit.lose("reasoning", FOREIGN_STATE)
-                return None
-            is_native = (
-                isinstance(signature, str) and signature and "@" not in signature
-            )
-            # newer models sign thinking whose text they do not show
-            is_placeholder = text == "Thinking..."  # a client's own, without a thought
-            if is_native and not is_placeholder:
-                return block
-            if not is_placeholder:
-                edit.lose("reasoning", UNSIGNED_STATE)
-            return None
+            return Messages._fit_thinking(edit, block)
 
-        for inner in (
-            walk_objects(block) if kind in ("image", "document", "tool_result") else ()
-        ):
-            if inner.get("type") in ("url", "file") and (
-                "url" in inner or "file_id" in inner
-            ):
+        if kind in ("image", "document", "tool_result"):
+            Messages._refuse_links(block, place)
+        if kind == "tool_result" and isinstance(block.get("content"), list):
+            Messages._fit_result(edit, block, found_tools)
+        return as_object(_served_block_as_text(edit, block, found_tools))
+
+    @staticmethod
+    def _fit_thinking(edit: BodyEdit, block: Json) -> Json | None:
+        """Return a block of thinking that Claude signed, None for any other. The text may
+        be empty: newer models sign thinking that they do not show."""
+        signature = block.get("signature")
+        if is_packed(signature):
+            edit.lose("reasoning", FOREIGN_STATE)
+            return None
+        if block.get("thinking") == "Thinking...":
+            return None  # a client's placeholder, which holds no thought
+        if isinstance(signature, str) and signature and "@" not in signature:
+            return block
+        edit.lose("reasoning", UNSIGNED_STATE)
+        return None
+
+    @staticmethod
+    def _refuse_links(block: Json, place: str) -> None:
+        """Raise BadRequest for an image or document by URL or file id."""
+        for inner in walk_objects(block):
+            is_link = "url" in inner or "file_id" in inner
+            if is_link and inner.get("type") in ("url", "file"):
                 raise BadRequest(
                     "images and documents by URL or file id are not supported by the "
                     "upstream: send them as base64, or start the proxy with "
                     "--fetch-images (images only)",
                     param=place,
                 )
-
-        if kind == "tool_result" and isinstance(block.get("content"), list):
-            Messages._fit_result(edit, block, found_tools)
-        return as_object(_served_block_as_text(edit, block, found_tools))
 
     @staticmethod
     def _fit_result(edit: BodyEdit, block: Json, found_tools: FoundTools) -> None:
@@ -9882,6 +9906,9 @@ class Messages(Dialect):
             temperature = 1
 
         thinking = self._write_thinking(request, model, choice)
+        effort = None
+        if thinking and model.efforts:
+            effort = fit_effort(request, model)
         body = write_fields(
             self,
             request,
@@ -9892,35 +9919,45 @@ class Messages(Dialect):
             max_output_tokens=request.max_output_tokens or cap,
             output_schema=schema
             and {"type": "json_schema", "schema": schema.get("schema")},
-            effort=fit_effort(request, model) if thinking and model.efforts else None,
+            effort=effort,
         )
 
         body.update(
             without_none(system=system or None, thinking=thinking or None),
             messages=self.write_turns(turns, request, model),
         )
-
         if tools:
-            body["tools"] = [
-                without_none(
-                    name=tool.name,
-                    description=tool.description,
-                    cache_control=EPHEMERAL if tool.cache else None,
-                    input_schema=tool.parameters
-                    or {"type": "object", "properties": {}},
-                )
-                for tool in tools
-            ]
-
-            written = {"type": {"required": "any"}.get(str(choice), choice or "auto")}
-            if isinstance(choice, Named):
-                written = {"type": "tool", "name": choice.name}
-            if request.parallel_tool_calls is False and choice != "none":
-                body["tool_choice"] = dict(written, disable_parallel_tool_use=True)
-            elif choice:
-                body["tool_choice"] = written
-
+            body["tools"] = [self._write_tool(tool) for tool in tools]
+            is_parallel = request.parallel_tool_calls is not False
+            body.update(
+                without_none(tool_choice=self._write_choice(choice, is_parallel))
+            )
         return body
+
+    @staticmethod
+    def _write_tool(tool: Tool) -> Json:
+        return without_none(
+            name=tool.name,
+            description=tool.description,
+            cache_control=EPHEMERAL if tool.cache else None,
+            input_schema=tool.parameters or {"type": "object", "properties": {}},
+        )
+
+    @staticmethod
+    def _write_choice(choice: str | Named | None, is_parallel: bool) -> Json | None:
+        """`tool_choice` for the upstream, None for its default."""
+        if isinstance(choice, Named):
+            written: Json = {"type": "tool", "name": choice.name}
+        elif choice == "required":
+            written = {"type": "any"}
+        else:
+            written = {"type": choice or "auto"}
+
+        if not is_parallel and choice != "none":
+            return dict(written, disable_parallel_tool_use=True)
+        if choice:
+            return written
+        return None
 
     @staticmethod
     def _write_thinking(
@@ -10012,6 +10049,8 @@ class Messages(Dialect):
         """One content block: for the upstream with a request, for a client without."""
         if isinstance(part, (SearchCall, SearchFindings)):
             return self.search_block(part)
+        if isinstance(part, (Image, Document)):
+            return self._media_block(part)
         if isinstance(part, ToolCall):
             return {
                 "type": "tool_use",
@@ -10039,17 +10078,15 @@ class Messages(Dialect):
                 is_error=part.is_error or None,
             )
 
-        if not isinstance(part, (Image, Document)):
-            if isinstance(part, Text):
-                citations = part.citations
-            else:
-                citations = ()
-            return without_none(
-                type="text",
-                text=plain_text(part),
-                citations=[self.citation(one) for one in citations] or None,
-            )
+        citations: list[Json] = []
+        if isinstance(part, Text):
+            citations = [self.citation(one) for one in part.citations]
+        return without_none(
+            type="text", text=plain_text(part), citations=citations or None
+        )
 
+    @staticmethod
+    def _media_block(part: Image | Document) -> Json:
         source = {"type": "base64", "media_type": part.media_type, "data": part.data}
         if part.url:
             source = {"type": "url", "url": part.url}
@@ -12432,6 +12469,16 @@ def rewrite_part(
     ]
 
 
+def is_own_part(part: Any, own_parts: Container[str]) -> bool:
+    """Has this part the client's own shape?  own_parts: the types that may stand in its place."""
+    if not isinstance(part, dict) or str(part.get("type")) not in own_parts:
+        return False
+    source = part.get("source")
+    if not source:
+        return "data" not in part
+    return as_object(source).get("type") != "content"
+
+
 def shape_content(edit: BodyEdit, client: Dialect, item: Json, place: str) -> None:
     """The parts of one item, each in the client's own shape."""
     own_parts, kinds = client.own_parts, kinds_in(item)
@@ -12449,10 +12496,7 @@ def shape_content(edit: BodyEdit, client: Dialect, item: Json, place: str) -> No
             continue
         shaped: list[Any] = []
         for part in parts:
-            is_own = isinstance(part, dict) and str(part.get("type")) in own_parts
-            if is_own and "source" in part:
-                is_own = as_object(part["source"]).get("type") != "content"
-            if is_own and (part.get("source") or "data" not in part):
+            if is_own_part(part, own_parts):
                 if part.get("type") == "tool_result":
                     shape_content(edit, client, part, place)
                 elif part.get("type") in IMAGE_TYPES:
@@ -14559,7 +14603,7 @@ def _fields_to_count(value: Json) -> list[tuple[str, Any]]:
     """The fields of an object in a prompt. A field that holds plain words here, although
     its name means a link elsewhere, is returned without its name."""
     kind = value.get("type")
-    plain = _LINK_FIELDS
+    plain: tuple[str, ...] = _LINK_FIELDS
     if kind == "text":
         plain = ("data",)
     elif kind in _LINK_TYPES:
@@ -14769,21 +14813,26 @@ def rename_limit(plan: Plan, old: str) -> bool:
 
 
 def lower_effort(plan: Plan, words: str) -> bool:
-    """The nearest effort that the message lists, else of those that the catalogue lists."""
-    holder, key = next(
-        (p for path in _EFFORTS for p in places(plan.edit.body, path)), ({}, "")
-    )
+    """Set the nearest effort that the message lists, else of those that the catalogue lists."""
+    body = plan.edit.body
+    fields = [field_ for path in _EFFORTS for field_ in places(body, path)]
+    if not fields:
+        return False
+    holder, key = fields[0]
     asked = str(holder.get(key))
-    listed = re.findall(r"\b(?:none|minimal|low|medium|high|xhigh|max)\b", words) or [
-        effort for effort in plan.model.efforts if effort != asked
-    ]
-    if holder and listed and asked not in listed:
-        holder[key] = clamp_effort(
-            "low" if asked in ("none", "minimal") else asked, listed
-        )
-        plan.edit.lose("effort", "%s is refused" % asked[:20])
-        plan.repairs.quote(" ".join(listed))  # of the catalogue, too
-    return bool(holder) and holder[key] != asked
+    listed = re.findall(r"\b(?:none|minimal|low|medium|high|xhigh|max)\b", words)
+    if not listed:
+        listed = [effort for effort in plan.model.efforts if effort != asked]
+    if not listed or asked in listed:
+        return False
+
+    nearest = asked
+    if asked in ("none", "minimal"):
+        nearest = "low"
+    holder[key] = clamp_effort(nearest, listed)
+    plan.edit.lose("effort", "%s is refused" % asked[:20])
+    plan.repairs.quote(" ".join(listed))  # of the catalogue, too
+    return True
 
 
 def stop_thinking(plan: Plan) -> bool:
@@ -14815,7 +14864,7 @@ def drop_thinking(plan: Plan) -> bool:
 
 def drop_state(plan: Plan, known: bool = False) -> bool:
     """Remove thinking and reasoning state that only another model, account or route can
-    read: all of it, or only what was refused before, because new state is welcome."""
+    read. known: remove only what was refused before, because new state is welcome."""
 
     def is_bad(item: Any) -> bool:
         state = "".join(str(as_object(item).get(key) or "") for key in _SEALED_FIELDS)
@@ -14825,21 +14874,25 @@ def drop_state(plan: Plan, known: bool = False) -> bool:
             and plan.repairs.memory.is_bad(plan.model.id + state, known)
         )
 
-    body, turns, bad = plan.edit.body, plan.turns, False
-    for turn in [turn for turn in turns if "reasoning_opaque" in turn and is_bad(turn)]:
-        bad = [
-            turn.pop(key, None) for key in ("reasoning_opaque", "reasoning_text")
-        ] != []
-    for holder, key in [(body, "input")] + [
-        (t, k) for t in turns for k in ("content", "output")
-    ]:
+    is_changed = False
+    lists = [(plan.edit.body, "input")]
+    for turn in plan.turns:
+        if "reasoning_opaque" in turn and is_bad(turn):
+            turn.pop("reasoning_opaque")
+            turn.pop("reasoning_text", None)
+            is_changed = True
+        lists += [(turn, "content"), (turn, "output")]
+
+    for holder, key in lists:
         items = as_list(holder.get(key))
         good_items = [item for item in items if not is_bad(item)]
         if len(good_items) < len(items):
-            bad, holder[key] = True, good_items or "[it cannot be read]"
-    if bad:
+            holder[key] = good_items or "[it cannot be read]"
+            is_changed = True
+
+    if is_changed:
         plan.edit.lose("reasoning", REFUSED)
-    return bad
+    return is_changed
 
 
 def image_mark(part: Json) -> str:
