@@ -364,7 +364,7 @@ class StoreTest(TranslateCase):
         self.assertIsNotNone(store.find("me", "c"))
         self.assertLessEqual(store._size, cp.STORE_BYTES)
         store.put("me", b"{}", "huge", b"x" * (cp.STORE_BYTES + 1))
-        self.assertEqual((store._size, len(store._kept)), (0, 0))
+        self.assertEqual((store._size, len(store._responses)), (0, 0))
 
 
 if __name__ == "__main__":
