@@ -15767,6 +15767,12 @@ class Settings:
     answer_timeout_s: float = ANSWER_TIMEOUT_S
     catalogue_age_s: float = CATALOGUE_AGE_S
 
+    def use_demo(self, url: str) -> None:
+        """Ask the make-believe GitHub and Copilot at this URL."""
+        self.github_url = url
+        self.copilot_url = ""
+        self.github_token = "ghu_demo"
+
     @classmethod
     def merge(cls, flags: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
         """Combine flags (None: not given), environment and defaults, in this order of
@@ -21574,7 +21580,7 @@ class Ledger:
 
 @dataclass
 class Ticket:
-    """The admission of one request through all limits; changed by Admission only."""
+    """The admission of one request through all limits."""
 
     who: str  # the key's id, or the address
     payer: str  # whose budget is charged
@@ -21583,6 +21589,20 @@ class Ticket:
     about: Json  # the question to the person who approves
     has_slot: bool = False  # of --max-concurrency
     is_admitted: bool = False  # by all limits
+
+    def take_slot(self, has_slot: bool) -> None:
+        """Note whether the request holds a slot, which it must release."""
+        self.has_slot = has_slot
+
+    def release_slot(self) -> bool:
+        """Returns whether a slot was held; from now on none is."""
+        had_slot = self.has_slot
+        self.has_slot = False
+        return had_slot
+
+    def admit(self) -> None:
+        """No limit holds the request back any more."""
+        self.is_admitted = True
 
 
 class Admission:
@@ -21601,6 +21621,13 @@ class Admission:
         tell: Callable[[str, Any], None],
     ) -> None:
         self._budget = budget
+        self._is_limited = bool(
+            settings.requests_per_minute
+            or settings.max_concurrency
+            or settings.rate_limit
+            or settings.manual
+        )
+
         self._minute = MinuteLimiter(settings.requests_per_minute)
         self._minute_text = (
             "%d requests of a key are allowed in a minute here "
@@ -21616,15 +21643,17 @@ class Admission:
         after the first needs `admit_next`. Raises RateLimited, BadRequest."""
         if self._budget.is_set or ticket.wish is not None:
             await self._budget.admit(ticket.payer, ticket.wish)
-        if calls > 1:
+
+        headers: Headers = {}
+        if self._is_limited:
             ticket.account.limiter.check(calls)
-        headers = self._minute.admit(ticket.who, self._minute_text, calls)
-        if not ticket.has_slot:
-            ticket.has_slot = await self.gate.enter(ticket.who)
-        await ticket.account.limiter.admit()
-        if ticket.about:
+            headers = self._minute.admit(ticket.who, self._minute_text, calls)
+            if not ticket.has_slot:
+                ticket.take_slot(await self.gate.enter(ticket.who))
+            await ticket.account.limiter.admit()
             await self.approval.ask(account=ticket.account.name, **ticket.about)
-        ticket.is_admitted = True
+
+        ticket.admit()
         return headers
 
     async def admit_next(self, ticket: Ticket, spent: int) -> None:
@@ -21636,8 +21665,7 @@ class Admission:
     def leave(self, ticket: Ticket | None) -> None:
         """Release the slot of a request that is over; may be called twice, and without
         a ticket."""
-        if ticket is not None and ticket.has_slot:
-            ticket.has_slot = False
+        if ticket is not None and ticket.release_slot():
             self.gate.leave()
 
 
@@ -21886,6 +21914,10 @@ class Accounts:
         #: by the hash of the browser's state token
         self._logins: dict[str, BrowserLogin] = {}
         self._lock = threading.Lock()
+
+    def admit_all(self) -> None:
+        """Serve everybody without a key, whatever the file of keys holds."""
+        self.keys = KeyFile("", "", ())
 
     def identify(self, headers: Headers, address: str) -> Caller:
         """Returns the caller who sends these headers; without keys every caller is the
@@ -28481,13 +28513,12 @@ DEMO_ROUTES: Routes = {
 def start_demo(settings: Settings) -> Server:
     """Start the make-believe upstream and point `settings` at it."""
     log = logging.getLogger("copilot_proxy.demo")  # its requests are not the user's
-    log.disabled = True
+    log.setLevel(logging.CRITICAL + 1)
     app = App(Settings(no_history=True), {}, log=log)
-    app.accounts.keys = KeyFile("", "", ())  # everybody may ask it
+    app.accounts.admit_all()
     server = Server(app, DEMO_ROUTES, "127.0.0.1", 0)
     server.start()
-    settings.github_url, settings.copilot_url = server.url, ""
-    settings.github_token = "ghu_demo"
+    settings.use_demo(server.url)
     return server
 
 
