@@ -14471,10 +14471,10 @@ def count_text(text: str) -> int:
 
     for start in range(0, len(text), _CHUNK_CHARS):
         chunk = text[start : start + _CHUNK_CHARS]
-        pattern = _PIECES
         if chunk.isascii():
-            pattern = _ASCII_PIECES
-        pieces = pattern.findall(chunk)
+            pieces = _ASCII_PIECES.findall(chunk)
+        else:
+            pieces = _PIECES.findall(chunk)
         if max(map(len, pieces), default=0) <= KNOWN_PIECE_CHARS:
             total += sum(map(_known_weight, pieces))
             continue
