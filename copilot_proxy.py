@@ -292,6 +292,7 @@ WORKER_IDLE_S = 10.0  # then an idle worker thread ends
 MAX_WORKERS, WORKER_QUEUE = 6, 256  # threads for what may block; what may wait for one
 INLINE_BYTES = 128 * 1024  # a larger body is parsed in a thread
 COLLECT_AFTER = 20_000  # new objects
+IDS_AT_ONCE = 64  # made for requests that are still to come
 HEADS_KEPT = 200  # of requests, and beginnings of upstream requests
 MAX_KEPT_HEAD_BYTES = 4096  # of such a request
 #: what a request leaves to be recorded waits so long for what others leave
@@ -18620,10 +18621,19 @@ class Call:
         return "POST"
 
 
+def new_request_ids(count: int) -> list[str]:
+    """Returns random UUIDs as texts (uuid4 without the import)."""
+    whole = os.urandom(16 * count).hex()
+    texts = [whole[at : at + 32] for at in range(0, len(whole), 32)]
+    return [
+        f"{text[:8]}-{text[8:12]}-4{text[13:16]}-a{text[17:20]}-{text[20:]}"
+        for text in texts
+    ]
+
+
 def new_request_id() -> str:
-    """Returns a random UUID as text (uuid4 without the import)."""
-    text = os.urandom(16).hex()
-    return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-a{text[17:20]}-{text[20:]}"
+    """Returns a random UUID as text."""
+    return new_request_ids(1)[0]
 
 
 @functools.lru_cache(maxsize=HEADS_KEPT)
@@ -21068,21 +21078,29 @@ def program_of(agent: str) -> str | None:
     return printable(redact(agent.partition(" ")[0]), 60) or None
 
 
-@dataclass
 class AskedFor:
-    """The facts about a request that are known when it arrives."""
+    """The facts about a request that are known when it arrives.
 
-    method: str
-    path: str
-    label: str  # its name in the history, '' if it is not recorded
-    agent: str | None  # the client program
-    at: float  # unix time
-    began: float  # monotonic
-    key: str = ""  # the id of the client's key, or ''
+    label: its name in the history, '' if it is not recorded; agent: the client program;
+    at: unix time; began: monotonic; is_look: it comes from the open page or a monitor."""
+
+    key = ""  # the id of the client's key, or ''
     session: str | None = None  # a short name of the conversation
-    model: str = ""  # as the client wrote it, or ''
-    streamed: bool = False
-    is_look: bool = False  # it comes from the open page or a monitor
+    model = ""  # as the client wrote it, or ''
+    streamed = False
+
+    def __init__(self, method: str, path: str, headers: Headers, at: float) -> None:
+        self.method = method
+        self.path = path
+        self.at = at
+        self.began = time.monotonic()
+        self.agent = program_of(headers.get("user-agent", ""))
+        if method in ("POST", SOCKET_METHOD):
+            self.label = label_of(path)
+        else:
+            self.label = ""
+        by_page = headers.get(PAGE_HEADER) == "1" and not self.label
+        self.is_look = by_page or (method == "GET" and path in LOOK_PATHS)
 
     def name(self, key: str, session: str | None, model: str, streamed: bool) -> None:
         """Set what the body says."""
@@ -21098,7 +21116,6 @@ class AskedFor:
         return payer_of(self.key, self.session, self.agent)
 
 
-@dataclass
 class RequestRecord:
     """Everything that is recorded of one request, for its history row, its log line and
     the page.
@@ -21106,48 +21123,33 @@ class RequestRecord:
     Its endpoint, its exchange and the Ledger change it, by the methods here. All
     times with _ms count from the arrival of the request."""
 
-    id: str
-    asked: AskedFor
-    route: str = "local"  # local, passthrough or translated
+    route = "local"  # local, passthrough or translated
     model: Model | None = None  # the model that is asked
     account: Account | None = None  # the account that serves
-    path: str = ""  # the upstream's
-    initiator: str = ""
-    status: int = 0  # 0 until the answer begins
-    error: str = ""  # the kind of error
-    failure: str = ""  # the error in words
-    sent_ms: float = 0.0
-    first_byte_ms: float = 0.0
-    losses: Notes = field(default_factory=Notes)
-    repairs: Notes = field(default_factory=Notes)
-    #: one for each answer of the upstream
-    meters: list[UsageMeter] = field(default_factory=list)
+    path = ""  # the upstream's
+    initiator = ""
+    status = 0  # 0 until the answer begins
+    error = ""  # the kind of error
+    failure = ""  # the error in words
+    sent_ms = 0.0
+    first_byte_ms = 0.0
     upstream_id: str | None = None
-    total_ms: float = 0.0  # 0 while it runs
-    received_bytes: int = 0  # of a stream, so far
-    #: nano-AIU that its web searches cost; those have rows of their own
-    beside: int = 0
+    total_ms = 0.0  # 0 while it runs
+    received_bytes = 0  # of a stream, so far
+    beside = 0  # nano-AIU that its web searches cost; those have rows of their own
 
-    @classmethod
-    def begin(
-        cls, method: str, path: str, headers: Headers, at: float
-    ) -> RequestRecord:
-        """Returns the record of a request that has arrived."""
-        if method in ("POST", SOCKET_METHOD):
-            label = label_of(path)
-        else:
-            label = ""
-        agent = program_of(headers.get("user-agent", ""))
-        by_page = headers.get(PAGE_HEADER) == "1" and not label
-        is_look = by_page or (method == "GET" and path in LOOK_PATHS)
-        began = time.monotonic()
-        asked = AskedFor(method, path, label, agent, at, began, is_look=is_look)
-        return cls(new_request_id(), asked)
+    def __init__(self, request_id: str, asked: AskedFor) -> None:
+        self.id = request_id
+        self.asked = asked
+        self.losses, self.repairs = Notes(), Notes()
+        self.meters: list[UsageMeter] = []  # one for each answer of the upstream
 
     def begin_search(self, headers: Headers, at: float) -> RequestRecord:
         """Returns the record of a search for this request: it is recorded as a request
         of its own."""
-        search = RequestRecord.begin("POST", SEARCH_PATH, headers, at)
+        search = RequestRecord(
+            new_request_id(), AskedFor("POST", SEARCH_PATH, headers, at)
+        )
         asked = self.asked
         search.asked.name(asked.key, asked.session, asked.model, False)
         if self.account is not None:
@@ -21413,11 +21415,21 @@ class Ledger:
         self.history = History(path, log)
         self.budget = Budget(settings.budget, lambda: clock()[1], log, self.events.tell)
         self.running: dict[str, RequestRecord] = {}
+        self._ids: list[str] = []  # of requests that are still to come
         self._ended: collections.deque[RequestRecord] = collections.deque()
         self.recent: collections.deque[Json] = collections.deque(maxlen=RECENT)
         self.quotas: dict[tuple[str, str], tuple[Account, str, Any, float]] = {}
 
     # -- requests
+
+    def new_record(self, asked: AskedFor) -> RequestRecord:
+        """Returns the record of a request that has arrived. Only the loop may call it.
+
+        Ids are made many at once, because each look at the system's random numbers
+        costs more than an id."""
+        if not self._ids:
+            self._ids = new_request_ids(IDS_AT_ONCE)
+        return RequestRecord(self._ids.pop(), asked)
 
     def begin(self, record: RequestRecord) -> None:
         """Add a request that has arrived to the running ones."""
@@ -22921,8 +22933,8 @@ class HttpExchange:
     def __init__(self, client: ClientConnection, head: RequestHead, app: App) -> None:
         self.client, self.head, self.app = client, head, app
         self.path = path_of(head.target)
-        self.record = RequestRecord.begin(
-            head.method, self.path, head.headers, app.clock()[1]
+        self.record = app.ledger.new_record(
+            AskedFor(head.method, self.path, head.headers, app.clock()[1])
         )
         self.argument: str = ""  # what a route with a pattern matched
         self.is_same_origin = True  # no page of another origin has sent it

@@ -25,7 +25,7 @@ class LedgerTest(unittest.TestCase):
         self.ledger = cp.Ledger(settings, "", logging.getLogger("copilot_proxy"), self.clock)
 
     def begin(self, path: str = "/chat/completions") -> cp.RequestRecord:
-        record = cp.RequestRecord.begin("POST", path, {}, self.clock()[1])
+        record = self.ledger.new_record(cp.AskedFor("POST", path, {}, self.clock()[1]))
         self.ledger.begin(record)
         return record
 

@@ -11,7 +11,8 @@ from fake_upstream import CHAT, Answer
 
 def record(method: str = "POST", path: str = "/chat/completions",
            **headers: str) -> cp.RequestRecord:
-    return cp.RequestRecord.begin(method, path, headers, 1_800_000_000.0)
+    return cp.RequestRecord(
+        cp.new_request_id(), cp.AskedFor(method, path, headers, 1_800_000_000.0))
 
 
 class RecordTest(unittest.TestCase):
