@@ -292,6 +292,7 @@ WORKER_IDLE_S = 10.0  # then an idle worker thread ends
 MAX_WORKERS, WORKER_QUEUE = 6, 256  # threads for what may block; what may wait for one
 INLINE_BYTES = 128 * 1024  # a larger body is parsed in a thread
 COLLECT_AFTER = 20_000  # new objects
+KEYS_HOLD_S = 0.002  # no command that changes the keys ends faster
 IDS_AT_ONCE = 64  # made for requests that are still to come
 HEADS_KEPT = 200  # of requests, and beginnings of upstream requests
 MAX_KEPT_HEAD_BYTES = 4096  # of such a request
@@ -2992,27 +2993,23 @@ _SINGLE_FIELDS = ("host", "content-length", "transfer-encoding", "content-type")
 
 @dataclass
 class RequestHead:
-    """`POST /v1/messages?beta=true HTTP/1.1` and the header fields."""
+    """`POST /v1/messages?beta=true HTTP/1.1` and the header fields, without
+    Content-Length. It is not changed: many requests share it."""
 
     method: str
     target: str
     minor: int  # 1 for HTTP/1.1, 0 for HTTP/1.0
     headers: Headers
-    #: the one that all heads share which differ from this one in their length alone
-    same: RequestHead | None = field(default=None, compare=False, repr=False)
 
-    @property
+    @functools.cached_property
     def keep_alive(self) -> bool:
         wish = self.headers.get("connection", "").lower()
         return "close" not in wish and (self.minor == 1 or "keep-alive" in wish)
 
-    def body_form(self) -> tuple[int, bool]:
-        """(length, is chunked); every form that could be read in two ways is a 400."""
-        coding, length = (
-            self.headers.get("transfer-encoding"),
-            self.headers.get("content-length"),
-        )
-
+    def body_form(self, length: str | None) -> tuple[int, bool]:
+        """(length, is chunked) of a request with this head and this Content-Length;
+        every form that could be read in two ways is a 400."""
+        coding = self.headers.get("transfer-encoding")
         if coding is not None:
             if length is not None or self.minor == 0:
                 raise BadRequest(
@@ -3053,7 +3050,7 @@ def _parse_fields(raw: bytes) -> Headers:
     return headers
 
 
-def _parse_request_head(raw: bytes) -> RequestHead:
+def _parse_request_head(raw: bytes) -> tuple[RequestHead, str | None]:
     line, _, rest = raw.partition(b"\r\n")
     words = line.split(b" ")
     if len(words) != 3 or not _TOKEN.match(words[0]) or not words[1]:
@@ -3069,17 +3066,15 @@ def _parse_request_head(raw: bytes) -> RequestHead:
         raise BadRequest("the URL is longer than %d bytes" % MAX_TARGET_BYTES, 414)
     if not _TARGET.match(target):
         raise BadRequest("the URL holds control or non-ASCII characters")
-    head = RequestHead(
-        method.decode(), target.decode(), int(version[-1:]), _parse_fields(rest)
-    )
-    if head.minor == 1 and "host" not in head.headers:
+    headers = _parse_fields(rest)
+    length = headers.pop("content-length", None)
+    head = RequestHead(method.decode(), target.decode(), int(version[-1:]), headers)
+    if head.minor == 1 and "host" not in headers:
         raise BadRequest("the Host header is missing")
-    return head
+    return head, length
 
 
-@functools.lru_cache(maxsize=HEADS_KEPT)
-def _known_request_head(raw: bytes) -> RequestHead:
-    return _parse_request_head(raw)
+_known_request_head = functools.lru_cache(maxsize=HEADS_KEPT)(_parse_request_head)
 
 
 _LENGTH_FIELD = re.compile(
@@ -3087,19 +3082,22 @@ _LENGTH_FIELD = re.compile(
 )
 
 
-def parse_request_head(raw: bytes) -> RequestHead:
-    """A request head without its closing empty line. Raises BadRequest (400, 414, 431,
-    505). b"GET / HTTP/1.1\\r\\nHost: a" -> RequestHead("GET", "/", 1, {"host": "a"})
+def parse_request_head(raw: bytes) -> tuple[RequestHead, str | None]:
+    """A request head without its closing empty line, and its Content-Length. Raises
+    BadRequest (400, 414, 431, 505).
 
-    Clients repeat their heads but for the length of the body: each is parsed once."""
-    length = _LENGTH_FIELD.search(raw)
-    if len(raw) > MAX_KEPT_HEAD_BYTES or length is None:
+    b"PUT / HTTP/1.1\\r\\nHost: a\\r\\nContent-Length: 5"
+    -> RequestHead("PUT", "/", 1, {"host": "a"}), "5"
+
+    Clients repeat their heads but for the length of the body: they get one object."""
+    if len(raw) > MAX_KEPT_HEAD_BYTES:
         return _parse_request_head(raw)
-    start, end = length.span(1)
-    known = _known_request_head(raw[:start] + b"0" + raw[end:])
-    headers = known.headers.copy()
-    headers["content-length"] = length[1].decode()
-    return RequestHead(known.method, known.target, known.minor, headers, known)
+    found = _LENGTH_FIELD.search(raw)
+    if found is None:
+        return _known_request_head(raw)
+    start, end = found.span(1)
+    head, _ = _known_request_head(raw[:start] + b"0" + raw[end:])
+    return head, found[1].decode()
 
 
 _STATUS_LINE = re.compile(r"HTTP/1\.[0-9] ([0-9]{3})(?: (.*))?\r?\Z", re.DOTALL)
@@ -3175,15 +3173,18 @@ def answer_length(headers: Headers) -> int | None:
     return length
 
 
+_PRINTABLE = bytes(range(ord(" "), ord("~") + 1))
+
+
 def render_lines(lines: list[str]) -> bytes:
     """Encode lines of a head. Anything but printable ASCII is escaped, so no value can
     split the head or reach a terminal raw."""
-    whole = "".join(lines)
-    if not (whole.isascii() and whole.isprintable()):
+    plain = "".join(lines)
+    if not plain.isascii() or plain.encode().translate(None, _PRINTABLE):
         lines = [
             visible(line).encode("ascii", "backslashreplace").decode() for line in lines
         ]
-    return "".join([line + "\r\n" for line in lines]).encode()
+    return "\r\n".join([*lines, ""]).encode()
 
 
 def render_fields(fields_: Iterable[tuple[str, str]]) -> bytes:
@@ -16103,10 +16104,12 @@ class KeyFile:
             Key
         ] = []  # those configured and those of the file for this host
         self._stamp: Any = ()  # of the file as it was read; () before
+        self._looked_at = -math.inf  # when the file was looked at, monotonic
         self.is_closed = False  # is a key wanted?  As of `all`; never undone
 
     def all(self) -> list[Key]:
         """Every key that is good here.  Raises ConfigError for a file that cannot be parsed."""
+        self._looked_at = time.monotonic()
         if self._stamp is None and not os.access(self.path, os.F_OK):
             return self._good  # no file, as before: most have none
         try:
@@ -16121,6 +16124,13 @@ class KeyFile:
             with self._lock:
                 self._read(stamp)
         return self._good
+
+    def lately(self) -> list[Key]:
+        """As `all`, but as it was up to KEYS_HOLD_S ago: so many requests at once need
+        one look at the file."""
+        if time.monotonic() - self._looked_at < KEYS_HOLD_S:
+            return self._good
+        return self.all()
 
     def find(self, text: str) -> Key | None:
         """The key that this is.  Every hash is compared, in constant time."""
@@ -21089,11 +21099,13 @@ class AskedFor:
     model = ""  # as the client wrote it, or ''
     streamed = False
 
-    def __init__(self, method: str, path: str, headers: Headers, at: float) -> None:
+    def __init__(
+        self, method: str, path: str, headers: Headers, at: float, began: float
+    ) -> None:
         self.method = method
         self.path = path
         self.at = at
-        self.began = time.monotonic()
+        self.began = began
         self.agent = program_of(headers.get("user-agent", ""))
         if method in ("POST", SOCKET_METHOD):
             self.label = label_of(path)
@@ -21116,6 +21128,7 @@ class AskedFor:
         return payer_of(self.key, self.session, self.agent)
 
 
+@dataclass
 class RequestRecord:
     """Everything that is recorded of one request, for its history row, its log line and
     the page.
@@ -21123,9 +21136,18 @@ class RequestRecord:
     Its endpoint, its exchange and the Ledger change it, by the methods here. All
     times with _ms count from the arrival of the request."""
 
-    route = "local"  # local, passthrough or translated
+    id: str
+    asked: AskedFor
     model: Model | None = None  # the model that is asked
     account: Account | None = None  # the account that serves
+    upstream_id: str | None = None
+    losses: Notes = field(default_factory=Notes)
+    repairs: Notes = field(default_factory=Notes)
+    #: one for each answer of the upstream
+    meters: list[UsageMeter] = field(default_factory=list)
+
+    # values that the class holds until they change
+    route = "local"  # local, passthrough or translated
     path = ""  # the upstream's
     initiator = ""
     status = 0  # 0 until the answer begins
@@ -21133,23 +21155,15 @@ class RequestRecord:
     failure = ""  # the error in words
     sent_ms = 0.0
     first_byte_ms = 0.0
-    upstream_id: str | None = None
     total_ms = 0.0  # 0 while it runs
     received_bytes = 0  # of a stream, so far
     beside = 0  # nano-AIU that its web searches cost; those have rows of their own
 
-    def __init__(self, request_id: str, asked: AskedFor) -> None:
-        self.id = request_id
-        self.asked = asked
-        self.losses, self.repairs = Notes(), Notes()
-        self.meters: list[UsageMeter] = []  # one for each answer of the upstream
-
     def begin_search(self, headers: Headers, at: float) -> RequestRecord:
         """Returns the record of a search for this request: it is recorded as a request
         of its own."""
-        search = RequestRecord(
-            new_request_id(), AskedFor("POST", SEARCH_PATH, headers, at)
-        )
+        asked = AskedFor("POST", SEARCH_PATH, headers, at, time.monotonic())
+        search = RequestRecord(new_request_id(), asked)
         asked = self.asked
         search.asked.name(asked.key, asked.session, asked.model, False)
         if self.account is not None:
@@ -22279,7 +22293,8 @@ def is_acknowledgement(text: bytes) -> bool:
 
 class News(Wait):
     """Waits until a client has sent data, has closed the connection, or has received
-    what was sent to it."""
+    what was sent to it. The coroutine computes then, so it is resumed in its turn. The
+    result is the time of the news, monotonic."""
 
     def __init__(self, client: ClientConnection, timeout_s: float) -> None:
         self._client, self.timeout_s = client, timeout_s
@@ -22306,7 +22321,8 @@ class ClientConnection(Connection):
     After a WebSocket's handshake the requests are its messages. `socket` is then passed
     all bytes as soon as they arrive.
 
-    ahead: bytes that were read, but not used yet; out: bytes that still must be sent."""
+    ahead: bytes that were read, but not used yet; out: bytes that still must be sent;
+    asked_at: when the last request arrived, monotonic."""
 
     def __init__(
         self,
@@ -22314,15 +22330,8 @@ class ClientConnection(Connection):
         address: Any,
         settings: Settings,
         loop: EventLoop,
-        on_close: Callable[[ClientConnection], None],
     ) -> None:
-        self.sock, self.settings, self.loop, self._on_close = (
-            sock,
-            settings,
-            loop,
-            on_close,
-        )
-
+        self.sock, self.settings, self.loop = sock, settings, loop
         self.address = bare_address(address)
         self.task: Any = None  # the loop's, that runs its coroutine
         self.ahead = b""
@@ -22330,9 +22339,11 @@ class ClientConnection(Connection):
         self.exchange: HttpExchange | None = None  # the request that is being answered
         self.is_idle = True  # it waits for a request
         self.is_used = False  # it has had one
+        self.asked_at = 0.0
         self.at_end = False  # the client sends no more
         self.sent_at = time.monotonic()  # when the client took something last
         self._news: tuple[News, Any] | None = None
+
         self.socket: WebSocket | None = None  # behind its handshake
 
     @property
@@ -22345,13 +22356,6 @@ class ClientConnection(Connection):
         """Do so many bytes wait for the client that no more should be added?"""
         return len(self.out) > MAX_OUT_BYTES
 
-    @property
-    def has_head(self) -> bool:
-        """Is there a whole request head, or something that can never become one?"""
-        if self.ahead[:1] in (b"\r", b"\n"):
-            self.ahead = self.ahead.lstrip(b"\r\n")  # some clients send one too many
-        return b"\r\n\r\n" in self.ahead or b"\n\n" in self.ahead or self.is_full
-
     # -- what the loop reports
 
     def on_event(self, mask: int) -> None:
@@ -22361,22 +22365,23 @@ class ClientConnection(Connection):
             self._flush()
         if mask & selectors.EVENT_READ and self.sock is not None:
             self.fill()
-            self._hand_over()
+            if self.socket is not None:
+                self._hand_over(self.socket)
         self._watch()
         self.wake()
 
     def wake(self) -> None:
-        """Resume the coroutine if it waits for news."""
+        """Resume the coroutine in its turn if it waits for news."""
         if self._news is not None:
             (what, task), self._news = self._news, None
-            self.loop.resume(task, what, True)
+            self.loop.wake_in_turn(task, what, self.loop.now)
 
-    def _hand_over(self) -> None:
+    def _hand_over(self, socket: WebSocket) -> None:
         """Pass the bytes that arrived to the WebSocket at once."""
-        if self.socket is None or self.socket.is_over or self.sock is None:
+        if socket.is_over or self.sock is None:
             return
         data, self.ahead = self.ahead, b""
-        self.socket.feed(data)
+        socket.feed(data)
         if self.at_end:
             self.leave()
 
@@ -22390,16 +22395,17 @@ class ClientConnection(Connection):
         if self.sock is None:
             return
         events = 0
-        if not (self.at_end or self.is_full):
-            events |= selectors.EVENT_READ
+        if not (self.at_end or self.ahead and self.is_full):
+            events = selectors.EVENT_READ
         if self.out:
             events |= selectors.EVENT_WRITE
-        self.loop.watch(self, events)
+        if events != self.watched:
+            self.loop.watch(self, events)
 
     def fill(self) -> None:
         """Read ahead what is available; handle the end of the client's bytes."""
         try:
-            if self.is_full:
+            if self.ahead and self.is_full:
                 data = None
             else:
                 data = receive_now(self.sock)
@@ -22463,6 +22469,12 @@ class ClientConnection(Connection):
             except ClientGone:
                 self.leave()
 
+    def give_up(self) -> None:
+        """Stop after a fault of ours in `on_event` or `on_tick`."""
+        self.loop.watch(self, 0)
+        self.at_end = True
+        self.loop.cancel(self.task, ClientGone())
+
     def leave(self) -> None:
         """The client has left: throw ClientGone into its coroutine."""
         self.out.clear()
@@ -22493,12 +22505,24 @@ class ClientConnection(Connection):
                 sent = send_now(self.sock, data)
             except (OSError, ValueError):
                 raise ClientGone from None
-            self.sent_at = time.monotonic()
+            self.sent_at = self.loop.now
             if sent == len(data):
                 return
             data = data[sent:]
         self.out += data
         self._watch()
+
+    def begin_answer(self, exchange: HttpExchange) -> None:
+        """This request is being answered from now on."""
+        self.exchange = exchange
+
+    def end_answer(self) -> None:
+        """No request is being answered."""
+        self.exchange = None
+
+    def begin_silence(self) -> None:
+        """Count the time until the next keep-alive from now on."""
+        self.sent_at = self.loop.now
 
     async def room(self) -> None:
         """Return when the client has received most of what was sent, so that a slow
@@ -22535,19 +22559,47 @@ class ClientConnection(Connection):
         """Returns the next request's head without its empty line, b"" if there will be
         none. Raises BadRequest, also for a head that arrives too slowly."""
         self.is_idle = True
-        deadline = time.monotonic() + self.settings.idle_client_s
+        self.asked_at = self.loop.now
+        deadline = self.loop.now + self.settings.idle_client_s
         has_begun = False
-        while not self.has_head:
+        if self.ahead:  # it came together with the last request
+            await wait(NextTurn())
+
+        while True:
+            size_bytes = self._head_bytes()
+            if size_bytes:
+                break
             if self.ahead and not has_begun:
                 has_begun = True
-                deadline = time.monotonic() + self.settings.head_timeout_s
-            if self.at_end or not await wait(News(self, deadline - time.monotonic())):
+                deadline = self.loop.now + self.settings.head_timeout_s
+            news_at = False
+            if not self.at_end:
+                news_at = await wait(News(self, deadline - self.loop.now))
+            self.asked_at = news_at or self.loop.now
+            if not news_at:
                 if not self.ahead:
                     return b""
                 raise BadRequest("the request head came too slowly or not whole", 408)
 
         self.is_idle, self.is_used = False, True
-        return self._take_head()
+        raw, self.ahead = self.ahead[:size_bytes], self.ahead[size_bytes + 4 :]
+        return raw
+
+    def _head_bytes(self) -> int:
+        """Returns the size of the head that was read ahead, 0 if it is not whole yet.
+        Raises BadRequest for what can never become a head."""
+        if self.ahead[:1] in b"\r\n":
+            self.ahead = self.ahead.lstrip(b"\r\n")  # some clients send one too many
+        end = self.ahead.find(b"\r\n\r\n")
+        if 0 < end <= MAX_HEAD_BYTES:
+            return end
+        if self.is_full:
+            raise BadRequest(
+                f"the request head is larger than {MAX_HEAD_BYTES} bytes", 431
+            )
+        if b"\n\n" in self.ahead:
+            raise BadRequest("line ends of the head must be CR LF")
+        return 0
 
     def open_socket(self, socket: WebSocket) -> None:
         """Read requests as messages of a WebSocket from now on."""
@@ -22557,7 +22609,7 @@ class ClientConnection(Connection):
         """Returns the next request on a WebSocket, None if there will be none.  Raises
         ClientGone."""
         self.is_idle = True
-        self._hand_over()  # what came with the handshake
+        self._hand_over(socket)  # what came with the handshake
         while not socket.is_over:
             if self.at_end:
                 raise ClientGone
@@ -22565,19 +22617,8 @@ class ClientConnection(Connection):
                 break
             await wait(News(self, math.inf))
         self.is_idle = False
+        self.asked_at = self.loop.now
         return socket.next_message()
-
-    def _take_head(self) -> bytes:
-        """Returns the head that was read ahead.  Raises BadRequest."""
-        end = self.ahead.find(b"\r\n\r\n")
-        if end > MAX_HEAD_BYTES or end < 0 and self.is_full:
-            raise BadRequest(
-                f"the request head is larger than {MAX_HEAD_BYTES} bytes", 431
-            )
-        if end < 0:
-            raise BadRequest("line ends of the head must be CR LF")
-        raw, self.ahead = self.ahead[:end], self.ahead[end + 4 :]
-        return raw
 
     async def read_body(self, length: int, chunked: bool) -> bytes:
         """Returns the body of a request.  Raises BadRequest (400, 408, 413), ClientGone
@@ -22632,7 +22673,7 @@ class ClientConnection(Connection):
         """Close the socket; may be called twice."""
         if self.sock is None:
             return
-        self._on_close(self)
+        self.loop.clients.discard(self)
         self._end_tls()
         self.unwatch()
         sock, self.sock = self.sock, None
@@ -22905,16 +22946,23 @@ def spare_collector() -> None:
     gc.set_threshold(COLLECT_AFTER)
 
 
-class Sender(NamedTuple):
-    """The sender of the requests of a connection that have this head.
+NOBODY = Caller()  # sends a request until it is checked
 
-    keys: all keys when it was identified; headers: to be added to the answers."""
+
+class CheckedHead(NamedTuple):
+    """What the checks of a request found. The next request of its connection with this
+    head needs no checks, as long as the keys are these.
+
+    headers: to be added to the answer; endpoint: None for OPTIONS; argument: what a
+    route with a pattern matched."""
 
     head: RequestHead
     keys: list[Key]
     caller: Caller
     is_same_origin: bool
     headers: Headers
+    endpoint: Endpoint | None
+    argument: str
 
 
 class HttpExchange:
@@ -22926,30 +22974,42 @@ class HttpExchange:
     bytes.
 
     It knows bytes, head and answer, but no model and no account: those are in `record`.
-    The Handler sets caller, is_same_origin, argument, body and keep_alive before the
-    endpoint runs. The endpoint may set ticket, and changes the rest by methods. Nobody
-    else sets anything."""
+    The endpoint may set ticket, and changes the rest by methods. Nobody else sets
+    anything."""
 
-    def __init__(self, client: ClientConnection, head: RequestHead, app: App) -> None:
+    def __init__(
+        self,
+        client: ClientConnection,
+        head: RequestHead,
+        app: App,
+        length: str | None = None,
+    ) -> None:
         self.client, self.head, self.app = client, head, app
-        self.path = path_of(head.target)
+        self.length = length  # the field Content-Length, as it was sent
+        path = path_of(head.target)
         self.record = app.ledger.new_record(
-            AskedFor(head.method, self.path, head.headers, app.clock()[1])
+            AskedFor(head.method, path, head.headers, app.clock()[1], client.asked_at)
         )
         self.argument: str = ""  # what a route with a pattern matched
         self.is_same_origin = True  # no page of another origin has sent it
-        self.caller = Caller(client.address)
+        self.caller = NOBODY
         self.ticket: Ticket | None = None  # once it asks for admission
-        self.dialect = dialect_of(self.path)
+        self.dialect = dialect_of(path)
         self.body = b""
         self.headers: Headers = {}  # to be added to the answer
         self.keep_alive = head.keep_alive
         self._is_probed = False  # PROBE is sent, so the head continues after it
+
         self.keepalive = b""  # what is sent in a silence; b"" for nothing
 
     @property
     def id(self) -> str:
         return self.record.id
+
+    @property
+    def path(self) -> str:
+        """The normalised path of the target."""
+        return self.record.asked.path
 
     @property
     def is_chunked(self) -> bool:
@@ -22968,11 +23028,28 @@ class HttpExchange:
 
     # -- the request
 
-    def come_from(self, sender: Sender) -> None:
-        """Use the sender of an earlier request with an equal head."""
-        self.caller = sender.caller
-        self.is_same_origin = sender.is_same_origin
-        self.headers.update(sender.headers)
+    def pass_checks(self, checked: CheckedHead) -> None:
+        """Note what the checks of this request, or of an equal head, have found."""
+        self.caller = checked.caller
+        self.is_same_origin = checked.is_same_origin
+        self.argument = checked.argument
+        self.headers.update(checked.headers)
+
+    async def receive_body(self, length: int, chunked: bool) -> None:
+        """Read the body, and decode it.  Raises BadRequest, ClientGone."""
+        headers = self.head.headers
+        expected = headers.get("expect")
+        if expected and self.head.minor == 1 and expected.lower() == "100-continue":
+            self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+        keep_alive, self.keep_alive = self.keep_alive, False  # until it is read whole
+        self.body = await self.client.read_body(length, chunked)
+        self.keep_alive = keep_alive
+
+        coding = headers.get("content-encoding")
+        if coding:
+            self.body = inflate(self.body, coding)
+        self.log_body("request", self.body)
 
     def answer_in(self, dialect: Dialect) -> None:
         """Report errors in this dialect from now on."""
@@ -23110,7 +23187,7 @@ class HttpExchange:
         answer, with status 200."""
         self.keepalive = keepalive
         self.keep_alive = self.keep_alive and self.is_chunked
-        self.client.sent_at = time.monotonic()
+        self.client.begin_silence()
 
     def expect_whole(self) -> None:
         """Send no keep-alive, because the answer will be a whole one."""
@@ -23551,7 +23628,7 @@ class EventLoop:
 
         it waits for                                      and is resumed by
         Ready     an upstream connection                  the selector
-        News      bytes from its client, or room          the selector, through on_event
+        News      bytes from its client, or room          the selector, through on_event, in turn
         Pause     some time                               the loop's timers
         NextTurn  its turn to compute                     the loop, when streams have been served
         InThread  DNS, files, the database, big bodies    one of a few worker threads
@@ -23580,12 +23657,12 @@ class EventLoop:
         self._alarm = Alarm()
         self._stopped = False
         self._tasks: dict[Task, None] = {}
-        self._turns: collections.deque[tuple[Task, Wait]] = collections.deque()
+        self._turns: collections.deque[tuple[Task, Wait, Any]] = collections.deque()
         self._timers: list[tuple[float, int, Task, Wait]] = []
         #: deferred work -> when it was deferred, monotonic
         self._deferred: dict[Callable[[], None], float] = {}
         self._tick_s = min(1.0, settings.keepalive_s / 4, settings.head_timeout_s / 4)
-        self._now = self._ticked_at = time.monotonic()
+        self.now = self._ticked_at = time.monotonic()  # now: when the round began
         self._thread = threading.Thread(
             target=self._run, name="event-loop", daemon=True
         )
@@ -23662,9 +23739,9 @@ class EventLoop:
         """Resume the task at this monotonic time."""
         heapq.heappush(self._timers, (when_s, id(what), task, what))  # id: never a tie
 
-    def wake_in_turn(self, task: Task, what: Wait) -> None:
+    def wake_in_turn(self, task: Task, what: Wait, value: Any = None) -> None:
         """Resume the task when the running streams have been served."""
-        self._turns.append((task, what))
+        self._turns.append((task, what, value))
 
     def run_in_thread(self, work: Callable[[], Any], task: Task, what: Wait) -> None:
         """Resume the task with what `work` returns or raises in a worker thread."""
@@ -23684,12 +23761,12 @@ class EventLoop:
         """Call `work` once after DEFER_S, however often it is deferred meanwhile. So
         records of requests are written in batches, and most requests are with the
         upstream before the last one is counted."""
-        self._deferred.setdefault(work, self._now)
+        self._deferred.setdefault(work, self.now)
 
     def _do_deferred(self, least_s: float) -> None:
         """Do the deferred work that has waited at least so long."""
         for work, since in list(self._deferred.items()):
-            if self._now - since >= least_s:
+            if self.now - since >= least_s:
                 del self._deferred[work]
                 self._guard(work)
 
@@ -23703,7 +23780,7 @@ class EventLoop:
     def _run(self) -> None:
         while not self._stopped:
             ready = self._selector.select(self._pause_s())
-            self._now = time.monotonic()
+            self.now = time.monotonic()
             for key, mask in ready:
                 self._on_ready(key.data, mask)
             if self._inbox:
@@ -23714,8 +23791,8 @@ class EventLoop:
                 self._run_timers()
             if self._deferred:
                 self._do_deferred(DEFER_S)
-            if self._now - self._ticked_at >= self._tick_s:
-                self._ticked_at = self._now
+            if self.now - self._ticked_at >= self._tick_s:
+                self._ticked_at = self.now
                 self._tick()
         self.close()
 
@@ -23747,7 +23824,7 @@ class EventLoop:
             self.resume(task, what, True, error)
             error = None  # its traceback refers to this frame: a cycle
         elif task.what is what:
-            task.deadline = self._now + what.timeout_s
+            task.deadline = self.now + what.timeout_s
 
     def _guard(self, work: Callable[..., None], *items: Any) -> bool:
         """Call `work`; returns False if it failed. A fault of ours is logged, and the
@@ -23760,11 +23837,10 @@ class EventLoop:
     def _give_up(self, connection: Connection) -> None:
         """Close this connection after a fault of ours; the others continue. Listeners
         and the alarm stay, because without them nobody would be served any more."""
-        if isinstance(connection, (ClientConnection, HttpConnection)):
+        if isinstance(connection, HttpConnection):
             self.watch(connection, 0)
-        if isinstance(connection, ClientConnection):
-            connection.at_end = True
-            self.cancel(connection.task, ClientGone())
+        elif isinstance(connection, ClientConnection):
+            connection.give_up()
 
     def _take_inbox(self) -> None:
         for _ in range(len(self._inbox)):
@@ -23774,25 +23850,27 @@ class EventLoop:
         """Compute for SLICE_S, because streams would be late otherwise. If they take
         nearly all of the time, a share of it still moves the requests on."""
         now = time.monotonic()
-        until = now + max(SLICE_S, SLICE_SHARE * (now - self._now))
+        until = now + max(SLICE_S, SLICE_SHARE * (now - self.now))
         while self._turns:
-            self.resume(*self._turns.popleft())
+            task, what, value = self._turns.popleft()
+            if task.what is what:
+                self._resume(task, value)
             if time.monotonic() >= until:
                 break
 
     def _run_timers(self) -> None:
-        while self._timers and self._timers[0][0] <= self._now:
+        while self._timers and self._timers[0][0] <= self.now:
             _, _, task, what = heapq.heappop(self._timers)
             self.resume(task, what)
 
     def _tick(self) -> None:
         """Resume the tasks whose time is over, and send what is due in a silence."""
-        for task in [task for task in list(self._tasks) if task.deadline <= self._now]:
+        for task in [task for task in list(self._tasks) if task.deadline <= self.now]:
             # an earlier one of them may have resumed it: then it waits for something else
-            if task.what is not None and task.deadline <= self._now:
+            if task.what is not None and task.deadline <= self.now:
                 self._resume(task, False)
         for client in list(self.clients):
-            if not self._guard(client.on_tick, self._now):
+            if not self._guard(client.on_tick, self.now):
                 self._give_up(client)
 
     # -- coroutines
@@ -23830,7 +23908,7 @@ class EventLoop:
             self._end(task, None, fault)
             return
 
-        task.what, task.deadline = what, self._now + what.timeout_s
+        task.what, task.deadline = what, self.now + what.timeout_s
         try:
             what.begin(self, task)
         except _CLOSED_SOCKET_ERRORS as fault:
@@ -23863,37 +23941,31 @@ def is_json_type(text: str) -> bool:
 class Handler:
     """Takes a request from its head to its endpoint: all checks that precede the work.
 
-    Each connection has a Handler. Its requests mostly have equal heads, so the sender
-    of the last one is remembered."""
+    Each connection has a Handler. Its requests mostly have equal heads, so what the
+    checks of the last one found is remembered."""
 
     def __init__(self, app: App, routes: Routes, scheme: str) -> None:
         self._app, self._routes, self._scheme = app, routes, scheme
-        self._sender: Sender | None = None
+        self._last: CheckedHead | None = None
 
     async def handle(self, exchange: HttpExchange) -> None:
         """Check the request, read its body, call its endpoint.  Raises ProxyError, ClientGone."""
         if isinstance(exchange, SocketExchange):
             await self._handle_message(exchange)
             return
-        head = exchange.head
         length, chunked = 0, True  # if `body_form` fails there may be a body
         try:
-            length, chunked = head.body_form()
-            self._check_sender(exchange)
-            if head.method == "OPTIONS":
-                endpoint = None
-            else:
-                endpoint = self._find_route(exchange)
-            self._check_body(exchange, length, chunked)
+            length, chunked = exchange.head.body_form(exchange.length)
+            endpoint = self._check(exchange, length, chunked)
         except ProxyError:
-            exchange.keep_alive = exchange.keep_alive and not (length or chunked)
+            if length or chunked:
+                exchange.close_after()
             raise
 
         if length or chunked:
-            await self._read_body(exchange, length, chunked)
+            await exchange.receive_body(length, chunked)
         if not exchange.client.still_reads():
             raise ClientGone
-        await wait(NextTurn())
         if endpoint is None:
             exchange.headers["Allow"] = "GET, HEAD, POST, OPTIONS"
             exchange.reply(b"", 204, "")
@@ -23905,58 +23977,55 @@ class Handler:
     async def _handle_message(self, exchange: SocketExchange) -> None:
         """As `handle`, for a request on a WebSocket. The key is checked again, because
         it may have been revoked meanwhile."""
-        self._check_browser(exchange)
-        self._check_key(exchange)
+        exchange.pass_checks(self._check_sender(exchange))
         exchange.log_body("request", exchange.body)
         await wait(NextTurn())
         await exchange.socket.endpoint(exchange)
 
-    async def _read_body(
+    def _check(
         self, exchange: HttpExchange, length: int, chunked: bool
-    ) -> None:
-        """Raises BadRequest, ClientGone."""
-        head, client = exchange.head, exchange.client
-        if head.minor == 1 and head.headers.get("expect", "").lower() == "100-continue":
-            client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+    ) -> Endpoint | None:
+        """Returns the endpoint, None for OPTIONS.  Raises BadRequest, AuthError,
+        RateLimited."""
+        last = self._last
+        if (
+            last is not None
+            and last.head is exchange.head
+            and 0 < length <= MAX_BODY_BYTES
+            and last.keys is self._app.accounts.keys.lately()
+        ):
+            exchange.pass_checks(last)
+            return last.endpoint
 
-        keep_alive = exchange.keep_alive
-        exchange.keep_alive = False  # until the body is read whole
-        body = await client.read_body(length, chunked)
-        exchange.keep_alive = keep_alive
+        checked = self._check_sender(exchange)
+        if exchange.head.method != "OPTIONS":
+            endpoint, argument = self._find_route(exchange)
+            checked = checked._replace(endpoint=endpoint, argument=argument)
+        self._check_body(exchange, length, chunked)
+        exchange.pass_checks(checked)
+        caller = checked.caller
+        if length and caller.is_admitted and caller.account is None:
+            self._last = checked
+        return checked.endpoint
 
-        coding = head.headers.get("content-encoding", "")
-        if coding:
-            exchange.body = inflate(body, coding)
-        else:
-            exchange.body = body
-        exchange.log_body("request", exchange.body)
+    def _check_sender(self, exchange: HttpExchange) -> CheckedHead:
+        """Check browser and key.  Raises BadRequest, AuthError, RateLimited."""
+        keys = self._app.accounts.keys.all()
+        address, is_same_origin = self._check_browser(exchange)
+        caller = self._find_caller(exchange, address)
+        headers = exchange.headers.copy()
+        return CheckedHead(
+            exchange.head, keys, caller, is_same_origin, headers, None, ""
+        )
 
-    def _check_sender(self, exchange: HttpExchange) -> None:
-        """Check browser and key, unless the last request had the same head and no key
-        has changed since.  Raises BadRequest, AuthError, RateLimited."""
-        head, last = exchange.head.same, self._sender
-        key_file = self._app.accounts.keys
-        if last is not None and last.head is head and last.keys is key_file.all():
-            exchange.come_from(last)
-            return
-
-        self._check_browser(exchange)
-        keys = key_file.all()
-        self._check_key(exchange)
-        caller = exchange.caller
-        if head is not None and caller.is_admitted and caller.account is None:
-            self._sender = Sender(
-                head, keys, caller, exchange.is_same_origin, exchange.headers.copy()
-            )
-
-    def _check_browser(self, exchange: HttpExchange) -> None:
-        """Refuse DNS rebinding and foreign web pages before any work.  Raises
+    def _check_browser(self, exchange: HttpExchange) -> tuple[str, bool]:
+        """Refuse DNS rebinding and foreign web pages before any work. Returns (address
+        of the client, whether no page of another origin has sent this).  Raises
         BadRequest 403."""
         headers, settings = exchange.head.headers, self._app.settings
         host, scheme, address = as_seen(
             exchange.head, exchange.client.address, settings, self._scheme
         )
-        exchange.caller = Caller(address)
         target_host = split_target(exchange.head.target)[0]
         if target_host is not None:
             check_host(target_host, settings, exchange.client.sock)
@@ -23965,16 +24034,14 @@ class Handler:
         origin = headers.get("origin")
         if origin is None:
             site = headers.get("sec-fetch-site", "none")
-            exchange.is_same_origin = site in ("same-origin", "none")
-            if not exchange.is_same_origin and not is_open(exchange):
+            is_same_origin = site in ("same-origin", "none")
+            if not is_same_origin and not is_open(exchange):
                 raise foreign_origin(origin)
-            return
+            return address, is_same_origin
 
         own = origin_of(f"{scheme}://{host}")
-        exchange.is_same_origin = bool(own) and origin_of(origin) == own
-        if not exchange.is_same_origin and not is_allowed_origin(
-            origin, settings.cors_origin
-        ):
+        is_same_origin = bool(own) and origin_of(origin) == own
+        if not is_same_origin and not is_allowed_origin(origin, settings.cors_origin):
             raise foreign_origin(origin)
         exchange.headers.update(
             {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
@@ -23991,28 +24058,28 @@ class Handler:
             )
             if "access-control-request-private-network" in headers:
                 exchange.headers["Access-Control-Allow-Private-Network"] = "true"
+        return address, is_same_origin
 
-    def _check_key(self, exchange: HttpExchange) -> None:
-        """Find the caller by its key.  Raises AuthError, RateLimited."""
+    def _find_caller(self, exchange: HttpExchange, address: str) -> Caller:
+        """Returns the caller, whom its key names.  Raises AuthError, RateLimited."""
         try:
-            accounts = self._app.accounts
-            exchange.caller = accounts.identify(
-                exchange.head.headers, exchange.caller.address
-            )
+            return self._app.accounts.identify(exchange.head.headers, address)
         except (AuthError, RateLimited):
             if not is_open(exchange):
                 raise
+            return Caller(address)
 
-    def _find_route(self, exchange: HttpExchange) -> Endpoint:
-        """Returns the endpoint: of the exact path, else of `/x/*`, else of `/x/y/*`.
-        Raises BadRequest 404, 405."""
+    def _find_route(self, exchange: HttpExchange) -> tuple[Endpoint, str]:
+        """Returns the endpoint: of the exact path, else of `/x/*`, else of `/x/y/*`;
+        and what the star stands for. Raises BadRequest 404, 405."""
         methods = self._routes.get(exchange.path)
         parts = exchange.path.split("/")
+        argument = ""
 
         for depth in (2, 3):
             if methods is None and len(parts) > depth:
                 methods = self._routes.get("/".join(parts[:depth]) + "/*")
-                exchange.argument = urllib.parse.unquote("/".join(parts[depth:]))
+                argument = urllib.parse.unquote("/".join(parts[depth:]))
 
         if methods is None:
             raise BadRequest(
@@ -24035,7 +24102,7 @@ class Handler:
                 headers={"Allow": ", ".join(allowed)},
             )
 
-        return endpoint
+        return endpoint, argument
 
     def _check_body(self, exchange: HttpExchange, length: int, chunked: bool) -> None:
         """Raises BadRequest 413, 415, 417."""
@@ -24167,13 +24234,7 @@ class Server(ThreadingHTTPServer):
         with contextlib.suppress(OSError):  # macOS: the client has reset it already
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         request.settimeout(0)
-        client = ClientConnection(
-            request,
-            client_address,
-            self.app.settings,
-            self.loop,
-            self.loop.clients.discard,
-        )
+        client = ClientConnection(request, client_address, self.app.settings, self.loop)
         if len(self.loop.clients) >= self._most_clients:
             with contextlib.suppress(OSError):  # the client has closed it
                 self._refuse_connection(request)
@@ -24224,13 +24285,13 @@ class Server(ThreadingHTTPServer):
         if exchange is None:
             return False
 
-        client.exchange = exchange
+        client.begin_answer(exchange)
         self._running[exchange] = None
         self.app.ledger.begin(exchange.record)
         try:
             is_refused = await self._answer(exchange, problem, handler)
         finally:
-            client.exchange = None
+            client.end_answer()
             self.end(exchange)
         if exchange.keep_alive and not self.app.stop.is_set():
             return True
@@ -24248,7 +24309,8 @@ class Server(ThreadingHTTPServer):
             raw_head = await client.read_head()
             if not raw_head:
                 return None
-            return HttpExchange(client, parse_request_head(raw_head), self.app)
+            head, length = parse_request_head(raw_head)
+            return HttpExchange(client, head, self.app, length)
 
         message = await client.read_message(web_socket)
         if message is None:

@@ -135,8 +135,8 @@ class RawFuzz(SharedCase):
     def read_request(self, rng: random.Random, name: str, data: bytes) -> None:
         """As the server does it: head, body in pieces, coding, JSON, dialect, translation."""
         raw, _, rest = data.partition(b"\r\n\r\n")
-        head = cp.parse_request_head(raw)
-        decoder = cp.BodyDecoder(*head.body_form())
+        head, length = cp.parse_request_head(raw)
+        decoder = cp.BodyDecoder(*head.body_form(length))
         body = b"".join(decoder.feed(piece) for piece in pieces(rng, rest))
         if not decoder.done:
             return

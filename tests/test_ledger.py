@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import http.client
 import logging
+import time
 import unittest
 import unittest.mock
 from typing import Any
@@ -25,7 +26,8 @@ class LedgerTest(unittest.TestCase):
         self.ledger = cp.Ledger(settings, "", logging.getLogger("copilot_proxy"), self.clock)
 
     def begin(self, path: str = "/chat/completions") -> cp.RequestRecord:
-        record = self.ledger.new_record(cp.AskedFor("POST", path, {}, self.clock()[1]))
+        asked = cp.AskedFor("POST", path, {}, self.clock()[1], time.monotonic())
+        record = self.ledger.new_record(asked)
         self.ledger.begin(record)
         return record
 

@@ -64,7 +64,7 @@ class StopTest(unittest.TestCase):
                 loop._take_inbox()
                 loop.post(loop._stop)
                 loop._take_inbox()
-                loop._now = time.monotonic() + 1
+                loop.now = time.monotonic() + 1
                 loop._take_turns()
                 loop._run_timers()
                 self.assertEqual(errors.lines, [])
@@ -114,7 +114,7 @@ class DeadlineTest(unittest.TestCase):
         loop.spawn(first())
         task.append(loop.spawn(second()))
         loop._take_inbox()
-        loop._now = time.monotonic() + 1
+        loop.now = time.monotonic() + 1
         loop._tick()
         self.assertEqual(results, [])
         loop._stop()

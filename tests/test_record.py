@@ -12,7 +12,7 @@ from fake_upstream import CHAT, Answer
 def record(method: str = "POST", path: str = "/chat/completions",
            **headers: str) -> cp.RequestRecord:
     return cp.RequestRecord(
-        cp.new_request_id(), cp.AskedFor(method, path, headers, 1_800_000_000.0))
+        cp.new_request_id(), cp.AskedFor(method, path, headers, 1_800_000_000.0, time.monotonic()))
 
 
 class RecordTest(unittest.TestCase):

@@ -39,7 +39,7 @@ class TurnTest(unittest.TestCase):
 
     def turns_after(self, streams_s: float) -> int:
         """How many turns come behind streams that took so long."""
-        self.loop._now, self.turns = self.now, 0
+        self.loop.now, self.turns = self.now, 0
         self.now += streams_s
         self.loop._take_turns()
         return self.turns

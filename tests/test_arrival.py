@@ -1,0 +1,137 @@
+"""From the selector to the endpoint: when a request counts as arrived, whose turn it is, and how
+long the keys that were looked at hold (sections 12, 17, 18)."""
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import tempfile
+import threading
+import time
+import unittest
+import uuid
+from typing import Any, Iterator
+from unittest import mock
+
+from support import DEADLINE_S, ProxyCase, chat, cp, wait_until
+
+WORK_S = 0.06                # that a slow endpoint computes
+
+
+class ArrivalTest(ProxyCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.records: list[cp.RequestRecord] = []
+        patched = mock.patch.dict(cp.ROUTES, {"/slow": {"GET": self.compute},
+                                              "/a/*": {"GET": self.answer},
+                                              "/b/*": {"GET": self.answer}})
+        patched.start()
+        self.addCleanup(patched.stop)
+
+    def answer(self, exchange: Any) -> None:
+        self.records.append(exchange.record)
+        exchange.reply(b"{}")
+
+    def compute(self, exchange: Any) -> None:
+        time.sleep(WORK_S)
+        self.answer(exchange)
+
+    def connect(self, count: int) -> list[socket.socket]:
+        """So many connections that the loop watches already."""
+        clients = [socket.create_connection(("127.0.0.1", self.proxy.port), timeout=DEADLINE_S)
+                   for _ in range(count)]
+        for client in clients:
+            self.addCleanup(client.close)
+        loop = self.proxy.server.loop
+        wait_until(lambda: sum(one.watched for one in list(loop.clients)) == count,
+                   "all are accepted")
+        return clients
+
+    @contextlib.contextmanager
+    def one_round(self) -> Iterator[None]:
+        """The loop finds all that is sent meanwhile in one round."""
+        stands, goes_on = threading.Event(), threading.Event()
+        self.proxy.server.loop.post(lambda: (stands.set(), goes_on.wait(DEADLINE_S)))
+        self.assertTrue(stands.wait(DEADLINE_S))
+        yield
+        goes_on.set()
+
+    def test_the_time_until_its_turn_belongs_to_a_request(self) -> None:
+        clients = self.connect(3)
+        with self.one_round():
+            for client in clients:
+                client.sendall(b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        for client in clients:
+            self.assertEqual(client.recv(12), b"HTTP/1.1 200")
+        wait_until(lambda: all(record.total_ms for record in self.records), "all are over")
+        for number, record in enumerate(self.records, 1):
+            self.assertGreaterEqual(record.total_ms, number * WORK_S * 1000)
+
+    def test_requests_that_came_together_take_turns_with_those_of_others(self) -> None:
+        clients = dict(zip("ab", self.connect(2)))
+        with self.one_round():
+            for name, client in clients.items():
+                client.sendall(b"".join(
+                    b"GET /%b/%d HTTP/1.1\r\nHost: localhost\r\n\r\n" % (name.encode(), number)
+                    for number in range(20)))
+        wait_until(lambda: len(self.records) == 40, "all are answered")
+        order = "".join(record.asked.path[1] for record in self.records)
+        self.assertNotIn("aaa", order)
+        self.assertNotIn("bbb", order)
+
+    def test_ids_are_random_and_never_the_same(self) -> None:
+        ledger = self.proxy.app.ledger
+        asked = cp.AskedFor("POST", "/messages", {}, 0.0, 0.0)
+        ids = [ledger.new_record(asked).id for _ in range(5 * cp.IDS_AT_ONCE)]
+        self.assertEqual(len(set(ids)), len(ids))
+        self.assertEqual([str(uuid.UUID(text)) for text in ids], ids)
+        self.assertEqual({uuid.UUID(text).version for text in ids}, {4})
+
+
+class KeyTest(ProxyCase):
+    def test_a_key_that_another_process_deletes_is_refused_on_open_connections(self) -> None:
+        path = os.path.join(self.proxy.data_dir, "proxy_accounts.json")
+        elsewhere = cp.KeyFile(path, "github.com", ())
+        keys = {name: cp.new_key() for name in ("kept", "deleted")}
+        made = {name: elsewhere.add(key) for name, key in keys.items()}
+        raw = (b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nx-api-key: %b\r\n"
+               b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b")
+        body = cp.dumps(chat("hi"))
+        clients = {}
+        for name, key in keys.items():
+            clients[name] = socket.create_connection(
+                ("127.0.0.1", self.proxy.port), timeout=DEADLINE_S)
+            self.addCleanup(clients[name].close)
+
+        def status(name: str) -> bytes:
+            clients[name].sendall(raw % (keys[name].encode(), len(body), body))
+            answer = clients[name].recv(65536)
+            while b"}" not in answer:
+                answer += clients[name].recv(65536)
+            return answer[9:12]
+
+        for _ in range(3):
+            self.assertEqual([status("kept"), status("deleted")], [b"200", b"200"])
+        elsewhere.delete([made["deleted"].id])
+        wait_until(lambda: status("deleted") == b"401", "the deletion is noticed")
+        self.assertEqual(status("kept"), b"200")
+
+
+class KeyFileTest(unittest.TestCase):
+    def test_many_requests_at_once_look_at_the_file_once(self) -> None:
+        clock = mock.Mock(monotonic=lambda: self.now, time=time.time)
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(cp, "time", clock):
+            self.now = 100.0
+            path = os.path.join(folder, "k.json")
+            mine, other = (cp.KeyFile(path, "github.com", ()) for _ in range(2))
+            self.assertEqual(mine.lately(), [])
+            other.add("one")
+            self.assertEqual(mine.lately(), [])
+            self.now += 2 * cp.KEYS_HOLD_S
+            self.assertEqual(len(mine.lately()), 1)
+            mine.add("two")
+            self.assertEqual(len(mine.lately()), 2)
+
+
+if __name__ == "__main__":
+    unittest.main()
