@@ -2419,7 +2419,7 @@ class BodyEdit:
         """Put another list in the place of the old value unless it holds the very same items."""
         old = target[key]
         is_same = isinstance(old, list) and len(old) == len(items)
-        if not is_same or any(a is not b for a, b in zip(items, old)):
+        if not is_same or not all(map(operator.is_, items, old)):
             target[key] = items
             self.note_change()
 
@@ -4282,9 +4282,11 @@ def content_parts(body: Json) -> Iterator[Json]:
                 content = [content]  # a screenshot of a computer
             elif not isinstance(content, list):
                 continue
-            for part in filter(as_object, content):
+            for part in content:
+                if not isinstance(part, dict):
+                    continue
                 yield part
-                if "content" in part or "source" in part:
+                if "source" in part or isinstance(part.get("content"), list):
                     yield from _inner_parts(part)
 
 
@@ -5034,10 +5036,17 @@ def prepare_tools(
             continue
         offered.append(tool)
         for key in refused:
-            edit.drop(tool, key)
-        for holder in (tool, as_object(tool.get("function"))):
-            for key in ("parameters", "input_schema"):
-                edit.drop(as_object(holder.get(key)), "$schema")
+            if key in tool:
+                edit.drop(tool, key)
+        function = as_object(tool.get("function"))
+        for schema in (
+            tool.get("parameters"),
+            tool.get("input_schema"),
+            function.get("parameters"),
+            function.get("input_schema"),
+        ):
+            if isinstance(schema, dict) and "$schema" in schema:
+                edit.drop(schema, "$schema")
 
     if offered:
         edit.replace(body, "tools", offered)
@@ -5239,6 +5248,8 @@ def fit_call_id(text: str) -> str:
 
 def drop_nulls(edit: BodyEdit, target: Json, *keep: str) -> None:
     """Nulls mean nothing, and strict schemas refuse them."""
+    if None not in target.values():
+        return
     for key in [k for k, value in target.items() if value is None and k not in keep]:
         edit.drop(target, key)
 
@@ -8161,15 +8172,17 @@ class Responses(Dialect):
         return _has_parts(item.get("content"), _SHAPED_PARTS)
 
     def own_tool(self, tool: Json) -> Json:
+        is_flat = tool.get("type") == "function" and "function" not in tool
+        if is_flat and "input_schema" not in tool:
+            return tool  # nearly always
         freeform, function = freeform_of(tool), function_of(tool)
         if freeform:
             if "custom" in tool:
                 return dict({"type": "custom"}, **freeform)
             return tool
-        is_flat = tool.get("type") == "function" and "function" not in tool
         if not function:
             function = function_of(client_tool(tool) or tool)
-        if function and not (is_flat and "input_schema" not in tool):
+        if function:
             return dict({"type": "function"}, **function)
         return tool
 
@@ -9665,6 +9678,8 @@ class Messages(Dialect):
             edit.drop(body, "top_p", "not beside temperature")
 
     def own_tool(self, tool: Json) -> Json:
+        if "input_schema" in tool and tool.get("type") is None:
+            return tool  # nearly always
         freeform, function = freeform_of(tool), function_of(tool)
         if freeform:
             return without_none(
@@ -9701,19 +9716,19 @@ class Messages(Dialect):
         ):
             return False
 
-        content = item.get("content")
-        if item["role"] in SYSTEM_ROLES:
+        role, content = item["role"], item.get("content")
+        if role in SYSTEM_ROLES:
             return _has_parts(content, ("text",))
         if not _has_parts(content, _SHAPED_BLOCKS):
             return False
-        if any(is_misplaced(block, item["role"]) for block in as_list(content)):
-            return False
-        results = [
-            block for block in as_list(content) if block["type"] == "tool_result"
-        ]
-        return all(
-            _has_parts(result.get("content", ""), ("text",)) for result in results
-        )
+        for block in as_list(content):
+            kind = block["type"]
+            if _BLOCK_ROLES.get(kind, role) != role:
+                return False
+            is_result = kind == "tool_result"
+            if is_result and not _has_parts(block.get("content", ""), ("text",)):
+                return False
+        return True
 
     def upstream_headers(self, headers: Headers) -> Headers:
         wanted = {"anthropic-version": ANTHROPIC_VERSION}
@@ -9751,8 +9766,10 @@ class Messages(Dialect):
             blocks = content
         else:
             blocks = []
-        has_results = any(block.get("type") == "tool_result" for block in blocks)
-        if role != "user" or not has_results:
+        has_results = role == "user" and any(
+            block.get("type") == "tool_result" for block in blocks
+        )
+        if not has_results:
             calls = [
                 str(block.get("id"))
                 for block in blocks
@@ -12321,7 +12338,8 @@ def shape_tools(edit: BodyEdit, client: Dialect, model: Model) -> None:
     for tool in shaped:
         if isinstance(tool, dict):
             drop_nulls(edit, tool)
-            drop_nulls(edit, as_object(tool.get("function")))
+            if "function" in tool:
+                drop_nulls(edit, as_object(tool["function"]))
 
 
 def _tool_key(tool: Json) -> tuple[str, str]:
@@ -12821,18 +12839,14 @@ def shorten_tool_names(edit: BodyEdit, calls: list[Json]) -> None:
     which `restore_names` turns back in the answer."""
     if not calls and "tools" not in edit.body and "tool_choice" not in edit.body:
         return
-    tools = list(
-        map(as_object, as_list(edit.body.get("tools")) + [edit.body.get("tool_choice")])
-    )
-    tools += [
-        inner
-        for tool in tools
-        for inner in as_list(
-            tool.get("tools") or as_object(tool.get("allowed_tools")).get("tools")
-        )
-    ]
+    tools = [*dicts_in(edit.body, "tools"), as_object(edit.body.get("tool_choice"))]
+    for holder in tools[:]:
+        if "tools" in holder or "allowed_tools" in holder:
+            allowed = as_object(holder.get("allowed_tools"))
+            tools += as_list(holder.get("tools") or allowed.get("tools"))
 
-    for tool in map(as_object, tools + calls):
+    for tool in tools + calls:
+        tool = as_object(tool)
         tool = as_object(tool.get("function")) or tool
         name = tool.get("name")
         if isinstance(name, str) and not _TOOL_NAME.match(name):
@@ -12897,6 +12911,12 @@ def normalise_history(edit: BodyEdit, dialect: Dialect, model: Model) -> None:
 # ---- Schemas of tools for OpenAI ----
 
 
+_INNER_SCHEMAS = ("items", "additionalProperties", "not")
+_SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_SCHEMA_MAPS = ("properties", "$defs", "definitions")
+_SCHEMA_PLACES = frozenset((*_INNER_SCHEMAS, *_SCHEMA_LISTS, *_SCHEMA_MAPS))
+
+
 def schema_nodes(schema: Json) -> Iterator[Json]:
     """Every schema inside a schema, itself first. A property may have any name, also
     that of a word of JSON Schema."""
@@ -12906,11 +12926,13 @@ def schema_nodes(schema: Json) -> Iterator[Json]:
         if not isinstance(node, dict):
             continue
         yield node
-        for word_ in ("items", "additionalProperties", "not"):
+        if _SCHEMA_PLACES.isdisjoint(node):
+            continue  # nearly always
+        for word_ in _INNER_SCHEMAS:
             todo.append(node.get(word_))
-        for word_ in ("anyOf", "oneOf", "allOf", "prefixItems"):
+        for word_ in _SCHEMA_LISTS:
             todo.extend(as_list(node.get(word_)))
-        for word_ in ("properties", "$defs", "definitions"):
+        for word_ in _SCHEMA_MAPS:
             todo.extend(as_object(node.get(word_)).values())
 
 
@@ -13307,6 +13329,8 @@ KIMI_SAMPLING = {"temperature": 1, "top_p": 0.95}
 def limit_images(edit: BodyEdit, most: int) -> None:
     """No more images than the model's family takes. Raises BadRequest where the last
     turn alone has too many."""
+    if len(image_parts(edit.body)) <= most:
+        return
     asked = len(image_parts(last_turn(edit.body)))
     if asked > most:
         raise BadRequest(
