@@ -3,7 +3,8 @@
 Every test imports this module first; it puts the root of the repository on the path.  Bases of
 test cases and doubles stand in cases.py, bodies and streams of the dialects in wire.py, a client
 of WebSockets in socket_client.py, the make-believe service in fake_upstream.py
-(test_fake_upstream.py), figures of the file in gauges.py.
+(test_fake_upstream.py), figures of the file in gauges.py; what a process of the command line does
+first, in forked.py.
 
 Section of copilot_proxy.py and the test_*.py that hold it (others name theirs in their docstring):
 
@@ -43,11 +44,13 @@ import contextlib
 import copy
 import functools
 import http.client
+import importlib.util
 import io
 import json
 import logging
+import marshal
+import multiprocessing
 import os
-import py_compile
 import random
 import shutil
 import signal
@@ -60,6 +63,7 @@ import threading
 import time
 import unittest
 import unittest.mock
+from multiprocessing.connection import Connection
 from typing import Any, Callable, Iterator
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -502,15 +506,104 @@ def clean_environment(home: str, **more: str) -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=None)
-def compiled(script: str) -> str:
-    """The script as byte code, made once: a subprocess then starts in half the time."""
+def compiled() -> str:
+    """The program as byte code, made once: a subprocess then starts in half the time."""
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, True)
-    return str(py_compile.compile(script, os.path.join(folder, "script.pyc"), script, True))
+    assert cp.__spec__ is not None and cp.__spec__.loader is not None
+    code = cp.__spec__.loader.get_code("copilot_proxy")  # type: ignore[attr-defined]
+    path = os.path.join(folder, "copilot_proxy.pyc")
+    with open(path, "wb") as file:
+        file.write(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
+    return path
+
+
+class Forked:
+    """A process that is forked off a server in which the program is imported: it begins in a
+    tenth of the time.  As far as the tests need it, it is used like subprocess.Popen.
+
+    The long run has true processes instead, and so have tests whose subject is how a process
+    begins or how the interpreter ends.
+    """
+
+    def __init__(self, words: tuple[str, ...], environ: dict[str, str], folder: str,
+                 ends: list[int], *rest: Any) -> None:
+        import forked
+        context = self._server()
+        copies = [os.open(os.devnull, os.O_RDWR) if end == subprocess.DEVNULL else os.dup(end)
+                  for end in ends]
+        self._process = context.Process(target=forked.run_command, daemon=True, args=(
+            words, environ, folder, list(map(Connection, copies)), *rest))
+        with self._unprepared():
+            self._process.start()
+        self.pid = int(self._process.pid)
+
+    @classmethod
+    @functools.lru_cache(maxsize=None)
+    def _server(cls) -> Any:
+        """The context whose processes are forked; its server ends with this process."""
+        from multiprocessing import forkserver
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["forked"])
+        places = os.pathsep.join((os.path.dirname(compiled()), HERE))
+        with cls._unprepared(), interrupts_on(), \
+                unittest.mock.patch.dict(os.environ, PYTHONPATH=places):
+            forkserver.ensure_running()
+        return context
+
+    @staticmethod
+    def _unprepared() -> Any:
+        """Else the process would run the main module of the tests, and get their folder."""
+        return unittest.mock.patch("multiprocessing.spawn.get_preparation_data", lambda name: {})
+
+    def poll(self) -> int | None:
+        code: int | None = self._process.exitcode
+        return code
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        code = self.poll()
+        if code is None:
+            raise subprocess.TimeoutExpired("copilot_proxy.py", timeout or 0)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def start_process(*words: str, home: str, environ: dict[str, str], ends: tuple[int, int, int],
+                  has_session: bool = False, has_terminal: bool = False,
+                  signals: tuple[tuple[int, Any], ...] = ()) -> Any:
+    """The command line as a process with an isolated home.
+
+    ends: standard input, output and errors; has_session: a session of its own; has_terminal: and
+    standard input is its terminal; signals: how it handles some from the start.
+    """
+    if not SLOW and sys.platform == "linux":        # elsewhere there is no fork, or no safe one
+        return Forked(words, environ, home, list(ends), has_session, has_terminal, signals)
+
+    def prepare() -> None:
+        if has_terminal:
+            import fcntl
+            import termios
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        for number, handling in signals:
+            signal.signal(number, handling)
+
+    with interrupts_on():
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", SCRIPT if SLOW else compiled(), *words], env=environ,
+            cwd=home, stdin=ends[0], stdout=ends[1], stderr=ends[2],
+            start_new_session=has_session,
+            preexec_fn=prepare if has_terminal or signals else None)
 
 
 class Command:
-    """The command line as a subprocess with an isolated home, from source in the long run only.
+    """The command line as a process with an isolated home, from source in the long run only.
 
     `Command("start", "--demo").wait_for_url()`; `stop()` ends it and returns the exit code;
     `output()` is everything it printed.
@@ -518,23 +611,23 @@ class Command:
 
     def __init__(self, *args: str, home: str, stdin: bytes | None = None, **env: str) -> None:
         self._lines: list[str] = []
-        with interrupts_on():
-            self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", SCRIPT if SLOW else compiled(SCRIPT), *args],
-                env=clean_environment(home, **env), cwd=home,
-                stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if stdin is not None and self.process.stdin is not None:
-            self.process.stdin.write(stdin)
-            self.process.stdin.close()
-        self._reader = threading.Thread(target=self._read, daemon=True)
+        printed, writer = os.pipe()
+        with tempfile.TemporaryFile() as typed:
+            typed.write(stdin or b"")
+            typed.seek(0)
+            try:
+                self.process = start_process(
+                    *args, home=home, environ=clean_environment(home, **env),
+                    ends=(typed.fileno(), writer, writer))
+            finally:
+                os.close(writer)
+        self._reader = threading.Thread(target=self._read, args=(printed,), daemon=True)
         self._reader.start()
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._lines.append(line.decode("utf-8", "replace"))
-        self.process.stdout.close()
+    def _read(self, printed: int) -> None:
+        with open(printed, "rb") as lines:
+            for line in lines:
+                self._lines.append(line.decode("utf-8", "replace"))
 
     def output(self) -> str:
         return "".join(self._lines)
@@ -551,7 +644,7 @@ class Command:
 
     def wait(self, timeout_s: float = 20.0) -> int:
         self._reader.join(timeout_s)          # its output ends with it, and is noticed at once
-        return self.process.wait(timeout_s)
+        return int(self.process.wait(timeout_s))
 
     def stop(self, signal_number: int = 15) -> int:
         if self.process.poll() is None:

@@ -23,7 +23,7 @@ from typing import Any, Iterator
 
 import support
 from support import (SCRIPT, SLOW, Command, Reply, accepts, ask, chat, clean_environment,
-                     interrupts_on, long_run, message, patient, response, run_command, run_main,
+                     long_run, message, patient, response, run_command, run_main, start_process,
                      wait_until)
 import copilot_proxy as cp
 from fake_upstream import CHAT, EXCHANGE, MODELS, USAGE, USER, Answer, FakeUpstream, Token
@@ -448,10 +448,8 @@ class Terminal:
     def __init__(self, *args: str, home: str, **env: str) -> None:
         import pty
         self._master, slave = pty.openpty()
-        with interrupts_on():
-            self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", SCRIPT, *args], env=clean_environment(home, **env),
-                cwd=home, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+        self.process = start_process(*args, home=home, environ=clean_environment(home, **env),
+                                     ends=(slave, slave, slave), has_session=True)
         os.close(slave)
         self._parts: list[bytes] = []
         self._reader = threading.Thread(target=self._read, daemon=True)

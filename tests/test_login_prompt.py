@@ -9,26 +9,18 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import unittest
 import unittest.mock
 from typing import Any
 
-from support import (SCRIPT, Proxy, ProxyCase, ask, chat, clean_environment, compiled, cp,
-                     interrupts_on, long_run, run_main, wait_until)
+from support import (Proxy, ProxyCase, ask, chat, clean_environment, cp, long_run, run_main,
+                     start_process, wait_until)
 from cases import CliCase
 from fake_upstream import CHAT, DEVICE_CODE, Answer, FakeUpstream
 
 POSIX = os.name == "posix"
-
-
-def take_terminal() -> None:
-    """In the child: the pseudo terminal is its own, as in a window."""
-    import fcntl
-    import termios
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 @unittest.skipUnless(POSIX, "pseudo terminals are POSIX's")
@@ -40,11 +32,9 @@ class TerminalTest(CliCase):
         self.master, slave = pty.openpty()
         self.addCleanup(os.close, self.master)
         environ = clean_environment(self.home, TERM="xterm", BROWSER="echo BROWSER %s", **env)
-        with interrupts_on():
-            self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", compiled(SCRIPT), *args], env=environ,
-                cwd=self.home, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-                preexec_fn=take_terminal)
+        self.process = start_process(*args, home=self.home, environ=environ,
+                                     ends=(slave, slave, slave), has_session=True,
+                                     has_terminal=True)
         os.close(slave)
         self.addCleanup(self.process.wait)
         self.addCleanup(self.process.kill)

@@ -17,8 +17,8 @@ import unittest
 from typing import Any, Callable
 from unittest import mock
 
-from support import (DEADLINE_S, SCRIPT, SLOW, ProxyCase, Reply, accepts, ask, chat,
-                     clean_environment, compiled, cp, long_run, send, wait_until)
+from support import (DEADLINE_S, SLOW, ProxyCase, Reply, accepts, ask, chat,
+                     clean_environment, compiled, cp, long_run, send, start_process, wait_until)
 from cases import CliCase
 
 POSIX = os.name == "posix"
@@ -55,17 +55,16 @@ class UnreadTest(unittest.TestCase):
             self.addCleanup(os.close, end)
         return int(ends[-1])
 
-    def serve(self, stdout: int, stderr: int, *args: str) -> tuple[subprocess.Popen[bytes], Any]:
+    def serve(self, stdout: int, stderr: int, *args: str) -> tuple[Any, Any]:
         """(process, connection) of a demo server."""
         home = tempfile.TemporaryDirectory()
         self.addCleanup(home.cleanup)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", compiled(SCRIPT), "start", "--demo", "--port", str(port),
-             *args], env=clean_environment(home.name), cwd=home.name, stdin=subprocess.DEVNULL,
-            stdout=stdout, stderr=stderr)
+        process = start_process(
+            "start", "--demo", "--port", str(port), *args, home=home.name,
+            environ=clean_environment(home.name), ends=(subprocess.DEVNULL, stdout, stderr))
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
@@ -232,21 +231,23 @@ class StatsTest(ProxyCase):
 
 @unittest.skipUnless(POSIX, "SIGHUP")
 class HangUpTest(CliCase):
-    def started(self, handling: Any) -> tuple[subprocess.Popen[bytes], str]:
+    def started(self, handling: Any) -> tuple[Any, str]:
         """A server that was begun with SIGHUP as its default, or ignored."""
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", compiled(SCRIPT), "start", "--port", "0",
-             "--grace", "3000", "--github-url", self.fake.url, "--github-token", "ghu_fake"],
-            env=clean_environment(self.home), cwd=self.home, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, handling))
+        printed, writer = os.pipe()
+        lines = open(printed, "rb")
+        self.addCleanup(lines.close)
+        process = start_process(
+            "start", "--port", "0", "--grace", "3000", "--github-url", self.fake.url,
+            "--github-token", "ghu_fake", home=self.home,
+            environ=clean_environment(self.home),
+            ends=(subprocess.DEVNULL, writer, subprocess.DEVNULL), 
+            signals=((signal.SIGHUP, handling),))
+        os.close(writer)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
-        assert process.stdout is not None
-        self.addCleanup(process.stdout.close)
         line = b""
         while b"Anthropic clients" not in line:
-            line = process.stdout.readline()
+            line = lines.readline()
             self.assertTrue(line, "no banner")
         return process, line.split()[-1].decode()
 
@@ -286,7 +287,7 @@ class CommandTest(CliCase):
 
     def run_into(self, stdout: int, *args: str) -> tuple[int, str]:
         done = subprocess.run(
-            [sys.executable, "-I", "-S", compiled(SCRIPT), *args], env=clean_environment(self.home),
+            [sys.executable, "-I", "-S", compiled(), *args], env=clean_environment(self.home),
             cwd=self.home, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE,
             timeout=60)
         return done.returncode, done.stderr.decode()

@@ -16,7 +16,7 @@ import unittest
 import unittest.mock
 from typing import Any, Iterator
 
-from support import (DOCUMENTS, SCRIPT, Proxy, ProxyCase, chat, clean_environment, compiled,
+from support import (DOCUMENTS, Proxy, ProxyCase, chat, clean_environment, compiled,
                      document, message, response, run_main, wait_until)
 import copilot_proxy as cp
 from gauges import the_source
@@ -416,7 +416,7 @@ class WarningTest(CommandCase):
         self.put_all()
         env = clean_environment(self.home, GH_TOKEN="ghu_fake",
                                 COPILOT_PROXY_GITHUB_URL=self.fake.url, **self.ALIASES)
-        done = subprocess.run([sys.executable, compiled(SCRIPT), "models", "--json"], env=env,
+        done = subprocess.run([sys.executable, compiled(), "models", "--json"], env=env,
                               timeout=30, stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               universal_newlines=True)
