@@ -15280,49 +15280,67 @@ def is_limit(error: ProxyError) -> bool:
     return error.status == 429 or is_quota(error)
 
 
+def _quota_left(
+    snapshot: Json, total: float | None
+) -> tuple[float | None, float | None]:
+    """(what is left of a quota, the same in percent), each made from the other one where
+    only that is reported."""
+    left = text_number_or_none(
+        snapshot.get("quota_remaining", snapshot.get("remaining"))
+    )
+    percent = text_number_or_none(
+        snapshot.get("percent_remaining", snapshot.get("rem"))
+    )
+    over = text_number_or_none(snapshot.get("overage_count", snapshot.get("ov")))
+    if not total:
+        return left, percent
+
+    if percent is None and left is not None:
+        percent = 100 * left / total
+    if left is None and percent is not None:
+        left = total * percent / 100
+    if over and left is not None and left <= 0:
+        left = min(left, -over)
+        percent = min(percent or 0, 100 * left / total)
+    return left, percent
+
+
 def quota_lane(name: str, snapshot: Any) -> Json:
-    """Read one quota from a snapshot or a header
-    (ent=300&rem=75.5&ov=0.0&rst=2026-12-01, `rem` in percent). Unknown numbers are
-    None. Usage may exceed the quota: then the remainder is negative, or there is an
-    overage."""
+    """Read one quota from a snapshot or a header.
+
+    A header is ent=300&rem=75.5&ov=0.0&rst=2026-12-01, with `rem` in percent. Unknown
+    numbers are None. Usage may exceed the quota: then the remainder is negative, or
+    there is an overage."""
     if isinstance(snapshot, str):
         snapshot = dict(urllib.parse.parse_qsl(snapshot))
     else:
         snapshot = as_object(snapshot)
     total = text_number_or_none(snapshot.get("entitlement", snapshot.get("ent")))
-    percent = text_number_or_none(
-        snapshot.get("percent_remaining", snapshot.get("rem"))
-    )
-    over = text_number_or_none(snapshot.get("overage_count", snapshot.get("ov")))
-    left = text_number_or_none(
-        snapshot.get("quota_remaining", snapshot.get("remaining"))
-    )
     if total is not None and 0 < total < 1e-3:
         total = None  # nothing can be divided by it
     unlimited = snapshot.get("unlimited") in (True, "true") or total == -1
     if unlimited:
         total = left = percent = None
-    if total and percent is None and left is not None:
-        percent = 100 * left / total
-    if total and left is None and percent is not None:
-        left = total * percent / 100
-    if total and over and left is not None and left <= 0:
-        left = min(left, -over)
-        percent = min(percent or 0, 100 * left / total)
+    else:
+        left, percent = _quota_left(snapshot, total)
 
+    used = percent_used = None
+    if total is not None and left is not None:
+        used = total - left
+    if percent is not None:
+        percent_used = 100 - percent
+    overage = snapshot.get("overage_permitted", snapshot.get("ovPerm"))
+    resets_at = snapshot.get("quota_reset_at", snapshot.get("rst"))
     return {
         "name": name,
         "unlimited": unlimited,
         "total": total,
         "left": left,
-        "overage": snapshot.get("overage_permitted", snapshot.get("ovPerm"))
-        in (True, "true"),
-        "used": None if total is None or left is None else total - left,
+        "overage": overage in (True, "true"),
+        "used": used,
         "percent_left": percent,
-        "percent_used": None if percent is None else 100 - percent,
-        "resets_at": moment_or_none(
-            snapshot.get("quota_reset_at", snapshot.get("rst"))
-        ),
+        "percent_used": percent_used,
+        "resets_at": moment_or_none(resets_at),
     }
 
 
@@ -15842,7 +15860,8 @@ class Settings:
             raise ConfigError(f"{error} (set by {sources[flag]})") from None
 
     def check(self) -> Settings:
-        """Every combination that cannot work is refused here, with the flag's name."""
+        """Refuse every combination that cannot work. Raises ConfigError, which names the
+        flag."""
         self.github_url = check_url(self.github_url, "--github-url")
         if self.copilot_url:
             self.copilot_url = check_url(self.copilot_url, "--copilot-url")
@@ -15855,7 +15874,25 @@ class Settings:
 
         if self.lang not in ("", *TEXTS):
             raise ConfigError("--lang: choose %s" % " or ".join(TEXTS))
+        self._check_numbers()
+        if not all(key == "auto" or _KEY.match(key) for key in self.api_key):
+            raise ConfigError(
+                "--api-key: a key has %d characters or more, printable ASCII without "
+                "spaces, and is no GitHub token" % KEY_MIN_CHARS
+            )
 
+        if self.tls_key and not self.tls_cert:
+            raise ConfigError("--tls-key needs --tls-cert")
+        self._check_headers()
+        parse_pairs(self.model_alias, "--model-alias")
+        self.cors_origin = tuple(map(check_origin, self.cors_origin))
+        self.allow_host = tuple(
+            check_host_name("--allow-host", name) for name in self.allow_host
+        )
+        _ = self.trusted_networks  # raises ConfigError
+        return self
+
+    def _check_numbers(self) -> None:
         for flag_, port in (("--port", self.port), ("--ollama-port", self.ollama_port)):
             if not 0 <= port <= 65535:
                 raise ConfigError("%s: %d is not a port (0 to 65535)" % (flag_, port))
@@ -15869,31 +15906,15 @@ class Settings:
                 "--requests-per-minute and --max-concurrency cannot be negative"
             )
 
-        if not all(key == "auto" or _KEY.match(key) for key in self.api_key):
-            raise ConfigError(
-                "--api-key: a key has %d characters or more, printable ASCII without "
-                "spaces, and is no GitHub token" % KEY_MIN_CHARS
-            )
-
-        if self.tls_key and not self.tls_cert:
-            raise ConfigError("--tls-key needs --tls-cert")
+    def _check_headers(self) -> None:
         for name, value in self.headers.items():
-            if name.lower() in _GUARDED_HEADERS or not _TOKEN.match(
-                name.encode("utf-8")
-            ):
+            is_name = _TOKEN.match(name.encode("utf-8"))
+            if not is_name or name.lower() in _GUARDED_HEADERS:
                 raise ConfigError("--header: %s cannot be set" % printable(name, 60))
             if not value.isprintable() or not value.isascii():
                 raise ConfigError(
                     "--header %s: the value must be printable ASCII" % name
                 )
-
-        parse_pairs(self.model_alias, "--model-alias")
-        self.cors_origin = tuple(map(check_origin, self.cors_origin))
-        self.allow_host = tuple(
-            check_host_name("--allow-host", name) for name in self.allow_host
-        )
-        _ = self.trusted_networks
-        return self
 
     @functools.cached_property
     def headers(self) -> dict[str, str]:
@@ -19760,17 +19781,12 @@ def session_key(headers: Headers, body: Json) -> str | None:
 
 def quotas_of(answer: Json) -> Json:
     """Lane -> snapshot of a usage answer; the free plan's counts are put into that form."""
-    reset = next(
-        filter(
-            None,
-            map(
-                answer.get,
-                ("quota_reset_date_utc", "quota_reset_date", "limited_user_reset_date"),
-            ),
-        ),
-        None,
+    reset = (
+        answer.get("quota_reset_date_utc")
+        or answer.get("quota_reset_date")
+        or answer.get("limited_user_reset_date")
+        or None
     )
-
     monthly = as_object(answer.get("monthly_quotas"))
     lanes: Json = {
         name: {"entitlement": monthly.get(name), "remaining": left}
@@ -26538,43 +26554,50 @@ async def compact(job: Job) -> None:
         exchange.reply_json(answer)
 
 
+NO_SUMMARY = "the model gave no summary of the conversation"
+
+
+async def ask_for_compaction(job: Job, native: bool) -> Plan:
+    """Ask for the upstream's own compaction, or for a summary as text; returns the plan,
+    which holds the answer. Raises ProxyError."""
+    part = Job.part(job, RESPONSES, compaction_request(job.body, native))
+    answer = await part.ask()
+    if answer is None or part.plan is None:
+        raise UpstreamError(NO_SUMMARY)  # the error was reported already
+    return part.plan
+
+
 async def make_compaction(job: Job) -> tuple[Json, Usage | None]:
     """Returns (a compaction item, token counts). The item is the upstream's own if it
     makes one, else a packed summary by the same model. Raises ProxyError."""
-    copilot, model = job.copilot, job.model
+    memory, model = job.copilot.memory, job.model
     refusal = model.id, COMPACTION_TRIGGER
-    can = job.client.path in model.endpoints and refusal not in copilot.memory.refused
+    has_native = job.client.path in model.endpoints and refusal not in memory.refused
 
-    for native in (True, False) if can else (False,):
-        part = Job.part(job, RESPONSES, compaction_request(job.body, native))
+    if has_native:
         try:
-            answer = await part.ask()
-        except (
-            UpstreamError,
-            BadRequest,
-        ) as error:  # the latter of a --fallback without it
-            if native and error.status in (400, 404, 422):
-                continue
-            raise
+            plan = await ask_for_compaction(job, True)
+        except (UpstreamError, BadRequest) as error:
+            # a BadRequest: of a --fallback that has no such items
+            if error.status not in (400, 404, 422):
+                raise
+        else:
+            items = dicts_in(plan.answer, "output")
+            own = [item for item in items if item.get("type") in COMPACTIONS]
+            if len(own) == 1 and own[0].get("encrypted_content"):
+                item = dict(own[0], type="compaction")
+                return item, Usage.of(plan.meter.counts)
 
-        plan = part.plan
-        if answer is None or plan is None:
-            break  # the error was reported already
-        usage = Usage.of(plan.meter.counts)
-        output = [as_object(item) for item in as_list(plan.answer.get("output"))]
-        own = [item for item in output if item.get("type") in COMPACTIONS]
-        if native and len(own) == 1 and own[0].get("encrypted_content"):
-            return dict(own[0], type="compaction"), usage
-        text = "\n\n".join(text_of(item.get("content")) for item in output).strip()
-        if text and not native:
-            if can and job.exchange.record.model is model:
-                copilot.memory.refused.add(refusal)
-            return {
-                "type": "compaction",
-                "encrypted_content": pack_opaque("compaction", None, text),
-            }, usage
-
-    raise UpstreamError("the model gave no summary of the conversation")
+    plan = await ask_for_compaction(job, False)
+    texts = [text_of(item.get("content")) for item in dicts_in(plan.answer, "output")]
+    text = "\n\n".join(texts).strip()
+    if not text:
+        raise UpstreamError(NO_SUMMARY)
+    if has_native and job.exchange.record.model is model:
+        memory.refused.add(refusal)
+    packed = pack_opaque("compaction", None, text)
+    item = {"type": "compaction", "encrypted_content": packed}
+    return item, Usage.of(plan.meter.counts)
 
 
 async def complete(dialect: Dialect, exchange: HttpExchange) -> None:
@@ -26730,40 +26753,49 @@ async def count_input(exchange: HttpExchange) -> None:
     exchange.reply_json({"object": "response.input_tokens", "input_tokens": counted})
 
 
-async def stored_response(exchange: HttpExchange) -> None:
-    """GET and DELETE /responses/ID, GET /responses/ID/input_items: from the local store."""
-    exchange.answer_in(RESPONSES)
-    store = exchange.app.store
-    owner = owner_of(exchange, await account_for(exchange))
-    response_id, _, tail = exchange.argument.partition("/")
-
+def read_strings(value: Any, name: str, most: int, hint: str = "") -> list[str]:
+    """The strings of a field that is one string or a list of them. Raises BadRequest,
+    with `hint` behind its text, for anything else, and for more than `most`."""
+    strings = value
+    if isinstance(value, str):
+        strings = [value]
     if (
-        exchange.head.method == "DELETE"
-        and not tail
-        and store.delete(owner, response_id)
-    ):
-        exchange.reply_json({"id": response_id, "object": "response", "deleted": True})
-        return
-
-    find = functools.partial(store.find, owner, response_id)
-    response = await exchange.compute(find, INLINE_BYTES + 1)  # it may be large
-    if (
-        response is None
-        or tail not in ("", "input_items")
-        or exchange.head.method == "DELETE"
+        not isinstance(strings, list)
+        or not strings
+        or not all(isinstance(one, str) for one in strings)
     ):
         raise BadRequest(
-            "Response with id '%s' not found." % printable(exchange.argument, 80), 404
+            "'%s' must be a string or an array of strings%s" % (name, hint), param=name
         )
+    if len(strings) > most:
+        raise BadRequest(
+            "at most %d %ss are taken at a time" % (most, name), param=name
+        )
+    return strings
 
-    answer, items = response
-    if not tail:
-        exchange.reply_json(answer)
-        return
 
+def list_of(data: list[Json], has_more: bool = False) -> Json:
+    """A page of objects with ids, in the form that both vendors' lists have."""
+    first_id = last_id = None
+    if data:
+        first_id, last_id = data[0]["id"], data[-1]["id"]
+    return {
+        "object": "list",
+        "data": data,
+        "has_more": has_more,
+        "first_id": first_id,
+        "last_id": last_id,
+    }
+
+
+def reply_input_items(
+    exchange: HttpExchange, response_id: str, items: list[Json]
+) -> None:
+    """Answer with one page of the items, as the parameters `order`, `after` and `limit`
+    choose it. Raises BadRequest."""
     items = [
-        dict({"id": stable_id("item_", "%s %d" % (response_id, at))}, **item)
-        for at, item in enumerate(items)
+        dict({"id": stable_id("item_", "%s %d" % (response_id, index))}, **item)
+        for index, item in enumerate(items)
     ]
     order = exchange.parameter("order") or "desc"
     if order != "asc":
@@ -26778,39 +26810,40 @@ async def stored_response(exchange: HttpExchange) -> None:
         )
 
     items = items[ids.index(after) :]
-    shown = items[:most]
-    exchange.reply_json(
-        {
-            "object": "list",
-            "data": shown,
-            "has_more": len(shown) < len(items),
-            "first_id": shown[0]["id"] if shown else None,
-            "last_id": shown[-1]["id"] if shown else None,
-        }
+    exchange.reply_json(list_of(items[:most], most < len(items)))
+
+
+async def stored_response(exchange: HttpExchange) -> None:
+    """GET and DELETE /responses/ID, GET /responses/ID/input_items: from the local store."""
+    exchange.answer_in(RESPONSES)
+    store = exchange.app.store
+    owner = owner_of(exchange, await account_for(exchange))
+    response_id, _, tail = exchange.argument.partition("/")
+    unknown = BadRequest(
+        "Response with id '%s' not found." % printable(exchange.argument, 80), 404
     )
+
+    if exchange.head.method == "DELETE":
+        if tail or not store.delete(owner, response_id):
+            raise unknown
+        exchange.reply_json({"id": response_id, "object": "response", "deleted": True})
+        return
+
+    find = functools.partial(store.find, owner, response_id)
+    response = await exchange.compute(find, INLINE_BYTES + 1)  # it may be large
+    if response is None or tail not in ("", "input_items"):
+        raise unknown
+    answer, items = response
+    if tail:
+        reply_input_items(exchange, response_id, items)
+    else:
+        exchange.reply_json(answer)
 
 
 async def completions(exchange: HttpExchange) -> None:
     """POST /completions, the old shape: each prompt is a chat of its own."""
     body = await exchange.read_json()
-    prompts = body.pop("prompt", None)
-    if isinstance(prompts, str):
-        prompts = [prompts]
-
-    if (
-        not isinstance(prompts, list)
-        or not prompts
-        or not all(isinstance(p, str) for p in prompts)
-    ):
-        raise BadRequest(
-            "'prompt' must be a string or an array of strings", param="prompt"
-        )
-
-    if len(prompts) > MAX_PROMPTS:
-        raise BadRequest(
-            "at most %d prompts are taken at a time" % MAX_PROMPTS, param="prompt"
-        )
-
+    prompts = read_strings(body.pop("prompt", None), "prompt", MAX_PROMPTS)
     for key in ("suffix", "best_of", "logprobs"):
         if body.get(key) and body[key] != 1:
             raise BadRequest(
@@ -26820,8 +26853,8 @@ async def completions(exchange: HttpExchange) -> None:
 
     copilot, model = await resolve(exchange, body)
     echo = body.pop("echo", False) is True
-    streams = body.get("stream") is True
-    relays = streams and len(prompts) == 1  # else the answers are joined
+    is_stream = body.get("stream") is True
+    is_relayed = is_stream and len(prompts) == 1  # else the answers are joined
     whole: Json = {}
     choices: list[Json] = []
     counts = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
@@ -26831,26 +26864,28 @@ async def completions(exchange: HttpExchange) -> None:
     for index, prompt in enumerate(prompts):
         if index:
             await admit_next(exchange)
-        one = dict(body, messages=[{"role": "user", "content": prompt}], stream=relays)
+        messages = [{"role": "user", "content": prompt}]
         part = Job(exchange, CHAT)
-        part.take(copilot, model, one)
+        part.take(copilot, model, dict(body, messages=messages, stream=is_relayed))
         answer = await part.ask()
         plan = part.plan
         if answer is None or plan is None:
             return
-        text = prompt if echo else ""
+        echoed = ""
+        if echo:
+            echoed = prompt
         if plan.pipeline is not None:
-            stream = CompletionStream(plan.pipeline, text)
+            stream = CompletionStream(plan.pipeline, echoed)
             await exchange.relay(answer, stream, stream.reshape(plan.begun))
             return
 
-        whole = as_completion(plan.answer, text, index)
+        whole = as_completion(plan.answer, echoed, index)
         choices += whole["choices"]
         for key in counts:
             counts[key] += count_or_zero(as_object(whole.get("usage")).get(key))
 
     whole.update(choices=choices, usage=counts)
-    if streams:
+    if is_stream:
         exchange.start_keepalives(CHAT.keepalive)
         exchange.finish(b"data: %b\n\ndata: [DONE]\n\n" % dumps(whole))
     else:
@@ -27339,23 +27374,8 @@ async def fetch_vectors(
     counts). Strings only upstream, floats only back: wrapped, split and merged here."""
     copilot, model = await resolve(exchange, body)
     check_endpoint(model, "/embeddings")
-    texts = body.get("input")
-    if isinstance(texts, str):
-        texts = [texts]
-    if (
-        not isinstance(texts, list)
-        or not texts
-        or not all(isinstance(t, str) for t in texts)
-    ):
-        raise BadRequest(
-            "'input' must be a string or an array of strings; token arrays cannot be "
-            "decoded here",
-            param="input",
-        )
-    if len(texts) > MAX_EMBEDDINGS:
-        raise BadRequest(
-            "at most %d inputs are taken at a time" % MAX_EMBEDDINGS, param="input"
-        )
+    hint = "; token arrays cannot be decoded here"
+    texts = read_strings(body.get("input"), "input", MAX_EMBEDDINGS, hint)
     exchange.record.go_up("passthrough", "/embeddings")
     batch = model.limit("max_inputs")
     if batch < 1:
@@ -27369,10 +27389,10 @@ async def fetch_vectors(
         for item in read_embeddings(data, wanted, counts, meter):
             items.append(write(item, len(items)))  # a third of what its numbers take
 
-    for at in range(0, len(texts), batch):
-        if at:
+    for start in range(0, len(texts), batch):
+        if start:
             await admit_next(exchange)
-        part = dict(body, model=model.id, input=texts[at : at + batch])
+        part = dict(body, model=model.id, input=texts[start : start + batch])
         call = Call("/embeddings", dumps(part), {}, exchange.id, model=model.id)
         answer = await copilot.send(call)
         exchange.headers.update(passed_headers(answer.headers))
@@ -27477,14 +27497,7 @@ async def shown_models(exchange: HttpExchange) -> list[Model]:
 async def models(exchange: HttpExchange) -> None:
     """The models meant for users; `?all=1` shows hidden and disabled ones, too. Codex
     asks with `client_version` and takes an empty `models` as: use your own list."""
-    data = list(map(model_entry, await shown_models(exchange)))
-    answer: Json = {
-        "object": "list",
-        "data": data,
-        "has_more": False,
-        "first_id": data[0]["id"] if data else None,
-        "last_id": data[-1]["id"] if data else None,
-    }
+    answer = list_of(list(map(model_entry, await shown_models(exchange))))
     if exchange.parameter("client_version") is not None:
         answer["models"] = []
     exchange.reply_json(answer)
@@ -28324,58 +28337,58 @@ def demo_usage(
     return Usage(prompt_tokens - cached, cached, 0, output + reasoning, reasoning)
 
 
-def demo_call(request: Request, said: str) -> list[Part]:
+def demo_call(request: Request, prompt: str) -> list[Part]:
     """A call of the tool that searches the web if the prompt mentions a search, of the
     first tool if it mentions a tool, else []."""
-    lowered = said.lower()
+    lowered = prompt.lower()
     for tool in request.tools:
         if "search" in lowered and tool.name in ("web_search", "WebSearch"):
-            query = dumps({"query": said[:200]}).decode()
+            query = dumps({"query": prompt[:200]}).decode()
             return [ToolCall("call_" + request.key, tool.name, query)]
     if request.tools and "tool" in lowered:
         return [ToolCall("call_" + request.key, request.tools[0].name)]
     return []
 
 
-def demo_search(request: Request, said: str) -> list[Part]:
+def demo_search(request: Request, prompt: str) -> list[Part]:
     """The demo's web search, which always finds the same pages."""
-    if request.search is None or (request.tools and "search" not in said.lower()):
+    if request.search is None or (request.tools and "search" not in prompt.lower()):
         return []
-    call = SearchCall("ws_" + request.key, said[:200])
+    call = SearchCall("ws_" + request.key, prompt[:200])
     return [call, SearchFindings(call, "", list(DEMO_SOURCES))]
 
 
 def demo_response(request: Request, prompt_tokens: int) -> Response:
     """The demo's answer: an echo of the prompt, or a call of a tool."""
-    said, is_result = demo_prompt(request)
+    prompt, is_result = demo_prompt(request)
     if is_result:
         verb = "The tool answered"
     else:
         verb = "You said"
-    text = "%s %s: %s" % (DEMO_TEXT, verb, said[:2000])
-    thinks = "think" in said.lower()
+    text = "%s %s: %s" % (DEMO_TEXT, verb, prompt[:2000])
+    thinks = "think" in prompt.lower()
     if thinks:
         reasoning = len(DEMO_REASONING.split())
     else:
         reasoning = 0
     usage = demo_usage(request, prompt_tokens, len(text.split()), reasoning)
 
-    found = demo_search(request, said)
-    cited = [Citation(url, title) for url, title in DEMO_SOURCES if found]
-    if is_result or found:
+    search_parts = demo_search(request, prompt)
+    cited = [Citation(url, title) for url, title in DEMO_SOURCES if search_parts]
+    if is_result or search_parts:
         calls = []
     else:
-        calls = demo_call(request, said)
-    parts = calls or [*found, Text(text, citations=tuple(cited))]
+        calls = demo_call(request, prompt)
+    parts = calls or [*search_parts, Text(text, citations=tuple(cited))]
     if thinks:
         parts.insert(0, Reasoning(DEMO_REASONING, request.key, minted_by="demo"))
 
     return Response("", request.model, parts, "tool_use" if calls else "stop", usage)
 
 
-def demo_trouble(dialect: Dialect, request: Request, said: str) -> None:
+def demo_trouble(dialect: Dialect, request: Request, prompt: str) -> None:
     """The prompt may ask for trouble.  Raises ProxyError."""
-    lowered = said.lower()
+    lowered = prompt.lower()
     if request.search is not None and dialect.answers_search:
         text = "The use of the web search tool is not supported."
         raise BadRequest(text, code="unsupported_value")  # as Copilot says
@@ -28409,8 +28422,8 @@ _USAGE_OBJECT = re.compile(rb'"usage": ?\{')
 
 def with_demo_cost(data: bytes, cost: int) -> bytes:
     """Say beside each usage object what it cost, as Copilot does."""
-    told = b'"copilot_usage":{"total_nano_aiu":%d},"usage":{' % cost
-    return _USAGE_OBJECT.sub(told, data)
+    report = b'"copilot_usage":{"total_nano_aiu":%d},"usage":{' % cost
+    return _USAGE_OBJECT.sub(report, data)
 
 
 async def demo_answer(dialect: Dialect, exchange: HttpExchange) -> None:
@@ -28419,8 +28432,8 @@ async def demo_answer(dialect: Dialect, exchange: HttpExchange) -> None:
     request = dialect.decode_request(body)
     request.answer_as(int(time.time()), exchange.id)
     request.report_usage()
-    said, _ = demo_prompt(request)
-    demo_trouble(dialect, request, said)
+    prompt, _ = demo_prompt(request)
+    demo_trouble(dialect, request, prompt)
     request.set_prompt_tokens(estimate_tokens(body))
     response = demo_response(request, request.prompt_tokens)
     by_auto = "copilot-session-token" in exchange.head.headers
@@ -28433,7 +28446,7 @@ async def demo_answer(dialect: Dialect, exchange: HttpExchange) -> None:
 
     encoder = dialect.stream_encoder(request)
     exchange.start_keepalives(b": demo\n\n")
-    if "slow" in said.lower():
+    if "slow" in prompt.lower():
         pause_s = DEMO_SLOW_PAUSE_S
     else:
         pause_s = DEMO_PAUSE_S
@@ -28457,7 +28470,7 @@ def demo_number(text: str, most: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") % most
 
 
-def demo_row(at: float, number: int) -> Json:
+def demo_row(moment: float, number: int) -> Json:
     """One request of the made-up history; its ids say that it is made up."""
 
     def pick(name: str, most: int) -> int:
@@ -28475,7 +28488,7 @@ def demo_row(at: float, number: int) -> Json:
     row: Json = dict.fromkeys(ROW_FIELDS)
     row.update(
         id="demo-%d" % number,
-        at=at,
+        at=moment,
         account="demo",
         client=agent,
         session="demo-%d" % (number // 9),
@@ -28519,12 +28532,12 @@ def seed_demo(history: History, now: float) -> None:
         weekend = time.localtime(midnight).tm_wday > 4
         count = 6 + demo_number("day %d" % back, 12) + (0 if weekend else 28)
         minutes = sorted(
-            8 * 60 + demo_number("minute %d %d" % (back, at), 11 * 60)
-            for at in range(count)
+            8 * 60 + demo_number("minute %d %d" % (back, index), 11 * 60)
+            for index in range(count)
         )
         rows += [
-            demo_row(midnight + 60 * minute, len(rows) + at)
-            for at, minute in enumerate(minutes)
+            demo_row(midnight + 60 * minute, len(rows) + index)
+            for index, minute in enumerate(minutes)
         ]
 
     for row in rows:
@@ -28537,12 +28550,12 @@ def demo_embeddings(exchange: HttpExchange) -> None:
     body = exchange.json_object()
     size = min(count_or_zero(body.get("dimensions")) or 8, 1536)
     data = []
-    for at, text in enumerate(as_list(body.get("input"))):
+    for index, text in enumerate(as_list(body.get("input"))):
         digest = (hashlib.sha256(str(text).encode("utf-8", "replace")).digest() * 48)[
             :size
         ]
         data.append(
-            {"index": at, "embedding": [(byte - 127.5) / 127.5 for byte in digest]}
+            {"index": index, "embedding": [(byte - 127.5) / 127.5 for byte in digest]}
         )
     count = sum(len(str(text)) // 4 + 1 for text in as_list(body.get("input")))
     exchange.reply_json(
@@ -29029,9 +29042,9 @@ def pick_model(models: list[Model], *patterns: str) -> Model | None:
     other."""
     living = [model for model in models if not model.notice]
     for pattern in (*patterns, ""):
-        found = [m for m in living or models if re.search(pattern, m.id)]
-        if found:
-            return max(found, key=lambda m: (m.version, -len(m.id)))
+        matching = [m for m in living or models if re.search(pattern, m.id)]
+        if matching:
+            return max(matching, key=lambda m: (m.version, -len(m.id)))
     return None
 
 
@@ -29121,14 +29134,14 @@ def models_in_settings(
     """(place, model) for each model that a client is set up with, in its files or in
     the environment. A bare word ('opus') is an alias of the client's own and left
     out."""
-    found: list[tuple[str, str]] = []
+    settings_: list[tuple[str, str]] = []
     pairs = [pair.partition("=")[::2] for pair in recipe.env.split()]
     if any(
         "%(url)s" in text or "%(base)s" in text
         for name, text in pairs
         if environ.get(name)
     ):
-        found = [
+        settings_ = [
             (name + " in the environment", environ.get(name, ""))
             for name, text in pairs
             if text in ("%(main)s", "%(small)s", "%(opus)s")
@@ -29143,11 +29156,11 @@ def models_in_settings(
                 text = file.read(MAX_SETTINGS_CHARS)
         if re.search(recipe.sign, text):
             settings = re.findall(recipe.named, text)[:MAX_NAMES]
-            found += [
+            settings_ += [
                 ("%s in %s" % (setting, path), name) for setting, name in settings
             ]
 
-    for place, name in found:
+    for place, name in settings_:
         if re.search(r"\d", name):
             yield place, name
 
@@ -29188,11 +29201,11 @@ def command_line(
     run = [" ".join(quote_word(shell, word % values) for word in recipe.run.split())]
 
     if recipe.typed:
-        said = recipe.typed % escape_all(values)
+        typed = recipe.typed % escape_all(values)
         run = [
             "echo %s | %s"
             % (
-                said if shell == "cmd" else quote_word(shell, said),
+                typed if shell == "cmd" else quote_word(shell, typed),
                 run[0].replace("curl", "curl.exe", join == "; "),
             )
         ]
@@ -29233,8 +29246,8 @@ def merge_json(old: Any, new: Any) -> Any:
         merged = list(old)
         for one in new:
             if one["name"] in names:
-                at = names.index(one["name"])
-                merged[at] = merge_objects(old[at], one)
+                index = names.index(one["name"])
+                merged[index] = merge_objects(old[index], one)
             else:
                 merged.append(one)
         return merged
@@ -29309,12 +29322,12 @@ def splice_json(text: str, new: Any) -> str:
     if more and places:  # a comment on the line of the last one stays there
         text = text[:end] + re.sub(
             r"(,?)([ \t]{0,99}//[^\n]*)?",
-            lambda found: "," + (found[2] or "") + more + found[1],
+            lambda match: "," + (match[2] or "") + more + match[1],
             text[end:],
             count=1,
         )
     elif more:
-        text = re.sub(r"[{\[]", lambda found: found[0] + more + "\n", text, count=1)
+        text = re.sub(r"[{\[]", lambda match: match[0] + more + "\n", text, count=1)
 
     for (begin, end), before, after, one in reversed(
         [*zip(places, old, wanted, texts)]
@@ -29389,21 +29402,21 @@ class SettingLines:
 
     def key(self, line: str) -> str:
         """The key that a line sets, "" for none.  The margin means something in YAML alone."""
-        found = _SETTING_KEY.match(line.lstrip() if self._is_toml else line)
-        if found:
-            return found[1]
+        match = _SETTING_KEY.match(line.lstrip() if self._is_toml else line)
+        if match:
+            return match[1]
         return ""
 
     def set(self, line: str) -> None:
         """Put a setting in the place of theirs, whose comment stays, or before all."""
         key = self.key(line)
-        for at, theirs in enumerate(self.top):
+        for index, theirs in enumerate(self.top):
             if key and self.key(theirs) == key:
                 words = _TOML_TOKEN.findall(theirs)
                 comment = next((word for word in words if word[0] == "#"), "")
                 if comment and " " + comment in theirs.expandtabs(1):
                     line = "%s  %s\n" % (line.rstrip(), comment)
-                self.top[at] = line
+                self.top[index] = line
                 return
         self.top.insert(0, line)
 
@@ -29411,7 +29424,7 @@ class SettingLines:
         """Put a section in the place of theirs: of that stay comments, and what is
         behind an empty line, but for the same keys."""
         title = self.title(section[0])
-        for at, theirs in enumerate(self.sections):
+        for index, theirs in enumerate(self.sections):
             if self.title(theirs[0]) != title:
                 continue
             keys = set(map(self.key, section))
@@ -29419,8 +29432,10 @@ class SettingLines:
             own = [line for line in section[1:] if line.strip()]
             comments = [ln for ln in theirs[1:blank] if ln.lstrip().startswith("#")]
             rest = theirs[blank:] if blank else []
-            kept = [ln for ln in rest if self.key(ln) not in keys or not self.key(ln)]
-            self.sections[at] = [theirs[0], *own, *comments, *kept]
+            remaining = [
+                ln for ln in rest if self.key(ln) not in keys or not self.key(ln)
+            ]
+            self.sections[index] = [theirs[0], *own, *comments, *remaining]
             return
         self.sections.append(section)
 
@@ -29635,8 +29650,8 @@ def probe_host(upstream: Upstream, url: str) -> Iterator[tuple[str, str, bool]]:
     hop = "DNS"
 
     try:
-        found = socket.getaddrinfo(gate, port, type=socket.SOCK_STREAM)
-        yield hop, "%s is %s" % (gate, found[0][4][0]), True
+        addresses = socket.getaddrinfo(gate, port, type=socket.SOCK_STREAM)
+        yield hop, "%s is %s" % (gate, addresses[0][4][0]), True
         hop = "TCP"
         run(wire.connect())
         yield hop, "%s port %d is open" % (gate, port), True
@@ -30284,22 +30299,22 @@ def catch_signals() -> list[int]:
     """A list that Ctrl-C, SIGTERM and SIGHUP append to; a second one ends the process
     at once, but not a SIGHUP: a terminal that is closed sends it twice, by its shell
     and by the system. Under nohup SIGHUP stays ignored."""
-    seen: list[int] = []
+    signals: list[int] = []
     hangup = getattr(signal, "SIGHUP", None)
 
     def note(number: int, frame: Any) -> None:
-        seen.append(number)
-        if len(seen) > 1 and number != hangup:
+        signals.append(number)
+        if len(signals) > 1 and number != hangup:
             os._exit(130)
 
     if threading.current_thread() is not threading.main_thread():
-        return seen
+        return signals
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), note)
     if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
         signal.signal(hangup, note)
-    return seen
+    return signals
 
 
 def model_for(models: list[Model], asked: str, patterns: tuple[str, ...]) -> Model:
@@ -30360,12 +30375,17 @@ def offer_claude_code(app: App, url: str) -> None:
     """start --claude-code: ask for the models, then print and copy the launch command."""
     wait_for_login(app)
     recipe, chosen = CLIENTS["claude-code"], []
+
     try:
-        found = run(run(app.login.copilot()).models())
-        models = [m for m in listed_models(found) if m.kind == "chat"]
+        catalogue = run(run(app.login.copilot()).models())
+        models = [m for m in listed_models(catalogue) if m.kind == "chat"]
         say(
-            "\n".join("%3d  %s" % (at, visible(m.id)) for at, m in enumerate(models, 1))
+            "\n".join(
+                "%3d  %s" % (number, visible(m.id))
+                for number, m in enumerate(models, 1)
+            )
         )
+
         for what, patterns in (("main", recipe.main), ("small, fast", recipe.small)):
             chosen.append(ask_model(what, models, patterns))
         values = fill(recipe, models, url, client_key(app.settings), *chosen)
@@ -30567,8 +30587,8 @@ def confirm(question: str) -> bool:
 
 def import_login(app: App) -> str:
     """A login of another program on this machine.  Asks first on a terminal."""
-    for source, found in find_logins(app):
-        if found.startswith(REFUSED_PREFIX):
+    for source, token in find_logins(app):
+        if token.startswith(REFUSED_PREFIX):
             say(
                 "%s holds a classic personal access token, which Copilot does not accept"
                 % source
@@ -30577,7 +30597,7 @@ def import_login(app: App) -> str:
         if not confirm("use the login found in %s ?" % source):
             continue
         say("using the login found in %s" % source)
-        return found
+        return token
     raise AuthError(
         "no login to import was found in the environment or in an editor's files: run "
         "copilot_proxy.py auth"
@@ -30693,7 +30713,7 @@ def cmd_check_usage(app: App, flags: argparse.Namespace) -> int:
             printable(str(answer.get("copilot_plan") or "?"), 40),
         )
     )
-    lanes = [quota_lane(name, said) for name, said in quotas_of(answer).items()]
+    lanes = [quota_lane(name, snapshot) for name, snapshot in quotas_of(answer).items()]
     for lane in lanes:
         say(quota_line(lane, console_columns()))
     if not lanes:
@@ -30746,7 +30766,7 @@ def short_count(value: Any) -> str:
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """A table as lines."""
     table = [list(map(visible, row)) for row in rows]
-    widths = [max(len(row[at]) for row in table) for at in range(len(rows[0]))]
+    widths = [max(len(row[column]) for row in table) for column in range(len(rows[0]))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
         for row in table
@@ -30806,15 +30826,15 @@ def cmd_models(app: App, flags: argparse.Namespace) -> int:
     notices: list[str] = []
     if ask is None:
         with progress(app, "asking for the models"):
-            found = run(open_account(app).models())
-        shown = listed_models(found, flags.all)
+            catalogue = run(open_account(app).models())
+        shown = listed_models(catalogue, flags.all)
         entries = [dict(model_entry(m), entry=m.entry) for m in shown]
-        notices = missing_models(app, found)
+        notices = missing_models(app, catalogue)
     else:
         answer = ask("/v1/models?all=%d" % flags.all)
         entries = list(map(as_object, as_list(answer.get("data"))))
 
-    told = [
+    notes = [
         "%s: %s" % (printable(str(entry.get("id"))), printable(str(text), 300))
         for entry in entries
         for text in (entry.get("notice"), entry.get("promo"))
@@ -30822,14 +30842,14 @@ def cmd_models(app: App, flags: argparse.Namespace) -> int:
     ]
     if flags.json:
         say(json.dumps(entries, indent=2))
-        for line in told + notices:
+        for line in notes + notices:
             print(line, file=sys.stderr)
         return 0
 
     columns = console_columns()
     for line in model_table(entries, columns):
         say(line)
-    for line in told + notices:
+    for line in notes + notices:
         say(textwrap.fill(line, columns, subsequent_indent="  "))
     return 0
 
@@ -30867,8 +30887,8 @@ def stats_rows(stats: Json, today: Json) -> list[tuple[str, list[str]]]:
         ("clients", "by_client", "client"),
     ):
         for line in map(as_object, as_list(today.get(group))[:STATS_LINES]):
-            found = printable(str(line.get(name) or "none"), 30)
-            rows.append((label, [found, *sums_parts(line)]))
+            label_ = printable(str(line.get(name) or "none"), 30)
+            rows.append((label, [label_, *sums_parts(line)]))
             label = ""
 
     rows.extend(price_rows(stats))
@@ -31032,15 +31052,15 @@ def models_for_debug(app: App) -> list[Model]:
 
 def write_bundle(app: App, report: Json, path: str) -> None:
     """debug --bundle: all of it in a new file for a bug report; no secret, no words of anybody."""
-    given = {
+    changed = {
         option.name: getattr(app.settings, option.field)
         for option in OPTIONS
         if getattr(app.settings, option.field) != option.default
     }
 
-    for name in given:
+    for name in changed:
         if re.search("token|key|header", name):
-            given[name] = "[set]"
+            changed[name] = "[set]"
 
     if os.path.exists(app.ledger.history.path):
         rows = app.ledger.history.query(
@@ -31051,7 +31071,7 @@ def write_bundle(app: App, report: Json, path: str) -> None:
 
     bundle = dict(
         report,
-        settings=given,
+        settings=changed,
         headers=sorted(app.settings.headers),
         requests=[shown(row) for row in rows],
     )
@@ -31067,6 +31087,18 @@ def write_bundle(app: App, report: Json, path: str) -> None:
         raise ProxyError("cannot write %s: %s" % (path, plain_reason(error))) from None
 
     say("wrote %s: read it before you attach it to a report" % path)
+
+
+def print_report(report: Json) -> None:
+    """Print a value a line, behind its name; those of a list stand below each other."""
+    for name, value in report.items():
+        label = name.replace("_", " ")
+        lines = value
+        if not isinstance(value, list):
+            lines = [value]
+        for line in lines:
+            say("%-14s %s" % (label, printable(str(line), 500)))
+            label = ""
 
 
 def cmd_debug(app: App, flags: argparse.Namespace) -> int:
@@ -31085,13 +31117,8 @@ def cmd_debug(app: App, flags: argparse.Namespace) -> int:
 
     if flags.json:
         say(json.dumps(report, indent=2))
-    for name, value in report.items() if not flags.json else ():
-        for at, line in enumerate(value if isinstance(value, list) else [value]):
-            say(
-                "%-14s %s"
-                % (name.replace("_", " ") if not at else "", printable(str(line), 500))
-            )
-
+    else:
+        print_report(report)
     if well:
         return 0
     return 1
@@ -31138,8 +31165,10 @@ def show_change(path: str, old: str, new: str) -> None:
     """The difference between two texts of a file."""
     import difflib
 
-    said = difflib.unified_diff(old.splitlines(True), new.splitlines(True), path, path)
-    say("".join(said) or "%s is as it should be" % path)
+    difference = difflib.unified_diff(
+        old.splitlines(True), new.splitlines(True), path, path
+    )
+    say("".join(difference) or "%s is as it should be" % path)
 
 
 def may_write(question: str, sure: bool) -> bool:
@@ -31321,16 +31350,17 @@ def try_client(
     )
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """'; did you mean start?' for 'strat', '' where nothing is like it."""
     import difflib
 
-    word = word[:COMPARED_CHARS].lower()
-    found = difflib.get_close_matches(word, list(known))
-    if found:  # swapped letters are the likeliest slip: 'strat' is as like to 'stats'
-        swapped = [name for name in found if sorted(name) == sorted(word)]
-        return "; did you mean %s?" % (swapped or found)[0]
-    return ""
+    name = name[:COMPARED_CHARS].lower()
+    similar = difflib.get_close_matches(name, list(known))
+    if not similar:
+        return ""
+    # swapped letters are the likeliest slip: 'strat' is as much like 'stats'
+    swapped = [other for other in similar if sorted(other) == sorted(name)]
+    return "; did you mean %s?" % (swapped or similar)[0]
 
 
 def setup_service(app: App, flags: argparse.Namespace, url: str) -> int:
@@ -31349,56 +31379,33 @@ def setup_service(app: App, flags: argparse.Namespace, url: str) -> int:
             "a key: add --api-key auto" % printable(settings.host, 60)
         )
 
-    given = [
+    arguments = [
         "--%s=%s" % (o.name, getattr(settings, o.field))
         for o in OPTIONS
         if o.name in ("port", "host", "data-dir", "grace")
         and getattr(settings, o.field) != o.default
     ]
     if "auto" in settings.api_key:
-        given.append("--api-key=auto")
+        arguments.append("--api-key=auto")
 
     data_dir = settings.data_dir or default_data_dir(app.environ)
     cache = os.path.join(os.path.abspath(data_dir), "bytecode")
     python = sys.executable
-    say(service_text(flags.client, python, given, url, settings.grace, cache))
+    say(service_text(flags.client, python, arguments, url, settings.grace, cache))
     return 0
 
 
-def cmd_setup(app: App, flags: argparse.Namespace) -> int:
-    """What to paste for a client, or a service manager's unit."""
-    settings = app.settings
-    flags.client = OTHER_NAMES.get(flags.client, flags.client)
-    if flags.client == "cursor":
-        raise ConfigError(
-            "Cursor's requests come from its own servers, which reach no address of this machine"
-        )
-    if flags.client not in [*CLIENTS, *SERVICES]:
-        raise ConfigError(
-            "setup: choose one of %s; openai-sdk says what others need%s"
-            % (
-                ", ".join([*CLIENTS, *SERVICES]),
-                nearest(flags.client, [*CLIENTS, *SERVICES]),
-            )
-        )
-    url = local_url(settings)
-    if flags.url:
-        url = re.sub("(/v1)?/?$", "", flags.url)
-    url = check_own_url(url, "--url" if flags.url else "--host")
-    if flags.client in SERVICES:
-        return setup_service(app, flags, url)
-
-    recipe, key = CLIENTS[flags.client], flags.key or client_key(settings)
-    if flags.undo and (flags.write or flags.check):
-        raise ConfigError("--undo is not for use with --write or --check")
-    if flags.undo:
-        return undo_settings(recipe, app.environ, flags.yes)
+def setup_client(app: App, flags: argparse.Namespace, url: str) -> int:
+    """Print a client's settings, or write them (--write), or try them (--check). Raises
+    ProxyError."""
+    recipe = CLIENTS[flags.client]
+    key = flags.key or client_key(app.settings)
     models = offered_models(app, url, key)
     main = model_for(models, flags.model, recipe.main)
-    wish = flags.small_model
-    if not wish and auto_tier(main.id) is not None:
-        wish = main.id  # an account may have nothing else
-    small = model_for(models, wish, recipe.small)
+    small_name = flags.small_model
+    if not small_name and auto_tier(main.id) is not None:
+        small_name = main.id  # an account may have nothing else
+    small = model_for(models, small_name, recipe.small)
     values = fill(recipe, models, url, key, main, small)
     files = [
         fill_file(recipe, row, values, models, app.environ) for row in recipe.files
@@ -31422,6 +31429,34 @@ def cmd_setup(app: App, flags: argparse.Namespace) -> int:
     if flags.copy and steps:
         say(copy_text(steps[0]["text"]))
     return 0
+
+
+def cmd_setup(app: App, flags: argparse.Namespace) -> int:
+    """What to paste for a client, or a service manager's unit."""
+    name = OTHER_NAMES.get(flags.client, flags.client)
+    if name == "cursor":
+        raise ConfigError(
+            "Cursor's requests come from its own servers, which reach no address of this machine"
+        )
+    names = [*CLIENTS, *SERVICES]
+    if name not in names:
+        raise ConfigError(
+            "setup: choose one of %s; openai-sdk says what others need%s"
+            % (", ".join(names), nearest(name, names))
+        )
+
+    flags.client = name
+    if flags.url:
+        url = check_own_url(re.sub("(/v1)?/?$", "", flags.url), "--url")
+    else:
+        url = check_own_url(local_url(app.settings), "--host")
+    if name in SERVICES:
+        return setup_service(app, flags, url)
+    if flags.undo and (flags.write or flags.check):
+        raise ConfigError("--undo is not for use with --write or --check")
+    if flags.undo:
+        return undo_settings(CLIENTS[name], app.environ, flags.yes)
+    return setup_client(app, flags, url)
 
 
 class HelpFormat(argparse.HelpFormatter):
@@ -31564,11 +31599,11 @@ def words_of(command: Parser) -> str:
 def shell_cases(commands: Mapping[str, Parser]) -> str:
     """The cases of the script for bash and zsh: the words that may follow the last one."""
     lines = ["  case $before in"]
-    seen: set[str] = set()
+    known: set[str] = set()
     for parser in commands.values():
         for action in parser.actions():
-            names = [name for name in action.option_strings if name not in seen]
-            seen.update(names)
+            names = [name for name in action.option_strings if name not in known]
+            known.update(names)
             if names and choices_of(action):
                 words_ = " ".join(choices_of(action))
                 lines.append('    %s) found="%s";;' % ("|".join(names), words_))
