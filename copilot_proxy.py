@@ -22435,7 +22435,7 @@ class ClientConnection(Connection):
         if self.sock is None:
             return
         events = 0
-        if not (self.at_end or self.ahead and self.is_full):
+        if not self.at_end and len(self.ahead) <= MAX_HEAD_BYTES:
             events = selectors.EVENT_READ
         if self.out:
             events |= selectors.EVENT_WRITE
@@ -22628,7 +22628,9 @@ class ClientConnection(Connection):
     def _head_bytes(self) -> int:
         """Returns the size of the head that was read ahead, 0 if it is not whole yet.
         Raises BadRequest for what can never become a head."""
-        if self.ahead[:1] in b"\r\n":
+        if not self.ahead:
+            return 0
+        if self.ahead[0] in b"\r\n":
             self.ahead = self.ahead.lstrip(b"\r\n")  # some clients send one too many
         end = self.ahead.find(b"\r\n\r\n")
         if 0 < end <= MAX_HEAD_BYTES:
@@ -22663,6 +22665,9 @@ class ClientConnection(Connection):
     async def read_body(self, length: int, chunked: bool) -> bytes:
         """Returns the body of a request.  Raises BadRequest (400, 408, 413), ClientGone
         if the body is cut off."""
+        if not chunked and length <= len(self.ahead):  # nearly always: it is there
+            whole, self.ahead = self.ahead[:length], self.ahead[length:]
+            return whole
         decoder = BodyDecoder(length, chunked)
         body = bytearray()  # it may arrive in millions of pieces
         began = time.monotonic()
@@ -22671,7 +22676,7 @@ class ClientConnection(Connection):
             piece = decoder.feed(data)
             if len(body) + len(piece) > MAX_BODY_BYTES:
                 raise BadRequest(f"the body is larger than {MAX_BODY_BYTES} bytes", 413)
-            if decoder.done and not body:  # nearly always
+            if decoder.done and not body:
                 self.ahead = decoder.rest
                 return piece
             body += piece
@@ -23174,10 +23179,10 @@ class HttpExchange:
         if self.head.method == "HEAD":
             body = b""
         if len(body) > READ_BYTES:  # joining them would copy a large body
-            self._send(head)
-            self._send(body)
+            self.client.send(head)
+            self.client.send(body)
         else:
-            self._send(head + body)
+            self.client.send(head + body)
 
     def reply_json(self, value: Any, status: int = 200) -> None:
         """Send a whole answer in JSON.  Raises ClientGone."""
@@ -23356,9 +23361,11 @@ class HttpExchange:
 
     def _head(self, status: int, kind: str, more: list[tuple[str, str]]) -> bytes:
         """Returns the head of the answer, less PROBE if that was sent; records its status."""
+        request_id = self.record.id
         self.record.begin_answer(status)
         self.headers.pop("x-request-id", None)  # of the upstream
-        fields_ = [("x-request-id", self.id), *self.dialect.answer_headers(self.id)]
+        fields_ = [("x-request-id", request_id)]
+        fields_ += self.dialect.answer_headers(request_id)
         fields_ += more
         fields_ += self.headers.items()
         if "Access-Control-Allow-Origin" in self.headers:
@@ -23854,12 +23861,12 @@ class EventLoop:
             if not self._guard(connection.on_event, mask):
                 self._give_up(connection)
             return
-
         what = task.what
-        reads_on = False
-        error = None
-        if what.consume is not None:
-            reads_on, error = outcome(what.consume)
+        if what.consume is None:
+            self._resume(task, True)
+            return
+
+        reads_on, error = outcome(what.consume)
         if not reads_on:
             self.resume(task, what, True, error)
             error = None  # its traceback refers to this frame: a cycle
@@ -24383,7 +24390,8 @@ class Server(ThreadingHTTPServer):
         try:
             if refusal is not None:
                 exchange.refuse(refusal)
-            await exchange.client.flushed()
+            if exchange.client.out:
+                await exchange.client.flushed()
         except (
             ClientGone,
             UpstreamError,
