@@ -4824,9 +4824,17 @@ class Dialect:
         """A tool of any dialect in the shape of this one; the same object where it is already."""
         raise NotImplementedError
 
-    def own_choice(self, choice: Any) -> Any:
-        """`tool_choice` of any dialect in the shape of this one."""
+    def write_choice(self, choice: str | Named) -> Any:
+        """A neutral `tool_choice` in the shape of this dialect."""
         raise NotImplementedError
+
+    def own_choice(self, choice: Any) -> Any:
+        """`tool_choice` of any dialect in the shape of this one. What stands for none of
+        the neutral choices stays as it is."""
+        neutral = choice_of(choice)
+        if neutral is None:
+            return choice
+        return self.write_choice(neutral)
 
     def is_own_item(self, item: Json) -> bool:
         """Is this an item of a conversation that the dialect knows, whatever parts it has?"""
@@ -5794,21 +5802,19 @@ def freeform_of(tool: Json) -> Json | None:
 
 def choice_of(choice: Any) -> str | Named | None:
     """ "auto", "none", "required" or a named function, in any dialect's shape; None for others."""
-    if isinstance(choice, dict) and choice.get("type") in ("function", "tool"):
-        name = as_object(choice.get("function")).get("name") or choice.get("name")
-        if isinstance(name, str):
-            return Named(name)
-        return None
+    kind = choice
     if isinstance(choice, dict):
-        word_of = choice.get("type")
-    else:
-        word_of = choice
-    return {
-        "auto": "auto",
-        "none": "none",
-        "required": "required",
-        "any": "required",
-    }.get(str(word_of))
+        kind = choice.get("type")
+        if kind in ("function", "tool"):
+            name = as_object(choice.get("function")).get("name") or choice.get("name")
+            if isinstance(name, str):
+                return Named(name)
+            return None
+    if kind == "any":
+        return "required"
+    if kind in ("auto", "none", "required"):
+        return str(kind)
+    return None
 
 
 def write_part(part: Part, prefix: str) -> Json:
@@ -6832,13 +6838,10 @@ class ChatCompletions(Dialect):
             return dict(shaped, copilot_cache_control=mark)
         return shaped
 
-    def own_choice(self, choice: Any) -> Any:
-        neutral = choice_of(choice)
-        if neutral is None:
-            return choice
-        if isinstance(neutral, Named):
-            return {"type": "function", "function": {"name": neutral.name}}
-        return neutral
+    def write_choice(self, choice: str | Named) -> Any:
+        if isinstance(choice, Named):
+            return {"type": "function", "function": {"name": choice.name}}
+        return choice
 
     def write_part(self, part: Part, by_model: bool) -> Json:
         return write_part(part, "")
@@ -7149,23 +7152,18 @@ class ChatCompletions(Dialect):
         preflight(request, model)
         tools, choice, schema = offered_tools(request, model, True)
         stops = upstream_stops(self, request, model)
-        if model.efforts:
-            budget = None
-        else:
+        budget = effort = None
+        if not model.efforts:
             budget = fit_budget(
                 request.thinking_budget
                 or dict(EFFORT_BUDGETS).get(request.effort or ""),
                 request.max_output_tokens,
                 model,
             )
-
+        if not budget:
+            effort = fit_effort(request, model)
         if schema:
-            kind, inner = schema["type"], dict({"name": "output"}, **schema)
-            del inner["type"]
-            if kind == "json_object":
-                schema = {"type": kind}
-            else:
-                schema = {"type": kind, kind: inner}
+            schema = self._write_schema(schema)
 
         body = write_fields(
             self,
@@ -7174,37 +7172,38 @@ class ChatCompletions(Dialect):
             stop=stops,
             thinking_budget=budget,
             output_schema=schema,
-            effort=None if budget else fit_effort(request, model),
+            effort=effort,
         )
-
         body["messages"] = self.write_turns(request.turns, request, model)
-
         if tools:
-            body["tools"] = [
-                without_none(
-                    type="function",
-                    copilot_cache_control=EPHEMERAL
-                    if tool.cache and model.is_claude
-                    else None,
-                    function=without_none(
-                        name=tool.name,
-                        description=tool.description,
-                        parameters=tool.parameters,
-                        strict=tool.strict,
-                    ),
-                )
-                for tool in tools
-            ]
-
-            body.update(
-                without_none(
-                    tool_choice={"type": "function", "function": {"name": choice.name}}
-                    if isinstance(choice, Named)
-                    else choice
-                )
-            )
-
+            body["tools"] = [self._write_tool(tool, model) for tool in tools]
+        if tools and choice:
+            body["tool_choice"] = self.write_choice(choice)
         return body
+
+    @staticmethod
+    def _write_schema(schema: Json) -> Json:
+        """{"type": "json_schema", "schema": ...} as `response_format`."""
+        kind = schema["type"]
+        if kind == "json_object":
+            return {"type": kind}
+        inner = dict({"name": "output"}, **schema)
+        del inner["type"]
+        return {"type": kind, kind: inner}
+
+    @staticmethod
+    def _write_tool(tool: Tool, model: Model) -> Json:
+        function = without_none(
+            name=tool.name,
+            description=tool.description,
+            parameters=tool.parameters,
+            strict=tool.strict,
+        )
+        written: Json = {"type": "function"}
+        if tool.cache and model.is_claude:
+            written["copilot_cache_control"] = EPHEMERAL
+        written["function"] = function
+        return written
 
     def write_turns(
         self, turns: list[Turn], request: Request, model: Model
@@ -8186,19 +8185,16 @@ class Responses(Dialect):
             return dict({"type": "function"}, **function)
         return tool
 
+    def write_choice(self, choice: str | Named) -> Any:
+        if isinstance(choice, Named):
+            return {"type": "function", "name": choice.name}
+        return choice
+
     def own_choice(self, choice: Any) -> Any:
-        neutral = choice_of(choice)
-        if (
-            isinstance(neutral, Named)
-            and "function" not in choice
-            and choice["type"] == "function"
-        ):
+        is_function = as_object(choice).get("type") == "function"
+        if is_function and "function" not in choice:
             return choice  # perhaps with a namespace
-        if neutral is None:
-            return choice
-        if isinstance(neutral, Named):
-            return {"type": "function", "name": neutral.name}
-        return neutral
+        return super().own_choice(choice)
 
     def wants_search(self, body: Json, model: Model) -> bool:
         return not model.is_openai and super().wants_search(body, model)
@@ -8467,29 +8463,22 @@ class Responses(Dialect):
             body.setdefault("reasoning", {})["summary"] = "auto"
 
         if tools:
-            # `strict` is always said: what its absence means differs from Chat
-            body["tools"] = [
-                dict(
-                    without_none(description=tool.description),
-                    type="function",
-                    name=tool.name,
-                    strict=bool(tool.strict),
-                    parameters=(
-                        tool.parameters or {"type": "object", "properties": {}}
-                    ),
-                )
-                for tool in tools
-            ]
-
-            body.update(
-                without_none(
-                    tool_choice={"type": "function", "name": choice.name}
-                    if isinstance(choice, Named)
-                    else choice
-                )
-            )
-
+            body["tools"] = [self._write_tool(tool) for tool in tools]
+        if tools and choice:
+            body["tool_choice"] = self.write_choice(choice)
         return body
+
+    @staticmethod
+    def _write_tool(tool: Tool) -> Json:
+        """A tool as a function. `strict` is always there, because its absence does not
+        mean the same as in Chat."""
+        return dict(
+            without_none(description=tool.description),
+            type="function",
+            name=tool.name,
+            strict=bool(tool.strict),
+            parameters=tool.parameters or {"type": "object", "properties": {}},
+        )
 
     def write_turns(
         self, turns: list[Turn], request: Request, model: Model
@@ -9696,17 +9685,18 @@ class Messages(Dialect):
             cache_control=tool.get("cache_control"),
         )
 
+    def write_choice(self, choice: str | Named) -> Any:
+        if isinstance(choice, Named):
+            return {"type": "tool", "name": choice.name}
+        if choice == "required":
+            return {"type": "any"}
+        return {"type": choice}
+
     def own_choice(self, choice: Any) -> Any:
-        neutral = choice_of(choice)
-        is_own = isinstance(choice, dict) and choice.get("type") not in (
-            "function",
-            "required",
-        )
-        if neutral is None or is_own:
+        kind = as_object(choice).get("type", "required")
+        if kind not in ("function", "required"):
             return choice
-        if isinstance(neutral, Named):
-            return {"type": "tool", "name": neutral.name}
-        return {"type": "any" if neutral == "required" else neutral}
+        return super().own_choice(choice)
 
     def is_in_shape(self, item: Any) -> bool:
         if (
@@ -9962,7 +9952,7 @@ class Messages(Dialect):
             body["tools"] = [self._write_tool(tool) for tool in tools]
             is_parallel = request.parallel_tool_calls is not False
             body.update(
-                without_none(tool_choice=self._write_choice(choice, is_parallel))
+                without_none(tool_choice=self._choice_field(choice, is_parallel))
             )
         return body
 
@@ -9975,20 +9965,15 @@ class Messages(Dialect):
             input_schema=tool.parameters or {"type": "object", "properties": {}},
         )
 
-    @staticmethod
-    def _write_choice(choice: str | Named | None, is_parallel: bool) -> Json | None:
+    def _choice_field(
+        self, choice: str | Named | None, is_parallel: bool
+    ) -> Json | None:
         """`tool_choice` for the upstream, None for its default."""
-        if isinstance(choice, Named):
-            written: Json = {"type": "tool", "name": choice.name}
-        elif choice == "required":
-            written = {"type": "any"}
-        else:
-            written = {"type": choice or "auto"}
-
         if not is_parallel and choice != "none":
+            written = self.write_choice(choice or "auto")
             return dict(written, disable_parallel_tool_use=True)
         if choice:
-            return written
+            return as_object(self.write_choice(choice))
         return None
 
     @staticmethod
