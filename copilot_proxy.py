@@ -4656,6 +4656,23 @@ class StreamEncoder:
         return bytes(self.dialect.error_frame(event.error))
 
 
+def choice_of(choice: Any) -> str | Named | None:
+    """ "auto", "none", "required" or a named function, in any dialect's shape; None for others."""
+    kind = choice
+    if isinstance(choice, dict):
+        kind = choice.get("type")
+        if kind in ("function", "tool"):
+            name = as_object(choice.get("function")).get("name") or choice.get("name")
+            if isinstance(name, str):
+                return Named(name)
+            return None
+    if kind == "any":
+        return "required"
+    if kind in ("auto", "none", "required"):
+        return str(kind)
+    return None
+
+
 class Dialect:
     """The interface of all dialects. Instances are stateless: the state of a stream
     lives in its StreamRelay."""
@@ -5798,23 +5815,6 @@ def freeform_of(tool: Json) -> Json | None:
         description=source.get("description"),
         format=source.get("format"),
     )
-
-
-def choice_of(choice: Any) -> str | Named | None:
-    """ "auto", "none", "required" or a named function, in any dialect's shape; None for others."""
-    kind = choice
-    if isinstance(choice, dict):
-        kind = choice.get("type")
-        if kind in ("function", "tool"):
-            name = as_object(choice.get("function")).get("name") or choice.get("name")
-            if isinstance(name, str):
-                return Named(name)
-            return None
-    if kind == "any":
-        return "required"
-    if kind in ("auto", "none", "required"):
-        return str(kind)
-    return None
 
 
 def write_part(part: Part, prefix: str) -> Json:
