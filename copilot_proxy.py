@@ -16889,7 +16889,7 @@ class HttpConnection(Connection):
         where = urllib.parse.urlsplit("//" + host)
         self.host, self.port = where.hostname or "", where.port or self.default_port
         self._names = names
-        self._readable = Ready(self)
+        self._readable: Ready | None = None  # what it waits for again and again
 
     def serve(self, origin: str) -> None:
         """It is to this origin, perhaps by way of a proxy."""
@@ -17017,8 +17017,9 @@ class HttpConnection(Connection):
                 more = self.receive_now()
                 if more is not None:
                     return more
-            self._readable.timeout_s = timeout_s
-            if not await wait(self._readable):
+            readable = self._readable = self._readable or Ready(self)
+            readable.timeout_s = timeout_s
+            if not await wait(readable):
                 raise UpstreamError("the upstream was silent for too long", 504)
             more = self.receive_now()
             if more is not None:
@@ -17159,6 +17160,7 @@ class HttpConnection(Connection):
     def close(self) -> None:
         """May be called twice."""
         self.unwatch()
+        self._readable = None  # else the two would hold each other
         sock, self.sock = self.sock, None
         if sock is not None:
             with contextlib.suppress(OSError):

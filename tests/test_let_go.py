@@ -24,8 +24,8 @@ class LetGoTest(ProxyCase):
         gc.disable()
         self.addCleanup(gc.enable)
 
-    def still_there(self) -> list[Any]:
-        return [one for one in gc.get_objects() if isinstance(one, cp.HttpExchange)]
+    def still_there(self, kind: Any = cp.HttpExchange) -> list[Any]:
+        return [one for one in gc.get_objects() if isinstance(one, kind)]
 
     def assert_let_go(self, path: str, body: Any, status: int) -> None:
         gc.collect()
@@ -65,6 +65,13 @@ class LetGoTest(ProxyCase):
     def test_connections_that_break(self) -> None:
         self.fake.script(CHAT, *[Answer(drop="after")] * 9)
         self.assert_let_go(CHAT_PATH, chat("a"), 502)
+
+    def test_connections_that_the_upstream_closes(self) -> None:
+        gc.collect()
+        self.fake.script(CHAT, *[Answer(0, drop="after")] * 5)
+        for _ in range(5):
+            self.proxy.post(CHAT_PATH, chat("a"))
+        wait_until(lambda: len(self.still_there(cp.HttpConnection)) <= 1, "end of the connections")
 
     def test_a_refusal_that_is_cured(self) -> None:
         self.fake.script(CHAT, Answer(503, body=REFUSAL), Answer(401, body=REFUSAL))
