@@ -3202,9 +3202,10 @@ def render_head(start: str, fields_: Iterable[tuple[str, str]]) -> bytes:
     return render_start(start, fields_) + b"\r\n"
 
 
-#: the usual chunk sizes as they are written: a look-up beats a check and a conversion
-_CHUNK_SIZES = {b"%x" % size: size for size in range(1, 2048)}
-MANY_CHUNKS_BYTES = 2048  # read at once
+#: the usual chunk sizes, as they are written behind the data of another chunk: a look-up
+#: beats a search, two checks and a conversion
+_CHUNK_SIZES = {b"\r\n%x\r\n" % size: size for size in range(1, 2048)}
+_SIZE_2, _SIZE_3 = len(b"\r\nff\r\n"), len(b"\r\nfff\r\n")
 
 
 class BodyDecoder:
@@ -3253,21 +3254,15 @@ class BodyDecoder:
         self.done = True
 
     def _feed_chunked(self, data: bytes) -> bytes:
-        is_at_size = self._state == "size"
-        if is_at_size and not self._tail:
-            line_end = data.find(b"\r\n", 0, 8)
-            size = _CHUNK_SIZES.get(data[:line_end])
-            if size == len(data) - line_end - 4 and data.endswith(b"\r\n"):
-                return data[line_end + 2 : -2]  # one chunk, as of most events
+        if self._state == "size" and not self._tail:
+            begin = data.find(b"\r\n", 0, 8) + 2
+            size = _CHUNK_SIZES.get(b"\r\n" + data[:begin])
+            if size == len(data) - begin - 2 and data.endswith(b"\r\n"):
+                return data[begin:-2]  # one chunk, as of most events
 
         data = self._tail + data if self._tail else data
         out: list[bytes] = []
-        if is_at_size:
-            position = self._whole_chunks(data, 0, out)
-        else:
-            position = 0
-        end = len(data)
-
+        position, end = 0, len(data)
         while position < end and not self.done:
             if self._state == "data":
                 taken = data[position : position + self._left]
@@ -3276,6 +3271,7 @@ class BodyDecoder:
                 self._left -= len(taken)
                 if not self._left:
                     self._state = "end"
+                    position = self._whole_chunks(data, position, out)
                 continue
 
             line_end = data.find(b"\r\n", position, position + MAX_CHUNK_LINE_BYTES)
@@ -3286,8 +3282,6 @@ class BodyDecoder:
 
             self._take_line(data[position:line_end])
             position = line_end + 2
-            if self._state == "size":
-                position = self._whole_chunks(data, position, out)
 
         self._tail = b"" if self.done else data[position:]
         self.rest = data[position:] if self.done else b""
@@ -3297,37 +3291,19 @@ class BodyDecoder:
 
     @staticmethod
     def _whole_chunks(data: bytes, position: int, out: list[bytes]) -> int:
-        """The hot path: chunks that are here whole -> where the first other thing begins."""
-        if len(data) >= MANY_CHUNKS_BYTES:
-            position = BodyDecoder._many_chunks(data, position, out)
-        find, add, size_of = data.find, out.append, _CHUNK_SIZES.get
+        """The hot path: behind the data of a chunk, all chunks that follow and are here
+        whole -> where the data of the last one ends."""
+        add, size_of, end = out.append, _CHUNK_SIZES.get, len(data)
         while True:
-            line_end = find(b"\r\n", position, position + 8)
-            if line_end > position:
-                size = size_of(data[position:line_end])
-            else:
-                size = None
+            begin = position + _SIZE_2
+            size = size_of(data[position:begin])
             if size is None:
+                begin = position + _SIZE_3
+                size = size_of(data[position:begin])
+            if size is None or begin + size > end:
                 return position
-            stop = line_end + 2 + size
-            if data[stop : stop + 2] != b"\r\n":
-                return position
-            add(data[line_end + 2 : stop])
-            position = stop + 2
-
-    @staticmethod
-    def _many_chunks(data: bytes, position: int, out: list[bytes]) -> int:
-        """A fast path for hundreds of small chunks: if every piece between two line
-        ends has the length that the piece before it announced, the pieces are the
-        chunks."""
-        pieces = data[position:].split(b"\r\n")
-        end = (len(pieces) - 1) // 2 * 2
-        chunks = pieces[1:end:2]
-        sizes = map(_CHUNK_SIZES.get, pieces[:end:2])
-        fits = [*map(operator.eq, sizes, map(len, chunks)), False]
-        count = fits.index(False)
-        out += chunks[:count]
-        return len(data) - len(b"\r\n".join(pieces[2 * count :]))
+            position = begin + size
+            add(data[begin:position])
 
     def _take_line(self, line: bytes) -> None:
         if self._state == "end":
@@ -3502,6 +3478,33 @@ class Frame:
 def split_frames(block: bytes) -> list[bytes]:
     """Whole frames, each still ending in its empty line."""
     return [raw + b"\n\n" for raw in block.split(b"\n\n") if raw.strip(b"\n")]
+
+
+def frame_border(block: bytes) -> int:
+    """Where the frame near the middle of a block of whole frames ends; 0 if there is
+    only one."""
+    middle = len(block) // 2
+    cut = block.find(b"\n\n", middle) + 2
+    if cut < 2 or cut == len(block):
+        cut = block.rfind(b"\n\n", 0, middle + 1) + 2
+    if 2 <= cut < len(block):
+        return cut
+    return 0
+
+
+def count_alike(block: bytes, key: bytes) -> int:
+    """The number of frames in a block if all begin alike, up to and with `key`, and have
+    as many lines; 0 if they do not."""
+    end = block.find(key) + len(key)
+    beginning = block[:end]
+    if not beginning.endswith(key) or b"\n\n" in beginning:
+        return 0
+    # long needles are found faster than short ones, single bytes fastest
+    count = block.count(b"\n\n" + beginning) + 1
+    lines = beginning.count(b"\n") + 2
+    if block.count(b"\n") == count * lines:
+        return count
+    return 0
 
 
 class SSEDecoder:
@@ -3893,7 +3896,9 @@ class DeltaTemplate:
         if not before or not raw.startswith(before) or not raw.endswith(behind):
             return None
         start, stop = len(before), len(raw) - len(behind)
-        if raw.find(b'"', start) == stop or _JSON_TEXT.match(raw, start, stop):
+        quote = raw.find(b'"', start)
+        is_escaped = raw[quote - 1 : quote] == b"\\"
+        if quote == stop or is_escaped and _JSON_TEXT.match(raw, start, stop):
             return raw[start:stop]
         return None
 
@@ -4023,13 +4028,14 @@ class StreamRelay:
         """Whole frames, some of which need a look: the others pass together. Most often
         they are the first or the last ones, so halves of the block are tried, and
         halves of these."""
-        frames = split_frames(block)
-        if len(frames) == 1:
-            return self._mend(frames[0])
-        half = len(frames) // 2
+        cut = frame_border(block)
+        if not cut:
+            if block.isspace():
+                return b""
+            return self._mend(block)
         out: list[bytes] = []
-        for part in (b"".join(frames[:half]), b"".join(frames[half:])):
-            if part and not self.ended:
+        for part in (block[:cut], block[cut:]):
+            if not self.ended:
                 out.append(self._quick(part) or self._block(part))
         return b"".join(out)
 
@@ -6614,8 +6620,10 @@ class ChatStream(StreamRelay):
         delta.pop("role", None)
         if not delta and self._started and not self._chunks.logprobs:
             return b""
+        is_first = not self._started  # which alone has the role
         out = self._chunk(delta)
-        if list(delta) == ["content"] and delta["content"] and not self._chunks.reason:
+        is_text = list(delta) == ["content"] and delta["content"]
+        if is_text and not (is_first or self._chunks.reason):
             self._learn(raw, out, delta["content"])
         return out
 
@@ -7599,6 +7607,7 @@ _ITEM_PREFIXES = {
     "computer_call": "cu_",
 }
 _ITEM_ID = re.compile(rb'"item_id":\s*"((?:[^"\\]|\\.)*)"')
+_SEQUENCE_KEY = b'"sequence_number":'
 _SEQUENCE = re.compile(rb'"sequence_number":\s*(\d{1,15})(?!\d)')
 _OUTPUT_INDEX = re.compile(rb'"output_index":\s*(\d{1,15})(?!\d)')
 _TERMINAL = (
@@ -7829,42 +7838,44 @@ class ResponsesStream(StreamRelay):
     # -- without a parser
 
     def _quick(self, block: bytes) -> bytes:
-        if (
-            not self.has_content
-            or self._held
-            or self._nameless
-            or b'"obfuscation"' in block
-        ):
+        if not self.has_content or self._held or self._nameless:
             return b""
         if self._is_plain(block):
             return block
         return self._with_known_id(block)
 
     def _is_plain(self, block: bytes) -> bool:
-        """Are these all events of the open item, under its one id?"""
-        count = block.count(b"\ndata: ")
-        return bool(
-            self._marker
-            and block.count(b"\n") == 3 * count  # those of two bytes take long to count
-            and block.count(self._marker) == count
-            and block.count(b'"sequence_number":') == count
-            and not self._ciphered
-            and self._count_on(block)
+        """Are these all events of one kind and of the open item, under its one id?"""
+        marker = self._marker
+        last_frame = block.rfind(b"\n\n", 0, -2) + 1
+        if not marker or self._ciphered or block.find(marker, last_frame) < 0:
+            return False
+        count = count_alike(block, _SEQUENCE_KEY)
+        return (
+            count > 0
+            and block.startswith(b"event: ")
+            and block.count(marker) == count
+            and b'"obfuscation"' not in block
+            and self._count_on(block, count)
         )
 
-    def _count_on(self, block: bytes) -> bool:
-        """Do these frames go on with higher sequence numbers than those that went out?"""
-        first, last = (
-            _SEQUENCE.search(block),
-            _SEQUENCE.search(block, block.rfind(b'"sequence_n')),
-        )
-        if not first or not last or int(first.group(1)) < self._sequence:
+    def _count_on(self, block: bytes, count: int) -> bool:
+        """Do so many frames go on with higher sequence numbers than those that went out,
+        one by one?"""
+        first = _SEQUENCE.search(block)
+        last = _SEQUENCE.search(block, block.rfind(_SEQUENCE_KEY))
+        if not first or not last:
             return False
-        self._sequence = int(last.group(1)) + 1
+        number = int(first.group(1))
+        if number < self._sequence or int(last.group(1)) - number != count - 1:
+            return False
+        self._sequence = number + count
         return True
 
     def _with_known_id(self, raw: bytes) -> bytes:
         """One delta: only the id is exchanged, in the bytes.  b'': it must be looked into."""
+        if raw.find(b"\n\n") + 2 < len(raw) or b'"obfuscation"' in raw:
+            return b""
         name_end = raw.find(b".delta\ndata: ")
         if name_end < 0 or raw.count(b"\n") != 3 or not raw.startswith(b"event: "):
             return b""
@@ -7873,7 +7884,7 @@ class ResponsesStream(StreamRelay):
             known = self._ids.get(int(index.group(1)))
         else:
             known = None
-        if not found or known is None or not self._count_on(raw):
+        if not found or known is None or not self._count_on(raw, 1):
             return b""
         return raw[: found.start(1)] + known.encode() + raw[found.end(1) :]
 
@@ -9142,8 +9153,8 @@ class MessagesStream(StreamRelay):
     def _quick(self, block: bytes) -> bytes:
         if (
             self.has_content
-            and b'"content_block_s' not in block
-            and (b'"message_' not in block and b'"error"' not in block)
+            and b'"error"' not in block
+            and count_alike(block, b'"content_block_delta"')
         ):
             return block
         return b""
