@@ -2362,16 +2362,17 @@ class BodyEdit:
     added: frozenset[str] = frozenset()  # nearly always this one
     changed = False
     is_rewritten = False
-    is_words = False  # a conversation of roles and texts, nothing else
 
     def __init__(
         self,
         body: Json,
         losses: Losses | None = None,
         go_on: Callable[[], None] = lambda: None,
+        is_words: bool = False,
     ) -> None:
         self.body = body
         self.go_on = go_on  # asked between long steps: may raise ClientGone
+        self.is_words = is_words  # a conversation of roles and texts, nothing else
         if losses is None:
             losses = Losses()
         self.losses = losses
@@ -3852,9 +3853,11 @@ class UsageMeter:
         for holder in (answer, answer.get("response"), answer.get("message")):
             if not isinstance(holder, dict) or holder.keys().isdisjoint(_REPORT_FIELDS):
                 continue
-            reported = read_usage(as_object(holder.get("usage")))
-            if any(reported.values()) or not self.counts:
-                self.counts.update(reported)
+            usage = holder.get("usage")
+            if isinstance(usage, dict):
+                reported = read_usage(usage)
+                if any(reported.values()) or not self.counts:
+                    self.counts.update(reported)
             if "copilot_usage" in holder:
                 copilot_usage = as_object(holder["copilot_usage"])
                 cost = count_or_none(copilot_usage.get("total_nano_aiu"))
@@ -4690,6 +4693,8 @@ class Dialect:
     cache_mark = ""  # the field that marks where the prompt cache may end
     schema_key = "parameters"  # of a tool: where its schema is
     stop_key = ""  # of the body: where stop sequences are; "": it has none
+    # of the body: where its vendor's search is configured; "": among the tools
+    search_key = ""
     system_key = ""  # of the body: where the system text is; "": in the turns
     own_parts: frozenset[str] = frozenset()  # the kinds of its content parts
     own_result_parts: frozenset[str] = frozenset()  # ... and of a tool's result alone
@@ -4796,7 +4801,9 @@ class Dialect:
 
     def interaction(self, body: Json) -> str:
         """Why the client sent the request: "user", "agent" or a kind of SIDE_REQUESTS."""
-        turns = as_list(body.get("messages", body.get("input")))
+        turns = body.get("messages", body.get("input"))
+        if not isinstance(turns, list):
+            turns = []
         last_turn: Json = {"role": "user" if "input" in body else ""}
         for turn in map(as_object, reversed(turns)):
             if turn.get("role") not in SYSTEM_ROLES:
@@ -4835,6 +4842,8 @@ class Dialect:
 
     def wants_search(self, body: Json, model: Model) -> bool:
         """Does it offer a hosted search that this dialect's own endpoint does not run?"""
+        if isinstance(body.get(self.search_key), dict):
+            return True
         return "tools" in body and any(map(is_search_tool, dicts_in(body, "tools")))
 
     def has_files(self, body: Json) -> bool:
@@ -6690,6 +6699,7 @@ class ChatCompletions(Dialect):
     limit_names = ("max_tokens", "max_completion_tokens")
     takes_files = False
     stop_key = "stop"
+    search_key = "web_search_options"
     own_parts = frozenset(("text", "image_url", "input_audio", "file", "refusal"))
     knows_allowed_tools = True
     cites_sources = True
@@ -6854,10 +6864,6 @@ class ChatCompletions(Dialect):
     def write_part(self, part: Part, by_model: bool) -> Json:
         return write_part(part, "")
 
-    def wants_search(self, body: Json, model: Model) -> bool:
-        options = body.get("web_search_options")
-        return isinstance(options, dict) or super().wants_search(body, model)
-
     def accepts_stops(self, stops: list[str], model: Model) -> bool:
         if not stops:
             return True
@@ -7017,7 +7023,10 @@ class ChatCompletions(Dialect):
 
     def check_answer(self, answer: Json) -> None:
         super().check_answer(answer)
-        for choice in as_list(answer.get("choices")):
+        choices = answer.get("choices")
+        if not isinstance(choices, list):
+            return
+        for choice in choices:
             if isinstance(choice, dict) and choice.get("finish_reason") == "error":
                 raise reported_error({})
 
@@ -13179,11 +13188,11 @@ def drop_billing_line(edit: BodyEdit) -> None:
     if turns and isinstance(turns, list) and isinstance(turns[0], dict):
         places.append((turns[0], "content"))
     for holder, key in places:
-        text = holder.get(key)
-        if isinstance(text, list):
-            for block in text:
+        content = holder.get(key)
+        if isinstance(content, list):
+            for block in content:
                 _drop_nonce_line(edit, as_object(block), "text")
-        elif text is not None:
+        elif isinstance(content, str) and content.startswith(_NONCE_LINE):
             _drop_nonce_line(edit, holder, key)
 
 
@@ -13376,8 +13385,6 @@ UNREADABLE_SUMMARY = (
 def expand_compactions(edit: BodyEdit, upstream: Dialect) -> None:
     """Our own compactions become text and replace what models did before; the
     upstream's stay where they can be read."""
-    if "input" not in edit.body:
-        return
     present = [item.get("type") for item in dicts_in(edit.body, "input")]
     if not any(map(_COMPACTION_TYPES.__contains__, present)):
         return
@@ -13449,7 +13456,7 @@ def prepare_body(edit: BodyEdit, upstream: Dialect, model: Model) -> None:
         fit_openai_tools(edit, upstream)
     if model.is_kimi:
         fit_kimi(edit, model)
-    if model.most_images:
+    if model.most_images and not edit.is_words:
         limit_images(edit, model.most_images)
 
     if model.is_gemini:
@@ -13470,7 +13477,8 @@ def translate_request(
     normalised request, which may be changed; loop: fulfils a hosted search. Raises
     BadRequest for what would change the meaning."""
     drop_billing_line(before)
-    expand_compactions(before, upstream)
+    if "input" in before.body:
+        expand_compactions(before, upstream)
     before.go_on()
     request = client.decode_request(before.body)
     for name, reason in before.losses:
@@ -14196,10 +14204,8 @@ class Plan:
         loop: for a hosted search, should there be one; known_plain: `is_plain` is
         true of it. `body` may be changed. Raises BadRequest."""
         echo = client.echo_of(body)  # as the client wrote it
-        edit = BodyEdit(body, go_on=go_on)
-        if known_plain:
-            edit.note_words(True)
-        else:
+        edit = BodyEdit(body, None, go_on, known_plain)
+        if not known_plain:
             normalise(edit, client, model)
         is_translated = (
             client is not upstream or by_hub or needs_hub(client, body, model)
@@ -14219,7 +14225,8 @@ class Plan:
             if wants_stream:
                 pipeline = client.stream(request.model, body, request)
             drop_billing_line(edit)
-            expand_compactions(edit, upstream)
+            if "input" in body:
+                expand_compactions(edit, upstream)
             prepare_body(edit, upstream, model)
 
         request.answer_as(now, key)
@@ -25696,7 +25703,8 @@ async def resolve(exchange: HttpExchange, body: Json) -> tuple[Account, Model]:
     if betas:
         model = wider_sibling(model, betas, await copilot.models())
     name_model(exchange, model)
-    if copilot.is_substitute(asked, model):  # the answer then names the real one
+    if asked != model.id and copilot.is_substitute(asked, model):
+        # the answer names the real one
         exchange.put_body(fit_model(exchange.body, BodyEdit(body), model.id))
         body["model"] = model.id
 
@@ -26090,7 +26098,7 @@ class Job:
         cannot make.  Raises ProxyError, ClientGone."""
         if self.exchange.app.settings.upload_images:
             await self.upload_images()
-        data = await self.compute(self.plan_body)
+        data = await self.exchange.compute(self.plan_body, len(self.data))
         plan = self.plan
         if plan is None:
             return None
@@ -26273,7 +26281,7 @@ class Job:
             body,
             model,
             int(time.time()),
-            exchange.id,
+            exchange.record.id,
             is_refused or is_next,
             exchange.go_on,
             loop,
@@ -26344,7 +26352,7 @@ class Job:
             plan.upstream.path,
             data,
             plan.headers,
-            exchange.id,
+            exchange.record.id,
             exchange.app.settings.answer_timeout_s,
             model.id,
             functools.partial(self.open, plan),
@@ -26469,7 +26477,7 @@ class Job:
             await exchange.relay(answer, plan.pipeline, plan.take_begun())
             return
 
-        if plan.is_waiting:
+        if plan.loop is not None and plan.is_waiting:
             self.send_on(plan.begun)
             return
 
