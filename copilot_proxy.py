@@ -291,7 +291,7 @@ SIDE_FRAMES_PER_MINUTE = 600  # of a WebSocket: pings and others that no answer 
 WORKER_IDLE_S = 10.0  # then an idle worker thread ends
 MAX_WORKERS, WORKER_QUEUE = 6, 256  # threads for what may block; what may wait for one
 INLINE_BYTES = 128 * 1024  # a larger body is parsed in a thread
-COLLECT_AFTER = 20_000  # new objects
+COLLECT_AFTER, COLLECT_OLD_AFTER = 5_000, 40  # new objects; collections of new objects
 KEYS_HOLD_S = 0.002  # no command that changes the keys ends faster
 IDS_AT_ONCE = 64  # made for requests that are still to come
 HEADS_KEPT = 200  # of requests, and beginnings of upstream requests
@@ -304,7 +304,7 @@ LOG_COLUMNS = "%-14.14s %-24s %-11s %3d %13s %11s %12s  %.8s"
 LOG_COLOURS = {30: "33", 40: "31", 50: "31"}  # level -> of the terminal: yellow, red
 #: one of these is set where a console of Windows obeys escape sequences
 ANSI_VARIABLES = ("WT_SESSION", "ANSICON", "ConEmuANSI", "TERM", "TERM_PROGRAM")
-SLICE_S, SLICE_SHARE = 0.002, 0.25  # of computing between two looks at the streams: at
+SLICE_S, SLICE_SHARE = 0.001, 0.25  # of computing between two looks at the streams: at
 # least so long, and of the time that the streams took
 ACCEPTED_AT_ONCE = 16  # connections in one round of the loop
 SPARE_FILES = 32  # kept free for logins, history, the pool
@@ -22993,7 +22993,7 @@ def spare_collector() -> None:
     are rarer, because a request makes hundreds of objects and hardly any cycle."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(COLLECT_AFTER)
+    gc.set_threshold(COLLECT_AFTER, COLLECT_OLD_AFTER)
 
 
 NOBODY = Caller()  # sends a request until it is checked
@@ -23693,8 +23693,9 @@ class EventLoop:
     a stream resume no coroutine: the loop calls the function that sends them on,
     `consume` of Ready. One round of the loop:
 
-        select --> what is ready, --> compute for 2 ms --> timers, deferred work, and once
-           ^       the inbox          or so                a tick: deadlines, pings
+        select --> what is ready, --> compute for 1 ms --> timers, deferred work, and once
+           ^       streams first,     or so                a tick: deadlines, pings
+           |       the inbox
            +--------------------------------------------------------+
 
     Any thread may call the methods of the first group below; the others are for the
@@ -23833,8 +23834,7 @@ class EventLoop:
         while not self._stopped:
             ready = self._selector.select(self._pause_s())
             self.now = time.monotonic()
-            for key, mask in ready:
-                self._on_ready(key.data, mask)
+            self._take_events(ready)
             if self._inbox:
                 self._take_inbox()
             if self._turns:
@@ -23858,6 +23858,30 @@ class EventLoop:
         if self._timers:
             return min(most, max(0.0, self._timers[0][0] - time.monotonic()))
         return most
+
+    def _take_events(self, ready: list[tuple[selectors.SelectorKey, int]]) -> None:
+        """Send on the events of streams, then move requests on. Beside streams this has
+        a limit, as the turns have: the selector reports again what is left."""
+        others = []
+        for key, mask in ready:
+            task = key.data.waiter
+            if task is not None and task.what.consume is not None:
+                self._on_ready(key.data, mask)
+            else:
+                others.append((key.data, mask))
+
+        is_alone = len(others) == len(ready)
+        until = self._end_of_slice()
+        for connection, mask in others:
+            self._on_ready(connection, mask)
+            if not is_alone and time.monotonic() >= until:
+                break
+
+    def _end_of_slice(self) -> float:
+        """Returns when the streams must be served again: after SLICE_S. If they take
+        nearly all of the time, a share of it still moves the requests on."""
+        now = time.monotonic()
+        return now + max(SLICE_S, SLICE_SHARE * (now - self.now))
 
     def _on_ready(self, connection: Connection, mask: int) -> None:
         """Pass an event to the coroutine that waits for it, else to the connection."""
@@ -23899,10 +23923,8 @@ class EventLoop:
             self._guard(*self._inbox.popleft())
 
     def _take_turns(self) -> None:
-        """Compute for SLICE_S, because streams would be late otherwise. If they take
-        nearly all of the time, a share of it still moves the requests on."""
-        now = time.monotonic()
-        until = now + max(SLICE_S, SLICE_SHARE * (now - self.now))
+        """Compute for a while, because streams would be late otherwise."""
+        until = self._end_of_slice()
         while self._turns:
             task, what, value = self._turns.popleft()
             if task.what is what:
