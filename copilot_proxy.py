@@ -3823,7 +3823,8 @@ _SHORT_NAME = re.compile(
 
 
 def restore_names(data: bytes, names: Mapping[bytes, bytes]) -> bytes:
-    """Whole frames or a whole answer with the names of tools as the client wrote them."""
+    """Put the names of tools as the client wrote them back into whole frames or a whole
+    answer."""
     if not names:
         return data
     return _SHORT_NAME.sub(lambda found: names.get(found.group(), found.group()), data)
@@ -3833,8 +3834,9 @@ _REPORT_FIELDS = ("usage", "copilot_usage", "copilot_quota_snapshots")
 
 
 class UsageMeter:
-    """Usage and quotas that the upstream reported for one answer; what it did not is
-    absent. counts: by the names of COUNTS; quotas: lane -> snapshot."""
+    """Collects the usage and quotas that the upstream reports for one answer. What it
+    does not report is absent. counts: by the names of COUNTS; quotas: lane -> snapshot.
+    """
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -3842,14 +3844,14 @@ class UsageMeter:
 
     @property
     def usage(self) -> Usage | None:
-        """None while nothing was reported."""
+        """The counts as a Usage, None while nothing was reported."""
         if self.counts:
             return Usage.of(self.counts)
         return None
 
     def take(self, answer: Json) -> None:
-        """Record what an answer or event reports; later values replace earlier ones,
-        but a report without a count wipes nothing."""
+        """Record what an answer or event reports. Later values replace earlier ones,
+        but a report that lacks a count does not erase it."""
         for holder in (answer, answer.get("response"), answer.get("message")):
             if not isinstance(holder, dict) or holder.keys().isdisjoint(_REPORT_FIELDS):
                 continue
@@ -3881,7 +3883,7 @@ class DeltaTemplate:
 
     def learn(self, raw: bytes, text: str, keys: tuple[bytes, ...] = (b"",)) -> bool:
         """Take `raw`, which holds `text` behind one of `keys`, as the pattern for the
-        next ones. False: it holds the text in two places, or none."""
+        next events. Returns False if the text stands in it twice, or not at all."""
         quoted = dumps(text)
         before, _, behind = raw.partition(quoted)
         if raw.count(quoted) != 1 or not before.endswith(keys):
@@ -3890,11 +3892,12 @@ class DeltaTemplate:
         return True
 
     def forget(self) -> None:
-        """Nothing matches any more."""
+        """Match nothing until the next event is learned."""
         self._before = b""
 
     def match(self, raw: bytes) -> bytes | None:
-        """The text of such an event, still as JSON without its quotes; None: it is another."""
+        """The text of such an event, still as JSON without its quotes, or None for any
+        other event."""
         before, behind = self._before, self._behind
         if not before or not raw.startswith(before) or not raw.endswith(behind):
             return None
@@ -3908,9 +3911,10 @@ class DeltaTemplate:
     def match_all(
         self, block: bytes, start: bytes = b"", end: bytes = b""
     ) -> list[bytes]:
-        """The texts of a block of such events, [] where it has another one or a quote
-        in a text. A burst has hundreds of them, and this takes no step for each. start,
-        end: of each event in the block, around what was learned."""
+        """The texts of a block of such events, [] if it holds another event or a text
+        with a quote. A burst has hundreds of events, so nothing here is done once for
+        each. start, end: the bytes around each event, in addition to what was learned.
+        """
         before, behind = start + self._before, self._behind + end
 
         if not self._before or not (
@@ -4106,7 +4110,8 @@ _PLAIN_ROLES = ("system", "user", "assistant")
 
 
 def is_words(item: Any) -> bool:
-    """Is this a turn with a role and a text, and nothing else?  Most turns of most clients are."""
+    """Is this a turn with a role and a text, and nothing else? Most turns of most
+    clients are."""
     if type(item) is not dict or len(item) != 2 or item.get("role") not in _PLAIN_ROLES:
         return False
     content = item.get("content")
@@ -4115,8 +4120,8 @@ def is_words(item: Any) -> bool:
 
 class ToolStep(NamedTuple):
     """One item of a conversation, reduced to its tool calls and results. calls: ids of
-    its calls; answers: the id of the call that it is the result of; may_stand_between:
-    it may stand between a call and its result."""
+    its calls; answers: the id of the call whose result it is; may_stand_between:
+    whether it may stand between a call and its result."""
 
     item: Json
     calls: Sequence[str] = ()
@@ -4153,10 +4158,10 @@ def text_of(content: Any) -> str:
 
 
 class SideRequest(NamedTuple):
-    """How to know a request that a client makes by itself. marks: all must be there;
-    how: the text "starts" with it, it "begins" a line, stands anywhere ("holds"), or
-    "is" the text. kind: of interaction, as the upstream's header names it behind
-    "conversation-"."""
+    """The marks of a request that a client sends on its own account. All `marks` must
+    be present. how: the text "starts" with a mark, has a line that "begins" with it,
+    "holds" it anywhere, or "is" the mark. kind: of interaction, which the upstream's
+    header names behind "conversation-"."""
 
     client: str
     place: str  # system, user
@@ -4245,7 +4250,8 @@ def _has_mark(text: str, mark: str, how: str) -> bool:
 
 
 def side_request(user_text: str, system_text: str) -> str:
-    """The kind of a request that the client made by itself, "" for others.  See SIDE_REQUESTS."""
+    """The kind of a request that the client sent on its own account, "" for any other
+    request. See SIDE_REQUESTS."""
     rows: tuple[SideRequest, ...] = _SYSTEM_SIDE_REQUESTS
     user = user_text.strip()
     if user.startswith(_USER_STARTS) or any(map(user.__contains__, _USER_PARTS)):
@@ -4268,7 +4274,7 @@ SEEN_TYPES = (*IMAGE_TYPES, "computer_screenshot")  # what a model must see
 
 
 def _inner_parts(part: Json) -> Iterator[Json]:
-    """The parts of a tool's result and those of a document that has parts of its own, in order."""
+    """The parts inside a tool result or a document, in order."""
     todo = [part]
     while todo:
         holder = todo.pop()
@@ -4280,7 +4286,8 @@ def _inner_parts(part: Json) -> Iterator[Json]:
 
 
 def content_parts(body: Json) -> Iterator[Json]:
-    """Every part of a conversation in any dialect, in order, also those of tools' results."""
+    """Every part of a conversation in any dialect, in order, including those inside
+    tool results."""
     for item in as_list(body.get("messages")) + as_list(body.get("input")):
         if not isinstance(item, dict):
             continue
@@ -4314,7 +4321,7 @@ SEARCH_TOOLS = "web_search_"
 
 
 def is_search_tool(tool: Json) -> bool:
-    """Is it a search of the web that its vendor's servers run?"""
+    """Is this a web search that its vendor's servers run?"""
     kind = str(tool.get("type"))
     return kind == "web_search" or kind.startswith(SEARCH_TOOLS)
 
@@ -4323,7 +4330,8 @@ OPAQUE_TAG = "cpx1."  # marks state that this proxy packed; a dot never is in ba
 
 
 def pack_opaque(dialect: str, state_id: str | None, blob: str) -> str:
-    """Foreign state for a client's own slot: '<tag><base64 of [dialect, id, blob]>'."""
+    """Pack foreign state for a client's own slot: '<tag><base64 of [dialect, id,
+    blob]>'."""
     if state_id and len(state_id) <= MAX_ID_CHARS:
         short_id = state_id
     else:
@@ -4337,7 +4345,7 @@ def is_packed(state: Any) -> bool:
 
 def unpack_opaque(text: Any) -> list[tuple[str, str | None, str]]:
     """[(dialect, id, blob)] of one packed state, or of several that a client has
-    joined; [] for anything that was not packed here."""
+    joined; [] for a state that was not packed here."""
     if not is_packed(text):
         return []
     states = []
@@ -4355,7 +4363,7 @@ ASTRAY = "the model sent endless white space as tool arguments"
 
 
 def is_runaway_whitespace(blanks: dict[int, int], index: int, text: str) -> bool:
-    """Has call `index` with this piece got nothing but white space for too long?"""
+    """Has call `index`, with this piece, received nothing but white space for too long?"""
     blank = len(text) - len(text.rstrip("\r\n\t "))
     run = blanks[index] = blank + (blanks.get(index, 0) if blank == len(text) else 0)
     return run > MAX_WHITESPACE_RUN
@@ -4391,12 +4399,13 @@ class StreamDecoder:
         self._template_index = -1  # ... and its part
 
     def count_with(self, meter: UsageMeter) -> None:
-        """Usage and the like go into this one."""
+        """Count usage and quotas with this meter from now on."""
         self.meter = meter
 
     def read(self, data: bytes) -> list[Event]:
-        """Events of one frame's data. A frame that equals the last delta but for one
-        JSON string is not parsed: the rest of it means the same as last time."""
+        """The events of one frame's data. A frame that differs from the last delta in
+        one JSON string only is not parsed: everything around the string means the same
+        as last time."""
         steady = self._steady(data)
         text = self._template.match(steady)
         if text:
@@ -4423,7 +4432,8 @@ class StreamDecoder:
         return self._events
 
     def _read_text(self, text: bytes) -> list[Event]:
-        """A delta of the part that the last one was of; [] for what must be looked into."""
+        """The event of a frame that continues the part of the last delta; [] if the
+        frame must be parsed."""
         try:
             if b"\\" not in text:
                 plain = text.decode()
@@ -4452,12 +4462,12 @@ class StreamDecoder:
 
     @property
     def last_index(self) -> int:
-        """The part that the last delta was of, -1 where that says nothing of the next one."""
+        """The part of the last delta, -1 if the next delta need not belong to it."""
         return self._template_index
 
     def read_texts(self, block: bytes) -> list[bytes]:
-        """The texts of a block of deltas of that part, as JSON has them, which is as
-        they are: where one has an escape, or the block needs a look, there are none."""
+        """The texts of a block of deltas of one part, as they stand in the JSON.
+        Returns [] if a text holds an escape or the block must be parsed."""
         start = block[: block.find(b"data: ") + 6]
         steady = self._steady_block(block)
         texts = self._template.match_all(steady, start, b"\n\n")
@@ -4475,14 +4485,14 @@ class StreamDecoder:
         return texts
 
     def read_whole(self, body: Json) -> list[Event]:
-        """The events of an answer that is no stream."""
+        """The events of an answer that was not streamed."""
         self._events = []
         self.meter.take(body)
         self._read_event(body)
         return self._events + (self.close() if not self.ended else [])
 
     def close(self) -> list[Event]:
-        """The upstream's body has ended, without an error of the transport."""
+        """Process the end of the upstream's body, which came without a transport error."""
         self._events = []
         if not self.ended:
             self._finish()
@@ -4523,7 +4533,7 @@ class StreamDecoder:
         )
 
     def _begin(self, part: Part) -> int:
-        """A part begins -> its index."""
+        """Begin a part; returns its index."""
         if isinstance(part, ToolCall):
             self._stop_word = "tool_use"
         elif isinstance(part, Text) and part.refusal and self._stop_word == "stop":
@@ -4537,13 +4547,14 @@ class StreamDecoder:
         return index
 
     def _slot(self, key: Any, part: Part) -> int:
-        """Our index of what the upstream calls `key`; it begins here if it has not yet."""
+        """Our index of the part that the upstream calls `key`. The part begins here if
+        it has not begun yet."""
         if key not in self._slots:
             self._slots[key] = self._begin(part)
         return self._slots[key]
 
     def _delta(self, index: int, text: Any, logprobs: Any = None) -> None:
-        """More of a part; nothing for one that is not open."""
+        """Emit more text of a part, unless the part is not open."""
         part = self._open.get(index)
         tokens = [token for token in as_list(logprobs) if isinstance(token, dict)]
         text = text if isinstance(text, str) else ""
@@ -4558,7 +4569,7 @@ class StreamDecoder:
             self._emit(PartDelta(index, text, tokens or None))
 
     def _cite(self, index: int, citations: Iterable[Citation]) -> None:
-        """Sources of a text that is open."""
+        """Emit sources of a text that is open."""
         if isinstance(self._open.get(index), Text):
             for citation in citations:
                 self._emit(PartCitation(index, citation))
@@ -4566,7 +4577,7 @@ class StreamDecoder:
     def _end(
         self, index: int, signature: str | None = None, minted_by: str = ""
     ) -> None:
-        """A part ends; signature: of a Reasoning, made by the dialect `minted_by`."""
+        """End a part. signature: of a Reasoning, made by the dialect `minted_by`."""
         part = self._open.pop(index, None)
         if part is None or self.ended:
             return
@@ -4598,7 +4609,7 @@ class StreamDecoder:
         self._emit(ResponseEnd(stop, self.meter.usage, stop_sequence))
 
     def _fail(self, error: UpstreamError) -> None:
-        """End with an error; events that were held back are dropped."""
+        """End with an error and drop the events that were held back."""
         self.ended = True
         self._held = []
         self._template.forget()
@@ -4607,9 +4618,9 @@ class StreamDecoder:
 
 
 class StreamEncoder:
-    """Neutral events in, bytes of the client's dialect out: `feed(event)`; `ended` is
-    True behind the terminal event. A delta is the part's frame, cut where the text
-    belongs."""
+    """Turns neutral events into bytes of the client's dialect: `feed(event)`. `ended`
+    is True after the terminal event. For a delta it keeps the part's frame, cut at the
+    place of the text."""
 
     MARK, QUOTED_MARK = "\0", dumps("\0")
     METHODS = (
@@ -4635,20 +4646,20 @@ class StreamEncoder:
         }
 
     def take_final(self) -> tuple[()] | tuple[str, bytes]:
-        """Id and frame of a whole response, once."""
+        """The id and frame of a whole response; () when asked again."""
         final, self.final = self.final, ()
         return final
 
     def feed(self, event: Event) -> bytes:
-        """The bytes of one event, b"" behind the end."""
+        """The bytes of one event, b"" after the end."""
         if self.ended:
             return b""
         return self._on[type(event)](event)
 
     def around(self, index: int) -> list[bytes]:
-        """What stands before and behind the text in each delta of this part now;
-        another number of pieces where more changes than one text, or anything is kept
-        of it."""
+        """The bytes before and after the text in each delta of this part. There are
+        more or fewer than two pieces if a delta changes in another place, too, or if
+        the text must be stored."""
         return []
 
     def _delta(self, event: PartDelta) -> bytes:
@@ -4770,12 +4781,12 @@ class Dialect:
     def stream(
         self, asked: str, body: Json, request: Request | None = None
     ) -> StreamRelay:
-        """The pipeline of a streamed answer; `body`: the request before `prepare`."""
+        """Make the pipeline of a streamed answer. body: the request before `prepare`."""
         return self._relay(self, asked, body, request)
 
     def mend(self, answer: Json, asked: str, request: Request | None = None) -> bool:
-        """Mend a whole answer in place -> was it changed? asked: the model in the
-        client's words; request: what the answer repeats of it."""
+        """Mend a whole answer in place. Returns True if it was changed. asked: the
+        model in the client's words; request: the fields that the answer repeats."""
         raise NotImplementedError
 
     def check_answer(self, answer: Json) -> None:
@@ -4837,23 +4848,25 @@ class Dialect:
         return _has_part(body, SEEN_TYPES)
 
     def betas(self, body: Json) -> list[str]:
-        """Values of `anthropic-beta` that a body needs which is about to go up."""
+        """The values of `anthropic-beta` that a body needs when it is sent upstream."""
         return []
 
     def wants_search(self, body: Json, model: Model) -> bool:
-        """Does it offer a hosted search that this dialect's own endpoint does not run?"""
+        """Does the body offer a hosted search that this dialect's own endpoint does not
+        run?"""
         if isinstance(body.get(self.search_key), dict):
             return True
         return "tools" in body and any(map(is_search_tool, dicts_in(body, "tools")))
 
     def has_files(self, body: Json) -> bool:
-        """Are there files that this dialect's own endpoint refuses?"""
+        """Does the body hold files that this dialect's own endpoint refuses?"""
         return not self.takes_files and _has_part(body, FILE_TYPES)
 
     # What section 8 has to know of requests in this dialect.
 
     def own_tool(self, tool: Json) -> Json:
-        """A tool of any dialect in the shape of this one; the same object where it is already."""
+        """Write a tool of any dialect in the shape of this one. A tool that has this
+        shape already is returned itself."""
         raise NotImplementedError
 
     def write_choice(self, choice: str | Named) -> Any:
@@ -4861,25 +4874,26 @@ class Dialect:
         raise NotImplementedError
 
     def own_choice(self, choice: Any) -> Any:
-        """`tool_choice` of any dialect in the shape of this one. What stands for none of
-        the neutral choices stays as it is."""
+        """Write the `tool_choice` of any dialect in the shape of this one. A choice
+        without a neutral meaning stays as it is."""
         neutral = choice_of(choice)
         if neutral is None:
             return choice
         return self.write_choice(neutral)
 
     def is_own_item(self, item: Json) -> bool:
-        """Is this an item of a conversation that the dialect knows, whatever parts it has?"""
+        """Is this an item of a conversation that the dialect knows, whatever its parts
+        are?"""
         return item.get("role") is not None
 
     def fits_as_is(self, body: Json) -> bool:
-        """Is there nothing in a conversation of words that `prepare_body` would change
-        for a model of OpenAI's? A quick look, which may say False of one that is."""
+        """Would `prepare_body` change nothing in a conversation of words for one of
+        OpenAI's models? This is a quick look: False may be wrong, True never is."""
         return False
 
     def is_in_shape(self, item: Any) -> bool:
-        """Is there nothing in this item that normalising would change? A quick look,
-        which may say False of an item that is."""
+        """Would normalising change nothing in this item? This is a quick look: False
+        may be wrong, True never is."""
         return False
 
     def write_part(self, part: Part, by_model: bool) -> Json:
@@ -4899,12 +4913,13 @@ class Dialect:
         return []
 
     def tool_steps(self, item: Json) -> list[ToolStep]:
-        """The steps of one message or item.  Raises AttributeError or TypeError for an odd one."""
+        """The steps of one message or item. Raises AttributeError or TypeError for a
+        malformed one."""
         raise NotImplementedError
 
     def missing_result(self, item: Json, call_id: str) -> Json:
-        """An error as the result of a call in `item` that has none; {} where only the
-        client can know what such a result looks like."""
+        """An error as the result of a call in `item` that has none. Returns {} if only
+        the client knows the form of such a result."""
         raise NotImplementedError
 
     def result_content(self, item: Json) -> Any:
@@ -4912,22 +4927,25 @@ class Dialect:
         return item.get("content")
 
     def join_user_turns(self, items: Iterable[Json]) -> list[Json]:
-        """The conversation without empty items, joined where the dialect wants one user turn."""
+        """The conversation without empty items. Neighbouring user turns are joined if
+        the dialect wants a single one."""
         return [item for item in items if item]
 
     def drop_foreign_fields(self, edit: BodyEdit, model: Model) -> None:
         """Drop top-level fields that this model's vendor refuses."""
 
     def tidy_item(self, edit: BodyEdit, item: Json, model: Model) -> bool:
-        """Make one item fit for strict upstreams.  False: nothing is left in it."""
+        """Make one item fit for strict upstreams. Returns False if nothing is left in
+        it."""
         return True
 
     def calls_in(self, item: Json) -> list[Json]:
-        """The objects in an item that hold the name of a called tool, beside blocks."""
+        """The objects in an item, outside of its blocks, that hold the name of a called
+        tool."""
         return []
 
     def fit_cache(self, edit: BodyEdit, model: Model) -> None:
-        """Help the prompt cache: set marks, or a key, where the client has set none."""
+        """Help the prompt cache with marks or a key if the client has set none."""
 
     def tool_schemas(self, body: Json) -> list[tuple[Json, str]]:
         """(object, key) of each non-empty schema of a tool's arguments."""
@@ -4944,7 +4962,7 @@ class Dialect:
 
 
 def _has_parts(content: Any, kinds: Container[Any]) -> bool:
-    """Is this a text, or a list of parts of these kinds alone?"""
+    """Is this a text, or a list that holds parts of these kinds only?"""
     if type(content) is str:
         return True
     if type(content) is not list:
@@ -4960,7 +4978,7 @@ def _has_parts(content: Any, kinds: Container[Any]) -> bool:
 
 
 def check_list(body: Json, key: str) -> list[Json]:
-    """`body[key]` as a list of objects.  Raises BadRequest naming the place."""
+    """`body[key]` as a list of objects. Raises BadRequest, which names the place."""
     items = body.get(key)
     if not isinstance(items, list):
         raise BadRequest("'%s' must be an array" % key, param=key)
@@ -5024,7 +5042,7 @@ COMPACTIONS = ("compaction", "compaction_summary", "context_compaction")
 
 
 def refuse_forced_tool(body: Json, tool: Json) -> None:
-    """Raises BadRequest when `tool_choice` demands the tool that was just left out."""
+    """Raise BadRequest if `tool_choice` demands the tool that was just left out."""
     choice = as_object(body.get("tool_choice"))
     names = [
         name for name in (tool.get("name"), tool.get("type")) if isinstance(name, str)
@@ -5045,7 +5063,8 @@ _TOOL_FIELDS = frozenset(("tools", "parallel_tool_calls", "tool_choice"))
 
 
 def drop_tool_fields(edit: BodyEdit) -> None:
-    """Without tools every field about them is refused: an empty list, too."""
+    """Remove every field about tools, also an empty list: the upstream refuses them if
+    there are no tools."""
     body = edit.body
     for key in ("tools", "parallel_tool_calls"):
         edit.drop(body, key)
@@ -5061,8 +5080,9 @@ def drop_tool_fields(edit: BodyEdit) -> None:
 def prepare_tools(
     edit: BodyEdit, is_offered: Callable[[Json], bool], *refused: str
 ) -> None:
-    """Remove tools that no upstream runs, and fields of the others that some backend
-    refuses and no model needs. Raises BadRequest if a removed tool was forced."""
+    """Remove the tools that no upstream runs. From the others remove the fields that
+    some backend refuses and no model needs. Raises BadRequest if a removed tool was
+    forced."""
     body = edit.body
     if _TOOL_FIELDS.isdisjoint(body):
         return
@@ -5095,7 +5115,8 @@ def prepare_tools(
 
 
 def is_inline_image(url: str) -> bool:
-    """The upstream takes data: URLs and its own attachments only."""
+    """Does the upstream take this URL? It takes data: URLs and its own attachments
+    only."""
     return url[:5].lower() == "data:" or url.startswith(ATTACHMENTS_URL)
 
 
@@ -5178,9 +5199,9 @@ _encode_text = json.JSONEncoder(ensure_ascii=False).encode
 def reasoning_parts(
     dialect: str, text: str, state: Any, state_id: Any = None
 ) -> list[Part]:
-    """The reasoning in a slot of `dialect`: its own state, or packed states of others.
-    Anthropic signs the text, so the states of several blocks whose texts were joined
-    are worthless."""
+    """Read the reasoning in a slot of `dialect`: the dialect's own state, or packed
+    states of others. Anthropic signs the text, so the states of several blocks are
+    worthless once their texts were joined."""
     packed = unpack_opaque(state)
 
     if not packed:
@@ -5210,8 +5231,8 @@ def reasoning_parts(
 
 
 def client_state(part: Reasoning, dialect: str) -> str | None:
-    """The opaque state as it goes into a client's slot: unpacked if it is of the
-    client's own dialect."""
+    """The opaque state for a client's slot: unpacked if the client's own dialect minted
+    it, else packed."""
     if part.signature is None or part.minted_by == dialect:
         return part.signature
     return pack_opaque(
@@ -5220,7 +5241,8 @@ def client_state(part: Reasoning, dialect: str) -> str | None:
 
 
 def split_system(turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
-    """(the system turns at the head of a conversation, all other turns: at least one)."""
+    """(the system turns at the head of a conversation, all turns behind them: at least
+    one)."""
     roles = [turn.role for turn in turns[:-1]] + ["end"]
     head = next(index for index, role in enumerate(roles) if role != "system")
     return turns[:head], turns[head:]
@@ -5228,7 +5250,7 @@ def split_system(turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
 
 def join_states(states: list[str]) -> str | None:
     """Join several states for Chat's single slot. Packed states can be separated again;
-    of the others the last one counts, as it does upstream."""
+    of others the last one counts, as it does upstream."""
     if not states:
         return None
     if is_packed(states[0]):
@@ -5237,7 +5259,7 @@ def join_states(states: list[str]) -> str | None:
 
 
 def plain_text(part: Part) -> str:
-    """The words of a text, or of a document that is text; '' for everything else."""
+    """The words of a text, or of a document that is text; '' for any other part."""
     if isinstance(part, Document) and part.text:
         if part.title:
             return "%s:\n%s" % (part.title, part.text)
@@ -5248,8 +5270,8 @@ def plain_text(part: Part) -> str:
 
 
 def usable_parts(turn: Turn, request: Request, dialect: str) -> list[Part]:
-    """The parts of a turn that may go upstream: foreign reasoning never does, and no
-    upstream takes a file from the model; the words of one stay."""
+    """The parts of a turn that may be sent upstream. Foreign reasoning may not. Files
+    in a turn of the model may not either, but the words of such a file stay."""
     usable: list[Part] = []
     for part in turn.parts:
         if turn.role == "assistant" and isinstance(part, (Image, Document)):
@@ -5280,14 +5302,14 @@ def arguments_object(text: str) -> Json:
 
 
 def fit_call_id(text: str) -> str:
-    """A call id that every upstream takes; the same for a call and its result."""
+    """A call id that every upstream accepts. It is the same for a call and its result."""
     if _CALL_ID.match(text):
         return text
     return stable_id("call_", text)
 
 
 def drop_nulls(edit: BodyEdit, target: Json, *keep: str) -> None:
-    """Nulls mean nothing, and strict schemas refuse them."""
+    """Remove fields that are null: they mean nothing, and strict schemas refuse them."""
     if None not in target.values():
         return
     for key in [k for k, value in target.items() if value is None and k not in keep]:
@@ -5295,13 +5317,15 @@ def drop_nulls(edit: BodyEdit, target: Json, *keep: str) -> None:
 
 
 def fit_id(edit: BodyEdit, target: Any, name: str) -> None:
-    """A call's id, in the call or in its result, as every upstream takes it."""
+    """Replace a call's id, in the call or in its result, by one that every upstream
+    accepts."""
     if isinstance(target, dict) and not _CALL_ID.match(str(target.get(name) or "")):
         edit.set(target, name, fit_call_id(str(target.get(name))))
 
 
 def last_user_turns(messages: list[Json]) -> list[Json]:
-    """The last two turns of the user; a run of results of tools counts once, as its last."""
+    """The last two turns of the user. A run of tool results counts once, as its last
+    one."""
     turns: list[Json] = []
     after: Any = None
     for message in reversed(messages):
@@ -5315,7 +5339,8 @@ def last_user_turns(messages: list[Json]) -> list[Json]:
 
 
 def drop_surplus_marks(edit: BodyEdit, marked: list[Json], mark: str) -> None:
-    """The upstream takes four cache marks; the last ones save most."""
+    """Remove all cache marks but the last four: the upstream takes no more, and the
+    last ones save most."""
     for target in marked[:-4]:
         edit.drop(target, mark, "more than four marks")
 
@@ -5329,8 +5354,8 @@ def input_items(body: Json) -> list[Json]:
 
 
 def conversation_key(body: Json, model: Model) -> str:
-    """A key that is equal for all requests of a conversation, made from the beginning
-    of it."""
+    """A key, made from the beginning of a conversation, that is equal for all its
+    requests."""
     heads = [text_of(body.get("instructions"))]
     for roles in (SYSTEM_ROLES, ("user",)):
         texts = (
@@ -5343,7 +5368,8 @@ def conversation_key(body: Json, model: Model) -> str:
 
 
 def client_id(prefix: str, text: str, request: Request) -> str:
-    """The upstream's response id if it fits the client's dialect, else a short one of our own."""
+    """The upstream's response id if it has the form of the client's dialect, else a
+    short one of our own."""
     fits = text.startswith(prefix) and len(prefix) < len(text) <= MAX_ID_CHARS
     if fits:
         return text
@@ -5360,7 +5386,8 @@ _IMAGE_MARKS = (
 
 
 def image_type(data: str, label: str) -> str:
-    """The media type of base64 `data`: by its first bytes, else by its label, spelt as usual."""
+    """The media type of base64 `data`: by its first bytes, else by its label, in the
+    usual spelling."""
     for mark, kind in _IMAGE_MARKS:
         if data.startswith(mark):
             return kind
@@ -5401,8 +5428,8 @@ def join_texts(parts: Iterable[Part]) -> str:
 
 
 def block_as_text(block: Json, request: Request) -> Text:
-    """A block or item that the model's dialect has no word for, whole and in JSON: a
-    session must not end because its history holds one."""
+    """Write a block or item as JSON text because the model's dialect has no word for
+    it. A session must not end because its history holds one."""
     kind = printable(str(block.get("type")), 60)
     request.lose(kind, "sent as text")
     shown = {
@@ -5439,7 +5466,8 @@ def read_content(content: Any, place: str, request: Request) -> list[Part]:
 
 
 def read_part(part: Json, place: str, request: Request) -> list[Part]:
-    """One part in any dialect; one of an unknown kind becomes text.  Raises BadRequest."""
+    """Read one part in any dialect. A part of an unknown kind becomes text. Raises
+    BadRequest."""
     reader = _PART_READERS.get(str(part.get("type")), _read_unknown)
     parts = reader(part, place, request)
     if parts and (part.get("cache_control") or part.get("copilot_cache_control")):
@@ -5556,7 +5584,8 @@ RESULT_TYPES = ("tool_result", "function_call_output", "custom_tool_call_output"
 
 
 def kinds_in(item: Json) -> frozenset[str] | None:
-    """The kinds of parts that an item of any dialect can hold; None for those of its role."""
+    """The kinds of parts that an item of any dialect may hold; None if its role alone
+    decides."""
     if item.get("role") in SYSTEM_ROLES:
         return TEXT_KINDS
     if item.get("role") == "tool" or item.get("type") in RESULT_TYPES:
@@ -5567,7 +5596,8 @@ def kinds_in(item: Json) -> frozenset[str] | None:
 def placed_parts(
     parts: list[Part], kinds: frozenset[str], request: Request
 ) -> list[Part]:
-    """Convert parts that a place cannot hold: to their words, or to a recorded loss."""
+    """Convert the parts that a place cannot hold: each becomes its words, or a recorded
+    loss."""
     placed: list[Part] = []
 
     for part in parts:
@@ -5596,8 +5626,9 @@ def placed_parts(
 
 
 class ClientTool(NamedTuple):
-    """arguments: the field of a call's item that holds the arguments; fixed: what else
-    is in the item, or, where it has the arguments' name, beside them."""
+    """A tool that the client runs. arguments: the field of a call's item that holds the
+    arguments; fixed: the other fields of the item, or, if it has the name of the
+    arguments, the fields beside them."""
 
     arguments: str
     description: str
@@ -5759,8 +5790,8 @@ ANTHROPIC_TOOLS: tuple[tuple[str, str, Json], ...] = (
 
 def client_tool(tool: Json) -> Json | None:
     """Turn one of Anthropic's tools that the client itself runs into a function with
-    the published schema; calls of it look the same, because they go by name. None for
-    other tools."""
+    the published schema. Calls of it look the same, because they go by name. None for
+    any other tool."""
     kind = str(tool.get("type"))
     for prefix, description, schema in ANTHROPIC_TOOLS:
         if kind.startswith(prefix):
@@ -5802,7 +5833,8 @@ def flat_name(namespace: str, name: str) -> str:
 
 
 def function_of(tool: Json) -> Json | None:
-    """{name, description, parameters, strict} of a function in any dialect; None for others."""
+    """{name, description, parameters, strict} of a function in any dialect; None for
+    any other tool."""
     kind = tool.get("type")
     if isinstance(tool.get("function"), dict):
         tool = tool["function"]
@@ -5833,7 +5865,7 @@ def freeform_of(tool: Json) -> Json | None:
 
 
 def write_part(part: Part, prefix: str) -> Json:
-    """A content part in Chat's words (no prefix) or in those of Responses ("input_")."""
+    """Write a content part in the words of Chat (no prefix) or of Responses ("input_")."""
     if isinstance(part, Image) and prefix:
         return {
             "type": "input_image",
@@ -5854,7 +5886,7 @@ def write_part(part: Part, prefix: str) -> Json:
 
 
 def result_text(result: ToolResult, request: Request) -> str:
-    """The text of a tool result, prefixed with the error marker if the tool failed."""
+    """The text of a tool result, with the error marker before it if the tool failed."""
     if result.is_error:
         request.lose("is_error", "told in the text")
     return (ERROR_PREFIX if result.is_error else "") + "\n".join(
@@ -5863,14 +5895,15 @@ def result_text(result: ToolResult, request: Request) -> str:
 
 
 def note_unknown(request: Request, source: Json, *known: str) -> None:
-    """Record the fields that no other dialect has; nulls mean nothing."""
+    """Record the fields that no other dialect has as losses. A null means nothing and
+    is none."""
     for name in source.keys() - HARMLESS - set(known):
         if source[name] is not None:
             request.lose(name[:60], NO_COUNTERPART)
 
 
 def add_tool(request: Request, tool: Json, schema_key: str, **more: Any) -> None:
-    """Add a function that the client offers, unless there is one of that name; more:
+    """Add a function that the client offers unless there is one with that name. more:
     further fields of Tool."""
     note_unknown(
         request,
@@ -5924,7 +5957,8 @@ def search_tool(tool: Json) -> SearchTool:
 
 
 def drop_hosted_tool(request: Request, tool: Json) -> None:
-    """Leave out a tool that its vendor's servers run.  Raises BadRequest where it must be used."""
+    """Leave out a tool that its vendor's servers run. Raises BadRequest if the client
+    demands its use."""
     kind = printable(str(tool.get("type")), 60)
     request.lose("tools", "the hosted tool %s has no counterpart" % kind)
     choice = request.tool_choice
@@ -5940,7 +5974,8 @@ def drop_hosted_tool(request: Request, tool: Json) -> None:
 
 
 def read_hosted_tool(request: Request, tool: Json) -> None:
-    """A tool that its vendor's servers run: the proxy can do a search in their place."""
+    """Read a tool that its vendor's servers run. The proxy can make a search in their
+    place."""
     if is_search_tool(tool):
         request.offer_search(search_tool(tool))
     else:
@@ -5948,7 +5983,8 @@ def read_hosted_tool(request: Request, tool: Json) -> None:
 
 
 def _joined_run(run: list[Reasoning]) -> list[Part]:
-    """Words without state belong to the first state, unless the states have words of their own."""
+    """The parts of a run of reasoning. Words without state belong to the first state,
+    unless the states have words of their own."""
     loose = "".join(part.text for part in run if not part.signature)
     states: list[Part] = [part for part in run if part.signature]
     if not loose or any(map(text_in, states)):
@@ -5961,7 +5997,8 @@ def _joined_run(run: list[Reasoning]) -> list[Part]:
 
 
 def join_thoughts(turns: list[Turn]) -> None:
-    """Thinking that came in pieces, with its state behind the last one, becomes one part again."""
+    """Make one part again of thinking that came in pieces with its state behind the
+    last one."""
     for turn in turns:
         joined: list[Part] = []
         run: list[Reasoning] = []
@@ -5986,9 +6023,8 @@ class UnansweredCalls:
         self._by_name.setdefault(call.name, collections.deque()).append(call.id)
 
     def take(self, result: ToolResult) -> str:
-        """The id of the call that a result answers: by its id, else the first one of
-        its name, or the very first where it names none; "" when there is no such
-        call."""
+        """The id of the call that a result answers: the call with its id, else the
+        first call with its name, else the first call at all; "" if no call is open."""
         call_id = result.call_id
         if call_id not in self._waiting:
             call_id = self._first_of(result.name)
