@@ -6193,8 +6193,8 @@ def offered_tools(
 
 
 def watch_stops(request: Request) -> None:
-    """The proxy itself is to end the answer at the stop sequences. Every piece of the
-    answer is looked through for all of them, so their number and length are bounded."""
+    """Let the proxy itself end the answer at the stop sequences. It looks for all of
+    them in every piece of the answer, so their number and length are bounded."""
     fitting = [stop for stop in request.stop if len(stop) <= MAX_STOP_CHARS]
     request.watch_for(fitting[:MAX_WATCHED_STOPS])
     if len(request.cut_at) < len(request.stop):
@@ -6206,8 +6206,8 @@ def watch_stops(request: Request) -> None:
 
 
 def upstream_stops(dialect: Dialect, request: Request, model: Model) -> list[str]:
-    """The stop sequences that go upstream: all or none, since an upstream that stops at
-    one of them may not say at which. The proxy watches for the others itself."""
+    """The stop sequences that are sent upstream: all or none. An upstream that stops at
+    one of them may not report at which, so the proxy watches for the others itself."""
     tells_which = (
         dialect.name == request.dialect or "stop_sequence" in dialect.TO_NEUTRAL
     )
@@ -6221,7 +6221,7 @@ def upstream_stops(dialect: Dialect, request: Request, model: Model) -> list[str
 
 
 def openai_choice(choice: Any, request: Request) -> str | Named | None:
-    """tool_choice of either OpenAI shape."""
+    """Read `tool_choice` in either of OpenAI's shapes."""
     if isinstance(choice, str):
         if choice in ("auto", "none", "required"):
             return choice
@@ -6241,8 +6241,8 @@ def openai_choice(choice: Any, request: Request) -> str | Named | None:
 
 
 def read_schema(layout: Any) -> Json | None:
-    """A `response_format` or `format` if it is one of JSON, its inner object flattened:
-    {type, name, schema, strict, description}."""
+    """Read a `response_format` or `format` that asks for JSON, with its inner object
+    flattened: {type, name, schema, strict, description}. None for any other."""
     layout = as_object(layout)
     if "json_schema" in layout:
         layout = dict(as_object(layout["json_schema"]), type=layout.get("type"))
@@ -6285,7 +6285,7 @@ SAMPLING_FIELDS = ("top_k", "seed", "presence_penalty", "frequency_penalty")
 
 
 def fields_of(dialect: str) -> list[tuple[str, Callable[[Any], Any], list[str]]]:
-    """[(field, what makes sense of it, path to it)]"""
+    """[(field, function that reads its value, path to it)]"""
     column = FIELDS[0].index(dialect)
     return [
         (row[0], row[1], str(row[column]).split("."))
@@ -6295,8 +6295,8 @@ def fields_of(dialect: str) -> list[tuple[str, Callable[[Any], Any], list[str]]]
 
 
 def read_fields(dialect: Dialect, body: Json, known: str) -> Request:
-    """The fields of FIELDS, those that OpenAI's two share, and the tools. All others
-    but the `known` ones are losses."""
+    """Read the fields of FIELDS, those that OpenAI's two dialects share, and the tools.
+    Any other field that is not one of `known` is a loss."""
     request = Request(str(body.get("model") or ""), dialect.name, dialect.turns_key)
     fields = fields_of(dialect.name)
 
@@ -6333,8 +6333,8 @@ def read_fields(dialect: Dialect, body: Json, known: str) -> Request:
 def write_fields(
     dialect: Dialect, request: Request, model: Model, **fitted: Any
 ) -> Json:
-    """Write the fields that the client set; `fitted`: those that the model takes in
-    another form."""
+    """Write the fields that the client set. fitted: values for those that the model
+    takes in another form."""
     body: Json = {"model": model.id}
     if dialect.shared_fields:
         fitted["user"] = request.user and request.user[:MAX_ID_CHARS]
@@ -6360,7 +6360,8 @@ def write_fields(
 
 
 def openai_usage(usage: Usage | None, asked: str, made: str) -> Json:
-    """`usage` in the words of Chat ("prompt", "completion") or Responses ("input", "output")."""
+    """Write `usage` in the words of Chat ("prompt", "completion") or Responses
+    ("input", "output")."""
     usage = usage or Usage()
     prompt = usage.input + usage.cache_read + usage.cache_write
     return {
@@ -6376,8 +6377,8 @@ def openai_usage(usage: Usage | None, asked: str, made: str) -> Json:
 
 
 def citation_of(annotation: Any) -> list[Citation]:
-    """The citation that an annotation of OpenAI's or a citation of Anthropic's stands
-    for; [] for one that names no source."""
+    """The citation that an annotation of OpenAI or a citation of Anthropic stands for;
+    [] if it names no source."""
     source = as_object(annotation)
     source = as_object(source.get("url_citation")) or source
     title = (
@@ -6421,7 +6422,7 @@ def url_citation(citation: Citation) -> Json:
 @dataclass
 class ChatCall:
     """A tool call of a streamed turn. number: ours, in the order in which the calls
-    were named, -1 before; waiting: its delta so far, while it has no name."""
+    were named, -1 before; waiting: its joined deltas while it has no name."""
 
     id: str = ""
     name: str = ""
@@ -6445,14 +6446,14 @@ class ChatCall:
         self.name = self.name or str(function.get("name") or "")
 
     def begin(self, number: int, delta: Json) -> None:
-        """The first delta that clients get has all that they look for."""
+        """The first delta that the client gets, with every field that clients look for."""
         self.number = number
         if self.id:
             delta["id"] = self.id
         delta.setdefault("type", "function")  # openai's Node SDK insists
 
     def add(self, delta: Json) -> Json:
-        """A delta joined to what waits, {} while there is still no name to begin with."""
+        """Join a delta to those that wait. Returns {} while the call still has no name."""
         if self.number >= 0:
             return delta
         if not self.waiting:
@@ -6481,13 +6482,11 @@ class ChatCall:
 
 
 class ChatChunks:
-    """Chat's chunks made uniform: Claude's turns come split over several choices, so
-    the deltas of all are one, tool calls are numbered from 0 by first appearance, and
-    the finish reason waits for the end: a client stops reading tool calls at the first
-    one it sees.
-
-    A call begins when its name is known: clients take the name of its first delta
-    only."""
+    """Makes Chat's chunks uniform. Claude's turns arrive split over several choices:
+    their deltas are joined. Tool calls are numbered from 0 by first appearance. The
+    finish reason waits for the end, because a client stops reading tool calls at the
+    first one it sees. A call begins when its name is known, because clients take the
+    name from its first delta only."""
 
     def __init__(self) -> None:
         self.reason = ""
@@ -6498,8 +6497,8 @@ class ChatChunks:
         self._count = 0  # calls that have begun
 
     def read(self, answer: Json) -> Json | None:
-        """The delta of a chunk, or the message of an answer; None without choices.
-        Raises UpstreamError for an error inside."""
+        """The delta of a chunk, or the message of an answer; None if there are no
+        choices. Raises UpstreamError for an error inside."""
         usage = answer.get("usage")
         if isinstance(usage, dict) and (
             self.usage is None or any(read_usage(usage).values())
@@ -6539,7 +6538,8 @@ class ChatChunks:
 
     @staticmethod
     def _join(target: Json, name: str, value: Any) -> None:
-        """Texts and lists of several choices become one; of the rest the last one counts."""
+        """Join the texts and lists of several choices. Of other fields the last one
+        counts."""
         old: Any = target.get(name)
         are_texts = isinstance(old, str) and isinstance(value, str)
         are_lists = isinstance(old, list) and isinstance(value, list)
@@ -6558,7 +6558,8 @@ class ChatChunks:
                 merged.setdefault("tool_calls", []).append(changes)
 
     def _read_call(self, choice: int, place: int, delta: Json) -> Json:
-        """A delta of a call as clients get it, {} while its name is not known."""
+        """The delta of a call that the client gets, {} while the call's name is
+        unknown."""
         index, call_id = (
             count_or_zero(delta.get("index", place)),
             str(delta.get("id") or ""),
@@ -6571,8 +6572,8 @@ class ChatChunks:
         return {}
 
     def _find_call(self, choice: int, index: int, call_id: str) -> ChatCall:
-        """The call that a delta belongs to; a new one for an id that was not seen in
-        its place, unless the call there has had none so far."""
+        """The call that a delta belongs to. An id that is new in this place begins a
+        new call, unless the call there has had no id so far."""
         slot, key = (choice, index), (choice, index, call_id)
         before = self._open.get(slot)
         if call_id and key in self._calls:
@@ -6585,7 +6586,8 @@ class ChatChunks:
         return call
 
     def _begin(self, call: ChatCall, delta: Json) -> Json:
-        """Number a delta; the first one has all that clients look for."""
+        """Number a delta. The first one of a call has every field that clients look
+        for."""
         if call.number < 0:
             call.begin(self._count, delta)
             self._count += 1
@@ -6593,14 +6595,14 @@ class ChatChunks:
         return delta
 
     def rest(self) -> list[Json]:
-        """At the end of the stream: the calls that never got a name."""
+        """The calls that never got a name, for the end of the stream."""
         nameless = [
             call for call in self._open.values() if call.number < 0 and call.waiting
         ]
         return [self._begin(call, call.waiting) for call in nameless]
 
     def end(self) -> str:
-        """The finish reason, at the end."""
+        """The finish reason, once the stream is at its end."""
         reason = self.reason or "stop"
         if self._calls and reason == "stop":
             return "tool_calls"
@@ -6813,8 +6815,8 @@ class ChatCompletions(Dialect):
 
     @staticmethod
     def _move_tool_images(edit: BodyEdit) -> None:
-        """Messages of tools take text only: their images and files move into a message
-        of the user behind the results of the round."""
+        """Move images and files out of tool messages, which take text only, into a user
+        message behind the results of the round."""
         messages = edit.body["messages"]
         if not any(
             message.get("role") == "tool" and type(message.get("content")) is list
@@ -7042,7 +7044,7 @@ class ChatCompletions(Dialect):
 
     @staticmethod
     def _join_choices(answer: Json, first: Json) -> Json:
-        """All choices of an answer as one."""
+        """Make one of all choices of an answer."""
         chunks = ChatChunks()
         message = dict(
             {"role": "assistant", "content": None}, **chunks.read(answer) or {}
@@ -7068,7 +7070,8 @@ class ChatCompletions(Dialect):
 
     @staticmethod
     def _is_whole(choice: Json) -> bool:
-        """Has it all that clients insist on, and nothing that they would not see?"""
+        """Has the answer every field that clients insist on, and nothing that they
+        would not see?"""
         message = choice.get("message")
         called = choice.get("finish_reason") == "tool_calls"
         return (
@@ -7287,7 +7290,8 @@ class ChatCompletions(Dialect):
         return messages
 
     def _write_user(self, turn: Turn, request: Request) -> list[Json]:
-        """All tool messages first; they take text only, so their images move behind them."""
+        """Write a user turn: first all tool messages, which take text only, and then
+        their images."""
         messages: list[Json] = []
         content: list[Json] = []
 
@@ -7364,7 +7368,8 @@ class ChatCompletions(Dialect):
 
     @staticmethod
     def call(call: ToolCall, is_freeform: bool) -> Json:
-        """A call of a function or of a freeform tool, as its client knows it."""
+        """Write a call of a function or of a freeform tool in the form that its client
+        knows."""
         if is_freeform:
             custom = {"name": call.name, "input": freeform_input(call.arguments)}
             return {"id": call.id, "type": "custom", "custom": custom}
@@ -7420,7 +7425,8 @@ class ChatCompletions(Dialect):
         return {"content": content or None, "refusal": refusal or None}
 
     def finish_reason(self, stop: str, refused: bool) -> str:
-        """A refusal that was put into words ends with `stop`, as OpenAI's own do."""
+        """The finish reason. A refusal that was put into words ends with `stop`, as
+        OpenAI's own do."""
         if stop == "refusal" and refused:
             return "stop"
         return self.TO_WIRE.get(stop, "stop")
@@ -7725,7 +7731,8 @@ _ARGUMENT_EVENTS = (
 
 
 def item_id(item: Json, place: int) -> str:
-    """The id under which a client sees an output item: the upstream's first one if it is short."""
+    """The id under which a client sees an output item: the upstream's first id for it
+    if that is short."""
     upstream_id = str(item.get("id") or "")
     if upstream_id and len(upstream_id) <= MAX_ID_CHARS:
         return upstream_id
@@ -7735,7 +7742,8 @@ def item_id(item: Json, place: int) -> str:
 
 
 def response_id(upstream_id: Any, key: str = "") -> str:
-    """The upstream's id if it is short, else one of our own; key: makes it differ from others."""
+    """The upstream's id if it is short, else one of our own. key: makes ours differ
+    from others."""
     text = str(upstream_id or "")
     if 0 < len(text) <= MAX_ID_CHARS:
         return text
@@ -7760,7 +7768,7 @@ def drop_copilot_fields(answer: Json) -> None:
 
 
 def mend_response_usage(answer: Json) -> None:
-    """Fill what strict clients need (Codex: total_tokens)."""
+    """Fill in the counts that strict clients need (Codex: total_tokens)."""
     if not isinstance(answer.get("usage"), dict):
         if answer.get("status") not in ("completed", "incomplete"):
             return
@@ -7777,7 +7785,7 @@ def mend_response_usage(answer: Json) -> None:
 
 def _vendor_output(output: Any) -> Any:
     """The output of a vendor's tool as content: a screenshot as an image, the runs of a
-    shell as JSON, text as it is."""
+    shell as JSON, a text as it is."""
     picture = as_object(output)
     if picture.get("type") == "computer_screenshot":
         return [{"type": "input_image", "image_url": picture.get("image_url")}]
@@ -7829,7 +7837,7 @@ _KEPT_BACK = ("background", "store", "service_tier")  # not as the client asked
 
 
 def empty_response(request: Request, response_id: str, created_at: int) -> Json:
-    """A response object of which nothing is known but its request."""
+    """A response object about which only its request is known."""
     fields_ = {
         name: value
         for name, value in ECHOED_FIELDS.items()
@@ -8181,7 +8189,8 @@ class Responses(Dialect):
 
     @staticmethod
     def _prepare_item(edit: BodyEdit, item: Json, index: int) -> bool:
-        """Ids are bound to a connection upstream and refused later: they go.  False: drop it."""
+        """Remove ids, which are bound to an upstream connection and refused later.
+        Returns False if the item is to be dropped."""
         kind = item.get("type")
         if kind == "item_reference":
             edit.lose("input[%d]" % index, "the upstream stores no items")
@@ -8302,8 +8311,8 @@ class Responses(Dialect):
             raise reported_error(answer)
 
     def error_event(self, error: ProxyError) -> Json:
-        """An error as a WebSocket is sent it: OpenAI's SDKs read the fields at the top,
-        Codex the status (older ones `status_code`), `error` and the headers."""
+        """An error for a WebSocket. OpenAI's SDKs read the fields at the top; Codex
+        reads the status (older ones `status_code`), `error` and the headers."""
         about = dict(self.error_body(error, "")["error"])
         about["code"] = error.code or error.response_code
         headers = {
@@ -8328,7 +8337,7 @@ class Responses(Dialect):
         return Frame("error", dumps(self.error_event(error))).encode()
 
     def as_stream(self, answer: Json) -> bytes:
-        """A whole answer as the events of a stream, as many as clients need."""
+        """A whole answer as the events of a stream, only as many as clients need."""
         begun = dict(answer, status="in_progress", output=[], usage=None)
         events: list[Json] = [{"type": "response.created", "response": begun}]
         for index, item in enumerate(as_list(answer.get("output"))):
@@ -8364,8 +8373,9 @@ class Responses(Dialect):
         return request
 
     def read_tool(self, tool: Json, request: Request, namespace: str = "") -> None:
-        """One entry of `tools`; a namespace holds several, which are flattened. A tool
-        that is no function becomes one, see `item` for the way back."""
+        """Read one entry of `tools`. A namespace holds several tools, which are
+        flattened. A tool that is no function becomes one; `item` writes its calls back.
+        """
         kind, name = str(tool.get("type")), str(tool.get("name") or "")
         if kind == "namespace":
             for inner in as_list(tool.get("tools")):
@@ -8468,7 +8478,7 @@ class Responses(Dialect):
 
     @staticmethod
     def _read_words(block: Json) -> Text:
-        """A text or a refusal that a model wrote."""
+        """Read a text or a refusal that a model wrote."""
         citations = tuple(citations_of(block.get("annotations")))
         logprobs = tuple(dicts_in(block, "logprobs"))
         if block.get("refusal"):
@@ -8542,7 +8552,8 @@ class Responses(Dialect):
         return [item for turn in turns for item in self._write_turn(turn, request)]
 
     def _write_turn(self, turn: Turn, request: Request) -> list[Json]:
-        """Items of a history; without ids, which are bound to a connection upstream."""
+        """Write the items of a turn of the history, without ids, which are bound to an
+        upstream connection."""
         if turn.role == "assistant":
             parts = [
                 replace(p, id=fit_call_id(p.id)) if isinstance(p, ToolCall) else p
@@ -8640,7 +8651,7 @@ class Responses(Dialect):
 
     @staticmethod
     def _call_item(call: ToolCall, head: Json, tool: Tool) -> Json:
-        """A call in the form in which the client knows its tool."""
+        """Write a call in the form in which the client knows its tool."""
         names = without_none(
             name=tool.short_name or call.name, namespace=tool.namespace or None
         )
@@ -8684,9 +8695,9 @@ _ANY_SEQUENCE = re.compile(rb'"sequence_number":[0-9]*')
 
 
 class ResponsesDecoder(StreamDecoder):
-    """Events of /responses. Items are known by `output_index`: their ids change in
-    every event. Argument deltas with `obfuscation` may be ciphertext, the text of
-    `.done` counts."""
+    """Reads the events of /responses. Items are known by `output_index`, because their
+    ids change in every event. Argument deltas with `obfuscation` may be ciphertext, so
+    the text of `.done` counts."""
 
     TEXT_KEYS = (b'"delta":',)
 
@@ -8778,7 +8789,7 @@ class ResponsesDecoder(StreamDecoder):
             self._delta(index, text)
 
     def _read_item(self, key: tuple[int, int], item: Json) -> None:
-        """An item begins; a call without a name waits for its end, which has one."""
+        """Begin an item. A call without a name waits for its end, which has one."""
         if item.get("type") == "reasoning":
             self._slot(key, Reasoning())
         elif item.get("type") in ("function_call", "custom_tool_call") and item.get(
@@ -8802,7 +8813,7 @@ class ResponsesDecoder(StreamDecoder):
         super()._cite(index, known)
 
     def _read_item_end(self, item_index: int, item: Json) -> None:
-        """A finished item: emit whatever its deltas did not already cover."""
+        """End an item: emit whatever its deltas did not already cover."""
         parts = self.dialect.read_output(item)
         if not parts:
             self._end(self._slots.get((item_index, 0), -1))
@@ -8835,9 +8846,9 @@ class ResponsesDecoder(StreamDecoder):
 
 
 class ItemKind(NamedTuple):
-    """How the events of an item, or of its block, are called. stem: of its deltas;
-    field: of the whole text in `.done`; around: the stem of the events around them, ""
-    for none."""
+    """The names of an item's events, or of its block's. stem: of its deltas; field: of
+    the whole text in `.done`; around: the stem of the events around them, "" for none.
+    """
 
     stem: str
     field: str
@@ -8856,9 +8867,9 @@ class ResponseItem(NamedTuple):
 
 
 class ResponsesEncoder(StreamEncoder):
-    """The whole choreography: created, in_progress, for each item added, its deltas and
-    dones, item done, and completed with the full output. One id for each item, one for
-    the response."""
+    """Writes all events of the Responses API: created, in_progress, for each item
+    added, its deltas and dones, item done, and completed with the full output. Each
+    item keeps one id, and so does the response."""
 
     KINDS: ClassVar = {
         "output_text": ItemKind(
@@ -8932,7 +8943,7 @@ class ResponsesEncoder(StreamEncoder):
         return out
 
     def _end_search(self, findings: SearchFindings) -> bytes:
-        """The item of a search ends when it has a result."""
+        """End the item of a search, which now has its result."""
         place = self._search.place
         item = self.dialect.item(findings.call, place["item_id"], {})
         sources = [{"type": "url", "url": url} for url, _ in findings.sources]
@@ -8948,7 +8959,7 @@ class ResponsesEncoder(StreamEncoder):
         )
 
     def _delta_frame(self, item: ResponseItem, logprobs: Any) -> list[bytes]:
-        """A delta of this item, cut where number and text belong."""
+        """The frame of a delta of this item, cut at the places of number and text."""
         kind = item.kind.stem + ".delta"
         delta = dict(
             {"type": kind, "sequence_number": self.MARK},
@@ -9035,7 +9046,7 @@ class ResponsesEncoder(StreamEncoder):
         )
 
     def whole_item(self, item: Json) -> bytes:
-        """The events of an output item that no part stands for."""
+        """The events of an output item that has no neutral part."""
         index = len(self._output)
         self._output[index] = item
         return b"".join(
@@ -9118,7 +9129,8 @@ def think_adaptively(edit: BodyEdit) -> bool:
 
 
 def think_within_budget(edit: BodyEdit, model: Model) -> bool:
-    """Thinking with a budget that fits the model and max_tokens, else none -> a change?"""
+    """Set a thinking budget that fits the model and max_tokens, or remove the thinking
+    if none does. Returns True if something changed."""
     body, thinking = edit.body, as_object(edit.body.get("thinking"))
     effort = str(as_object(body.get("output_config")).get("effort"))
     budget = thinking.get("budget_tokens") or dict(EFFORT_BUDGETS).get(effort, 8192)
@@ -9301,14 +9313,15 @@ class FoundTools(NamedTuple):
         return cls(frozenset(names), frozenset(begun & ended))
 
     def may_send(self, block: Json) -> bool:
-        """May the block go up as it is?"""
+        """May the block be sent upstream as it is?"""
         if block.get("type") == "tool_reference":
             return str(block.get("tool_name")) in self.names
         return str(block.get("id") or block.get("tool_use_id")) in self.searches
 
 
 def _served_block_as_text(edit: BodyEdit, block: Any, found_tools: FoundTools) -> Any:
-    """A block of a tool that an upstream ran as text, since this one does not run it."""
+    """Turn a block of a tool that some upstream ran into text, because this one does
+    not run it."""
     kind = str(as_object(block).get("type"))
     is_served = kind in ("server_tool_use", "tool_reference") or (
         kind != "tool_result" and kind.endswith("_tool_result")
@@ -9363,8 +9376,8 @@ def filter_betas(value: str) -> str:
 
 class Messages(Dialect):
     """POST /v1/messages, Anthropic's shape. The backend behind a model changes from
-    request to request and differs in strictness, so everything that one of them refuses
-    is left out."""
+    request to request, and some are stricter than others, so everything that one of
+    them refuses is left out."""
 
     name, path = "messages", "/v1/messages"
     counts_tokens = True
@@ -9442,7 +9455,7 @@ class Messages(Dialect):
             end_with_user(edit)
 
     def _prepare_turns(self, edit: BodyEdit, model: Model) -> None:
-        """The system's texts, and the turns with their blocks."""
+        """Prepare the system's texts, and the turns with their blocks."""
         body = edit.body
         messages = check_list(body, "messages")
         self._prepare_system(edit)
@@ -9488,7 +9501,7 @@ class Messages(Dialect):
 
     @staticmethod
     def cache_marks(body: Json) -> list[Json]:
-        """All `cache_control` objects that are there."""
+        """All `cache_control` objects of the body."""
         holders = [*dicts_in(body, "tools"), *dicts_in(body, "system")]
         holders += content_parts(body)
         return [as_object(holder.get("cache_control")) for holder in holders]
@@ -9522,7 +9535,8 @@ class Messages(Dialect):
 
     @staticmethod
     def _system_texts(edit: BodyEdit, block: Any) -> list[Json]:
-        """A block of another kind as texts, since a system prompt holds nothing else."""
+        """A block of another kind as text blocks, because a system prompt holds nothing
+        else."""
         request = Request("", "messages", losses=edit.losses)
         parts = read_content([block], "system", request)
         texts = placed_parts(parts, TEXT_KINDS, request)
@@ -9530,8 +9544,8 @@ class Messages(Dialect):
 
     @staticmethod
     def _drop_answer_fields(edit: BodyEdit, message: Json, index: int) -> None:
-        """Some clients replay an answer whole, with its id and usage: the upstream
-        takes role and content alone."""
+        """Drop all fields but role and content, the only ones that the upstream takes.
+        Some clients replay an answer whole, with its id and usage."""
         for key in [key for key in message if key not in ("role", "content")]:
             is_harmless = key in _ANSWER_FIELDS or not message[key]
             edit.drop(message, key)
@@ -9540,7 +9554,8 @@ class Messages(Dialect):
 
     @staticmethod
     def _drop_empty_turns(edit: BodyEdit) -> None:
-        """Claude refuses turns without a word.  A system text alone becomes the user's turn."""
+        """Drop turns without a word, which Claude refuses. If only a system text is
+        left, it becomes the user's turn."""
         body = edit.body
         turns: list[Json] = []
         for message in body["messages"]:
@@ -9568,8 +9583,8 @@ class Messages(Dialect):
 
     @staticmethod
     def _fold_system_turns(messages: list[Json]) -> list[Json]:
-        """Newer Claude Code writes system turns between the others: they become part of
-        the next user turn, behind its tool results, or a user turn of their own."""
+        """Newer Claude Code writes system turns between the others. Make each a part of
+        the next user turn, behind its tool results, or a user turn of its own."""
         folded: list[Json] = []
         waiting: list[Json] = []
         for message in messages + [{"role": "end"}]:
@@ -9638,7 +9653,8 @@ class Messages(Dialect):
 
     @staticmethod
     def _fit_result(edit: BodyEdit, block: Json, found_tools: FoundTools) -> None:
-        """Parts of a result: without empty texts, and a cache mark only on the whole result."""
+        """Fit the parts of a tool result: no empty texts, and a cache mark only on the
+        whole result."""
         parts: list[Any] = []
         for part in block["content"]:
             if not isinstance(part, dict):
@@ -9652,7 +9668,8 @@ class Messages(Dialect):
 
     @staticmethod
     def _prepare_cache_marks(edit: BodyEdit) -> None:
-        """Every mark plain, none on thinking, the last four only: more is refused."""
+        """Reduce every mark to its plain form, remove marks on thinking, and keep the
+        last four: the upstream refuses more."""
         blocks = [b for m in edit.body["messages"] for b in as_list(m.get("content"))]
         blocks = [inner for b in blocks for inner in [b] + as_list(b.get("content"))]
         marked = [
@@ -9675,7 +9692,8 @@ class Messages(Dialect):
             edit.drop(block, "cache_control", "more than four marks")
 
     def _prepare_thinking(self, edit: BodyEdit, model: Model) -> None:
-        """Adaptive or with a budget, as the model takes it; see also `EFFORT_BUDGETS`."""
+        """Make the thinking adaptive or give it a budget, as the model takes it; see
+        also `EFFORT_BUDGETS`."""
         body = edit.body
         thinking = as_object(body.get("thinking"))
         kind = thinking.get("type")
@@ -9954,7 +9972,7 @@ class Messages(Dialect):
             read_hosted_tool(request, tool)
 
     def read_answer_block(self, block: Json) -> list[Part]:
-        """The parts of one block of an answer; unknown ones have none."""
+        """The parts of one block of an answer; a block of an unknown kind has none."""
         if block.get("type") not in (
             "text",
             "thinking",
@@ -10024,7 +10042,7 @@ class Messages(Dialect):
     def _choice_field(
         self, choice: str | Named | None, is_parallel: bool
     ) -> Json | None:
-        """`tool_choice` for the upstream, None for its default."""
+        """`tool_choice` for the upstream, None if the default will do."""
         if not is_parallel and choice != "none":
             written = self.write_choice(choice or "auto")
             return dict(written, disable_parallel_tool_use=True)
@@ -10036,8 +10054,8 @@ class Messages(Dialect):
     def _write_thinking(
         request: Request, model: Model, choice: str | Named | None
     ) -> Json:
-        """Write the thinking as requested; `prepare` makes it adaptive or a budget, as
-        the model needs."""
+        """Write the thinking as requested. `prepare` then makes it adaptive or gives it
+        a budget."""
         thinking: Json = {}
         if request.thinking_budget:
             thinking = {"type": "enabled", "budget_tokens": request.thinking_budget}
@@ -10053,7 +10071,7 @@ class Messages(Dialect):
     def write_turns(
         self, turns: list[Turn], request: Request, model: Model
     ) -> list[Json]:
-        """Turns of one role in a row become one message."""
+        """Write the turns. Neighbouring turns of one role become one message."""
         messages: list[Json] = []
         for turn in turns:
             content = self._write_blocks(
@@ -10077,15 +10095,16 @@ class Messages(Dialect):
 
     @staticmethod
     def search_id(call: SearchCall) -> str:
-        """The id of a search, which looks like no call of a client's tool."""
+        """The id of a search, which cannot be mistaken for a call of a client's tool."""
         if call.id.startswith("srvtoolu_"):
             return call.id
         return stable_id("srvtoolu_", call.id)
 
     @staticmethod
     def search_block(part: SearchCall | SearchFindings) -> Json:
-        """A web search or its result, for a client. Clients replay what Anthropic
-        encrypts: here it is the text of the findings, which so stay known."""
+        """Write a web search or its result for a client. Where Anthropic puts encrypted
+        content we put the text of the findings: clients replay it, so the model still
+        knows it in later turns."""
         if isinstance(part, SearchCall):
             return {
                 "type": "server_tool_use",
@@ -10119,7 +10138,8 @@ class Messages(Dialect):
         }
 
     def block(self, part: Part, request: Request | None = None) -> Json:
-        """One content block: for the upstream with a request, for a client without."""
+        """Write one content block: for the upstream with a request, for a client
+        without one."""
         if isinstance(part, (SearchCall, SearchFindings)):
             return self.search_block(part)
         if isinstance(part, (Image, Document)):
@@ -10262,7 +10282,7 @@ class MessagesDecoder(StreamDecoder):
             self._delta(index, delta.get(self.DELTAS.get(str(kind), "")))
 
     def _read_block(self, block_index: int, block: Json) -> None:
-        """A block begins; one that neither text nor thinking nor call is has no part."""
+        """Begin a block. One that is neither text nor thinking nor a call has no part."""
         parts = self.dialect.read_answer_block(block)
         if block.get("type") == "thinking":  # also an empty one, which deltas fill
             parts = [Reasoning(str(block.get("thinking") or ""))]
@@ -10290,8 +10310,8 @@ class MessagesDecoder(StreamDecoder):
 
 
 class MessagesEncoder(StreamEncoder):
-    """One block after another: while one is open the events of others wait. A thinking
-    block has exactly one signature, behind its text."""
+    """Writes one block after another: while one is open, the events of others wait. A
+    thinking block has exactly one signature, behind its text."""
 
     def __init__(self, dialect: Messages, request: Request) -> None:
         super().__init__(dialect, request)
@@ -10321,12 +10341,12 @@ class MessagesEncoder(StreamEncoder):
         )
 
     def _usage(self, reported: Usage | None) -> Usage:
-        """The reported usage, else an estimate: Claude Code shows it from the start of
-        a stream."""
+        """The reported usage, else an estimate, because Claude Code shows it from the
+        start of a stream."""
         return reported or Usage(input=self.request.prompt_tokens)
 
     def feed(self, event: Event) -> bytes:
-        """Bytes for an event, none while it has to wait."""
+        """The bytes for an event, b"" while it has to wait."""
         index = getattr(event, "index", self._active)
         if isinstance(event, PartStart) and self._active >= 0:
             self._waiting[index] = []
@@ -10448,7 +10468,7 @@ class WholeCalls:
         self._pieces[index].append(text)
 
     def end(self, index: int) -> list[ToolCall]:
-        """The calls that are whole by now and behind no open one."""
+        """The calls that are complete by now and stand behind no open one."""
         self._is_open.discard(index)
         whole: list[ToolCall] = []
         while self._calls:
@@ -10461,13 +10481,14 @@ class WholeCalls:
 
 
 def standard_base64(text: str) -> str:
-    """Base64 of the alphabet for URLs, which Google's SDKs write, in the usual one, and padded."""
+    """Turn the URL alphabet of base64, which Google's SDKs write, into the standard
+    one, with padding."""
     text = text.strip().rstrip("=").replace("-", "+").replace("_", "/")
     return text + "=" * (-len(text) % 4)
 
 
 def decode_base64(text: str, place: str) -> str:
-    """The text inside.  Raises BadRequest."""
+    """Decode base64 text. Raises BadRequest."""
     try:
         return base64.b64decode(standard_base64(text)).decode("utf-8", "replace")
     except ValueError:
@@ -10477,7 +10498,7 @@ def decode_base64(text: str, place: str) -> str:
 def media_parts(
     media_type: str, data: str, title: str | None, place: str
 ) -> list[Part]:
-    """An image or a document that came as base64.  Raises BadRequest for sound and film."""
+    """Read an image or a document that is base64. Raises BadRequest for sound and film."""
     data = standard_base64(data)
     kind = image_type(data, media_type)
 
@@ -10501,7 +10522,7 @@ def media_parts(
 
 
 def text_parts(text: Any) -> list[Part]:
-    """One text, none for '' and what is no text."""
+    """[Text] for a text, [] for '' and for anything that is no text."""
     words_ = word(text)
     if words_ is None:
         return []
@@ -10531,7 +10552,8 @@ _OWN_KEYS = frozenset(
 
 
 def camel_keys(body: Json) -> Json:
-    """A copy with keys in camelCase: Google's API takes them in snake_case, too."""
+    """A copy with keys in camelCase, because Google's API takes them in snake_case as
+    well."""
     whole: Json = {}
     todo: list[tuple[Any, Any]] = [(body, whole)]
 
@@ -10687,14 +10709,15 @@ def _read_inline(blob: Json, place: str, request: Request) -> list[Part]:
 
 
 def is_image_address(address: str, kind: str) -> bool:
-    """Can this be fetched as an image?  Files that Google stores cannot."""
+    """Can this be fetched as an image? A file that Google stores cannot."""
     is_linked = address.lower().startswith(("https://", "http://"))
     is_stored = "generativelanguage" in address[:MAX_HOST_CHARS]
     return is_linked and not is_stored and kind.lower().startswith("image/")
 
 
 def _read_linked(file: Json, place: str, request: Request) -> list[Part]:
-    """A file by its address.  Only images can be fetched, and only if the user allows that."""
+    """Read a file that is given by its address. Only images can be fetched, and only if
+    the user allows that."""
     address = str(file.get("fileUri") or "")
     inline = _DATA_URL.match(address)
     if inline:
@@ -10714,7 +10737,8 @@ def _read_function_call(call: Json, place: str, request: Request) -> list[Part]:
 
 
 def _read_function_response(answer: Json, place: str, request: Request) -> list[Part]:
-    """A result stands under `output`, a failure under `error`; many tools give another object."""
+    """Read a function's result. It stands under `output`, a failure under `error`; many
+    tools send another object."""
     value, is_error = answer.get("response"), False
     if isinstance(value, dict) and len(value) == 1:
         ((key, inner),) = value.items()
@@ -10741,7 +10765,8 @@ def _read_function_response(answer: Json, place: str, request: Request) -> list[
 
 
 def _read_code(code: Json, place: str, request: Request) -> list[Part]:
-    """Code that Google has run, or what came out: no other vendor knows such parts."""
+    """Read code that Google has run, or its output, as text: no other vendor knows such
+    parts."""
     request.lose("executableCode", "sent as text")
     text = word(code.get("code", code.get("output")))
     if text is None:
@@ -10840,7 +10865,7 @@ class Gemini(ClientDialect):
 
     @staticmethod
     def _contents(body: Json) -> list[Any]:
-        """The conversation; one text or one content alone will do, too."""
+        """The conversation. A single text or a single content is accepted as well."""
         contents = body.get("contents")
         if isinstance(contents, (str, dict)):
             return [contents]
@@ -10926,7 +10951,8 @@ class Gemini(ClientDialect):
 
     @staticmethod
     def _thinking(config: Json, request: Request) -> Json:
-        """The fields about it.  -1 as budget leaves it to the model, 0 forbids it."""
+        """Read the fields about thinking. A budget of -1 leaves it to the model, 0
+        forbids it."""
         effort: str | None = (request.effort or "").lower()
         wants_thoughts = config.get("includeThoughts") is True
         if effort not in _GEMINI_LEVELS:
@@ -10939,7 +10965,7 @@ class Gemini(ClientDialect):
 
     @staticmethod
     def _format(config: Json, request: Request) -> Json | None:
-        """The schema of the answer, if it is to be JSON."""
+        """Read the schema of the answer, if the answer is to be JSON."""
         kind = str(config.get("responseMimeType") or "text/plain").lower()
         if kind != "application/json":
             if kind != "text/plain":
@@ -10958,8 +10984,8 @@ class Gemini(ClientDialect):
     def _choice(
         config: Json, request: Request
     ) -> tuple[list[Tool], str | Named | None]:
-        """(tools, tool_choice). A list of allowed functions leaves the others out: it
-        must not widen to all."""
+        """(tools, tool_choice). If there is a list of allowed functions, all others are
+        left out: the list must not widen to all."""
         note_unknown(request, config, "functionCallingConfig")
         calling = as_object(config.get("functionCallingConfig"))
         mode = str(calling.get("mode") or "").upper()
@@ -11042,8 +11068,8 @@ class Gemini(ClientDialect):
 
     @staticmethod
     def _read_signature(value: Any, request: Request) -> list[Part]:
-        """Unpack a signature that `pack` made; Google's own ones are of no use to any
-        upstream here."""
+        """Unpack a signature that `pack` made. Google's own signatures are of no use to
+        any upstream here."""
         signature = word(value)
         if signature is None or signature == NO_SIGNATURE:
             return []
@@ -11069,15 +11095,15 @@ class Gemini(ClientDialect):
     # -- answers
 
     def pack(self, part: Reasoning) -> str:
-        """The state of a thinking, "" when it has none. Anthropic's signs the words,
-        which a client may drop, so they go with it."""
+        """Pack the state of a thinking, "" if it has none. Anthropic's state signs the
+        words, which a client may drop, so the words go with it."""
         packed = client_state(part, self.name) or ""
         if packed and part.minted_by == "messages" and part.text and not part.redacted:
             packed += pack_opaque(SIGNED_TEXT, None, part.text)
         return packed
 
     def block(self, part: Part, packed: str = "") -> Json:
-        """A part of the answer, with the state that is behind the thinking before it."""
+        """Write a part of the answer, with the state of the thinking before it."""
         if isinstance(part, ToolCall):
             call = {
                 "id": part.id,
@@ -11101,7 +11127,8 @@ class Gemini(ClientDialect):
         usage: Usage | None = None,
         findings: Sequence[SearchFindings] = (),
     ) -> Json:
-        """A whole answer, or a piece of one.  findings: of the searches for it."""
+        """Write a whole answer, or a piece of one. findings: of the searches that were
+        made for it."""
         candidate: Json = {"content": {"role": "model", "parts": blocks}}
         if reason:
             candidate["finishReason"] = reason
@@ -11129,7 +11156,7 @@ class Gemini(ClientDialect):
 
     @staticmethod
     def usage(usage: Usage) -> Json:
-        """`usageMetadata`: the candidates' count is without the thoughts."""
+        """Write `usageMetadata`. The candidates' count excludes the thoughts."""
         prompt = usage.input + usage.cache_read + usage.cache_write
         thoughts = min(usage.reasoning, usage.output)
         return {
@@ -11169,8 +11196,9 @@ class Gemini(ClientDialect):
 
 
 class GeminiEncoder(StreamEncoder):
-    """Calls go out whole, the reason of the end with the last piece alone: clients take
-    it for the end. The state of a thinking waits for the part behind it."""
+    """Writes calls whole, and the finish reason with the last piece only, because
+    clients take it for the end. The state of a thinking waits for the part behind it.
+    """
 
     def __init__(self, dialect: Gemini, request: Request) -> None:
         super().__init__(dialect, request)
@@ -11263,14 +11291,14 @@ class GeminiArray(Gemini):
 
 
 class GeminiArrayEncoder(GeminiEncoder):
-    """Opens the array with the first element and closes it behind the last."""
+    """Opens the array with the first element and closes it behind the last one."""
 
     def __init__(self, dialect: GeminiArray, request: Request) -> None:
         super().__init__(dialect, request)
         self._is_open = False
 
     def feed(self, event: Event) -> bytes:
-        """Bytes for an event, with the brackets around them all."""
+        """The bytes for an event, with the brackets around all of them."""
         was_ended = self.ended
         out = super().feed(event)
         if out and not self._is_open:
@@ -11319,7 +11347,8 @@ def utc_time(second: int) -> str:
 
 
 class Ollama(ClientDialect):
-    """/api/chat.  Its calls have no ids, or ids that its SDKs drop: results are paired by order."""
+    """POST /api/chat. Calls have no ids, or ids that Ollama's SDKs drop, so results are
+    paired by order."""
 
     name = "ollama"
     STOP_REASONS = (
@@ -11367,7 +11396,7 @@ class Ollama(ClientDialect):
 
     @staticmethod
     def _format(layout: Any) -> Json | None:
-        """ "json", or a JSON schema.  Raises BadRequest."""
+        """Read "json" or a JSON schema. Raises BadRequest."""
         if isinstance(layout, dict):
             return {"type": "json_schema", "name": "output", "schema": layout}
         if layout not in (None, "", "json"):
@@ -11419,7 +11448,7 @@ class Ollama(ClientDialect):
 
     @staticmethod
     def _read_image(data: Any, place: str) -> list[Part]:
-        """Base64 without a label, or a data: URL."""
+        """Read base64 without a label, or a data: URL."""
         text, label = str(data), ""
         split = _DATA_URL.match(text)
         if split:
@@ -11471,8 +11500,8 @@ class Ollama(ClientDialect):
     def ending(
         self, stop: str, usage: Usage | None, request: Request, first_ns: int
     ) -> Json:
-        """The statistics in the last object of a stream. first_ns: time to the first
-        piece of the answer."""
+        """Write the statistics in the last object of a stream. first_ns: nanoseconds
+        until the first piece of the answer."""
         usage = usage or Usage()
         total_ns = max(request.elapsed_ns(), first_ns)
         return {
@@ -11561,7 +11590,7 @@ class OllamaGenerate(Ollama):
 
 
 class OllamaEncoder(StreamEncoder):
-    """One JSON object a line; calls go out whole."""
+    """Writes one JSON object a line; calls are written whole."""
 
     def __init__(self, dialect: Ollama, request: Request) -> None:
         super().__init__(dialect, request)
@@ -11631,8 +11660,8 @@ CLIENT_DIALECTS: dict[str, Dialect] = {
 
 class StructuredOutputUnwrapper:
     """Turns the forced call of OUTPUT_TOOL back into the text that the client asked
-    for. Other texts are held: beside such a call they are chatter, without one they are
-    the answer."""
+    for. Other texts are held back: beside such a call they are chatter, without one
+    they are the answer."""
 
     def __init__(self) -> None:
         self._held: list[Event] = []
@@ -11667,7 +11696,7 @@ class ThinkingFilter:
         self._hidden: set[int] = set()
 
     def feed(self, event: Event) -> list[Event]:
-        """The events that may go on."""
+        """The events that remain."""
         if isinstance(event, PartStart) and isinstance(event.part, Reasoning):
             self._hidden.add(event.index)
         if isinstance(event, (PartStart, PartDelta, PartSignature, PartEnd)):
@@ -11678,11 +11707,9 @@ class ThinkingFilter:
 
 
 class StopCutter:
-    """Ends an answer at a stop sequence where the upstream cannot.
-
-    A sequence may come in several deltas, so the end of a text that could be the
-    beginning of one is held back until it is known to be none. Sequences are looked for
-    in texts alone."""
+    """Ends an answer at a stop sequence if the upstream cannot. A sequence may arrive
+    in several deltas, so the end of a text that could be the beginning of one is held
+    back until that is decided. Only texts are searched."""
 
     def __init__(self, sequences: list[str], meter: UsageMeter) -> None:
         self._sequences = [sequence for sequence in sequences if sequence]
@@ -11692,7 +11719,8 @@ class StopCutter:
         self._is_cut = False
 
     def feed(self, event: Event) -> list[Event]:
-        """The events that may go on by now; nothing follows the one that ends the answer."""
+        """The events that may pass by now. Nothing follows the one that ends the
+        answer."""
         if self._is_cut:
             return []
         if isinstance(event, PartStart):
@@ -11753,7 +11781,7 @@ SEARCH_DESCRIPTION = (
 
 
 def with_sources(text: str, sources: list[tuple[str, str]]) -> str:
-    """The words with the sources behind them."""
+    """The text with the list of its sources behind it."""
     lines = ["- %s: %s" % (title, url) for url, title in sources]
     if lines:
         return "\n".join([text, "", "Sources:", *lines])
@@ -11823,19 +11851,20 @@ class SearchLoop:
         return outlet
 
     def begin_round(self) -> None:
-        """An answer of the upstream is about to be read; nothing is left of a try before."""
+        """Begin to read an answer of the upstream, and forget what an earlier try left."""
         self._round = {}
         self._places = {}
 
     def add_events(self, events: list[Event]) -> list[Event]:
-        """Note events for a client that wants no stream -> all so far, [] before the last one."""
+        """Store events for a client that wants no stream. Returns all of them once the
+        last one is there, else []."""
         self.events += events
         if self.events and isinstance(self.events[-1], (ResponseEnd, StreamError)):
             return self.events
         return []
 
     def take(self, events: Iterable[Event]) -> list[Event]:
-        """Returns the events of a round that the client may see."""
+        """The events of a round that the client may see."""
         return [out for event in events for out in self._take(event)]
 
     def _take(self, event: Event) -> list[Event]:
@@ -11871,7 +11900,7 @@ class SearchLoop:
         return [PartStart(place, part)]
 
     def _cite(self, builder: PartBuilder, place: int) -> list[Event]:
-        """The sources that a text names, for clients that look for them beside it."""
+        """Emit the sources that a text names, for clients that look for them beside it."""
         part = builder.build()
         if not isinstance(part, Text) or not self.client.cites_sources:
             return []
@@ -11885,7 +11914,7 @@ class SearchLoop:
         return events
 
     def _end_round(self, event: ResponseEnd) -> list[Event]:
-        """The end of the answer, unless searches wait."""
+        """End the answer, unless searches wait."""
         parts = [builder.build() for builder in self._round.values()]
         calls = [part for part in parts if isinstance(part, ToolCall)]
         searches = [call for call in calls if call.name == self._name]
@@ -11918,12 +11947,12 @@ class SearchLoop:
     # -- the searches
 
     def begin_search(self, call: SearchCall) -> list[Event]:
-        """Returns the events that announce a search to the client."""
+        """The events that announce a search to the client."""
         place, self._count = self._count, self._count + 1
         return [PartStart(place, call), PartEnd(place)]
 
     def refusal(self, call: SearchCall) -> str:
-        """Why it is not made, in Anthropic's words; "" for one that is."""
+        """Why a search is not made, in Anthropic's words; "" if it is made."""
         self._requested += 1
         most = min(self.tool.max_uses or MAX_SEARCHES, MAX_SEARCHES)
         if self._requested > most:
@@ -11946,8 +11975,8 @@ class SearchLoop:
         return [PartStart(place, findings), PartEnd(place)]
 
     def go_on(self) -> list[Event]:
-        """The end of the answer where the client is to answer calls of its own tools,
-        or where it has enough rounds; [] when the model is asked again."""
+        """The events that end the answer if the client must answer calls of its own
+        tools or there were enough rounds; [] if the model is to be asked again."""
         self.calls = []
         answer, results = [turn.parts for turn in self.turns[-2:]]
         if sum(isinstance(part, ToolCall) for part in answer) > len(results):
@@ -11960,8 +11989,8 @@ class SearchLoop:
 def event_filters(
     request: Request, meter: UsageMeter
 ) -> list[Callable[[Event], list[Event]]]:
-    """The filters between decoder and encoder: wishes of the client that the proxy
-    itself fulfils."""
+    """The filters between decoder and encoder, which do what the client wants and the
+    upstream cannot."""
     filters: list[Callable[[Event], list[Event]]] = []
     if request.output_tool:
         filters.append(StructuredOutputUnwrapper().feed)
@@ -11975,7 +12004,7 @@ def event_filters(
 def pass_through(
     filters: list[Callable[[Event], list[Event]]], events: Iterable[Event]
 ) -> list[Event]:
-    """The events that come out behind all filters."""
+    """The events that come out of the last filter."""
     passed = list(events)
     for change in filters:
         passed = [out for event in passed for out in change(event)]
@@ -12089,7 +12118,7 @@ class TranslatedStream(StreamRelay):
 
 
 def parse_answer(data: bytes) -> Json:
-    """An upstream's whole body.  Raises UpstreamError."""
+    """Parse an upstream's whole body. Raises UpstreamError."""
     try:
         value = loads(data)
     except ValueError:
@@ -12102,7 +12131,7 @@ def parse_answer(data: bytes) -> Json:
 def read_events(
     upstream: Dialect, data: bytes, is_stream: bool, meter: UsageMeter | None = None
 ) -> list[Event]:
-    """A whole answer of the upstream, or one that it streamed."""
+    """The events of an answer of the upstream, whole or streamed."""
     decoder = upstream.stream_decoder()
     if meter is not None:
         decoder.count_with(meter)
@@ -12124,14 +12153,15 @@ def read_answer(
     request: Request,
     meter: UsageMeter | None = None,
 ) -> Response:
-    """The same as the client wants it.  Raises UpstreamError."""
+    """The answer in the client's dialect. Raises UpstreamError."""
     meter = meter or UsageMeter()
     events = read_events(upstream, data, is_stream, meter)
     return fold(pass_through(event_filters(request, meter), events))
 
 
 def as_completion(answer: Json, echo: str, index: int = 0) -> Json:
-    """A chat answer or chunk in the shape of the old /completions. index: of its prompt."""
+    """Write a chat answer or chunk in the shape of the old /completions. index: of its
+    prompt."""
     choices = [
         {
             "text": echo
@@ -12151,7 +12181,8 @@ def as_completion(answer: Json, echo: str, index: int = 0) -> Json:
 
 
 class CompletionStream(StreamRelay):
-    """A chat client's stream in the shape of /completions.  `echo`: to stand before the text."""
+    """A chat client's stream in the shape of /completions. echo: the text that stands
+    before the answer."""
 
     def __init__(self, inner: StreamRelay, echo: str) -> None:
         super().__init__(inner.dialect, inner.asked, {})
@@ -12269,7 +12300,8 @@ OLD_FIELDS: dict[str, tuple[tuple[str, str, Callable[[Any], Any]], ...]] = {
 
 
 def _place_of(body: Json, path: str, make: bool = False) -> tuple[Json, str]:
-    """(object, key) of a dotted path of at most two steps; make: also create the object."""
+    """(object, key) at a dotted path of at most two steps. make: create the object if
+    it is missing."""
     outer, _, inner = path.rpartition(".")
     if not outer:
         return body, inner
@@ -12285,7 +12317,8 @@ _OLD_NAMES = {
 
 
 def rename_old_fields(edit: BodyEdit, client: Dialect, model: Model) -> None:
-    """Older spellings, fields that were betas once, and the sister dialects' names of a field."""
+    """Rename older spellings, fields that were once in beta, and the sister dialects'
+    names of a field."""
     if _OLD_NAMES[client.name].isdisjoint(edit.body):
         return
     for old, own, convert in OLD_FIELDS[client.name]:
@@ -12307,8 +12340,8 @@ def rename_old_fields(edit: BodyEdit, client: Dialect, model: Model) -> None:
 
 
 def name_the_turns(edit: BodyEdit, client: Dialect, model: Model) -> None:
-    """`messages` sent to a route that wants `input`, or the reverse, and a system text
-    by the sister dialect's name."""
+    """Rename `messages` sent to a route that wants `input`, or the reverse, and a
+    system text under the sister dialect's name."""
     body, own = edit.body, client.turns_key
     if own == "messages":
         other = "input"
@@ -12331,7 +12364,8 @@ def name_the_turns(edit: BodyEdit, client: Dialect, model: Model) -> None:
 
 
 def convert_functions(edit: BodyEdit, client: Dialect, model: Model) -> None:
-    """`functions` and `function_call`, OpenAI's words before there were tools."""
+    """Convert `functions` and `function_call`, which OpenAI used before there were
+    tools."""
     body = edit.body
     if isinstance(body.get("functions"), list):
         functions = edit.drop(body, "functions")
@@ -12347,7 +12381,7 @@ def convert_functions(edit: BodyEdit, client: Dialect, model: Model) -> None:
 
 
 def convert_function_turns(edit: BodyEdit, client: Dialect, model: Model) -> None:
-    """Calls and results of `functions`: they have names, tools have ids."""
+    """Convert calls and results of `functions`: these have names, tools have ids."""
     called: dict[str, list[str]] = {}  # name of a function -> ids of its open calls
     for index, item in enumerate(as_list(edit.body.get(client.turns_key))):
         if not isinstance(item, dict):
@@ -12367,8 +12401,8 @@ def convert_function_turns(edit: BodyEdit, client: Dialect, model: Model) -> Non
 
 
 def shape_tools(edit: BodyEdit, client: Dialect, model: Model) -> None:
-    """Tools in the shape of another dialect, and nulls beside a schema, which strict
-    models refuse."""
+    """Write tools in the shape of the client's dialect, and drop nulls beside a schema,
+    which strict models refuse."""
     tools = edit.body.get("tools")
     if not isinstance(tools, list):
         return
@@ -12390,7 +12424,8 @@ def _tool_key(tool: Json) -> tuple[str, str]:
 
 
 def merge_tools(tools: Iterable[Json]) -> list[Json]:
-    """The tools without doubles; those of a namespace that comes more than once are joined."""
+    """The tools without doubles. The tools of a namespace that comes more than once are
+    joined."""
     merged: dict[tuple[str, str], Json] = {}
     joined: dict[tuple[str, str], list[Json]] = {}  # the tools of such a namespace
     for tool in tools:
@@ -12405,8 +12440,9 @@ def merge_tools(tools: Iterable[Json]) -> list[Json]:
 
 
 def hoist_tools(edit: BodyEdit, client: Dialect, model: Model) -> None:
-    """Codex sends the tools of newer models as an item, which it replays for ever;
-    after a switch of the model both forms come."""
+    """Move tools that are items of the conversation to `tools`. Codex sends those of
+    newer models so and replays them for ever; after a switch of the model both forms
+    come."""
     items = edit.body.get(client.turns_key)
     carriers = [
         item
@@ -12425,7 +12461,8 @@ def hoist_tools(edit: BodyEdit, client: Dialect, model: Model) -> None:
 
 
 def narrow_tools(edit: BodyEdit, client: Dialect, model: Model) -> None:
-    """`allowed_tools` must not widen to all tools where the upstream does not know it."""
+    """Apply `allowed_tools` to the list of tools if the upstream does not know the
+    field: it must not widen to all of them."""
     choice = as_object(edit.body.get("tool_choice"))
     if choice.get("type") != "allowed_tools":
         return
@@ -12452,7 +12489,7 @@ def narrow_tools(edit: BodyEdit, client: Dialect, model: Model) -> None:
 
 
 def shape_choice(edit: BodyEdit, client: Dialect, model: Model) -> None:
-    """`tool_choice` in the shape of another dialect."""
+    """Write `tool_choice` in the shape of the client's dialect."""
     choice = edit.body.get("tool_choice")
     if choice is not None:
         edit.set(edit.body, "tool_choice", client.own_choice(choice))
@@ -12462,7 +12499,8 @@ _ANTHROPIC_PARTS = ("tool_use", "tool_result", "thinking", "redacted_thinking")
 
 
 def give_call_ids(edit: BodyEdit, client: Dialect, model: Model) -> None:
-    """Items of the local shell may have ids alone, and those do not go up."""
+    """Give items of the local shell a `call_id`: they may have ids alone, and ids are
+    not sent upstream."""
     named: dict[str, Any] = {}  # id of a call -> its call_id
     for item in as_list(edit.body.get(client.turns_key)):
         if not str(as_object(item).get("type")).startswith("local_shell_call"):
@@ -12544,7 +12582,8 @@ def rewrite_part(
 
 
 def is_own_part(part: Any, own_parts: Container[str]) -> bool:
-    """Has this part the client's own shape?  own_parts: the types that may stand in its place."""
+    """Has this part the client's own shape? own_parts: the types that may stand in its
+    place."""
     if not isinstance(part, dict) or str(part.get("type")) not in own_parts:
         return False
     source = part.get("source")
@@ -12554,7 +12593,7 @@ def is_own_part(part: Any, own_parts: Container[str]) -> bool:
 
 
 def shape_content(edit: BodyEdit, client: Dialect, item: Json, place: str) -> None:
-    """The parts of one item, each in the client's own shape."""
+    """Write the parts of one item in the client's own shape."""
     own_parts, kinds = client.own_parts, kinds_in(item)
     if kinds is not None:
         own_parts &= kinds
@@ -12594,7 +12633,7 @@ def rewrite_item(
 
 
 def fit_call_ids(edit: BodyEdit, items: list[Json]) -> None:
-    """An item that was rewritten has a call id that every upstream takes; the others
+    """Give an item that was rewritten a call id that every upstream accepts. The others
     get theirs before calls are paired, so that a call and its result have the same."""
     places: list[tuple[Json, str]] = []
     for item in items:
@@ -12612,8 +12651,9 @@ def fit_call_ids(edit: BodyEdit, items: list[Json]) -> None:
 
 
 def shape_turns(edit: BodyEdit, client: Dialect, model: Model) -> None:
-    """Items and parts in the shape of another dialect, and those that no dialect knows:
-    their text stays, since a session must not end because its history holds one."""
+    """Write items and parts in the shape of the client's dialect. Of those that no
+    dialect knows the text stays, because a session must not end because its history
+    holds one."""
     key = client.turns_key
     items = edit.body.get(key)
     if not isinstance(items, list):
@@ -12674,11 +12714,10 @@ def is_plain(body: Json, client: Dialect) -> bool:
 
 
 def normalise(edit: BodyEdit, client: Dialect, model: Model) -> None:
-    """Make a request uniform in its own dialect.  Raises BadRequest.
-
-    Most conversations are in shape and are looked at once; those of words alone need no
-    care behind it either. A dialect of clients alone is translated in any case, by a
-    reader that is lenient enough."""
+    """Make a request uniform in its own dialect. Raises BadRequest. Most conversations
+    are in shape already and are looked at once; those of words alone need no care later
+    either. A dialect that only clients speak is translated in any case, by a reader
+    that is lenient enough."""
     if not client.path:
         return
     if is_plain(edit.body, client):
@@ -12703,8 +12742,8 @@ def normalise(edit: BodyEdit, client: Dialect, model: Model) -> None:
 
 
 def is_paired(steps: Iterable[ToolStep], once: bool) -> bool:
-    """Has each call one result, directly behind it but for what may stand between, and
-    each result its call? once: no id may come again."""
+    """Has each call exactly one result, directly behind it but for what may stand
+    between, and each result its call? once: an id may not come twice."""
     waiting: set[str] = set()
     answered: set[str] = set()
     for _, calls, answers, is_loose in steps:
@@ -12735,8 +12774,8 @@ def orphan_as_text(item: Json, dialect: Dialect) -> Json:
 def rename_repeated_calls(
     step: ToolStep, results: list[Json], used_ids: set[str]
 ) -> None:
-    """Give a call whose id was used before, and its result, a new id. seen: ids of
-    earlier steps; the ids of this step are added."""
+    """Give a call whose id was used before, and its result, a new id. used_ids: those
+    of earlier steps; the ids of this step are added."""
     blocks: list[Json] = []
     for number, call_id in enumerate(step.calls):
         if call_id in used_ids:
@@ -12763,7 +12802,8 @@ def rename_twin_calls(step: ToolStep, results: list[Json]) -> None:
 
 
 class OpenCalls:
-    """Finds the call that each tool result belongs to: the latest one of its id that has none."""
+    """Finds the call that each tool result belongs to: the latest call with its id that
+    has no result yet."""
 
     def __init__(self) -> None:
         #: id -> (step, numbers of the calls in it), for calls without a result
@@ -12772,7 +12812,7 @@ class OpenCalls:
         self._digests: dict[str, set[str]] = {}  # id -> of results that were taken
 
     def open(self, index: int, calls: Sequence[str]) -> None:
-        """Step `index` makes these calls."""
+        """Record that step `index` makes these calls."""
         for number, call_id in enumerate(calls):
             groups = self._places.setdefault(call_id, [])
             if not groups or groups[-1][0] != index:
@@ -12793,11 +12833,11 @@ class OpenCalls:
         return index, number
 
     def note(self, item: Json, call_id: str) -> None:
-        """This result is in the conversation now."""
+        """Record that this result is in the conversation now."""
         self._results.setdefault(call_id, []).append(item)
 
     def is_repeat(self, item: Json, call_id: str) -> bool:
-        """Is the very same result in the conversation already?"""
+        """Is the same result in the conversation already?"""
         if call_id not in self._results:
             return False
         digests = self._digests.setdefault(call_id, set())
@@ -12813,7 +12853,8 @@ class OpenCalls:
 def _in_order(
     steps: list[ToolStep], dialect: Dialect, edit: BodyEdit
 ) -> Iterator[Json]:
-    """A result belongs to the latest open call of its id before it, else to one behind it."""
+    """Put each result behind its call: the latest open call of its id before it, else
+    one behind it."""
     calls, results, orphans = OpenCalls(), {}, set()
     early: list[tuple[Json, str]] = []
     for index, step in enumerate(steps):
@@ -12876,8 +12917,8 @@ def pair_tool_results(edit: BodyEdit, dialect: Dialect) -> None:
 
 
 def shorten_tool_names(edit: BodyEdit, calls: list[Json]) -> None:
-    """Names of tools that the upstream would refuse become short ones everywhere alike,
-    which `restore_names` turns back in the answer."""
+    """Replace names of tools that the upstream would refuse by short ones, everywhere
+    alike. `restore_names` turns them back in the answer."""
     if not calls and "tools" not in edit.body and "tool_choice" not in edit.body:
         return
     tools = [*dicts_in(edit.body, "tools"), as_object(edit.body.get("tool_choice"))]
@@ -12959,8 +13000,8 @@ _SCHEMA_PLACES = frozenset((*_INNER_SCHEMAS, *_SCHEMA_LISTS, *_SCHEMA_MAPS))
 
 
 def schema_nodes(schema: Json) -> Iterator[Json]:
-    """Every schema inside a schema, itself first. A property may have any name, also
-    that of a word of JSON Schema."""
+    """Every schema inside a schema, itself first. A property may have any name, even
+    that of a JSON Schema keyword."""
     todo: list[Any] = [schema]
     while todo:
         node = todo.pop()
@@ -12979,8 +13020,8 @@ def schema_nodes(schema: Json) -> Iterator[Json]:
 
 def fit_openai_schema(edit: BodyEdit, schema: Json) -> bool:
     """Give objects their `properties` and arrays their `items`, which OpenAI's
-    validator demands. Returns False when not every property is required, as strict
-    tools must have it."""
+    validator demands. Returns False if not every property is required, as strict tools
+    must have it."""
     is_strict = True
     for node in schema_nodes(schema):
         kind = node.get("type")
@@ -12996,7 +13037,7 @@ def fit_openai_schema(edit: BodyEdit, schema: Json) -> bool:
 
 
 def fit_openai_tools(edit: BodyEdit, upstream: Dialect) -> None:
-    """Tools as OpenAI's models take them."""
+    """Fit the tools' schemas for OpenAI's models."""
     for tool in upstream.function_tools(edit.body):
         schema = tool.get(upstream.schema_key)
         if not isinstance(schema, dict):
@@ -13054,7 +13095,7 @@ class GeminiSchema:
         return self._convert(schema, 0, False)
 
     def _convert(self, schema: Any, depth: int, is_copy: bool) -> Json:
-        """One node.  is_copy: a reference has led here."""
+        """Convert one node. is_copy: a reference has led here."""
         node = as_object(schema)
         if "$ref" in node:
             node, is_copy = self._resolve(node), True
@@ -13090,8 +13131,8 @@ class GeminiSchema:
         return out
 
     def _count_copy(self, node: Json) -> None:
-        """A node's own words are written once more; nodes inside it are counted when it
-        is their turn."""
+        """Count a node whose own keywords are written once more. Nodes inside it are
+        counted when they are converted."""
         words = [
             value
             for key, value in node.items()
@@ -13104,7 +13145,8 @@ class GeminiSchema:
                 self._chars_left -= len(dumps(node[key]))
 
     def _resolve(self, node: Json) -> Json:
-        """The node with its reference replaced by what it points to; its own words win."""
+        """The node with its reference replaced by its target; the node's own keywords
+        win."""
         for _ in range(MAX_SCHEMA_DEPTH):
             reference = node.get("$ref")
             if not isinstance(reference, str) or self._chars_left <= 0:
@@ -13119,7 +13161,8 @@ class GeminiSchema:
 
     @staticmethod
     def _plain_words(node: Json, is_nullable: bool) -> Json:
-        """The words that Gemini knows; of a list of types the first that is not null."""
+        """The keywords that Gemini knows. Of a list of types the first one that is not
+        null is taken."""
         out = {
             key: value
             for key, value in node.items()
@@ -13135,7 +13178,8 @@ class GeminiSchema:
 
     @staticmethod
     def _merge(out: Json, parts: list[Json]) -> Json:
-        """All of these schemas at once; where they differ `out` wins, else an earlier one."""
+        """Merge all of these schemas. Where they differ, `out` wins, else the earlier
+        one."""
         merged: Json = {}
         properties: Json = {}
         required: list[Any] = []
@@ -13149,7 +13193,8 @@ class GeminiSchema:
 
     @staticmethod
     def _list_values(node: Json, out: Json) -> None:
-        """Only strings can be listed; other values are named in the description."""
+        """List the values if they are strings; Gemini lists no others, so those go into
+        the description."""
         options = as_list(out.pop("enum", None))
         if "const" in node:
             options = [node["const"]]
@@ -13177,7 +13222,8 @@ class GeminiSchema:
         return "string"
 
     def _fill(self, out: Json, depth: int, is_copy: bool) -> None:
-        """Convert what an array or object holds; Gemini insists on `items` and `properties`."""
+        """Convert the schemas inside an array or object. Gemini insists on `items` and
+        `properties`."""
         items = out.pop("items", None)
         properties = out.pop("properties", None)
         required = out.pop("required", None)
@@ -13217,7 +13263,8 @@ def _drop_nonce_line(edit: BodyEdit, holder: Json, key: str) -> None:
 
 
 def drop_billing_line(edit: BodyEdit) -> None:
-    """Claude Code's first system line is another in each request and defeats the prompt cache."""
+    """Drop Claude Code's first system line, which differs in each request and so
+    defeats the prompt cache."""
     body = edit.body
     turns = body.get("messages") or body.get("input")
     places = [(body, "system"), (body, "instructions")]
@@ -13242,7 +13289,7 @@ class LinkedImage(NamedTuple):
     url: str
 
     def put(self, media_type: str, data: str) -> None:
-        """The image itself, as base64, in place of its URL."""
+        """Put the image itself, as base64, in place of its URL."""
         if self.holder.get("type") == "url":  # Anthropic's words
             self.holder.update(type="base64", media_type=media_type, data=data)
             del self.holder[self.key]
@@ -13251,8 +13298,8 @@ class LinkedImage(NamedTuple):
 
 
 def gemini_links(body: Json) -> list[LinkedImage]:
-    """The image links of a Gemini body, which later become data: URLs in place of the
-    addresses."""
+    """The image links of a Gemini body. What is fetched later stands in place of the
+    address, as a data: URL."""
     links = []
     for content in as_list(body.get("contents")):
         for part in map(as_object, gemini_parts(content)):
@@ -13282,7 +13329,7 @@ def linked_images(body: Json) -> list[LinkedImage]:
 
 
 def last_turn(body: Json) -> Json:
-    """A body that holds nothing but the last turn of a conversation."""
+    """A body that holds only the last turn of a conversation."""
     turns = as_list(body.get("messages")) or as_list(body.get("input"))
     return {"messages": turns[-1:]}
 
@@ -13293,8 +13340,8 @@ def image_parts(body: Json) -> list[Json]:
 
 
 class LargeImage(NamedTuple):
-    """An inline image for GitHub's store. holder: the object that holds its data under
-    `key`; digest: identifies the image."""
+    """An inline image for GitHub's store of images. holder: the object that holds its
+    data under `key`; digest: identifies the image."""
 
     holder: Json
     key: str
@@ -13303,7 +13350,7 @@ class LargeImage(NamedTuple):
     digest: bytes
 
     def put(self, url: str) -> None:
-        """Put its URL in place of the image itself."""
+        """Put the URL of the stored image in place of its data."""
         if self.key == "data":  # Anthropic's words
             self.holder.clear()
             self.holder.update(type="url", url=url)
@@ -13334,7 +13381,7 @@ def large_images(body: Json) -> list[LargeImage]:
 
 
 def replace_with_note(part: Json) -> None:
-    """Turn an image into a few words that say that it was left out."""
+    """Replace an image by a few words that say that it was left out."""
     kind = "text"
     if part.get("type") == "input_image":
         kind = "input_text"
@@ -13350,9 +13397,9 @@ def replace_with_note(part: Json) -> None:
 def shed_images(
     edit: BodyEdit, size: int, limit: int = MAX_SENT_BYTES, most: int = MAX_IMAGES
 ) -> bool:
-    """A note instead of the oldest images until at most `most` are left in a body of
-    `size` bytes, now within the limit; never of those in the last turn. Was there
-    one?"""
+    """Replace the oldest images by a note until at most `most` are left and a body of
+    now `size` bytes is within the limit. Images of the last turn stay. Returns True if
+    one was replaced."""
     images, asked = image_parts(edit.body), image_parts(last_turn(edit.body))
     left = len(images)
     for part in images[: len(images) - len(asked)]:
@@ -13368,8 +13415,8 @@ KIMI_SAMPLING = {"temperature": 1, "top_p": 0.95}
 
 
 def limit_images(edit: BodyEdit, most: int) -> None:
-    """No more images than the model's family takes. Raises BadRequest where the last
-    turn alone has too many."""
+    """Reduce the images to as many as the model's family takes. Raises BadRequest if
+    the last turn alone has too many."""
     if len(image_parts(edit.body)) <= most:
         return
     asked = len(image_parts(last_turn(edit.body)))
@@ -13383,8 +13430,8 @@ def limit_images(edit: BodyEdit, most: int) -> None:
 
 def fit_kimi(edit: BodyEdit, model: Model) -> None:
     """Give tool calls the ids that Kimi itself would make, counted over the
-    conversation, and its own sampling: other ids lead it astray, and at temperature 0
-    it repeats itself endlessly."""
+    conversation, and set its own sampling. Other ids lead it astray, and at temperature
+    0 it repeats itself endlessly."""
     if model.version < (3,):
         form = "functions.%s:%d"
     else:
@@ -13419,8 +13466,8 @@ UNREADABLE_SUMMARY = (
 
 
 def expand_compactions(edit: BodyEdit, upstream: Dialect) -> None:
-    """Our own compactions become text and replace what models did before; the
-    upstream's stay where they can be read."""
+    """Replace our own compactions, and what models did before them, by text. The
+    upstream's own stay if the model's endpoint reads them."""
     present = [item.get("type") for item in dicts_in(edit.body, "input")]
     if not any(map(_COMPACTION_TYPES.__contains__, present)):
         return
@@ -13454,7 +13501,8 @@ def expand_compactions(edit: BodyEdit, upstream: Dialect) -> None:
 
 
 def compaction_request(body: Json, native: bool) -> Json:
-    """The request for a compaction item, or for a summary; its items are those of `body`."""
+    """The request for a compaction item, or for a summary. Its items are those of
+    `body`."""
     items = [
         item for item in input_items(body) if item.get("type") != COMPACTION_TRIGGER
     ]
@@ -13510,7 +13558,7 @@ def translate_request(
     loop: SearchLoop | None = None,
 ) -> tuple[BodyEdit, Request]:
     """(a body that is fit for the upstream, the request in neutral words). before: the
-    normalised request, which may be changed; loop: fulfils a hosted search. Raises
+    normalised request, which may be changed; loop: makes a hosted search. Raises
     BadRequest for what would change the meaning."""
     drop_billing_line(before)
     if "input" in before.body:
