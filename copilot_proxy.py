@@ -3180,11 +3180,12 @@ _PRINTABLE = bytes(range(ord(" "), ord("~") + 1))
 def render_lines(lines: list[str]) -> bytes:
     """Encode lines of a head. Anything but printable ASCII is escaped, so no value can
     split the head or reach a terminal raw."""
-    plain = "".join(lines)
-    if not plain.isascii() or plain.encode().translate(None, _PRINTABLE):
-        lines = [
-            visible(line).encode("ascii", "backslashreplace").decode() for line in lines
-        ]
+    whole = "\r\n".join([*lines, ""]).encode("utf-8", "surrogatepass")
+    if whole.translate(None, _PRINTABLE) == b"\r\n" * len(lines):
+        return whole
+    lines = [
+        visible(line).encode("ascii", "backslashreplace").decode() for line in lines
+    ]
     return "\r\n".join([*lines, ""]).encode()
 
 
@@ -22429,7 +22430,7 @@ class News(Wait):
         self._client, self.timeout_s = client, timeout_s
 
     def begin(self, loop: Any, task: Any) -> None:
-        self._client.expect(self, task)
+        self._client.expect(self)
 
 
 class ClientConnection(Connection):
@@ -22471,7 +22472,7 @@ class ClientConnection(Connection):
         self.asked_at = 0.0
         self.at_end = False  # the client sends no more
         self.sent_at = time.monotonic()  # when the client took something last
-        self._news: tuple[News, Any] | None = None
+        self._news: News | None = None  # that its coroutine waits for
 
         self.socket: WebSocket | None = None  # behind its handshake
 
@@ -22502,8 +22503,8 @@ class ClientConnection(Connection):
     def wake(self) -> None:
         """Resume the coroutine in its turn if it waits for news."""
         if self._news is not None:
-            (what, task), self._news = self._news, None
-            self.loop.wake_in_turn(task, what, self.loop.now)
+            news, self._news = self._news, None
+            self.loop.wake_in_turn(self.task, news, self.loop.now)
 
     def _hand_over(self, socket: WebSocket) -> None:
         """Pass the bytes that arrived to the WebSocket at once."""
@@ -22514,9 +22515,9 @@ class ClientConnection(Connection):
         if self.at_end:
             self.leave()
 
-    def expect(self, what: News, task: Any) -> None:
+    def expect(self, news: News) -> None:
         """Note that the coroutine waits for news."""
-        self._news = what, task
+        self._news = news
         self._watch()
 
     def _watch(self) -> None:
@@ -23971,8 +23972,9 @@ class EventLoop:
         """Pass an event to the coroutine that waits for it, else to the connection."""
         task = connection.waiter
         if task is None:
-            if not self._guard(connection.on_event, mask):
-                self._give_up(connection)
+            _, error = outcome(connection.on_event, mask)
+            if error is not None:
+                self._give_up(connection, error)
             return
         what = task.what
         if what.consume is None:
@@ -23986,17 +23988,19 @@ class EventLoop:
         elif task.what is what:
             task.deadline = self.now + what.timeout_s
 
-    def _guard(self, work: Callable[..., None], *items: Any) -> bool:
-        """Call `work`; returns False if it failed. A fault of ours is logged, and the
-        loop continues."""
+    def _guard(self, work: Callable[..., None], *items: Any) -> None:
+        """Call `work`. A fault of ours is logged, and the loop continues."""
         _, error = outcome(work, *items)
         if error is not None:
-            self.log.error("the loop failed", exc_info=error)
-        return error is None
+            self._log_fault(error)
 
-    def _give_up(self, connection: Connection) -> None:
+    def _log_fault(self, error: BaseException) -> None:
+        self.log.error("the loop failed", exc_info=error)
+
+    def _give_up(self, connection: Connection, error: BaseException) -> None:
         """Close this connection after a fault of ours; the others continue. Listeners
         and the alarm stay, because without them nobody would be served any more."""
+        self._log_fault(error)
         if isinstance(connection, HttpConnection):
             self.watch(connection, 0)
         elif isinstance(connection, ClientConnection):
@@ -24028,8 +24032,9 @@ class EventLoop:
             if task.what is not None and task.deadline <= self.now:
                 self._resume(task, False)
         for client in list(self.clients):
-            if not self._guard(client.on_tick, self.now):
-                self._give_up(client)
+            _, error = outcome(client.on_tick, self.now)
+            if error is not None:
+                self._give_up(client, error)
 
     # -- coroutines
 
@@ -24321,7 +24326,6 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, app: App, routes: Routes, host: str, port: int) -> None:
         self.app = app
-        self._running: dict[HttpExchange, None] = {}
         self._most_clients = max(file_limit() // 2 - SPARE_FILES, 1)
         self.loop = EventLoop(app.settings, app.log)
         if app.settings.tls_cert:
@@ -24444,13 +24448,12 @@ class Server(ThreadingHTTPServer):
             return False
 
         client.begin_answer(exchange)
-        self._running[exchange] = None
         self.app.ledger.begin(exchange.record)
         try:
             is_refused = await self._answer(exchange, problem, handler)
         finally:
-            client.end_answer()
             self.end(exchange)
+            client.end_answer()
         if exchange.keep_alive and not self.app.stop.is_set():
             return True
         if client.socket is not None:
@@ -24515,7 +24518,6 @@ class Server(ThreadingHTTPServer):
 
     def end(self, exchange: HttpExchange) -> None:
         """Finish an exchange: leave the queue, record its row and its log line."""
-        self._running.pop(exchange, None)
         exchange.log_body("answer", b"")
         self.app.admission.leave(exchange.ticket)
         self.app.ledger.end(exchange.record)
@@ -24551,7 +24553,12 @@ class Server(ThreadingHTTPServer):
 
     def running(self) -> int:
         """Returns how many requests are being answered."""
-        return len(self._running)
+        return len(self._answering())
+
+    def _answering(self) -> list[ClientConnection]:
+        """Returns the connections on which a request is being answered."""
+        clients = self.loop.clients.copy()
+        return [client for client in clients if client.exchange is not None]
 
     def _stop_listening(self) -> None:
         """Accept the clients that have connected by now, then stop listening."""
@@ -24576,16 +24583,16 @@ class Server(ThreadingHTTPServer):
                 client.dismiss()
 
     def _end_running(self) -> None:
-        for exchange in list(self._running):
+        for client in self._answering():
             self.loop.cancel(
-                exchange.client.task, UpstreamError("the proxy is shutting down", 503)
+                client.task, UpstreamError("the proxy is shutting down", 503)
             )
 
     def _wait_idle(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
-        while self._running and time.monotonic() < deadline:
+        while self.running() and time.monotonic() < deadline:
             time.sleep(0.01)
-        return not self._running
+        return not self.running()
 
 
 # ==== 19. Page ====================================================================================
