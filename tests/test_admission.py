@@ -138,8 +138,8 @@ class PolicyTest(SharedCase):
             self.assertEqual(proxy.post("/v1/chat/completions", chat("a")).status, 200)
             with RawClient(proxy.port) as client:
                 client.send(post("/v1/chat/completions", chat("b")))
-                wait_until(lambda: len(proxy.server._running) == 1, "the request waits")
-            wait_until(lambda: not proxy.server._running, "the client's leaving", GONE_S)
+                wait_until(lambda: proxy.server.running() == 1, "the request waits")
+            wait_until(lambda: not proxy.server.running(), "the client's leaving", GONE_S)
             self.assertEqual(self.asked(), [CHAT])
 
     def test_manual_asks_with_client_model_and_text(self) -> None:

@@ -168,9 +168,9 @@ class LoopCase(RelayCase):
     def settled(self) -> None:
         server, loop = self.proxy.server, self.proxy.server.loop
         self.assertTrue(loop._thread.is_alive(), "the loop's thread has died")
-        for what, left in (("client", loop.clients), ("exchange", server._running),
-                           ("coroutine", loop._tasks)):
-            wait_until(lambda left=left: not left, "no %s is left" % what, SETTLE_S)
+        for what, left in (("client", loop.clients.copy), ("exchange", server.running),
+                           ("coroutine", loop._tasks.copy)):
+            wait_until(lambda left=left: not left(), "no %s is left" % what, SETTLE_S)
         if hasattr(self, "files"):
             wait_until(lambda: self.open_files() <= self.files, "all files are closed again",
                        SETTLE_S)
@@ -205,10 +205,10 @@ class LoopCase(RelayCase):
         port, proxy = stream.client.sock.getsockname()[1], proxy or self.proxy
 
         def find() -> Stream | None:
-            for exchange in list(proxy.server._running):
-                if exchange.client.sock.getpeername()[1] == port:
-                    pipeline = local(exchange.client.task.work, "pipeline")
-                    return Stream(proxy, exchange, pipeline) if pipeline else None
+            for client in proxy.server._answering():
+                if client.sock.getpeername()[1] == port:
+                    pipeline = local(client.task.work, "pipeline")
+                    return Stream(proxy, client.exchange, pipeline) if pipeline else None
             return None
 
         return wait_until(find, "the server has the stream")
@@ -329,7 +329,7 @@ class LeavingTest(LoopCase):
         def begin() -> RawClient:
             client = self.client()
             client.send(post(CHAT_PATH, chat("b" * 5000))[:-500])
-            wait_until(lambda: self.proxy.server._running, "the request is being read")
+            wait_until(self.proxy.server.running, "the request is being read")
             return client
         self.each(begin, aborts=False)
 
@@ -909,7 +909,7 @@ class FinishTest(LoopCase):
                 self.assertNotIn(b"[DONE]", paused.rest())
             self.assertFalse(proxy.server.loop._thread.is_alive())
             wait_until(lambda: not proxy.server.loop.clients, "no client is left")
-            wait_until(lambda: not proxy.server._running, "no exchange is left")
+            wait_until(lambda: not proxy.server.running(), "no exchange is left")
 
     @patient
     def test_without_work_it_is_over_at_once(self) -> None:

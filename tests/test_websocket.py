@@ -576,7 +576,7 @@ class Life(SocketCase):
         self.assertEqual(opened.wait_closed().code, 1000)
         self.proxy.settle()
         self.assertIn("client_left", json.dumps(self.proxy.get("/stats").json["recent"][0]))
-        wait_until(lambda: not self.proxy.server._running)
+        wait_until(lambda: not self.proxy.server.running())
 
     def test_a_close_frame_is_echoed(self) -> None:
         for sent, code in ((b"", 1000), (b"\x03\xe9bye", 1001), (b"\x0f\xa0", 4000)):
