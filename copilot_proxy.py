@@ -12929,8 +12929,10 @@ def shorten_tool_names(edit: BodyEdit, calls: list[Json]) -> None:
             tools += as_list(holder.get("tools") or allowed.get("tools"))
 
     for tool in tools + calls:
-        tool = as_object(tool)
-        tool = as_object(tool.get("function")) or tool
+        if not isinstance(tool, dict):
+            continue
+        if isinstance(tool.get("function"), dict):
+            tool = tool["function"] or tool
         name = tool.get("name")
         if isinstance(name, str) and not _TOOL_NAME.match(name):
             short = stable_id(re.sub(r"[^A-Za-z0-9_-]", "_", name)[:31] + "_", name)
@@ -13011,12 +13013,13 @@ def schema_nodes(schema: Json) -> Iterator[Json]:
         yield node
         if _SCHEMA_PLACES.isdisjoint(node):
             continue  # nearly always
-        for word_ in _INNER_SCHEMAS:
-            todo.append(node.get(word_))
-        for word_ in _SCHEMA_LISTS:
-            todo.extend(as_list(node.get(word_)))
-        for word_ in _SCHEMA_MAPS:
-            todo.extend(as_object(node.get(word_)).values())
+        for word_, value in node.items():
+            if word_ in _INNER_SCHEMAS:
+                todo.append(value)
+            elif word_ in _SCHEMA_LISTS:
+                todo.extend(as_list(value))
+            elif word_ in _SCHEMA_MAPS:
+                todo.extend(as_object(value).values())
 
 
 def fit_openai_schema(edit: BodyEdit, schema: Json) -> bool:
