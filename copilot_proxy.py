@@ -1166,7 +1166,7 @@ def valid_text(data: bytes) -> bytes:
 
     Clients cut texts in the middle of an emoji. No upstream accepts half of a surrogate
     pair, so a history that holds one would be refused for ever."""
-    if not _SURROGATE.search(data):
+    if b"\\u" not in data or not _SURROGATE.search(data):
         return data
     mended = bytearray()
     start = 0
@@ -1189,18 +1189,20 @@ def _has_long_digits(data: bytes) -> bool:
     )
 
 
-def _is_deep(value: Any, data: bytes) -> bool:
+_HOLDERS = frozenset((dict, list))
+
+
+def _is_deep(value: Any) -> bool:
     """Is the value nested more deeply than may be walked by functions that call themselves?"""
-    if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
-        return False
     level = [value]
     for _ in range(MAX_JSON_DEPTH):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if type(outer) is dict else outer)
-            if type(inner) in (dict, list)
-        ]
+        values: list[Any] = []
+        for holder in level:
+            if type(holder) is dict:
+                values += holder.values()
+            else:
+                values += holder
+        level = [inner for inner in values if type(inner) in _HOLDERS]
         if not level:
             return False
     return True
@@ -1321,7 +1323,8 @@ def loads(
         value = decode(decode_json(data))
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if len(data) > MAX_JSON_DEPTH and _is_deep(value, data):
+    may_be_deep = data.count(b"[") + data.count(b"{") > MAX_JSON_DEPTH
+    if may_be_deep and _is_deep(value):
         raise ValueError("nested too deeply")
     return value
 
@@ -6783,7 +6786,7 @@ class ChatCompletions(Dialect):
             edit.set(messages[-1], "role", "user")  # Claude and Gemini want a turn
         if not edit.is_words:
             for index, message in enumerate(messages):
-                self._prepare_message(edit, model, message, "messages[%d]" % index)
+                self._prepare_message(edit, model, message, index)
             self._move_tool_images(edit)
 
         prepare_tools(edit, lambda tool: tool.get("type") in ("function", "custom"))
@@ -6791,24 +6794,23 @@ class ChatCompletions(Dialect):
 
     @staticmethod
     def _prepare_message(
-        edit: BodyEdit, model: Model, message: Json, place: str
+        edit: BodyEdit, model: Model, message: Json, index: int
     ) -> None:
-        takes_developer = model.is_openai and not model.id.startswith(
-            ("gpt-4", "gpt-3")
-        )
-        if message.get("role") == "developer" and not takes_developer:
-            edit.set(message, "role", "system")
-        if message.get("role") == "assistant":
-            edit.drop(
-                message, "reasoning_content"
-            )  # ours, beside the native reasoning_text
+        role = message.get("role")
+        if role == "developer":
+            is_old = model.id.startswith(("gpt-4", "gpt-3"))
+            if is_old or not model.is_openai:
+                edit.set(message, "role", "system")
+        elif role == "assistant":
+            # ours, beside the native reasoning_text
+            edit.drop(message, "reasoning_content")
             if is_packed(message.get("reasoning_opaque")):
                 edit.drop(message, "reasoning_opaque", FOREIGN_STATE)
                 edit.drop(message, "reasoning_text")
 
         if type(message.get("content")) is not list:
             return
-        refuse_image_urls(message["content"], place)
+        refuse_image_urls(message["content"], "messages[%d]" % index)
         for part in message["content"]:
             image = as_object(as_object(part).get("image_url"))
             if image.get("detail") == "original":  # a word of Responses alone
@@ -26450,7 +26452,8 @@ class Job:
         exchange, model, record = self.exchange, self.model, self.record
 
         if record is exchange.record:
-            report_losses(exchange, plan.edit.losses, self.repaired)
+            if plan.edit.losses or self.repaired:
+                report_losses(exchange, plan.edit.losses, self.repaired)
             if record.model is not model:  # of --fallback, or another choice of auto
                 name_model(exchange, model)
         else:
