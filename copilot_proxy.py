@@ -23783,8 +23783,8 @@ class EventLoop:
     a stream resume no coroutine: the loop calls the function that sends them on,
     `consume` of Ready. One round of the loop:
 
-        select --> what is ready, --> compute for 1 ms --> timers, deferred work, and once
-           ^       streams first,     or so                a tick: deadlines, pings
+        select --> what is ready, --> compute for 1 ms --> timers: pauses, deferred work,
+           ^       streams first,     or so                the tick (deadlines, pings)
            |       the inbox
            +--------------------------------------------------------+
 
@@ -23801,11 +23801,11 @@ class EventLoop:
         self._stopped = False
         self._tasks: dict[Task, None] = {}
         self._turns: collections.deque[tuple[Task, Wait, Any]] = collections.deque()
-        self._timers: list[tuple[float, int, Task, Wait]] = []
-        #: deferred work -> when it was deferred, monotonic
-        self._deferred: dict[Callable[[], None], float] = {}
+        #: (when, monotonic; a number, so that there is never a tie; what to call then)
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._deferred: set[Callable[[], None]] = set()
         self._tick_s = min(1.0, settings.keepalive_s / 4, settings.head_timeout_s / 4)
-        self.now = self._ticked_at = time.monotonic()  # now: when the round began
+        self.now = time.monotonic()  # when the round began
         self._thread = threading.Thread(
             target=self._run, name="event-loop", daemon=True
         )
@@ -23880,7 +23880,10 @@ class EventLoop:
 
     def wake_at(self, when_s: float, task: Task, what: Wait) -> None:
         """Resume the task at this monotonic time."""
-        heapq.heappush(self._timers, (when_s, id(what), task, what))  # id: never a tie
+        self._call_at(when_s, functools.partial(self.resume, task, what))
+
+    def _call_at(self, when_s: float, work: Callable[[], None]) -> None:
+        heapq.heappush(self._timers, (when_s, id(work), work))
 
     def wake_in_turn(self, task: Task, what: Wait, value: Any = None) -> None:
         """Resume the task when the running streams have been served."""
@@ -23904,14 +23907,15 @@ class EventLoop:
         """Call `work` once after DEFER_S, however often it is deferred meanwhile. So
         records of requests are written in batches, and most requests are with the
         upstream before the last one is counted."""
-        self._deferred.setdefault(work, self.now)
+        if work not in self._deferred:
+            self._deferred.add(work)
+            self._call_at(
+                self.now + DEFER_S, functools.partial(self._do_deferred, work)
+            )
 
-    def _do_deferred(self, least_s: float) -> None:
-        """Do the deferred work that has waited at least so long."""
-        for work, since in list(self._deferred.items()):
-            if self.now - since >= least_s:
-                del self._deferred[work]
-                self._guard(work)
+    def _do_deferred(self, work: Callable[[], None]) -> None:
+        self._deferred.discard(work)
+        self._guard(work)
 
     def cancel(self, task: Task | None, error: BaseException) -> None:
         """Throw an error into a coroutine that waits, or has not begun."""
@@ -23921,6 +23925,7 @@ class EventLoop:
     # -- the loop
 
     def _run(self) -> None:
+        self._call_at(self.now, self._tick)
         while not self._stopped:
             ready = self._selector.select(self._pause_s())
             self.now = time.monotonic()
@@ -23929,25 +23934,15 @@ class EventLoop:
                 self._take_inbox()
             if self._turns:
                 self._take_turns()
-            if self._timers:
+            if self._timers[0][0] <= self.now:
                 self._run_timers()
-            if self._deferred:
-                self._do_deferred(DEFER_S)
-            if self.now - self._ticked_at >= self._tick_s:
-                self._ticked_at = self.now
-                self._tick()
         self.close()
 
     def _pause_s(self) -> float:
         """Returns how long the loop may sleep if no socket wakes it."""
         if self._inbox or self._turns:
             return 0.0
-        most = self._tick_s
-        if self._deferred:
-            most = DEFER_S
-        if self._timers:
-            return min(most, max(0.0, self._timers[0][0] - time.monotonic()))
-        return most
+        return max(0.0, self._timers[0][0] - time.monotonic())
 
     def _take_events(self, ready: list[tuple[selectors.SelectorKey, int]]) -> None:
         """Send on the events of streams, then move requests on. Beside streams this has
@@ -23960,11 +23955,12 @@ class EventLoop:
             else:
                 others.append((key.data, mask))
 
-        is_alone = len(others) == len(ready)
-        until = self._end_of_slice()
+        until = math.inf
+        if len(others) < len(ready):
+            until = self._end_of_slice()
         for connection, mask in others:
             self._on_ready(connection, mask)
-            if not is_alone and time.monotonic() >= until:
+            if until < math.inf and time.monotonic() >= until:
                 break
 
     def _end_of_slice(self) -> float:
@@ -24027,11 +24023,12 @@ class EventLoop:
 
     def _run_timers(self) -> None:
         while self._timers and self._timers[0][0] <= self.now:
-            _, _, task, what = heapq.heappop(self._timers)
-            self.resume(task, what)
+            _, _, work = heapq.heappop(self._timers)
+            self._guard(work)
 
     def _tick(self) -> None:
         """Resume the tasks whose time is over, and send what is due in a silence."""
+        self._call_at(self.now + self._tick_s, self._tick)
         for task in [task for task in list(self._tasks) if task.deadline <= self.now]:
             # an earlier one of them may have resumed it: then it waits for something else
             if task.what is not None and task.deadline <= self.now:
@@ -24095,7 +24092,8 @@ class EventLoop:
         for task in list(self._tasks):
             self._guard(task.work.close)
         self._tasks.clear()
-        self._do_deferred(0.0)
+        for work in list(self._deferred):
+            self._do_deferred(work)
         self.workers.stop()
 
 
