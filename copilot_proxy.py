@@ -854,9 +854,9 @@ ERROR_TYPES = {
 
 
 class ErrorClass(NamedTuple):
-    """A kind of failure: its HTTP status, the code of it in a failed Responses object
-    ("": the upstream's own code stays), and how its names end: codes, types and
-    statuses of upstreams."""
+    """A kind of failure. It has an HTTP status and a code in a failed Responses object
+    ("" keeps the upstream's own code). It is recognised by the ends of its names:
+    codes, types and statuses of upstreams."""
 
     status: int
     response_code: str
@@ -908,9 +908,9 @@ def status_of(name: Any) -> int:
 
 
 def true_status(status: int, names: Iterable[Any]) -> int:
-    """The status of a failure by its names; a limit, a quota or an overload counts
-    whatever the status it was sent with. (400, ["rate_limited"]) -> 429, (404,
-    ["not_found"]) -> 404"""
+    """The status of a failure by its names. A limit, a quota or an overload counts,
+    whatever the HTTP status was. (400, ["rate_limited"]) -> 429, (404, ["not_found"])
+    -> 404"""
     named = next(filter(None, map(status_of, names)), 0)
     is_limit = status in (402, 429)
     if (
@@ -950,7 +950,7 @@ class ProxyError(Exception):
         self.headers: Headers = headers or {}
 
     def set_overflow(self, tokens: int, limit: int) -> None:
-        """The prompt is too long by these counts."""
+        """Record that the prompt is too long: its tokens and the limit."""
         self.overflow = (tokens, limit)
 
     def types(self) -> tuple[str, str, str]:
@@ -1015,9 +1015,9 @@ _OVERFLOW_CODE = "context_length_exceeded"
 
 
 class UpstreamError(ProxyError):
-    """GitHub or Copilot could not be reached, or answered with an error. Too long a
-    prompt gets the status and code that clients act on, whatever the upstream's
-    were."""
+    """GitHub or Copilot could not be reached, or answered with an error. A prompt that
+    is too long gets the status and code that clients act on, whatever the upstream
+    sent."""
 
     status = 502
     answered = False  # the status is the upstream's own
@@ -1052,23 +1052,24 @@ class UpstreamError(ProxyError):
                 self.overflow = (0, 0)
 
     def mark_answered(self, opaque: bool = False) -> UpstreamError:
-        """The status is the upstream's own."""
+        """Record that the status is the upstream's own."""
         self.answered = True
         self.opaque = opaque
         return self
 
     def mark_unsent(self) -> None:
-        """The upstream cannot have seen the whole request."""
+        """Record that the upstream cannot have seen the whole request."""
         self.unsent = True
 
     def mark_early(self) -> None:
-        """The stream failed before it showed anything, so the request may be tried
-        again; not after a long silence, because the second try would be as slow."""
+        """Record that the stream failed before it showed anything, so that the request
+        may be tried again. Not after a long silence: the second try would be as slow.
+        """
         self.showed_nothing = self.status != 504
 
 
 class StreamCut(UpstreamError):
-    """The upstream's body ended before its end."""
+    """The upstream's connection closed before the body was complete."""
 
 
 class StaleConnection(UpstreamError):
@@ -1077,9 +1078,9 @@ class StaleConnection(UpstreamError):
 
 
 def forget_frames(error: ProxyError) -> ProxyError:
-    """An error that is caught for good. Its traceback and those behind it lead to the
-    variables of all that was going on, the body among them, and back to itself: they
-    would stay in memory."""
+    """Drop the traceback of an error that is handled, and those of its causes. A
+    traceback leads to the variables of every function on its way, the request's body
+    among them, and back to the error itself, so all of them would stay in memory."""
     error.__context__ = error.__cause__ = None
     return error.with_traceback(None)
 
@@ -1129,8 +1130,8 @@ decode_vectors = json.JSONDecoder().decode
 
 
 def _decode(text: str) -> Any:
-    """Decode JSON as JSONDecoder.decode does; without its searches for white space,
-    since most texts have none around their value."""
+    """Decode JSON as JSONDecoder.decode does, but without its search for white space:
+    most texts have none around their value."""
     try:
         value, end = _decoder.scan_once(text, 0)
     except StopIteration:
@@ -1180,9 +1181,9 @@ def valid_text(data: bytes) -> bytes:
 
 
 def _has_long_digits(data: bytes) -> bool:
-    """Are there so many digits in a row? Python before 3.8.14 takes the square of their
-    number to make an integer of them. Looks at pieces so short that one lies in any
-    such row."""
+    """Does the text hold so many digits in a row? Python before 3.8.14 needs quadratic
+    time to make an integer of them. It is enough to look at pieces so short that every
+    such row covers one."""
     step = MAX_INT_DIGITS // 2
     return any(
         data[start : start + step].isdigit() for start in range(0, len(data), step)
@@ -1193,7 +1194,7 @@ _HOLDERS = frozenset((dict, list))
 
 
 def _is_deep(value: Any) -> bool:
-    """Is the value nested more deeply than may be walked by functions that call themselves?"""
+    """Is the value nested too deeply for recursive functions?"""
     level = [value]
     for _ in range(MAX_JSON_DEPTH):
         values: list[Any] = []
@@ -1209,9 +1210,8 @@ def _is_deep(value: Any) -> bool:
 
 
 def _room_of(data: bytes) -> int:
-    """About how many bytes the values between these marks take in a 64-bit Python,
-    beside the characters of texts: lists, objects, their entries, and what stands in
-    them."""
+    """About how many bytes the values between these marks need in a 64-bit Python:
+    lists, objects and their entries, without the characters of texts."""
     return (
         data.count(b"[") * 72
         + data.count(b"{") * 232
@@ -1222,8 +1222,8 @@ def _room_of(data: bytes) -> int:
 
 
 def _json_pieces(data: bytes) -> Iterator[bytes]:
-    """A JSON text piece by piece; no escape is cut. Each quote in them is one that
-    begins or ends a text: what was `\\\\` or `\\"` is `\\/`."""
+    """A JSON text piece by piece, without cutting an escape. Every quote in the pieces
+    begins or ends a text, because `\\\\` and `\\"` become `\\/`."""
     start = 0
     while start < len(data):
         end = start + JSON_PIECE_BYTES
@@ -1234,8 +1234,8 @@ def _json_pieces(data: bytes) -> Iterator[bytes]:
 
 
 def _outside_texts(data: bytes) -> Iterator[bytes]:
-    """A JSON text without its texts, piece by piece: of `{"a": "b[", "c": 1}` remains
-    `{"":"","":1}`."""
+    """A JSON text without the contents of its texts, piece by piece: `{"a": "b[", "c":
+    1}` -> `{"":"","":1}`."""
     is_inside = False
     for piece in _json_pieces(data):
         parts = piece.split(b'"')
@@ -1244,8 +1244,8 @@ def _outside_texts(data: bytes) -> Iterator[bytes]:
 
 
 def _has_many_escapes(data: bytes, most: int) -> bool:
-    """Are there more escapes than this in one text? json makes an object of each, and
-    of what stands between two, until it comes to the text's end."""
+    """Does one text hold more escapes than this? The json module makes an object of
+    each escape, and of the characters between two, before it joins them."""
     if data.count(b"\\") <= most:
         return False
     escapes, is_inside = 0, False
@@ -1264,20 +1264,21 @@ _FOUR_BYTES = re.compile(rb"[\xf0-\xf4][\x80-\xbf]{3}")  # of UTF-8: an emoji
 
 
 def _as_escape(match: re.Match[bytes]) -> bytes:
-    """An emoji as JSON writes it in ASCII.  Raises ValueError where it is none."""
+    """Write an emoji as an ASCII escape of JSON. Raises ValueError if the bytes are no
+    emoji."""
     return json.dumps(match.group().decode())[1:-1].encode()
 
 
 def _count_emojis(data: bytes) -> int:
-    """How many characters a JSON text holds for which Python takes four bytes."""
+    """The number of characters in a JSON text for which Python needs four bytes."""
     return sum(data.count(bytes([lead])) for lead in range(0xF0, 0xF5))
 
 
 def decode_json(data: bytes) -> str:
-    """The characters of a JSON text.  Raises ValueError, TooManyValues.
+    """Decode a JSON text. Raises ValueError, TooManyValues.
 
-    Python takes four bytes for each character of a text that holds one emoji, so those
-    of a long one are read as escapes, unless there are many."""
+    If a text holds one emoji, Python needs four bytes for each of its characters.
+    Therefore the emojis of a long text become escapes, unless there are many."""
     if len(data) > WIDE_TEXT_BYTES and not data.isascii():
         share = _count_emojis(data) / len(data)
         if 0 < share < WIDE_SHARES[0]:
@@ -1288,9 +1289,9 @@ def decode_json(data: bytes) -> str:
 
 
 def _check_marks(data: bytes, room_bytes: int) -> None:
-    """Refuse a JSON text by the marks between its values: first by all, also those
-    inside texts, which takes no time; then by those that count. Raises ValueError, see
-    `loads`."""
+    """Refuse a JSON text because of the marks between its values. First all marks are
+    counted, also those inside texts, which is quick; then, if need be, only those that
+    matter. Raises ValueError, see `loads`."""
     if _room_of(data) <= room_bytes:
         return
     room = depth = 0
@@ -1309,9 +1310,9 @@ def loads(
     decode: Callable[[str], Any] = _decode,
     room_bytes: int = JSON_ROOM_BYTES,
 ) -> Any:
-    """A JSON value. Raises ValueError for everything malformed, also for too deep a
-    nesting, and TooManyValues for one that would take far more than `room_bytes` beside
-    its texts."""
+    """Parse a JSON value. Raises ValueError for anything malformed or nested too
+    deeply, and TooManyValues for a text that would need far more than `room_bytes`
+    beside its texts."""
     if len(data) > JSON_CHECK_BYTES:
         _check_marks(data, room_bytes)
         if _has_many_escapes(data, room_bytes // JSON_ESCAPE_BYTES):
@@ -1342,7 +1343,8 @@ def _dumps_ascii(value: Any) -> bytes:
 def _json_batches(
     value: Any, encode: Callable[[Any], bytes], depth: int
 ) -> Iterator[bytes]:
-    """The JSON of a value in pieces: the batches of its long lists, and what stands around."""
+    """Encode a value as JSON in pieces: the batches of its long lists, and what stands
+    around them."""
     if depth > MAX_BATCH_DEPTH or not isinstance(value, (dict, list)) or not value:
         yield encode(value)
     elif isinstance(value, dict):
@@ -1369,11 +1371,11 @@ def _json_batches(
 
 
 def rewrite(value: Any, source: bytes) -> bytes:
-    """The JSON of what was made of the JSON text `source`.
+    """Encode a value that was made of the JSON text `source`.
 
-    Of a large one it is written piece by piece, since json keeps all of its small
-    pieces until the end; and in ASCII where most of it is and an emoji would make it
-    four times as large."""
+    A large one is written piece by piece, because the json module keeps all of its
+    small pieces until the end. It is written in ASCII if most of it is ASCII and an
+    emoji would make it four times as large."""
     if len(source) <= INLINE_BYTES:
         return dumps(value)
     encode = dumps
@@ -1399,7 +1401,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def dicts_in(body: Json, key: str) -> list[Json]:
-    """The objects in the list `body[key]`; [] where there is no list."""
+    """The objects in the list `body[key]`; [] if there is no list."""
     items = body.get(key)
     if not isinstance(items, list):
         return []
@@ -1414,7 +1416,7 @@ def dicts_in(body: Json, key: str) -> list[Json]:
 def number_or_none(
     value: Any, least: float = -MAX_COUNT, most: float = MAX_COUNT
 ) -> float | None:
-    """A JSON number from `least` to `most` as it is; None for everything else."""
+    """A JSON number from `least` to `most`, unchanged; None for anything else."""
     if (
         type(value) in (int, float) and least <= value <= most
     ):  # false for what is no number
@@ -1433,7 +1435,7 @@ def number_or(
 
 
 def count_or_none(value: Any) -> int | None:
-    """A whole JSON number that can be a count, also one that is written 5.0; else None."""
+    """A whole JSON number that can be a count, also one written as 5.0; else None."""
     if value is None:
         return None
     if type(value) is int and 0 <= value < MAX_COUNT:
@@ -1461,7 +1463,7 @@ def positive(value: Any) -> int | None:
 
 
 def flag(value: Any) -> bool | None:
-    """`value` where it is a boolean, else None."""
+    """`value` if it is a boolean, else None."""
     if isinstance(value, bool):
         return value
     return None
@@ -1509,8 +1511,8 @@ _MOMENT = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[Tt ](\d\d):(\d\d):(\d\d))?", re.
 
 def moment_or_none(value: Any) -> float | None:
     """Unix seconds of a moment in UTC: '2026-12-01', '2026-12-01T08:00:00Z',
-    1796083200, or the milliseconds 1796083200000; None for what is no moment from 1970
-    to 9999: '2026-02-30'."""
+    1796083200, or the milliseconds 1796083200000. None for anything that is no moment
+    from 1970 to 9999: '2026-02-30'."""
     number = text_number_or_none(value, 1)
     if number is not None:
         if number > LAST_MOMENT_S / 2:
@@ -1580,7 +1582,8 @@ _LAST_GAP = re.compile(r".*(?<=[\s\"'])(?<![Bb]earer )(?<![Tt]oken )", re.DOTALL
 
 
 def redacted(value: Any) -> Any:
-    """A JSON value with every text in it redacted: in written JSON a quote could go, too."""
+    """Redact every text in a JSON value. In encoded JSON the redaction could remove a
+    quote, too."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):
@@ -1598,7 +1601,7 @@ _PIECE_KEYS = frozenset(
 
 
 def text_pieces(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, Any]]:
-    """(path, the object that holds the text) of each piece in a streamed event."""
+    """(path, the object that holds the text) of each piece of text in a streamed event."""
     if isinstance(value, dict):
         for name in ("index", "output_index"):
             if isinstance(value.get(name), int):
@@ -1614,9 +1617,8 @@ def text_pieces(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, A
 
 
 class HeldLine:
-    """A line that is not written yet. Its event holds pieces of texts, and so may a
-    line that comes later: `waiting` of them are not decided. edits: (object, key,
-    begin, end, text)."""
+    """A line that is not written yet. It holds pieces of texts that continue in later
+    lines; `waiting` of them are not decided. edits: (object, key, begin, end, text)."""
 
     def __init__(self, line: str) -> None:
         self.line, self.waiting = line, 0
@@ -1628,15 +1630,15 @@ class HeldLine:
                 self.value = loads((brace + rest).encode("utf-8", "replace"))
 
     def wait(self, count: int) -> None:
-        """So many pieces more, or fewer, are not decided."""
+        """Change the number of undecided pieces by `count`."""
         self.waiting += count
 
     def edit(self, *change: Any) -> None:
-        """Replace a part of one of its texts when it is written."""
+        """Replace a part of one of its texts once it is written."""
         self._edits.append(change)
 
     def written(self) -> str:
-        """Without secrets."""
+        """The line without secrets."""
         if not self._edits:
             return redact(self.line)
         for holder, key, begin, end, text in sorted(self._edits, key=lambda e: -e[2]):
@@ -1668,7 +1670,7 @@ class TextRun:
         self._pieces: list[TextPiece] = []
 
     def add(self, line: HeldLine, holder: Json, key: str) -> bool:
-        """The next piece -> does anything wait now?"""
+        """Add the next piece. Returns True if something must wait now."""
         begin = len(self._text)
         self._text += holder[key]
         self._pieces.append(TextPiece(begin, len(self._text), line, holder, key))
@@ -1679,8 +1681,8 @@ class TextRun:
         return bool(self._pieces or self._text)
 
     def decide(self, end: int) -> None:
-        """Look for secrets up to `end`; what a single line shows to be one is left to
-        that, but "Bearer " may have stood in the line before."""
+        """Look for secrets up to `end`. A secret that one line shows whole is left to
+        `redact`, but the "Bearer " before it may have stood in an earlier line."""
         for match in _SECRET.finditer(self._text[:end]):
             begin, stop = match.span()
             shared = [p for p in self._pieces if p.begin < stop and p.end > begin]
@@ -1705,9 +1707,9 @@ class TextRun:
 
 
 class Redactor:
-    """`redact` for bytes that come in pieces: the same text, however they are cut, and
-    without a secret that the events of a stream hold in pieces. What could be the
-    beginning of one is held back, MAX_HELD_CHARS at most."""
+    """Redacts bytes that arrive in pieces. The result is the same however they are cut,
+    and it also hides a secret that a stream's events hold in pieces. What could be the
+    beginning of a secret is held back, at most MAX_HELD_CHARS."""
 
     def __init__(self) -> None:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
@@ -1717,7 +1719,7 @@ class Redactor:
         self._size = 0  # characters in _lines
 
     def feed(self, data: bytes, is_last: bool = False) -> str:
-        """Returns the text that cannot change any more; all of it after the last bytes."""
+        """The text that cannot change any more; all of it after the last bytes."""
         text = self._decode(data, is_last)
         parts = []
         while text:
@@ -1769,8 +1771,8 @@ _INVISIBLE = re.compile(
 
 
 def visible(text: str, keep: str = "") -> str:
-    """`text` with all escaped that a terminal would obey or not show: control
-    characters, C1, bidi overrides, zero width. keep: those of them that stay.
+    """Escape every character that a terminal would obey or not show: control
+    characters, C1, bidi overrides, zero width. keep: such characters that stay.
     'a\\x1b[2J' -> 'a\\\\x1b[2J'"""
     if text.isprintable() and (text.isascii() or not _INVISIBLE.search(text)):
         return text
@@ -1785,12 +1787,14 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """`text` on one ASCII line, safe for any console: control and other characters escaped."""
+    """Write `text` on one line of ASCII that is safe for any console; all other
+    characters are escaped."""
     return ascii(text[:limit])[1:-1]
 
 
 def translated(text: str, language: str) -> str:
-    """`text` in this language, itself where TEXTS has no other.  '%s' and the like stay."""
+    """`text` in this language, or `text` itself if TEXTS has no translation. '%s' and
+    the like stay."""
     return TEXTS.get(language, {}).get(text, text)
 
 
@@ -1825,7 +1829,8 @@ _NO_HOST = ("", 0)
 
 
 def short_ipv6(text: str) -> str:
-    """'0:0::1' -> '::1', '::ffff:127.0.0.1' -> '127.0.0.1', '' for what is no IPv6 address."""
+    """'0:0::1' -> '::1', '::ffff:127.0.0.1' -> '127.0.0.1', '' for anything that is no
+    IPv6 address."""
     if text == "::1":
         return text
     import ipaddress
@@ -1839,9 +1844,9 @@ def short_ipv6(text: str) -> str:
 
 @functools.lru_cache(maxsize=256)
 def split_host(text: str) -> tuple[str, int]:
-    """Name and port of a Host header: the name in lower case and without its final dot,
-    an IPv6 address in its shortest form, the port 0 where none is written; ('', 0) for
-    whatever could be read in two ways. '[0:0::1]:80' -> ('::1', 80),
+    """(name, port) of a Host header. The name is in lower case and without its final
+    dot, an IPv6 address in its shortest form; the port is 0 if none is written. Returns
+    ('', 0) for whatever could be read in two ways. '[0:0::1]:80' -> ('::1', 80),
     'evil:80@localhost' -> ('', 0)"""
     match = _HOST.match(text)
     if not match or len(text) > MAX_HOST_CHARS:
@@ -1866,8 +1871,9 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def origin_of(text: str) -> str:
-    """An origin as browsers write it, '' for what is none. Schemes of programs may have
-    any host, or * for all of them. 'HTTPS://A.example:443/' -> 'https://a.example'"""
+    """An origin as browsers write it, '' for anything else. The schemes of programs may
+    have any host, or * for all hosts. 'HTTPS://A.example:443/' -> 'https://a.example'
+    """
     match = _ORIGIN.match(text)
     if not match:
         return ""
@@ -1897,8 +1903,8 @@ class ErrorText(NamedTuple):
 
 
 def read_error_text(body: bytes, phrase: str) -> ErrorText:
-    """Read any error body that the upstream is known to send; phrase: where it has no
-    words. Shapes: {"error":{message,code,param,type}}, {"error":"text"},
+    """Read any error body that the upstream is known to send. phrase: the text if the
+    body has none. Shapes: {"error":{message,code,param,type}}, {"error":"text"},
     {"message","code"}, plain text, HTML, nothing, and JSON inside `message`."""
     text = body[:MAX_ERROR_BYTES].decode("utf-8", "replace").strip()
     code, param = None, None
@@ -1947,21 +1953,21 @@ def read_error_text(body: bytes, phrase: str) -> ErrorText:
 
 
 def status_phrase(status: int, phrase: str = "") -> str:
-    """The words for an error without any: (503, "") -> '503 Service Unavailable'."""
+    """The text of an error that has none: (503, "") -> '503 Service Unavailable'."""
     return "%d %s" % (status, phrase or http.client.responses.get(status, "error"))
 
 
 def unwrap_error(
     status: int, body: bytes, phrase: str
 ) -> tuple[str, str | None, str | None]:
-    """(message, code, param) out of any error body.  -> ("no quota", "quota_exceeded", None)"""
+    """(message, code, param) of any error body. -> ("no quota", "quota_exceeded", None)"""
     return read_error_text(body, status_phrase(status, phrase))[:3]
 
 
 def reported_error(answer: Json) -> UpstreamError:
-    """Build the error that an event, or a whole answer with status 200, reports in any
-    dialect. {"error": {"code": "rate_limited", "message": "slow down"}} -> one with
-    status 429"""
+    """Make the error that an event, or a whole answer with status 200, reports in any
+    dialect. {"error": {"code": "rate_limited", "message": "slow down"}} -> a
+    RateLimited with status 429"""
     text = read_error_text(dumps(answer), "the model failed")
     status = next(filter(None, map(status_of, text.names)), 502)
     error = UpstreamError(text.message, status, text.code, text.param)
@@ -1985,7 +1991,8 @@ def stable_id(prefix: str, text: str) -> str:
 
 
 def floats_to_base64(vector: list[float]) -> str:
-    """Little-endian float32 in base64, as the OpenAI SDKs ask for.  Raises UpstreamError."""
+    """Encode numbers as little-endian float32 in base64, as the OpenAI SDKs ask for.
+    Raises UpstreamError."""
     try:
         return base64.b64encode(struct.pack("<%df" % len(vector), *vector)).decode()
     except (struct.error, OverflowError):
@@ -2013,7 +2020,8 @@ class Usage:
 
     @classmethod
     def of(cls, counts: Mapping[str, int]) -> Usage:
-        """From counts by the names of `read_usage`; those that are absent are 0."""
+        """Make one from counts by the names of `read_usage`; those that are absent are
+        0."""
         return cls(*(counts.get(name, 0) for name in USAGE_FIELDS))
 
 
@@ -2056,22 +2064,22 @@ def read_usage(usage: Json) -> dict[str, int]:
 
 
 def parts_of(share: float) -> int:
-    """0.1 -> 100000 of a million; what is no share is 0."""
+    """A share in parts of a million: 0.1 -> 100000; anything that is no share -> 0."""
     if 0 < share < 1:
         return round(share * MILLION)
     return 0
 
 
 class PriceTier(NamedTuple):
-    """Prices of prompts up to a length. most_tokens: of such a prompt; nano: kind of
-    token -> nano-AIU for `Prices.batch` of them."""
+    """The prices of prompts up to a length. most_tokens: the length; nano: kind of
+    token -> nano-AIU for `Prices.batch` tokens."""
 
     most_tokens: int
     nano: dict[str, int]
 
     @classmethod
     def read(cls, listed: Json) -> PriceTier:
-        """One object of `token_prices`. The names changed with the API version
+        """Read one object of `token_prices`. The names changed with the API version
         2026-08-01: context_max became max_prompt_tokens, cache_price became
         cache_read_price."""
         newer = count_or_zero(listed.get("max_prompt_tokens"))
@@ -2086,7 +2094,8 @@ class PriceTier(NamedTuple):
         return cls(most if most > 0 else MAX_COUNT, nano)
 
     def price_of(self, kind: str) -> int:
-        """A kind without a price of its own costs what the next plainer kind does."""
+        """The price of a kind. One without a price of its own costs as much as the next
+        plainer kind."""
         if kind in self.nano:
             return self.nano[kind]
         plainer = {"cache_write_1h": "cache_write"}.get(kind, "input")
@@ -2095,12 +2104,12 @@ class PriceTier(NamedTuple):
 
 @dataclass
 class Prices:
-    """Listed prices of a model; whole numbers, so that sums are exact.
+    """The listed prices of a model, in whole numbers, so that sums are exact.
 
-    batch: tokens that a price is for; tiers: by the length of the prompt, the shortest
-    first, [] where the account lists none; promo: (parts of a million that a promotion
-    takes off, unix time of its end); auto_discount: parts of a million that the choice
-    by `auto` takes off."""
+    batch: the number of tokens that a price is for; tiers: by the length of the prompt,
+    the shortest first, [] if the account lists none; promo: (parts of a million that a
+    promotion takes off, unix time of its end); auto_discount: parts of a million that
+    the choice by `auto` takes off."""
 
     batch: int
     tiers: list[PriceTier]
@@ -2109,7 +2118,8 @@ class Prices:
 
     @classmethod
     def read(cls, billing: Json) -> Prices:
-        """From the entry's `billing`.  A tier that leaves a price out has the usual one."""
+        """Read the entry's `billing`. A tier takes any price that it leaves out from
+        the first tier."""
         listed = as_object(billing.get("token_prices"))
         batch = count_or_zero(listed.get("batch_size"))
         usual = as_object(listed.get("default"))
@@ -2199,7 +2209,8 @@ class Model:
 
     @classmethod
     def from_entry(cls, entry: Json) -> Model:
-        """Absent `supported_endpoints` means chat only (older models) or embeddings."""
+        """Read an entry. If `supported_endpoints` is absent, it serves chat only (older
+        models) or embeddings."""
         about = as_object(entry.get("capabilities"))
         kind = str(about.get("type") or "chat")
         usual = {"chat": ("/chat/completions",), "embeddings": ("/embeddings",)}.get(
@@ -2236,7 +2247,8 @@ class Model:
 
     @property
     def is_listed(self) -> bool:
-        """Shown by default: embeddings, and chat models that are meant for users and allowed."""
+        """Is the model shown by default? Embeddings are, and chat models that are meant
+        for users and allowed."""
         return self.kind == "embeddings" or (
             self.kind == "chat" and self.picker and self.state != "disabled"
         )
@@ -2311,7 +2323,7 @@ class Model:
         return message or (f"{percent:g} % off" if percent else "")
 
     def limit(self, name: str) -> int:
-        """A limit in tokens, 0 when the upstream gives none."""
+        """A limit in tokens, 0 if the upstream lists none."""
         return count_or_zero(self.limits.get(name))
 
     @functools.cached_property
@@ -2321,7 +2333,7 @@ class Model:
         return Prices.read(as_object(self.entry.get("billing")))
 
     def output_cap(self, stream: bool) -> int:
-        """The largest max_tokens that the upstream takes for such a call, 0 when unknown."""
+        """The largest max_tokens that the upstream takes for such a call, 0 if unknown."""
         most, whole = (
             self.limit("max_output_tokens"),
             self.limit("max_non_streaming_output_tokens"),
@@ -2332,7 +2344,7 @@ class Model:
 
 
 class Losses(List[Tuple[str, str]]):
-    """The parts of a request that did not go upstream: (field, reason), each once.
+    """The parts of a request that were not sent upstream: (field, reason), each once.
 
     Clients invent field names, so at most MAX_LOSSES are recorded, with names of at
     most MAX_LOSS_CHARS in printable ASCII; `more` counts the others."""
@@ -2341,7 +2353,7 @@ class Losses(List[Tuple[str, str]]):
     _known: set[tuple[str, str]]  # most requests need none
 
     def add(self, name: str, reason: str) -> None:
-        """Record one; the time for it does not depend on how many there are."""
+        """Record one, in a time that does not depend on how many there are."""
         loss = (printable(name, MAX_LOSS_CHARS).replace(",", ";"), reason)
         if not self:
             self._known = set()
@@ -2355,12 +2367,13 @@ class Losses(List[Tuple[str, str]]):
 
 
 class BodyEdit:
-    """A request body that is being made fit for the upstream, and the record of what
-    was done. As long as `changed` is False the bytes that the client sent go upstream
-    as they are. Fields that are only added at the top level are put before them, as
-    long as nothing is rewritten.
+    """A request body that is being made fit for the upstream, and the record of the
+    changes.
 
-    added: the names of such fields; is_rewritten: something else has changed, too."""
+    While `changed` is False the bytes that the client sent go upstream as they are.
+    Fields that are only added at the top level are put before these bytes, while
+    nothing is rewritten. added: the names of such fields; is_rewritten: something else
+    has changed, too."""
 
     added: frozenset[str] = frozenset()  # nearly always this one
     changed = False
@@ -2384,7 +2397,7 @@ class BodyEdit:
         ] = {}  # a shortened tool's name as JSON -> the client's
 
     def note_words(self, is_words: bool) -> None:
-        """Is it a conversation of roles and texts, and nothing else?"""
+        """Record that the body is a conversation of roles and texts, and nothing else."""
         self.is_words = is_words
 
     def forget_body(self) -> None:
@@ -2393,7 +2406,8 @@ class BodyEdit:
         self.body = {}
 
     def set(self, target: Json, key: str, value: Any) -> None:
-        """Set `key` where it is not `value` already; its place among the keys stays."""
+        """Set `key` unless its value is `value` already; its place among the keys
+        stays."""
         if (
             key not in target
             or target[key] != value
@@ -2407,11 +2421,12 @@ class BodyEdit:
             target[key] = value
 
     def note_change(self) -> None:
-        """The client's own bytes cannot be used any more."""
+        """Record that the client's own bytes cannot be used any more."""
         self.changed = self.is_rewritten = True
 
     def drop(self, target: Json, key: str, reason: str = "") -> Any:
-        """Remove `key` if it is present; with a reason the loss is recorded."""
+        """Remove `key` if it is present and return its value. With a reason the loss is
+        recorded."""
         if key not in target:
             return None
         self.note_change()
@@ -2440,7 +2455,7 @@ class Part:
     cache: bool = False
 
     def mark_cached(self) -> None:
-        """The client wants the prompt cache to end here."""
+        """Record that the client wants the prompt cache to end here."""
         self.cache = True
 
 
@@ -2531,7 +2546,8 @@ class ToolResult(Part):
 
 @dataclass
 class SearchCall(Part):
-    """The model wants the web searched, and the proxy does it.  In answers only, and whole."""
+    """The model wants a search of the web, which the proxy makes. It stands in answers
+    only, and whole."""
 
     id: str
     query: str
@@ -2570,11 +2586,10 @@ class Turn:
 
 @dataclass
 class Tool:
-    """A function that the client runs. `parameters`: a JSON schema, None when there is
-    none. kind: how its client knows it, which decides the form of its calls:
-    "function", "custom" (freeform: the client gives and gets bare text) or a type of
-    CLIENT_TOOLS. namespace, short_name: of a tool that its client knows under two
-    names."""
+    """A function that the client runs. parameters: a JSON schema, or None. kind:
+    decides the form of its calls: "function", "custom" (freeform: the client sends and
+    receives bare text) or a type of CLIENT_TOOLS. namespace, short_name: of a tool that
+    its client knows under two names."""
 
     name: str
     description: str | None = None
@@ -2590,9 +2605,9 @@ class Tool:
 class SearchTool:
     """A search of the web that the client wants its vendor's servers to run.
 
-    source: as the client wrote it; max_uses: 0 for no limit of the client's; filters,
+    source: as the client wrote it; max_uses: 0 if the client sets no limit; filters,
     location: in OpenAI's words; size: how much of the pages is to be read, "" for the
-    usual."""
+    usual amount."""
 
     source: Json
     max_uses: int = 0
@@ -2696,44 +2711,47 @@ class Request:
             setattr(self, name, value)
 
     def answer_as(self, now: int, key: str) -> None:
-        """The answer's time in unix seconds, and the key that its ids are made of."""
+        """Set the answer's time in unix seconds, and the key from which its ids are
+        made."""
         self.now = now
         self.key = key
 
     def report_usage(self) -> None:
-        """The client wants to read the usage at the end of a stream."""
+        """Record that the client wants to read the usage at the end of a stream."""
         self.wants_usage = True
 
     def watch_for(self, stops: list[str]) -> None:
-        """The proxy itself ends the answer at these."""
+        """Let the proxy itself end the answer at these sequences."""
         self.cut_at = stops
 
     def measure(self, elapsed_ns: Callable[[], int]) -> None:
-        """Take the time with this from now on."""
+        """Use this function for the elapsed time from now on."""
         self.elapsed_ns = elapsed_ns
 
     def set_prompt_tokens(self, prompt_tokens: int) -> None:
-        """Note the estimate of the prompt."""
+        """Set the estimate of the prompt's length."""
         self.prompt_tokens = prompt_tokens
 
     def lose(self, name: str, reason: str) -> None:
-        """Record that a part of the request does not go upstream."""
+        """Record that a part of the request is not sent upstream."""
         self.losses.add(name, reason)
 
     def choose(self, choice: str | Named) -> None:
-        """This is the tool_choice."""
+        """Set the tool_choice."""
         self.tool_choice = choice
 
     def offer_search(self, tool: SearchTool) -> None:
-        """Note the hosted search; the first one counts."""
+        """Record the hosted search that the client offers; only the first one counts."""
         self.search = self.search or tool
 
     def forget_turns(self) -> None:
-        """They are written down: the request lives as long as its answer, they need not."""
+        """Drop the turns once they are encoded: the request lives as long as its
+        answer, they need not."""
         self.turns = []
 
     def add_turn(self, role: str, parts: list[Part]) -> None:
-        """Parts of one turn; those that belong in another's become turns of their own."""
+        """Add the parts of one turn. Parts that belong to the other role become turns
+        of their own."""
         if all(side_of(part, role) == role for part in parts):
             self._add_turn(role, parts)
             return
@@ -2741,7 +2759,8 @@ class Request:
             self._add_turn(side_of(part, role), [part])
 
     def _add_turn(self, role: str, parts: list[Part]) -> None:
-        """Results of one round of tools belong into one user turn, a model's parts into one."""
+        """Add parts of one role. The results of one round of tools belong into one user
+        turn, and a model's parts into one turn as well."""
         last = self.turns[-1] if self.turns else None
         is_all_results = bool(parts) and all(
             isinstance(part, ToolResult) for part in parts
@@ -2795,7 +2814,7 @@ class ResponseStart(Event):
 
 @dataclass
 class PartStart(Event):
-    """`part`: a skeleton; its text or arguments come as deltas."""
+    """The start of a part. part: a skeleton, whose text or arguments follow as deltas."""
 
     index: int
     part: Part
@@ -2837,7 +2856,7 @@ class PartEnd(Event):
 
 @dataclass
 class ResponseEnd(Event):
-    """`stop`: see Response."""
+    """The end of an answer. stop: see Response."""
 
     stop: str
     usage: Usage | None = None
@@ -2850,7 +2869,7 @@ class StreamError(Event):
 
 
 def shows(event: Event) -> bool:
-    """Is this an event of which a user sees something?"""
+    """Does a user see something of this event?"""
     if isinstance(event, PartStart):
         return not isinstance(event.part, (Text, Reasoning))
     return isinstance(event, (PartDelta, PartCitation, ResponseEnd))
@@ -2866,13 +2885,13 @@ def text_in(part: Part) -> str:
 
 
 def with_text(part: Part, text: str) -> Part:
-    """The part with other words, as far as it has any."""
+    """The part with another text, if it is a part that has one."""
     name = _TEXT_FIELDS.get(type(part))
     return replace(part, **{name: text}) if name else part  # type: ignore[type-var]
 
 
 def skeleton(part: Part) -> Part:
-    """The part without what comes as deltas and signature."""
+    """The part without what follows as deltas and signature."""
     if isinstance(part, Reasoning):
         if part.redacted:
             return part
@@ -2917,7 +2936,7 @@ def unfold(response: Response) -> Iterator[Event]:
 
 
 class PartBuilder:
-    """A part of an answer that is put together from its events."""
+    """Builds a part of an answer from its events."""
 
     def __init__(self, part: Part) -> None:
         self.part = part
@@ -2926,7 +2945,7 @@ class PartBuilder:
         self.citations: list[Citation] = []
 
     def add(self, event: Event) -> None:
-        """One more event of this part."""
+        """Add the next event of this part."""
         if isinstance(event, PartDelta):
             self.texts.append(event.text)
             self.logprobs += event.logprobs or ()
@@ -2941,7 +2960,7 @@ class PartBuilder:
             )
 
     def build(self) -> Part:
-        """The part with all that was added."""
+        """The part with everything that was added."""
         part = with_text(self.part, text_in(self.part) + "".join(self.texts))
         if isinstance(part, Text) and (self.logprobs or self.citations):
             return replace(
@@ -3011,8 +3030,8 @@ class RequestHead:
         return "close" not in wish and (self.minor == 1 or "keep-alive" in wish)
 
     def body_form(self, length: str | None) -> tuple[int, bool]:
-        """(length, is chunked) of a request with this head and this Content-Length;
-        every form that could be read in two ways is a 400."""
+        """(length, is chunked) of a request with this head and this Content-Length.
+        Raises BadRequest for every form that could be read in two ways."""
         coding = self.headers.get("transfer-encoding")
         if coding is not None:
             if length is not None or self.minor == 0:
@@ -3087,13 +3106,14 @@ _LENGTH_FIELD = re.compile(
 
 
 def parse_request_head(raw: bytes) -> tuple[RequestHead, str | None]:
-    """A request head without its closing empty line, and its Content-Length. Raises
-    BadRequest (400, 414, 431, 505).
+    """Parse a request head without its closing empty line: (the head, its
+    Content-Length). Raises BadRequest (400, 414, 431, 505).
 
     b"PUT / HTTP/1.1\\r\\nHost: a\\r\\nContent-Length: 5"
     -> RequestHead("PUT", "/", 1, {"host": "a"}), "5"
 
-    Clients repeat their heads but for the length of the body: they get one object."""
+    Clients repeat their heads except for the length of the body, so equal heads share
+    one object."""
     if len(raw) > MAX_KEPT_HEAD_BYTES:
         return _parse_request_head(raw)
     found = _LENGTH_FIELD.search(raw)
@@ -3128,9 +3148,9 @@ def parse_status_line(line: str) -> tuple[int, str]:
 
 def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
     """(status, phrase, headers). Lenient: the upstream is trusted not to smuggle, but
-    may fold lines, repeat fields or send what is no field, which is left out. Control
-    characters become spaces, because the values go on to clients. Raises UpstreamError
-    when it is no HTTP head."""
+    may fold lines, repeat fields or send lines that are no fields, which are left out.
+    Control characters become spaces, because the values are passed on to clients.
+    Raises UpstreamError if it is no HTTP head."""
     line, _, rest = raw.decode("latin-1").partition("\n")
     status, reason = parse_status_line(line[:MAX_TARGET_BYTES])
     fields_ = _PLAIN_FIELD.findall(rest)
@@ -3254,7 +3274,7 @@ class BodyDecoder:
         return taken
 
     def end(self) -> None:
-        """The body ends here: it is complete, or the connection that delimits it has
+        """End the body here: it is complete, or the connection that delimits it has
         ended."""
         self.done = True
 
@@ -3296,8 +3316,8 @@ class BodyDecoder:
 
     @staticmethod
     def _whole_chunks(data: bytes, position: int, out: list[bytes]) -> int:
-        """The hot path: behind the data of a chunk, all chunks that follow and are here
-        whole -> where the data of the last one ends."""
+        """Decode all chunks that are here whole, behind the data of a chunk; returns
+        where the data of the last one ends. This is the hot path."""
         add, size_of, end = out.append, _CHUNK_SIZES.get, len(data)
         while True:
             begin = position + _SIZE_2
@@ -3337,8 +3357,8 @@ class BodyDecoder:
 
 
 def body_decoder(headers: Headers) -> BodyDecoder:
-    """For the body of an upstream's answer. Raises UpstreamError if its length is not a
-    number."""
+    """Make the decoder for the body of an upstream's answer. Raises UpstreamError if
+    its length is not a number."""
     coding = headers.get("transfer-encoding")
     if coding is not None and "chunked" in coding.lower():
         return BodyDecoder(chunked=True)
@@ -3356,7 +3376,8 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 
 def inflate(data: bytes, coding: str) -> bytes:
-    """Undo a Content-Encoding of a request.  Raises BadRequest: 415 unknown, 413 a bomb, 400."""
+    """Undo a Content-Encoding of a request. Raises BadRequest: 415 for an unknown
+    coding, 413 for a bomb, 400."""
     bits = {"gzip": 31, "x-gzip": 31, "deflate": 15}.get(coding.strip().lower())
     if coding.strip().lower() in ("", "identity"):
         return data
@@ -3396,7 +3417,7 @@ class FrameCutter:
         self._carry = b""  # a CR whose LF may be in the next read
 
     def feed(self, data: bytes) -> bytes:
-        """Whole frames as one block, b'' while there is none."""
+        """The frames that are whole by now, as one block, b'' while there is none."""
         if (
             data[-2:] == b"\n\n"
             and not self._size
@@ -3458,7 +3479,8 @@ class Frame:
 
     @classmethod
     def parse(cls, raw: bytes) -> Frame:
-        """Several data lines are joined by a line end; comments and other fields are left out."""
+        """Parse a frame. Several data lines are joined by line ends; comments and other
+        fields are left out."""
         if raw.startswith(b"data: ") and raw.find(b"\n") >= len(raw.rstrip(b"\n")):
             return cls("", raw[6:].rstrip(b"\n"))
         event, data = "", []
@@ -3486,8 +3508,8 @@ def split_frames(block: bytes) -> list[bytes]:
 
 
 def frame_border(block: bytes) -> int:
-    """Where the frame near the middle of a block of whole frames ends; 0 if there is
-    only one."""
+    """The end of the frame near the middle of a block of whole frames; 0 if there is
+    only one frame."""
     middle = len(block) // 2
     cut = block.find(b"\n\n", middle) + 2
     if cut < 2 or cut == len(block):
@@ -3523,7 +3545,7 @@ class SSEDecoder:
         return self._frames(self._cutter.feed(data))
 
     def close(self) -> list[Frame]:
-        """The last event when the stream ended without an empty line."""
+        """The last event if the stream ended without an empty line."""
         return self._frames(self._cutter.flush())
 
     @staticmethod
@@ -3642,7 +3664,7 @@ class FrameHead(NamedTuple):
 
     @property
     def is_text(self) -> bool:
-        """Does it belong to a message?"""
+        """Does the frame belong to a message?"""
         return self.kind < CLOSE_FRAME
 
 
@@ -3789,7 +3811,7 @@ class SocketDecoder:
             raise BadFrame("a text is not UTF-8", NOT_UTF8) from None
 
     def _end(self, frame: FrameHead) -> list[SocketMessage]:
-        """A frame is complete -> the message that it completes, if any."""
+        """End a frame. Returns the message that it completes, if any."""
         self._frame = None
         if not frame.is_text:
             control, self._control = self._control, b""
@@ -6486,11 +6508,12 @@ class ChatCall:
 
 
 class ChatChunks:
-    """Makes Chat's chunks uniform. Claude's turns arrive split over several choices:
-    their deltas are joined. Tool calls are numbered from 0 by first appearance. The
-    finish reason waits for the end, because a client stops reading tool calls at the
-    first one it sees. A call begins when its name is known, because clients take the
-    name from its first delta only."""
+    """Makes Chat's chunks uniform.
+
+    Claude's turns arrive split over several choices: their deltas are joined. Tool
+    calls are numbered from 0 by first appearance. The finish reason waits for the end,
+    because a client stops reading tool calls at the first one it sees. A call begins
+    when its name is known, because clients take the name from its first delta only."""
 
     def __init__(self) -> None:
         self.reason = ""
@@ -13598,7 +13621,7 @@ _SUFFIX = re.compile(
 
 
 def normalise_model(asked: str) -> list[str]:
-    """The ids that a client's spelling may stand for, most literal first.
+    """The ids that a client's spelling may stand for, the most literal first.
     'anthropic/claude-haiku-4-5-20251001' -> [..., 'claude-haiku-4-5',
     'claude-haiku-4.5']"""
     names = [asked, asked.strip().lower()]
@@ -13733,8 +13756,8 @@ class ModelName:
 
     @property
     def is_light(self) -> bool:
-        """Is it one of the small, cheap ones? The GPTs before 5 count among them: they
-        cost no premium request, and GPT-5 mini is what is left of that kind."""
+        """Is it one of the small, cheap models? The GPTs before 5 count among them:
+        they cost no premium request, and GPT-5 mini is what is left of that kind."""
         is_old_gpt = self.line == "gpt" and () < self.version < (5,)
         return is_old_gpt or bool(self.words & _LIGHT_WORDS)
 
@@ -13745,9 +13768,9 @@ class ModelName:
         return major * 1000 + minor
 
     def distance_to(self, other: ModelName) -> tuple[int, ...]:
-        """Smallest for the model that replaces this one best: of the same size and
-        kind, rather the next newer version than an older one. Without a version the
-        newest is meant."""
+        """A key that is smallest for the model that replaces this one best: of the same
+        size and kind, and rather the next newer version than an older one. A name
+        without a version means the newest."""
         differing = len((self.words ^ other.words) - _PLAIN_WORDS)
         unlike = int(self.is_light != other.is_light)
         if not self.version:
@@ -13783,7 +13806,7 @@ def _newest_claude(name: str, models: list[Model]) -> Model | None:
 
 def _nearest_in_line(name: str, models: list[Model]) -> Model | None:
     """The nearest model of the same line. None for a name with unknown words, which may
-    be mistyped, and for one that names no more than the line."""
+    be a typing error, and for a name that is only the line's."""
     asked = ModelName.parse(name)
     kin = [(ModelName.parse(model.id), model) for model in models]
     kin = [(parsed, model) for parsed, model in kin if parsed.line == asked.line]
@@ -13812,7 +13835,8 @@ def _cheap_model(models: list[Model]) -> Model | None:
 
 
 def _is_gemini_helper(name: str) -> bool:
-    """Gemini CLI asks small models of Google's by itself, which an account may not have."""
+    """Is it a small model of Google's that Gemini CLI asks on its own account? The
+    account may not have it."""
     parsed = ModelName.parse(name)
     known = _LIGHT_WORDS | _OTHER_WORDS | _PLAIN_WORDS
     return parsed.line == "gemini" and bool(parsed.version) and parsed.words <= known
@@ -13853,7 +13877,8 @@ def last_words(body: Json) -> str:
 
 
 def is_search_request(body: Json) -> bool:
-    """Is it Claude Code's search, a request of its own?  Every model could answer it."""
+    """Is it Claude Code's search, which is a request of its own? Any model could answer
+    it."""
     tools = dicts_in(body, "tools")
     return (
         bool(tools)
@@ -13876,7 +13901,7 @@ class SearchQuery:
         return cls(query, search_tool(dicts_in(body, "tools")[0]))
 
     def request(self, model: Model) -> Json:
-        """The body for /responses."""
+        """The body for POST /responses."""
         tool = without_none(
             type="web_search",
             filters=self.tool.filters or None,
@@ -13943,7 +13968,8 @@ class AutoInput:
 
     @classmethod
     def read(cls, key: str | None, tier: str, body: Json) -> AutoInput:
-        """From a request of any dialect.  Without a key its beginning stands for one."""
+        """Read a request of any dialect. Without a key the beginning of the
+        conversation serves as one."""
         texts: list[str] = []
         summary = ""
         turns = body.get("messages", body.get("input", body.get("contents")))
@@ -13968,7 +13994,8 @@ class AutoInput:
         )
 
     def fits(self, old: AutoInput, model: Model) -> bool:
-        """May the choice for an older wish go on?  The prompt cache is lost with another model."""
+        """May the choice that was made for an older input stay? Another model would
+        lose the prompt cache."""
         sees = (
             not self.has_image or old.has_image or model.supports.get("vision") is True
         )
@@ -13976,7 +14003,8 @@ class AutoInput:
 
 
 def auto_models(models: list[Model]) -> list[Model]:
-    """Entries for `auto` and its tiers, with the limits that hold whatever is chosen."""
+    """The entries for `auto` and its tiers, with the limits that hold whichever model
+    is chosen."""
     routable = [m for m in models if m.prices.auto_discount] or [
         m for m in models if m.kind == "chat" and m.is_listed
     ]
@@ -14074,8 +14102,8 @@ def is_same_model(asked: str, model: Model) -> bool:
 
 
 def _most_alike(name: str, ids: list[str], most: int) -> list[str]:
-    """The ids that share most pieces of three letters with `name`: a quick choice of
-    those that are worth a closer look."""
+    """The ids that share the most pieces of three letters with `name`: a quick choice
+    of those that are worth a closer look."""
     pieces = {name[start : start + 3] for start in range(max(len(name) - 2, 1))}
     return sorted(
         ids, key=lambda one: sum(piece in one for piece in pieces), reverse=True
@@ -14083,8 +14111,8 @@ def _most_alike(name: str, ids: list[str], most: int) -> list[str]:
 
 
 def nearest_ids(asked: str, models: list[Model], count: int = 3) -> list[str]:
-    """Ids that come nearest to `asked`, for the text of a 404: first the one that would
-    answer for it, then those that look most like it."""
+    """The ids nearest to `asked`, for the text of a 404: first the one that would be
+    used in its place, then those that look most like it."""
     import difflib
 
     ids = [m.id for m in models if m.is_listed] or [m.id for m in models]
@@ -14126,8 +14154,8 @@ _WIDE_BETA = "context-1m-"
 
 
 def wider_sibling(model: Model, betas: str, models: list[Model]) -> Model:
-    """The sibling with a context of a million tokens, where the client's
-    `anthropic-beta` asks for it and one is listed; else the model itself."""
+    """The sibling with a context of a million tokens if the client's `anthropic-beta`
+    asks for it and one is listed; else the model itself."""
     if _WIDE_BETA not in betas or "-1m" in model.id:
         return model
     names = (model.id + "-1m", model.id + "-1m-internal")
@@ -14135,7 +14163,7 @@ def wider_sibling(model: Model, betas: str, models: list[Model]) -> Model:
 
 
 def check_endpoint(model: Model, path: str) -> None:
-    """Raises BadRequest when the model cannot be asked at this upstream path."""
+    """Raise BadRequest if the model does not serve this upstream path."""
     if path not in model.endpoints:
         spoken = (
             ", ".join(e for e in model.endpoints if e.startswith("/")) or "no endpoint"
@@ -14181,9 +14209,9 @@ def choose_upstream(
 
 
 def needs_hub(client: Dialect, body: Json, model: Model) -> bool:
-    """Does a request need translation though model and client speak one dialect? So it
-    is with stop sequences that the upstream cannot watch for, and with OpenAI's
-    freeform tools, which its models know from GPT-5 on."""
+    """Does a request need translation although model and client speak one dialect? It
+    does with stop sequences that the upstream cannot watch for, and with OpenAI's
+    freeform tools if the model does not know them; OpenAI's do from GPT-5 on."""
     stops = body.get(client.stop_key)
     if stops is not None and not client.accepts_stops(words(stops), model):
         return True
@@ -14198,7 +14226,7 @@ _LONG_WISHES = ("max_tokens", "max_completion_tokens")
 
 
 def fold_long_answer(edit: BodyEdit, upstream: Dialect, model: Model) -> None:
-    """Ask for a stream where a whole answer as long as the client allows would be refused."""
+    """Ask for a stream if a whole answer as long as the client allows would be refused."""
     body = edit.body
     if not upstream.has_whole_answer_limit or body.keys().isdisjoint(_LONG_WISHES):
         return
@@ -14225,11 +14253,11 @@ class PlanRepairs:
     known: int = 0
 
     def share(self, names: list[str]) -> None:
-        """Go on with the list of an earlier plan of this request."""
+        """Continue the list of an earlier plan of this request."""
         self.names = names
 
     def use(self, memory: Any, known: int) -> None:
-        """This account's memory is asked, and learns."""
+        """Use this account's memory, which also learns."""
         self.memory = memory
         self.known = known
 
@@ -14837,9 +14865,9 @@ _STATE_KINDS = (
 
 
 def places(value: Any, path: str) -> list[tuple[Json, str]]:
-    """(object, key) of all that a validator's path means: a number stands for every
-    element, the tag of a union for nothing. 'tools.0.custom.strict' -> `strict` of each
-    such tool."""
+    """(object, key) of every place that a validator's path means. A number stands for
+    every element, the tag of a union for nothing. 'tools.0.custom.strict' -> `strict`
+    of each such tool."""
     path = path.replace("[", ".").replace("]", "")
     if path.count(".") > MAX_PATH_STEPS:  # each may be a tag: two ways to go on
         return []
@@ -14864,7 +14892,8 @@ def avoid(plan: Plan, what: str) -> bool:
 
 
 def drop_places(plan: Plan, fields: list[tuple[Json, str]]) -> bool:
-    """Remove these fields, unless one of them carries the meaning."""
+    """Remove these fields, unless one of them carries the meaning of the request.
+    Returns True if they were removed."""
     for holder, key in fields:
         if (
             _MEANT.fullmatch(key)
@@ -14935,7 +14964,7 @@ def clamp(plan: Plan, path: str, side: str, limit: str) -> bool:
 
 
 def rename_limit(plan: Plan, old: str) -> bool:
-    """max_tokens as max_completion_tokens, or the reverse."""
+    """Rename max_tokens to max_completion_tokens, or the reverse."""
     body, names = plan.edit.body, plan.upstream.limit_names
     if old not in body or old not in names:
         return False
@@ -14968,7 +14997,8 @@ def lower_effort(plan: Plan, words: str) -> bool:
 
 
 def stop_thinking(plan: Plan) -> bool:
-    """A round of tools that was begun without thinking must be ended without."""
+    """Turn thinking off in a round of tools that was begun without it: the upstream
+    refuses the switch."""
     kinds = [
         str(as_object((as_list(turn.get("content")) or [0])[0]).get("type"))
         for turn in plan.turns[-2:]
@@ -14980,7 +15010,7 @@ def stop_thinking(plan: Plan) -> bool:
 
 
 def drop_cache_times(plan: Plan) -> bool:
-    """The prompt cache for its usual time: it only costs differently."""
+    """Ask the prompt cache for its usual time instead; only the price differs."""
     was_removed = False
     for mark in Messages.cache_marks(plan.edit.body):
         was_removed = mark.pop("ttl", None) is not None or was_removed
@@ -15036,14 +15066,14 @@ def image_mark(part: Json) -> str:
 
 
 def note_images_left(plan: Plan) -> None:
-    """Remove the header that announces images together with the last image."""
+    """Remove the header that announces images if the last image is gone."""
     if not plan.upstream.has_images(plan.edit.body):
         plan.headers.pop("Copilot-Vision-Request", None)
 
 
 def keep_images(plan: Plan, most: str) -> bool:
-    """A note instead of the oldest images until the newest `most` are left; never of
-    those that the user asks about now."""
+    """Replace the oldest images by a note until the newest `most` are left. Images that
+    the user asks about now stay."""
     size = len(dumps(plan.edit.body))
     is_changed = shed_images(plan.edit, size, size, int(most))
     note_images_left(plan)
@@ -15109,7 +15139,7 @@ def drop_tool(plan: Plan, name: str) -> bool:
 
 
 def drop_betas(plan: Plan, names: str) -> bool:
-    """Take the betas that the upstream names out of `anthropic-beta`."""
+    """Remove the betas that the upstream names from `anthropic-beta`."""
     sent = plan.headers.get("anthropic-beta", "")
     named = [word for word in re.findall(r"[\w-]+", names) if re.search(r".-\d", word)]
     remaining = ",".join(beta for beta in sent.split(",") if beta not in named)
@@ -15252,8 +15282,9 @@ def is_echo(words: str, body: Json) -> bool:
 
 
 class LearnedRepairs:
-    """The refusals of one account's upstream, bounded, for the life of the process.
-    refused: (model id, path) pairs that a model does not serve, see also BY_HUB."""
+    """What the upstream of one account has refused, bounded, for the life of the
+    process. refused: (model id, path) pairs that a model does not serve, see also
+    BY_HUB."""
 
     def __init__(self) -> None:
         self.refused: set[tuple[str, str]] = set()
@@ -15267,7 +15298,8 @@ class LearnedRepairs:
         self._bad: set[str] = set()  # marks of refused state
 
     def is_bad(self, data: str, known: bool) -> bool:
-        """Was this refused before (known), or just now: then it is remembered."""
+        """Was this refused before? With known=False it is refused just now, and is
+        remembered."""
         mark = stable_id("", data)
         if not known and len(self._bad) < MAX_MARKS:
             self._bad.add(mark)
@@ -15275,7 +15307,7 @@ class LearnedRepairs:
 
     def prepare(self, plan: Plan, known: int | None = None) -> None:
         """Change a plan by what was learned before. known: how much had been refused
-        when it was begun, as much as now by default."""
+        when the plan was begun; by default, as much as now."""
         if known is None:
             known = len(self.refused)
         plan.repairs.use(self, known)
@@ -15287,7 +15319,8 @@ class LearnedRepairs:
                     plan.repairs.names.append(repair.name)
 
     def repair(self, plan: Plan, error: ProxyError) -> bool:
-        """Change a refused plan so that it can be asked again; False: no row knows how."""
+        """Change a refused plan so that it can be sent again. Returns False if no row
+        of the table knows how."""
         if not isinstance(error, UpstreamError) or not error.answered:
             return False
         said = "code=%s param=%s %s" % (error.code or "", error.param or "-", error)
@@ -15322,7 +15355,7 @@ class LearnedRepairs:
         return is_changed
 
     def learn(self, plan: Plan) -> None:
-        """The plan was accepted: remember the repairs that helped."""
+        """Remember the repairs that helped, because the plan was accepted."""
         for lesson in plan.repairs.lessons:
             if lesson[0].keeps == FOR_MODEL:
                 store = self._facts
@@ -15376,8 +15409,8 @@ def is_limit(error: ProxyError) -> bool:
 def _quota_left(
     snapshot: Json, total: float | None
 ) -> tuple[float | None, float | None]:
-    """(what is left of a quota, the same in percent), each made from the other one where
-    only that is reported."""
+    """(the remainder of a quota, the same in percent). If only one is reported, the
+    other is computed from it."""
     left = text_number_or_none(
         snapshot.get("quota_remaining", snapshot.get("remaining"))
     )
@@ -15438,9 +15471,9 @@ def quota_lane(name: str, snapshot: Any) -> Json:
 
 
 def lane_rooms(lanes: Mapping[str, Any]) -> dict[str, float]:
-    """Lane -> percent left, infinity where overage is permitted; of the lanes that
-    limit something here. Completions are an editor's own; the lane of premium requests
-    has two names."""
+    """Lane -> percent left, infinity if overage is permitted, for the lanes that limit
+    something here. Completions are an editor's own; the lane of premium requests has
+    two names."""
     rooms: dict[str, float] = {}
     for name, snapshot in list(lanes.items())[:MAX_NAMES]:
         lane = quota_lane(name, snapshot)
@@ -15458,19 +15491,20 @@ def lane_rooms(lanes: Mapping[str, Any]) -> dict[str, float]:
 
 @functools.lru_cache(maxsize=HEADS_KEPT)
 def is_quota_name(name: str) -> bool:
-    """Is this the name of a header with a quota?"""
+    """Is this the name of a header that reports a quota?"""
     return name.startswith(QUOTA_PREFIXES)
 
 
 @functools.lru_cache(maxsize=HEADS_KEPT)
 def lane_name(name: str) -> str:
-    """The lane that a header with a quota reports on.  x-quota-snapshot-chat -> chat"""
+    """The lane that a quota header reports. x-quota-snapshot-chat -> chat"""
     prefix = next(filter(name.startswith, QUOTA_PREFIXES))
     return name[len(prefix) :]
 
 
 def header_lanes(headers: Headers) -> dict[str, str]:
-    """Lane -> what an answer's headers say of it.  {"weekly": "ent=300&rem=75.5&rst=2026-..."}"""
+    """Lane -> the snapshot in an answer's headers. {"weekly":
+    "ent=300&rem=75.5&rst=2026-..."}"""
     return {lane_name(name): headers[name] for name in filter(is_quota_name, headers)}
 
 
@@ -15491,9 +15525,9 @@ def exhausted_lanes(error: ProxyError) -> dict[str, float | None]:
 
 
 def named_limit_s(error: ProxyError, now: float) -> float | None:
-    """Seconds until a limit ends, from the unix time `now`, where the upstream names
-    its end: by retry-after (seconds or a date), else in its text ('try again in 2
-    hours', 'resets at 2026-12-01T00:00:00Z'), else by the reset of the lanes that are
+    """The seconds until a limit ends, counted from the unix time `now`, if the upstream
+    names the end: in retry-after (seconds or a date), else in its text ('try again in 2
+    hours', 'resets at 2026-12-01T00:00:00Z'), else as the reset of the lanes that are
     used up."""
     text = str(error).lower()
     after = error.headers.get("retry-after", "").strip()
@@ -15527,14 +15561,14 @@ def named_limit_s(error: ProxyError, now: float) -> float | None:
 
 
 def doubled_s(first_s: float, times: int, most_s: float) -> float:
-    """A pause that was doubled some times.  10 s, 3 times, at most 300 s -> 80 s"""
+    """A pause that was doubled a number of times. 10 s, 3 times, at most 300 s -> 80 s"""
     return min(first_s * 2.0 ** min(times, 30), most_s)
 
 
 def limit_s(error: ProxyError, now: float, repeats: int = 0) -> float:
-    """How long a limit lasts, from the unix time `now`. Nonsense is clamped. Where no
-    end is named: for a quota an hour, else a short while that doubles each time the
-    limit repeats."""
+    """How many seconds a limit lasts, counted from the unix time `now`. Nonsense is
+    clamped. If no end is named, a quota lasts an hour, and any other limit a short
+    while that doubles each time it repeats."""
     named, most_s = named_limit_s(error, now), LIMIT_S
     usual_s = doubled_s(LIMIT_PAUSE_S, repeats, LIMIT_PAUSE_MAX_S)
     if is_quota(error):
@@ -15551,10 +15585,10 @@ def limit_s(error: ProxyError, now: float, repeats: int = 0) -> float:
 
 @dataclass(frozen=True)
 class Option:
-    """One setting: `--name`, `COPILOT_PROXY_NAME`, and what it is for. kind: text, int,
+    """One setting: `--name`, `COPILOT_PROXY_NAME`, and its help. kind: text, int,
     float, switch, list; where: the commands that take it, 'network' means all that talk
-    to GitHub; env: further variables, read after COPILOT_PROXY_NAME; value: what its
-    value is, 'a|b' where it is one of these."""
+    to GitHub; env: further variables, read after COPILOT_PROXY_NAME; value: the
+    placeholder in the help, 'a|b' if only these are allowed."""
 
     name: str
     default: Any
@@ -15716,7 +15750,8 @@ _GUARDED_HEADERS = (
 
 
 def parse_value(option: Option, text: str, source: str) -> Any:
-    """A value from the environment or the command line.  Raises ConfigError naming its source."""
+    """Parse a value of the environment or the command line. Raises ConfigError, which
+    names the source."""
     if option.kind in ("int", "float"):
         number = text_number_or_none(text)
         if number is None or option.kind == "int" and number != int(number):
@@ -15799,7 +15834,7 @@ def check_origin(value: str) -> str:
 
 
 def is_allowed_origin(origin: str, allowed: Container[str]) -> bool:
-    """Is this Origin header one of them, or of a scheme that is allowed as a whole?"""
+    """Is this Origin header one of them, or has it a scheme that is allowed as a whole?"""
     known = origin_of(origin)
     return bool(known) and (
         known in allowed or known.partition("://")[0] + "://*" in allowed
@@ -15807,7 +15842,7 @@ def is_allowed_origin(origin: str, allowed: Container[str]) -> bool:
 
 
 def check_host_name(flag: str, value: str) -> str:
-    """A name or address alone, as `split_host` gives it.  Raises ConfigError."""
+    """A name or address without a port, as `split_host` writes it. Raises ConfigError."""
     is_ipv6 = value.count(":") > 1 and value[0] != "["
     name, port = split_host("[%s]" % value if is_ipv6 else value)
     if not name or port:
@@ -15862,7 +15897,8 @@ _KEY = re.compile(r"(?!gh[a-z]_|github_pat_)[!-~]{%d,}\Z" % KEY_MIN_CHARS)
 
 @dataclass
 class Settings:
-    """All settings, checked.  The fields of OPTIONS, then timings that only tests change."""
+    """All settings, checked: the fields of OPTIONS, then timings that only tests
+    change."""
 
     port: int = DEFAULT_PORT
     ollama_port: int = 0  # 0: none
@@ -15919,7 +15955,7 @@ class Settings:
     catalogue_age_s: float = CATALOGUE_AGE_S
 
     def use_demo(self, url: str) -> None:
-        """Ask the make-believe GitHub and Copilot at this URL."""
+        """Use the demo's GitHub and Copilot at this URL."""
         self.github_url = url
         self.copilot_url = ""
         self.github_token = "ghu_demo"
@@ -16054,7 +16090,7 @@ class Settings:
 
     @property
     def uploads_url(self) -> str:
-        """Base of GitHub's store of images; "" where there is none."""
+        """Base of GitHub's store of images; "" for hosts without one."""
         host = host_of(self.github_url)
         if host == "github.com":
             return UPLOADS_URL
@@ -16073,7 +16109,7 @@ class Settings:
         return COPILOT_URLS[self.account_type]
 
     def accept_copilot_url(self, url: Any) -> str:
-        """An API base that the server named, if a token may be sent there, else ''."""
+        """The API base that the server named if a token may be sent there, else ''."""
         if not isinstance(url, str) or not url:
             return ""
         match = re.match(r"(https?)://([^/]*)/?\Z", url)
@@ -16140,7 +16176,7 @@ def write_file(path: str, data: bytes) -> None:
 
 
 def save_file(path: str, data: bytes) -> None:
-    """`write_file` with an error for people.  Raises ConfigError."""
+    """As `write_file`, but with an error that people can read. Raises ConfigError."""
     try:
         write_file(path, data)
     except OSError as error:
@@ -16151,7 +16187,8 @@ def save_file(path: str, data: bytes) -> None:
 
 
 def move_aside(path: str, what: str) -> ConfigError:
-    """Rename a file of ours that cannot be parsed -> the error that names both."""
+    """Rename a file of ours that cannot be parsed. Returns the error that names both
+    files."""
     aside = "%s.bad-%d" % (path, time.time_ns())
     os.replace(path, aside)
     return ConfigError(
@@ -16176,7 +16213,8 @@ class LoginFile:
         )
 
     def load(self) -> str:
-        """The token, '' when there is none.  A file that holds something else is moved aside."""
+        """The stored token, '' if there is none. A file that holds anything else is
+        moved aside."""
         try:
             with open(self.path, "rb") as file:
                 text = file.read(4096).decode("ascii").strip()
@@ -16193,11 +16231,11 @@ class LoginFile:
         return text
 
     def save(self, token: str) -> None:
-        """Raises ConfigError."""
+        """Store the token. Raises ConfigError."""
         save_file(self.path, token.encode("ascii"))
 
     def delete(self) -> bool:
-        """True if there was a login."""
+        """Forget the login. Returns True if there was one."""
         try:
             os.unlink(self.path)
             return True
@@ -16226,11 +16264,13 @@ def new_key() -> str:
 
 
 class KeyFile:
-    """`proxy_accounts.json`: keys made here, as hashes, and the GitHub tokens of those
-    that browsers logged in for; with the keys from flags. Hashes are keyed with the
-    file's salt. What another process writes is noticed. Thread-safe; `_lock` guards all
-    fields and, unlike others, is held while the file is read and written: changes must
-    not mix."""
+    """The file `proxy_accounts.json`: the keys that were made here, as hashes, and the
+    GitHub tokens of those whose owners logged in through a browser. The keys from flags
+    are checked as well.
+
+    The file's salt keys the hashes. Changes by other processes are noticed.
+    Thread-safe: `_lock` guards all fields. Unlike other locks it is held while the file
+    is read and written, because changes must not mix."""
 
     def __init__(self, path: str, host: str, configured: Iterable[str]) -> None:
         self.path, self._host = path, host
@@ -16246,7 +16286,8 @@ class KeyFile:
         self.is_closed = False  # is a key wanted?  As of `all`; never undone
 
     def all(self) -> list[Key]:
-        """Every key that is good here.  Raises ConfigError for a file that cannot be parsed."""
+        """Every key that is valid here. Raises ConfigError if the file cannot be
+        parsed."""
         self._looked_at = time.monotonic()
         if self._stamp is None and not os.access(self.path, os.F_OK):
             return self._good  # no file, as before: most have none
@@ -16264,14 +16305,14 @@ class KeyFile:
         return self._good
 
     def lately(self) -> list[Key]:
-        """As `all`, but as it was up to KEYS_HOLD_S ago: so many requests at once need
-        one look at the file."""
+        """As `all`, but up to KEYS_HOLD_S old, so that many requests at once need one
+        look at the file."""
         if time.monotonic() - self._looked_at < KEYS_HOLD_S:
             return self._good
         return self.all()
 
     def find(self, text: str) -> Key | None:
-        """The key that this is.  Every hash is compared, in constant time."""
+        """The key with this text, or None. Every hash is compared, in constant time."""
         keys, same = self.all(), None
         digest = self._hash(text) if keys else ""
         for key in keys:
@@ -17979,7 +18020,7 @@ class ImageFetcher:
 
 @dataclass(frozen=True)
 class DeviceCode:
-    """GitHub's answer to a login request; times in seconds."""
+    """GitHub's answer to a request for a login; times in seconds."""
 
     device_code: str
     user_code: str
@@ -18018,7 +18059,8 @@ def read_clock() -> tuple[float, float]:
 
 
 def check_github_token(token: str) -> str:
-    """The token without white space.  Raises AuthError, before any call, for what never works."""
+    """The token without white space. Raises AuthError, before any call, for a token
+    that can never work."""
     token = token.strip()
     if token.startswith(REFUSED_PREFIX):
         raise AuthError(
@@ -18032,7 +18074,7 @@ def check_github_token(token: str) -> str:
 
 
 def machine_hint(token: str) -> str:
-    """How to get a usable token for a machine; part of the text of a refusal."""
+    """How a machine gets a usable token; a part of the text of a refusal."""
     if token.startswith("ghs_"):
         return (
             "a workflow's job needs `permissions: copilot-requests: write`, an app the "
@@ -18045,7 +18087,7 @@ def machine_hint(token: str) -> str:
 
 
 def explain_refusal(token: CopilotToken, error: UpstreamError) -> UpstreamError:
-    """The API's refusal of a token of a machine, with what that token needs."""
+    """The error for an API that refused a machine's token, with what the token needs."""
     is_refused = error.status in (401, 403) or "access token" in str(error).lower()
     if not token.is_machine or not is_refused or is_limit(error):
         return error
@@ -18062,7 +18104,7 @@ def explain_refusal(token: CopilotToken, error: UpstreamError) -> UpstreamError:
 
 
 def override(headers: Headers, own: Mapping[str, str]) -> Headers:
-    """Merge the user's own headers over these, ignoring case."""
+    """Merge the user's own headers over these. Names are compared without case."""
     lower = {name.lower() for name in own}
     if own:
         kept = {k: v for k, v in headers.items() if k.lower() not in lower}
@@ -18155,7 +18197,7 @@ class GitHub:
         )
 
     async def poll(self, code: DeviceCode) -> Json:
-        """GitHub's words on a running login; {} for a passing fault."""
+        """GitHub's answer about a running login; {} for a temporary fault."""
         try:
             status, answer = await self._post(
                 "/login/oauth/access_token",
@@ -18172,7 +18214,7 @@ class GitHub:
         return {}
 
     async def fetch_login(self, token: str) -> str:
-        """The account's name, '' when it cannot be had (it is needed for nothing)."""
+        """The account's name, '' if it cannot be fetched (nothing needs it)."""
         try:
             status, answer, _, _ = await self._get("/user", token)
         except UpstreamError:
@@ -18256,8 +18298,9 @@ class GitHub:
         return next((url for url in accepted if url), self._settings.usual_copilot_url)
 
     async def _use_machine_token(self, token: str) -> CopilotToken:
-        """There is no exchange for it. An app's token may not ask for the account's API
-        host: the usual one serves it. Raises AuthError, UpstreamError."""
+        """Use a machine's token as it is, because there is no exchange for it. An app's
+        token may not ask for the account's API host, so the usual one is used. Raises
+        AuthError, UpstreamError."""
         status, answer, headers, body = await self._get("/copilot_internal/user", token)
         if status == 401 or status >= 500:
             raise self._refusal(status, headers, body, token)
@@ -18324,11 +18367,11 @@ class GitHub:
 
 
 class DeviceLogin:
-    """One login by device flow; `run` blocks until it is granted, refused or stopped.
+    """A login by device flow. `run` blocks until it is granted, refused or stopped.
 
-    `code` is the code that the user must enter, or None, and good until `expires_at`,
-    in Unix time; `problem` is the reason for a failure; `token` is set once the login
-    is granted. renews: an expired code is replaced by a new one."""
+    code: the code that the user must enter, or None; expires_at: the end of its life in
+    unix seconds; problem: the reason for a failure; token: set once the login is
+    granted; renews: an expired code is replaced by a new one."""
 
     def __init__(
         self,
@@ -18346,8 +18389,8 @@ class DeviceLogin:
         self.ready = threading.Event()  # there is a code, or a problem
 
     def run(self) -> str:
-        """The GitHub token. Raises AuthError (denied, refused, expired), UpstreamError
-        (no code to be had); returns '' when stopped."""
+        """Wait for the GitHub token. Raises AuthError (denied, refused, expired),
+        UpstreamError (no code can be had). Returns '' if stopped."""
         while not self.stop.is_set():
             earliest = time.monotonic() + CODE_PAUSE_S
             self.code = run(self._github.request_code())
@@ -18364,7 +18407,8 @@ class DeviceLogin:
         return ""
 
     def start(self, keep: Callable[[str], Any], log: logging.Logger) -> None:
-        """`run` in a thread of its own; `keep` gets the token before it counts as granted."""
+        """Call `run` in a thread of its own. `keep` gets the token before it counts as
+        granted."""
         threading.Thread(
             target=self._run_and_keep,
             args=(keep, log),
@@ -18373,7 +18417,8 @@ class DeviceLogin:
         ).start()
 
     def _run_and_keep(self, keep: Callable[[str], Any], log: logging.Logger) -> None:
-        """Thread: where GitHub cannot be reached it is tried again, else a person must act."""
+        """Body of the thread. While GitHub cannot be reached it tries again; any other
+        failure needs a person."""
         pauses = list(LOGIN_PAUSE_S)
 
         while not self.stop.is_set():
@@ -18400,7 +18445,7 @@ class DeviceLogin:
                 del pauses[0]
 
     def _poll(self, code: DeviceCode) -> str | None:
-        """The token, '' when stopped, None when the code has expired."""
+        """The token, '' if stopped, None if the code has expired."""
         deadline = time.monotonic() + code.expires_in
         interval = code.interval
 
@@ -19641,7 +19686,7 @@ NO_COUNTS = dict.fromkeys(COUNTS)
 
 
 def with_credits(value: Json) -> Json:
-    """A row or sums of rows with its nano-AIU as credits, too."""
+    """Add the credits to a row, or to the sums of rows, next to its nano-AIU."""
     for name, source in (("credits", "nano_aiu"), ("estimated_credits", "estimate")):
         value[name] = None if value.get(source) is None else value[source] / NANO
     return value
@@ -19649,7 +19694,8 @@ def with_credits(value: Json) -> Json:
 
 @functools.lru_cache(maxsize=HEADS_KEPT)
 def client_name(agent: str | None) -> str | None:
-    """The program behind a User-Agent, without its version: an update is no other client."""
+    """The program in a User-Agent, without its version: after an update it is still the
+    same client."""
     if not agent:
         return None
     lowered = agent.lower()
@@ -19663,7 +19709,7 @@ def row_filter(
     wanted: Mapping[str, str], agents: Iterable[str | None]
 ) -> tuple[str, list[Any]]:
     """A condition in SQL and its values. wanted: model, client (a program's name),
-    state, text; '' is no wish. agents: every User-Agent of the history."""
+    state, text; '' if any will do. agents: every User-Agent of the history."""
     parts: list[str] = []
     values: list[Any] = []
 
@@ -19694,14 +19740,14 @@ def objects(cursor: Any) -> list[Json]:
 
 
 def finish_sums(sums: Json) -> Json:
-    """Credits for people, and the mean time to the first byte."""
+    """Add the credits and the mean time to the first byte."""
     timed, total_ms = sums["timed"], sums.pop("first_total_ms")
     sums["first_ms"] = total_ms / timed if timed else None
     return with_credits(sums)
 
 
 def merge_clients(rows: list[Json]) -> list[Json]:
-    """Sums by User-Agent -> by program, the busiest first."""
+    """Merge sums by User-Agent into sums by program, the busiest first."""
     merged: dict[str | None, Json] = {}
 
     for row in rows:
@@ -19715,7 +19761,8 @@ def merge_clients(rows: list[Json]) -> list[Json]:
 
 
 def make_tables(link: Any) -> None:
-    """Make what is missing in the file.  Raises ValueError: it is of another version."""
+    """Create the tables that the file lacks. Raises ValueError if it is of another
+    version."""
     link.execute(
         "CREATE TABLE IF NOT EXISTS requests (n INTEGER PRIMARY KEY, %s)" % COLUMNS
     )
@@ -19741,7 +19788,7 @@ def make_tables(link: Any) -> None:
 
 
 def fold_rows(link: Any) -> bool:
-    """Add the next ROWS_FOLDED rows to `sums` -> were there so many?"""
+    """Add the next ROWS_FOLDED rows to `sums`. Returns False if there are not so many."""
     with link:
         link.execute("BEGIN IMMEDIATE")  # another process may do the same
         found = link.execute(
@@ -19764,10 +19811,10 @@ def fold_rows(link: Any) -> bool:
 
 
 def delete_old(link: Any, now: float) -> None:
-    """Rows and sums that are too old, or too many.
+    """Delete the rows and sums that are too old, or too many.
 
-    Age counts from the newest row that is a week old already, because a clock that
-    stands years ahead for some days would else delete everything."""
+    Age counts from the newest row that is a week old already: otherwise a clock that
+    stands years ahead for some days would delete everything."""
     oldest = link.execute(
         "SELECT MAX(at) + ? FROM requests WHERE at < ?",
         (HISTORY_CLOCK_S - HISTORY_AGE_S, now - HISTORY_CLOCK_S),
@@ -19785,8 +19832,9 @@ def delete_old(link: Any, now: float) -> None:
 
 
 def sums_since(keys: str, which: str) -> str:
-    """A SELECT of `keys`, columns of both tables, and their sums since ?1: of the lines
-    of `sums` and of the rows that are not in there yet. which: a condition in SQL."""
+    """A SELECT of `keys`, columns of both tables, and their sums since ?1, over the
+    lines of `sums` and the rows that are not in there yet. which: a condition in SQL.
+    """
     lines = ", ".join(SUMMED)
     inner_query = (
         f"SELECT hour, {keys}, {lines} FROM sums WHERE {which} "
@@ -19799,8 +19847,8 @@ def sums_since(keys: str, which: str) -> str:
 
 def summarise(link: Any, since: float, with_sessions: bool) -> Json:
     """{"total": one line of sums, "by_day": lines, ...} of the requests since then, a
-    full hour. Sums by hour, model, client and account go into a table in memory, and
-    that is summed up for each answer."""
+    full hour. The sums by hour, model, client and account go into a temporary table,
+    from which each list is summed up."""
     link.execute("DROP TABLE IF EXISTS temp.wanted")
     link.execute(
         "CREATE TEMP TABLE wanted AS %s GROUP BY 1, 2, 3, 4"
@@ -19840,7 +19888,7 @@ def summarise(link: Any, since: float, with_sessions: bool) -> Json:
 
 
 def shown(row: Json) -> Json:
-    """A row as people get it."""
+    """A row in the form that people see."""
     lists = {
         name: (row[name] or "").split(", ") if row[name] else []
         for name in ROW_FIELDS[-3:-1]
@@ -19860,7 +19908,7 @@ def shown(row: Json) -> Json:
 
 def session_key(headers: Headers, body: Json) -> str | None:
     """A short name of the conversation that a request belongs to, made from what the
-    client sends to keep it together; None when it sends nothing of the kind."""
+    client sends to keep it together; None if it sends nothing of the kind."""
     session = body.get("prompt_cache_key")
     for name in SESSION_HEADERS:
         if name in headers:
@@ -19875,7 +19923,8 @@ def session_key(headers: Headers, body: Json) -> str | None:
 
 
 def quotas_of(answer: Json) -> Json:
-    """Lane -> snapshot of a usage answer; the free plan's counts are put into that form."""
+    """Lane -> snapshot of a usage answer. The free plan's counts are converted to that
+    form."""
     reset = (
         answer.get("quota_reset_date_utc")
         or answer.get("quota_reset_date")
@@ -19910,7 +19959,8 @@ class EventReader:
         self._news.set()
 
     async def get(self, timeout_s: float) -> bytes | None:
-        """The next frame; b"" when there will be no other, None when none came in that time."""
+        """The next frame; b"" if there will be no other, None if none came in that
+        time."""
         if not self._frames:
             self._news = Signal(timeout_s)
             if not self._frames:  # else it came just now
@@ -19940,7 +19990,7 @@ class Events:
                 reader.put(frame)
 
     def open(self) -> EventReader:
-        """A new reader.  Raises ProxyError 503."""
+        """Add a reader. Raises ProxyError 503."""
         if len(self.readers) >= MAX_READERS:
             raise ProxyError("%d readers are there already" % MAX_READERS, 503)
         self.readers.append(EventReader())
@@ -19960,7 +20010,7 @@ values_of = operator.itemgetter(*ROW_FIELDS)
 
 
 def insert_rows(link: Any, rows: list[Json]) -> None:
-    """Write rows; of texts only what fits on a line."""
+    """Write rows. Of a text only as much is stored as fits on a line."""
     names = ", ".join(ROW_FIELDS)
     one = "(%s?)" % ("?, " * (len(ROW_FIELDS) - 1))
 
@@ -19978,11 +20028,12 @@ def insert_rows(link: Any, rows: list[Json]) -> None:
 
 
 class History:
-    """The table of requests in SQLite. One thread writes and reads it, so that no
-    request waits for the disk: rows go into a queue, and where the file cannot be
-    written they stay there until it can. A broken file is moved aside. path: ':memory:'
-    for the demo, '' for none; problem: why nothing is written now; dropped: how many
-    rows were lost."""
+    """The table of requests in SQLite. One thread writes and reads it, so no request
+    waits for the disk: rows wait in a queue, also while the file cannot be written. A
+    broken file is moved aside.
+
+    path: ':memory:' for the demo, '' for none; problem: why nothing is written now;
+    dropped: the number of rows that were lost."""
 
     def __init__(self, path: str, log: logging.Logger) -> None:
         self.path, self._log, self.problem, self.dropped = path, log, "", 0
@@ -19992,15 +20043,15 @@ class History:
         self._thread: threading.Thread | None = None
 
     def put(self, row: Json) -> None:
-        """Write it soon.  Never waits."""
+        """Queue a row. Never waits."""
         if self.path and len(self._rows) < HISTORY_QUEUE:
             self._rows.append(row)
         else:
             self.dropped += bool(self.path)
 
     def ask(self, job: Callable[[Any], None]) -> None:
-        """Have the thread call `job(connection)`, before anything is written; None
-        where there is no database. The first call starts the thread."""
+        """Have the thread call `job(connection)` before it writes anything; with None
+        if there is no database. The first call starts the thread."""
         if not self.path:
             job(None)
             return
@@ -20030,14 +20081,15 @@ class History:
         return None
 
     def query(self, sql: str, *values: Any) -> list[Json]:
-        """Rows as objects; none when they are not there within HISTORY_WAIT_S."""
+        """The rows of a query as objects; [] if they are not there within
+        HISTORY_WAIT_S."""
         found: list[Json] | None = self.read(
             lambda link: objects(link.execute(sql, values))
         )
         return found or []
 
     def close(self) -> None:
-        """Write what waits, end the thread."""
+        """Write the queued rows and end the thread."""
         self._closing = True
         self._hurry.set()
         if self._thread is not None:
@@ -20123,7 +20175,7 @@ class History:
             self._log.warning("the history is written again")
 
     def _fail(self, problem: str) -> None:
-        """Into the log when it is news."""
+        """Log a failure, unless it is the same as before."""
         if problem != self.problem:
             self._log.warning("no history is written: %s", problem)
         self.problem = problem
