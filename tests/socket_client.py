@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
+import operator
 import os
 import socket
 import struct
@@ -48,7 +50,7 @@ def frame(kind: int, payload: bytes = b"", last: bool = True, masked: bool = Tru
     if not masked:
         return head + payload
     mask = mask or os.urandom(4)
-    return head + mask + bytes(byte ^ mask[at % 4] for at, byte in enumerate(payload))
+    return head + mask + bytes(map(operator.xor, payload, itertools.cycle(mask)))
 
 
 def frames_in(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -667,6 +667,10 @@ def run_command(*args: str, stdin: bytes | None = None, **env: str) -> tuple[int
             return command.wait(), command.output()
 
 
+#: the parsers of the command line, which read nothing but their words: made once
+make_parser = functools.lru_cache(maxsize=None)(cp.make_parser)
+
+
 class Typed(io.StringIO):
     """A terminal's standard input, as far as the program asks."""
 
@@ -688,6 +692,7 @@ def run_main(home: str, *args: str, typed: str = "", **env: str) -> tuple[int, s
 
     try:
         with unittest.mock.patch.object(cp, "Upstream", noted), \
+                unittest.mock.patch.object(cp, "make_parser", make_parser), \
                 contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), \
                 unittest.mock.patch.object(sys, "stdin", Typed(typed)), \
                 unittest.mock.patch.dict(os.environ, clean_environment(home, **env), clear=True):

@@ -234,6 +234,12 @@ class SocketFuzz(SharedCase):
                 return found, error.close_code
         return found, 0
 
+    @staticmethod
+    def bit_by_bit(number: int, data: bytes) -> list[bytes]:
+        """Every byte alone; in the plain run for every fourth, the others in steps of 7."""
+        step = 1 if SLOW or number // 4 % 4 == 0 else 7
+        return [data[at:at + step] for at in range(0, len(data), step)]
+
     def test_mangled_frames(self) -> None:
         rng, outcomes, slowest = random.Random(16), collections.Counter(), 0.0
         for number in range(self.COUNT):
@@ -244,7 +250,7 @@ class SocketFuzz(SharedCase):
             with self.subTest(data=data):
                 whole, code = self.read([data])
                 self.assertIn(code, (0, *self.CODES))
-                by_bytes, same_code = self.read([data[at:at + 1] for at in range(len(data))])
+                by_bytes, same_code = self.read(self.bit_by_bit(number, data))
                 self.assertEqual(same_code, code)
                 self.assertEqual(by_bytes[:len(whole)], whole)   # a fault hides what it came with
                 self.assertTrue(code or by_bytes == whole)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import unittest
 
-from support import ROOT, SCRIPT, clean_environment, long_run
+from support import SCRIPT, SLOW, clean_environment, compiled, long_run
 from gauges import the_source
 
 WANTED = "copilot_proxy.py needs Python 3.8 or newer"
@@ -49,10 +49,11 @@ class OldPythonTest(unittest.TestCase):
     def test_a_version_below_is_one_line_as_a_command_and_an_error_as_a_library(self) -> None:
         code = ("import sys, runpy; sys.version_info = (3, 7, 9, 'final', 0); "
                 "sys.path.insert(0, sys.argv[1]); %s")
+        folder, script = os.path.split(SCRIPT if SLOW else compiled())
         command = run(sys.executable, "-S", "-c", code % (
-            "runpy.run_path(sys.argv[1] + '/copilot_proxy.py', run_name='__main__')"), ROOT)
+            "runpy.run_path(sys.argv[1] + '/%s', run_name='__main__')" % script), folder)
         self.assertEqual(command, (1, "", WANTED + ", this is Python 3.7" + os.linesep))
-        library = run(sys.executable, "-S", "-c", code % "import copilot_proxy", ROOT)
+        library = run(sys.executable, "-S", "-c", code % "import copilot_proxy", folder)
         self.assertEqual(library[0], 1)
         self.assertIn("ImportError: " + WANTED, library[2])
 

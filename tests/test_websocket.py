@@ -11,7 +11,7 @@ import struct
 import threading
 import time
 import unittest
-from typing import Any
+from typing import Any, Callable
 
 from support import (HERE, KEY, Proxy, bearer, chat, cp, cuts, message, release, response, said,
                      wait_until)
@@ -626,14 +626,24 @@ class Life(SocketCase):
 
     def test_a_slow_reader_stops_its_upstream(self) -> None:
         opened = self.ready()
-        count = 3000
-        opened.create(response("@@events=%d size=4000@@" % count))
+        count, size = 300, 40_000               # nobody reads: the proxy must not hold 12 MB
+        opened.create(response("@@events=%d size=%d@@" % (count, size)))
         self.fake.wait_for(lambda: self.fake.open_streams == 1)
-        time.sleep(0.5)                         # nobody reads: the proxy must not hold 12 MB
         (client,) = [one for one in self.proxy.server.loop.clients if one.socket is not None]
+        self.wait_until_still(lambda: len(client.out))
         self.assertLess(len(client.out), 4 * cp.MAX_OUT_BYTES)
         self.assertEqual(self.fake.open_streams, 1)
-        self.assertEqual(stream_text(PATH, opened.events()), numbered(count, 4000))
+        self.assertEqual(stream_text(PATH, opened.events()), numbered(count, size))
+
+    def wait_until_still(self, figure: Callable[[], int]) -> None:
+        """Wait until a figure is not 0 and has not changed ten times in a row."""
+        seen: list[int] = []
+
+        def is_still() -> bool:
+            seen.append(figure())
+            return seen[-1] > 0 and seen[-10:] == seen[-1:] * 10
+
+        wait_until(is_still)
 
     def test_another_client_is_served_meanwhile(self) -> None:
         opened = self.ready()
