@@ -15,6 +15,18 @@ from typing import Any
 
 import copilot_proxy
 
+#: fields of Settings that no flag sets: how long the program waits before it asks once more
+PAUSES = dict(poll_margin_s=0.01, token_retry_s=(0.05, 0.1), hiccup_pause_s=0.01)
+load_settings = copilot_proxy.load_settings
+
+
+def load_impatient(*given: Any) -> copilot_proxy.Settings:
+    """The program's load_settings, with short pauses."""
+    settings = load_settings(*given)
+    for name, value in PAUSES.items():
+        setattr(settings, name, value)
+    return settings
+
 
 def run_command(words: tuple[str, ...], environ: dict[str, str], folder: str,
                 ends: list[Connection], has_session: bool, has_terminal: bool,
@@ -43,4 +55,5 @@ def run_command(words: tuple[str, ...], environ: dict[str, str], folder: str,
     sys.stdout = open(1, "w", closefd=False)
     sys.stderr = open(2, "w", errors="backslashreplace", buffering=1, closefd=False)
     sys.argv = ["copilot_proxy.py", *words]
+    copilot_proxy.load_settings = load_impatient
     copilot_proxy.run_script()

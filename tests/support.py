@@ -74,6 +74,7 @@ for _folder in (HERE, ROOT):
 
 import copilot_proxy as cp  # noqa: E402
 from fake_upstream import CHAT, MESSAGES, RESPONSES, FakeUpstream  # noqa: E402
+from forked import PAUSES, load_impatient, run_command as run_forked  # noqa: E402
 
 SCRIPT = os.path.join(ROOT, "copilot_proxy.py")
 DEADLINE_S = 10.0            # for anything that should happen at once
@@ -230,8 +231,8 @@ class Proxy:
                  environ: dict[str, str] | None = None, **settings: Any) -> None:
         self._folder = tempfile.TemporaryDirectory()
         values: dict[str, Any] = dict(
-            github_url=fake.url, data_dir=self._folder.name, poll_margin_s=0.01,
-            token_retry_s=(0.05, 0.1), hiccup_pause_s=0.01, grace=0.5, port=0, no_history=True)
+            PAUSES, github_url=fake.url, data_dir=self._folder.name, grace=0.5, port=0,
+            no_history=True)
         if login:
             values["github_token"] = "ghu_fake"
         values.update(settings)
@@ -528,11 +529,10 @@ class Forked:
 
     def __init__(self, words: tuple[str, ...], environ: dict[str, str], folder: str,
                  ends: list[int], *rest: Any) -> None:
-        import forked
         context = self._server()
         copies = [os.open(os.devnull, os.O_RDWR) if end == subprocess.DEVNULL else os.dup(end)
                   for end in ends]
-        self._process = context.Process(target=forked.run_command, daemon=True, args=(
+        self._process = context.Process(target=run_forked, daemon=True, args=(
             words, environ, folder, list(map(Connection, copies)), *rest))
         with self._unprepared():
             self._process.start()
@@ -693,6 +693,7 @@ def run_main(home: str, *args: str, typed: str = "", **env: str) -> tuple[int, s
     try:
         with unittest.mock.patch.object(cp, "Upstream", noted), \
                 unittest.mock.patch.object(cp, "make_parser", make_parser), \
+                unittest.mock.patch.object(cp, "load_settings", load_impatient), \
                 contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), \
                 unittest.mock.patch.object(sys, "stdin", Typed(typed)), \
                 unittest.mock.patch.dict(os.environ, clean_environment(home, **env), clear=True):
