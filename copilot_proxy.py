@@ -308,6 +308,7 @@ SLICE_S, SLICE_SHARE = 0.001, 0.25  # of computing between two looks at the stre
 # least so long, and of the time that the streams took
 ACCEPTED_AT_ONCE = 16  # connections in one round of the loop
 SPARE_FILES = 32  # kept free for logins, history, the pool
+SIGNAL_LOOK_S = 0.1  # between two looks whether Ctrl-C or SIGTERM came
 SHUTDOWN_ACCEPT_S = 0.1  # at shutdown, for a connection that has just come
 DRAIN_S = 0.5  # for the last chunk behind a terminal event
 MAX_OUT_BYTES = 256 * 1024  # not taken by a slow client: its upstream is paused
@@ -30658,11 +30659,11 @@ def cmd_start(app: App, flags: argparse.Namespace) -> int:
             target=offer_claude_code, args=(app, server.url), daemon=True
         ).start()
 
-    time.sleep(0.1)
+    time.sleep(SIGNAL_LOOK_S)
     spare_collector()
     give_back_memory()
     while not interrupts:
-        time.sleep(0.1)
+        time.sleep(SIGNAL_LOOK_S)
     prompt.close()
     running = server.running()
     if running and settings.grace:

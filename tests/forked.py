@@ -56,4 +56,5 @@ def run_command(words: tuple[str, ...], environ: dict[str, str], folder: str,
     sys.stderr = open(2, "w", errors="backslashreplace", buffering=1, closefd=False)
     sys.argv = ["copilot_proxy.py", *words]
     copilot_proxy.load_settings = load_impatient
+    copilot_proxy.SIGNAL_LOOK_S = 0.01
     copilot_proxy.run_script()

@@ -103,6 +103,25 @@ def wait_until(condition: Callable[[], Any], what: str = "", timeout_s: float = 
         time.sleep(0.005)
 
 
+def stand_still(read: Callable[[], Any], what: str, for_s: float = 0.15) -> None:
+    """Wait until `read()` has given the same for a while."""
+    state = [read(), time.monotonic()]
+
+    def is_still() -> bool:
+        value = read()
+        if value != state[0]:
+            state[:] = [value, time.monotonic()]
+        return bool(time.monotonic() - state[1] >= for_s)
+
+    wait_until(is_still, what)
+
+
+def pass_time(seconds: float) -> None:
+    """Time itself is what the test is about."""
+    until = time.monotonic() + seconds
+    wait_until(lambda: time.monotonic() >= until)
+
+
 @contextlib.contextmanager
 def interrupts_on() -> Iterator[None]:
     """Processes started inside obey Ctrl-C, even where the tests themselves ignore it.

@@ -9,7 +9,7 @@ import time
 import unittest
 from typing import Any, Iterator
 
-from support import Proxy, ProxyCase, chat, message, raw_exchange, response, wait_until
+from support import Proxy, ProxyCase, chat, message, patient, raw_exchange, response, wait_until
 from fake_upstream import CHAT, COUNT_TOKENS, EMBEDDINGS, RESPONSES, Answer
 from cases import SharedCase
 
@@ -143,8 +143,10 @@ class SeveralCallsTest(ProxyCase):
                 self.assertEqual(proxy.post(path, body).status, 200)
                 self.assertEqual(proxy.post(path, body).status, 429)
 
+    @patient
     def test_limits_count_every_prompt_of_a_completion(self) -> None:
-        for limit, calls in (({"requests_per_minute": 3}, 2), ({"rate_limit": 1.0}, 2)):
+        for limit, calls in (({"requests_per_minute": 3}, 2),
+                             ({"rate_limit": 0.2 * self.slower}, 2)):
             with self.subTest(limit=limit), Proxy(self.fake, **limit) as proxy:
                 before = self.fake.count(CHAT)
                 self.assertEqual(proxy.post("/v1/completions", PROMPTS).status, 200)

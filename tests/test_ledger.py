@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import http.client
 import logging
+import threading
 import time
 import unittest
 import unittest.mock
@@ -102,6 +103,8 @@ class LedgerTest(unittest.TestCase):
 class DemoTest(unittest.TestCase):
     def test_requests_to_the_make_believe_upstream_are_not_in_the_users_log(self) -> None:
         settings = cp.Settings(demo=True)
+        wait_until(lambda: "copilot-token" not in [one.name for one in threading.enumerate()],
+                   "no account of an earlier test fetches a token")
         with self.assertLogs("copilot_proxy", "DEBUG") as logged:
             logging.getLogger("copilot_proxy").info("the only line")
             server = cp.start_demo(settings)

@@ -19,8 +19,8 @@ from typing import Any, Callable, Iterator
 from unittest import mock
 
 from support import (DEADLINE_S, REQUESTS, Proxy, RawClient, chat, cp, get, long_run, memory_bytes,
-                     message, need_files, patient, post, release, response, said, second_proxy,
-                     wait_until, workers)
+                     message, need_files, pass_time, patient, post, release, response, said, second_proxy,
+                     stand_still, wait_until, workers)
 from fake_upstream import CHAT, EXCHANGE, Answer
 from cases import DELTAS, ENDINGS, PINGS, OpenStream, RelayCase, numbered, stream_text
 
@@ -61,25 +61,6 @@ class Late:
     def __iter__(self) -> Iterator[bytes]:
         yield EVENT % (0, b"late") + STOP + DONE
         self.gate.wait(DEADLINE_S)
-
-
-def stand_still(read: Callable[[], Any], what: str, for_s: float = 0.15) -> None:
-    """Wait until `read()` has given the same for a while."""
-    state = [read(), time.monotonic()]
-
-    def is_still() -> bool:
-        value = read()
-        if value != state[0]:
-            state[:] = [value, time.monotonic()]
-        return bool(time.monotonic() - state[1] >= for_s)
-
-    wait_until(is_still, what)
-
-
-def pass_time(seconds: float) -> None:
-    """Time itself is what the test is about."""
-    until = time.monotonic() + seconds
-    wait_until(lambda: time.monotonic() >= until)
 
 
 def boom(*args: Any, **more: Any) -> Any:

@@ -11,10 +11,10 @@ import struct
 import threading
 import time
 import unittest
-from typing import Any, Callable
+from typing import Any
 
 from support import (HERE, KEY, Proxy, bearer, chat, cp, cuts, message, release, response, said,
-                     wait_until)
+                     stand_still, wait_until)
 from fake_upstream import RESPONSES, Answer, FakeUpstream
 from cases import SharedCase, numbered, stream_text
 from socket_client import (BINARY, CLOSE, CONTINUED, PING, PONG, TEXT, Closed, Socket, frame,
@@ -508,7 +508,7 @@ class Turns(SocketCase):
 class Life(SocketCase):
     """Who comes, waits and goes."""
 
-    settings = dict(keepalive_s=0.2, body_stall_s=0.5)
+    settings = dict(keepalive_s=0.1, body_stall_s=0.5)
 
     def test_a_ping_gets_its_pong_also_while_a_request_is_answered(self) -> None:
         opened = self.ready()
@@ -529,7 +529,7 @@ class Life(SocketCase):
         opened = self.ready()
         for _ in range(2):
             self.assertEqual(opened.read_frame(), (PING, b""))
-        opened.create(response("@@events=2 think_ms=700@@"))
+        opened.create(response("@@events=2 think_ms=350@@"))
         self.assertEqual(opened.events()[-1]["type"], "response.completed")
         self.assertGreater(opened.pings, 0)
 
@@ -603,10 +603,12 @@ class Life(SocketCase):
         self.assertEqual(list(frames_in(client.reader.read()))[-1], (CLOSE, b"\x03\xe8"))
 
     def test_a_slow_message_is_given_up(self) -> None:
-        for data in (frame(TEXT, b"{}" * 500)[:100], frame(TEXT, b"{", last=False), b"\x81"):
+        beginnings = frame(TEXT, b"{}" * 500)[:100], frame(TEXT, b"{", last=False), b"\x81"
+        waiting = [(data, self.ready()) for data in beginnings]
+        for data, opened in waiting:
+            opened.send(data)
+        for data, opened in waiting:
             with self.subTest(data[:5]):
-                opened = self.ready()
-                opened.send(data)
                 frames = [opened.read_frame()]        # a pong would be taken for what is missing
                 while frames[-1][0] == PING:
                     frames.append(opened.read_frame())
@@ -630,20 +632,11 @@ class Life(SocketCase):
         opened.create(response("@@events=%d size=%d@@" % (count, size)))
         self.fake.wait_for(lambda: self.fake.open_streams == 1)
         (client,) = [one for one in self.proxy.server.loop.clients if one.socket is not None]
-        self.wait_until_still(lambda: len(client.out))
+        wait_until(lambda: client.out, "more has come than the client takes")
+        stand_still(lambda: len(client.out), "the upstream is paused")
         self.assertLess(len(client.out), 4 * cp.MAX_OUT_BYTES)
         self.assertEqual(self.fake.open_streams, 1)
         self.assertEqual(stream_text(PATH, opened.events()), numbered(count, size))
-
-    def wait_until_still(self, figure: Callable[[], int]) -> None:
-        """Wait until a figure is not 0 and has not changed ten times in a row."""
-        seen: list[int] = []
-
-        def is_still() -> bool:
-            seen.append(figure())
-            return seen[-1] > 0 and seen[-10:] == seen[-1:] * 10
-
-        wait_until(is_still)
 
     def test_another_client_is_served_meanwhile(self) -> None:
         opened = self.ready()
@@ -682,8 +675,12 @@ class Ends(SocketCase):
     def test_a_request_that_runs_at_the_limit_ends_first(self) -> None:
         with Proxy(self.fake, socket_life_s=0.3) as proxy:
             opened = self.ready(proxy=proxy)
-            opened.create(response("@@events=2 think_ms=800@@"))
+            began = time.monotonic()
+            opened.create(response("@@events=2 stall=1@@"))
             opened.create(response("not any more"))
+            self.assertTrue(self.fake.wait_for(lambda: self.fake.holding == 1))
+            wait_until(lambda: time.monotonic() - began > 0.4, "it is too old")
+            release(self.fake)
             self.assertEqual(opened.events()[-1]["type"], "response.completed")
             self.assert_error(opened.event(), 400, "websocket_connection_limit_reached")
             self.assertEqual(opened.wait_closed().code, 1000)
