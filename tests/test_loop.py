@@ -19,8 +19,8 @@ from typing import Any, Callable, Iterator
 from unittest import mock
 
 from support import (DEADLINE_S, REQUESTS, Proxy, RawClient, chat, cp, get, long_run, memory_bytes,
-                     message, need_files, pass_time, patient, post, release, response, said, second_proxy,
-                     stand_still, wait_until, workers)
+                     message, need_files, pass_time, patient, post, release, response, said,
+                     second_proxy, stand_still, wait_until, workers)
 from fake_upstream import CHAT, EXCHANGE, Answer
 from cases import DELTAS, ENDINGS, PINGS, OpenStream, RelayCase, numbered, stream_text
 
