@@ -3471,6 +3471,9 @@ class FrameCutter:
             )
 
 
+_USUAL_FRAME = re.compile(rb"(?:event: ([^\n]*)\n)?data: ([^\n]*)\n\n")
+
+
 @dataclass
 class Frame:
     """One server-sent event.  Raw b'event: a\\ndata: {}\\n\\n' -> Frame('a', b'{}')"""
@@ -3482,8 +3485,10 @@ class Frame:
     def parse(cls, raw: bytes) -> Frame:
         """Parse a frame. Several data lines are joined by line ends; comments and other
         fields are left out."""
-        if raw.startswith(b"data: ") and raw.find(b"\n") >= len(raw.rstrip(b"\n")):
-            return cls("", raw[6:].rstrip(b"\n"))
+        usual = _USUAL_FRAME.fullmatch(raw)
+        if usual:
+            name, text = usual.groups(b"")
+            return cls(name.decode("utf-8", "replace"), text)
         event, data = "", []
         for line in raw.split(b"\n"):
             name, _, value = line.partition(b":")
@@ -3527,6 +3532,9 @@ def count_alike(block: bytes, key: bytes) -> int:
     beginning = block[:end]
     if not beginning.endswith(key) or b"\n\n" in beginning:
         return 0
+    border = block.rfind(b"\n\n", 0, -2)
+    if border > 0 and not block.startswith(beginning, border + 2):
+        return 0  # the last frame is another one, as it is in most blocks of this kind
     # long needles are found faster than short ones, single bytes fastest
     count = block.count(b"\n\n" + beginning) + 1
     lines = beginning.count(b"\n") + 2
@@ -4059,18 +4067,30 @@ class StreamRelay:
         return out
 
     def _block(self, block: bytes) -> bytes:
-        """Whole frames, some of which need a look: the others pass together. Most often
-        they are the first or the last ones, so halves of the block are tried, and
-        halves of these."""
+        """Whole frames, some of which need a look: the first ones of a stream do, one by
+        one; of the others those that do not are found together."""
+        out: list[bytes] = []
+        begin = 0
+        while begin < len(block) - 1 and not (self.has_content or self.ended):
+            end = block.find(b"\n\n", begin) + 2
+            out.append(self._mend(block[begin:end]))
+            begin = end
+
+        rest = block[begin:]
+        if rest and not self.ended:
+            out.append(begin > 0 and self._quick(rest) or self._halves(rest))
+        return b"".join(out)
+
+    def _halves(self, block: bytes) -> bytes:
+        """Most often the frames that need a look are the last ones, so halves of the
+        block are tried, and halves of these."""
         cut = frame_border(block)
         if not cut:
-            if block.isspace():
-                return b""
             return self._mend(block)
         out: list[bytes] = []
         for part in (block[:cut], block[cut:]):
             if not self.ended:
-                out.append(self._quick(part) or self._block(part))
+                out.append(self._quick(part) or self._halves(part))
         return b"".join(out)
 
     def _quick(self, block: bytes) -> bytes:
@@ -4081,14 +4101,15 @@ class StreamRelay:
         """One frame, looked into."""
         frame = Frame.parse(raw)
         if not frame.data:
-            return raw  # a comment
+            return raw.lstrip(b"\n")  # a comment
         if frame.data.strip() == b"[DONE]":
             return self._done()
         try:
             event = as_object(loads(frame.data))
         except ValueError:
             return self._fail(UpstreamError(NOT_JSON))
-        self.meter.take(event)
+        if b"usage" in raw or b"quota" in raw:
+            self.meter.take(event)
         return self._mend_event(event, raw)
 
     def _mend_event(self, event: Json, raw: bytes) -> bytes:
@@ -7927,13 +7948,11 @@ class ResponsesStream(StreamRelay):
     def _is_plain(self, block: bytes) -> bool:
         """Are these all events of one kind and of the open item, under its one id?"""
         marker = self._marker
-        last_frame = block.rfind(b"\n\n", 0, -2) + 1
-        if not marker or self._ciphered or block.find(marker, last_frame) < 0:
+        if not marker or self._ciphered or not block.startswith(b"event: "):
             return False
         count = count_alike(block, _SEQUENCE_KEY)
         return (
             count > 0
-            and block.startswith(b"event: ")
             and block.count(marker) == count
             and b'"obfuscation"' not in block
             and self._count_on(block, count)
@@ -9237,8 +9256,8 @@ class MessagesStream(StreamRelay):
     def _quick(self, block: bytes) -> bytes:
         if (
             self.has_content
-            and b'"error"' not in block
             and count_alike(block, b'"content_block_delta"')
+            and b'"error"' not in block
         ):
             return block
         return b""
@@ -17201,21 +17220,19 @@ class HttpConnection(Connection):
     def receive_now(self) -> bytes | None:
         """Non-blocking receive: None if no data is available, b"" at the end. Raises
         OSError. A TLS socket returns one record at a time, so a full one may be
-        followed by others."""
+        followed by others, full or not."""
         more = receive_now(self.sock)
         if more is None or len(more) < RECORD_BYTES and len(more) < READ_BYTES:
             self.has_more = False
             return more
 
-        whole = min(RECORD_BYTES, READ_BYTES)
         parts, size = [more], len(more)
-        while len(more) >= whole and size < READ_BYTES:
+        while more and size < READ_BYTES:
             more = receive_now(self.sock)
-            if not more:  # nothing now; an end will show the next time
-                break
-            parts.append(more)
-            size += len(more)
-        self.has_more = size >= READ_BYTES
+            if more:
+                parts.append(more)
+                size += len(more)
+        self.has_more = more is not None  # b"" will show the next time
         return b"".join(parts)
 
     async def exchange(self, request: UpstreamRequest, pool: Pool) -> UpstreamResponse:
