@@ -20817,9 +20817,8 @@ _ITEM_IDS = re.compile(rb'"id":("[^"\\]{1,%d}")' % MAX_ID_CHARS)
 
 
 class StoredResponse:
-    """An answer of /responses and its request; `at` is when it arrived (monotonic).
-
-    Both stay bytes, and are parsed only when a client refers to them."""
+    """An answer of /responses and its request. stored_at: when it arrived, monotonic
+    seconds. Both stay bytes, which are parsed only when a client refers to them."""
 
     def __init__(self, stored_at: float, request: bytes, answer: bytes) -> None:
         self.stored_at, self.request, self.answer = stored_at, request, answer
@@ -21110,7 +21109,7 @@ DEPLOYMENTS = "/openai/deployments"
 
 
 def gemini_method(path: str) -> str:
-    """'/models/gemini-3:countTokens' -> 'countTokens', "" where the path names none."""
+    """'/models/gemini-3:countTokens' -> 'countTokens', "" if the path names none."""
     head, _, tail = path.rpartition("/")
     method = urllib.parse.unquote(tail).rpartition(":")[2]
     if head.endswith("/models") and method in GEMINI_METHODS:
@@ -21148,7 +21147,7 @@ LOOK_PATHS = frozenset(
 
 @functools.lru_cache(maxsize=1)
 def log_time(second: int) -> str:
-    """The time of day as a line of the log begins."""
+    """The time of day with which a line of the log begins."""
     return time.strftime(LOG_TIME, time.localtime(second))
 
 
@@ -21166,12 +21165,12 @@ def is_console(stream: Any, environ: Mapping[str, str]) -> bool:
 
 
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """The log of the command line. The lines of requests are passed ready and several at
-    a time, because to make and to format a LogRecord for each takes longer than the
-    rest of the accounting.
+    """The log of the command line.
 
-    On a terminal warnings, errors and failed requests have a colour, unless NO_COLOR is
-    set, and below the log stands a status, which `show` replaces."""
+    The lines of requests are handed over complete and several at a time, because making
+    and formatting a LogRecord for each takes longer than the rest of the accounting. On
+    a terminal warnings, errors and failed requests have a colour, unless NO_COLOR is
+    set. Below the log a terminal shows a status, which `show` replaces."""
 
     def __init__(self, stream: Any, environ: Mapping[str, str]) -> None:
         super().__init__(stream)
@@ -21202,7 +21201,7 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
         self._write(self._status)
 
     def write_lines(self, lines: str) -> None:
-        """Write ready lines. A stream that is closed raises nothing."""
+        """Write complete lines. Does not raise if the stream is closed."""
         self.acquire()
         try:
             self._write("\r\x1b[K" * bool(self._status) + lines + self._status)
@@ -21240,8 +21239,8 @@ def line_handler(log: logging.Logger) -> LogHandler | None:
 
 
 class Notes:
-    """Names of what was changed of a request, as its header and its row list them: as
-    many as fit into MAX_NOTE_CHARS, then how many more there are."""
+    """Names of the changes to a request, as its header and its row list them: as many
+    as fit into MAX_NOTE_CHARS, then the number of the others."""
 
     # nearly always these
     names: frozenset[str] = frozenset()
@@ -21250,10 +21249,9 @@ class Notes:
     _room = MAX_NOTE_CHARS - len("+1000000000 more")
 
     def add(self, names: set[str], more: int = 0) -> set[str]:
-        """Add names. Returns those that are listed now and were not before.
-
-        more: how many others have no name. The same names may be added again; they are
-        not counted twice."""
+        """Add names. Returns those that are listed now and were not before. more: the
+        number of further changes without a name. Names may be added again; they are not
+        counted twice."""
         fresh = set()
         for name in sorted(names - self.names):
             self._room -= len(name) + len(", ")
@@ -21320,7 +21318,7 @@ class AskedFor:
         self.is_look = by_page or (method == "GET" and path in LOOK_PATHS)
 
     def name(self, key: str, session: str | None, model: str, streamed: bool) -> None:
-        """Set what the body says."""
+        """Set the model and the other facts that only the body holds."""
         self.key = key
         self.session = session
         self.model = model
@@ -21328,8 +21326,8 @@ class AskedFor:
 
     @property
     def payer(self) -> str:
-        """The name of the budget: that of the session, else of the program; no two keys
-        share one."""
+        """The name of the budget: that of the session, else of the program. Two keys
+        never share one."""
         return payer_of(self.key, self.session, self.agent)
 
 
@@ -21848,7 +21846,7 @@ class Ticket:
         return had_slot
 
     def admit(self) -> None:
-        """No limit holds the request back any more."""
+        """Record that no limit holds the request back any more."""
         self.is_admitted = True
 
 
@@ -22089,8 +22087,8 @@ class DefaultLogin:
     # -- a login that GitHub refuses
 
     async def _replace(self, account: Account, error: AuthError) -> AuthError:
-        """GitHub has refused this account's login: use a newer one from the file, or
-        begin a login. Returns the error to raise."""
+        """Handle GitHub's refusal of this account's login: use a newer one from the
+        file, or begin a login. Returns the error to raise."""
         with self._lock:
             is_news = self.account is account
             if is_news:
@@ -22139,7 +22137,8 @@ class DefaultLogin:
 
 
 async def own_login_refused(account: Account, error: AuthError) -> AuthError:
-    """The error for an account behind a key or token of its own: its owner must act."""
+    """The error for an account behind a key or token of its own: only its owner can log
+    in again."""
     return AuthError("%s (log in again at /auth/device)" % error, code="login_required")
 
 
@@ -25822,7 +25821,8 @@ async def choose_model(
 
 
 def name_model(exchange: HttpExchange, model: Model) -> None:
-    """Note the model that answers, for the log and for the header that always names it."""
+    """Record the model that answers, for the log and for the header that always names
+    it."""
     exchange.record.ask(model)
     exchange.headers["x-copilot-proxy-model"] = printable(model.id)
 
@@ -25836,10 +25836,9 @@ def add_fields(data: bytes, fields_: Json) -> bytes:
 
 
 def fit_model(data: bytes, edit: BodyEdit, model_id: str) -> bytes:
-    """Returns the body to send.
-
-    These are the client's own bytes if only the model's id was changed or fields were
-    added: to serialise 1 MB of JSON takes 4 ms, in which all streams stand still."""
+    """Returns the body to send. It is the client's own bytes if only the model's id was
+    changed or fields were added: serialising 1 MB of JSON would take 4 ms, in which no
+    stream moves."""
     asked = edit.body["model"]
     if asked == model_id and not edit.changed:
         return data  # nearly always
@@ -27094,7 +27093,7 @@ async def completions(exchange: HttpExchange) -> None:
 
 
 def by_route(stats: Stats) -> dict[str, Json]:
-    """{route: {status: count}}"""
+    """Group the counts of requests: {route: {status: count}}"""
     routes: dict[str, Json] = {}
     for (route, status), count in stats.group("requests").items():
         routes.setdefault(route, {})[status] = count
@@ -27145,7 +27144,8 @@ def account_entry(account: Account) -> Json:
 
 
 def own_names(exchange: HttpExchange) -> tuple[str, ...]:
-    """Account names whose requests the caller may see; () means all (operator)."""
+    """The account names whose requests the caller may see; () means all of them
+    (operator)."""
     own = exchange.caller.account
     if exchange.caller.is_operator:
         return ()
@@ -27155,8 +27155,8 @@ def own_names(exchange: HttpExchange) -> tuple[str, ...]:
 
 
 def require_same_origin(exchange: HttpExchange) -> None:
-    """Logins, keys and limits are for this server's own page and for programs.
-    Raises BadRequest 403."""
+    """Raise BadRequest 403 unless the request comes from this server's own page or from
+    a program: logins, keys and limits are for these."""
     exchange.headers["Cache-Control"] = "no-store"
     if not exchange.is_same_origin:
         raise BadRequest(
@@ -27167,13 +27167,14 @@ def require_same_origin(exchange: HttpExchange) -> None:
 
 
 def check_operator(exchange: HttpExchange) -> None:
-    """Raises BadRequest 403: what belongs to all is for the operator."""
+    """Raise BadRequest 403 for anybody but the operator, because the answer concerns
+    everybody."""
     if not exchange.caller.is_operator:
         raise BadRequest("this is for the operator's key", 403)
 
 
 def lost_lines(app: App) -> int:
-    """The number of log lines that found no reader, for each stream."""
+    """Stream -> the number of log lines that it did not take."""
     return sum(
         getattr(getattr(handler, "stream", None), "lost", 0)
         for handler in app.log.handlers
@@ -27190,8 +27191,9 @@ def approvals_report(app: App) -> Json:
 
 
 def stats_report(exchange: HttpExchange) -> Json:
-    """Everything that /stats, /metrics and the page show at a glance; no secret, no
-    words. The operator sees that of all, others what is their account's."""
+    """Everything that /stats, /metrics and the page show at a glance, without secrets
+    and without words of a conversation. The operator sees all of it, others what
+    concerns their account."""
     app, ledger = exchange.app, exchange.app.ledger
     ledger.settle()
     names, account = own_names(exchange), exchange.caller.account
@@ -27242,7 +27244,8 @@ def stats_report(exchange: HttpExchange) -> Json:
 
 
 def label_value(value: Any) -> str:
-    """A name as Prometheus wants it between the quotes; names come from upstreams and clients."""
+    """A name in the form in which Prometheus wants it between quotes; names come from
+    upstreams and clients."""
     return visible(str(value)).replace("\\", "\\\\").replace('"', '\\"')
 
 
@@ -27250,7 +27253,7 @@ MetricFamily = Tuple[str, str, Tuple[str, ...], Mapping[Any, Any]]
 
 
 def metric_families(report: Json, ledger: Ledger) -> list[MetricFamily]:
-    """(name, what it counts, labels, {values of the labels: number}) of each metric."""
+    """(name, help text, labels, {values of the labels: number}) of each metric."""
     group = ledger.stats.group
     reported = group("tokens").items()
 
@@ -27384,8 +27387,8 @@ def wanted_rows(exchange: HttpExchange) -> dict[str, str]:
 
 
 async def history(exchange: HttpExchange) -> None:
-    """GET /history: the newest rows, or those before row `before`; model, client, state
-    and text choose among them."""
+    """GET /history: the newest rows, or those before row `before`, filtered by model,
+    client, state and text."""
     ledger = exchange.app.ledger
     limit = number_of(exchange, "limit", 50, 500)
     ledger.settle()
@@ -27441,7 +27444,7 @@ async def summary(exchange: HttpExchange) -> None:
     work = functools.partial(summarise, since=since, with_sessions=with_sessions)
 
     def answer() -> bytes:
-        """Runs in a thread, because the answer has some 50 KB."""
+        """Encode the sums. Runs in a thread, because the answer has some 50 KB."""
         sums = ledger.history.read(work) or {key: [] for key in SUMMARIES}
         none = with_credits({**NO_COUNTS, "requests": 0, "errors": 0, "first_ms": None})
         total = [line for line in sums["total"] if line["requests"]] or [none]
@@ -27469,7 +27472,8 @@ def progress_frame(exchange: HttpExchange) -> bytes:
 
 
 async def events(exchange: HttpExchange) -> None:
-    """GET /history/events: what happens, as server-sent events; first of all /stats."""
+    """GET /history/events: server-sent events of all that happens; the first one holds
+    /stats."""
     check_operator(exchange)
     reader = exchange.app.ledger.events.open()
 
@@ -27571,8 +27575,9 @@ def read_embeddings(
 async def fetch_vectors(
     exchange: HttpExchange, body: Json, write: Callable[[Json, int], bytes]
 ) -> tuple[list[bytes], Json]:
-    """(each vector of `input` as `write` makes it of {"embedding"} and its number, the
-    counts). Strings only upstream, floats only back: wrapped, split and merged here."""
+    """([each vector of `input`, written by `write` from {"embedding"} and its number],
+    the counts). The upstream takes lists of strings and returns floats, so a single
+    string is wrapped, and many are sent in batches."""
     copilot, model = await resolve(exchange, body)
     check_endpoint(model, "/embeddings")
     hint = "; token arrays cannot be decoded here"
@@ -27628,7 +27633,8 @@ async def embeddings(exchange: HttpExchange) -> None:
 
 
 def price_entry(model: Model) -> Json | None:
-    """USD per million tokens, or the multiplier of a request; None where nothing is listed."""
+    """USD per million tokens, or the multiplier of a request; None if nothing is
+    listed."""
     prices = {name: price / 100 for name, price in model.prices.per_million().items()}
     billing = as_object(model.entry.get("billing"))
     multiplier = text_number_or_none(billing.get("multiplier"))
@@ -27643,14 +27649,14 @@ def price_entry(model: Model) -> Json | None:
 
 
 def served_endpoints(model: Model) -> list[str]:
-    """The endpoints at which a model is served. A WebSocket is listed if one of the
-    dialects is served here, else it is left out, because VS Code would open one."""
+    """The endpoints at which a model is served. A WebSocket is listed only if one of
+    the dialects is served here, because VS Code would open one."""
     is_served = any(dialect.path in model.endpoints for dialect in DIALECTS.values())
     return [name for name in model.endpoints if is_served or name != SOCKET_ENDPOINT]
 
 
 def model_entry(model: Model) -> Json:
-    """One model so that the OpenAI and the Anthropic SDKs both parse it."""
+    """One model in a form that the SDKs of both OpenAI and Anthropic can parse."""
     found = re.search(r"(20\d\d)-(\d\d)-(\d\d)", str(model.entry.get("version") or ""))
     if found:
         created = moment_or_none(found.group())
@@ -27705,8 +27711,8 @@ async def models(exchange: HttpExchange) -> None:
 
 
 async def one_model(exchange: HttpExchange) -> None:
-    """One entry of the list; any spelling that finds a model will do. Its id is then
-    the one that was asked for, unless another model answers for it."""
+    """One entry of the list. Any spelling that finds a model will do; the entry then
+    has the id that was asked for, unless another model answers for it."""
     exchange.answer_in(
         MESSAGES if "anthropic-version" in exchange.head.headers else CHAT
     )
@@ -27730,8 +27736,8 @@ NAMES_ASKED = (
 
 
 async def retired_names(exchange: HttpExchange) -> None:
-    """GET /retired: what becomes of names that GitHub has retired or that flags give;
-    asked: the same of those that clients used in the last 30 days."""
+    """GET /retired: what happens to names that GitHub has retired or that flags name;
+    `asked`: the same for those that clients used in the last 30 days."""
     check_operator(exchange)
     app = exchange.app
     copilot = await account_for(exchange)
@@ -27767,7 +27773,7 @@ async def usage(exchange: HttpExchange) -> None:
 
 
 async def token(exchange: HttpExchange) -> None:
-    """The Copilot token, for this machine's own programs and only with --show-token."""
+    """The Copilot token, only with --show-token and only for programs on this machine."""
     if (
         not exchange.app.settings.show_token
         or "origin" in exchange.head.headers
@@ -27820,19 +27826,21 @@ def health_report(exchange: HttpExchange) -> Json:
 
 
 def health(exchange: HttpExchange) -> None:
-    """200 as soon as the port serves; whether calls will work is in `status`."""
+    """GET /health: 200 as soon as the port serves. `status` tells whether calls will
+    work."""
     exchange.reply_json(health_report(exchange))
 
 
 def page(exchange: HttpExchange) -> None:
-    """The one page: it holds no data and fetches what it shows."""
+    """The one page. It holds no data, but fetches what it shows."""
     exchange.headers.update(PAGE_HEADERS)
     text = page_in(exchange.app.settings.lang)
     exchange.reply(text.encode(), kind="text/html; charset=utf-8")
 
 
 def front_door(exchange: HttpExchange) -> None:
-    """GET /: the page for browsers; programs that look for Ollama ask here whether it runs."""
+    """GET /: the page for browsers. Programs that look for Ollama ask here whether it
+    runs."""
     if "text/html" in exchange.head.headers.get("accept", ""):
         page(exchange)
     else:
@@ -27840,8 +27848,9 @@ def front_door(exchange: HttpExchange) -> None:
 
 
 def clear_limits(exchange: HttpExchange) -> None:
-    """POST /limits/clear: end the rest of `scope` (a model's id, or "account") of
-    `account` (its name); without them of all -> what rested."""
+    """POST /limits/clear: end the rests of `scope` (a model's id, or "account") of
+    `account` (its name), of all if one is absent. Answers with those that were ended.
+    """
     require_same_origin(exchange)
     check_operator(exchange)
     if exchange.body:
@@ -27870,7 +27879,8 @@ def clear_limits(exchange: HttpExchange) -> None:
 
 
 async def begin_login(exchange: HttpExchange) -> None:
-    """POST /auth/device/start: a code, and the state token that makes it this browser's login."""
+    """POST /auth/device/start: answers with a code, and with the state token that ties
+    the login to this browser."""
     require_same_origin(exchange)
     if not exchange.caller.is_operator:
         raise BadRequest("only the operator's key can begin a login", 403)
@@ -27878,6 +27888,7 @@ async def begin_login(exchange: HttpExchange) -> None:
     state, login = await exchange.app.accounts.open_login(by_key)
     if login.code is None:
         raise UpstreamError(login.problem or "GitHub gave no login code in time")
+
     exchange.reply_json(
         dict(
             health_report(exchange),
@@ -27891,7 +27902,8 @@ async def begin_login(exchange: HttpExchange) -> None:
 
 
 def poll_login(exchange: HttpExchange) -> None:
-    """GET /auth/device/poll: how it stands; the server's own thread asks GitHub."""
+    """GET /auth/device/poll: the state of the login. A thread of the server asks
+    GitHub."""
     require_same_origin(exchange)
     state = exchange.head.headers.get("x-login-state", "")
     login = exchange.app.accounts.find_login(state).login
@@ -27905,15 +27917,16 @@ def poll_login(exchange: HttpExchange) -> None:
 
 
 async def claim_login(exchange: HttpExchange) -> None:
-    """POST /auth/device/claim: the account's key, once; null for a default login that
-    was begun without the operator's key."""
+    """POST /auth/device/claim: the account's key, given only once; null for a default
+    login that was begun without the operator's key."""
     require_same_origin(exchange)
     state = str(exchange.json_object().get("state"))
     exchange.reply_json(await exchange.app.accounts.claim_login(state))
 
 
 def own_keys(exchange: HttpExchange) -> list[Key]:
-    """The keys that the caller may see: the operator all, others their account's."""
+    """The keys that the caller may see: all for the operator, for others those of their
+    account."""
     caller = exchange.caller
     return [
         key
@@ -27945,7 +27958,7 @@ def list_keys(exchange: HttpExchange) -> None:
 
 
 async def make_key(exchange: HttpExchange) -> None:
-    """POST /auth/tokens: a new key of the operator's, in full this once."""
+    """POST /auth/tokens: a new key of the operator's, shown in full only this once."""
     require_same_origin(exchange)
     check_operator(exchange)
     text = new_key()
@@ -27963,7 +27976,8 @@ async def end_login(exchange: HttpExchange) -> None:
 
 
 def delete_key(exchange: HttpExchange) -> None:
-    """DELETE /auth/tokens/ID: forget a key, and its account with the last one."""
+    """DELETE /auth/tokens/ID: forget a key. With the last key of an account the account
+    is forgotten."""
     require_same_origin(exchange)
     whole = exchange.app.accounts.keys.find(exchange.argument)
     keys = [
@@ -27971,6 +27985,7 @@ def delete_key(exchange: HttpExchange) -> None:
         for key in own_keys(exchange)
         if key.id == exchange.argument or whole is not None and key.hash == whole.hash
     ]
+
     if not keys:
         raise BadRequest("there is no such key", 404, "unknown_key")
     if not keys[0].made:
@@ -27979,6 +27994,7 @@ def delete_key(exchange: HttpExchange) -> None:
             "start without it",
             409,
         )
+
     exchange.app.accounts.forget(keys)
     exchange.reply_json({"key_id": keys[0].id, "deleted": True})
 
@@ -27996,7 +28012,7 @@ def nothing(exchange: HttpExchange) -> None:
 
 
 def gemini_entry(model: Model) -> Json:
-    """One model as Google lists it."""
+    """One model in Google's form."""
     calls = ["generateContent", "streamGenerateContent", "countTokens"]
     if model.kind == "embeddings":
         calls = ["embedContent", "batchEmbedContents"]
@@ -28031,7 +28047,7 @@ async def gemini_models(exchange: HttpExchange) -> None:
 
 
 async def complete_with(exchange: HttpExchange, dialect: Dialect, body: Json) -> None:
-    """`complete` with another body than the client's bytes say."""
+    """`complete` with another body than that of the client."""
     exchange.answer_in(dialect)
     exchange.put_body(rewrite(body, exchange.body))
     await Job(exchange, dialect).serve(body)
@@ -28043,7 +28059,7 @@ async def generate_content(exchange: HttpExchange, body: Json) -> None:
 
 
 async def stream_content(exchange: HttpExchange, body: Json) -> None:
-    """:streamGenerateContent, as server-sent events or as the elements of an array."""
+    """:streamGenerateContent, as server-sent events or as the elements of a JSON array."""
     dialect: Dialect = GEMINI_ARRAY
     if exchange.parameter("alt") == "sse":
         dialect = GEMINI
@@ -28051,7 +28067,7 @@ async def stream_content(exchange: HttpExchange, body: Json) -> None:
 
 
 async def count_content(exchange: HttpExchange, body: Json) -> None:
-    """:countTokens; the upstream's own count for Claude, else an estimate."""
+    """:countTokens: the upstream's own count for Claude, else an estimate."""
     body = dict(
         as_object(body.get("generateContentRequest")) or body, model=body["model"]
     )
@@ -28083,7 +28099,7 @@ def content_text(request: Json, place: str) -> str:
 async def fetch_values(
     exchange: HttpExchange, model: str, requests: list[Json]
 ) -> list[bytes]:
-    """The vector of each request, as Google writes it."""
+    """The vector of each request, in Google's form."""
     texts = [
         content_text(request, "requests[%d]" % at)
         for at, request in enumerate(requests)
@@ -28125,7 +28141,7 @@ GEMINI_CALLS: dict[str, Callable[[HttpExchange, Json], Work]] = dict(
 
 
 async def gemini_call(exchange: HttpExchange) -> None:
-    """POST .../models/ID:METHOD: the path holds what other dialects have in the body."""
+    """POST .../models/ID:METHOD. The path holds what other dialects have in the body."""
     name, _, method = exchange.argument.rpartition(":")
     if method not in GEMINI_CALLS and exchange.path.startswith("/models/"):
         raise BadRequest(
@@ -28181,7 +28197,8 @@ async def ollama_tags(exchange: HttpExchange) -> None:
 
 
 async def ollama_show(exchange: HttpExchange) -> None:
-    """POST /api/show: what VS Code and others read of a model before they offer it."""
+    """POST /api/show: the facts about a model that VS Code and others read before they
+    offer it."""
     body = exchange.json_object()
     body.setdefault("model", body.get("name"))
     _, model = await resolve(exchange, body)
@@ -28214,8 +28231,8 @@ async def ollama_show(exchange: HttpExchange) -> None:
 
 
 async def ollama_call(dialect: Ollama, exchange: HttpExchange) -> None:
-    """POST /api/chat and /api/generate: a stream unless the client wants none. Without
-    anything to answer the model is only to be loaded."""
+    """POST /api/chat and /api/generate, a stream unless the client wants none. A
+    request without a prompt only asks to load the model."""
     exchange.answer_in(dialect)
     body = await exchange.read_json()
     if body.get("stream") is None:
@@ -28235,7 +28252,7 @@ async def ollama_call(dialect: Ollama, exchange: HttpExchange) -> None:
 
 
 async def ollama_embed(exchange: HttpExchange) -> None:
-    """POST /api/embed, and the older /api/embeddings with one text and one vector."""
+    """POST /api/embed, and the older /api/embeddings for one text and one vector."""
     body = await exchange.read_json()
     is_old = exchange.path == "/api/embeddings"
     texts = body.get("input")
@@ -28264,7 +28281,7 @@ async def ollama_embed(exchange: HttpExchange) -> None:
 
 
 async def ollama_pull(exchange: HttpExchange) -> None:
-    """POST /api/pull: a model of the account needs no download."""
+    """POST /api/pull: nothing to do, because a model of the account needs no download."""
     body = exchange.json_object()
     body.setdefault("model", body.get("name"))
     await resolve(exchange, body)
@@ -28272,7 +28289,7 @@ async def ollama_pull(exchange: HttpExchange) -> None:
 
 
 def refuse_change(exchange: HttpExchange) -> None:
-    """Refuses the routes that create, copy or delete models."""
+    """Refuse the routes that create, copy or delete models."""
     raise BadRequest("models cannot be changed here: they are those of GitHub Copilot")
 
 
@@ -28287,7 +28304,8 @@ AZURE_CALLS: Mapping[str, Endpoint] = {
 
 
 async def azure_call(exchange: HttpExchange) -> None:
-    """POST /openai/deployments/NAME/...: a deployment is a model, whatever the body names."""
+    """POST /openai/deployments/NAME/...: the deployment's name is the model, whatever
+    the body names."""
     name, _, operation = exchange.argument.partition("/")
     endpoint = AZURE_CALLS.get(operation)
 
@@ -28312,7 +28330,7 @@ async def azure_call(exchange: HttpExchange) -> None:
 
 
 async def list_deployments(exchange: HttpExchange) -> None:
-    """GET /openai/deployments: each model is one."""
+    """GET /openai/deployments: a deployment for each model."""
     exchange.reply_json(
         {
             "object": "list",
@@ -28512,8 +28530,8 @@ DEMO_MODELS = [
 
 
 def demo_prompt(request: Request) -> tuple[str, bool]:
-    """Returns (the last words of the prompt, whether they are a tool result). What
-    Claude Code reminds a model of is left out: it tells of tools and of searching."""
+    """Returns (the last words of the prompt, whether they are a tool result). Reminders
+    that Claude Code adds are left out, because they mention tools and searches."""
     parts: list[Part] = []
     for turn in request.turns:
         words = [
@@ -28531,7 +28549,8 @@ def demo_prompt(request: Request) -> tuple[str, bool]:
 def demo_usage(
     request: Request, prompt_tokens: int, output: int, reasoning: int
 ) -> Usage:
-    """Most of a long conversation comes from the cache, as it would."""
+    """The usage of an answer. As in real life most of a long conversation comes from
+    the cache."""
     cached = 0
     if len(request.turns) > 1 or prompt_tokens > 1024:
         cached = prompt_tokens * 3 // 4
@@ -28539,8 +28558,8 @@ def demo_usage(
 
 
 def demo_call(request: Request, prompt: str) -> list[Part]:
-    """A call of the tool that searches the web if the prompt mentions a search, of the
-    first tool if it mentions a tool, else []."""
+    """Returns a call of the tool that searches the web if the prompt mentions a search,
+    of the first tool if it mentions a tool, else []."""
     lowered = prompt.lower()
     for tool in request.tools:
         if "search" in lowered and tool.name in ("web_search", "WebSearch"):
@@ -28588,7 +28607,7 @@ def demo_response(request: Request, prompt_tokens: int) -> Response:
 
 
 def demo_trouble(dialect: Dialect, request: Request, prompt: str) -> None:
-    """The prompt may ask for trouble.  Raises ProxyError."""
+    """Raise the ProxyError that the prompt asks for, if it does."""
     lowered = prompt.lower()
     if request.search is not None and dialect.answers_search:
         text = "The use of the web search tool is not supported."
@@ -28622,13 +28641,14 @@ _USAGE_OBJECT = re.compile(rb'"usage": ?\{')
 
 
 def with_demo_cost(data: bytes, cost: int) -> bytes:
-    """Say beside each usage object what it cost, as Copilot does."""
+    """Put the cost beside each usage object, as Copilot does."""
     report = b'"copilot_usage":{"total_nano_aiu":%d},"usage":{' % cost
     return _USAGE_OBJECT.sub(report, data)
 
 
 async def demo_answer(dialect: Dialect, exchange: HttpExchange) -> None:
-    """A request of any dialect to the demo; streams come at a pace that can be seen."""
+    """Answer a request of any dialect to the demo. Streams come at a pace that can be
+    seen."""
     body = exchange.json_object()
     request = dialect.decode_request(body)
     request.answer_as(int(time.time()), exchange.id)
@@ -28667,12 +28687,13 @@ async def demo_answer(dialect: Dialect, exchange: HttpExchange) -> None:
 
 
 def demo_number(text: str, most: int) -> int:
-    """A number from 0 to `most` - 1 that looks random and is the same each time."""
+    """A number from 0 to `most` - 1 that looks random and is the same for the same
+    text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") % most
 
 
 def demo_row(moment: float, number: int) -> Json:
-    """One request of the made-up history; its ids say that it is made up."""
+    """One request of the made-up history. Its ids show that it is made up."""
 
     def pick(name: str, most: int) -> int:
         return demo_number("%s %d" % (name, number), most)
@@ -28747,7 +28768,8 @@ def seed_demo(history: History, now: float) -> None:
 
 
 def demo_embeddings(exchange: HttpExchange) -> None:
-    """Vectors made from a hash: equal texts have equal vectors, no more is promised."""
+    """Answer with vectors made from a hash: equal texts have equal vectors, and no more
+    is promised."""
     body = exchange.json_object()
     size = min(count_or_zero(body.get("dimensions")) or 8, 1536)
     data = []
@@ -28839,7 +28861,7 @@ DEMO_ROUTES: Routes = {
 
 
 def start_demo(settings: Settings) -> Server:
-    """Start the make-believe upstream and point `settings` at it."""
+    """Start the demo's upstream and point `settings` at it."""
     log = logging.getLogger("copilot_proxy.demo")  # its requests are not the user's
     log.setLevel(logging.CRITICAL + 1)
     app = App(Settings(no_history=True), {}, log=log)
@@ -28859,13 +28881,15 @@ _LARGE_GPT = "gpt-(?!.{0,40}(?:mini|nano))"
 
 @dataclass(frozen=True)
 class ClientSetup:
-    """How a client is set up; all of it text with %(places)s that `fill` knows. main,
-    small: patterns of model ids, best first. env: variables, those that stay empty are
-    left out. run: what is typed, `typed` into it. files: (path, text, text for each
-    model); what stands before // is moved by a $VARIABLE. suffix: of models with a
-    window of 1M tokens. sign, named: patterns that find in those files that they are
-    about this proxy, and a setting with the model it names. rivals: finds settings that
-    the client prefers to these."""
+    """How a client is set up. All texts have %(placeholders)s, whose values come from
+    `fill`.
+
+    main, small: patterns of model ids, best first. env: variables; those without a
+    value are left out. run: the command; typed: its input. files: (path, text, text for
+    each model); a $VARIABLE replaces the part of the path before //. suffix: of models
+    with a window of 1M tokens. sign, named: patterns that find in those files that they
+    are about this proxy, and a setting with the model it names. rivals: a pattern of
+    settings that the client prefers to these."""
 
     about: str
     dialect: Dialect = CHAT
@@ -29218,7 +29242,8 @@ SHELLS: Mapping[str, tuple[str, str, str, tuple[tuple[str, str], ...]]] = {
 
 
 def shell_of(environ: Mapping[str, str]) -> str:
-    """The shell that the user types into, as far as it shows; zsh reads what bash reads."""
+    """The shell into which the user types, as far as it can be seen; for zsh it is
+    bash, whose syntax zsh reads."""
     name = os.path.basename(environ.get("SHELL", ""))
     if os.name == "nt" and not name:
         # cmd.exe alone sets PROMPT
@@ -29229,7 +29254,7 @@ def shell_of(environ: Mapping[str, str]) -> str:
 
 
 def quote_word(shell: str, word: str, always: bool = False) -> str:
-    """A word of a command line, quoted where this shell would read something into it."""
+    """A word of a command line, in quotes if this shell would interpret it."""
     if not always and re.fullmatch(r"[\w+=:,./-]+", word, re.ASCII):
         return word
     for plain, escaped in SHELLS[shell][3]:
@@ -29250,12 +29275,13 @@ def pick_model(models: list[Model], *patterns: str) -> Model | None:
 
 
 def escape_all(texts: Mapping[str, str]) -> dict[str, str]:
-    """Escape for double-quoted strings in JSON, TOML and YAML alike."""
+    """Escape values for double-quoted strings in JSON, TOML and YAML alike."""
     return {name: json.dumps(text)[1:-1] for name, text in texts.items()}
 
 
 def places_of(model: Model) -> dict[str, str]:
-    """A model's own places; where the catalogue names no limit, a cautious one stands."""
+    """The values of a model's own placeholders. If the catalogue names no limit, a
+    cautious one is used."""
     out = model.limit("max_output_tokens") or 4096
     whole = model.limit("max_context_window_tokens") or 64000
     prompt = model.limit("max_prompt_tokens") or whole - out
@@ -29313,7 +29339,7 @@ def fill(
 def variables_of(
     recipe: ClientSetup, values: Mapping[str, str]
 ) -> list[tuple[str, str]]:
-    """Name and value of those that have one."""
+    """(name, value) of the variables that have a value."""
     pairs = [pair.partition("=")[::2] for pair in recipe.env.split()]
     return [(name, text % values) for name, text in pairs if text % values]
 
@@ -29332,9 +29358,9 @@ def settings_path(place: str, environ: Mapping[str, str]) -> str:
 def models_in_settings(
     recipe: ClientSetup, environ: Mapping[str, str]
 ) -> Iterator[tuple[str, str]]:
-    """(place, model) for each model that a client is set up with, in its files or in
-    the environment. A bare word ('opus') is an alias of the client's own and left
-    out."""
+    """(place, model) of each model that a client's settings name, in its files or in
+    the environment. A bare word ('opus') is left out, because it is the client's own
+    alias."""
     settings_: list[tuple[str, str]] = []
     pairs = [pair.partition("=")[::2] for pair in recipe.env.split()]
     if any(
@@ -29397,7 +29423,7 @@ def fill_file(
 def command_line(
     recipe: ClientSetup, values: Mapping[str, str], shell: str, single: bool = False
 ) -> str:
-    """The command to type: variables and client; `single`: on one line."""
+    """The command to type: variables and client. single: on one line."""
     export, join = SHELLS[shell][:2]
     run = [" ".join(quote_word(shell, word % values) for word in recipe.run.split())]
 
@@ -29430,7 +29456,7 @@ def command_line(
 
 
 def merge_objects(old: Any, new: Any) -> Any:
-    """`new` over `old`; objects are merged, everything else is replaced."""
+    """`new` merged into `old`. Objects are merged; any other value is replaced."""
     if not isinstance(old, dict) or not isinstance(new, dict):
         return new
     return {
@@ -29440,8 +29466,8 @@ def merge_objects(old: Any, new: Any) -> Any:
 
 
 def merge_json(old: Any, new: Any) -> Any:
-    """`new` over `old`; objects are merged, and lists of objects that have names by
-    those, at the top; everything else is replaced."""
+    """`new` merged into `old`. Objects are merged, and at the top also lists of
+    objects, by the objects' names; any other value is replaced."""
     if isinstance(old, list) and isinstance(new, list):
         names = [as_object(one).get("name") for one in old]
         merged = list(old)
@@ -29463,8 +29489,8 @@ _JSON_TOKEN = re.compile(
 
 
 def read_json_text(text: str) -> tuple[list[tuple[int, int]], Any]:
-    """([(begin, end) of each value directly inside], the whole value) of a JSON text
-    that may have comments and commas too many. Raises ValueError."""
+    """([(begin, end) of each value directly inside], the whole value) of a JSON text,
+    which may have comments and trailing commas. Raises ValueError."""
     words: list[str] = []
     places: list[tuple[int, int]] = []
     depth, is_next = 0, False
@@ -29498,8 +29524,8 @@ def has_comment(text: str) -> bool:
 
 def splice_json(text: str, new: Any) -> str:
     """`new` merged into a JSON text. Only values directly inside are written anew, and
-    only those that change; raises ValueError where that would cost a comment, or for
-    what is no JSON."""
+    only those that change. Raises ValueError if that would lose a comment, or if the
+    text is no JSON."""
     places, value = read_json_text(text)
     if type(value) is not type(new) or len(places) != len(value):
         raise ValueError("it holds something else than expected")
@@ -29555,7 +29581,7 @@ _SETTING_KEY = re.compile(r"""(?:export[ ]+)?["']?([\w.-]+)["']?[ \t]*[=:]""")
 
 
 def lines_of_toml(text: str) -> list[str]:
-    """The lines of a TOML text; a value of several lines is in one of them."""
+    """The lines of a TOML text. A value that spans several lines counts as one line."""
     lines, depth = [""], 0
     for token in _TOML_TOKEN.findall(text):
         lines[-1] += token
@@ -29602,14 +29628,16 @@ class SettingLines:
         return ""
 
     def key(self, line: str) -> str:
-        """The key that a line sets, "" for none.  The margin means something in YAML alone."""
+        """The key that a line sets, "" if it sets none. Only in YAML does the
+        indentation count."""
         match = _SETTING_KEY.match(line.lstrip() if self._is_toml else line)
         if match:
             return match[1]
         return ""
 
     def set(self, line: str) -> None:
-        """Put a setting in the place of theirs, whose comment stays, or before all."""
+        """Replace the line that sets the same key and keep its comment, or add a line
+        at the top."""
         key = self.key(line)
         for index, theirs in enumerate(self.top):
             if key and self.key(theirs) == key:
@@ -29622,8 +29650,8 @@ class SettingLines:
         self.top.insert(0, line)
 
     def put(self, section: list[str]) -> None:
-        """Put a section in the place of theirs: of that stay comments, and what is
-        behind an empty line, but for the same keys."""
+        """Replace the section of the same name. Of the old one the comments stay, and
+        what stands behind an empty line, except for the same keys."""
         title = self.title(section[0])
         for index, theirs in enumerate(self.sections):
             if self.title(theirs[0]) != title:
@@ -29641,13 +29669,13 @@ class SettingLines:
         self.sections.append(section)
 
     def text(self) -> str:
-        """All of it."""
+        """The whole text."""
         return "".join(map("".join, [self.top, *self.sections]))
 
 
 def merge_lines(old: str, new: str) -> str:
-    """`new` over a TOML or flat YAML text: its top keys replace theirs, and so does a
-    section with the same name; the rest is added."""
+    """`new` merged into a TOML or flat YAML text. Its top keys replace those of the
+    text, and so does a section of the same name; the rest is added."""
     is_toml = re.search(r"(?m)^\[", new) is not None
     merged = SettingLines(old + "\n" * (old[-1:] not in ("", "\n")), is_toml)
     ours = SettingLines(new, is_toml)
@@ -29662,8 +29690,8 @@ def merge_lines(old: str, new: str) -> str:
 
 
 def read_settings(path: str) -> str:
-    """A settings file's text, "" for none, its ends of lines and a mark of its encoding
-    before it as they are. Raises ConfigError."""
+    """A settings file's text, "" if there is none, with its line ends and byte order
+    mark as they are. Raises ConfigError."""
     try:
         with contextlib.suppress(FileNotFoundError), open(
             path, encoding="utf-8", newline=""
@@ -29675,7 +29703,7 @@ def read_settings(path: str) -> str:
 
 
 def merge_file(path: str, text: str) -> tuple[str, str]:
-    """(what the file holds, what it shall hold).  Raises ConfigError."""
+    """(what the file holds, what it is to hold). Raises ConfigError."""
     old = read_settings(path)
     plain = old.lstrip("\ufeff").replace("\r\n", "\n")
     try:
@@ -29838,8 +29866,8 @@ def service_text(
 
 
 def probe_host(upstream: Upstream, url: str) -> Iterator[tuple[str, str, bool]]:
-    """(hop, result, ok) for each step on the way to a host; the first failure is the
-    last entry."""
+    """Yield (hop, result, ok) for each step on the way to a host. The first failure is
+    the last entry."""
     proxy = upstream.proxy_for(url)
     far, near = urllib.parse.urlsplit(url), urllib.parse.urlsplit(proxy or url)
     host, gate = far.hostname or "", near.hostname or ""
@@ -29911,7 +29939,7 @@ def probe_host(upstream: Upstream, url: str) -> Iterator[tuple[str, str, bool]]:
 def setup_steps(
     recipe: ClientSetup, values: dict[str, str], shell: str, files: Any
 ) -> Any:
-    """[{title, text}] of what a person copies for a client, as `setup` prints it."""
+    """[{title, text}] of what a person must copy for a client, as `setup` prints it."""
     line = command_line(recipe, values, shell)
     is_enough = values["url"] in line or not files  # Zed's has only the key
     steps = [{"title": "Into " + path, "text": text.rstrip()} for path, text in files]
@@ -29927,7 +29955,7 @@ def setup_steps(
 
 
 def own_url(exchange: HttpExchange) -> str:
-    """How the caller reaches this server: by the name that its request has used."""
+    """The URL at which the caller reaches this server: the host that the request names."""
     settings = exchange.app.settings
     host = exchange.head.headers.get("host") or "127.0.0.1:%d" % (
         settings.port or DEFAULT_PORT
@@ -29940,8 +29968,8 @@ EXAMPLE_KEY = "YOUR-KEY"
 
 
 async def connect(exchange: HttpExchange) -> None:
-    """GET /connect: the clients that can be set up; GET /connect/CLIENT?shell=bash:
-    what `setup` prints for one, with a made-up key in it that the page replaces."""
+    """GET /connect: the clients that can be set up. GET /connect/CLIENT?shell=bash:
+    what `setup` prints for one of them, with a made-up key that the page replaces."""
     check_operator(exchange)
 
     if not exchange.argument:
@@ -29988,10 +30016,8 @@ ROUTES["/connect/*"] = {"GET": connect}
 
 def say(text: str = "") -> None:
     """Print lines for a person and flush them at once, because start scripts wait for
-    them.
-
-    Text from outside is escaped here; use `printable` before where it must not begin a
-    line. Raises ClientGone if nobody reads (models | head), ProxyError if writing
+    them. Text from outside is escaped here; use `printable` first if it must not begin
+    a line. Raises ClientGone if nobody reads (models | head), ProxyError if writing
     fails."""
     try:
         sys.stdout.write(visible(text, keep="\n\t") + "\n")
@@ -30011,7 +30037,7 @@ _PIPE_BYTES = getattr(
 
 
 def has_file(stream: Any) -> bool:
-    """Is it a file of the system, and one that can be waited for?"""
+    """Has the stream a file of the system that `select` can wait for?"""
     try:
         return os.name == "posix" and bool(stream.fileno() >= 0)
     except (OSError, ValueError, AttributeError):
@@ -30024,8 +30050,8 @@ class QueuedOutput:
 
     Text goes into a bounded queue, and one thread writes it. If the reader stalls (a
     full pipe, a stopped terminal) the queue fills, and lines without room are counted
-    in `lost`; so are lines that a dead stream refuses. `report(lines)` is called in
-    that thread once the stream accepts data again. `_changed` guards the fields."""
+    in `lost`; so are lines that a dead stream refuses. The thread calls `report(lines)`
+    once the stream accepts data again. `_changed` guards the fields."""
 
     def __init__(self, stream: Any, report: Callable[[int], None]) -> None:
         self.stream, self._report = stream, report
@@ -30049,11 +30075,11 @@ class QueuedOutput:
         self._thread.join(OUTPUT_END_S)
 
     def __getattr__(self, name: str) -> Any:
-        """isatty, fileno, encoding and so on are those of the stream itself."""
+        """Forward isatty, fileno, encoding and the like to the stream itself."""
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Never blocks and never fails."""
+        """Queue a text. Never blocks and never fails."""
         with self._changed:
             if self._size + len(text) > OUTPUT_QUEUE_CHARS:
                 self.lost += text.count("\n")
@@ -30064,7 +30090,7 @@ class QueuedOutput:
         return len(text)
 
     def flush(self) -> None:
-        """The thread does that."""
+        """Does nothing: the thread flushes."""
 
     def _run(self) -> None:
         while True:
@@ -30085,7 +30111,8 @@ class QueuedOutput:
             self._ending.wait(OUTPUT_PAUSE_S)
 
     def _hand_on(self, text: str) -> bool:
-        """Write all of it.  False when the stream is dead, or takes nothing until the end."""
+        """Write a whole text. Returns False if the stream is dead, or takes nothing
+        until the end."""
         try:
             if self._has_file:
                 data = text.encode(self.stream.encoding or "utf-8", "backslashreplace")
@@ -30097,14 +30124,17 @@ class QueuedOutput:
         return True
 
     def _write_pieces(self, data: bytes) -> bool:
-        """Whole lines where they fit, and never more than a pipe takes at once: neither
-        Python's own locks nor the end of the process may wait for a reader."""
+        """Write whole lines if they fit, and never more at once than a pipe takes.
+        Otherwise Python's own locks, or the end of the process, could wait for a
+        reader."""
         begin = 0
+
         while begin < len(data):
             if not wait_ready(self.stream, OUTPUT_LOOK_S, write=True):
                 if time.monotonic() > self._ends_at:
                     return False
                 continue
+
             end = (
                 data.rfind(b"\n", begin, begin + _PIPE_BYTES) + 1 or begin + _PIPE_BYTES
             )
@@ -30114,16 +30144,17 @@ class QueuedOutput:
                 time.sleep(
                     OUTPUT_LOOK_S
                 )  # another program has made it so, and was first
+
         return True
 
 
 def columns(text: str) -> int:
-    """How wide it stands on a terminal: letters of Chinese take two columns."""
+    """The width of a text on a terminal: Chinese characters take two columns."""
     return len(text) + sum(unicodedata.east_asian_width(char) in "WF" for char in text)
 
 
 def console_language(language: str) -> str:
-    """The language, or English if this console cannot show its letters."""
+    """The user's language, or English if this console cannot show its letters."""
     sample = "".join(TEXTS.get(language, {}).values())
     try:
         sample.encode(getattr(sys.stdout, "encoding", "") or "ascii")
@@ -30133,7 +30164,7 @@ def console_language(language: str) -> str:
 
 
 def locale_name(environ: Mapping[str, str]) -> str:
-    """The user's locale, 'de_DE.UTF-8'; '' when there is none."""
+    """The user's locale, 'de_DE.UTF-8'; '' if there is none."""
     for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
         if environ.get(name):
             return environ[name]
@@ -30143,7 +30174,8 @@ def locale_name(environ: Mapping[str, str]) -> str:
 
 
 def load_settings(flags: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
-    """Flags and environment, with the token from standard input.  Raises ConfigError."""
+    """Settings from flags and environment, with the token from standard input if the
+    flag says so. Raises ConfigError."""
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(flags).items()}
     if not values.get("lang") and not environ.get("COPILOT_PROXY_LANG"):
         values["lang"] = language_of(locale_name(environ))
@@ -30156,7 +30188,8 @@ def load_settings(flags: argparse.Namespace, environ: Mapping[str, str]) -> Sett
 
 
 def open_account(app: App) -> Copilot:
-    """The login for commands without a server.  Raises AuthError."""
+    """The account of the stored login, for commands that need no server. Raises
+    AuthError."""
     github_token = app.login.load()
     if not github_token:
         raise AuthError(
@@ -30173,7 +30206,8 @@ def open_account(app: App) -> Copilot:
 
 @contextlib.contextmanager
 def progress(app: App, text: str) -> Iterator[None]:
-    """While the block runs, a terminal shows what it waits for and how long, if that is long."""
+    """While the block runs, and once that takes long, show on a terminal what it waits
+    for and for how many seconds."""
     handler = line_handler(app.log)
     if handler is None:
         yield
@@ -30208,7 +30242,7 @@ def local_url(settings: Settings) -> str:
 
 
 def client_key(settings: Settings) -> str:
-    """A key that this server accepts, as far as the settings tell."""
+    """A key that this server accepts, as far as the settings show one."""
     return next((key for key in settings.api_key if key != "auto"), "dummy")
 
 
@@ -30217,8 +30251,8 @@ OWN_AGENT = "copilot_proxy/" + __version__
 
 
 def ask_server(app: App, url: str, key: str, path: str) -> Json:
-    """The answer of a running server at a path. Raises UpstreamError if none serves,
-    AuthError for a status other than 200."""
+    """The answer of a running server at a path. Raises UpstreamError if none serves
+    there, AuthError for a status other than 200."""
     headers = {"Authorization": "Bearer " + key, "User-Agent": OWN_AGENT}
     request = UpstreamRequest("GET", url + path, headers, timeout_s=GITHUB_TIMEOUT_S)
     with progress(app, "asking " + url):
@@ -30250,7 +30284,8 @@ def find_server(app: App, flags: argparse.Namespace) -> Callable[[str], Json] | 
 
 
 def can_open(url: str, settings: Settings, environ: Mapping[str, str]) -> bool:
-    """Is this a page of the GitHub that is meant, and can a browser show it here?"""
+    """Is this a page of the GitHub that the settings name, and can a browser show it
+    here?"""
     if host_of(url) != host_of(settings.github_url):
         return False
     if not url.startswith(settings.github_url + "/"):
@@ -30269,7 +30304,8 @@ def open_in_browser(url: str) -> None:
 
 
 def is_at_keyboard() -> bool:
-    """Does a person type into this program?  Who only reads in the background would be stopped."""
+    """Can a person type into this program? A program in the background would be stopped
+    if it read."""
     try:
         if not sys.stdin.isatty():
             return False
@@ -30279,7 +30315,8 @@ def is_at_keyboard() -> bool:
 
 
 def typed_line(timeout_s: float) -> str | None:
-    """What is typed within that time, None for nothing, '' at the end of the input."""
+    """The line that is typed within that time, None if none is, '' at the end of the
+    input."""
     if os.name != "nt":
         if wait_ready(sys.stdin, timeout_s):
             return sys.stdin.readline()
@@ -30303,7 +30340,7 @@ class LoginPrompt:
         self._thread: threading.Thread | None = None
 
     def announce(self, code: DeviceCode) -> None:
-        """There is a new code."""
+        """Show a new code."""
         settings = self._app.settings
         language = console_language(settings.lang)
         url, typed = printable(code.verification_uri), printable(code.user_code)
@@ -30325,7 +30362,7 @@ class LoginPrompt:
         self._thread.start()
 
     def close(self) -> None:
-        """The login is over."""
+        """End the prompt: the login is over."""
         self._over.set()
         if self._thread is not None:
             self._thread.join()
@@ -30337,7 +30374,7 @@ class LoginPrompt:
     def _wait(
         self, handler: LogHandler, code: DeviceCode, is_asked: bool, opens: bool
     ) -> None:
-        """Thread: count down."""
+        """Body of the thread: count down."""
         ends = time.monotonic() + code.expires_in
         text = translated(WAIT_TEXT, console_language(self._app.settings.lang))
         while not self._is_over() and time.monotonic() < ends:
@@ -30472,7 +30509,8 @@ def ensure_api_key(app: App) -> str:
 
 
 def check_folder(path: str, flag: str) -> None:
-    """Make it where it is missing.  Raises ConfigError when nothing can be written there."""
+    """Make the folder if it is missing. Raises ConfigError if nothing can be written
+    there."""
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
@@ -30497,9 +30535,9 @@ def look_up_models(app: App) -> None:
 
 
 def catch_signals() -> list[int]:
-    """A list that Ctrl-C, SIGTERM and SIGHUP append to; a second one ends the process
-    at once, but not a SIGHUP: a terminal that is closed sends it twice, by its shell
-    and by the system. Under nohup SIGHUP stays ignored."""
+    """A list to which Ctrl-C, SIGTERM and SIGHUP are appended. A second signal ends the
+    process at once, except SIGHUP: a terminal that closes sends it twice, through its
+    shell and through the system. Under nohup SIGHUP stays ignored."""
     signals: list[int] = []
     hangup = getattr(signal, "SIGHUP", None)
 
@@ -30547,8 +30585,8 @@ def model_for(models: list[Model], asked: str, patterns: tuple[str, ...]) -> Mod
 
 
 def ask_model(what: str, models: list[Model], patterns: tuple[str, ...]) -> Model:
-    """Ask for a model by number or name until the answer is valid; an empty answer
-    takes the best. Raises ConfigError if there is no chat model."""
+    """Ask for a model by number or name until the answer is valid. An empty answer
+    means the best one. Raises ConfigError if there is no chat model."""
     best = model_for(models, "", patterns)
 
     while True:
@@ -30640,7 +30678,7 @@ def session_text(app: App) -> str:
 
 
 def cmd_start(app: App, flags: argparse.Namespace) -> int:
-    """Serve.  The port opens before anything is asked of GitHub."""
+    """Serve. The port opens before GitHub is asked anything."""
     settings = app.settings
     if settings.github_token:
         check_github_token(settings.github_token)
@@ -30725,19 +30763,22 @@ def list_logins(app: App) -> int:
 
 
 def log_out(app: App, name: str) -> int:
-    """auth --logout [NAME]: forget the default login, or what NAME, a login or key id, has."""
+    """auth --logout [NAME]: forget the default login, or everything of NAME, a login or
+    key id."""
     stored, wanted = app.login.file.load(), name.lower()
     keys = [
         key
         for key in app.accounts.keys.all()
         if key.made and name and wanted in (key.login.lower(), key.id)
     ]
+
     app.accounts.forget(keys)
     is_default = (
         not name
         or bool(stored)
         and run(app.github.fetch_login(stored)).lower() == wanted
     )
+
     if name and stored and not is_default and not keys:
         raise AuthError("%s is not logged in here" % printable(name))
     removed = is_default and app.login.file.delete()
@@ -30779,7 +30820,7 @@ def find_logins(app: App) -> Iterator[tuple[str, str]]:
 
 
 def confirm(question: str) -> bool:
-    """Ask on a terminal; without one the answer is yes."""
+    """Ask on a terminal. Without a terminal the answer is yes."""
     if not sys.stdin.isatty():
         return True
     say(question + " [y/N]")
@@ -30787,7 +30828,8 @@ def confirm(question: str) -> bool:
 
 
 def import_login(app: App) -> str:
-    """A login of another program on this machine.  Asks first on a terminal."""
+    """The token of another program's login on this machine. On a terminal the user is
+    asked first. Raises AuthError."""
     for source, token in find_logins(app):
         if token.startswith(REFUSED_PREFIX):
             say(
@@ -30806,7 +30848,7 @@ def import_login(app: App) -> str:
 
 
 def cmd_auth(app: App, flags: argparse.Namespace) -> int:
-    """Log in without a server, or list, import, forget a login."""
+    """Log in without a server, or list, import or forget logins."""
     settings = app.settings
     if flags.list:
         return list_logins(app)
@@ -30839,14 +30881,15 @@ def cmd_auth(app: App, flags: argparse.Namespace) -> int:
 
 
 def console_columns() -> int:
-    """How wide the terminal is; there is no limit for a file or a pipe."""
+    """The width of the terminal; unlimited for a file or a pipe."""
     import shutil
 
     return shutil.get_terminal_size((0, 0)).columns or MAX_ERROR_TEXT
 
 
 def fit_line(head: str, parts: Iterable[str], columns: int) -> str:
-    """'head part, part'; where that is too wide, the head and below it as many lines as needed."""
+    """'head part, part'. If that is too wide: the head, and below it as many lines as
+    are needed."""
     whole = head + ", ".join(parts)
     if len(whole) <= columns:
         return whole
@@ -30879,7 +30922,8 @@ def quota_line(lane: Json, columns: int = MAX_ERROR_TEXT) -> str:
 
 
 def price_rows(stats: Json) -> list[tuple[str, list[str]]]:
-    """Credits as reported beside those by the listed prices, for each model that has both."""
+    """For each model that has both: the credits that were reported beside those by the
+    listed prices."""
     rows, label = [], "prices"
     for line in map(as_object, as_list(stats.get("price_check"))[:STATS_LINES]):
         reported = number_or(line.get("reported"), 0)
@@ -30927,7 +30971,7 @@ def cmd_check_usage(app: App, flags: argparse.Namespace) -> int:
 
 def missing_models(app: App, models: list[Model]) -> list[str]:
     """A line for each alias, --fallback and setting of a client that names a model
-    which this account does not have."""
+    which this account lacks."""
     lines = app.settings.missing_models(models)
     for recipe in CLIENTS.values():
         for place, name in models_in_settings(recipe, app.environ):
@@ -30941,8 +30985,8 @@ def missing_models(app: App, models: list[Model]) -> list[str]:
 
 
 def price_text(price: Json) -> str:
-    """The price as the account reports it: USD per million tokens in/out, or the
-    request multiplier."""
+    """The price that the account reports: USD per million tokens in/out, or the request
+    multiplier."""
     into, out, multiplier = (
         text_number_or_none(price.get(name))
         for name in ("input", "output", "multiplier")
@@ -30965,7 +31009,7 @@ def short_count(value: Any) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table as lines."""
+    """The rows of a table as lines with aligned columns."""
     table = [list(map(visible, row)) for row in rows]
     widths = [max(len(row[column]) for row in table) for column in range(len(rows[0]))]
     return [
@@ -30976,7 +31020,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def model_table(entries: list[Json], columns: int) -> list[str]:
     """Entries of /v1/models as lines. A narrow terminal gets no routes, short numbers,
-    and a state below the model where it is not the usual one."""
+    and the state below the model unless it is the usual one."""
     rows = [("id", "endpoints", "context", "output", "price", "state")]
     for entry in entries:
         paths = [str(path) for path in as_list(entry.get("supported_endpoints"))]
@@ -31021,8 +31065,8 @@ def model_table(entries: list[Json], columns: int) -> list[str]:
 
 
 def cmd_models(app: App, flags: argparse.Namespace) -> int:
-    """The catalogue as a table, or as JSON with the upstream's own entries; that of a
-    running server where it is asked instead."""
+    """Print the catalogue as a table, or as JSON with the upstream's own entries. With
+    a running server it is that server's catalogue."""
     ask = find_server(app, flags)
     notices: list[str] = []
     if ask is None:
@@ -31106,7 +31150,7 @@ def stats_rows(stats: Json, today: Json) -> list[tuple[str, list[str]]]:
 
 
 def cmd_stats(app: App, flags: argparse.Namespace) -> int:
-    """Today's figures of a running server."""
+    """Print today's figures of a running server."""
     url = local_url(app.settings)
     if flags.url:
         url = check_own_url(re.sub("(/v1)?/?$", "", flags.url), "--url")
@@ -31130,9 +31174,11 @@ def cmd_stats(app: App, flags: argparse.Namespace) -> int:
 
 
 def check_health(app: App, url: str) -> int:
-    """0 as soon as the server at `url` answers, 1 if it does not within HEALTH_WAIT_S."""
+    """Returns 0 as soon as the server at `url` answers, 1 if it does not within
+    HEALTH_WAIT_S."""
     url = re.sub("(/health)?/?$", "", check_own_url(url, "--health")) + "/health"
     deadline = time.monotonic() + HEALTH_WAIT_S
+
     while True:
         try:
             status, answer, _, _ = run(
@@ -31147,6 +31193,7 @@ def check_health(app: App, url: str) -> int:
         except ProxyError:
             if time.monotonic() > deadline:
                 raise
+
         time.sleep(0.1)
 
 
@@ -31231,8 +31278,8 @@ def probe_network(app: App) -> tuple[list[str], bool]:
 
 
 def models_for_debug(app: App) -> list[Model]:
-    """The account's models for `debug`, [] without a login or where they cannot be had
-    within MODELS_WAIT_S. Nothing is asked when no setting names a model."""
+    """The account's models for `debug`, [] without a login or if they do not arrive
+    within MODELS_WAIT_S. GitHub is not asked if no setting names a model."""
     models: list[Model] = []
     settings = app.settings
     names = [*settings.model_alias, *filter(None, [settings.fallback])]
@@ -31252,7 +31299,8 @@ def models_for_debug(app: App) -> list[Model]:
 
 
 def write_bundle(app: App, report: Json, path: str) -> None:
-    """debug --bundle: all of it in a new file for a bug report; no secret, no words of anybody."""
+    """debug --bundle: write everything into a new file for a bug report, without
+    secrets and without words of a conversation."""
     changed = {
         option.name: getattr(app.settings, option.field)
         for option in OPTIONS
@@ -31291,7 +31339,8 @@ def write_bundle(app: App, report: Json, path: str) -> None:
 
 
 def print_report(report: Json) -> None:
-    """Print a value a line, behind its name; those of a list stand below each other."""
+    """Print a line for each value, with its name. The values of a list stand below each
+    other."""
     for name, value in report.items():
         label = name.replace("_", " ")
         lines = value
@@ -31383,7 +31432,7 @@ def may_write(question: str, sure: bool) -> bool:
 
 
 def replace_settings(path: str, text: str) -> None:
-    """Raises ConfigError."""
+    """Write a settings file. Raises ConfigError."""
     try:
         write_file(path, text.encode())
     except OSError as error:
@@ -31394,8 +31443,8 @@ def replace_settings(path: str, text: str) -> None:
 def write_settings(
     recipe: ClientSetup, files: list[tuple[str, str]], sure: bool
 ) -> bool:
-    """Show each difference, ask, keep a backup, write -> do the files hold it all now?
-    The backup of a file that did not exist is empty."""
+    """Show each difference, ask, keep a backup, write. Returns True if the files hold
+    everything now. The backup of a file that did not exist is empty."""
     if not files:
         raise ConfigError("%s: there is no settings file to write" % recipe.about)
 
@@ -31424,8 +31473,8 @@ def write_settings(
 
 
 def undo_settings(recipe: ClientSetup, environ: Mapping[str, str], sure: bool) -> int:
-    """setup CLIENT --undo: the newest backup of each file back in its place; an empty
-    one removes the file. What a client has written since stays in a file beside it."""
+    """setup CLIENT --undo: put the newest backup of each file back; an empty one
+    removes the file. What a client has written meanwhile stays in a file beside it."""
     if not recipe.files:
         raise ConfigError("%s: there is no settings file to put back" % recipe.about)
 
@@ -31503,7 +31552,7 @@ def trial_words(data: bytes, place: tuple[str | int, ...]) -> str:
 def try_client(
     app: App, recipe: ClientSetup, values: dict[str, str], model: Model
 ) -> str:
-    """One streamed request in the client's dialect through the running server."""
+    """Send one streamed request in the client's dialect through the running server."""
     dialect, began = recipe.dialect, time.monotonic()
     request = Request(
         values["main"],
@@ -31552,7 +31601,7 @@ def try_client(
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """'; did you mean start?' for 'strat', '' where nothing is like it."""
+    """'; did you mean start?' for 'strat', '' if nothing is similar."""
     import difflib
 
     name = name[:COMPARED_CHARS].lower()
@@ -31633,7 +31682,7 @@ def setup_client(app: App, flags: argparse.Namespace, url: str) -> int:
 
 
 def cmd_setup(app: App, flags: argparse.Namespace) -> int:
-    """What to paste for a client, or a service manager's unit."""
+    """Print what to paste for a client, or a service manager's unit."""
     name = OTHER_NAMES.get(flags.client, flags.client)
     if name == "cursor":
         raise ConfigError(
@@ -31661,7 +31710,8 @@ def cmd_setup(app: App, flags: argparse.Namespace) -> int:
 
 
 class HelpFormat(argparse.HelpFormatter):
-    """-p, --port PORT: the value stands once; what has lines of its own keeps them."""
+    """Writes the value of an option once: `-p, --port PORT`. Texts with lines of their
+    own keep them."""
 
     def __init__(self, prog: str, **more: Any) -> None:
         super().__init__(prog, max_help_position=HELP_COLUMN, **more)
@@ -31687,13 +31737,13 @@ PARSER_WORDS = {
 
 class Parser(argparse.ArgumentParser):
     """Parses the command line, or the options of one command. An error is one line that
-    names the nearest valid word, and one line that says where the others are listed."""
+    names the nearest valid word, and one line that names the help."""
 
     def __init__(self, **more: Any) -> None:
         super().__init__(formatter_class=HelpFormat, **more)
 
     def error(self, message: str) -> NoReturn:
-        """Exit code 2."""
+        """Print the error and exit with code 2."""
         about, _, reason = message.partition(": ")
         for start, plain in PARSER_WORDS.items():
             if reason.startswith(start):
@@ -31706,7 +31756,7 @@ class Parser(argparse.ArgumentParser):
         return [name for action in self._actions for name in action.option_strings]
 
     def actions(self) -> list[argparse.Action]:
-        """Its options and operands, but --help."""
+        """The options and operands, without --help."""
         return [action for action in self._actions if action.dest != "help"]
 
     def refuse(self, rest: list[str]) -> NoReturn:
@@ -31781,7 +31831,7 @@ OPERANDS: Mapping[str, Sequence[str]] = {
 
 
 def choices_of(action: argparse.Action) -> list[str]:
-    """The words that its value may be, [] where that is not known."""
+    """The words that are valid as its value, [] if they are not known."""
     if action.choices is not None:
         return [str(choice) for choice in action.choices]
     metavar = str(action.metavar or "")
@@ -31798,7 +31848,7 @@ def words_of(command: Parser) -> str:
 
 
 def shell_cases(commands: Mapping[str, Parser]) -> str:
-    """The cases of the script for bash and zsh: the words that may follow the last one."""
+    """The cases of the script for bash and zsh: which words may follow the last one."""
     lines = ["  case $before in"]
     known: set[str] = set()
     for parser in commands.values():
@@ -31815,7 +31865,7 @@ def shell_cases(commands: Mapping[str, Parser]) -> str:
 
 
 def fish_text(text: str) -> str:
-    """Within single quotes."""
+    """A text within single quotes."""
     return text.replace("%%", "%").replace("\\", "\\\\").replace("'", "\\'")
 
 
@@ -31855,7 +31905,7 @@ def fish_lines(commands: Mapping[str, Parser]) -> str:
 
 
 def cmd_completion(app: App, flags: argparse.Namespace) -> int:
-    """A script for the shell, made from the parser."""
+    """Print a completion script for the shell, made from the parser."""
     if flags.shell not in COMPLETIONS:
         raise ConfigError(
             "completion: choose one of %s%s"
@@ -31870,8 +31920,8 @@ def cmd_completion(app: App, flags: argparse.Namespace) -> int:
 
 
 class Command(NamedTuple):
-    """One command: what it is for, its function, two examples of what one types behind
-    it, and the word that it needs."""
+    """One command: its purpose, its function, two examples of its use, and the word
+    that it needs."""
 
     about: str
     run: Callable[[App, argparse.Namespace], int]
@@ -31912,13 +31962,14 @@ COMMANDS: Mapping[str, Command] = {
 
 
 def example_text(lines: Iterable[str]) -> str:
-    """The end of a help; a line is what one types behind the script's name."""
+    """The examples at the end of a help, one a line."""
     words_ = ["  %s %s" % (SCRIPT_NAME, line) for line in lines]
     return "\n".join(["examples:", *map(str.rstrip, words_)])
 
 
 def add_option(parser: Any, option: Option, is_shown: bool) -> None:
-    """One row of OPTIONS as an argument, its help with default and environment names."""
+    """Add one row of OPTIONS as an argument. Its help names default and environment
+    variables."""
     names = ([option.short] if option.short else []) + ["--" + option.name]
     if option.default in ("", None, (), False):
         default = ""
@@ -31947,9 +31998,9 @@ def add_option(parser: Any, option: Option, is_shown: bool) -> None:
 
 
 def add_options(command: str, parser: Parser) -> None:
-    """The settings that this command takes, in the groups of OPTION_GROUPS. Those of
-    login and network, which are many, are explained by `start` alone and only named by
-    the others."""
+    """Add the settings that this command takes, in the groups of OPTION_GROUPS. Those
+    of login and network are many: only `start` explains them, the others just name
+    them."""
     named = {option.name: option for option in OPTIONS}
     hidden: list[Option] = []
     for title, names in OPTION_GROUPS.items():
@@ -31995,7 +32046,7 @@ def add_server_flags(parser: Parser, when: str) -> None:
 
 
 def add_command_flags(commands: Mapping[str, Parser]) -> None:
-    """The flags of single commands that are no settings."""
+    """Add the flags of single commands that are no settings."""
     for name in ("check-usage", "debug", "models", "stats"):
         commands[name].add_argument("--json", action="store_true", help="as JSON")
     for name in ("check-usage", "models"):
@@ -32036,7 +32087,7 @@ def add_command_flags(commands: Mapping[str, Parser]) -> None:
 
 
 def add_setup_flags(setup: argparse.ArgumentParser) -> None:
-    """The flags of `setup`."""
+    """Add the flags of `setup`."""
     setup.add_argument(
         "client",
         nargs="?",
@@ -32074,7 +32125,8 @@ def add_setup_flags(setup: argparse.ArgumentParser) -> None:
 
 
 def add_commands(parser: Parser) -> Mapping[str, Parser]:
-    """--version and all commands with their flags -> the parser of each command."""
+    """Add --version and all commands with their flags. Returns the parser of each
+    command."""
     version = "copilot_proxy %s (Python %s, %s)" % (
         __version__,
         sys.version.split()[0],
@@ -32103,7 +32155,7 @@ def add_commands(parser: Parser) -> Mapping[str, Parser]:
 
 
 def make_parser() -> tuple[Parser, Mapping[str, Parser]]:
-    """The whole command line -> (its parser, the parser of each command)."""
+    """Make (the parser of the whole command line, the parser of each command)."""
     parser = Parser(
         prog=SCRIPT_NAME,
         usage="%(prog)s COMMAND [OPTION ...]",
@@ -32115,13 +32167,14 @@ def make_parser() -> tuple[Parser, Mapping[str, Parser]]:
 
 
 def precedes_command(parser: Parser, word: str) -> bool:
-    """Is the first word an option of a command, which must stand behind it?"""
+    """Is the first word an option of a command? It must stand behind the command."""
     own = [name for name in parser.option_strings() if name.startswith(word)]
     return word.startswith("-") and not own
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; an unknown word ends the process with exit code 2, --help with 0."""
+    """Parse the command line. An unknown word ends the process with exit code 2, --help
+    with 0."""
     parser, commands = make_parser()
     typed = sys.argv[1:] if argv is None else argv
     if typed and precedes_command(parser, typed[0]):
@@ -32139,12 +32192,12 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 
 class RedactingFormatter(logging.Formatter):
-    """The last line of defence: whatever was logged, no token leaves through the log,
-    no character that a terminal obeys, and no line that pretends to be another
-    record."""
+    """The last line of defence. Whatever is logged, the log shows no token, no
+    character that a terminal obeys, and no line that looks like another record."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """One line, the words of clients and upstreams in it escaped."""
+        """Format the message as one line; words of clients and upstreams in it are
+        escaped."""
         return visible(redact(super().formatMessage(record)))
 
     def format(self, record: logging.LogRecord) -> str:
@@ -32154,10 +32207,12 @@ class RedactingFormatter(logging.Formatter):
 
 
 class JsonFormatter(RedactingFormatter):
-    """--log-json: one object per line; a request's line has its row of the history."""
+    """--log-json: one object per line. The line of a request holds its row of the
+    history."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Redacted before it is JSON: afterwards a quote could go with a secret."""
+        """Redact first and encode then: in JSON text a quote could disappear together
+        with a secret."""
         values = dict(
             vars(record).get("row", {}),
             level=record.levelname.lower(),
@@ -32175,7 +32230,7 @@ class JsonFormatter(RedactingFormatter):
 
 
 def set_up_logging(verbose: bool, as_json: bool) -> None:
-    """Log to standard error; a library user configures the logger himself."""
+    """Log to standard error. As a library the caller configures the logger."""
     if as_json:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(JsonFormatter())
@@ -32208,8 +32263,8 @@ def queue_output(stack: contextlib.ExitStack) -> None:
 
 
 def main(argv: list[str] | None = None, signals: list[int] | None = None) -> int:
-    """Run one command -> exit code.  `main(["start", "--port", "0"])`
-    signals: what `catch_signals` gave when the caller is not in the main thread."""
+    """Run one command and return its exit code: `main(["start", "--port", "0"])`.
+    signals: the list of `catch_signals` if the caller is not in the main thread."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # pythonw has none
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
