@@ -22556,6 +22556,15 @@ class ClientConnection(Connection):
         return len(self.ahead) > MAX_HEAD_BYTES
 
     @property
+    def is_asking(self) -> bool:
+        """Has its coroutine been woken for a request that waits for its turn?"""
+        if self._news is not None or not self.is_idle:
+            return False
+        if self.socket is not None:
+            return self.socket.has_message
+        return self.ahead != b""
+
+    @property
     def is_slow(self) -> bool:
         """Do so many bytes wait for the client that no more should be added?"""
         return len(self.out) > MAX_OUT_BYTES
@@ -22816,6 +22825,8 @@ class ClientConnection(Connection):
         ClientGone."""
         self.is_idle = True
         self._hand_over(socket)  # what came with the handshake
+        if socket.has_message:
+            await wait(NextTurn())
         while not socket.is_over:
             if self.at_end:
                 raise ClientGone
@@ -24214,7 +24225,6 @@ class Handler:
         it may have been revoked meanwhile."""
         exchange.pass_checks(self._check_sender(exchange))
         exchange.log_body("request", exchange.body)
-        await wait(NextTurn())
         await exchange.socket.endpoint(exchange)
 
     def _check(
@@ -24651,7 +24661,7 @@ class Server(ThreadingHTTPServer):
     def _close_idle(self) -> None:
         """Close the connections that serve no request now."""
         for client in list(self.loop.clients):
-            if client.is_idle:
+            if client.is_idle and not client.is_asking:
                 client.dismiss()
 
     def _end_running(self) -> None:
@@ -24662,9 +24672,14 @@ class Server(ThreadingHTTPServer):
 
     def _wait_idle(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
-        while self.running() and time.monotonic() < deadline:
+        while self._is_busy() and time.monotonic() < deadline:
             time.sleep(0.01)
-        return not self.running()
+        return not self._is_busy()
+
+    def _is_busy(self) -> bool:
+        """Is a request being answered, or does one wait for its turn?"""
+        clients = self.loop.clients.copy()
+        return any(client.exchange or client.is_asking for client in clients)
 
 
 # ==== 19. Page ====================================================================================

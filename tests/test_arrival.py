@@ -13,7 +13,8 @@ import uuid
 from typing import Any, Iterator
 from unittest import mock
 
-from support import DEADLINE_S, ProxyCase, chat, cp, wait_until
+from socket_client import Socket
+from support import DEADLINE_S, ProxyCase, chat, cp, response, wait_until
 
 WORK_S = 0.06                # that a slow endpoint computes
 
@@ -42,10 +43,15 @@ class ArrivalTest(ProxyCase):
                    for _ in range(count)]
         for client in clients:
             self.addCleanup(client.close)
-        loop = self.proxy.server.loop
-        wait_until(lambda: sum(one.watched for one in list(loop.clients)) == count,
-                   "all are accepted")
+        self.until_they_wait(count)
         return clients
+
+    def until_they_wait(self, count: int) -> None:
+        def waiting() -> int:
+            clients = self.proxy.server.loop.clients.copy()
+            return sum(isinstance(one.task.what, cp.News) for one in clients if one.task)
+
+        wait_until(lambda: waiting() == count, "all wait for a request")
 
     @contextlib.contextmanager
     def one_round(self) -> Iterator[None]:
@@ -79,6 +85,39 @@ class ArrivalTest(ProxyCase):
         self.assertNotIn("aaa", order)
         self.assertNotIn("bbb", order)
 
+    def test_a_request_that_waits_for_its_turn_at_the_shutdown_is_answered(self) -> None:
+        server, busy = self.proxy.server, []
+        waits, idle = self.connect(2)
+        with self.one_round():
+            waits.sendall(b"GET /a/1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            server.loop.post(server._close_idle)
+            server.loop.post(lambda: busy.append(server._is_busy()))
+        self.assertEqual(waits.recv(12), b"HTTP/1.1 200")
+        self.assertEqual(idle.recv(12), b"")
+        self.assertEqual(busy, [True])
+        self.proxy.settle()
+        self.assertFalse(server._is_busy())
+
+    def test_half_a_request_does_not_hold_the_shutdown_up(self) -> None:
+        server = self.proxy.server
+        (half,) = self.connect(1)
+        half.sendall(b"GET /a/1 HTTP/1.1\r\n")
+        wait_until(lambda: any(one.ahead for one in server.loop.clients.copy()), "it is read")
+        self.until_they_wait(1)
+        self.assertFalse(server._is_busy())
+        server.loop.post(server._close_idle)
+        self.assertEqual(half.recv(12), b"")
+
+    def test_a_message_that_waits_for_its_turn_at_the_shutdown_is_answered(self) -> None:
+        server = self.proxy.server
+        client, idle = (self.enter(Socket(self.proxy.port)) for _ in range(2))
+        self.until_they_wait(2)
+        with self.one_round():
+            client.create(response("hi"))
+            server.loop.post(server._close_idle)
+        self.assertEqual(client.event()["type"], "response.created")
+        self.assertEqual(idle.wait_closed().code, 1001)
+
     def test_ids_are_random_and_never_the_same(self) -> None:
         ledger = self.proxy.app.ledger
         asked = cp.AskedFor("POST", "/messages", {}, 0.0, 0.0)
@@ -98,7 +137,7 @@ class KeyTest(ProxyCase):
                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b")
         body = cp.dumps(chat("hi"))
         clients = {}
-        for name, key in keys.items():
+        for name in keys:
             clients[name] = socket.create_connection(
                 ("127.0.0.1", self.proxy.port), timeout=DEADLINE_S)
             self.addCleanup(clients[name].close)
