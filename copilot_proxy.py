@@ -23142,12 +23142,10 @@ def exposed_headers(fields_: list[tuple[str, str]]) -> str:
     return ", ".join(dict.fromkeys((*EXPOSED_HEADERS, *own)))
 
 
-def give_back_memory() -> None:
-    """Return free memory to the system; only glibc needs it.
-
-    glibc would hold the 12 MB that compiling this file took, and those of large
-    requests, and each new thread would open an arena of its own. So free memory is
-    returned, and one arena is allowed."""
+def set_up_memory() -> None:
+    """Tune glibc's memory; called before the first thread begins, because a thread
+    keeps the arena that it has. Each would open its own one and fill it with what it
+    freed."""
     with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
         import ctypes
 
@@ -23155,7 +23153,15 @@ def give_back_memory() -> None:
         libc.mallopt(-8, 1)  # M_ARENA_MAX
         libc.mallopt(-3, LARGE_BLOCK_BYTES)  # M_MMAP_THRESHOLD: given back at once
         libc.mallopt(-1, 2 * LARGE_BLOCK_BYTES)  # M_TRIM_THRESHOLD
-        libc.malloc_trim(0)
+
+
+def give_back_memory() -> None:
+    """Return free memory to the system, because glibc would hold the 12 MB that
+    compiling this file took, and those of large requests."""
+    with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def spare_collector() -> None:
@@ -23734,7 +23740,8 @@ def foreign_origin(origin: str | None) -> BadRequest:
 
 
 class Workers:
-    """A few threads for what may block; an idle one ends after WORKER_IDLE_S.
+    """A few threads for what may block; an idle one ends after WORKER_IDLE_S. The last
+    one returns the memory that large requests and busy times have left.
 
     `_lock` guards the fields."""
 
@@ -23780,6 +23787,8 @@ class Workers:
                 break
             work()
             work = None  # an idle thread must not hold the memory of a request
+        if not self._count:
+            give_back_memory()
 
     def _next(self) -> Callable[[], None] | None:
         """Returns the next work, or None if this thread must end.
@@ -32339,6 +32348,7 @@ def run_script() -> None:
     if sys.argv[1:2] != ["start"]:
         sys.exit(main())
     signals = catch_signals()
+    set_up_memory()
 
     def serve() -> None:
         try:
