@@ -4886,8 +4886,10 @@ class Dialect:
         first = as_object(turns[0]) if turns else {}
         if first.get("role") in SYSTEM_ROLES:
             system.append(first.get("content"))
-        texts = map(text_of, filter(None, system))
-        system_text = "\n".join(filter(None, texts))
+        system_text = ""
+        if any(system):
+            texts = map(text_of, filter(None, system))
+            system_text = "\n".join(filter(None, texts))
         return side_request(text_of(content), system_text) or "user"
 
     @staticmethod
@@ -7027,9 +7029,9 @@ class ChatCompletions(Dialect):
     def _take_marks(self, edit: BodyEdit, message: Json, model: Model) -> None:
         """Turn Anthropic's cache marks, which opencode writes on messages and on what
         is in them, into Copilot's own on the message. Only Claude has such marks."""
-        calls = dicts_in(message, "tool_calls")
-        places = [message, *dicts_in(message, "content"), *calls]
-        places += [as_object(call.get("function")) for call in calls]
+        places = [message, *dicts_in(message, "content")]
+        for call in dicts_in(message, "tool_calls"):
+            places += [call, as_object(call.get("function"))]
         marked = [place for place in places if "cache_control" in place]
         for place in marked:
             edit.drop(place, "cache_control")
@@ -7815,6 +7817,12 @@ def drop_copilot_fields(answer: Json) -> None:
         del answer[key]
 
 
+#: what the usage of a response always has
+_USAGE_KINDS: tuple[tuple[str, type], ...] = tuple(
+    (key, type(value)) for key, value in openai_usage(None, "input", "output").items()
+)
+
+
 def mend_response_usage(answer: Json) -> None:
     """Fill in the counts that strict clients need (Codex: total_tokens)."""
     if not isinstance(answer.get("usage"), dict):
@@ -7822,13 +7830,14 @@ def mend_response_usage(answer: Json) -> None:
             return
         answer["usage"] = {"input_tokens": 0, "output_tokens": 0}
     usage = answer["usage"]
-    reported = Usage.of(read_usage(usage))
-    for key, usual in openai_usage(reported, "input", "output").items():
-        if not isinstance(usage.get(key), type(usual)):
-            usage[key] = usual
-    usage["input_tokens_details"].setdefault(
-        "cache_write_tokens", 0
-    )  # openai 3.52 insists
+    missing = [
+        key for key, kind in _USAGE_KINDS if not isinstance(usage.get(key), kind)
+    ]
+    if missing:
+        complete = openai_usage(Usage.of(read_usage(usage)), "input", "output")
+        usage.update((key, complete[key]) for key in missing)
+    # openai 3.52 insists
+    usage["input_tokens_details"].setdefault("cache_write_tokens", 0)
 
 
 def _vendor_output(output: Any) -> Any:
@@ -8255,12 +8264,16 @@ class Responses(Dialect):
             return False
 
         for key in ("id", "internal_chat_message_metadata_passthrough"):
-            edit.drop(item, key)
+            if key in item:
+                edit.drop(item, key)
         if isinstance(item.get("call_id"), str) and len(item["call_id"]) > MAX_ID_CHARS:
             edit.set(item, "call_id", stable_id("call_", item["call_id"]))
         for key in ("content", "output"):
-            refuse_image_urls(item.get(key), "input[%d]" % index)
-            for part in map(as_object, as_list(item.get(key))):
+            parts = item.get(key)
+            if not isinstance(parts, list):
+                continue
+            refuse_image_urls(parts, "input[%d]" % index)
+            for part in map(as_object, parts):
                 if part.get("type") == "input_image":  # refused without a detail
                     detail = part.get("detail") or "auto"
                     edit.set(part, "detail", "high" if detail == "original" else detail)
@@ -9652,8 +9665,8 @@ class Messages(Dialect):
     ) -> Json | None:
         """Return the block in a form that every backend accepts, None if it is to be left
         out. Raises BadRequest for images and documents that no upstream can fetch."""
-        place = "messages[%d].content" % index
         if not isinstance(block, dict):
+            place = "messages[%d].content" % index
             raise BadRequest("'%s' must hold objects" % place, param=place)
         kind = str(block.get("type"))
         if kind == "text":
@@ -9664,9 +9677,11 @@ class Messages(Dialect):
             return Messages._fit_thinking(edit, block)
 
         if kind in ("image", "document", "tool_result"):
-            Messages._refuse_links(block, place)
+            Messages._refuse_links(block, index)
         if kind == "tool_result" and isinstance(block.get("content"), list):
             Messages._fit_result(edit, block, found_tools)
+        if kind in _BLOCK_ROLES:
+            return block  # of the client's own tools
         return as_object(_served_block_as_text(edit, block, found_tools))
 
     @staticmethod
@@ -9685,7 +9700,7 @@ class Messages(Dialect):
         return None
 
     @staticmethod
-    def _refuse_links(block: Json, place: str) -> None:
+    def _refuse_links(block: Json, index: int) -> None:
         """Raise BadRequest for an image or document by URL or file id."""
         for inner in walk_objects(block):
             is_link = "url" in inner or "file_id" in inner
@@ -9694,7 +9709,7 @@ class Messages(Dialect):
                     "images and documents by URL or file id are not supported by the "
                     "upstream: send them as base64, or start the proxy with "
                     "--fetch-images (images only)",
-                    param=place,
+                    param="messages[%d].content" % index,
                 )
 
     @staticmethod
@@ -9716,15 +9731,13 @@ class Messages(Dialect):
     def _prepare_cache_marks(edit: BodyEdit) -> None:
         """Reduce every mark to its plain form, remove marks on thinking, and keep the
         last four: the upstream refuses more."""
-        blocks = [b for m in edit.body["messages"] for b in as_list(m.get("content"))]
-        blocks = [inner for b in blocks for inner in [b] + as_list(b.get("content"))]
-        marked = [
-            b
-            for b in as_list(edit.body.get("tools"))
-            + as_list(edit.body.get("system"))
-            + blocks
-            if "cache_control" in as_object(b)
-        ]
+        places = as_list(edit.body.get("tools")) + as_list(edit.body.get("system"))
+        for message in edit.body["messages"]:
+            for block in as_list(message.get("content")):
+                places.append(block)
+                if isinstance(block.get("content"), list):
+                    places += block["content"]
+        marked = [b for b in places if isinstance(b, dict) and "cache_control" in b]
 
         for block in marked:
             mark = block["cache_control"]
@@ -12741,21 +12754,23 @@ TURN_STEPS: tuple[Callable[[BodyEdit, Dialect, Model], None], ...] = (
 )
 
 
-#: dialect -> the fields that FIELD_STEPS look at, with the conversation itself
+#: dialect -> the fields that FIELD_STEPS look at, beside the conversation itself
 _SHAPED_FIELDS = {
-    dialect: old
-    | {"functions", "function_call", "tools", "tool_choice"}
-    | {"messages", "input", "system", "instructions"} - {DIALECTS[dialect].system_key}
+    dialect: (
+        old
+        | {"functions", "function_call", "tools", "tool_choice"}
+        | {"messages", "input", "system", "instructions"}
+    )
+    - {DIALECTS[dialect].system_key, DIALECTS[dialect].turns_key}
     for dialect, old in _OLD_NAMES.items()
 }
 
 
 def is_plain(body: Json, client: Dialect) -> bool:
     """Is this a conversation of words, without a field that normalising would change?"""
-    own = client.turns_key
-    if body.keys() & _SHAPED_FIELDS[client.name] != {own}:
+    if not _SHAPED_FIELDS[client.name].isdisjoint(body):
         return False
-    turns = body[own]
+    turns = body.get(client.turns_key)
     return type(turns) is list and all(map(is_words, turns))
 
 
@@ -13311,21 +13326,26 @@ def _drop_nonce_line(edit: BodyEdit, holder: Json, key: str) -> None:
             edit.note_words(False)
 
 
+def _drop_nonce_lines(edit: BodyEdit, holder: Json, key: str) -> None:
+    """The same for a text that may be given in blocks."""
+    content = holder.get(key)
+    if isinstance(content, list):
+        for block in content:
+            _drop_nonce_line(edit, as_object(block), "text")
+    elif isinstance(content, str) and content.startswith(_NONCE_LINE):
+        _drop_nonce_line(edit, holder, key)
+
+
 def drop_billing_line(edit: BodyEdit) -> None:
     """Drop Claude Code's first system line, which differs in each request and so
     defeats the prompt cache."""
     body = edit.body
     turns = body.get("messages") or body.get("input")
-    places = [(body, "system"), (body, "instructions")]
+    for key in ("system", "instructions"):
+        if key in body:
+            _drop_nonce_lines(edit, body, key)
     if turns and isinstance(turns, list) and isinstance(turns[0], dict):
-        places.append((turns[0], "content"))
-    for holder, key in places:
-        content = holder.get(key)
-        if isinstance(content, list):
-            for block in content:
-                _drop_nonce_line(edit, as_object(block), "text")
-        elif isinstance(content, str) and content.startswith(_NONCE_LINE):
-            _drop_nonce_line(edit, holder, key)
+        _drop_nonce_lines(edit, turns[0], "content")
 
 
 class LinkedImage(NamedTuple):
