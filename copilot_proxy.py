@@ -836,8 +836,8 @@ CHINESE = {
 TEXTS: Mapping[str, Mapping[str, str]] = {"en": {}, "zh": CHINESE}
 
 # ==== 3. Errors ===================================================================================
-# Whose fault it is decides the class; the status decides the name on the wire.  An error is raised
-# where the fact is known and rendered once, by the dialect of the route that was called.
+# The class of an error says whose fault it is, its status decides the name on the wire.  An error
+# is raised where the fact is known and rendered once, by the dialect of the route that was called.
 
 #: status -> (type in OpenAI's shape, type in Anthropic's shape, status in Google's shape)
 ERROR_TYPES = {
@@ -1002,7 +1002,8 @@ class RateLimited(ProxyError):
     status = 429
 
 
-#: what upstreams say of too long a prompt; two numbers are its tokens and the limit, in any order
+#: texts of upstreams about too long a prompt; two numbers are its tokens and the limit, in any
+#: order
 _OVERFLOW = re.compile(
     r"token count of (\d{1,15}) exceeds the limit of (\d{1,15})"
     r"|prompt is too long(?:: (\d{1,15}) tokens > (\d{1,15}))?"
@@ -1101,7 +1102,9 @@ class ClientGone(Exception):
 
 
 # ==== 4. Helpers ==================================================================================
-# Small pure functions that several sections need.
+# Pure functions that several sections need: JSON within bounds, numbers from outside, redaction
+# of secrets, hosts and origins, error bodies, ids.  They know nothing of requests, models or
+# accounts.
 
 
 def _no_constant(name: str) -> Any:
@@ -1410,8 +1413,8 @@ def dicts_in(body: Json, key: str) -> list[Json]:
 
 
 # Numbers from outside, from a client, the upstream, a header, a file or the environment, pass one
-# of these: what comes out is finite and bounded, so that it can be compared, added, divided and
-# slept for.  The names say what nonsense becomes.  Booleans are no numbers here.
+# of these.  The result is finite and bounded, so that it can be compared, added, divided and used
+# as a pause.  The name tells what nonsense becomes.  Booleans are no numbers here.
 
 
 def number_or_none(
@@ -1577,8 +1580,8 @@ def redact(text: str) -> str:
     return text
 
 
-#: up to where a text can be redacted, whatever follows: a secret has neither white space nor
-#: quotes, but for what stands before it
+#: ends where a text can be redacted, whatever follows: a secret has neither white space nor
+#: quotes, except in the word before it
 _LAST_GAP = re.compile(r".*(?<=[\s\"'])(?<![Bb]earer )(?<![Tt]oken )", re.DOTALL)
 
 
@@ -2003,9 +2006,10 @@ def floats_to_base64(vector: list[float]) -> str:
 
 
 # ==== 5. Vocabulary ===============================================================================
-# What the dialects have in common, in neutral words.  Glossary: dialect = one of the five API
-# shapes; model = an entry of the upstream's catalogue; asked = the model id that the client wrote;
-# loss = something of the request that did not go upstream, and why.
+# The neutral form of a request, of an answer and of a stream's events, which every dialect can
+# read and write.  Glossary: dialect = one of the five API shapes; model = an entry of the
+# upstream's catalogue; asked = the model id that the client wrote; loss = a part of the request
+# that was not sent upstream, with the reason.
 
 
 @dataclass
@@ -2182,7 +2186,7 @@ class Prices:
         }
 
 
-#: by these words a notice of the upstream is known to announce the end of a model
+#: an upstream's notice with one of these words announces the end of a model
 _ENDING_WORDS = re.compile(
     "deprecat|retir|sunset|clos(?:e|es|ing|ed) down|end[- ]of[- ]life|"
     "discontinu|remov|replac|no longer|go(?:es|ing) away|shut",
@@ -3003,9 +3007,9 @@ def fold(events: Iterable[Event]) -> Response:
 
 
 # ==== 6. Framing ==================================================================================
-# HTTP heads, bodies, server-sent events and WebSocket frames: bytes in, values out.  No socket is
-# known here, so every reader is tested whole, cut anywhere, and one byte at a time.  Strict where a
-# lenient reading would let two parties see two different requests.
+# HTTP heads, bodies, server-sent events and WebSocket frames: bytes in, values out.  Nothing here
+# knows a socket, so every reader is tested with its input whole, cut anywhere, and byte by byte.
+# A reader is strict if a lenient one would let two parties see two different requests.
 
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
 _FIELD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00\r\n]*"
@@ -3566,7 +3570,7 @@ class SSEDecoder:
 # ---- WebSocket, RFC 6455: the server's side, without extensions ----
 
 CONTINUATION, TEXT_FRAME, CLOSE_FRAME, PING_FRAME, PONG_FRAME = 0, 1, 8, 9, 10
-#: why a connection is closed
+#: the codes with which a connection is closed
 NORMAL, GOING_AWAY, PROTOCOL_ERROR, NO_TEXT, NOT_UTF8, POLICY, TOO_LARGE = (
     1000,
     1001,
@@ -4230,7 +4234,7 @@ SUMMARY_PROMPT = (
 
 
 # fmt: off
-#: requests that no human wrote: compaction, continuation, titles, topics, safety checks
+#: requests that no human wrote: for compaction, continuation, titles, topics, safety checks
 SIDE_REQUESTS = (
     SideRequest("Claude Code", "user", "holds",
         ("CRITICAL: Respond with TEXT ONLY. Do NOT call any tools.",
@@ -4273,7 +4277,7 @@ SIDE_REQUESTS = (
 _SYSTEM_SIDE_REQUESTS = tuple(row for row in SIDE_REQUESTS if row.place == "system")
 
 
-#: a text of a user that none of these begins or is in is no side request
+#: a user's text that begins with none of these, and holds none of those below, is no side request
 _USER_STARTS = tuple(
     mark
     for row in SIDE_REQUESTS
@@ -4805,9 +4809,9 @@ class Dialect:
         """The error body as an event that ends a stream."""
         return b"data: %b\n\n" % dumps(self.error_body(error, ""))
 
-    # `prepare` makes a body fit for the upstream in place, raising BadRequest.  The others serve
-    # clients of models in another dialect: both ways between a body and neutral words, unknown
-    # fields are losses.
+    # `prepare` makes a body fit for the upstream, in place; it raises BadRequest.  The others
+    # serve clients of models in another dialect: both ways between a body and neutral words,
+    # unknown fields are losses.
     prepare: Callable[[BodyEdit, Model], None]
     decode_request: Callable[[Json], Request]
     read_tool: Callable[[Json, Request], None]
@@ -5473,7 +5477,7 @@ def join_texts(parts: Iterable[Part]) -> str:
 
 
 # ---- One lenient reader of content ----
-# A client writes its parts in the shape that it thinks the model's vendor wants, so each dialect
+# A client writes parts in the shape that it believes the model's vendor wants, so each dialect
 # reads the parts of all three.
 
 
@@ -5671,8 +5675,8 @@ def placed_parts(
 
 
 # ---- Tools that the client runs under a type of its vendor's ----
-# Other vendors' models know no such types: to them they are functions, and a call comes back in
-# the form in which the client knows it.
+# Models of other vendors do not know these types, so they are offered as functions, and a call is
+# turned back into the form that the client knows.
 
 
 class ClientTool(NamedTuple):
@@ -5782,7 +5786,8 @@ _ITEM_OF = {tool: item for item, tool in CALL_ITEMS.items()}
 
 _EDIT_COMMANDS = ("view", "create", "str_replace", "insert")
 _COORDINATE: Json = {"type": "array", "items": {"type": "integer"}}
-#: how the type of a tool of Messages begins, what it does, its schema (Anthropic's tool reference)
+#: the beginning of a tool's type in Messages, its description, its schema (Anthropic's tool
+#: reference)
 ANTHROPIC_TOOLS: tuple[tuple[str, str, Json], ...] = (
     (
         "bash_",
@@ -6302,7 +6307,7 @@ def read_schema(layout: Any) -> Json | None:
 
 
 # fmt: off
-#: a field of Request, what makes sense of it, and its place in a body of each dialect
+#: a field of Request, the function that reads its value, and its place in a body of each dialect
 FIELDS = (
     ("", None, "chat", "responses", "messages", "gemini", "ollama"),
     ("stream", flag, "stream", "stream", "stream", "stream", "stream"),
@@ -7134,8 +7139,8 @@ class ChatCompletions(Dialect):
             and bool(message.get("tool_calls")) == called
         )
 
-    # -- to and from neutral words.  One text, one reasoning and a list of calls in a message: the
-    # -- order among them is lost in bodies, streams keep it.
+    # -- to and from neutral words.  A message has one text, one reasoning and a list of calls: a
+    # -- body loses the order among them, a stream keeps it.
 
     def decode_request(self, body: Json) -> Request:
         if count_or_zero(body.get("n")) > 1:
@@ -7860,7 +7865,8 @@ _SILENT_EVENTS = (
     "response.reasoning_summary_part.added",
 )
 _SILENT_ITEMS = ("message", "reasoning")
-#: fields of a request that its response object repeats, with what they are when they were not said
+#: fields of a request that its response object repeats, with their values if the request lacks
+#: them
 ECHOED_FIELDS: Mapping[str, Any] = {
     "background": False,
     "instructions": None,
@@ -8411,8 +8417,8 @@ class Responses(Dialect):
             for number, event in enumerate(events)
         )
 
-    # -- to and from neutral words.  A turn of the assistant is a run of items, each text a message
-    # -- item of its own; system turns at the head are `instructions`.
+    # -- to and from neutral words.  A turn of the assistant is several items, with a message item
+    # -- for each text; system turns at the head become `instructions`.
 
     def decode_request(self, body: Json) -> Request:
         self._refuse_state(body)
@@ -8748,7 +8754,8 @@ class Responses(Dialect):
         return encoder.answer
 
 
-#: what differs between deltas but carries no meaning; one pattern for both takes ten times as long
+#: these differ between deltas but carry no meaning; one pattern for both would take ten times as
+#: long
 _ANY_ITEM_ID = re.compile(rb'"item_id":"[^"]*')
 _ANY_SEQUENCE = re.compile(rb'"sequence_number":[0-9]*')
 
@@ -9978,8 +9985,8 @@ class Messages(Dialect):
         answer["model"] = asked
         return changed
 
-    # -- to and from neutral words.  System turns at the head become `system`; `prepare` folds later
-    # -- ones into the next user turn.
+    # -- to and from neutral words.  System turns at the head become `system`; `prepare` folds
+    # -- later ones into the next user turn.
 
     def decode_request(self, body: Json) -> Request:
         if "thread" in body:
@@ -10491,7 +10498,8 @@ class MessagesEncoder(StreamEncoder):
 
 
 # ---- Gemini and Ollama: dialects of clients alone ----
-# No upstream speaks them: they read requests and write answers, and the hub does the rest.
+# No upstream speaks these two.  They read requests and write answers; the translation through
+# neutral words does the rest.
 
 
 class ClientDialect(Dialect):
@@ -10705,7 +10713,7 @@ def json_schema_of(schema: Json) -> Json:
 
 # ---- Gemini ----
 
-#: what Google has clients write for: none
+#: Google's word for "no signature", which clients send
 NO_SIGNATURE = "skip_thought_signature_validator"
 SIGNED_TEXT = "text"  # in a packed state: the words that the state before it signs
 _UPSTREAM_NAMES = ("chat", "responses", "messages")  # of the dialects that mint state
@@ -12274,10 +12282,10 @@ class CompletionStream(StreamRelay):
 
 
 # ==== 8. Transcript care ==========================================================================
-# What becomes of a request on its way up, beside the rules of its dialect: a history that the
-# upstream would refuse is mended, a conversation's head is kept steady for the prompt cache.  It is
-# done to the body in the upstream's dialect, so that translated requests get the same care.  What
-# needs nothing is looked at once and left alone.
+# What happens to a request on its way upstream, beside the rules of its dialect: a history that
+# the upstream would refuse is mended, and the head of a conversation stays the same for the prompt
+# cache.  The body is in the upstream's dialect already, so translated requests get the same care.
+# A body that needs none is looked at once and left alone.
 
 SHED_IMAGE = "[an image was left out: the upstream takes no more]"
 MAX_SENT_BYTES = 5_000_000  # with images; larger bodies were met with 413
@@ -13650,7 +13658,9 @@ def translate_request(
 
 
 # ==== 9. Planning =================================================================================
-# Which model is meant, may it be asked in this dialect, how long is a prompt.
+# Which model a name means, in which dialect the model can be asked, and how many tokens a prompt
+# has.  The Plan of a request holds the answers: the body and headers to send, and the pipeline
+# that turns the upstream's answer into the client's.
 
 _FAMILIES = ("opus", "sonnet", "haiku", "fable")
 
@@ -14521,8 +14531,8 @@ class Plan:
         return dumps(self.answer)
 
 
-# ---- Token estimate: text is cut as the o200k tokenizer cuts it, a piece of each kind has the
-# weight it had in measured texts, and the sum leans high.
+# ---- Token estimate: text is cut into pieces as the o200k tokenizer cuts it.  A piece of each kind
+# has the mean weight that it had in measured texts, and the sum leans high.
 
 _WORDY = (
     r"0-9A-Za-z\u00aa\u00b5\u00ba\u00c0-\u1fff\u2c00-\u2dff\u3040-\ufdff\ufe70-\ufeff"
@@ -14873,10 +14883,11 @@ def estimate_tokens(
 
 
 # ==== 10. Repairs =================================================================================
-# What the upstream refuses is learned from its own words: a row of REPAIRS knows a text and how to
-# change the request that it was said of.  What helped is remembered for the model as long as the
-# process lives, so that the next request goes up fit.  Nothing that carries the client's meaning
-# goes: then the upstream's error is the answer.  At the end: how long a limit lasts.
+# What to change in a request that the upstream has refused: each row of REPAIRS recognises the
+# text of a refusal and has a patch for it.  A patch that helped is remembered for the model as
+# long as the process lives, so that the next request is accepted at once.  Nothing that carries
+# the client's meaning is removed: in that case the client gets the upstream's error.  The section
+# ends with how long a limit lasts.
 
 REFUSED = "refused upstream"
 BY_HUB = "as it is: "  # before a path: bodies of that dialect need translation, too
@@ -15204,9 +15215,9 @@ def drop_all_betas(plan: Plan, refused: str = "") -> bool:
     return True
 
 
-# What is learned of a refusal.  A fact about the model holds for everybody.  That a value was
-# refused says nothing of other values: it is remembered together with the value, else one client's
-# nonsense would take a field from all others.
+# What is learned from a refusal.  A fact about the model holds for everybody.  A refused value
+# says nothing about other values, so it is remembered together with the value; otherwise one
+# client's nonsense would remove the field for all others.
 ONCE, WITH_VALUE, FOR_MODEL = range(3)
 
 # pattern: searched in "code=C param=P MESSAGE", its groups are what `patch` gets; source: whose
@@ -15429,7 +15440,7 @@ _SECONDS = {
     "d": 86400,
     "w": 604800,
 }
-#: a date that the words before it call the end; others are parts of a model's name
+#: a date that the words before it call the end; any other may be part of a model's name
 _UNTIL = re.compile(
     r"(?<![a-z])(?:resets?|until|again|retry)(?:[ _:=\"'(,]|after|at|on|date|time|is|the)*"
     r"([0-9]{4}-[0-9]{2}-[0-9]{2}(?:[t ][0-9:]{8}|(?![\w-])))"
@@ -15619,8 +15630,9 @@ def limit_s(error: ProxyError, now: float, repeats: int = 0) -> float:
 
 
 # ==== 11. Settings ================================================================================
-# Every value has flag > environment > default.  One table makes the command line, the environment
-# names and the help text.  Pure: the environment is handed in.
+# Every setting comes from its flag, else from the environment, else from its default.  One table,
+# OPTIONS, makes the command line, the names of the variables and the help.  The section is pure:
+# the environment is an argument.
 
 
 @dataclass(frozen=True)
@@ -15931,7 +15943,7 @@ def check_own_url(url: str, flag: str) -> str:
     return url.rstrip("/")
 
 
-#: a key for clients; a GitHub token is none, it would be an account's
+#: a key for clients; a GitHub token is refused, because it stands for an account
 _KEY = re.compile(r"(?!gh[a-z]_|github_pat_)[!-~]{%d,}\Z" % KEY_MIN_CHARS)
 
 
@@ -16173,8 +16185,9 @@ class Settings:
 
 
 # ==== 12. Storage =================================================================================
-# The data folder: mode 0700, files 0600 from their first byte, replaced in one step.  The
-# short-lived Copilot token is never written.
+# The data folder with the stored login and the keys of clients.  The folder has mode 0700, a file
+# has mode 0600 from its first byte and is replaced in one step.  The short-lived Copilot token is
+# never written.
 
 
 def default_data_dir(environ: Mapping[str, str]) -> str:
@@ -18053,7 +18066,8 @@ class ImageFetcher:
 
 
 # ==== 14. GitHub ==================================================================================
-# Login by device flow, exchange of the GitHub token for a Copilot token, the usage answer.
+# The calls to GitHub itself: the login by device flow, the exchange of the GitHub token for a
+# Copilot token, and the report of the account's quotas.  Nothing here knows a client's request.
 
 
 @dataclass(frozen=True)
@@ -19632,8 +19646,8 @@ class AutoMode:
 
 
 # ==== 16. History =================================================================================
-# What was asked, what it cost and what is left of the quotas; never what was said.  A row is a
-# request as a flat JSON object; what nobody told is None in it, never 0.
+# The table of requests: when, which model, what it cost and how it ended, but never its words.  A
+# row is a request as a flat JSON object; a value that nobody reported is None in it, never 0.
 
 #: columns of the table and fields of a row; repairs and losses are joined by ", "
 COLUMNS = (
@@ -19658,8 +19672,9 @@ SUMS = (
 )
 SUMMED = ("requests", "errors", *COUNTS, "estimate", "first_total_ms", "timed")
 SUMS_OF_SUMS = ", ".join("SUM(%s) AS %s" % (name, name) for name in SUMMED)
-#: Table `sums`: most rows, added up by hour, so that an open page need not have each of them read.
-#: A line is of one model, client and account, or of one session.  upto: the last row that is in.
+#: Table `sums`: most rows, added up by hour, so that an open page need not read each of them.  A
+#: line is for one model, client and account, or for one session.  upto: the last row that it
+#: includes.
 SUM_COLUMNS = "upto, hour TEXT, model, client, account, session, " + ", ".join(SUMMED)
 LOCAL_HOUR = "strftime('%Y-%m-%d %H', at, 'unixepoch', 'localtime')"
 IS_NEW = "n > (SELECT IFNULL(MAX(upto), 0) FROM sums)"  # a row that is not in yet
@@ -20220,8 +20235,8 @@ class History:
 
 
 # ==== 17. Policy ==================================================================================
-# Who may ask and as which account, when a request may be sent upstream, and the App that holds
-# everything together.
+# Who may ask and as which account, when a request may be sent upstream, and what is recorded of
+# it.  The App, which holds one server's settings, accounts and counts together, stands at the end.
 
 
 def too_early(text: str, pause_s: float, **headers: str) -> RateLimited:
@@ -21147,9 +21162,9 @@ def label_of(path: str) -> str:
 
 #: the method of a request that came over a WebSocket, in the log
 SOCKET_METHOD = "WS"
-#: what the page sends with everything it fetches to show it
+#: the header that the page sends when it fetches what it shows
 PAGE_HEADER = "x-copilot-proxy-page"
-#: GET of these shows how the proxy is; an open page and monitors do it again and again
+#: GET of these shows the state of the proxy; an open page and monitors repeat it
 LOOK_PATHS = frozenset(
     (
         "/",
@@ -21974,7 +21989,7 @@ class DefaultLogin:
         self.device: DeviceLogin | None = None
         self.announce: Callable[[DeviceCode], None] = self._log_code
         self._account_stop = threading.Event()
-        #: tokens that GitHub does not know any more; tried again while no other login serves
+        #: tokens that GitHub has refused; they are tried again while no other login serves
         self._refused: list[str] = []
         self._retry: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -22465,8 +22480,8 @@ class App:
 
 # ==== 18. HTTP server =============================================================================
 # One loop drives each connection as a coroutine, which reads requests, calls their endpoints and
-# sends their answers.  Threads run only what may block, so that a thousand streams and idle clients
-# occupy none of them.  Every error is rendered here and nowhere else.
+# sends their answers.  Threads run only what may block, so that a thousand streams and idle
+# clients occupy none of them.  Every error is rendered here and nowhere else.
 
 PLAIN_HTTP_REFUSAL = (
     render_head(
@@ -25834,7 +25849,9 @@ PAGE_HEADERS = {
 
 
 # ==== 20. Endpoints ===============================================================================
-# One short function per route, and the table of routes.
+# One short function per route, and the table of routes at the end.  A request to a model, in any
+# dialect, is a Job.  It stands first, behind the helpers of its stages, because most routes do
+# little more than begin one.
 
 
 async def account_for(exchange: HttpExchange) -> Account:
@@ -28453,9 +28470,9 @@ ROUTES: dict[str, Mapping[str, Endpoint]] = {
 
 
 # ==== 21. Demo ====================================================================================
-# `start --demo`: a make-believe GitHub and Copilot on a loopback port of this process, so that a
-# client can be tried without account and network.  The proxy's own code runs unchanged; only the
-# upstream's address differs.  Every answer says that it is the demo.
+# `start --demo`: an imitation of GitHub and Copilot on a loopback port of this process, with which
+# a client can be tried without an account or a network.  The proxy's own code runs unchanged; only
+# the upstream's address differs.  Every answer says that it comes from the demo.
 
 DEMO_TEXT = "This is the copilot_proxy demo; no model was asked."
 DEMO_PAUSE_S = 0.02  # between two words, so that streaming can be seen
@@ -28478,13 +28495,13 @@ DEMO_HABITS = (
     ("aider/0.86.1", "chat", "/chat/completions", "gemini-3.1-pro-preview"),
     ("OpenAI/Python", "chat", "/chat/completions", "gpt-5-mini"),
 )
-#: what goes wrong in it now and then: status, error
+#: failures that occur in it now and then: status, error
 DEMO_FAULTS = (
     (429, "rate_limit_exceeded"),
     (502, "upstream_error"),
     (404, "model_not_found"),
 )
-#: credits for a million tokens, in the upstream's own shape; the same for all models
+#: prices in credits for a million tokens, in the upstream's own shape; the same for all models
 DEMO_PRICES: Json = {
     "batch_size": MILLION,
     "default": {
@@ -28917,8 +28934,9 @@ def start_demo(settings: Settings) -> Server:
 
 
 # ==== 22. Setup ===================================================================================
-# What a client, a service manager or a person behind a company proxy needs: tables of text with
-# places for addresses, keys and models, and the few functions that fill, merge and try them.
+# How clients and service managers are set up, and what stands between this machine and GitHub.
+# Tables hold the texts, with placeholders for addresses, keys and models; a few functions fill
+# them, merge them into files, and try the result.
 
 _LARGE_GPT = "gpt-(?!.{0,40}(?:mini|nano))"
 
@@ -30007,7 +30025,7 @@ def own_url(exchange: HttpExchange) -> str:
     return "http%s://%s" % ("s" * bool(settings.tls_cert), host)
 
 
-#: what the texts of GET /connect have for a key
+#: the key in the texts of GET /connect, which the page replaces
 EXAMPLE_KEY = "YOUR-KEY"
 
 
@@ -30054,8 +30072,8 @@ ROUTES["/connect/*"] = {"GET": connect}
 
 
 # ==== 23. Commands ================================================================================
-# One function per command.  Each gets the App and the parsed flags and returns an exit code:
-# 0 ok, 1 failure, 2 usage, 130 interrupt.
+# One function per command, and the parser of the command line.  A command gets the App and the
+# parsed flags, and returns an exit code: 0 ok, 1 failure, 2 usage, 130 interrupt.
 
 
 def say(text: str = "") -> None:
@@ -31557,7 +31575,8 @@ def undo_settings(recipe: ClientSetup, environ: Mapping[str, str], sure: bool) -
     return code
 
 
-#: dialect of clients alone -> (route, body, where a piece of the answer has its words), for --check
+#: dialect of clients alone -> (route, body, where a piece of the answer has its words), for
+#: --check
 TRIALS: Mapping[str, tuple[str, str, tuple[str | int, ...]]] = {
     GEMINI.name: (
         "/v1beta/models/%(main)s:streamGenerateContent?alt=sse",
@@ -31772,7 +31791,7 @@ class HelpFormat(argparse.HelpFormatter):
         return "%s %s" % (", ".join(action.option_strings), value)
 
 
-#: what argparse says behind the name of an option -> what a person reads
+#: argparse's text behind the name of an option -> a text for people
 PARSER_WORDS = {
     "expected one argument": "needs a value",
     "ignored explicit argument": "takes no value",
@@ -31819,7 +31838,7 @@ class Parser(argparse.ArgumentParser):
         self.error("%s: '%s' is one word too many" % (self.prog.split()[-1], rest[0]))
 
 
-#: shell -> the script; SCRIPT, COMMANDS, CASES and LINES stand for what the parser knows
+#: shell -> the script; SCRIPT, COMMANDS, CASES and LINES are replaced by what the parser knows
 COMPLETIONS: Mapping[str, str] = {
     "bash": """
 # completion of SCRIPT in bash, also behind python3
@@ -32289,6 +32308,8 @@ def set_up_logging(verbose: bool, as_json: bool) -> None:
 
 
 # ==== 24. Main ====================================================================================
+# The log of the command line, and `main`, which runs one command.  A program that imports this
+# file needs none of it.
 
 
 def queue_output(stack: contextlib.ExitStack) -> None:
