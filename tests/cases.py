@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import json
+import logging
 import os
 import re
 import socket
@@ -11,16 +13,17 @@ import socketserver
 import ssl
 import tempfile
 import threading
+import types
 import unittest
 from typing import Any, Dict, List, Optional
 from unittest import mock
 
-from support import (Command, Proxy, ProxyCase, RawClient, Reply, TestClock, chat, cp, post,
-                     run_main, wait_until)
+from support import (DEADLINE_S, Command, EnterCase, Proxy, ProxyCase, RawClient, Reply, TestClock,
+                     Typed, chat, cp, post, run_main, wait_until)
 from fake_upstream import FakeUpstream
 
 
-class SharedCase(unittest.TestCase):
+class SharedCase(EnterCase):
     """One fake and one proxy for all tests of a class; `settings` are fields of Settings."""
 
     settings: dict[str, Any] = {}
@@ -40,11 +43,6 @@ class SharedCase(unittest.TestCase):
 
     def tearDown(self) -> None:
         self.assertEqual(self.fake.crashes, [])
-
-    def enter(self, manager: Any) -> Any:
-        value = manager.__enter__()
-        self.addCleanup(manager.__exit__, None, None, None)
-        return value
 
     def client(self, proxy: Proxy | None = None) -> RawClient:
         client: RawClient = self.enter(RawClient((proxy or self.proxy).port))
@@ -127,7 +125,7 @@ class SetupCase(SharedCase):
             file.write(text)
 
 
-class CliCase(unittest.TestCase):
+class CliCase(EnterCase):
     """An empty home and a fake upstream."""
 
     def setUp(self) -> None:
@@ -142,14 +140,73 @@ class CliCase(unittest.TestCase):
         command = Command("start", "--port", "0", "--github-url", self.fake.url,
                           *(("--github-token", token) if token else ()), *args,
                           home=self.home, **env)
-        command.__enter__()
-        self.addCleanup(command.__exit__)
-        return command
+        return self.enter(command)  # type: ignore[no-any-return]
+
+    def stalled(self, url: str) -> None:
+        """A stream that runs until the fake is released; its client closes with the test."""
+        stream = self.enter(RawClient(int(url.split(":")[-1])))
+        stream.send(post("/v1/chat/completions", chat("@@stall=1 events=3@@", stream=True)))
+        self.assertTrue(self.fake.wait_for(lambda: self.fake.holding))
 
     def run_here(self, *args: str, **env: str) -> tuple[int, str]:
         """A command in this process, logged in to the fake."""
         return run_main(self.home, args[0], "--github-url", self.fake.url, "--github-token",
                         "ghu_fake", *args[1:], **env)
+
+
+def offer_claude_code(proxy: Proxy, typed: str) -> str:
+    """What `start --claude-code` prints when a person answers its questions so."""
+    printed = io.StringIO()
+    with mock.patch.object(cp.sys, "stdin", Typed(typed)), \
+            mock.patch.object(cp.sys, "stdout", printed), \
+            mock.patch.dict(os.environ, {"PATH": "", "SHELL": "/bin/bash"}):
+        cp.offer_claude_code(proxy.app, proxy.url)
+    return printed.getvalue()
+
+
+class GitHubCase(unittest.TestCase):
+    """A fake GitHub, and what asks it."""
+
+    def setUp(self) -> None:
+        self.fake = FakeUpstream().start()
+        self.addCleanup(self.fake.close)
+        settings = cp.Settings(github_url=self.fake.url).check()
+        self.upstream = cp.Upstream(settings, {})
+        self.addCleanup(self.upstream.pool.clear)
+        self.github = cp.GitHub(settings, self.upstream)
+
+
+class ManualCase(ProxyCase):
+    """Each request is to be allowed, and nobody sits at a terminal."""
+
+    settings = dict(manual=True)
+
+    def setUp(self) -> None:
+        self.enter(mock.patch("sys.stdin", None))
+        super().setUp()
+
+    def begin(self, text: str, agent: str) -> tuple[threading.Thread, list[Reply]]:
+        """A request in a thread -> (the thread, its answer once it has come)."""
+        replies: list[Reply] = []
+        thread = threading.Thread(target=lambda: replies.append(self.proxy.post(
+            "/v1/chat/completions", chat(text), **{"User-Agent": agent})))
+        thread.start()
+        self.addCleanup(thread.join, 10)
+        return thread, replies
+
+
+class TurningCase(unittest.TestCase):
+    """A loop that does not run, and a clock, `now`, that the test moves."""
+
+    def setUp(self) -> None:
+        self.now = 100.0
+        clock = types.SimpleNamespace(monotonic=lambda: self.now)
+        patched = mock.patch.object(cp, "time", clock)
+        patched.start()
+        self.addCleanup(patched.stop)
+        self.loop = cp.EventLoop(cp.Settings(), logging.getLogger("copilot_proxy"))
+        self.addCleanup(self.loop.close)
+        self.addCleanup(self.loop._stop)
 
 
 class ClockCase(ProxyCase):
@@ -273,7 +330,43 @@ class RelayCase(SharedCase):
             self.assertTrue(last["error"]["message"])
 
 
-class MappingProxy(socketserver.ThreadingTCPServer):
+class Serving:
+    """Base of a socketserver that serves in a thread of its own, inside `with`."""
+
+    def __enter__(self: Any) -> Any:
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self: Any, *exc: Any) -> None:
+        self.shutdown()
+        self.server_close()
+        self._thread.join(DEADLINE_S)
+
+
+class Accepting:
+    """Base of a server in one thread, `_accept`, which ends when `_socket` is closed."""
+
+    def __init__(self) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._socket.getsockname()[1]
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+
+    def __enter__(self) -> Any:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._thread.join(DEADLINE_S)
+
+    def _accept(self) -> None:
+        raise NotImplementedError
+
+
+class MappingProxy(Serving, socketserver.ThreadingTCPServer):
     """A company proxy that lets through what it knows: every made-up host is one real server.
 
     `login` "user:password" is asked for with 407; `certificate` makes it end TLS itself, as
@@ -295,18 +388,9 @@ class MappingProxy(socketserver.ThreadingTCPServer):
         if certificate:
             self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self.context.load_cert_chain(certificate)
-        self._thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
 
     def url(self, login: str = "") -> str:
         return "http://%s127.0.0.1:%d" % (login and login + "@", self.server_address[1])
-
-    def __enter__(self) -> MappingProxy:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self.shutdown()
-        self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that hang up are no event."""

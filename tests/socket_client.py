@@ -11,11 +11,10 @@ import itertools
 import json
 import operator
 import os
-import socket
 import struct
 from typing import Any, Iterator
 
-from support import DEADLINE_S
+from support import DEADLINE_S, Connected
 
 KEY = base64.b64encode(b"the sample nonce").decode()
 GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -76,16 +75,12 @@ class Closed(Exception):
         self.code, self.reason = code, reason
 
 
-class Socket:
+class Socket(Connected):
     """A connection behind its handshake.  status: of its answer; headers: in lower case."""
 
     def __init__(self, port: int, *fields: str, path: str = "/v1/responses",
                  timeout_s: float = DEADLINE_S, wrap: Any = None) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=timeout_s)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if wrap is not None:
-            self.sock = wrap(self.sock)
-        self.reader = self.sock.makefile("rb")
+        super().__init__(port, timeout_s, wrap)
         self.send(handshake(path, *fields))
         self.status = int(self.reader.readline().split()[1])
         self.headers: dict[str, str] = {}
@@ -97,16 +92,6 @@ class Socket:
             assert self.headers["sec-websocket-accept"] == base64.b64encode(digest).decode()
         self.pongs: list[bytes] = []
         self.pings = 0
-
-    def __enter__(self) -> Socket:
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self.reader.close()
-        self.sock.close()
-
-    def send(self, data: bytes) -> None:
-        self.sock.sendall(data)
 
     def read_frame(self) -> tuple[int, bytes]:
         """The next frame; raises Closed at the end."""

@@ -434,15 +434,17 @@ class RawAnswer:
         return json.loads(self.body)
 
 
-class RawClient:
-    """A connection that sends bytes as they are; `answer()` reads the next answer."""
+class Connected:
+    """A connection to a server on this machine, to be closed; wrap: what makes it a TLS one."""
 
-    def __init__(self, port: int, timeout_s: float = DEADLINE_S) -> None:
+    def __init__(self, port: int, timeout_s: float = DEADLINE_S, wrap: Any = None) -> None:
         self.sock = socket.create_connection(("127.0.0.1", port), timeout=timeout_s)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if wrap is not None:
+            self.sock = wrap(self.sock)
         self.reader = self.sock.makefile("rb")
 
-    def __enter__(self) -> RawClient:
+    def __enter__(self) -> Any:
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -451,6 +453,10 @@ class RawClient:
 
     def send(self, data: bytes) -> None:
         self.sock.sendall(data)
+
+
+class RawClient(Connected):
+    """A connection that sends bytes as they are; `answer()` reads the next answer."""
 
     def begin(self, method: str = "GET") -> http.client.HTTPResponse:
         """The next answer, its body unread."""
@@ -744,7 +750,15 @@ def accepts(url: str) -> bool:
         return False
 
 
-class ProxyCase(unittest.TestCase):
+class EnterCase(unittest.TestCase):
+    def enter(self, manager: Any) -> Any:
+        """Like enterContext of newer Pythons."""
+        value = manager.__enter__()
+        self.addCleanup(manager.__exit__, None, None, None)
+        return value
+
+
+class ProxyCase(EnterCase):
     """A fake upstream and a proxy for each test; `settings` are fields of Settings."""
 
     settings: dict[str, Any] = {}
@@ -752,12 +766,6 @@ class ProxyCase(unittest.TestCase):
     def setUp(self) -> None:
         self.fake = self.enter(FakeUpstream())
         self.proxy = self.enter(Proxy(self.fake, **self.settings))
-
-    def enter(self, manager: Any) -> Any:
-        """Like enterContext of newer Pythons."""
-        value = manager.__enter__()
-        self.addCleanup(manager.__exit__, None, None, None)
-        return value
 
     def tearDown(self) -> None:
         self.assertEqual(self.fake.crashes, [])

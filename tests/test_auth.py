@@ -16,7 +16,7 @@ from support import (REQUESTS, Command, Proxy, ProxyCase, Reply, chat, clean_env
 import copilot_proxy as cp
 from fake_upstream import (CHAT, DEVICE_CODE, DEVICE_POLL, EXCHANGE, USAGE, USER, Answer,
                            FakeUpstream)
-from cases import FolderCase
+from cases import FolderCase, GitHubCase
 
 POSIX = os.name == "posix"
 CODE_ANSWER = {"device_code": "d0", "user_code": "WDJB-MJHT", "expires_in": 900, "interval": 0,
@@ -54,16 +54,24 @@ class RealWait(NoWait):
         return threading.Event.wait(self, timeout)
 
 
-class FlowCase(unittest.TestCase):
+def ask_while_a_code_is_fetched(case: ProxyCase) -> Reply:
+    """The answer to a request that comes before GitHub has named a code."""
+    case.fake.script(DEVICE_CODE, Answer(0, hold=True))
+    answers: list[Reply] = []
+    caller = threading.Thread(target=lambda: answers.append(
+    case.proxy.post("/v1/chat/completions", chat("hi"))))
+    caller.start()
+    case.assertTrue(case.fake.wait_for(lambda: case.fake.holding))
+    case.fake.release()
+    caller.join()
+    return answers[0]
+
+
+class FlowCase(GitHubCase):
     """A fake GitHub and one login against it."""
 
     def setUp(self) -> None:
-        self.fake = FakeUpstream().start()
-        self.addCleanup(self.fake.close)
-        settings = cp.Settings(github_url=self.fake.url).check()
-        self.upstream = cp.Upstream(settings, {})
-        self.addCleanup(self.upstream.pool.clear)
-        self.github = cp.GitHub(settings, self.upstream)
+        super().setUp()
         self.stop: NoWait = NoWait()
         self.codes: list[cp.DeviceCode] = []
 
@@ -306,16 +314,9 @@ class StartWithoutLoginTest(ProxyCase):
             self.assertEqual(error["code"], "login_required")
 
     def test_the_first_refused_call_names_the_code_already(self) -> None:
-        self.fake.script(DEVICE_CODE, Answer(0, hold=True))
-        answers: list[Reply] = []
-        caller = threading.Thread(target=lambda: answers.append(
-            self.proxy.post("/v1/chat/completions", chat("hi"))))
-        caller.start()
-        self.assertTrue(self.fake.wait_for(lambda: self.fake.holding))
-        self.fake.release()
-        caller.join()
-        self.assertEqual(answers[0].status, 401)
-        self.assertIn("FAKE-0001", answers[0].json["error"]["message"])
+        answer = ask_while_a_code_is_fetched(self)
+        self.assertEqual(answer.status, 401)
+        self.assertIn("FAKE-0001", answer.json["error"]["message"])
 
     def test_after_the_grant_everything_works_without_a_restart(self) -> None:
         self.begin()
@@ -445,15 +446,8 @@ class RevokedLoginTest(ProxyCase):
 
     def test_the_very_first_401_names_the_new_code(self) -> None:
         self.revoke()
-        self.fake.script(DEVICE_CODE, Answer(0, hold=True))
-        answers: list[Reply] = []
-        caller = threading.Thread(target=lambda: answers.append(
-            self.proxy.post("/v1/chat/completions", chat("hi"))))
-        caller.start()
-        self.assertTrue(self.fake.wait_for(lambda: self.fake.holding))
-        self.fake.release()
-        caller.join()
-        self.assertIn("FAKE-0001", answers[0].json["error"]["message"])
+        answer = ask_while_a_code_is_fetched(self)
+        self.assertIn("FAKE-0001", answer.json["error"]["message"])
 
     def test_the_same_token_granted_again_works_again(self) -> None:
         self.revoke()

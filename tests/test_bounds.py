@@ -18,11 +18,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any, Callable, Iterator, NamedTuple
 from unittest import mock
 
-from support import (DEADLINE_S, SLOW, Command, Proxy, ProxyCase, Reply, chat, long_run, message,
-                     response, send, wait_until)
+from support import (DEADLINE_S, SLOW, Command, EnterCase, Proxy, ProxyCase, Reply, chat, long_run,
+                     message, response, send, wait_until)
 import copilot_proxy as cp
 from fake_upstream import (CHAT, EMBEDDINGS, MESSAGES, RESPONSES, Answer, Ask, FakeUpstream,
                            Refuse, bad, bad_message, default_models)
+from cases import Serving
 from wire import assistant, user
 
 Json = Any
@@ -571,7 +572,7 @@ class ReferenceTest(ProxyCase):
         self.check_refused(self.ask("y" * 20_000_000, previous_response_id=more.json["id"]))
 
 
-class SlowImages(HTTPServer):
+class SlowImages(Serving, HTTPServer):
     """Serves an image of `size` bytes at every path but /silent, where nothing comes.
 
     `asked`: the paths; `dropped`: set when a silent connection was closed by the other side."""
@@ -582,16 +583,6 @@ class SlowImages(HTTPServer):
         super().__init__(("127.0.0.1", 0), SlowImageHandler)
         self.asked: list[str] = []
         self.dropped = threading.Event()
-        self.thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
-
-    def __enter__(self) -> SlowImages:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self.shutdown()
-        self.server_close()
-        self.thread.join()
 
 
 class SlowImageHandler(BaseHTTPRequestHandler):
@@ -1255,7 +1246,7 @@ HEAVY: dict[str, tuple[str, Callable[[], bytes]]] = {
 
 
 @unittest.skipUnless(can_measure(), "the peak of another process is measured on Linux only")
-class MemoryTest(unittest.TestCase):
+class MemoryTest(EnterCase):
     """What one request makes the real server take, at its peak."""
 
     fake: FakeUpstream
@@ -1272,11 +1263,6 @@ class MemoryTest(unittest.TestCase):
         for path, body in ((CHAT, chat("hi")), (RESPONSES, response("hi")),
                            (MESSAGES, message("hi"))):
             self.post(path, json.dumps(body).encode())
-
-    def enter(self, manager: Any) -> Any:
-        value = manager.__enter__()
-        self.addCleanup(manager.__exit__, None, None, None)
-        return value
 
     def post(self, path: str, data: bytes) -> Reply:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)

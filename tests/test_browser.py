@@ -23,6 +23,7 @@ if sys.platform == "win32":
 from browser import Browser, Page, find_chromium
 from fake_upstream import CHAT, MODELS, USAGE, Answer, FakeUpstream
 from support import REQUESTS, Proxy, ProxyCase, Reply, chat, cp, message, response, wait_until
+from cases import ManualCase
 
 NARROW_PX = 360
 MANY = 100000               # polls that answer "pending" until the test says otherwise
@@ -795,22 +796,11 @@ class Busy(PageCase):
         self.fake.release()
 
 
-class Manual(PageCase):
-    settings = dict(manual=True)
-
-    def setUp(self) -> None:
-        patch = mock.patch("sys.stdin", None)
-        patch.start()
-        self.addCleanup(patch.stop)
-        super().setUp()
+class Manual(PageCase, ManualCase):
+    settings = ManualCase.settings
 
     def ask(self, text: str) -> tuple[threading.Thread, list[Reply]]:
-        replies: list[Reply] = []
-        thread = threading.Thread(target=lambda: replies.append(self.proxy.post(
-            "/v1/chat/completions", chat(text), **{"User-Agent": "asker/1.0"})))
-        thread.start()
-        self.addCleanup(thread.join, 10)
-        return thread, replies
+        return self.begin(text, "asker/1.0")
 
     def test_allow_and_deny_by_mouse_and_keyboard(self) -> None:
         page = self.open()

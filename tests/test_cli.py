@@ -328,12 +328,7 @@ class EndTest(CliCase):
     def test_a_running_answer_gets_its_time_and_a_second_signal_ends_at_once(self) -> None:
         command = self.start("--grace", "3000")
         url = command.wait_for_url()
-        stream = socket.create_connection(("127.0.0.1", int(url.split(":")[-1])))
-        self.addCleanup(stream.close)
-        body = json.dumps(chat("@@stall=1 events=3@@", stream=True)).encode()
-        stream.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
-                       b"application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
-        self.assertTrue(self.fake.wait_for(lambda: self.fake.holding))
+        self.stalled(url)
         command.process.send_signal(signal.SIGTERM)
         wait_until(lambda: not accepts(url), "the port closes")
         self.assertIsNone(command.process.poll())            # waits for the answer

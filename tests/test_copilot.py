@@ -12,7 +12,7 @@ from support import REQUESTS, Proxy, ProxyCase, Reply, TestClock, chat, message,
 import copilot_proxy as cp
 from fake_upstream import (CHAT, EXCHANGE, MESSAGES, MODELS, USAGE, Answer, FakeUpstream, Token,
                            make_model)
-from cases import ClockCase
+from cases import ClockCase, GitHubCase
 
 HOUR_S = 3600.0
 
@@ -156,16 +156,8 @@ def plain_token(fake: FakeUpstream) -> str:
     return "tid=7;st=dotcom:0f"
 
 
-class ReadTokenTest(unittest.TestCase):
+class ReadTokenTest(GitHubCase):
     """What is made of the fields of an exchange."""
-
-    def setUp(self) -> None:
-        self.fake = FakeUpstream().start()
-        self.addCleanup(self.fake.close)
-        settings = cp.Settings(github_url=self.fake.url).check()
-        self.upstream = cp.Upstream(settings, {})
-        self.addCleanup(self.upstream.pool.clear)
-        self.github = cp.GitHub(settings, self.upstream)
 
     def fetch(self, date: bool = False, **more: Any) -> cp.CopilotToken:
         answer = dated_exchange(self.fake, **more)

@@ -204,14 +204,6 @@ class LimitLineTest(ProxyCase):
 class EndTest(CliCase):
     """Ctrl-C."""
 
-    def stalled(self, url: str) -> None:
-        stream = socket.create_connection(("127.0.0.1", int(url.split(":")[-1])))
-        self.addCleanup(stream.close)
-        body = json.dumps(chat("@@stall=1 events=3@@", stream=True)).encode()
-        stream.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
-                       b"application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
-        self.assertTrue(self.fake.wait_for(lambda: self.fake.holding))
-
     def test_it_says_for_what_it_waits_and_a_second_one_ends_at_once(self) -> None:
         command = self.start("--grace", "3000")
         self.stalled(command.wait_for_url())

@@ -22,7 +22,7 @@ from support import (DEADLINE_S, REQUESTS, Proxy, RawClient, chat, cp, get, long
                      message, need_files, pass_time, patient, post, release, response, said,
                      second_proxy, stand_still, wait_until, workers)
 from fake_upstream import CHAT, EXCHANGE, Answer
-from cases import DELTAS, ENDINGS, PINGS, OpenStream, RelayCase, numbered, stream_text
+from cases import Accepting, DELTAS, ENDINGS, PINGS, OpenStream, RelayCase, numbered, stream_text
 
 GONE_S = 1.0                       # in which a client's leaving must reach the upstream
 SETTLE_S = 3.0                     # for all to be closed; the DRAIN_S of half a second is in it
@@ -782,39 +782,8 @@ class FaultTest(LoopCase):
             broken.rest()
         self.assert_finish(others)
 
-    def test_a_fault_before_a_request_is_served_closes_its_connection(self) -> None:
-        others, client = self.others(), self.client()
-        wait_until(lambda: len(idle(self.proxy)) == 1, "it is idle")
-        with mock.patch.object(self.proxy.server, "_answer", boom):
-            client.send(get("/health"))
-            client.sock.settimeout(2.0)
-            try:
-                client.reader.read()                         # refused or closed, not forgotten
-            except socket.timeout:
-                self.fail("the connection is forgotten")
-            except OSError:
-                pass
-        self.assert_finish(others)
-
-    @long_run
-    def test_a_fault_in_refusing_a_slow_head_closes_its_connection(self) -> None:
-        others, client = self.others(), self.client()
-        with mock.patch.object(self.proxy.server, "_answer", boom):
-            client.send(b"GET /health HTTP/1.1\r\n")
-            client.sock.settimeout(2.0)
-            try:
-                client.reader.read()
-            except socket.timeout:
-                self.fail("the connection is forgotten")
-            except OSError:
-                pass
-        self.assert_finish(others)
-
-    def test_a_fault_in_reading_a_parked_connection_closes_it(self) -> None:
-        others, client = self.others(), self.client()
-        parked = wait_until(lambda: idle(self.proxy), "it is idle")[0]
-        parked.fill = boom
-        client.send(get("/health"))
+    def assert_not_forgotten(self, client: RawClient) -> None:
+        """It is refused or closed."""
         client.sock.settimeout(2.0)
         try:
             client.reader.read()
@@ -822,6 +791,29 @@ class FaultTest(LoopCase):
             self.fail("the connection is forgotten")
         except OSError:
             pass
+
+    def test_a_fault_before_a_request_is_served_closes_its_connection(self) -> None:
+        others, client = self.others(), self.client()
+        wait_until(lambda: len(idle(self.proxy)) == 1, "it is idle")
+        with mock.patch.object(self.proxy.server, "_answer", boom):
+            client.send(get("/health"))
+            self.assert_not_forgotten(client)
+        self.assert_finish(others)
+
+    @long_run
+    def test_a_fault_in_refusing_a_slow_head_closes_its_connection(self) -> None:
+        others, client = self.others(), self.client()
+        with mock.patch.object(self.proxy.server, "_answer", boom):
+            client.send(b"GET /health HTTP/1.1\r\n")
+            self.assert_not_forgotten(client)
+        self.assert_finish(others)
+
+    def test_a_fault_in_reading_a_parked_connection_closes_it(self) -> None:
+        others, client = self.others(), self.client()
+        parked = wait_until(lambda: idle(self.proxy), "it is idle")[0]
+        parked.fill = boom
+        client.send(get("/health"))
+        self.assert_not_forgotten(client)
         self.assert_finish(others)
         self.assertLess(len(self.faults()), 10)              # and the loop does not turn for it
 
@@ -1051,30 +1043,20 @@ def cp_fake() -> Any:
     return FakeUpstream()
 
 
-class TlsFront:
+class TlsFront(Accepting):
     """TLS before a plain server; what that says goes out in records of at most `record` bytes."""
 
     def __init__(self, port: int, certificate: str, record: int) -> None:
         self._target, self._record = port, record
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(certificate)
-        self._socket = socket.socket()
-        self._socket.bind(("127.0.0.1", 0))
-        self._socket.listen(16)
+        super().__init__()
         self._pumps: list[threading.Thread] = []
-        self.url = "https://127.0.0.1:%d" % self._socket.getsockname()[1]
+        self.url = "https://127.0.0.1:%d" % self.port
         self.connections = self.open = 0
-        self._thread = threading.Thread(target=self._accept, daemon=True)
-
-    def __enter__(self) -> TlsFront:
-        self._thread.start()
-        return self
 
     def __exit__(self, *exc: Any) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-        self._thread.join(5)
+        super().__exit__(*exc)
         for pump in self._pumps:
             pump.join(5)
 

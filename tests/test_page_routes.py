@@ -14,6 +14,7 @@ from fake_upstream import CHAT, MESSAGES, RESPONSES, Answer
 from socket_client import Socket
 from support import (Proxy, ProxyCase, Reply, bearer, chat, cp, message, response,
                      second_proxy, wait_until)
+from cases import ManualCase
 
 FOREIGN = {"Origin": "https://app.example"}
 
@@ -166,22 +167,9 @@ class Progress(HoldingCase):
             self.let_go()
 
 
-class Standing(ProxyCase):
-    settings = dict(manual=True)
-
-    def setUp(self) -> None:
-        patch = mock.patch("sys.stdin", None)
-        patch.start()
-        self.addCleanup(patch.stop)
-        super().setUp()
-
+class Standing(ManualCase):
     def ask(self, agent: str) -> tuple[threading.Thread, list[Reply]]:
-        replies: list[Reply] = []
-        thread = threading.Thread(target=lambda: replies.append(self.proxy.post(
-            "/v1/chat/completions", chat("may I?"), **{"User-Agent": agent})))
-        thread.start()
-        self.addCleanup(thread.join, 10)
-        return thread, replies
+        return self.begin("may I?", agent)
 
     def waiting(self, number: int) -> list[dict[str, Any]]:
         return wait_until(lambda: (lambda found: len(found) == number and found)(  # type: ignore

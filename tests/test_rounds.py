@@ -4,13 +4,11 @@ The sockets are real pairs, so the selector decides what is reported again.
 """
 from __future__ import annotations
 
-import logging
 import socket
-import types
 import unittest
-from unittest import mock
 
 from support import cp
+from cases import TurningCase
 
 STEP_S = 0.0004              # that each event of these tests takes
 
@@ -32,17 +30,10 @@ class Side(cp.Connection):
         self.read()
 
 
-class RoundTest(unittest.TestCase):
+class RoundTest(TurningCase):
     def setUp(self) -> None:
-        self.now = 100.0
+        super().setUp()
         self.order: list[str] = []
-        clock = types.SimpleNamespace(monotonic=lambda: self.now)
-        patched = mock.patch.object(cp, "time", clock)
-        patched.start()
-        self.addCleanup(patched.stop)
-        self.loop = cp.EventLoop(cp.Settings(), logging.getLogger("copilot_proxy"))
-        self.addCleanup(self.loop.close)
-        self.addCleanup(self.loop._stop)
 
     def side(self, name: str) -> Side:
         side = Side(self, name)

@@ -23,6 +23,7 @@ from support import (JSON_TYPE, SCRIPT, SLOW, Command, chat, document, read_bloc
                      run_command, wait_until)
 import copilot_proxy as cp
 from fake_upstream import FakeUpstream
+from cases import CliCase
 from socket_client import CLOSE, Socket, frame
 
 BLOCKS = list(read_blocks(document(".github/OPERATING.md")))
@@ -40,15 +41,11 @@ def free_ports(count: int) -> list[int]:
 
 @unittest.skipUnless(SLOW, "long: COPILOT_PROXY_SLOW_TESTS=1")
 @unittest.skipUnless(NGINX, "no nginx here")
-class RollingRestartTest(unittest.TestCase):
+class RollingRestartTest(CliCase):
     """Streams and short calls go on while each replica is replaced."""
 
     def setUp(self) -> None:
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.home = folder.name
-        self.fake = FakeUpstream().start()
-        self.addCleanup(self.fake.close)
+        super().setUp()
         self.front, *self.ports = free_ports(3)
         self.replicas = [self.replica(port) for port in self.ports]
         self.nginx()

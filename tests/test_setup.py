@@ -20,6 +20,7 @@ from typing import Any
 from support import SCRIPT, Proxy, clean_environment, run_main, wait_until
 import copilot_proxy as cp
 from fake_upstream import CHAT, MESSAGES, RESPONSES, Answer, FakeUpstream, make_model
+from cases import offer_claude_code
 
 POSIX = os.name == "posix"
 FILE_CLIENTS = [name for name, recipe in cp.CLIENTS.items() if recipe.files]
@@ -307,16 +308,7 @@ class ClaudeCodeTest(SetupCase):
     """start --claude-code."""
 
     def offer(self, typed: str) -> str:
-        class Terminal(io.StringIO):
-            def isatty(self) -> bool:
-                return True
-
-        printed = io.StringIO()
-        with unittest.mock.patch.object(cp.sys, "stdin", Terminal(typed)), \
-                unittest.mock.patch.object(cp.sys, "stdout", printed), \
-                unittest.mock.patch.dict(os.environ, {"PATH": "", "SHELL": "/bin/bash"}):
-            cp.offer_claude_code(self.proxy.app, self.proxy.url)
-        return printed.getvalue()
+        return offer_claude_code(self.proxy, typed)
 
     def test_it_asks_for_two_models_by_number_name_or_default(self) -> None:
         output = self.offer("\n\n")

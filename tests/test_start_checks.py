@@ -1,7 +1,6 @@
 """What can be checked at the start is checked at the start, and no value ends in a traceback."""
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -9,7 +8,7 @@ import unittest
 import unittest.mock
 
 from support import Proxy, ProxyCase, ask, chat, cp, run_main, wait_until
-from cases import CliCase
+from cases import CliCase, offer_claude_code
 
 NOT_URLS = (
     "foo", "http://", "http://x:99999", "http://x:port", "http://[::1", "file:///etc/passwd",
@@ -118,21 +117,9 @@ class StartLogTest(CliCase):
 
 class PickerTest(ProxyCase):
     def test_a_wrong_number_or_name_is_asked_again(self) -> None:
-        class Terminal(io.StringIO):
-            def isatty(self) -> bool:
-                return True
-
-        def offer(typed: str) -> str:
-            printed = io.StringIO()
-            with unittest.mock.patch.object(cp.sys, "stdin", Terminal(typed)), \
-                    unittest.mock.patch.object(cp.sys, "stdout", printed), \
-                    unittest.mock.patch.dict(os.environ, {"PATH": "", "SHELL": "/bin/bash"}):
-                cp.offer_claude_code(self.proxy.app, self.proxy.url)
-            return printed.getvalue()
-
         for wrong in ("999", "0", "no-such-model", "-1", "\u00b2", "9" * 40):
             with self.subTest(wrong=wrong):
-                output = offer(wrong + "\ngpt-5-mini\n\n")
+                output = offer_claude_code(self.proxy, wrong + "\ngpt-5-mini\n\n")
                 self.assertIn("there is no ", output)
                 self.assertIn("ANTHROPIC_MODEL=gpt-5-mini ", output)
 

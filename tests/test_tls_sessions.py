@@ -6,28 +6,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import ssl
-import threading
 import unittest
-from typing import Any
 
 from support import DEADLINE_S, HERE, cp
+from cases import Accepting
 
 CERTIFICATE = os.path.join(HERE, "localhost.pem")    # for localhost, 127.0.0.1 and proxy.test
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
-class TlsServer:
+class TlsServer(Accepting):
     """Answers one request on each connection; `resumed` says of each whether it was resumed."""
 
     def __init__(self, version: ssl.TLSVersion) -> None:
         self.version = version
         self.resumed: list[bool] = []
         self.forget()
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self._socket.getsockname()[1]
-        self._thread = threading.Thread(target=self._serve, daemon=True)
+        super().__init__()
 
     def forget(self) -> None:
         """As a server that starts again: it knows none of the sessions that it gave."""
@@ -35,17 +31,7 @@ class TlsServer:
         self._context.load_cert_chain(CERTIFICATE)
         self._context.minimum_version = self._context.maximum_version = self.version
 
-    def __enter__(self) -> TlsServer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-        self._thread.join(DEADLINE_S)
-
-    def _serve(self) -> None:
+    def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 raw = self._socket.accept()[0]

@@ -22,6 +22,7 @@ import bench
 import copilot_proxy as cp
 import fake_upstream as fake
 from fake_upstream import Answer
+from cases import Serving
 
 SEEDS = range(400 if SLOW else 30)
 MODELS = {entry["id"]: cp.Model.from_entry(entry) for entry in fake.default_models()}
@@ -676,22 +677,13 @@ class NamesTest(ProxyCase):
                     self.assertNotIn(name.encode(), self.fake.last(PATHS[upstream]).body)
 
 
-class ImageServer(HTTPServer):
+class ImageServer(Serving, HTTPServer):
     """Serves images and worse; `asked` are the heads of the requests."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), ImageHandler)
         self.asked: list[Any] = []
         self.dripping = threading.Event()                # never set: a pause
-        self.thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
-
-    def __enter__(self) -> ImageServer:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self.shutdown()
-        self.server_close()
 
     def url(self, path: str, host: str = "images.example") -> str:
         return "http://%s:%d%s" % (host, self.server_port, path)

@@ -4,27 +4,18 @@ Many that begin at once do not make the streams late, and busy streams do not st
 """
 from __future__ import annotations
 
-import logging
-import types
 import unittest
-from unittest import mock
 
 from support import cp
+from cases import TurningCase
 
 TURN_S = 0.001               # that each turn of these tests takes
 
 
-class TurnTest(unittest.TestCase):
+class TurnTest(TurningCase):
     def setUp(self) -> None:
-        self.now = 100.0
+        super().setUp()
         self.turns = 0
-        clock = types.SimpleNamespace(monotonic=lambda: self.now)
-        patched = mock.patch.object(cp, "time", clock)
-        patched.start()
-        self.addCleanup(patched.stop)
-        self.loop = cp.EventLoop(cp.Settings(), logging.getLogger("copilot_proxy"))
-        self.addCleanup(self.loop.close)
-        self.addCleanup(self.loop._stop)
 
     async def compute(self) -> None:
         while True:
