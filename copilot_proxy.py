@@ -23310,7 +23310,8 @@ class HttpExchange:
         coding = headers.get("content-encoding")
         if coding:
             self.body = inflate(self.body, coding)
-        self.log_body("request", self.body)
+        if self.app.settings.log_bodies:
+            self.log_body("request", self.body)
 
     def answer_in(self, dialect: Dialect) -> None:
         """Report errors in this dialect from now on."""
@@ -23324,6 +23325,8 @@ class HttpExchange:
     async def read_json(self) -> Json:
         """As `json_object`, but in a thread for a large body, because streams would
         stand still meanwhile.  Raises BadRequest, ClientGone."""
+        if len(self.body) <= INLINE_BYTES:
+            return self.json_object()
         if len(self.body) > LARGE_BLOCK_BYTES:
             await wait(InThread(give_back_memory))  # that of earlier requests
         body: Json = await self.compute(self.json_object, len(self.body))
@@ -23391,7 +23394,8 @@ class HttpExchange:
             cost += self.record.beside
             length.append(("x-copilot-proxy-credits", "%d.%09d" % divmod(cost, NANO)))
         head = self._head(status, kind, length)
-        self.log_body("answer", body)
+        if self.app.settings.log_bodies:
+            self.log_body("answer", body)
         if self.head.method == "HEAD":
             body = b""
         if len(body) > READ_BYTES:  # joining them would copy a large body
@@ -24254,7 +24258,7 @@ class Handler:
 
         if length or chunked:
             await exchange.receive_body(length, chunked)
-        if not exchange.client.still_reads():
+        if exchange.client.at_end and not exchange.client.still_reads():
             raise ClientGone
         if endpoint is None:
             exchange.headers["Allow"] = "GET, HEAD, POST, OPTIONS"
