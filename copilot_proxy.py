@@ -12098,6 +12098,8 @@ class TranslatedStream(StreamRelay):
             outlet = loop.outlet(outlet)
             self.has_content = loop.rounds > 0  # which nothing can take back
         self._encoder, self._filters = outlet
+        is_cut = request.output_tool or request.cut_at
+        self._reads_each = bool(is_cut) or loop is not None
 
     def _copy(self) -> StreamRelay:
         upstream: Dialect = self._decoder.dialect
@@ -12141,8 +12143,7 @@ class TranslatedStream(StreamRelay):
         """Client bytes for a block of deltas of one part: each text goes from one frame
         into another as it is."""
         is_one = block.find(b"\n\n") == len(block) - 2
-        is_cut = self.request.output_tool or self.request.cut_at
-        if is_one or is_cut or self.loop is not None or not self.has_content:
+        if is_one or self._reads_each or not self.has_content:
             return b""
         # of a part that a client does not want to see the encoder knows nothing
         around = self._encoder.around(self._decoder.last_index)
@@ -12155,18 +12156,25 @@ class TranslatedStream(StreamRelay):
         return before + (behind + before).join(texts) + behind
 
     def _block(self, block: bytes) -> bytes:
+        # texts with an escape are read one by one, and often there are many
+        if self._reads_each or b"\\" in block:
+            return self._mend(block)
+        return super()._block(block)
+
+    def _mend(self, raw: bytes) -> bytes:
+        """One frame or several, each of them read."""
         out: list[Event] = []
-        for raw in block.split(b"\n\n"):
-            at = raw.find(b"\n") + 1  # behind the event's name, if there is one
+        for frame in raw.split(b"\n\n"):
+            data_line = frame.find(b"\n") + 1  # behind the name, if there is one
             is_usual = (
-                raw.startswith(b"data: ", at)
-                and raw.find(b"\n", at) < 0
-                and (not at or raw.startswith(b"event: "))
+                frame.startswith(b"data: ", data_line)
+                and frame.find(b"\n", data_line) < 0
+                and (not data_line or frame.startswith(b"event: "))
             )
             if is_usual:
-                data = raw[at + 6 :]
+                data = frame[data_line + 6 :]
             else:
-                data = Frame.parse(raw).data
+                data = Frame.parse(frame).data
             if data:
                 out += self._decoder.read(data)
         return self._read(out)
