@@ -22540,11 +22540,15 @@ def is_acknowledgement(text: bytes) -> bool:
 
 class News(Wait):
     """Waits until a client has sent data, has closed the connection, or has received
-    what was sent to it. The coroutine computes then, so it is resumed in its turn. The
-    result is the time of the news, monotonic."""
+    what was sent to it. The result is the time of the news, monotonic.
 
-    def __init__(self, client: ClientConnection, timeout_s: float) -> None:
-        self._client, self.timeout_s = client, timeout_s
+    in_turn: the coroutine will compute, so it is resumed in its turn; False where it
+    only sends a stream on."""
+
+    def __init__(
+        self, client: ClientConnection, timeout_s: float, in_turn: bool = True
+    ) -> None:
+        self._client, self.timeout_s, self.in_turn = client, timeout_s, in_turn
 
     def begin(self, loop: Any, task: Any) -> None:
         self._client.expect(self)
@@ -22627,10 +22631,14 @@ class ClientConnection(Connection):
         self.wake()
 
     def wake(self) -> None:
-        """Resume the coroutine in its turn if it waits for news."""
-        if self._news is not None:
-            news, self._news = self._news, None
+        """Resume the coroutine if it waits for news."""
+        news, self._news = self._news, None
+        if news is None:
+            return
+        if news.in_turn:
             self.loop.wake_in_turn(self.task, news, self.loop.now)
+        else:
+            self.loop.resume(self.task, news, self.loop.now)
 
     def _hand_over(self, socket: WebSocket) -> None:
         """Pass the bytes that arrived to the WebSocket at once."""
@@ -22785,12 +22793,12 @@ class ClientConnection(Connection):
         client slows down its upstream. Raises ClientGone when it receives nothing for
         SEND_TIMEOUT_S."""
         while self.is_slow:
-            await wait(News(self, math.inf))
+            await wait(News(self, math.inf, in_turn=False))
 
     async def flushed(self) -> None:
         """Return when the client has received all bytes.  Raises ClientGone."""
         while self.out:
-            await wait(News(self, math.inf))
+            await wait(News(self, math.inf, in_turn=False))
 
     async def begin_tls(self, context: Any) -> None:
         """Shake hands as the server.  Raises OSError."""
@@ -23906,7 +23914,7 @@ class EventLoop:
 
         it waits for                                      and is resumed by
         Ready     an upstream connection                  the selector
-        News      bytes from its client, or room          the selector, through on_event, in turn
+        News      bytes from its client, or room          the selector, through on_event
         Pause     some time                               the loop's timers
         NextTurn  its turn to compute                     the loop, when streams have been served
         InThread  DNS, files, the database, big bodies    one of a few worker threads

@@ -127,6 +127,38 @@ class ArrivalTest(ProxyCase):
         self.assertEqual({uuid.UUID(text).version for text in ids}, {4})
 
 
+class WakeTest(unittest.TestCase):
+    """Who is resumed at once, and who in its turn."""
+
+    def resumed_by(self, work: Any) -> str:
+        """The method of the loop that resumes this coroutine of a client after an event."""
+        loop = mock.Mock(now=5.0)
+        mine, theirs = socket.socketpair()
+        self.addCleanup(mine.close)
+        self.addCleanup(theirs.close)
+        client = cp.ClientConnection(mine, ("127.0.0.1", 1), cp.Settings(), loop)
+        client.out += b"x" * (cp.MAX_OUT_BYTES + 1)
+        coroutine = work(client)
+        self.addCleanup(coroutine.close)
+        news = coroutine.send(None)
+        news.begin(loop, client.task)
+        loop.reset_mock()
+        client.wake()
+        client.wake()
+        (call,) = loop.method_calls
+        self.assertEqual(call[1], (client.task, news, 5.0))
+        return str(call[0])
+
+    def test_a_request_waits_for_its_turn(self) -> None:
+        self.assertEqual(self.resumed_by(lambda client: client.read_head()), "wake_in_turn")
+        self.assertEqual(self.resumed_by(lambda client: client.read_body(9, False)),
+                         "wake_in_turn")
+
+    def test_a_stream_that_waited_for_a_slow_client_goes_on_at_once(self) -> None:
+        self.assertEqual(self.resumed_by(lambda client: client.room()), "resume")
+        self.assertEqual(self.resumed_by(lambda client: client.flushed()), "resume")
+
+
 class KeyTest(ProxyCase):
     def test_a_key_that_another_process_deletes_is_refused_on_open_connections(self) -> None:
         path = os.path.join(self.proxy.data_dir, "proxy_accounts.json")
