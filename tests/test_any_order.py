@@ -300,6 +300,32 @@ class AnyOrderTest(unittest.TestCase):
     def test_responses(self) -> None:
         self.check(ResponsesEvents)
 
+    def test_translated(self) -> None:
+        clients = (cp.CHAT, cp.RESPONSES, cp.MESSAGES, cp.GEMINI, cp.OLLAMA)
+        for kind in (ChatEvents, MessagesEvents, ResponsesEvents):
+            for client in clients:
+                for seed in range(self.ROUNDS // 4):
+                    events = kind(random.Random(seed))
+                    raw = b"".join(self.stream(events))
+                    wanted = self.translate(kind.dialect, client, [raw], True)
+                    for pieces in ([raw], random_cuts(events.numbers, raw)):
+                        with self.subTest(seed=seed, upstream=kind.dialect.name,
+                                          client=client.name, pieces=len(pieces)):
+                            found = self.translate(kind.dialect, client, pieces, False)
+                            self.assertEqual(found, wanted)
+
+    @staticmethod
+    def translate(upstream: cp.Dialect, client: cp.Dialect, pieces: list[bytes],
+                  by_itself: bool) -> tuple[bytes, bool, str | None, dict[str, int]]:
+        """(client bytes, how the stream stands)"""
+        stream = cp.TranslatedStream(client, upstream, cp.Request("m", key="k", now=7))
+        if by_itself:
+            with mock.patch.object(stream, "_quick", return_value=b""):
+                out = b"".join(map(stream.feed, pieces)) + stream.close()
+        else:
+            out = b"".join(map(stream.feed, pieces)) + stream.close()
+        return out, stream.ended, stream.failure, stream.meter.counts
+
 
 if __name__ == "__main__":
     unittest.main()
