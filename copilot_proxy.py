@@ -106,6 +106,7 @@ import heapq
 import hmac
 import html
 import http.client
+import itertools
 import json
 import locale
 import logging
@@ -1906,54 +1907,53 @@ class ErrorText(NamedTuple):
     names: tuple[Any, ...]
 
 
+def _object_in(text: str) -> Json | None:
+    """The JSON object that a text is, None if it is none."""
+    if not text.startswith("{"):
+        return None
+    try:
+        return as_object(loads(text.encode("utf-8", "replace")))
+    except ValueError:
+        return None
+
+
 def read_error_text(body: bytes, phrase: str) -> ErrorText:
     """Read any error body that the upstream is known to send. phrase: the text if the
     body has none. Shapes: {"error":{message,code,param,type}}, {"error":"text"},
     {"message","code"}, plain text, HTML, nothing, and JSON inside `message`."""
     text = body[:MAX_ERROR_BYTES].decode("utf-8", "replace").strip()
-    code, param = None, None
+    code: Any = None
+    param: Any = None
     names: list[Any] = []
     for _ in range(4):
-        try:
-            if text[:1] == "{":
-                value = loads(text.encode("utf-8", "replace"))
-            else:
-                value = None
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
+        value = _object_in(text)
+        if value is None:
             break
 
         inner = value.get("error")
+        source = value
         if isinstance(inner, dict):
             source = inner
-        else:
-            source = value
         code = source.get("code") or code
         param = source.get("param") or param
         names = [source.get("code"), source.get("type"), source.get("status"), *names]
 
         details = as_object(value.get("error_details"))
-        text = (
-            details.get("message")
-            or source.get("message")
-            or (inner if isinstance(inner, str) else "")
-        )
-        if isinstance(text, str):
-            text = text.strip()
+        message = details.get("message") or source.get("message") or word(inner) or ""
+        if isinstance(message, str):
+            text = message.strip()
         else:
-            text = dumps(text).decode()
+            text = dumps(message).decode()
         if details.get("url"):
             text += " (%s)" % details["url"]
 
     if not text or text[:1] == "<":
         text = phrase
-    return ErrorText(
-        redact(text[:MAX_ERROR_TEXT]),
-        code[:200] if isinstance(code, str) else None,
-        param if isinstance(param, str) else None,
-        tuple(names),
-    )
+    if isinstance(code, str):
+        code = code[:200]
+    else:
+        code = None
+    return ErrorText(redact(text[:MAX_ERROR_TEXT]), code, word(param), tuple(names))
 
 
 def status_phrase(status: int, phrase: str = "") -> str:
@@ -6097,29 +6097,25 @@ class UnansweredCalls:
 
 
 def pair_by_order(turns: list[Turn]) -> None:
-    """Give each call and result an id: calls without one get theirs by their place, so
+    """Give each call and result an id. A call without one gets an id by its place, so
     that it is the same in each request of a conversation; a result gets that of its
     call."""
     parts = [part for turn in turns for part in turn.parts]
     used = {part.id for part in parts if isinstance(part, ToolCall)}
     used.update(part.call_id for part in parts if isinstance(part, ToolResult))
-    fresh = (
-        name
-        for name in map("call_{}".format, range(len(parts) + len(used) + 1))
-        if name not in used
-    )
+    names = map("call_{}".format, itertools.count())
+    unused = (name for name in names if name not in used)
 
     waiting = UnansweredCalls()
-
     for turn in turns:
         if turn.role == "assistant":
             waiting = UnansweredCalls()
         for index, part in enumerate(turn.parts):
             if isinstance(part, ToolCall):
-                turn.parts[index] = call = replace(part, id=part.id or next(fresh))
+                turn.parts[index] = call = replace(part, id=part.id or next(unused))
                 waiting.add(call)
             elif isinstance(part, ToolResult):
-                call_id = waiting.take(part) or part.call_id or next(fresh)
+                call_id = waiting.take(part) or part.call_id or next(unused)
                 turn.parts[index] = replace(part, call_id=call_id)
 
 
@@ -13837,27 +13833,30 @@ class ModelName:
 
 
 def _newest_claude(name: str, models: list[Model]) -> Model | None:
-    """The model for any version of a Claude class: the next newer one, else the newest."""
-    family = next(
-        (f for f in _FAMILIES if re.search(r"(?:\A|-)%s(?:-|\Z)" % f, name)), ""
-    )
-    if not family or not ("claude" in name or name == family):
+    """The model for any version of a Claude class: the next newer one, else the newest.
+    None if the name is no Claude's."""
+    families = [f for f in _FAMILIES if re.search(r"(?:\A|-)%s(?:-|\Z)" % f, name)]
+    if not families or ("claude" not in name and name != families[0]):
         return None
 
+    family = families[0]
     kin = [
         m
         for m in models
         if re.fullmatch(r"claude-%s-[\d.]+" % family, m.id)
         and m.entry.get("preview") is not True
     ]
-    kin = kin or [m for m in models if "claude-%s" % family in m.id]
+    if not kin:
+        kin = [m for m in models if "claude-%s" % family in m.id]
 
     version = ModelName.parse(name).version
-    if re.match(r"claude-\d", name):  # claude-3.5-haiku: any newer one will do
-        version = ()
-    at_least = [m for m in kin if len(version) > 1 and m.version >= version]
-    if at_least:
-        return min(at_least, key=lambda m: m.version)
+    is_old_spelling = re.match(
+        r"claude-\d", name
+    )  # claude-3.5-haiku: any newer will do
+    if len(version) > 1 and not is_old_spelling:
+        newer = [m for m in kin if m.version >= version]
+        if newer:
+            return min(newer, key=lambda m: m.version)
     return max(kin, key=lambda m: m.version, default=None)
 
 
@@ -16416,24 +16415,13 @@ class KeyFile:
         ).hexdigest()
 
     def _read(self, stamp: Any) -> None:
+        """Read the file, whose stamp this is; None if there is none. Raises ConfigError."""
         is_first, self._stamp, self._keys = self._stamp == (), stamp, []
         if stamp is not None:
             try:
                 with open(self.path, "rb") as file:
                     value = as_object(loads(file.read(MAX_BODY_BYTES)))
-                self._keys, self._salt = (
-                    [Key(**entry) for entry in value["keys"]],
-                    value["salt"],
-                )
-                texts = [self._salt] + [
-                    text
-                    for key in self._keys
-                    for name, text in vars(key).items()
-                    if name != "made"
-                ]
-
-                if not all(isinstance(text, str) for text in texts):
-                    raise ValueError
+                self._keys, self._salt = self._parse(value)
             except (ValueError, TypeError, KeyError):
                 self._keys, self._salt = [], secrets.token_hex(32)
                 raise move_aside(self.path, "keys") from None
@@ -16447,10 +16435,20 @@ class KeyFile:
         self.is_closed |= any(not key.token for key in self._good)
 
         if self._configured and is_first and stamp is None:
-            with contextlib.suppress(
-                ConfigError
-            ):  # read-only: ids differ at each start
+            # a folder that cannot be written only makes the ids differ at each start
+            with contextlib.suppress(ConfigError):
                 self._write([])
+
+    @staticmethod
+    def _parse(value: Json) -> tuple[list[Key], str]:
+        """(keys, salt) of the file. Raises ValueError, TypeError, KeyError."""
+        keys, salt = [Key(**entry) for entry in value["keys"]], value["salt"]
+        texts = [salt]
+        for key in keys:
+            texts += [text for name, text in vars(key).items() if name != "made"]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError
+        return keys, salt
 
     def _write(self, keys: list[Key]) -> None:
         save_file(
@@ -20568,6 +20566,13 @@ def local_time(value: Any) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
 
 
+def local_midnight(now: float, days: int = 0) -> float:
+    """The unix time at which the local day of `now` began, or that some days later."""
+    year, month, day = time.localtime(now)[:3]
+    # mktime knows day 32 and summer time
+    return time.mktime((year, month, day + days, 0, 0, 0, 0, 0, -1))
+
+
 def budget_state(share: float) -> str:
     """0.97 of a limit -> 'warning'"""
     if share >= 1:
@@ -20674,10 +20679,8 @@ class Budget:
         with self._lock:
             now = self._clock()
             if not self._began <= now < self._ends:
-                year, month, day = time.localtime(now)[:3]
-                midnight = (0, 0, 0, 0, 0, -1)  # mktime knows day 32 and summer time
-                self._began = time.mktime((year, month, day, *midnight))
-                self._ends = time.mktime((year, month, day + 1, *midnight))
+                self._began = local_midnight(now)
+                self._ends = local_midnight(now, 1)
                 self._spent[""] = 0
                 self._estimated = False
             used = [
@@ -27518,8 +27521,7 @@ async def summary(exchange: HttpExchange) -> None:
     ledger = exchange.app.ledger
     ledger.settle()
     days = number_of(exchange, "days", 30, 366)
-    year, month, day = time.localtime(exchange.app.clock()[1])[:3]
-    since = time.mktime((year, month, day - days + 1, 0, 0, 0, 0, 0, -1))
+    since = local_midnight(exchange.app.clock()[1], 1 - days)
     with_sessions = exchange.parameter("sessions") == "1"
     work = functools.partial(summarise, since=since, with_sessions=with_sessions)
 
@@ -28827,10 +28829,8 @@ def seed_demo(history: History, now: float) -> None:
     """Two weeks of made-up history, so that every chart has something to show: more on
     working days, most of it in working hours."""
     rows: list[Json] = []
-    year, month, day = time.localtime(now)[:3]
-
     for back in range(DEMO_DAYS, -1, -1):
-        midnight = time.mktime((year, month, day - back, 0, 0, 0, 0, 0, -1))
+        midnight = local_midnight(now, -back)
         weekend = time.localtime(midnight).tm_wday > 4
         count = 6 + demo_number("day %d" % back, 12) + (0 if weekend else 28)
         minutes = sorted(
@@ -29946,16 +29946,23 @@ def service_text(
     )
 
 
+def issuer_text(certificate: Any) -> str:
+    """'Organisation / Name' of a certificate as `getpeercert` returns it."""
+    issuer = dict(pair for name in certificate["issuer"] for pair in name)
+    names = [issuer.get(key, "") for key in ("organizationName", "commonName")]
+    return printable(" / ".join(names))
+
+
 def probe_host(upstream: Upstream, url: str) -> Iterator[tuple[str, str, bool]]:
     """Yield (hop, result, ok) for each step on the way to a host. The first failure is
     the last entry."""
     proxy = upstream.proxy_for(url)
     far, near = urllib.parse.urlsplit(url), urllib.parse.urlsplit(proxy or url)
     host, gate = far.hostname or "", near.hostname or ""
-    port, secure = (
-        near.port or (443 if near.scheme == "https" else 80),
-        far.scheme == "https",
-    )
+    is_secure = far.scheme == "https"
+    port = near.port
+    if not port:
+        port = 443 if near.scheme == "https" else 80
     wire: Any = upstream.connection_to(url)
     hop = "DNS"
 
@@ -29966,53 +29973,28 @@ def probe_host(upstream: Upstream, url: str) -> Iterator[tuple[str, str, bool]]:
         run(wire.connect())
         yield hop, "%s port %d is open" % (gate, port), True
 
-        if proxy and secure:
+        if proxy and is_secure:
             hop = "proxy"
             run(wire.ask_proxy())
             yield hop, "%s lets %s through" % (gate, host), True
 
-        if secure:
+        if is_secure:
             hop = "TLS"
             run(wire.secure())
-            issuer = dict(
-                pair for name in wire.sock.getpeercert()["issuer"] for pair in name
-            )
-            yield (
-                hop,
-                "%s, certificate by %s"
-                % (
-                    wire.sock.version(),
-                    printable(
-                        " / ".join(
-                            issuer.get(n, "")
-                            for n in ("organizationName", "commonName")
-                        )
-                    ),
-                ),
-                True,
-            )
+            issuer = issuer_text(wire.sock.getpeercert())
+            yield hop, "%s, certificate by %s" % (wire.sock.version(), issuer), True
 
         hop = "HTTP"
-        answer = run(
-            upstream.send_again(
-                UpstreamRequest(
-                    "GET", url, {"User-Agent": "debug"}, timeout_s=GITHUB_TIMEOUT_S
-                )
-            )
+        request = UpstreamRequest(
+            "GET", url, {"User-Agent": "debug"}, timeout_s=GITHUB_TIMEOUT_S
         )
-
+        answer = run(upstream.send_again(request))
         answer.close()
         yield hop, "%d %s" % (answer.status, printable(answer.reason)), True
-    except (ProxyError, OSError) as error:
-        yield (
-            hop,
-            str(
-                error
-                if isinstance(error, ProxyError)
-                else explain_connect_error(error, host, bool(proxy))
-            ),
-            False,
-        )
+    except ProxyError as error:
+        yield hop, str(error), False
+    except OSError as error:
+        yield hop, str(explain_connect_error(error, host, bool(proxy))), False
     finally:
         wire.close()
 
@@ -30563,29 +30545,27 @@ def json_banner(server: Server, notice: str) -> str:
 def ensure_api_key(app: App) -> str:
     """Create or look up the `--api-key auto` key; returns the line to print. Raises
     ConfigError for a bind that strangers can reach without a key."""
-    stored, text = (
-        [key for key in app.accounts.keys.all() if key.made and not key.token],
-        "",
-    )
+    host = app.settings.host
+    text = ""
+    if "auto" in app.settings.api_key:
+        stored = [key for key in app.accounts.keys.all() if key.made and not key.token]
+        if stored:
+            text = (
+                "\nAPI key: the one made before (id %s); to get a new one: auth --logout %s"
+                % (stored[0].id, stored[0].id)
+            )
+        else:
+            made = new_key()
+            app.accounts.issue_key(made)
+            text = "\nAPI key, shown this once: %s" % made
 
-    if "auto" in app.settings.api_key and stored:
-        text = (
-            "\nAPI key: the one made before (id %s); to get a new one: auth --logout %s"
-            % (stored[0].id, stored[0].id)
-        )
-    elif "auto" in app.settings.api_key:
-        made = new_key()
-        app.accounts.issue_key(made)
-        text = "\nAPI key, shown this once: %s" % made
-
-    if not is_loopback(app.settings.host) and not app.accounts.keys.is_closed:
+    if not is_loopback(host) and not app.accounts.keys.is_closed:
         raise ConfigError(
             "--host %s can be reached by others, and no key keeps them out: add "
-            "--api-key auto (or --api-key KEY)" % printable(app.settings.host, 60)
+            "--api-key auto (or --api-key KEY)" % printable(host, 60)
         )
-
-    if app.settings.host:
-        check_host_name("--host", app.settings.host.partition("%")[0])  # fe80::1%eth0
+    if host:
+        check_host_name("--host", host.partition("%")[0])  # fe80::1%eth0
     return text
 
 
@@ -30758,6 +30738,18 @@ def session_text(app: App) -> str:
     return "served %s in %s" % (", ".join(sums_parts(sums)), span)
 
 
+def start_extras(app: App, url: str) -> None:
+    """What the flags want besides: a browser, a look at the models that flags name, a
+    command for Claude Code. None of it delays the server."""
+    settings = app.settings
+    if settings.open:
+        open_in_browser(url + "/")
+    if settings.fallback or settings.model_alias:
+        threading.Thread(target=look_up_models, args=(app,), daemon=True).start()
+    if settings.claude_code:
+        threading.Thread(target=offer_claude_code, args=(app, url), daemon=True).start()
+
+
 def cmd_start(app: App, flags: argparse.Namespace) -> int:
     """Serve. The port opens before GitHub is asked anything."""
     settings = app.settings
@@ -30770,36 +30762,30 @@ def cmd_start(app: App, flags: argparse.Namespace) -> int:
     new_key = ensure_api_key(app)
     server = open_server(app)
 
-    if flags.signals is None:
-        interrupts: list[int] = catch_signals()
-    else:
-        interrupts = flags.signals
-
+    interrupts: list[int] | None = flags.signals
+    if interrupts is None:
+        interrupts = catch_signals()
     server.start()
     github_token = app.login.load()
     if github_token:
         app.login.use(github_token)
-    say(json_banner(server, new_key) if settings.log_json else banner(server) + new_key)
+    if settings.log_json:
+        say(json_banner(server, new_key))
+    else:
+        say(banner(server) + new_key)
+
     prompt = LoginPrompt(app)
     if not github_token:
         if sys.stdout.isatty() and not settings.log_json:
             app.login.announce_by(prompt.announce)
         app.login.begin()
+    start_extras(app, server.url)
 
-    if settings.open:
-        open_in_browser(server.url + "/")
-    if settings.fallback or settings.model_alias:
-        threading.Thread(target=look_up_models, args=(app,), daemon=True).start()
-    if settings.claude_code:
-        threading.Thread(
-            target=offer_claude_code, args=(app, server.url), daemon=True
-        ).start()
-
-    time.sleep(SIGNAL_LOOK_S)
+    time.sleep(0.1)
     spare_collector()
     give_back_memory()
     while not interrupts:
-        time.sleep(SIGNAL_LOOK_S)
+        time.sleep(0.1)
     prompt.close()
     running = server.running()
     if running and settings.grace:
@@ -31099,38 +31085,41 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def model_row(entry: Json) -> tuple[str, ...]:
+    """One line of `models`: id, endpoints, context, output, price, state."""
+    paths = [str(path) for path in as_list(entry.get("supported_endpoints"))]
+    states = [str(entry.get("state"))]
+    if entry.get("notice"):
+        states.append("retiring")
+    if entry.get("promo"):
+        states.append("promotion")
+    if entry.get("price_category"):
+        states.append("price " + str(entry["price_category"]).replace("_", " "))
+    return (
+        str(entry.get("id")),
+        " ".join(path for path in paths if path.startswith("/")),
+        str(entry.get("context_window") or "?"),
+        str(entry.get("max_output_tokens") or "?"),
+        price_text(as_object(entry.get("price"))),
+        ", ".join(states),
+    )
+
+
 def model_table(entries: list[Json], columns: int) -> list[str]:
     """Entries of /v1/models as lines. A narrow terminal gets no routes, short numbers,
     and the state below the model unless it is the usual one."""
-    rows = [("id", "endpoints", "context", "output", "price", "state")]
-    for entry in entries:
-        paths = [str(path) for path in as_list(entry.get("supported_endpoints"))]
-        states = [str(entry.get("state"))]
-        if entry.get("notice"):
-            states.append("retiring")
-        if entry.get("promo"):
-            states.append("promotion")
-        if entry.get("price_category"):
-            states.append("price " + str(entry["price_category"]).replace("_", " "))
-        rows.append(
-            (
-                str(entry.get("id")),
-                " ".join(path for path in paths if path.startswith("/")),
-                str(entry.get("context_window") or "?"),
-                str(entry.get("max_output_tokens") or "?"),
-                price_text(as_object(entry.get("price"))),
-                ", ".join(states),
-            )
-        )
-
+    titles: tuple[str, ...] = ("id", "endpoints", "context", "output", "price", "state")
+    rows = [titles, *map(model_row, entries)]
     lines = aligned(rows)
     if max(map(len, lines)) <= columns:
         return lines
 
     room = columns - len("  context  output  $100.00/$100.00")
-    narrow = [("id", "context", "output", "price")]
+    narrow: list[tuple[str, ...]] = [("id", "context", "output", "price")]
     for row, entry in zip(rows[1:], entries):
-        name = "" if len(row[0]) > room else row[0]
+        name = row[0]
+        if len(name) > room:
+            name = ""  # it gets a line of its own
         window = short_count(entry.get("context_window"))
         output = short_count(entry.get("max_output_tokens"))
         narrow.append((name, window, output, row[4]))
