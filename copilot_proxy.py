@@ -30545,10 +30545,10 @@ def json_banner(server: Server, notice: str) -> str:
 def ensure_api_key(app: App) -> str:
     """Create or look up the `--api-key auto` key; returns the line to print. Raises
     ConfigError for a bind that strangers can reach without a key."""
-    host = app.settings.host
+    host, keys = app.settings.host, app.accounts.keys
+    stored = [key for key in keys.all() if key.made and not key.token]
     text = ""
     if "auto" in app.settings.api_key:
-        stored = [key for key in app.accounts.keys.all() if key.made and not key.token]
         if stored:
             text = (
                 "\nAPI key: the one made before (id %s); to get a new one: auth --logout %s"
@@ -30559,7 +30559,7 @@ def ensure_api_key(app: App) -> str:
             app.accounts.issue_key(made)
             text = "\nAPI key, shown this once: %s" % made
 
-    if not is_loopback(host) and not app.accounts.keys.is_closed:
+    if not is_loopback(host) and not keys.is_closed:
         raise ConfigError(
             "--host %s can be reached by others, and no key keeps them out: add "
             "--api-key auto (or --api-key KEY)" % printable(host, 60)
