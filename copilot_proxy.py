@@ -24097,9 +24097,11 @@ class EventLoop:
         for key, mask in ready:
             task = key.data.waiter
             if task is not None and task.what.consume is not None:
-                self._on_ready(key.data, mask)
+                self._send_on(task)
             else:
                 others.append((key.data, mask))
+        if not others:
+            return
 
         until = math.inf
         if len(others) < len(ready):
@@ -24115,6 +24117,16 @@ class EventLoop:
         now = time.monotonic()
         return now + max(SLICE_S, SLICE_SHARE * (now - self.now))
 
+    def _send_on(self, task: Any) -> None:
+        """Have the function that a stream waits with consume what has arrived."""
+        what = task.what
+        reads_on, error = outcome(what.consume)
+        if not reads_on:
+            self.resume(task, what, True, error)
+            error = None  # its traceback refers to this frame: a cycle
+        elif task.what is what:
+            task.deadline = self.now + what.timeout_s
+
     def _on_ready(self, connection: Connection, mask: int) -> None:
         """Pass an event to the coroutine that waits for it, else to the connection."""
         task = connection.waiter
@@ -24122,18 +24134,10 @@ class EventLoop:
             _, error = outcome(connection.on_event, mask)
             if error is not None:
                 self._give_up(connection, error)
-            return
-        what = task.what
-        if what.consume is None:
+        elif task.what.consume is None:
             self._resume(task, True)
-            return
-
-        reads_on, error = outcome(what.consume)
-        if not reads_on:
-            self.resume(task, what, True, error)
-            error = None  # its traceback refers to this frame: a cycle
-        elif task.what is what:
-            task.deadline = self.now + what.timeout_s
+        else:
+            self._send_on(task)
 
     def _guard(self, work: Callable[..., None], *items: Any) -> None:
         """Call `work`. A fault of ours is logged, and the loop continues."""
