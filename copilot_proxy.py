@@ -2040,14 +2040,15 @@ def read_usage(usage: Json) -> dict[str, int]:
     details = usage.get("prompt_tokens_details", usage.get("input_tokens_details"))
     if isinstance(details, dict):
         cached = count_or_none(details.get("cached_tokens"))
-        written = count_or_none(details.get("cache_write_tokens"))
+        if "cache_write_tokens" in details:
+            written = count_or_none(details["cache_write_tokens"])
     prompt = count_or_none(usage.get("prompt_tokens", usage.get("input_tokens")))
     if prompt is not None:
         prompt = max(prompt - (cached or 0) - (written or 0), 0)
-    if cached is None:
-        cached = count_or_none(usage.get("cache_read_input_tokens"))
-    if written is None:
-        written = count_or_none(usage.get("cache_creation_input_tokens"))
+    if cached is None and "cache_read_input_tokens" in usage:
+        cached = count_or_none(usage["cache_read_input_tokens"])
+    if written is None and "cache_creation_input_tokens" in usage:
+        written = count_or_none(usage["cache_creation_input_tokens"])
     details = usage.get("cache_creation")
     if isinstance(details, dict):
         for_an_hour = count_or_none(details.get("ephemeral_1h_input_tokens"))
@@ -4867,7 +4868,9 @@ class Dialect:
         if not isinstance(turns, list):
             turns = []
         last_turn: Json = {"role": "user" if "input" in body else ""}
-        for turn in map(as_object, reversed(turns)):
+        for turn in reversed(turns):
+            if not isinstance(turn, dict):
+                return "agent"
             if turn.get("role") not in SYSTEM_ROLES:
                 last_turn = turn
                 break
@@ -4886,9 +4889,12 @@ class Dialect:
             return "agent"
 
         system = [body.get("system"), body.get("instructions")]
-        first = as_object(turns[0]) if turns else {}
-        if first.get("role") in SYSTEM_ROLES:
-            system.append(first.get("content"))
+        if (
+            turns
+            and isinstance(turns[0], dict)
+            and turns[0].get("role") in SYSTEM_ROLES
+        ):
+            system.append(turns[0].get("content"))
         system_text = ""
         if any(system):
             texts = map(text_of, filter(None, system))
@@ -7073,16 +7079,18 @@ class ChatCompletions(Dialect):
             edit.set(target, self.cache_mark, EPHEMERAL)
 
     def mend(self, answer: Json, asked: str, request: Request | None = None) -> bool:
-        choices = dicts_in(answer, "choices")
+        choices = answer.get("choices")
         has_names = answer.get("id") and answer.get("object") and answer.get("created")
         if (
             has_names
             and answer.get("model") == asked
+            and isinstance(choices, list)
             and len(choices) == 1
             and self._is_whole(choices[0])
         ):
             return False
 
+        choices = dicts_in(answer, "choices")
         if choices:
             answer["choices"] = [self._join_choices(answer, choices[0])]
         request = request or Request(asked)
@@ -7119,9 +7127,11 @@ class ChatCompletions(Dialect):
                 raise reported_error({})
 
     @staticmethod
-    def _is_whole(choice: Json) -> bool:
+    def _is_whole(choice: Any) -> bool:
         """Has the answer every field that clients insist on, and nothing that they
         would not see?"""
+        if not isinstance(choice, dict):
+            return False
         message = choice.get("message")
         called = choice.get("finish_reason") == "tool_calls"
         return (
@@ -25927,8 +25937,6 @@ def fit_model(data: bytes, edit: BodyEdit, model_id: str) -> bytes:
     changed or fields were added: serialising 1 MB of JSON would take 4 ms, in which no
     stream moves."""
     asked = edit.body["model"]
-    if asked == model_id and not edit.changed:
-        return data  # nearly always
     if not edit.is_rewritten and asked != model_id:
         places = list(re.finditer(rb'"model"\s*:\s*' + re.escape(dumps(asked)), data))
         if len(places) == 1:
@@ -26588,17 +26596,18 @@ class Job:
 
     def body_for(self, plan: Plan) -> bytes:
         """Returns the body to send: the client's own bytes as far as possible."""
+        edit, data = plan.edit, self.data
         if plan.is_translated:
-            data = rewrite(plan.edit.body, self.data)
-        else:
-            data = fit_model(self.data, plan.edit, self.model.id)
+            data = rewrite(edit.body, data)
+        elif edit.changed or edit.body["model"] != self.model.id:
+            data = fit_model(data, edit, self.model.id)
         if (
             len(data) > MAX_SENT_BYTES
             and "Copilot-Vision-Request" in plan.headers
-            and shed_images(plan.edit, len(data))
+            and shed_images(edit, len(data))
         ):
             note_images_left(plan)
-            data = fit_model(self.data, plan.edit, self.model.id)
+            data = fit_model(self.data, edit, self.model.id)
         return data
 
     def call_for(self, plan: Plan, data: bytes) -> Call:
