@@ -30,6 +30,19 @@ NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tok
            tokenize.ENDMARKER}
 
 
+@functools.lru_cache(maxsize=None)
+def walk(node: ast.AST) -> list[Any]:
+    """The node and all below it, as ast.walk gives them, but no contexts (Load, Store, Del)."""
+    found: list[Any] = [node]
+    for one in found:
+        for value in vars(one).values():
+            if type(value) is list:
+                found += [inner for inner in value if isinstance(inner, ast.AST)]
+            elif isinstance(value, ast.AST) and not isinstance(value, ast.expr_context):
+                found.append(value)
+    return found
+
+
 class Source:
     """The file, or another text, parsed once: its lines, tree and sections."""
 
@@ -40,7 +53,7 @@ class Source:
         self.text = text
         self.lines = self.text.splitlines()
         self.tree = ast.parse(self.text)
-        self.nodes = list(ast.walk(self.tree))
+        self.nodes = walk(self.tree)
         self.functions = list(functions(self.tree))
         self.tokens = code_tokens(self.text, self.nodes)
         #: statement of the module -> the global names it reads
@@ -72,7 +85,7 @@ def bound_by(node: ast.stmt) -> Iterator[str]:
         for alias in node.names:
             yield (alias.asname or alias.name).split(".")[0]
     else:
-        for inner in ast.walk(node):
+        for inner in walk(node):
             if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
                 yield inner.id
 
@@ -80,7 +93,7 @@ def bound_by(node: ast.stmt) -> Iterator[str]:
 def local_names(function: ast.AST) -> set[str]:
     """Parameters and assigned names of a function or lambda and of those around nothing else."""
     names: set[str] = set()
-    for node in ast.walk(function):
+    for node in walk(function):
         if isinstance(node, ast.arg):
             names.add(node.arg)
         elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
@@ -102,7 +115,7 @@ def names_read(node: ast.AST, hidden: frozenset[str] = frozenset()) -> Iterator[
             yield from names_read(default, hidden)
         for decorator in getattr(node, "decorator_list", []):
             yield from names_read(decorator, hidden)
-        for argument in ast.walk(node.args):
+        for argument in walk(node.args):
             if isinstance(argument, ast.arg) and argument.annotation:
                 yield from names_read(argument.annotation, hidden)
         if getattr(node, "returns", None):
@@ -179,7 +192,7 @@ def code_tokens(text: str, nodes: list[ast.AST]) -> dict[int, int]:
 def branch_points(node: ast.AST) -> int:
     """Places at which the flow, or a value, may go two ways."""
     points = 0
-    for inner in ast.walk(node):
+    for inner in walk(node):
         if isinstance(inner, (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While,
                               ast.ExceptHandler, ast.Assert)):
             points += 1
@@ -205,7 +218,7 @@ class Place(NamedTuple):
 
 def stored_attributes(node: ast.AST) -> list[ast.Attribute]:
     """Attributes that are set inside: `a.b = 1`, `a.b += 1`, `for a.b in ...`, `del a.b`."""
-    return [inner for inner in ast.walk(node)
+    return [inner for inner in walk(node)
             if isinstance(inner, ast.Attribute) and not isinstance(inner.ctx, ast.Load)]
 
 
@@ -222,7 +235,7 @@ def attributes(source: Source) -> dict[str, set[str]]:
 
 def made_here(function: ast.AST, classes: set[str]) -> set[str]:
     """Names that a function binds to a new object of a class of the file."""
-    return {target.id for node in ast.walk(function) if isinstance(node, ast.Assign)
+    return {target.id for node in walk(function) if isinstance(node, ast.Assign)
             and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name)
             and node.value.func.id in classes
             for target in node.targets if isinstance(target, ast.Name)}
@@ -254,7 +267,7 @@ def identity_checks(source: Source) -> list[Place]:
             sides = node.args[1:]
         else:
             continue
-        names = [inner.id for side in sides for inner in ast.walk(side)
+        names = [inner.id for side in sides for inner in walk(side)
                  if isinstance(inner, ast.Name) and inner.id in DIALECT_NAMES]
         if names and source.section_at(node.lineno) != DIALECTS_SECTION:
             found.append(Place(node.lineno, source.lines[node.lineno - 1].strip()))

@@ -23,17 +23,6 @@ CODE_ANSWER = {"device_code": "d0", "user_code": "WDJB-MJHT", "expires_in": 900,
                "verification_uri": "https://github.com/login/device"}
 
 
-def setUpModule() -> None:
-    """Servers that notice their end at once: a tenth of a second for each test adds up."""
-    slow = cp.Server.serve_forever
-    unittest.mock.patch.object(
-        cp.Server, "serve_forever", lambda server, *pause_s: slow(server, 0.005)).start()
-
-
-def tearDownModule() -> None:
-    unittest.mock.patch.stopall()
-
-
 class NoWait(threading.Event):
     """A stop event whose waits are noted and take no time."""
 

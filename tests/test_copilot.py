@@ -17,17 +17,6 @@ from cases import ClockCase, GitHubCase
 HOUR_S = 3600.0
 
 
-def setUpModule() -> None:
-    """Servers that notice their end at once: a tenth of a second for each test adds up."""
-    slow = cp.Server.serve_forever
-    unittest.mock.patch.object(
-        cp.Server, "serve_forever", lambda server, *pause_s: slow(server, 0.005)).start()
-
-
-def tearDownModule() -> None:
-    unittest.mock.patch.stopall()
-
-
 def at_once(count: int, work: Callable[[], Any]) -> list[Any]:
     """Results of `work` from `count` threads that begin together."""
     barrier, results = threading.Barrier(count), []

@@ -17,7 +17,7 @@ import support
 from support import HERE, SCRIPT, SLOW, Proxy, chat, clean_environment, compiled
 import copilot_proxy as cp
 from fake_upstream import FakeUpstream
-from gauges import BANNER, FUNCTIONS, GAUGES, Source, depth, length, local_names, the_source
+from gauges import BANNER, FUNCTIONS, GAUGES, Source, depth, length, local_names, the_source, walk
 
 PURE = range(2, 12)
 IMPURE = {"socket", "os", "time", "threading", "select", "random", "secrets", "subprocess", "sys",
@@ -90,7 +90,7 @@ class SectionTest(unittest.TestCase):
         for node in SOURCE.tree.body:
             if isinstance(node, (ast.Assign, ast.AnnAssign)):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                names = {name.id for target in targets for name in ast.walk(target)
+                names = {name.id for target in targets for name in walk(target)
                          if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
             else:
                 names = {node.name} if isinstance(node, FUNCTIONS + (ast.ClassDef,)) else set()
@@ -113,7 +113,7 @@ class SectionTest(unittest.TestCase):
             for name in READS[statement]:
                 if name.id in IMPURE:
                     wrong.append("line %d: %s" % (name.lineno, name.id))
-            for node in ast.walk(statement):
+            for node in walk(statement):
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) \
                         and node.func.id in IMPURE_CALLS:
                     wrong.append("line %d: %s()" % (node.lineno, node.func.id))
@@ -299,7 +299,7 @@ class HabitTest(unittest.TestCase):
     def test_every_function_is_annotated(self) -> None:
         bare = []
         for name, node in FUNCTIONS_HERE:
-            arguments = [a for a in ast.walk(node.args) if isinstance(a, ast.arg)
+            arguments = [a for a in walk(node.args) if isinstance(a, ast.arg)
                          and a.arg not in ("self", "cls")]
             if node.returns is None or any(a.annotation is None for a in arguments):
                 bare.append("%s (line %d)" % (name, node.lineno))
@@ -316,7 +316,7 @@ class HabitTest(unittest.TestCase):
         wrong = []
         for _, function in FUNCTIONS_HERE:
             names = containers - local_names(function)
-            for node in ast.walk(function):
+            for node in walk(function):
                 target: Any = None
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) \
                         and node.func.attr in changing:

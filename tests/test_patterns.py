@@ -16,7 +16,7 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 from support import SCRIPT, SLOW
 import copilot_proxy as cp
-from gauges import the_source
+from gauges import the_source, walk
 
 try:
     from re import _constants as constants, _parser as parser   # type: ignore[attr-defined]
@@ -206,7 +206,7 @@ def table_patterns() -> Iterator[Pattern]:
 
 def re_calls(tree: ast.AST) -> Iterator[Any]:
     """Every call of a function of `re` that takes a pattern."""
-    for node in ast.walk(tree):
+    for node in walk(tree):
         if (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
                 and isinstance(node.func.value, ast.Name) and node.func.value.id == "re"
                 and node.func.attr in METHODS + ("compile",)):
@@ -216,9 +216,9 @@ def re_calls(tree: ast.AST) -> Iterator[Any]:
 def methods_of_names(tree: ast.AST) -> dict[str, set[str]]:
     """Name of a pattern -> methods that are called, or handed on, of it."""
     found: dict[str, set[str]] = {}
-    for node in ast.walk(tree):
+    for node in walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in METHODS:
-            for inner in ast.walk(node.value):
+            for inner in walk(node.value):
                 name = getattr(inner, "id", getattr(inner, "attr", None))
                 if isinstance(name, str) and name != "re":
                     found.setdefault(name, set()).add(node.attr)
@@ -252,7 +252,7 @@ def all_patterns() -> list[Pattern]:
                 methods = tuple(sorted(used.get(name, METHODS)))
                 found.append(Pattern(where, pattern.pattern, pattern.flags, methods))
 
-    named = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Assign)}
+    named = {id(node.value) for node in walk(tree) if isinstance(node, ast.Assign)}
     for call in re_calls(tree):
         if call.func.attr == "compile" and id(call) in named:
             continue                                   # an attribute, see above
@@ -262,7 +262,7 @@ def all_patterns() -> list[Pattern]:
             continue
         flags = 0
         for node in call.args[1:] + [keyword.value for keyword in call.keywords]:
-            if any(isinstance(inner, ast.Name) and inner.id == "re" for inner in ast.walk(node)):
+            if any(isinstance(inner, ast.Name) and inner.id == "re" for inner in walk(node)):
                 flags |= value_of(node)
         methods = (call.func.attr,) if call.func.attr != "compile" else METHODS
         found.append(Pattern(where, value_of(argument), int(flags), methods))
