@@ -2153,17 +2153,21 @@ class Prices:
         seconds."""
         if not self.tiers or "input" not in counts:
             return None
-        amounts = {kind: counts.get(kind, 0) for kind in PRICED}
-        prompt = amounts["input"] + amounts["cache_read"] + amounts["cache_write"]
+        fresh, output = counts["input"], counts.get("output", 0)
+        read, written = counts.get("cache_read", 0), counts.get("cache_write", 0)
+        for_an_hour = min(counts.get("cache_write_1h", 0), written)
         for tier in self.tiers:
-            if prompt <= tier.most_tokens:
+            if fresh + read + written <= tier.most_tokens:
                 break  # else it is the last one
 
-        for_an_hour = min(amounts["cache_write_1h"], amounts["cache_write"])
-        amounts["cache_write_1h"] = for_an_hour
-        amounts["cache_write"] -= for_an_hour
         cost = 0
-        for kind, amount in amounts.items():
+        for kind, amount in (
+            ("input", fresh),
+            ("cache_read", read),
+            ("cache_write", written - for_an_hour),
+            ("cache_write_1h", for_an_hour),
+            ("output", output),
+        ):
             if amount:
                 cost += amount * tier.price_of(kind)
 
@@ -21528,15 +21532,13 @@ class RequestRecord:
         prompt."""
         if self.model is None or not self.model.prices.tiers:
             return None
-        prices = self.model.prices
         by_auto = self.model.selector != ""
-        costs = [
-            prices.cost(meter.counts, self.asked.at, by_auto) for meter in self.meters
-        ]
-        known = [cost for cost in costs if cost is not None]
-        if known:
-            return sum(known)
-        return None
+        total = None
+        for meter in self.meters:
+            cost = self.model.prices.cost(meter.counts, self.asked.at, by_auto)
+            if cost is not None:
+                total = (total or 0) + cost
+        return total
 
     def running_row(self) -> Json:
         """Returns the row of a running request, for the page."""
@@ -21649,7 +21651,7 @@ class RequestRecord:
             self.status,
             tokens,
             credits_,
-            f"{self.first_byte_ms:.0f}/{row['total_ms']:.0f} ms",
+            f"{round(self.first_byte_ms)}/{round(row['total_ms'])} ms",
             self.id,
         )
         if models:
