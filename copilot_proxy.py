@@ -271,7 +271,7 @@ MAX_CHUNK_LINE_BYTES = 1024
 MAX_ID_CHARS = 64  # of item and call ids, OpenAI's own validator
 MAX_WHITESPACE_RUN = 2000  # in streamed tool arguments: a model gone astray
 MAX_UNNAMED_CHARS = 64 * 1024  # of arguments before the name of their tool
-READ_BYTES = 64 * 1024  # of one look at a socket
+READ_BYTES = 128 * 1024  # of one look at a socket
 RECORD_BYTES = 16 * 1024  # of a TLS record, at most
 NAME_AGE_S = 60.0  # of the addresses of a host
 MAX_LOOK_UPS = 3  # threads that ask the resolver
@@ -3542,7 +3542,9 @@ def count_alike(block: bytes, key: bytes) -> int:
     if not beginning.endswith(key) or b"\n\n" in beginning:
         return 0
     border = block.rfind(b"\n\n", 0, -2)
-    if border > 0 and not block.startswith(beginning, border + 2):
+    if border < 0:
+        return 1
+    if not block.startswith(beginning, border + 2):
         return 0  # the last frame is another one, as it is in most blocks of this kind
     # long needles are found faster than short ones, single bytes fastest
     count = block.count(b"\n\n" + beginning) + 1
@@ -7985,8 +7987,9 @@ class ResponsesStream(StreamRelay):
     def _count_on(self, block: bytes, count: int) -> bool:
         """Do so many frames go on with higher sequence numbers than those that went out,
         one by one?"""
-        first = _SEQUENCE.search(block)
-        last = _SEQUENCE.search(block, block.rfind(_SEQUENCE_KEY))
+        first = last = _SEQUENCE.search(block)
+        if count > 1:
+            last = _SEQUENCE.search(block, block.rfind(_SEQUENCE_KEY))
         if not first or not last:
             return False
         number = int(first.group(1))
