@@ -1290,7 +1290,9 @@ def decode_json(data: bytes) -> str:
             data = _FOUR_BYTES.sub(_as_escape, data)
         elif WIDE_SHARES[0] <= share < WIDE_SHARES[1] and len(data) > MAX_WIDE_BYTES:
             raise TooManyValues("it holds too many emojis for its length")
-    return data.decode("utf-8-sig" if data[:1] == b"\xef" else "utf-8")
+    if data[:1] == b"\xef":
+        return data.decode("utf-8-sig")
+    return data.decode("utf-8")
 
 
 def _check_marks(data: bytes, room_bytes: int) -> None:
@@ -1459,7 +1461,9 @@ def word(value: Any) -> str | None:
 
 
 def words(value: Any) -> list[str]:
-    return list(filter(word, [value] if isinstance(value, str) else as_list(value)))
+    if isinstance(value, str):
+        value = [value]
+    return list(filter(word, as_list(value)))
 
 
 def positive(value: Any) -> int | None:
@@ -2897,7 +2901,9 @@ def text_in(part: Part) -> str:
 def with_text(part: Part, text: str) -> Part:
     """The part with another text, if it is a part that has one."""
     name = _TEXT_FIELDS.get(type(part))
-    return replace(part, **{name: text}) if name else part  # type: ignore[type-var]
+    if name is None:
+        return part
+    return replace(part, **{name: text})  # type: ignore[type-var]
 
 
 def skeleton(part: Part) -> Part:
@@ -3090,10 +3096,10 @@ def _parse_request_head(raw: bytes) -> tuple[RequestHead, str | None]:
         raise BadRequest("malformed request line")
     method, target, version = words
     if version not in (b"HTTP/1.1", b"HTTP/1.0"):
-        raise BadRequest(
-            "only HTTP/1.0 and HTTP/1.1 are spoken here",
-            505 if version.startswith(b"HTTP/") else 400,
-        )
+        status = 400
+        if version.startswith(b"HTTP/"):
+            status = 505
+        raise BadRequest("only HTTP/1.0 and HTTP/1.1 are spoken here", status)
 
     if len(target) > MAX_TARGET_BYTES:
         raise BadRequest("the URL is longer than %d bytes" % MAX_TARGET_BYTES, 414)
@@ -3181,10 +3187,13 @@ def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
             continue
         value = _CONTROLS.sub(" ", value).strip()
         if not before:
-            headers.update({name: headers[name] + " " + value} if name else {})
+            if name:
+                headers[name] += " " + value
             continue
         name = before.lower()
-        headers[name] = headers[name] + ", " + value if name in headers else value
+        if name in headers:
+            value = headers[name] + ", " + value
+        headers[name] = value
     return status, reason, headers
 
 
@@ -3295,7 +3304,8 @@ class BodyDecoder:
             if size == len(data) - begin - 2 and data.endswith(b"\r\n"):
                 return data[begin:-2]  # one chunk, as of most events
 
-        data = self._tail + data if self._tail else data
+        if self._tail:
+            data = self._tail + data
         out: list[bytes] = []
         position, end = 0, len(data)
         while position < end and not self.done:
@@ -3318,8 +3328,11 @@ class BodyDecoder:
             self._take_line(data[position:line_end])
             position = line_end + 2
 
-        self._tail = b"" if self.done else data[position:]
-        self.rest = data[position:] if self.done else b""
+        self._tail = self.rest = b""
+        if self.done:
+            self.rest = data[position:]
+        else:
+            self._tail = data[position:]
         if len(out) == 1:
             return out[0]
         return b"".join(out)
@@ -3501,7 +3514,8 @@ class Frame:
         event, data = "", []
         for line in raw.split(b"\n"):
             name, _, value = line.partition(b":")
-            value = value[1:] if value[:1] == b" " else value
+            if value[:1] == b" ":
+                value = value[1:]
             if name == b"data":
                 data.append(value)
             elif name == b"event":
@@ -4547,7 +4561,9 @@ class StreamDecoder:
         self._events = []
         self.meter.take(body)
         self._read_event(body)
-        return self._events + (self.close() if not self.ended else [])
+        if self.ended:
+            return self._events
+        return self._events + self.close()
 
     def close(self) -> list[Event]:
         """Process the end of the upstream's body, which came without a transport error."""
@@ -4615,7 +4631,8 @@ class StreamDecoder:
         """Emit more text of a part, unless the part is not open."""
         part = self._open.get(index)
         tokens = [token for token in as_list(logprobs) if isinstance(token, dict)]
-        text = text if isinstance(text, str) else ""
+        if not isinstance(text, str):
+            text = ""
         if part is None or not (text or tokens):
             return
         self._empty.discard(index)
@@ -5153,7 +5170,8 @@ def prepare_tools(
         return
     offered: list[Json] = []
 
-    for tool in check_list(body, "tools") if body.get("tools") else ():
+    tools = body.get("tools") and check_list(body, "tools")
+    for tool in tools or ():
         if not is_offered(tool):
             kind = printable(str(tool.get("type") or next(iter(tool), "")), 60)
             edit.lose("tools", "the tool %s is not offered upstream" % kind)
@@ -5272,7 +5290,8 @@ def reasoning_parts(
     if not packed:
         own = word(state)
         if text or own:
-            return [Reasoning(text, own, word(state_id), dialect if own else None)]
+            minted_by = dialect if own else None
+            return [Reasoning(text, own, word(state_id), minted_by)]
         return []
 
     parts: list[Part] = []
@@ -5300,9 +5319,10 @@ def client_state(part: Reasoning, dialect: str) -> str | None:
     it, else packed."""
     if part.signature is None or part.minted_by == dialect:
         return part.signature
-    return pack_opaque(
-        part.minted_by or "", "redacted" if part.redacted else part.id, part.signature
-    )
+    inner_id = part.id
+    if part.redacted:
+        inner_id = "redacted"
+    return pack_opaque(part.minted_by or "", inner_id, part.signature)
 
 
 def split_system(turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
@@ -5522,9 +5542,12 @@ def _read_unknown(part: Json, place: str, request: Request) -> list[Part]:
 def read_content(content: Any, place: str, request: Request) -> list[Part]:
     """The parts of a content field in any dialect: a string, a part, or an array of both."""
     parts: list[Part] = []
-    for piece in content if isinstance(content, list) else [content]:
+    if not isinstance(content, list):
+        content = [content]
+    for piece in content:
         if isinstance(piece, str):
-            parts += [Text(piece)] if piece else []
+            if piece:
+                parts.append(Text(piece))
         elif isinstance(piece, dict):
             parts += read_part(piece, place, request)
     return parts
@@ -5955,9 +5978,10 @@ def result_text(result: ToolResult, request: Request) -> str:
     """The text of a tool result, with the error marker before it if the tool failed."""
     if result.is_error:
         request.lose("is_error", "told in the text")
-    return (ERROR_PREFIX if result.is_error else "") + "\n".join(
-        filter(None, map(plain_text, result.parts))
-    )
+    text = "\n".join(filter(None, map(plain_text, result.parts)))
+    if result.is_error:
+        return ERROR_PREFIX + text
+    return text
 
 
 def note_unknown(request: Request, source: Json, *known: str) -> None:
@@ -6188,9 +6212,9 @@ def clamp_effort(effort: str, listed: list[str]) -> str:
 def fit_effort(request: Request, model: Model) -> str | None:
     """The wish for reasoning as an effort that the model lists; None: say nothing,
     which is a loss if there was a wish."""
-    effort = request.effort or (
-        budget_to_effort(request.thinking_budget) if request.thinking_budget else None
-    )
+    effort = request.effort
+    if not effort and request.thinking_budget:
+        effort = budget_to_effort(request.thinking_budget)
     if effort is None or not model.efforts:
         if effort:
             request.lose("effort", "the model lists none")
@@ -6376,8 +6400,9 @@ def read_fields(dialect: Dialect, body: Json, known: str) -> Request:
         request.tool_choice = openai_choice(body.get("tool_choice"), request)
 
     request.hides_thinking = request.effort == "none"
-    for tool in check_list(body, "tools") if body.get("tools") else ():
-        dialect.read_tool(tool, request)
+    if body.get("tools"):
+        for tool in check_list(body, "tools"):
+            dialect.read_tool(tool, request)
     note_unknown(
         request,
         body,
@@ -6973,9 +6998,10 @@ class ChatCompletions(Dialect):
     def tool_steps(self, item: Json) -> list[ToolStep]:
         calls = [str(call.get("id")) for call in item.get("tool_calls") or ()]
         is_result = item.get("role") == "tool"
-        return [
-            ToolStep(item, calls, str(item.get("tool_call_id")) if is_result else None)
-        ]
+        answers = None
+        if is_result:
+            answers = str(item.get("tool_call_id"))
+        return [ToolStep(item, calls, answers)]
 
     def missing_result(self, item: Json, call_id: str) -> Json:
         return {"role": "tool", "tool_call_id": call_id, "content": INTERRUPTED}
@@ -7248,8 +7274,10 @@ class ChatCompletions(Dialect):
             text_of(content),
             message.get("refusal") or next(filter(None, refusals), ""),
         )
-        parts += [Text(text)] if text else []
-        parts += [Text(str(refusal), refusal=True)] if refusal else []
+        if text:
+            parts.append(Text(text))
+        if refusal:
+            parts.append(Text(str(refusal), refusal=True))
 
         for call in map(as_object, as_list(message.get("tool_calls"))):
             function = as_object(call.get("function")) or as_object(call.get("custom"))
@@ -7375,14 +7403,10 @@ class ChatCompletions(Dialect):
                 )
                 content += [write_part(part, "") for part in moved]
 
-            messages.append(
-                {
-                    "role": "tool",
-                    "tool_call_id": call_id,
-                    "content": result_text(result, request)
-                    or ("[see the files below]" if moved else ""),
-                }
-            )
+            text = result_text(result, request)
+            if moved and not text:
+                text = "[see the files below]"
+            messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
 
         content += [
             write_part(part, "")
@@ -8294,7 +8318,9 @@ class Responses(Dialect):
             for part in map(as_object, parts):
                 if part.get("type") == "input_image":  # refused without a detail
                     detail = part.get("detail") or "auto"
-                    edit.set(part, "detail", "high" if detail == "original" else detail)
+                    if detail == "original":
+                        detail = "high"
+                    edit.set(part, "detail", detail)
 
         return True
 
@@ -8632,10 +8658,10 @@ class Responses(Dialect):
         """Write the items of a turn of the history, without ids, which are bound to an
         upstream connection."""
         if turn.role == "assistant":
-            parts = [
-                replace(p, id=fit_call_id(p.id)) if isinstance(p, ToolCall) else p
-                for p in usable_parts(turn, request, self.name)
-            ]
+            parts = usable_parts(turn, request, self.name)
+            for index, part in enumerate(parts):
+                if isinstance(part, ToolCall):
+                    parts[index] = replace(part, id=fit_call_id(part.id))
             return [self.item(part, None, {}) for part in parts]
 
         if turn.role == "system":
@@ -8851,7 +8877,8 @@ class ResponsesDecoder(StreamDecoder):
         if kind.endswith(".delta"):
             self._delta(index, event.get("delta"), event.get("logprobs"))
         elif index in self._empty:
-            text = event.get("refusal" if "refusal" in kind else "text")
+            key = "refusal" if "refusal" in kind else "text"
+            text = event.get(key)
             self._delta(index, text, event.get("logprobs"))
 
     def _read_arguments(self, kind: str, index: int, event: Json) -> None:
@@ -8920,7 +8947,9 @@ class ResponsesDecoder(StreamDecoder):
             as_object(answer.get("incomplete_details")).get("reason")
             or "max_output_tokens"
         )
-        self._stop(str(reason) if kind == "response.incomplete" else "completed")
+        if kind != "response.incomplete":
+            reason = "completed"
+        self._stop(str(reason))
 
 
 class ItemKind(NamedTuple):
@@ -10364,15 +10393,18 @@ class MessagesDecoder(StreamDecoder):
         parts = self.dialect.read_answer_block(block)
         if block.get("type") == "thinking":  # also an empty one, which deltas fill
             parts = [Reasoning(str(block.get("thinking") or ""))]
-        self._slots[block_index] = index = (
-            self._begin(skeleton(parts[0])) if parts else -1
-        )
+        index = -1
+        if parts:
+            index = self._begin(skeleton(parts[0]))
+        self._slots[block_index] = index
         self._states[index] = [str(block.get("signature") or "")]
         if not parts:
             return
 
-        has_words = block.get("type") != "tool_use" or block.get("input")
-        self._delta(index, text_in(parts[0]) if has_words else "")
+        text = ""
+        if block.get("type") != "tool_use" or block.get("input"):
+            text = text_in(parts[0])
+        self._delta(index, text)
         if isinstance(parts[0], Text):
             self._cite(index, parts[0].citations)
 
@@ -12021,7 +12053,9 @@ class SearchLoop:
     @staticmethod
     def _read_call(call: ToolCall) -> SearchCall:
         query = arguments_object(call.arguments).get("query")
-        return SearchCall(call.id, query.strip() if isinstance(query, str) else "")
+        if not isinstance(query, str):
+            query = ""
+        return SearchCall(call.id, query.strip())
 
     # -- the searches
 
@@ -13207,7 +13241,9 @@ class GeminiSchema:
             for part in as_list(node.get("allOf"))
         ]
         out = self._plain_words(node, is_nullable=len(choices) < len(as_list(listed)))
-        out = self._merge(out, merged + (choices if len(choices) == 1 else []))
+        if len(choices) == 1:
+            merged += choices
+        out = self._merge(out, merged)
 
         # beside properties, the choices only vary what is required
         if len(choices) > 1 and "properties" not in out:
@@ -14618,7 +14654,9 @@ _SCRIPTS = (
 def _weigh_foreign(piece: str, mark: str) -> float:
     """Tokens of a match with other letters than ASCII's."""
     size, last = len(piece), piece[-1]
-    point = ord(last if last > "\x7f" else max(piece))
+    if last <= "\x7f":
+        last = max(piece)
+    point = ord(last)
     if size > 4 and 0x2000 <= point < 0x3000 and len(set(piece)) < 4:
         return 1 + size / 8  # a line of a drawn box
     if size == 1 and point < 0x10000:
@@ -14679,8 +14717,9 @@ def _weigh(piece: str) -> float:
     if not piece.isascii():
         return _weigh_foreign(piece, mark)
     if len(piece) > 59 and piece[0].isalnum():
-        is_hex = not piece.strip("0123456789abcdefABCDEF")
-        return len(piece) * (0.57 if is_hex else 0.66)
+        if piece.strip("0123456789abcdefABCDEF"):
+            return len(piece) * 0.66
+        return len(piece) * 0.57  # hexadecimal digits alone
     if mark.isdigit():
         if piece[-1].isdigit():
             return 1.0
@@ -15919,7 +15958,8 @@ def is_allowed_origin(origin: str, allowed: Container[str]) -> bool:
 def check_host_name(flag: str, value: str) -> str:
     """A name or address without a port, as `split_host` writes it. Raises ConfigError."""
     is_ipv6 = value.count(":") > 1 and value[0] != "["
-    name, port = split_host("[%s]" % value if is_ipv6 else value)
+    host = "[%s]" % value if is_ipv6 else value
+    name, port = split_host(host)
     if not name or port:
         raise ConfigError(
             "%s %s: give the name alone, without scheme, port or *"
@@ -16284,9 +16324,10 @@ class LoginFile:
         host = re.sub(
             r"[^a-z0-9.-]", "_", urllib.parse.urlsplit(github_url).netloc.lower()
         )
-        self.path = os.path.join(
-            folder, "github_token" + ("" if host == "github.com" else "." + host)
-        )
+        name = "github_token"
+        if host != "github.com":
+            name += "." + host
+        self.path = os.path.join(folder, name)
 
     def load(self) -> str:
         """The stored token, '' if there is none. A file that holds anything else is
@@ -16408,15 +16449,11 @@ class KeyFile:
 
             host = self._host if token else ""
             made = Key(self._hash(text), int(time.time()), host, login, token)
-            self._write(
-                [
-                    replace(key, token=token)
-                    if login and (key.login, key.host) == (login, host)
-                    else key
-                    for key in self._keys
-                ]
-                + [made]
-            )
+            keys = list(self._keys)
+            for index, key in enumerate(keys):
+                if login and (key.login, key.host) == (login, host):
+                    keys[index] = replace(key, token=token)
+            self._write([*keys, made])
 
             return made
 
@@ -20895,9 +20932,10 @@ class StoredResponse:
     def parse_answer(self) -> Json:
         """Parse the answer, which is stored as a body or as the last event of a stream."""
         is_body = self.answer[:1] == b"{"
-        value = as_object(
-            loads(self.answer if is_body else Frame.parse(self.answer).data)
-        )
+        data = self.answer
+        if not is_body:
+            data = Frame.parse(data).data
+        value = as_object(loads(data))
         return as_object(value.get("response", value))
 
     def parse_input(self) -> list[Json]:
@@ -22251,7 +22289,8 @@ class Accounts:
         else:
             token = next(filter(_GITHUB_KEY.fullmatch, offered), "")
         if not token:
-            return Caller(address, True, True, valid[0].id if valid else "")
+            key_id = valid[0].id if valid else ""
+            return Caller(address, True, True, key_id)
 
         account = self.of_token(token, issued.login if issued else "")
         is_operator = any(not key.token for key in valid)
@@ -27523,13 +27562,11 @@ async def history(exchange: HttpExchange) -> None:
             if not names or row["account"] in names
         ]
 
-    exchange.reply_json(
-        dict(
-            ledger.history_state(),
-            rows=[shown(row) for row in shown_rows],
-            next=rows[-1]["n"] if len(rows) == limit else None,
-        )
-    )
+    next_row = None
+    if len(rows) == limit:
+        next_row = rows[-1]["n"]
+    answer = dict(ledger.history_state(), rows=list(map(shown, shown_rows)))
+    exchange.reply_json(dict(answer, next=next_row))
 
 
 async def summary(exchange: HttpExchange) -> None:
@@ -27635,9 +27672,8 @@ def approvals(exchange: HttpExchange) -> None:
     if always:
         exchange.reply_json(approval.allow_always(exchange.argument))
         return
-    exchange.reply_json(
-        approval.decide(exchange.argument, "allowed" if allow else "refused")
-    )
+    state = "allowed" if allow else "refused"
+    exchange.reply_json(approval.decide(exchange.argument, state))
 
 
 def read_embeddings(
@@ -27813,9 +27849,10 @@ async def models(exchange: HttpExchange) -> None:
 async def one_model(exchange: HttpExchange) -> None:
     """One entry of the list. Any spelling that finds a model will do; the entry then
     has the id that was asked for, unless another model answers for it."""
-    exchange.answer_in(
-        MESSAGES if "anthropic-version" in exchange.head.headers else CHAT
-    )
+    if "anthropic-version" in exchange.head.headers:
+        exchange.answer_in(MESSAGES)
+    else:
+        exchange.answer_in(CHAT)
     copilot = await account_for(exchange)
     if copilot.tier_of(exchange.argument) is None:
         model = await copilot.find_model(exchange.argument)
@@ -28703,7 +28740,8 @@ def demo_response(request: Request, prompt_tokens: int) -> Response:
     if thinks:
         parts.insert(0, Reasoning(DEMO_REASONING, request.key, minted_by="demo"))
 
-    return Response("", request.model, parts, "tool_use" if calls else "stop", usage)
+    stop = "tool_use" if calls else "stop"
+    return Response("", request.model, parts, stop, usage)
 
 
 def demo_trouble(dialect: Dialect, request: Request, prompt: str) -> None:
@@ -28849,8 +28887,9 @@ def seed_demo(history: History, now: float) -> None:
     rows: list[Json] = []
     for back in range(DEMO_DAYS, -1, -1):
         midnight = local_midnight(now, -back)
-        weekend = time.localtime(midnight).tm_wday > 4
-        count = 6 + demo_number("day %d" % back, 12) + (0 if weekend else 28)
+        count = 6 + demo_number("day %d" % back, 12)
+        if time.localtime(midnight).tm_wday < 5:
+            count += 28
         minutes = sorted(
             8 * 60 + demo_number("minute %d %d" % (back, index), 11 * 60)
             for index in range(count)
@@ -29409,7 +29448,9 @@ def fill(
 
     def spell(model: Model) -> str:
         wide = model.limit("max_context_window_tokens") >= 1000000
-        return model.id + (recipe.suffix if wide else "")
+        if wide:
+            return model.id + recipe.suffix
+        return model.id
 
     opus = pick_model([m for m in models if "opus" in m.id]) or main
     embedding = pick_model([m for m in models if m.kind == "embeddings"], "-3-small")
@@ -29419,6 +29460,9 @@ def fill(
         believed = 200000
     else:
         believed = 1000000
+    percent = ""
+    if 0 < prompt < believed * 0.95:
+        percent = str(prompt * 95 // believed)
     return dict(
         places_of(main),
         url=url,
@@ -29431,7 +29475,7 @@ def fill(
         embed=embedding.id if embedding else "",
         type="Content-Type: application/json",
         bearer="Authorization: Bearer " + key,
-        percent=str(prompt * 95 // believed) if 0 < prompt < believed * 0.95 else "",
+        percent=percent,
     )
 
 
@@ -29460,20 +29504,23 @@ def models_in_settings(
     """(place, model) of each model that a client's settings name, in its files or in
     the environment. A bare word ('opus') is left out, because it is the client's own
     alias."""
-    settings_: list[tuple[str, str]] = []
+    entries: list[tuple[str, str]] = []
     pairs = [pair.partition("=")[::2] for pair in recipe.env.split()]
     if any(
         "%(url)s" in text or "%(base)s" in text
         for name, text in pairs
         if environ.get(name)
     ):
-        settings_ = [
+        entries = [
             (name + " in the environment", environ.get(name, ""))
             for name, text in pairs
             if text in ("%(main)s", "%(small)s", "%(opus)s")
         ]
 
-    for place, _, _ in recipe.files if recipe.named else ():
+    files = recipe.files
+    if not recipe.named:
+        files = ()
+    for place, _, _ in files:
         path, text = settings_path(place, environ), ""
         if os.path.isfile(path):
             with contextlib.suppress(OSError, ValueError), open(
@@ -29482,11 +29529,11 @@ def models_in_settings(
                 text = file.read(MAX_SETTINGS_CHARS)
         if re.search(recipe.sign, text):
             settings = re.findall(recipe.named, text)[:MAX_NAMES]
-            settings_ += [
+            entries += [
                 ("%s in %s" % (setting, path), name) for setting, name in settings
             ]
 
-    for place, name in settings_:
+    for place, name in entries:
         if re.search(r"\d", name):
             yield place, name
 
@@ -29528,13 +29575,11 @@ def command_line(
 
     if recipe.typed:
         typed = recipe.typed % escape_all(values)
-        run = [
-            "echo %s | %s"
-            % (
-                typed if shell == "cmd" else quote_word(shell, typed),
-                run[0].replace("curl", "curl.exe", join == "; "),
-            )
-        ]
+        if shell != "cmd":
+            typed = quote_word(shell, typed)
+        # `curl` alone is another command in PowerShell
+        program = run[0].replace("curl", "curl.exe", join == "; ")
+        run = ["echo %s | %s" % (typed, program)]
 
     if single and join == " ":
         export = "{2}"
@@ -29548,7 +29593,9 @@ def command_line(
         for n, v in variables_of(recipe, values)
     ]
 
-    line = (join if single else "\n").join(lines + run).rstrip("\n")
+    if not single:
+        join = "\n"
+    line = join.join(lines + run).rstrip("\n")
     if export == "{2}":
         return "env " + line
     return line
@@ -29729,7 +29776,9 @@ class SettingLines:
     def key(self, line: str) -> str:
         """The key that a line sets, "" if it sets none. Only in YAML does the
         indentation count."""
-        match = _SETTING_KEY.match(line.lstrip() if self._is_toml else line)
+        if self._is_toml:
+            line = line.lstrip()
+        match = _SETTING_KEY.match(line)
         if match:
             return match[1]
         return ""
@@ -30433,7 +30482,8 @@ class LoginPrompt:
         is_asked = is_at_keyboard() and not settings.manual
         opens = can_open(url, settings, self._app.environ)
         if is_asked:
-            say(translated(OPEN_TEXT if opens else COPY_TEXT, language))
+            offer = OPEN_TEXT if opens else COPY_TEXT
+            say(translated(offer, language))
         self._thread = threading.Thread(
             target=self._wait,
             args=(handler, code, is_asked, opens),
@@ -30833,14 +30883,13 @@ def list_logins(app: App) -> int:
         )
 
     for key in keys:
-        say(
-            "%s  %s  key %s"
-            % (
-                printable(key.login) or ("(an account)" if key.token else "(operator)"),
-                host_of("//" + key.host) or "-",
-                key.id,
-            )
-        )
+        owner = printable(key.login)
+        if not owner:
+            if key.token:
+                owner = "(an account)"
+            else:
+                owner = "(operator)"
+        say("%s  %s  key %s" % (owner, host_of("//" + key.host) or "-", key.id))
 
     if not stored and not keys:
         say("nobody is logged in")
@@ -30867,7 +30916,10 @@ def log_out(app: App, name: str) -> int:
     if name and stored and not is_default and not keys:
         raise AuthError("%s is not logged in here" % printable(name))
     removed = is_default and app.login.file.delete()
-    say("logged out" if removed and stored or keys else "nobody was logged in")
+    if keys or (removed and stored):
+        say("logged out")
+    else:
+        say("nobody was logged in")
     return 0
 
 
@@ -30958,10 +31010,8 @@ def cmd_auth(app: App, flags: argparse.Namespace) -> int:
     if settings.show_token and sys.stdout.isatty():
         say("GitHub token: %s\nCopilot token: %s" % (github_token, copilot.value))
     name = run(app.github.fetch_login(github_token))
-    say(
-        "logged in%s; kept in %s"
-        % (" as " + printable(name) if name else "", app.login.file.path)
-    )
+    by_name = " as " + printable(name) if name else ""
+    say("logged in%s; kept in %s" % (by_name, app.login.file.path))
     return 0
 
 
@@ -30991,7 +31041,10 @@ def fit_line(head: str, parts: Iterable[str], columns: int) -> str:
 
 def quota_line(lane: Json, columns: int = MAX_ERROR_TEXT) -> str:
     """One lane: 'chat  [########............]  40.0 % used, 120 of 300, 180 left, resets ...'."""
-    percent, parts = lane["percent_used"], ["unlimited"] if lane["unlimited"] else []
+    percent = lane["percent_used"]
+    parts: list[str] = []
+    if lane["unlimited"]:
+        parts.append("unlimited")
     if percent is not None:
         filled = max(0, min(20, round(percent / 5)))
         parts.append(
@@ -31360,7 +31413,9 @@ def probe_network(app: App) -> tuple[list[str], bool]:
         with progress(app, "walking to " + url):
             hops = list(probe_host(app.upstream, url + "/"))
         for hop, text, good in hops:
-            lines.append("  %-5s %s%s" % (hop, "" if good else "FAILED: ", text))
+            if not good:
+                text = "FAILED: " + text
+            lines.append("  %-5s %s" % (hop, text))
             well = well and good
     return lines + [end], well
 
@@ -32059,7 +32114,9 @@ def example_text(lines: Iterable[str]) -> str:
 def add_option(parser: Any, option: Option, is_shown: bool) -> None:
     """Add one row of OPTIONS as an argument. Its help names default and environment
     variables."""
-    names = ([option.short] if option.short else []) + ["--" + option.name]
+    names = ["--" + option.name]
+    if option.short:
+        names.insert(0, option.short)
     if option.default in ("", None, (), False):
         default = ""
     else:
@@ -32265,7 +32322,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line. An unknown word ends the process with exit code 2, --help
     with 0."""
     parser, commands = make_parser()
-    typed = sys.argv[1:] if argv is None else argv
+    typed = argv
+    if typed is None:
+        typed = sys.argv[1:]
     if typed and precedes_command(parser, typed[0]):
         parser.error("%s: options stand behind the command" % typed[0])
     if typed and typed[0][:1] not in ("", "-") and typed[0] not in COMMANDS:
@@ -32329,7 +32388,9 @@ def set_up_logging(verbose: bool, as_json: bool) -> None:
         handler.setFormatter(RedactingFormatter(form, LOG_TIME))
     log = logging.getLogger("copilot_proxy")
     log.handlers[:] = [handler]
-    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    log.setLevel(logging.INFO)
+    if verbose:
+        log.setLevel(logging.DEBUG)
     log.propagate = False
 
 
