@@ -1461,6 +1461,7 @@ def word(value: Any) -> str | None:
 
 
 def words(value: Any) -> list[str]:
+    """The non-empty strings of a list, or of a single string."""
     if isinstance(value, str):
         value = [value]
     return list(filter(word, as_list(value)))
