@@ -15604,22 +15604,22 @@ def lane_rooms(lanes: Mapping[str, Any]) -> dict[str, float]:
 
 
 @functools.lru_cache(maxsize=HEADS_KEPT)
-def is_quota_name(name: str) -> bool:
-    """Is this the name of a header that reports a quota?"""
-    return name.startswith(QUOTA_PREFIXES)
-
-
-@functools.lru_cache(maxsize=HEADS_KEPT)
-def lane_name(name: str) -> str:
-    """The lane that a quota header reports. x-quota-snapshot-chat -> chat"""
-    prefix = next(filter(name.startswith, QUOTA_PREFIXES))
-    return name[len(prefix) :]
+def quota_names(names: tuple[str, ...]) -> dict[str, str]:
+    """Header -> lane, for those headers of an answer that report a quota. It is cached,
+    because nearly all answers have the same headers.  {"x-quota-snapshot-chat": "chat"}"""
+    return {
+        name: name[len(prefix) :]
+        for name in names
+        for prefix in QUOTA_PREFIXES
+        if name.startswith(prefix)
+    }
 
 
 def header_lanes(headers: Headers) -> dict[str, str]:
     """Lane -> the snapshot in an answer's headers. {"weekly":
     "ent=300&rem=75.5&rst=2026-..."}"""
-    return {lane_name(name): headers[name] for name in filter(is_quota_name, headers)}
+    lanes = quota_names(tuple(headers))
+    return {lane: headers[name] for name, lane in lanes.items()}
 
 
 def exhausted_lanes(error: ProxyError) -> dict[str, float | None]:
@@ -18944,14 +18944,18 @@ def new_request_id() -> str:
 
 
 @functools.lru_cache(maxsize=HEADS_KEPT)
-def is_passed(name: str) -> bool:
-    """May clients see this header of the upstream?"""
-    return name in PASSED_HEADERS or name.startswith(PASSED_PREFIXES)
+def passed_names(names: tuple[str, ...]) -> list[str]:
+    """Those of the upstream's headers that clients may see; cached as `quota_names`."""
+    return [
+        name
+        for name in names
+        if name in PASSED_HEADERS or name.startswith(PASSED_PREFIXES)
+    ]
 
 
 def passed_headers(headers: Headers) -> Headers:
     """Returns the upstream's headers that clients may see."""
-    return {name: headers[name] for name in filter(is_passed, headers)}
+    return {name: headers[name] for name in passed_names(tuple(headers))}
 
 
 _TOKEN_CODES = ("expired_token", "invalid_token", "token_expired")
@@ -19025,21 +19029,21 @@ class Attempts:
     ) -> None:
         self._copilot, self._has_started = copilot, has_started
         self._calls = 0
-        self._taken: dict[str, int] = collections.defaultdict(int)
+        self._taken: list[str] = []  # the rows that were used
         self._is_fresh = False  # the next call opens a connection of its own
 
     def may(self, row: str) -> bool:
         """May this row be used now?  Only this place asks whether the client has received
         a part of the answer."""
-        if self._calls >= MAX_CALLS or self._taken[row] >= ATTEMPTS[row]:
+        if self._calls >= MAX_CALLS or self._taken.count(row) >= ATTEMPTS[row]:
             return False
-        if row in CURES and sum(self._taken[one] for one in CURES) >= MAX_CURES:
+        if row in CURES and sum(one in CURES for one in self._taken) >= MAX_CURES:
             return False
         return not self._has_started()
 
     def take(self, row: str) -> None:
-        """Count the use of this row."""
-        self._taken[row] += 1
+        """Note the use of this row."""
+        self._taken.append(row)
 
     async def send(self, call: Call) -> UpstreamResponse:
         """Returns an answer below 300. Raises UpstreamError with the upstream's own
@@ -19089,7 +19093,7 @@ class Attempts:
             if has_own_version or is_final_401:
                 row = ""
             if not row or not self.may(row):
-                if error.opaque and self._taken["login"]:
+                if error.opaque and "login" in self._taken:
                     copilot.note_futile_login()
                 raise error
             self.take(row)
