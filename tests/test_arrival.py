@@ -14,7 +14,7 @@ from typing import Any, Iterator
 from unittest import mock
 
 from socket_client import Socket
-from support import DEADLINE_S, ProxyCase, chat, cp, response, wait_until
+from support import DEADLINE_S, REQUESTS, ProxyCase, chat, cp, response, wait_until
 
 WORK_S = 0.06                # that a slow endpoint computes
 
@@ -157,6 +157,30 @@ class WakeTest(unittest.TestCase):
     def test_a_stream_that_waited_for_a_slow_client_goes_on_at_once(self) -> None:
         self.assertEqual(self.resumed_by(lambda client: client.room()), "resume")
         self.assertEqual(self.resumed_by(lambda client: client.flushed()), "resume")
+
+
+class SharedHeadTest(ProxyCase):
+    def test_no_request_changes_the_head_that_it_shares_with_others(self) -> None:
+        parsed = []
+
+        def parse(raw: bytes) -> Any:
+            parsed.append((raw, usual(raw)))
+            return parsed[-1][1]
+
+        usual = cp.parse_request_head
+        fields = {"x-initiator": "agent", "anthropic-beta": "a-1", "user-agent": "tool/1",
+                  "anthropic-version": "2023-06-01", "origin": self.proxy.url}
+        with mock.patch.object(cp, "parse_request_head", parse):
+            for path, make in REQUESTS:
+                for _ in range(2):
+                    self.assertEqual(self.proxy.post(path, make("hi"), **fields).status, 200)
+                self.proxy.stream(path, make("hi", stream=True))
+            with Socket(self.proxy.port) as opened:
+                opened.turn(response("hi"))
+            self.proxy.get("/stats")
+        self.assertGreater(len(parsed), 10)
+        for raw, (head, length) in parsed:
+            self.assertEqual((head, length), cp._parse_request_head(raw))
 
 
 class KeyTest(ProxyCase):
