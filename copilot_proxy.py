@@ -20766,8 +20766,6 @@ class Budget:
         cost = row["nano_aiu"]
         if cost is None:
             cost = row["estimate"]
-        if not cost and not self._limits:
-            return
 
         before = self.report()
         if cost:
@@ -20779,7 +20777,7 @@ class Budget:
                 }
             )
 
-        after = self.report()
+        after = before and self.report()
         if before and after:
             if after["state"] not in (before["state"], "ok", None):
                 self._log.warning(
