@@ -300,7 +300,7 @@ MAX_KEPT_HEAD_BYTES = 4096  # of such a request
 #: what a request leaves to be recorded waits so long for what others leave
 DEFER_S = 0.001
 LOG_TIME = "%H:%M:%S"
-#: client, model, route, status, tokens, credits, times
+#: client, model, route, status, tokens, credits, times, beginning of the id
 LOG_COLUMNS = "%-14.14s %-24s %-11s %3d %13s %11s %12s  %.8s"
 LOG_COLOURS = {30: "33", 40: "31", 50: "31"}  # level -> of the terminal: yellow, red
 #: one of these is set where a console of Windows obeys escape sequences
