@@ -46,6 +46,7 @@ import functools
 import http.client
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import marshal
@@ -64,7 +65,7 @@ import time
 import unittest
 import unittest.mock
 from multiprocessing.connection import Connection
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -226,6 +227,21 @@ def with_value(body: Any, path: tuple[Any, ...], value: Any) -> Any:
         target = target[key]
     target[path[-1]] = value
     return changed
+
+
+def combinations(*factors: Iterable[Any], seed: int = 5) -> Iterator[tuple[Any, ...]]:
+    """Every combination of one value of each factor, in the long run.  In the plain run as many
+    of them as hold every two values of two factors together at least once."""
+    values = [list(factor) for factor in factors]
+    rows = list(itertools.product(*map(range, map(len, values))))
+    if not SLOW:
+        random.Random(seed).shuffle(rows)
+    seen: set[Any] = set()
+    for row in rows:
+        pairs = set(itertools.combinations(enumerate(row), 2))
+        if SLOW or not pairs <= seen:
+            seen |= pairs
+            yield tuple(have[at] for have, at in zip(values, row))
 
 
 def cuts(data: bytes, rounds: int = 12, seed: int = 7) -> list[list[bytes]]:

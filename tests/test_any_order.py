@@ -11,7 +11,7 @@ import random
 import unittest
 from unittest import mock
 
-from support import cp
+from support import SLOW, cp
 
 TEXTS = ["a", " b c", "", " ", 'with "quotes"', '"', "back\\slash\\", "\\", "\\\\", "line\n",
          "\u00e4\u4e2d", "\u2028", "\x7f", '"item_id":"i0"', '"sequence_number":5', '"obfuscation"',
@@ -44,7 +44,7 @@ class ChunkTest(unittest.TestCase):
     def test_sizes_of_any_length_in_any_cut_give_the_same_body(self) -> None:
         numbers = random.Random(3)
         for alphabet in (b"ab", b"a\r\n", b"\r\n5"):
-            for _ in range(60):
+            for _ in range(60 if SLOW else 15):
                 payloads = [bytes(numbers.choices(alphabet, k=numbers.choice(self.SIZES)))
                             for _ in range(numbers.randint(1, 40))]
                 decoder, found = cp.BodyDecoder(None, True), b""
@@ -248,7 +248,7 @@ class ResponsesEvents(Events):
 
 
 class AnyOrderTest(unittest.TestCase):
-    ROUNDS = 60
+    ROUNDS = 60 if SLOW else 16
 
     def stream(self, events: Events) -> list[bytes]:
         frames = events.begin() if hasattr(events, "begin") else b""

@@ -11,7 +11,7 @@ import re
 import unittest
 from unittest import mock
 
-from support import cp
+from support import combinations, cp
 
 
 def chunked(payloads: list[bytes]) -> bytes:
@@ -148,16 +148,15 @@ class TranslatedRunTest(unittest.TestCase):
     def test_any_cut_gives_the_same_bytes(self) -> None:
         numbers = random.Random(11)
         texts = ["first", "second"] + numbers.choices(self.TEXTS, k=30) + ["x", "y\u00e9"] * 20
-        for client in self.CLIENTS:
-            for name in self.DIALECTS:
-                for as_ascii in (False, True):
-                    frames = self.upstream(name, texts, as_ascii)
-                    one_by_one, _ = self.relay(client, name, frames)
-                    for size in (2, 5, 17, len(frames)):
-                        with self.subTest(client=client, upstream=name, size=size):
-                            blocks = [b"".join(frames[at : at + size])
-                                      for at in range(0, len(frames), size)]
-                            self.assertEqual(self.relay(client, name, blocks)[0], one_by_one)
+        for client, name, as_ascii, size in combinations(
+                self.CLIENTS, self.DIALECTS, (False, True), (2, 5, 17, 1000)):
+            with self.subTest(client=client, upstream=name, as_ascii=as_ascii, size=size):
+                frames = self.upstream(name, texts, as_ascii)
+                self.assertLess(len(frames), 1000)
+                one_by_one, _ = self.relay(client, name, frames)
+                blocks = [b"".join(frames[at : at + size])
+                          for at in range(0, len(frames), size)]
+                self.assertEqual(self.relay(client, name, blocks)[0], one_by_one)
 
     def test_a_stop_sequence_in_a_block_is_seen(self) -> None:
         self.cut_at = ["word 7"]

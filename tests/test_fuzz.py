@@ -201,7 +201,7 @@ class SocketFuzz(SharedCase):
     become frames: mangled ones are whole texts, one for each event."""
 
     settings = dict(body_stall_s=0.2)
-    COUNT = 20_000 if SLOW else 1_000
+    COUNT = 20_000 if SLOW else 600
     CODES = (1002, 1003, 1007, 1008, 1009)
 
     @staticmethod

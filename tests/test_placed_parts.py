@@ -7,7 +7,7 @@ import json
 import unittest
 from typing import Any
 
-from support import SLOW, ProxyCase
+from support import SLOW, ProxyCase, combinations
 from fake_upstream import RESPONSES, Answer, today_models
 
 WORDS = "MARKED WORDS"
@@ -123,21 +123,17 @@ class MisplacedTest(PlacedCase):
                 self.assertIn(WORDS, sent)
 
     def test_in_the_result_of_a_tool(self) -> None:
-        for part, loss in MISPLACED:
-            for path in FUNCTIONS:
-                for model in MODELS:
-                    for parts in ([part], [block("more"), part]):
-                        self.check(path, model, with_result(path, parts), loss)
+        for (part, loss), path, model, before in combinations(
+                MISPLACED, FUNCTIONS, MODELS, ([], [block("more")])):
+            self.check(path, model, with_result(path, [*before, part]), loss)
 
     def test_in_a_system_turn(self) -> None:
-        for part, loss in MISPLACED:
-            for path in FUNCTIONS:
-                for role in ("system", "developer"):
-                    body = simple(path)
-                    turns = body.get("input") or body["messages"]
-                    turns[:] = [*turns, {"role": role, "content": [part]}, *turns]
-                    for model in MODELS:
-                        self.check(path, model, body, loss)
+        for (part, loss), path, role, model in combinations(
+                MISPLACED, FUNCTIONS, ("system", "developer"), MODELS):
+            body = simple(path)
+            turns = body.get("input") or body["messages"]
+            turns[:] = [*turns, {"role": role, "content": [part]}, *turns]
+            self.check(path, model, body, loss)
 
     def test_in_the_system_prompt_of_messages(self) -> None:
         for part, loss in MISPLACED:

@@ -6,7 +6,7 @@ import json
 import unittest
 from typing import Any
 
-from support import Proxy, ProxyCase, chat, message, response, wait_until
+from support import Proxy, ProxyCase, chat, combinations, message, response, wait_until
 import copilot_proxy as cp
 from fake_upstream import CHAT, MESSAGES, RESPONSES, Answer, FakeUpstream, default_models
 from wire import NAMES, STOPS, Writer, assert_failed, read_body, whole_of
@@ -47,11 +47,10 @@ class TranslateCase(ProxyCase):
 
 class CellTest(TranslateCase):
     def test_text_tools_and_results_of_every_cell(self) -> None:
-        for client in NAMES:
-            for model in (*MODELS, "claude-only-4.6"):
-                for stream in (False, True):
-                    with self.subTest(client=client, model=model, stream=stream):
-                        self.check_tools(client, model, stream)
+        for client, model, stream in combinations(
+                NAMES, (*MODELS, "claude-only-4.6"), (False, True)):
+            with self.subTest(client=client, model=model, stream=stream):
+                self.check_tools(client, model, stream)
 
     def check_tools(self, client: str, model: str, stream: bool) -> None:
         start = Writer(client, stream).system("Be kind.").tool()

@@ -6,7 +6,8 @@ import base64
 import unittest
 from typing import Any
 
-from support import FakeUpstream, Proxy, ProxyCase, bearer, chat, message, response, run_command
+from support import (FakeUpstream, Proxy, ProxyCase, bearer, chat, combinations, message, response,
+                     run_command)
 import copilot_proxy as cp
 from fake_upstream import (ATTACHMENTS, CHAT, MESSAGES, RESPONSES, UPLOAD, Answer, today_models)
 
@@ -174,19 +175,18 @@ class FaultTest(UploadCase):
         self.assertNotEqual(self.urls(CHAT), ["inline"])
 
     def test_a_model_that_cannot_see_urls_gets_the_image_itself(self) -> None:
-        for path, make in CLIENTS:
-            for model, upstream in MODELS:
-                for stream, refusal in (
-                        (False, "external image URLs are not supported"),
-                        (True, {"error": {"message": "Unable to download the file."}})):
-                    with self.subTest(path=path, model=model, stream=stream):
-                        with FakeUpstream() as fake, Proxy(fake, upload_images=True) as proxy:
-                            fake.models = today_models()
-                            fake.script(upstream, Answer(400, body=refusal))
-                            reply = proxy.post(path, make(model, picture(1), stream=stream))
-                            self.assertEqual(reply.status, 200, reply.body)
-                            self.assertIn(picture(1).encode(), fake.last(upstream).body)
-                            self.assertEqual(fake.count(upstream), 2)
+        refusals = ((False, "external image URLs are not supported"),
+                    (True, {"error": {"message": "Unable to download the file."}}))
+        for (path, make), (model, upstream), (stream, refusal) in combinations(
+                CLIENTS, MODELS, refusals):
+            with self.subTest(path=path, model=model, stream=stream):
+                with FakeUpstream() as fake, Proxy(fake, upload_images=True) as proxy:
+                    fake.models = today_models()
+                    fake.script(upstream, Answer(400, body=refusal))
+                    reply = proxy.post(path, make(model, picture(1), stream=stream))
+                    self.assertEqual(reply.status, 200, reply.body)
+                    self.assertIn(picture(1).encode(), fake.last(upstream).body)
+                    self.assertEqual(fake.count(upstream), 2)
 
     def test_a_store_that_does_not_answer_costs_its_time_once(self) -> None:
         usual = cp.UPLOAD_S
