@@ -90,9 +90,14 @@ def planned(client: cp.Dialect, data: bytes, model: cp.Model) -> tuple[Any, ...]
     """What goes up for a body, by which way, and what is lost; or the words of the refusal."""
     body = json.loads(data)
     try:
-        upstream = cp.choose_upstream(client, model, set(), client.has_files(body))
-        plan = cp.Plan.make(client, upstream, body, model, 1790000000, "a key")
-        plan.attach({}, [], {})
+        plain = cp.is_plain(body, client)
+        has_files = not plain and client.has_files(body)
+        images = {"Copilot-Vision-Request": "true"}
+        if plain or not client.has_images(body):
+            images = {}
+        upstream = cp.choose_upstream(client, model, set(), has_files)
+        plan = cp.Plan.make(client, upstream, body, model, 1790000000, "a key", known_plain=plain)
+        plan.attach(images, [], {})
         sent = cp.fit_model(data, plan.edit, model.id)
         if plan.is_translated:
             sent = cp.rewrite(plan.edit.body, data)
