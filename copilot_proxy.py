@@ -13051,13 +13051,18 @@ def shorten_tool_names(edit: BodyEdit, calls: list[Json]) -> None:
             allowed = as_object(holder.get("allowed_tools"))
             tools += as_list(holder.get("tools") or allowed.get("tools"))
 
+    fitting: set[str] = set()  # calls repeat the names of the tools
     for tool in tools + calls:
         if not isinstance(tool, dict):
             continue
         if isinstance(tool.get("function"), dict):
             tool = tool["function"] or tool
         name = tool.get("name")
-        if isinstance(name, str) and not _TOOL_NAME.match(name):
+        if not isinstance(name, str) or name in fitting:
+            continue
+        if _TOOL_NAME.match(name):
+            fitting.add(name)
+        else:
             short = stable_id(re.sub(r"[^A-Za-z0-9_-]", "_", name)[:31] + "_", name)
             edit.names[dumps(short)] = dumps(name)
             edit.set(tool, "name", short)
