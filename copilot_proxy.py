@@ -4029,17 +4029,17 @@ class StreamRelay:
         self._held = b""  # the end of a thinking
 
     def restart(self) -> StreamRelay:
-        """A new one for the same client, for another try of the upstream."""
+        """A new relay for the same client, for another try of the upstream."""
         fresh = self._copy()
         fresh.serve_like(self)
         return fresh
 
     def call_at_end(self, keep: Callable[[str, bytes], None] | None) -> None:
-        """`keep` gets the final object's id and bytes."""
+        """Call `keep` with the final object's id and bytes."""
         self.on_final = keep
 
     def serve_like(self, other: StreamRelay) -> None:
-        """Do for the client what another one was to do."""
+        """Take over from another relay what the client needs."""
         self.on_final = other.on_final
         self.names = other.names
 
@@ -4053,7 +4053,8 @@ class StreamRelay:
 
     @property
     def is_waiting(self) -> bool:
-        """Is the upstream's answer over, but not the client's: something else comes between?"""
+        """Is the upstream's answer over but not the client's, because a search comes
+        between?"""
         return False
 
     @property
@@ -4064,7 +4065,7 @@ class StreamRelay:
         return None
 
     def feed(self, data: bytes) -> bytes:
-        """Client bytes for these upstream bytes, b'' while no event is whole."""
+        """The client bytes for these upstream bytes, b'' while no event is whole."""
         if self.ended:
             return b""
         block = self._cutter.feed(data)
@@ -4120,11 +4121,11 @@ class StreamRelay:
         return b"".join(out)
 
     def _quick(self, block: bytes) -> bytes:
-        """Client bytes for frames that need no parser, b'' for all others."""
+        """The client bytes for frames that need no parser, b'' for any others."""
         return b""
 
     def _mend(self, raw: bytes) -> bytes:
-        """One frame, looked into."""
+        """Parse one frame and mend it."""
         frame = Frame.parse(raw)
         if not frame.data:
             return raw.lstrip(b"\n")  # a comment
@@ -4142,7 +4143,7 @@ class StreamRelay:
         raise NotImplementedError
 
     def _hold(self, out: bytes) -> bytes:
-        """Keep the end of a thinking back until the next event."""
+        """Hold the end of a thinking back until the next event."""
         self._held += out
         return b""
 
@@ -4163,7 +4164,8 @@ class StreamRelay:
         return self.dialect.error_frame(error)
 
     def _fail(self, error: ProxyError, out: bytes = b"") -> bytes:
-        """The end; out: the error as it came, where it is good enough for the client."""
+        """End with an error. out: the error as the upstream sent it, if the client
+        understands that."""
         self.ended, self.error = True, forget_frames(error)
         return out or self._error(error)
 
@@ -6699,8 +6701,8 @@ class ChatChunks:
 
 
 class ChatStream(StreamRelay):
-    """Chunks with one choice of index 0, `object`, `id` and `model` filled, one finish
-    chunk, and usage only for a client that asked for it."""
+    """Relays chunks. Each has one choice of index 0 and `object`, `id` and `model`;
+    there is one finish chunk, and usage only for a client that asked for it."""
 
     HEAD_FIELDS = ("id", "created", "system_fingerprint", "service_tier")
 
@@ -6728,7 +6730,7 @@ class ChatStream(StreamRelay):
         return b""
 
     def _learn(self, raw: bytes, out: bytes, text: str) -> None:
-        """A mended text chunk is the pattern for the next ones."""
+        """Learn a mended text chunk as the pattern for the next ones."""
         around = out.split(dumps(text))
         if len(around) == 2 and self._template.learn(raw, text):
             self._around = [around[0] + b'"', b'"' + around[1]]
@@ -7997,7 +7999,7 @@ class ResponsesStream(StreamRelay):
         return self._with_known_id(block)
 
     def _is_plain(self, block: bytes) -> bool:
-        """Are these all events of one kind and of the open item, under its one id?"""
+        """Are these events all of one kind and of the open item, under its one id?"""
         marker = self._marker
         if not marker or self._ciphered or not block.startswith(b"event: "):
             return False
@@ -8010,7 +8012,7 @@ class ResponsesStream(StreamRelay):
         )
 
     def _count_on(self, block: bytes, count: int) -> bool:
-        """Do so many frames go on with higher sequence numbers than those that went out,
+        """Do so many frames continue with sequence numbers above those that were sent,
         one by one?"""
         first = last = _SEQUENCE.search(block)
         if count > 1:
@@ -8024,7 +8026,8 @@ class ResponsesStream(StreamRelay):
         return True
 
     def _with_known_id(self, raw: bytes) -> bytes:
-        """One delta: only the id is exchanged, in the bytes.  b'': it must be looked into."""
+        """One delta in which only the bytes of the id are exchanged; b'' if it must be
+        parsed."""
         if raw.find(b"\n\n") + 2 < len(raw) or b'"obfuscation"' in raw:
             return b""
         name_end = raw.find(b".delta\ndata: ")
@@ -8070,14 +8073,14 @@ class ResponsesStream(StreamRelay):
 
     @staticmethod
     def _shows(event: Json, kind: str) -> bool:
-        """Is this an event of which a user sees something?"""
+        """Does a user see something of this event?"""
         item = as_object(event.get("item"))
         if kind == "response.output_item.added":
             return item.get("type") not in _SILENT_ITEMS
         return kind not in _SILENT_EVENTS
 
     def _mend_ids(self, event: Json, kind: str, index: int) -> None:
-        """The ids that the client knows, in an event about an item."""
+        """Write the ids that the client knows into an event about an item."""
         item = event.get("item")
         if isinstance(item, dict):
             known = self._ids.setdefault(index, item_id(item, index))
@@ -8120,7 +8123,8 @@ class ResponsesStream(StreamRelay):
     def _mend_arguments(
         self, event: Json, stem: str, last: str, is_ciphered: bool
     ) -> bytes:
-        """An event about a call's arguments; a ciphered delta waits for the whole."""
+        """Mend an event about a call's arguments. A ciphered delta is held until the
+        whole text is known."""
         index = count_or_zero(event.get("output_index"))
         if last == "delta" and (is_ciphered or index in self._ciphered):
             held = self._ciphered.get(index, "")
@@ -8151,7 +8155,7 @@ class ResponsesStream(StreamRelay):
         return self._fail(error, self._render(event))
 
     def mend_response(self, answer: Json, kind: str = "") -> None:
-        """The whole, inside an event of this kind or by itself."""
+        """Mend a whole response, which stands in an event of this kind or alone."""
         if not self._response:
             created_at = count_or_zero(answer.get("created_at")) or self.request.now
             self._response = {
@@ -9305,8 +9309,8 @@ _SHAPED_BLOCKS = frozenset(
 
 
 class MessagesStream(StreamRelay):
-    """Anthropic's events as they come. Exchanged are the model's name in
-    `message_start`, counts that SDKs cannot do without, and the names of errors that
+    """Relays Anthropic's events as they come, except for the model's name in
+    `message_start`, counts that SDKs cannot do without, and names of errors that
     Anthropic does not have."""
 
     def __init__(
@@ -9345,7 +9349,7 @@ class MessagesStream(StreamRelay):
 
     @staticmethod
     def _shows(kind: str, event: Json) -> bool:
-        """Is this an event of which a user sees something?"""
+        """Does a user see something of this event?"""
         if kind == "content_block_start":
             block = as_object(event.get("content_block"))
             words = block.get("text") or block.get("thinking")
@@ -12158,14 +12162,14 @@ class TranslatedStream(StreamRelay):
         return has_calls and not self.ended
 
     def _read(self, events: list[Event]) -> bytes:
-        """Client bytes for what the upstream says."""
+        """The client bytes for what the upstream sent."""
         if self.loop is not None:
             events = self.loop.take(events)
             self.has_content = self.has_content or self.is_waiting
         return self.tell(events)
 
     def tell(self, events: Iterable[Event]) -> bytes:
-        """Client bytes for neutral events."""
+        """Encode neutral events for the client."""
         encoder = self._encoder
         if self._filters:
             events = pass_through(self._filters, events)
@@ -12209,7 +12213,7 @@ class TranslatedStream(StreamRelay):
         return super()._block(block)
 
     def _mend(self, raw: bytes) -> bytes:
-        """One frame or several, each of them read."""
+        """Read one frame, or several one after the other."""
         out: list[Event] = []
         for frame in raw.split(b"\n\n"):
             data_line = frame.find(b"\n") + 1  # behind the name, if there is one
@@ -14391,14 +14395,15 @@ class PlanRepairs:
 
 @dataclass
 class Plan:
-    """How a request goes up and how its answer comes back; built by `make`.
+    """How a request is sent upstream and how its answer is turned into the client's;
+    built by `make`.
 
     edit: the upstream's body and the losses; headers: in addition to the usual ones;
-    pipeline: the stream transform, None if the client wants a whole answer; streams:
+    pipeline: the stream's relay, None if the client wants a whole answer; streams:
     whether the upstream is asked for a stream; answer: the whole answer once it was
-    read; begun: the client's bytes that were made of the answer so far; is_whole: they
-    are all of it; tries: how often an answer was begun; loop: set where the client
-    offers a hosted web search."""
+    read; begun: the client's bytes of the answer so far; is_whole: whether they are all
+    of it; tries: how often an answer was begun; loop: set if the client offers a hosted
+    web search."""
 
     client: Dialect
     upstream: Dialect
@@ -14485,7 +14490,7 @@ class Plan:
         )
 
     def begin(self) -> None:
-        """An answer of the upstream is about to be read; nothing is left of one before."""
+        """Begin to read an answer of the upstream, and forget what an earlier one left."""
         if self.tries and self.pipeline is not None:
             self.pipeline = self.pipeline.restart()
             self.meter = self.pipeline.meter
@@ -14494,12 +14499,14 @@ class Plan:
         self.tries += 1
 
     def start(self, data: bytes, is_whole: bool = False) -> None:
-        """The client's bytes of what was read of the answer so far, or of all of it."""
+        """Set the client's bytes of what was read of the answer. is_whole: whether that
+        is all of it."""
         self.begun = data
         self.is_whole = is_whole
 
     def take_begun(self) -> bytes:
-        """The client's bytes so far, which nobody needs any more once they are sent."""
+        """Return the client's bytes so far and forget them: once they are sent nobody
+        needs them."""
         begun = self.begun
         self.begun = b""
         return begun
@@ -14538,7 +14545,7 @@ class Plan:
 
     @property
     def key(self) -> tuple[str, str]:
-        """Lessons from refusals are valid for this (model, path)."""
+        """(model, path), for which the lessons from refusals are valid."""
         return self.model.id, self.upstream.path
 
     @property
@@ -16557,7 +16564,8 @@ def wait(what: Wait) -> Generator[Wait, Any, Any]:
 
 
 def outcome(work: Callable[..., Any], *items: Any) -> tuple[Any, BaseException | None]:
-    """(what it returns, None) or (None, what it raises), for somebody else."""
+    """(the result of `work`, None) or (None, the error that it raised), to be handed to
+    another thread."""
     try:
         return work(*items), None
     except Exception as error:  # noqa: BLE001
@@ -16606,7 +16614,8 @@ def wait_ready(sock: Any, timeout_s: float, write: bool = False) -> bool:
 
 
 def is_would_block(error: OSError) -> bool:
-    """Does a socket that does not block only say "not now"?  (By name: ssl is imported late.)"""
+    """Does the error of a non-blocking socket only mean "not now"? It is known by its
+    name, because ssl is imported late."""
     return isinstance(error, (BlockingIOError, InterruptedError)) or type(
         error
     ).__name__ in ("SSLWantReadError", "SSLWantWriteError")
@@ -16624,7 +16633,8 @@ def receive_now(sock: Any) -> bytes | None:
 
 
 def send_now(sock: Any, data: Any) -> int:
-    """Write what fits to a socket that does not block -> how many bytes.  Raises OSError."""
+    """Send as many bytes as a non-blocking socket takes; returns their number. Raises
+    OSError."""
     try:
         return sock.send(data)  # type: ignore[no-any-return]
     except OSError as error:
@@ -16693,7 +16703,7 @@ class NextTurn(Wait):
         loop.wake_in_turn(task, self)
 
     def block(self) -> None:
-        """A thread has its turn always."""
+        """Do nothing: a thread may compute at any time."""
 
 
 class Signal(Wait):
@@ -16706,14 +16716,15 @@ class Signal(Wait):
         self._wake: Callable[[], Any] | None = None
 
     def set(self) -> None:
-        """It has happened."""
+        """Resume the coroutine that waits, now or as soon as it waits."""
         self.is_set = True
         wake, self._wake = self._wake, None
         if wake is not None:
             wake()
 
     def _tell(self, wake: Callable[[], Any]) -> None:
-        """Without a lock: `set` writes, then reads, and so does this, so one of them wakes."""
+        """Wake the waiting coroutine. No lock is needed: `set` writes and then reads,
+        and so does the waiting side, so one of them wakes it."""
         self._wake = wake
         if self.is_set:
             wake()
@@ -16764,7 +16775,8 @@ class Within(Wait):
 
 
 async def within(seconds: float, work: Work) -> Any:
-    """The result of `work`, which has so many seconds in all.  Raises socket.timeout."""
+    """The result of `work`, which must end within so many seconds. Raises
+    socket.timeout."""
     what = Within(seconds, work)
     try:
         found = await wait(what)
@@ -16813,7 +16825,7 @@ class RefreshingValue:
         self._retry_at = 0.0  # monotonic
 
     async def get(self, bad: Any = None) -> Any:
-        """The value; never the very object `bad`.  Raises what the fetch raised."""
+        """The value; never the very object `bad`. Raises the error of the fetch."""
         value = self.value
         if value is not None and value is not bad and not self._is_due(value):
             return value  # nearly always; what is not due is not dead
@@ -16882,9 +16894,9 @@ class RefreshingValue:
 class Connection:
     """A socket that the event loop may watch.
 
-    An event belongs to the coroutine that waits for it (`waiter`); where none does the
-    connection decides itself what it means, in `on_event`. watched: the events that the
-    loop's selector reports; written by the loop alone."""
+    An event belongs to the coroutine that waits for it (`waiter`). If none does,
+    `on_event` decides what it means. watched: the events that the loop's selector
+    reports; only the loop sets it."""
 
     sock: Any = None
     loop: Any = None  # that watches it
@@ -16895,7 +16907,7 @@ class Connection:
         return self.sock.fileno()  # type: ignore[no-any-return]
 
     def on_event(self, mask: int) -> None:
-        """The selector reports an event that no coroutine waits for."""
+        """Handle an event for which no coroutine waits."""
         raise NotImplementedError
 
     async def shake_hands(self, deadline: float) -> None:
@@ -16920,7 +16932,7 @@ class Connection:
             await wait(NextTurn())
 
     def unwatch(self) -> None:
-        """The loop has nothing to do with it any more."""
+        """Stop the loop from watching it."""
         self.waiter = None
         if self.loop is not None and self.watched:
             self.loop.watch(self, 0)
@@ -16937,8 +16949,8 @@ def split_origin(url: str) -> tuple[str, str, str]:
 
 class UpstreamRequest:
     """A request to GitHub or Copilot. origin: "https://host:port"; head: the bytes on
-    the wire with the empty line; start: those before Content-Length, where the caller
-    has rendered them, in place of headers; is_fresh: do not use a kept connection."""
+    the wire, with the empty line; start: those before Content-Length if the caller has
+    rendered them, in place of headers; is_fresh: do not use a kept connection."""
 
     def __init__(
         self,
@@ -16964,7 +16976,7 @@ class UpstreamRequest:
 
 
 class ProxyRefusal(OSError):
-    """A company proxy's answer to CONNECT that is not 200."""
+    """A company proxy answered CONNECT with another status than 200."""
 
     logins = ""  # that it would take: Basic, NTLM, Negotiate
 
@@ -16995,8 +17007,8 @@ _TLS_REMEDIES = (
 def without_answer(
     kind: type[UpstreamError], reason: str, is_unsent: bool
 ) -> UpstreamError:
-    """The error of a connection that gave no answer. Who raises it has no name for it,
-    which would lead from the error's traceback back to it."""
+    """The error for a connection that gave no answer. It is made here so that no
+    variable of the caller leads from the traceback back to it."""
     error = kind(reason)
     if is_unsent:
         error.mark_unsent()
@@ -17004,7 +17016,8 @@ def without_answer(
 
 
 def explain_connect_error(error: Exception, host: str, proxied: bool) -> UpstreamError:
-    """Why a host could not be reached, and what to do: as an error for the client."""
+    """Why a host could not be reached and what to do about it, as an error for the
+    client."""
     text = str(error)
     way = " through the proxy" if proxied else ""
 
@@ -17047,11 +17060,11 @@ def explain_connect_error(error: Exception, host: str, proxied: bool) -> Upstrea
 
 
 class HostNames:
-    """Addresses of hosts, looked up in a thread and kept for NAME_AGE_S.
+    """Looks up addresses of hosts in threads and keeps them for NAME_AGE_S.
 
-    A resolver may hang for minutes, and no thread can be called back from it; so at
-    most MAX_LOOK_UPS threads ask it at a time, one for each host, and the others stay
-    free. `_running`: the hosts they ask for; `_lock` guards it."""
+    A resolver may hang for minutes, and its thread cannot be stopped. Therefore at most
+    MAX_LOOK_UPS threads use it at a time, one for each host, and the other threads stay
+    free. _running: the hosts that are being looked up; `_lock` guards it."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int], RefreshingValue] = {}
@@ -17094,7 +17107,7 @@ class HostNames:
         return time.monotonic(), error or addresses
 
     def _claim(self, name: tuple[str, int]) -> bool:
-        """May a thread ask for this host now?"""
+        """May a thread look up this host now?"""
         with self._lock:
             if name in self._running or len(self._running) >= MAX_LOOK_UPS:
                 return False
@@ -17159,7 +17172,7 @@ class HttpConnection(Connection):
         self._readable: Ready | None = None  # what it waits for again and again
 
     def serve(self, origin: str) -> None:
-        """It is to this origin, perhaps by way of a proxy."""
+        """Set the origin to which it is connected, perhaps through a proxy."""
         self.origin = origin
 
     async def open(self) -> None:
@@ -17180,7 +17193,7 @@ class HttpConnection(Connection):
             raise
 
     async def connect(self) -> None:
-        """Try one address after the other."""
+        """Connect, trying one address after the other. Raises OSError."""
         problem = OSError("no address")
         for family, address in await self._names.find(self.host, self.port):
             self.sock = socket.socket(family, socket.SOCK_STREAM)
@@ -17207,7 +17220,7 @@ class HttpConnection(Connection):
             raise OSError(code, os.strerror(code))
 
     async def ask_proxy(self) -> None:
-        """CONNECT.  Raises ProxyRefusal."""
+        """Send CONNECT to the proxy. Raises ProxyRefusal."""
         fields_ = [("Host", self.tunnel)]
         if self.proxy_login:
             fields_.append(("Proxy-Authorization", self.proxy_login))
@@ -17231,7 +17244,7 @@ class HttpConnection(Connection):
             raise refusal
 
     async def _receive_one(self) -> bytes:
-        """One byte, and none of the TLS that follows."""
+        """Read one byte, so that nothing of the TLS behind it is read."""
         while True:
             try:
                 return self.sock.recv(1)  # type: ignore[no-any-return]
@@ -17242,14 +17255,15 @@ class HttpConnection(Connection):
                 raise socket.timeout("timed out")
 
     async def secure(self) -> None:
-        """Begin TLS, where it is spoken.  Raises OSError."""
+        """Begin TLS if the origin speaks it. Raises OSError."""
 
     def on_first_answer(self) -> None:
         """Called when the head of the first answer has arrived."""
 
     def on_event(self, mask: int) -> None:
-        """An idle connection that can be read was closed by the upstream. Another one
-        is just not read now: its client is slow, or its request is in a thread."""
+        """Handle an event on a connection that nobody reads. An idle one was closed by
+        the upstream. Any other is just not read now: its client is slow, or its request
+        is in a thread."""
         self.unwatch()
         if self.is_idle:
             self.close()
@@ -17295,8 +17309,8 @@ class HttpConnection(Connection):
     async def receive_into(
         self, take: Callable[[bytes], bool], timeout_s: float
     ) -> None:
-        """Give all that comes to `take`, b"" at the end, until that returns False.
-        Raises OSError; UpstreamError 504 after a silence; what `take` raises."""
+        """Pass all received bytes to `take`, b"" at the end, until it returns False.
+        Raises OSError; UpstreamError 504 after a silence; and what `take` raises."""
 
         def consume() -> bool:
             while True:
@@ -17353,7 +17367,7 @@ class HttpConnection(Connection):
             raise
 
     async def _write(self, request: UpstreamRequest) -> str:
-        """Send it whole. Returns why that failed, "" if it did not."""
+        """Send the whole request. Returns why that failed, "" if it did not."""
         data, body = request.head, request.body or b""
         if self.forward:
             data = self._for_proxy(data)
@@ -17371,7 +17385,8 @@ class HttpConnection(Connection):
         return ""
 
     def _for_proxy(self, head: bytes) -> bytes:
-        """A proxy that forwards plain HTTP wants the whole URL, and its login."""
+        """The request for a proxy that forwards plain HTTP: it wants the whole URL, and
+        its login."""
         line, _, rest = head.partition(b"\r\n")
         method, _, target = line.partition(b" ")
         login = ""
@@ -17388,7 +17403,7 @@ class HttpConnection(Connection):
     async def _read_head(
         self, timeout_s: float, broken: str
     ) -> tuple[int, str, Headers]:
-        """broken: why the request could not be sent whole."""
+        """Read the head of the answer. broken: why the request could not be sent whole."""
         deadline = time.monotonic() + timeout_s
         is_unsent = bool(broken)
         interim_bytes = 0  # of the 1xx answers before
@@ -17423,7 +17438,7 @@ class HttpConnection(Connection):
             data += more
 
     def close(self) -> None:
-        """May be called twice."""
+        """Close it; may be called twice."""
         self.unwatch()
         self._readable = None  # else the two would hold each other
         sock, self.sock = self.sock, None
@@ -17454,7 +17469,7 @@ class HttpsConnection(HttpConnection):
 
     @property
     def _server(self) -> str:
-        """Whom TLS is spoken with, behind whatever proxy."""
+        """The host with which TLS is spoken, behind whatever proxy."""
         return self.tunnel or f"{self.host}:{self.port}"
 
     async def secure(self) -> None:
@@ -17471,9 +17486,9 @@ class HttpsConnection(HttpConnection):
         await self.shake_hands(time.monotonic() + CONNECT_TIMEOUT_S)
 
     def on_first_answer(self) -> None:
-        """TLS 1.3 gives a session only behind the handshake. To take it costs as much
-        as a third of one, so of many connections that begin together the first one does
-        it."""
+        """Store the TLS session, which TLS 1.3 gives only after the handshake. Storing
+        it costs a third of a handshake, so of many connections that begin together only
+        the first one does it."""
         is_newest = self._sessions.get(self._server) is self._offered
         if is_newest and not self.sock.session_reused:
             self._sessions[self._server] = self.sock.session
@@ -17484,11 +17499,11 @@ class HttpsConnection(HttpConnection):
 
 
 class Pool:
-    """Idle connections by origin; newest first, none older than POOL_IDLE_S.
+    """Idle connections by origin, the newest first, none older than POOL_IDLE_S.
 
-    The loop watches those that it keeps, so that one that is closed by its upstream is
-    gone at once; those of other threads are looked at when they are taken. Neither
-    takes the other's. `_lock` guards `_idle` and is held for no I/O."""
+    The loop watches the connections that it keeps, so one that its upstream closes is
+    removed at once; those of other threads are checked when they are taken. Neither
+    takes the other's. `_lock` guards `_idle` and is never held during I/O."""
 
     def __init__(self, closed: bool = False) -> None:
         self.closed = closed
@@ -17499,11 +17514,11 @@ class Pool:
         self._idle = collections.defaultdict(collections.deque)
 
     def belong_to_loop(self) -> None:
-        """Called in the loop's thread: the connections that are made here are watched."""
+        """Make the calling thread the loop's: it watches the connections that it keeps."""
         self._loop_thread = threading.get_ident()
 
     def take(self, origin: str) -> HttpConnection | None:
-        """A connection that is usable as far as one can see."""
+        """An idle connection that is usable as far as one can see, or None."""
         key = origin, threading.get_ident() == self._loop_thread
         while True:
             with self._lock:
@@ -17541,7 +17556,8 @@ class Pool:
             gone.close()
 
     def close(self) -> None:
-        """Keep nothing from now on, not even what is still under way."""
+        """Close all, and keep no connection from now on, not even those that are in
+        use."""
         self.closed = True
         self.clear()
 
@@ -17555,8 +17571,8 @@ class Pool:
 
 
 class UpstreamResponse:
-    """An answer whose body is still to be read. status, reason, headers (lower-case
-    names).
+    """An answer whose body is still to be read. status, reason, headers (with
+    lower-case names).
 
     `read` returns the next piece of the body, `read_all` the rest. At the end `finish`
     returns the connection to the pool; `close` discards it. It belongs to one request.
@@ -17596,7 +17612,7 @@ class UpstreamResponse:
     async def read_into(
         self, use: Callable[[bytes], bool], timeout_s: float = ANSWER_TIMEOUT_S
     ) -> None:
-        """Give the pieces of the body to `use`, until the last one or until it returns
+        """Pass the pieces of the body to `use`, until the last one or until it returns
         False. Raises StreamCut, UpstreamError 504, and what `use` raises."""
         assert self.connection is not None
         self.headers = {}  # 3 KB that nobody asks for while a stream goes on
@@ -17679,7 +17695,7 @@ class UpstreamResponse:
         return bytes(body[:limit])
 
     def finish(self) -> None:
-        """Give the connection back if it can be used again, else give it up."""
+        """Return the connection to the pool if it can be used again, else close it."""
         connection = self.connection
         if connection is None:
             return
@@ -17692,14 +17708,14 @@ class UpstreamResponse:
             self.close()
 
     def close(self) -> None:
-        """Give the connection up: the upstream stops working on the answer."""
+        """Close the connection, so that the upstream stops working on the answer."""
         connection, self.connection = self.connection, None
         if connection is not None:
             connection.close()
 
 
 def proxy_login(proxy: str) -> Headers:
-    """The header for user:password@ in a proxy's URL."""
+    """The header for the user:password@ in a proxy's URL."""
     login = urllib.parse.unquote(urllib.parse.urlsplit(proxy).netloc.rpartition("@")[0])
     if login:
         return {
@@ -17709,7 +17725,7 @@ def proxy_login(proxy: str) -> Headers:
 
 
 class _Proxies(urllib.request.ProxyHandler):
-    """urllib's own, except that this machine itself is never asked for through a proxy."""
+    """urllib's proxies, but this machine itself is never reached through one."""
 
     def proxy_open(self, req: Any, proxy: str, type: str) -> Any:
         if is_loopback(host_of(req.full_url)):
@@ -17719,12 +17735,13 @@ class _Proxies(urllib.request.ProxyHandler):
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        """A redirect is an answer like any other: a token must not follow it."""
+        """Treat a redirect as an answer like any other: a token must not follow it."""
 
 
 class _PlainErrors(urllib.request.HTTPErrorProcessor):
     def http_response(self, request: Any, response: Any) -> Any:
-        """Every status is an answer; what it means is decided by GitHub and Copilot."""
+        """Treat every status as an answer; GitHub and Copilot's classes decide what it
+        means."""
         return response
 
     https_response = http_response
@@ -17736,8 +17753,8 @@ _SecureHandler: Any = getattr(
 
 
 class ConnectionHandler(urllib.request.HTTPHandler, _SecureHandler):  # type: ignore[misc]
-    """Gives the opener a connection that is still to be opened, where the stock
-    handlers would open one for each call and read its answer."""
+    """Gives the opener a connection that is still to be opened. The stock handlers
+    would open one for each call and read its answer."""
 
     def __init__(self, names: HostNames, context: Callable[[], Any]) -> None:
         urllib.request.HTTPHandler.__init__(self)
@@ -17745,13 +17762,13 @@ class ConnectionHandler(urllib.request.HTTPHandler, _SecureHandler):  # type: ig
         self._sessions: dict[str, Any] = {}
 
     def http_request(self, request: Any) -> Any:
-        """There is nothing to add: each request writes its own headers."""
+        """Add nothing: each request writes its own headers."""
         return request
 
     https_request = http_request
 
     def http_open(self, req: Any) -> Any:
-        """Directly, or through a proxy that forwards."""
+        """Connect directly, or through a proxy that forwards."""
         connection = HttpConnection(req.host, self._names)
         if req.has_proxy():
             connection.forward = req.full_url
@@ -17759,7 +17776,7 @@ class ConnectionHandler(urllib.request.HTTPHandler, _SecureHandler):  # type: ig
         return connection
 
     def https_open(self, req: Any) -> Any:
-        """Directly, or through a proxy that speaks CONNECT."""
+        """Connect directly, or through a proxy that speaks CONNECT."""
         connection = HttpsConnection(
             req.host, self._names, self._context(), self._sessions
         )
@@ -17782,13 +17799,13 @@ _CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
 
 
 def ca_files(settings: Settings, environ: Mapping[str, str]) -> list[str]:
-    """CA files of the user's, to be added to those of the system."""
+    """The user's CA files, which are added to those of the system."""
     named = [settings.ca_file] + [environ.get(name, "") for name in _CA_VARIABLES]
     return [name for at, name in enumerate(named) if name and name not in named[:at]]
 
 
 def check_ca_files(names: list[str]) -> None:
-    """Tell at once about a file that is no use.  Raises ConfigError."""
+    """Raise ConfigError at once for a file that cannot be used."""
     for name in names:
         try:
             with open(name, "rb") as file:
@@ -17802,7 +17819,8 @@ def check_ca_files(names: list[str]) -> None:
 
 
 def make_tls_context(settings: Settings, environ: Mapping[str, str]) -> Any:
-    """The system's CAs plus the user's.  Raises ConfigError for a file that cannot be read."""
+    """A TLS context with the system's CAs and the user's. Raises ConfigError for a file
+    that cannot be read."""
     try:
         import ssl  # late: 15 ms that a plain start can do without
     except ImportError:
@@ -17841,7 +17859,7 @@ PAC_REMEDY = (
 
 
 class Upstream:
-    """The one opener, and the pool of the connections that it made.  Thread-safe."""
+    """The one opener, and the pool of the connections that it makes. Thread-safe."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
         self._settings, self._environ = settings, environ
@@ -17893,7 +17911,7 @@ class Upstream:
         return proxies
 
     def proxy_for(self, url: str) -> str:
-        """The proxy that a URL is reached through, '' when there is none."""
+        """The proxy through which a URL is reached, '' if there is none."""
         host = host_of(url)
         direct = is_loopback(host) or urllib.request.proxy_bypass(host)
         if direct:
@@ -17901,7 +17919,8 @@ class Upstream:
         return self.proxies.get(url.partition(":")[0], "")
 
     def tls_context(self) -> Any:
-        """Made at the first https call: it takes longer than all the rest of the start."""
+        """The TLS context, made at the first https call: it takes longer than all the
+        rest of the start."""
         with self._lock:
             if self._tls is None:
                 self._tls = make_tls_context(self._settings, self._environ)
@@ -18008,7 +18027,8 @@ _ISATAP_MARKS = (0x00005EFE, 0x02005EFE)  # before such an end in any other IPv6
 
 
 def is_public(address: str) -> bool:
-    """May an image be fetched from here?  Nothing of this machine, its networks, or the cloud's."""
+    """May an image be fetched from this address? Not from this machine, its networks,
+    or the cloud's."""
     import ipaddress
 
     found: Any = ipaddress.ip_address(address.partition("%")[0])
@@ -18053,7 +18073,7 @@ class ImageFetcher:
         self._kept_bytes = 0
 
     async def fetch(self, url: str) -> tuple[str, str]:
-        """(media type, base64).  Raises BadRequest."""
+        """Fetch an image: (media type, base64). Raises BadRequest."""
         if url in self._kept:
             self._kept.move_to_end(url)
             return self._kept[url]
@@ -18119,8 +18139,7 @@ class ImageFetcher:
         return HttpConnection(url.netloc, self)
 
     async def find(self, host: str, port: int) -> list[tuple[int, Any]]:
-        """Used in place of HostNames. Raises ValueError unless all addresses are
-        public."""
+        """As HostNames.find, but raises ValueError unless all addresses are public."""
         look_up = functools.partial(self.resolve, host, port, 0, socket.SOCK_STREAM)
         found = [(entry[0], entry[4]) for entry in await wait(InThread(look_up))]
         if not found or not all(
@@ -21504,19 +21523,19 @@ class RequestRecord:
         self.initiator = initiator
 
     def go_up(self, route: str, path: str, initiator: str = "") -> None:
-        """The request is sent to this path of the upstream."""
+        """Record that the request is sent to this path of the upstream."""
         self.route = route
         self.path = path
         self.initiator = initiator
         self.sent_ms = self.elapsed_ms()
 
     def hear(self, headers: Headers, meter: UsageMeter) -> None:
-        """The upstream has begun to answer; the meter continues to count."""
+        """Record that the upstream has begun to answer; the meter continues to count."""
         self.upstream_id = headers.get("x-github-request-id")
         self.meters.append(meter)
 
     def receive(self, size_bytes: int) -> None:
-        """More of the stream has arrived."""
+        """Record that more of the stream has arrived."""
         self.received_bytes += size_bytes
 
     def elapsed_ns(self) -> int:
@@ -21524,35 +21543,36 @@ class RequestRecord:
         return int((time.monotonic() - self.asked.began) * NANO)
 
     def begin_answer(self, status: int) -> None:
-        """The first bytes are sent to the client."""
+        """Record that the first bytes are sent to the client."""
         self.status = status
         self.first_byte_ms = self.elapsed_ms()
 
     def fail(self, error: ProxyError) -> None:
-        """The request ends with this error, whether or not the client can still be
-        informed."""
+        """Record the error with which the request ends, whether or not the client can
+        still be informed."""
         self.failure = redact(str(error))
         self.error = error.code or error.types()[0]
         self.upstream_id = error.headers.get("x-github-request-id", self.upstream_id)
 
     def end_stream(self, failure: str, code: str | None) -> None:
-        """The upstream's stream is over; failure: why it was cut, '' if it was not."""
+        """Record the end of the upstream's stream; failure: why it was cut, '' if it
+        was not."""
         self.failure = redact(failure)
         if failure:
             self.error = code or "stream_error"
 
     def leave(self) -> None:
-        """The client left before the answer began."""
+        """Record that the client left before the answer began."""
         self.status = self.status or 499
         self.error = CLIENT_LEFT
 
     def leave_stream(self) -> None:
-        """The client left while the answer was being sent."""
+        """Record that the client left while the answer was being sent."""
         self.failure = self.failure or "the client left"
         self.error = self.error or CLIENT_LEFT
 
     def end(self) -> None:
-        """The request is over: note its whole time."""
+        """Record the whole time of the request, which is over."""
         self.total_ms = (time.monotonic() - self.asked.began) * 1000
 
     # -- what is known
