@@ -17410,6 +17410,8 @@ class HttpConnection(Connection):
         data = b""
         while True:
             end = data.find(b"\r\n\r\n")
+            if len(data) > MAX_HEAD_BYTES and not 0 <= end <= MAX_HEAD_BYTES:
+                raise UpstreamError("the head of the upstream's answer is too large")
             if end >= 0:
                 head, data = parse_response_head(data[:end]), data[end + 4 :]
                 if head[0] >= 200:
@@ -17422,8 +17424,6 @@ class HttpConnection(Connection):
                     )
                 continue
 
-            if len(data) > MAX_HEAD_BYTES:
-                raise UpstreamError("the head of the upstream's answer is too large")
             try:
                 more = await self.receive(max(0.0, deadline - time.monotonic()))
             except OSError as error:
