@@ -69,6 +69,28 @@ class LedgerTest(unittest.TestCase):
         self.assertEqual(account.stats.group("totals")["requests"], 1)
         self.assertEqual(self.ledger.stats.group("totals")["requests"], 2)
 
+    def test_requests_that_are_recorded_together_are_counted_each_for_its_account(self) -> None:
+        accounts: Any = [FakeAccount("one"), FakeAccount("two")]
+        records = [self.begin() for _ in range(5)]
+        for number, record in enumerate(records):
+            record.account = accounts[number % 2]
+            record.begin_answer(200 if number else 502)
+            record.failure = "" if number else "no answer"
+            record.error = "" if number else "upstream_error"
+            meter = cp.UsageMeter()
+            meter.take({"usage": {"input_tokens": 10 ** number, "cache_creation": {
+                "ephemeral_1h_input_tokens": 1}}})
+            record.hear({}, meter)
+        self.end(*records)
+        self.assertEqual([one.stats.group("totals") for one in accounts],
+                         [{"input": 10101, "requests": 3, "errors": 1},
+                          {"input": 1010, "requests": 2, "errors": 0}])
+        self.assertEqual(self.ledger.stats.group("totals")["input"], 11111)
+        self.assertEqual(self.ledger.stats.group("requests"),
+                         {("local", "200"): 4, ("local", "502"): 1})
+        self.assertEqual([row["message"] for row in self.ledger.recent],
+                         [None, None, None, None, "no answer"])
+
     def test_what_is_no_question_to_a_model_is_counted_only(self) -> None:
         self.end(self.begin("/auth/device/start"))
         self.assertEqual(len(self.ledger.recent), 0)

@@ -56,7 +56,9 @@ class RecordTest(unittest.TestCase):
             meter = cp.UsageMeter()
             made.hear({}, meter)
             meter.take({"usage": {"prompt_tokens": 10, "completion_tokens": 2}})
+        made.meters[0].counts["cache_write_1h"] = 5  # a part of another count, no column
         row = made.row()
+        self.assertEqual(set(row), set(cp.ROW_FIELDS))
         self.assertEqual((row["input"], row["output"]), (20, 4))
         self.assertIn(" tokens=20+4", made.log_line(row))
 
