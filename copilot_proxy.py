@@ -272,6 +272,7 @@ MAX_ID_CHARS = 64  # of item and call ids, OpenAI's own validator
 MAX_WHITESPACE_RUN = 2000  # in streamed tool arguments: a model gone astray
 MAX_UNNAMED_CHARS = 64 * 1024  # of arguments before the name of their tool
 READ_BYTES = 128 * 1024  # of one look at a socket
+BEGINNING_BYTES = 40  # of an event, by which it is compared with others
 RECORD_BYTES = 16 * 1024  # of a TLS record, at most
 NAME_AGE_S = 60.0  # of the addresses of a host
 MAX_LOOK_UPS = 3  # threads that ask the resolver
@@ -3538,10 +3539,13 @@ def split_frames(block: bytes) -> list[bytes]:
 
 
 def frame_border(block: bytes) -> int:
-    """The end of the frame near the middle of a block of whole frames; 0 if there is
-    only one frame."""
+    """Where to cut a block of whole frames in two: behind the last frame that begins
+    like the first one, else near the middle; 0 if there is only one frame."""
     middle = len(block) // 2
-    cut = block.find(b"\n\n", middle) + 2
+    alike = block.rfind(b"\n\n" + block[:BEGINNING_BYTES])
+    cut = block.find(b"\n\n", alike + 2) + 2
+    if alike < 0 or cut == len(block):
+        cut = block.find(b"\n\n", middle) + 2
     if cut < 2 or cut == len(block):
         cut = block.rfind(b"\n\n", 0, middle + 1) + 2
     if 2 <= cut < len(block):
