@@ -1161,11 +1161,12 @@ def dumps(value: Any) -> bytes:
 
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+#: a pair of surrogates, half of one, any other escape
 _ESCAPES = re.compile(
     rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"  # a pair
     rb"|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
     re.DOTALL,
-)  # half of one; others
+)
 
 
 def valid_text(data: bytes) -> bytes:
@@ -2219,9 +2220,8 @@ class Model:
     picker: bool = False  # meant to be shown to users
     state: str = "enabled"  # enabled, disabled, unconfigured, ...
     entry: Json = field(default_factory=dict)  # as the upstream sent it
-    selector: str = field(
-        default="", repr=False
-    )  # Copilot-Session-Token, where auto chose it
+    # the Copilot-Session-Token of a model that auto has chosen
+    selector: str = field(default="", repr=False)
 
     @classmethod
     def from_entry(cls, entry: Json) -> Model:
@@ -2408,9 +2408,8 @@ class BodyEdit:
         if losses is None:
             losses = Losses()
         self.losses = losses
-        self.names: dict[
-            bytes, bytes
-        ] = {}  # a shortened tool's name as JSON -> the client's
+        # a shortened tool's name as JSON -> the client's
+        self.names: dict[bytes, bytes] = {}
 
     def note_words(self, is_words: bool) -> None:
         """Record that the body is a conversation of roles and texts, and nothing else."""
@@ -3882,9 +3881,8 @@ def is_whole_event(raw: bytes) -> bool:
         return False
 
 
-_SHORT_NAME = re.compile(
-    rb'"[A-Za-z0-9_-]{0,31}_[0-9a-f]{32}"'
-)  # as `shorten_tool_names` makes them
+#: names as `shorten_tool_names` makes them
+_SHORT_NAME = re.compile(rb'"[A-Za-z0-9_-]{0,31}_[0-9a-f]{32}"')
 
 
 def restore_names(data: bytes, names: Mapping[bytes, bytes]) -> bytes:
@@ -4719,9 +4717,8 @@ class StreamEncoder:
     def __init__(self, dialect: Any, request: Request) -> None:
         self.dialect, self.request = dialect, request
         self.ended = False
-        self.final: (
-            tuple[()] | tuple[str, bytes]
-        ) = ()  # id and frame of a whole response
+        # id and frame of a whole response
+        self.final: tuple[()] | tuple[str, bytes] = ()
         self._frames: dict[int, list[bytes]] = {}  # index -> what stands around a text
         self._on: dict[type[Event], Callable[[Any], bytes]] = {
             kind: getattr(self, name) for kind, name in self.METHODS
@@ -4780,40 +4777,40 @@ class Dialect:
     lives in its StreamRelay."""
 
     name = ""
-    path = ""  # as in `supported_endpoints`; "": for clients alone
-    turns_key = "messages"  # where a request's body holds the conversation
+    path = ""  # as in `supported_endpoints`; "": only clients speak it
+    turns_key = "messages"  # the field of a body that holds the conversation
     unique_call_ids = False  # True: the id of a tool call may not come twice
     cache_mark = ""  # the field that marks where the prompt cache may end
-    schema_key = "parameters"  # of a tool: where its schema is
-    stop_key = ""  # of the body: where stop sequences are; "": it has none
-    # of the body: where its vendor's search is configured; "": among the tools
+    schema_key = "parameters"  # the field of a tool that holds its schema
+    stop_key = ""  # the field of a body that holds stop sequences; "": there is none
+    # the field of a body that configures the vendor's search; "": it is a tool
     search_key = ""
-    system_key = ""  # of the body: where the system text is; "": in the turns
-    own_parts: frozenset[str] = frozenset()  # the kinds of its content parts
-    own_result_parts: frozenset[str] = frozenset()  # ... and of a tool's result alone
-    # top-level, the same in OpenAI's dialects
+    system_key = ""  # the field of a body with the system text; "": it is a turn
+    own_parts: frozenset[str] = frozenset()  # types of its content parts
+    own_result_parts: frozenset[str] = frozenset()  # ... and of those in results
+    # fields of a body that both of OpenAI's dialects have
     shared_fields: tuple[str, ...] = OPENAI_FIELDS
-    substitutes: tuple[
+    # dialects in which to ask a model that is not served in this one, best first
+    substitutes: tuple[str, ...] = ()
+    limit_names: tuple[
         str, ...
-    ] = ()  # dialects to ask in when a model lacks this one, best first
-    limit_names: tuple[str, ...] = ()  # where the limit of tokens has had two names
+    ] = ()  # the two names of the limit of tokens, if it has two
     answers_search = False  # True: a hosted search has blocks of its own in an answer
     cites_sources = False  # True: texts name their sources beside the words
     keeps_answers = False  # True: clients name earlier answers by their ids
-    reads_overflow_in_streams = False  # True: clients act on it as an event only
-    takes_files = True  # False: the upstream's endpoint refuses PDFs and the like
+    reads_overflow_in_streams = False  # True: clients act on it only as an event
+    accepts_files = True  # False: the upstream's endpoint refuses PDFs and the like
     counts_tokens = False  # True: the upstream counts a prompt in this dialect
     reads_compactions = False  # True: the upstream's own compaction items may go up
-    has_freeform_tools = False  # True: of OpenAI's, for its own models only
-    knows_allowed_tools = False  # True: OpenAI's models take such a tool_choice here
-    tells_prompt_first = False  # True: a stream begins with the tokens of its prompt
+    has_freeform_tools = False  # True: as OpenAI has them, for its own models
+    supports_allowed_tools = False  # True: OpenAI's models accept that tool_choice here
+    reports_prompt_first = False  # True: a stream begins with the tokens of its prompt
     # True: longer answers must be streamed, see Model.output_cap
     has_whole_answer_limit = True
     keepalive = b": keepalive\n\n"  # an event that clients of this dialect ignore
     stream_type = "text/event-stream"
-    STOP_REASONS: tuple[
-        tuple[str, str], ...
-    ] = ()  # (wire, neutral), first of a word wins
+    # (wire word, neutral word); of a word that occurs twice the first row counts
+    STOP_REASONS: tuple[tuple[str, str], ...] = ()
     TO_NEUTRAL: ClassVar[dict[str, str]]  # both made of it
     TO_WIRE: ClassVar[dict[str, str]]
 
@@ -4845,9 +4842,8 @@ class Dialect:
     prepare: Callable[[BodyEdit, Model], None]
     decode_request: Callable[[Json], Request]
     read_tool: Callable[[Json, Request], None]
-    read_turn: Callable[
-        [Request, Json, str], None
-    ]  # one item of the conversation; its place
+    # reads one item of the conversation; the text is its place, for errors
+    read_turn: Callable[[Request, Json, str], None]
     write_turns: Callable[[list[Turn], Request, Model], list[Json]]
     encode_request: Callable[[Request, Model], Json]
     encode_response: Callable[[Response, Request], Json]
@@ -4949,7 +4945,7 @@ class Dialect:
 
     def has_files(self, body: Json) -> bool:
         """Does the body hold files that this dialect's own endpoint refuses?"""
-        return not self.takes_files and _has_part(body, FILE_TYPES)
+        return not self.accepts_files and _has_part(body, FILE_TYPES)
 
     # What section 8 has to know of requests in this dialect.
 
@@ -5280,9 +5276,8 @@ HARMLESS = frozenset(
 _DATA_URL = re.compile(
     r"data:([\w.+/-]+)(?:;[^,;]*)*;base64,(.*)\Z", re.DOTALL | re.IGNORECASE
 )
-_CALL_ID = re.compile(
-    r"[A-Za-z0-9_-]{1,40}\Z"
-)  # 40: the least that a model was seen to take
+#: 40: the lowest limit that a model was seen to have
+_CALL_ID = re.compile(r"[A-Za-z0-9_-]{1,40}\Z")
 _encode_text = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -6830,11 +6825,11 @@ class ChatCompletions(Dialect):
     name, path = "chat", "/chat/completions"
     cache_mark = "copilot_cache_control"
     limit_names = ("max_tokens", "max_completion_tokens")
-    takes_files = False
+    accepts_files = False
     stop_key = "stop"
     search_key = "web_search_options"
     own_parts = frozenset(("text", "image_url", "input_audio", "file", "refusal"))
-    knows_allowed_tools = True
+    supports_allowed_tools = True
     cites_sources = True
     has_freeform_tools = True
     substitutes = ("responses", "messages")
@@ -7625,9 +7620,8 @@ class ChatEncoder(StreamEncoder):
         self._refused = False
         self._words: dict[int, str] = {}  # index of a text -> its field
         self._freeform = {tool.name for tool in request.tools if tool.kind == "custom"}
-        self._inputs: dict[
-            int, tuple[ToolCall, list[str]]
-        ] = {}  # of open freeform calls
+        # index of an open freeform call -> (the call, pieces of its arguments)
+        self._inputs: dict[int, tuple[ToolCall, list[str]]] = {}
 
     def _chunk(
         self, delta: Json, reason: str | None = None, logprobs: Json | None = None
@@ -7931,13 +7925,14 @@ ECHOED_FIELDS: Mapping[str, Any] = {
     "truncation": "disabled",
     "user": None,
 }
+#: fields that are left out if they were not set
 _UNSAID_FIELDS = (
     "max_tool_calls",
     "prompt_cache_key",
     "safety_identifier",
     "service_tier",
     "top_logprobs",
-)  # left out where they were not said
+)
 _KEPT_BACK = ("background", "store", "service_tier")  # not as the client asked
 
 
@@ -7984,12 +7979,10 @@ class ResponsesStream(StreamRelay):
         self._response: Json = {}  # id and created_at, once known
         self._ids: dict[int, str] = {}  # output_index -> the id that the client knows
         self._items: dict[int, Json] = {}  # output_index -> the finished item
-        self._ciphered: dict[
-            int, str
-        ] = {}  # output_index -> obfuscated argument deltas
-        self._nameless: dict[
-            int, list[Json]
-        ] = {}  # output_index -> events of such a call
+        # output_index -> obfuscated argument deltas
+        self._ciphered: dict[int, str] = {}
+        # output_index -> events of such a call
+        self._nameless: dict[int, list[Json]] = {}
         self._sequence = 0  # the next number
         self._marker = b""  # what every frame of the open item must hold
 
@@ -8226,7 +8219,7 @@ class Responses(Dialect):
     keeps_answers = True
     reads_overflow_in_streams = True
     reads_compactions = True
-    knows_allowed_tools = True
+    supports_allowed_tools = True
     cites_sources = True
     has_freeform_tools = True
     has_whole_answer_limit = False
@@ -8583,9 +8576,8 @@ class Responses(Dialect):
         if values is not None:
             arguments = dumps(values).decode("utf-8", "replace")
 
-        call_id = item.get("call_id") or item.get(
-            "id"
-        )  # local_shell once had ids alone
+        # local_shell once had ids alone
+        call_id = item.get("call_id") or item.get("id")
         return ToolCall(str(call_id or ""), name, str(arguments or "{}"))
 
     @staticmethod
@@ -8817,9 +8809,8 @@ class ResponsesDecoder(StreamDecoder):
     def __init__(self, dialect: Any) -> None:
         super().__init__(dialect)
         self._obscured: set[int] = set()  # calls whose deltas may be ciphertext
-        self._cited: dict[
-            int, int
-        ] = {}  # index of a text -> how many sources were told
+        # index of a text -> how many sources were reported
+        self._cited: dict[int, int] = {}
 
     def read_whole(self, body: Json) -> list[Event]:
         if body.get("status") == "incomplete":
@@ -9497,7 +9488,7 @@ class Messages(Dialect):
 
     name, path = "messages", "/v1/messages"
     counts_tokens = True
-    tells_prompt_first = True
+    reports_prompt_first = True
     answers_search = True
     unique_call_ids = True
     stop_key = "stop_sequences"
@@ -10436,9 +10427,8 @@ class MessagesEncoder(StreamEncoder):
         super().__init__(dialect, request)
         self._active = -1  # the part whose block is open
         self._count = 0  # blocks so far
-        self._waiting: dict[
-            int, list[Event]
-        ] = {}  # held back, in the order of their starts
+        # index -> events that are held back, in the order of their starts
+        self._waiting: dict[int, list[Event]] = {}
         self._thinking: Reasoning | None = None  # the open block, if it is one
 
     def _event(self, kind: str, **fields: Any) -> bytes:
@@ -10794,9 +10784,10 @@ _GEMINI_CONFIG = (
     "thinkingConfig",
     "responseModalities",
 )
+#: fields of a part beside its content
 _GEMINI_BESIDE = frozenset(
     ("thought", "thoughtSignature", "videoMetadata", "mediaResolution", "partMetadata")
-)  # in a part, beside what it holds
+)
 _GEMINI_LEVELS = ("minimal", *(name for name, _ in EFFORT_BUDGETS))
 USUAL_EFFORT = "medium"  # for a client that wants thinking and does not say how much
 
@@ -11324,9 +11315,8 @@ class GeminiEncoder(StreamEncoder):
         super().__init__(dialect, request)
         self._id = ""
         self._packed = ""  # state that no part has carried yet
-        self._thoughts: dict[
-            int, list[str]
-        ] = {}  # index of an open thinking -> its words
+        # index of an open thinking -> its words
+        self._thoughts: dict[int, list[str]] = {}
         self._calls = WholeCalls()
         self._findings: list[SearchFindings] = []
 
@@ -12598,7 +12588,7 @@ def narrow_tools(edit: BodyEdit, client: Dialect, model: Model) -> None:
         return
     if (
         model.is_openai
-        and client.knows_allowed_tools
+        and client.supports_allowed_tools
         and client.path in model.endpoints
     ):
         return
@@ -13862,9 +13852,8 @@ class ModelName:
             version = (5,)
 
         for word in others:
-            number = re.fullmatch(
-                r"k?(\d{1,9})(?:\.(\d{1,9}))?[a-z]?", word
-            )  # 5.1, 4o, k2.7
+            # 5.1, 4o, k2.7
+            number = re.fullmatch(r"k?(\d{1,9})(?:\.(\d{1,9}))?[a-z]?", word)
             if number is None:
                 words.add(word)
             elif not version:
@@ -13917,9 +13906,8 @@ def _newest_claude(name: str, models: list[Model]) -> Model | None:
         kin = [m for m in models if "claude-%s" % family in m.id]
 
     version = ModelName.parse(name).version
-    is_old_spelling = re.match(
-        r"claude-\d", name
-    )  # claude-3.5-haiku: any newer will do
+    # claude-3.5-haiku: any newer will do
+    is_old_spelling = re.match(r"claude-\d", name)
     if len(version) > 1 and not is_old_spelling:
         newer = [m for m in kin if m.version >= version]
         if newer:
@@ -14318,9 +14306,8 @@ def choose_upstream(
     if client.path:
         known.insert(0, client)
     if has_files:
-        known.sort(
-            key=lambda dialect: not dialect.takes_files
-        )  # stable: the order stays
+        # stable: the order stays
+        known.sort(key=lambda dialect: not dialect.accepts_files)
 
     left = [d for d in known if (model.id, d.path) not in refused]
     candidates = [d for d in left if d.path in model.endpoints]
@@ -14610,10 +14597,11 @@ class Plan:
 # ---- Token estimate: text is cut into pieces as the o200k tokenizer cuts it.  A piece of each kind
 # has the mean weight that it had in measured texts, and the sum leans high.
 
+#: letters and digits; \w is slow and includes "_"
 _WORDY = (
     r"0-9A-Za-z\u00aa\u00b5\u00ba\u00c0-\u1fff\u2c00-\u2dff\u3040-\ufdff\ufe70-\ufeff"
     r"\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\uff66-\uffdc"
-)  # \w is slow and has "_"
+)
 _PIECES = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9+/]{59,}"  # base64, hex
     r"|[0-9]{1,3}(?:[-.,:/ \t](?=[0-9])|, (?=[0-9])|[A-Za-z](?![A-Za-z]))?"  # 12, 12. of 12.5, 3f
@@ -14975,6 +14963,7 @@ _MEANT = re.compile(  # fields that carry the meaning
     "instructions|json_schema|max_tokens|messages|model|name|output|parameters|properties|required|"
     "response_format|role|schema|source|stream|system|text|tool_call_id|tool_use_id|tools|type|url"
 )
+#: the objects in which a field is looked for that is named without a path
 _ROOTS = (
     "",
     "messages.0.",
@@ -14983,7 +14972,7 @@ _ROOTS = (
     "tools.0.function.",
     "messages.0.content.0.",
     "input.0.content.0.",
-)  # where a field may stand that is named without a path
+)
 _EFFORTS = ("reasoning_effort", "reasoning.effort", "output_config.effort")
 _STATE_KINDS = (
     "thinking",
@@ -16412,9 +16401,8 @@ class KeyFile:
         self._lock = threading.RLock()
         self._salt = secrets.token_hex(32)
         self._keys: list[Key] = []  # of the file, those for other hosts, too
-        self._good: list[
-            Key
-        ] = []  # those configured and those of the file for this host
+        # those configured and those of the file for this host
+        self._good: list[Key] = []
         self._stamp: Any = ()  # of the file as it was read; () before
         self._looked_at = -math.inf  # when the file was looked at, monotonic
         self.is_closed = False  # is a key wanted?  As of `all`; never undone
@@ -18070,9 +18058,8 @@ class ImageFetcher:
         self.is_allowed: Callable[[str], bool] = is_public
         self.timeout_s = IMAGE_TIMEOUT_S
         self._tls_context = tls_context
-        self._kept: collections.OrderedDict[
-            str, tuple[str, str]
-        ]  # the last used one last
+        # URL -> image, the most recently used one last
+        self._kept: collections.OrderedDict[str, tuple[str, str]]
         self._kept = collections.OrderedDict()
         self._kept_bytes = 0
 
@@ -19960,10 +19947,11 @@ def delete_old(link: Any, now: float) -> None:
 
     Age counts from the newest row that is a week old already: otherwise a clock that
     stands years ahead for some days would delete everything."""
+    # None if no row is a week old: then nothing is too old
     oldest = link.execute(
         "SELECT MAX(at) + ? FROM requests WHERE at < ?",
         (HISTORY_CLOCK_S - HISTORY_AGE_S, now - HISTORY_CLOCK_S),
-    ).fetchone()[0]  # None, and then nothing is too old, where no row is a week old
+    ).fetchone()[0]
 
     link.execute(
         "DELETE FROM requests WHERE at < ? OR n <= (SELECT MAX(n) FROM requests) - ?",
@@ -26650,7 +26638,7 @@ class Job:
         plan.attach(headers, self.repaired, self.echo)
         if plan.is_translated:
             plan.request.measure(exchange.record.elapsed_ns)
-            if plan.pipeline and client.tells_prompt_first:
+            if plan.pipeline and client.reports_prompt_first:
                 tokens = estimate_tokens(plan.edit.body, model.is_claude, sample_tokens)
                 plan.request.set_prompt_tokens(tokens)
         self.copilot.memory.prepare(plan, known)
@@ -30193,9 +30181,8 @@ def say(text: str = "") -> None:
         ) from None
 
 
-_PIPE_BYTES = getattr(
-    select, "PIPE_BUF", 512
-)  # a pipe that is ready takes so much at once
+#: a pipe that is ready takes this many bytes at once
+_PIPE_BYTES = getattr(select, "PIPE_BUF", 512)
 
 
 def has_file(stream: Any) -> bool:
@@ -30303,9 +30290,8 @@ class QueuedOutput:
             try:
                 begin += os.write(self.stream.fileno(), data[begin:end])
             except BlockingIOError:
-                time.sleep(
-                    OUTPUT_LOOK_S
-                )  # another program has made it so, and was first
+                # another program has made it so, and was first
+                time.sleep(OUTPUT_LOOK_S)
 
         return True
 
