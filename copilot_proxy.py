@@ -5444,11 +5444,10 @@ def conversation_key(body: Json, model: Model) -> str:
     """A key, made from the beginning of a conversation, that is equal for all its
     requests."""
     heads = [text_of(body.get("instructions"))]
+    items = input_items(body)
     for roles in (SYSTEM_ROLES, ("user",)):
         texts = (
-            text_of(item.get("content"))
-            for item in input_items(body)
-            if item.get("role") in roles
+            text_of(item.get("content")) for item in items if item.get("role") in roles
         )
         heads.append(next(texts, ""))
     return stable_id("", dumps([model.id, *map(ends_of, heads)]).decode())
@@ -26599,7 +26598,7 @@ class Job:
         body, model = self.body, self.model
         refused = self.copilot.memory.refused
         known = len(refused)
-        #: words alone, which is asked once: then there are no files, images and tools
+        # asked once: a conversation of words alone has no files, images and tools
         plain = client.path != "" and is_plain(body, client)
         has_files = not plain and client.has_files(body)
         upstream = choose_upstream(client, model, refused, has_files)
@@ -26714,7 +26713,8 @@ class Job:
             exchange.start_keepalives(self.client.keepalive)
 
         answer = await self.attempts.send(call)
-        self.copilot.memory.learn(plan)
+        if plan.repairs.lessons:
+            self.copilot.memory.learn(plan)
         exchange.headers.update(passed_headers(answer.headers))
         self.record.hear(answer.headers, plan.meter)
         return answer
