@@ -6,36 +6,41 @@ of WebSockets in socket_client.py, the make-believe service in fake_upstream.py
 (test_fake_upstream.py), figures of the file in gauges.py; what a process of the command line does
 first, in forked.py.
 
-Section of copilot_proxy.py and the test_*.py that hold it (others name theirs in their docstring):
+Section of copilot_proxy.py and the test_*.py that hold it (new ones say theirs at their top):
 
      1 Imports          layers old_pythons
-     2 Constants        layers
+     2 Constants        layers page_texts terminal
      3 Errors           helpers answers
-     4 Helpers          helpers escapes numbers json_bounds patterns
-     5 Vocabulary       laws
-     6 Framing          framing websocket fuzz
+     4 Helpers          helpers escapes numbers json_bounds patterns redaction
+     5 Vocabulary       laws small_requests
+     6 Framing          framing websocket fuzz any_order bursts
      7 Dialects         requests whole_answers streams laws matrix translate clients normalise
                         answers tools wishes capabilities gemini ollama bounds fuzz client_fuzz
-                        hostile sdk sessions
-     8 Transcript care  transcript tools
-     9 Planning         models estimator today prices
-    10 Repairs          repairs bounds
+                        hostile sdk sessions any_order bursts cache_marks early_exits mixtures
+                        placed_parts search_loop sdk_doors splice tool_search
+     8 Transcript care  transcript tools cache_marks early_exits looked_at_once mixtures
+                        placed_parts same_head uploads
+     9 Planning         models estimator today prices early_exits looked_at_once mixtures
+                        search_loop small_requests
+    10 Repairs          repairs bounds mixtures placed_parts
     11 Settings         settings start_checks
-    12 Storage          auth doors
-    13 Upstream HTTP    pool network cli upstream_heads waiting tls_sessions
-    14 GitHub           auth machine_tokens refused_login
-    15 Copilot          copilot calls auto identity limits refused_login
-    16 History          history looks
-    17 Policy           admission budget deferred doors ledger limits record
-    18 HTTP server      server websocket relay loop waiting attacks freezing let_go hosts doors
-                        fuzz hostile
-    19 Page             browser
-    20 Endpoints        endpoints translate server websocket gemini ollama azure
-                        search
-    21 Demo             cli
-    22 Setup            setup setups readme
-    23 Commands         cli auth network output today
-    24 Main             cli output scaleout
+    12 Storage          auth doors arrival
+    13 Upstream HTTP    pool network cli upstream_heads waiting tls_sessions loop_faults
+    14 GitHub           auth machine_tokens refused_login login_prompt uploads
+    15 Copilot          copilot calls auto identity limits refused_login uploads
+    16 History          history looks sums
+    17 Policy           admission budget deferred doors ledger limits record approval_words arrival
+                        console login_prompt redaction small_requests
+    18 HTTP server      server websocket relay loop waiting attacks freezing let_go hosts doors fuzz
+                        hostile arrival loop_faults memory rounds same_head turns
+    19 Page             browser page_texts page_routes
+    20 Endpoints        endpoints translate server websocket gemini ollama azure search
+                        looked_at_once loop_faults page_routes sdk_doors search_loop splice uploads
+    21 Demo             cli demo
+    22 Setup            setup setups readme merging newcomer
+    23 Commands         cli auth network output today console login_prompt merging newcomer
+                        redaction reports terminal
+    24 Main             cli output scaleout memory
 """
 from __future__ import annotations
 
