@@ -6,7 +6,7 @@ of WebSockets in socket_client.py, the make-believe service in fake_upstream.py
 (test_fake_upstream.py), figures of the file in gauges.py; what a process of the command line does
 first, in forked.py.
 
-Section of copilot_proxy.py and the test_*.py that hold it (new ones say theirs at their top):
+Section of copilot_proxy.py and the test_*.py that hold it (new ones: see their docstring):
 
      1 Imports          layers old_pythons
      2 Constants        layers page_texts terminal
