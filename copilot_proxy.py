@@ -2350,10 +2350,8 @@ class Model:
 
     def output_cap(self, stream: bool) -> int:
         """The largest max_tokens that the upstream takes for such a call, 0 if unknown."""
-        most, whole = (
-            self.limit("max_output_tokens"),
-            self.limit("max_non_streaming_output_tokens"),
-        )
+        most = self.limit("max_output_tokens")
+        whole = self.limit("max_non_streaming_output_tokens")
         if whole and not stream:
             return min(most or whole, whole)
         return most
@@ -3596,15 +3594,13 @@ class SSEDecoder:
 
 CONTINUATION, TEXT_FRAME, CLOSE_FRAME, PING_FRAME, PONG_FRAME = 0, 1, 8, 9, 10
 #: the codes with which a connection is closed
-NORMAL, GOING_AWAY, PROTOCOL_ERROR, NO_TEXT, NOT_UTF8, POLICY, TOO_LARGE = (
-    1000,
-    1001,
-    1002,
-    1003,
-    1007,
-    1008,
-    1009,
-)
+NORMAL = 1000
+GOING_AWAY = 1001
+PROTOCOL_ERROR = 1002
+NO_TEXT = 1003
+NOT_UTF8 = 1007
+POLICY = 1008
+TOO_LARGE = 1009
 MAX_CONTROL_BYTES = 125
 _SOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{21}[AQgw]==")  # 16 bytes
 _SOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -4816,10 +4812,8 @@ class Dialect:
 
     def __init_subclass__(cls) -> None:
         pairs = tuple(reversed(cls.STOP_REASONS))
-        cls.TO_NEUTRAL, cls.TO_WIRE = (
-            dict(pairs),
-            {neutral: wire for wire, neutral in pairs},
-        )
+        cls.TO_NEUTRAL = dict(pairs)
+        cls.TO_WIRE = {neutral: wire for wire, neutral in pairs}
 
     def error_body(self, error: ProxyError, request_id: str) -> Json:
         """OpenAI's shape: {"error":{"message","type","param","code"}}"""
@@ -6244,11 +6238,9 @@ def offered_tools(
     """(tools, tool_choice, output schema) that go upstream. A schema that the model
     cannot keep to by itself becomes a tool that must be called. bare: the dialect has
     JSON without a schema."""
-    tools, choice, schema = (
-        list(request.tools),
-        request.tool_choice,
-        request.output_schema,
-    )
+    tools = list(request.tools)
+    choice = request.tool_choice
+    schema = request.output_schema
 
     if isinstance(choice, Named) and choice.name not in [tool.name for tool in tools]:
         raise BadRequest(
@@ -6649,10 +6641,8 @@ class ChatChunks:
     def _read_call(self, choice: int, place: int, delta: Json) -> Json:
         """The delta of a call that the client gets, {} while the call's name is
         unknown."""
-        index, call_id = (
-            count_or_zero(delta.get("index", place)),
-            str(delta.get("id") or ""),
-        )
+        index = count_or_zero(delta.get("index", place))
+        call_id = str(delta.get("id") or "")
         call = self._find_call(choice, index, call_id)
         call.read_names(delta, call_id)
         changes = call.add(delta)
@@ -7271,10 +7261,8 @@ class ChatCompletions(Dialect):
         parts = reasoning_parts(self.name, thought, message.get("reasoning_opaque"))
         content = message.get("content")
         refusals = [p.get("refusal") for p in as_list(content) if isinstance(p, dict)]
-        text, refusal = (
-            text_of(content),
-            message.get("refusal") or next(filter(None, refusals), ""),
-        )
+        text = text_of(content)
+        refusal = message.get("refusal") or next(filter(None, refusals), "")
         if text:
             parts.append(Text(text))
         if refusal:
@@ -12316,11 +12304,9 @@ class CompletionStream(StreamRelay):
     def reshape(self, data: bytes) -> bytes:
         """Convert bytes of the chat client's stream for this client."""
         inner, out = self._inner, []
-        self.ended, self.error, self.has_content = (
-            inner.ended,
-            inner.error,
-            inner.has_content,
-        )
+        self.ended = inner.ended
+        self.error = inner.error
+        self.has_content = inner.has_content
         for raw in split_frames(data):
             if raw.startswith(b"data: {"):
                 value = loads(Frame.parse(raw).data)
@@ -16799,12 +16785,10 @@ class RefreshingValue:
         dead: Callable[[Any], bool],
         pauses_s: tuple[float, ...],
     ) -> None:
-        self._fetch, self._is_due, self._is_dead, self._pauses_s = (
-            fetch,
-            due,
-            dead,
-            pauses_s,
-        )
+        self._fetch = fetch
+        self._is_due = due
+        self._is_dead = dead
+        self._pauses_s = pauses_s
 
         self._lock = threading.Lock()
         self.value: Any = None
@@ -31725,10 +31709,8 @@ def try_client(
 
     if dialect.name in TRIALS:
         route, text, place = TRIALS[dialect.name]
-        url, body = (
-            values["url"] + route % values,
-            json.loads(text % escape_all(values)),
-        )
+        url = values["url"] + route % values
+        body = json.loads(text % escape_all(values))
     else:
         url = values["url"] + "/v1" + dialect.path.replace("/v1", "")
         body = dict(dialect.encode_request(request, model), model=values["main"])
