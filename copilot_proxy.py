@@ -14393,9 +14393,11 @@ class Plan:
     loop: SearchLoop | None = None
     headers: Headers = field(init=False, default_factory=dict)
     answer: Json = field(init=False, default_factory=dict)
-    begun: bytes = field(init=False, default=b"")
-    is_whole: bool = field(init=False, default=False)
-    tries: int = field(init=False, default=0)
+    # by a factory, so that they are set at once: of a field that comes late to many
+    # objects at a time Python makes a dictionary for each of them, 800 bytes
+    begun: bytes = field(init=False, default_factory=bytes)
+    is_whole: bool = field(init=False, default_factory=bool)
+    tries: int = field(init=False, default_factory=int)
     repairs: PlanRepairs = field(init=False, default_factory=PlanRepairs)
 
     @classmethod
