@@ -7735,7 +7735,7 @@ _ITEM_PREFIXES = {
     "apply_patch_call": "apc_",
     "computer_call": "cu_",
 }
-_ITEM_ID = re.compile(rb'"item_id":\s*"((?:[^"\\]|\\.)*)"')
+_ITEM_ID = re.compile(rb'"item_id":\s*"[^"]*(?<!\\)"')
 _SEQUENCE_KEY = b'"sequence_number":'
 _SEQUENCE = re.compile(rb'"sequence_number":\s*(\d{1,15})(?!\d)')
 _OUTPUT_INDEX = re.compile(rb'"output_index":\s*(\d{1,15})(?!\d)')
@@ -7976,24 +7976,34 @@ class ResponsesStream(StreamRelay):
     # -- without a parser
 
     def _quick(self, block: bytes) -> bytes:
-        if not self.has_content or self._held or self._nameless:
+        is_waiting = self._held or self._nameless or self._ciphered
+        if is_waiting or not (self.has_content and block.startswith(b"event: ")):
             return b""
-        if self._is_plain(block):
-            return block
-        return self._with_known_id(block)
-
-    def _is_plain(self, block: bytes) -> bool:
-        """Are these events all of one kind and of the open item, under its one id?"""
-        marker = self._marker
-        if not marker or self._ciphered or not block.startswith(b"event: "):
-            return False
         count = count_alike(block, _SEQUENCE_KEY)
-        return (
-            count > 0
-            and block.count(marker) == count
-            and b'"obfuscation"' not in block
-            and self._count_on(block, count)
-        )
+        if not count or b'"obfuscation"' in block:
+            return b""
+        if not self._marker or block.count(self._marker) != count:
+            block = self._with_known_id(block, count)
+        if block and self._count_on(block, count):
+            return block
+        return b""
+
+    def _with_known_id(self, block: bytes, count: int) -> bytes:
+        """So many deltas of one item in which only the bytes of the id are exchanged;
+        b'' if they must be parsed."""
+        is_delta = block.startswith(b".delta\n", block.find(b"\n") - len(b".delta"))
+        index = _OUTPUT_INDEX.search(block)
+        if not is_delta or not index:
+            return b""
+        known = dumps(self._ids.get(int(index.group(1))))
+        whole_index = block[index.start() : index.end() + 1]
+        if known == b"null" or b"\\" in known or block.count(whole_index) != count:
+            return b""
+
+        mended, ids = _ITEM_ID.subn(b'"item_id":' + known, block)
+        if ids != count:
+            return b""
+        return mended
 
     def _count_on(self, block: bytes, count: int) -> bool:
         """Do so many frames continue with sequence numbers above those that were sent,
@@ -8008,23 +8018,6 @@ class ResponsesStream(StreamRelay):
             return False
         self._sequence = number + count
         return True
-
-    def _with_known_id(self, raw: bytes) -> bytes:
-        """One delta in which only the bytes of the id are exchanged; b'' if it must be
-        parsed."""
-        if raw.find(b"\n\n") + 2 < len(raw) or b'"obfuscation"' in raw:
-            return b""
-        name_end = raw.find(b".delta\ndata: ")
-        if name_end < 0 or raw.count(b"\n") != 3 or not raw.startswith(b"event: "):
-            return b""
-        found, index = _ITEM_ID.search(raw), _OUTPUT_INDEX.search(raw)
-        if index:
-            known = self._ids.get(int(index.group(1)))
-        else:
-            known = None
-        if not found or known is None or not self._count_on(raw, 1):
-            return b""
-        return raw[: found.start(1)] + known.encode() + raw[found.end(1) :]
 
     # -- with one
 

@@ -186,6 +186,13 @@ class ResponsesEvents(Events):
         super().__init__(numbers)
         self.sequence = 0
         self.index = -1
+        self.is_fresh = numbers.random() < 0.3              # a new id in each event
+
+    def item_id(self) -> str:
+        if self.is_fresh:
+            odd = self.numbers.choice(("new",) * 9 + ('quoted"', "back\\slash", "long" * 40))
+            return odd + str(self.sequence)
+        return "i%d" % self.index
 
     def numbered(self, kind: str, **more: object) -> bytes:
         self.sequence += 1
@@ -202,7 +209,7 @@ class ResponsesEvents(Events):
 
     def about(self, kind: str, **more: object) -> bytes:
         return self.numbered(kind, **dict({
-            "item_id": "i%d" % self.index, "output_index": self.index, "content_index": 0}, **more))
+            "item_id": self.item_id(), "output_index": self.index, "content_index": 0}, **more))
 
     def delta(self) -> bytes:
         return self.about("output_text.delta", delta=self.text())
