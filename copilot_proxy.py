@@ -5609,9 +5609,9 @@ def _read_source(part: Json, place: str, request: Request) -> list[Part]:
             "'%s': %ss must be sent as base64" % (place, kind), param=place
         )
 
-    media, data, url = (
-        str(source.get(key) or "") for key in ("media_type", "data", "url")
-    )
+    media = str(source.get("media_type") or "")
+    data = str(source.get("data") or "")
+    url = str(source.get("url") or "")
     if kind == "image":
         return [Image(media, data, url)]
     title = word(part.get("title"))
@@ -6222,11 +6222,9 @@ def fit_effort(request: Request, model: Model) -> str | None:
 def fit_budget(budget: int | None, room: int | None, model: Model) -> int | None:
     """A thinking budget in tokens as the model takes it, `room` for all of the answer;
     None when it takes none or there is no room."""
-    least, most = (
-        count_or_zero(model.supports.get(k))
-        for k in ("min_thinking_budget", "max_thinking_budget")
-    )
-    least, room = max(least, 1024), room or most + 1
+    least = max(count_or_zero(model.supports.get("min_thinking_budget")), 1024)
+    most = count_or_zero(model.supports.get("max_thinking_budget"))
+    room = room or most + 1
     if budget and most and room > least:
         return max(least, min(budget, most, room - 1))
     return None
@@ -10464,10 +10462,12 @@ class MessagesEncoder(StreamEncoder):
         kind, key = "text_delta", "text"
 
         if block["type"] == "thinking" and isinstance(part, Reasoning):
-            kind, key, self._thinking = "thinking_delta", "thinking", part
+            kind, key = "thinking_delta", "thinking"
+            self._thinking = part
             block["signature"] = ""
         elif block["type"] in ("tool_use", "server_tool_use"):
-            kind, key, block["input"] = "input_json_delta", "partial_json", {}
+            kind, key = "input_json_delta", "partial_json"
+            block["input"] = {}
 
         delta = self._event(
             "content_block_delta",
@@ -14838,8 +14838,9 @@ def image_tokens(url: str, is_claude: bool) -> int:
     if is_claude:
         return min(_FILE_TOKENS, wide * high // 750 + 1)
     scale = min(1, 2048 / max(wide, high, 1), 768 / max(min(wide, high), 1))
-    across, down = (-(-round(side * scale, 3) // 512) for side in (wide, high))
-    return 85 + 170 * int(across * down)
+    across = math.ceil(round(wide * scale, 3) / 512)
+    down = math.ceil(round(high * scale, 3) / 512)
+    return 85 + 170 * across * down
 
 
 def _as_json(value: Any) -> str:
@@ -15010,9 +15011,11 @@ def drop_places(plan: Plan, fields: list[tuple[Json, str]]) -> bool:
 def drop_field(plan: Plan, path: str) -> bool:
     """Remove a field that the upstream does not know."""
     body = plan.edit.body
-    return drop_places(
-        plan, next(filter(None, (places(body, root + path) for root in _ROOTS)), [])
-    )
+    for root in _ROOTS:
+        fields = places(body, root + path)
+        if fields:
+            return drop_places(plan, fields)
+    return False
 
 
 def value_mark(value: Any) -> str:
@@ -16455,7 +16458,8 @@ class KeyFile:
 
     def _read(self, stamp: Any) -> None:
         """Read the file, whose stamp this is; None if there is none. Raises ConfigError."""
-        is_first, self._stamp, self._keys = self._stamp == (), stamp, []
+        is_first = self._stamp == ()
+        self._stamp, self._keys = stamp, []
         if stamp is not None:
             try:
                 with open(self.path, "rb") as file:
@@ -20147,7 +20151,8 @@ class History:
     dropped: the number of rows that were lost."""
 
     def __init__(self, path: str, log: logging.Logger) -> None:
-        self.path, self._log, self.problem, self.dropped = path, log, "", 0
+        self.path, self._log = path, log
+        self.problem, self.dropped = "", 0
         self._rows: collections.deque[Json] = collections.deque()
         self._jobs: collections.deque[Callable[[Any], None]] = collections.deque()
         self._hurry, self._closing = threading.Event(), False
@@ -27721,7 +27726,7 @@ async def fetch_vectors(
     batch = model.limit("max_inputs")
     if batch < 1:
         batch = EMBEDDING_BATCH
-    await admit(exchange, {"input": texts[0]}, model, -(-len(texts) // batch))
+    await admit(exchange, {"input": texts[0]}, model, math.ceil(len(texts) / batch))
 
     items: list[bytes] = []
     counts = {"prompt_tokens": 0, "total_tokens": 0}
@@ -31122,10 +31127,9 @@ def missing_models(app: App, models: list[Model]) -> list[str]:
 def price_text(price: Json) -> str:
     """The price that the account reports: USD per million tokens in/out, or the request
     multiplier."""
-    into, out, multiplier = (
-        text_number_or_none(price.get(name))
-        for name in ("input", "output", "multiplier")
-    )
+    into = text_number_or_none(price.get("input"))
+    out = text_number_or_none(price.get("output"))
+    multiplier = text_number_or_none(price.get("multiplier"))
     if into is not None and out is not None:
         return "$%.2f/$%.2f" % (into, out)
     if multiplier is None:
@@ -31377,7 +31381,9 @@ def debug_report(app: App) -> Json:
 
 def probe_network(app: App) -> tuple[list[str], bool]:
     """(a line for each hop to each host, is everything well)."""
-    settings, lines, well = app.settings, [], True
+    settings = app.settings
+    lines: list[str] = []
+    well = True
     with contextlib.suppress(ImportError, OSError):
         import winreg
 
@@ -32197,7 +32203,7 @@ def add_command_flags(commands: Mapping[str, Parser]) -> None:
     commands["completion"].add_argument(
         "shell", nargs="?", default="", metavar="SHELL", help=", ".join(COMPLETIONS)
     )
-    auth, debug, table = (commands[name] for name in ("auth", "debug", "models"))
+    auth, debug, table = commands["auth"], commands["debug"], commands["models"]
     auth.add_argument(
         "--import",
         dest="import_login",
