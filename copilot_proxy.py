@@ -24089,7 +24089,9 @@ class EventLoop:
         heapq.heappush(self._timers, (when_s, id(work), work))
 
     def wake_in_turn(self, task: Task, what: Wait, value: Any = None) -> None:
-        """Resume the task when the running streams have been served."""
+        """Resume the task when the running streams have been served. What it waited
+        for has come, so its time cannot be over any more."""
+        task.deadline = math.inf
         self._turns.append((task, what, value))
 
     def run_in_thread(self, work: Callable[[], Any], task: Task, what: Wait) -> None:
@@ -24149,7 +24151,8 @@ class EventLoop:
 
     def _take_events(self, ready: list[tuple[selectors.SelectorKey, int]]) -> None:
         """Send on the events of streams, then move requests on. Beside streams this has
-        a limit, as the turns have: the selector reports again what is left."""
+        a limit, as the turns have: the selector reports again what is left. Before a
+        timer all is taken, or the time of what has come already would be over."""
         others = []
         for key, mask in ready:
             task = key.data.waiter
@@ -24161,7 +24164,8 @@ class EventLoop:
             return
 
         until = math.inf
-        if len(others) < len(ready):
+        is_timer_due = bool(self._timers) and self._timers[0][0] <= self.now
+        if len(others) < len(ready) and not is_timer_due:
             until = self._end_of_slice()
         for connection, mask in others:
             self._on_ready(connection, mask)

@@ -89,6 +89,34 @@ class RoundTest(TurningCase):
         moved = [name for name in self.round() if name != "stream"]
         self.assertEqual(len(moved), 25)
 
+    def test_before_the_limits_of_time_are_looked_at_all_that_came_is_taken(self) -> None:
+        self.requests(12)
+        self.stream()
+        self.loop._call_at(self.now, self.loop._tick)
+        self.assertEqual(len(self.round()), 13)
+
+    def test_who_waits_for_its_turn_is_not_too_late(self) -> None:
+        results = []
+
+        class News(cp.Wait):
+            timeout_s = 1.0
+
+            def begin(self, loop: cp.EventLoop, task: cp.Task) -> None:
+                self.task = task
+
+        news = News()
+
+        async def read() -> None:
+            results.append(await cp.wait(news))
+
+        self.loop.spawn(read())
+        self.loop._take_inbox()
+        self.loop.wake_in_turn(news.task, news, "data")
+        self.now = self.loop.now = self.loop.now + 5.0
+        self.loop._tick()
+        self.loop._take_turns()
+        self.assertEqual(results, ["data"])
+
 
 if __name__ == "__main__":
     unittest.main()
