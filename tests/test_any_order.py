@@ -254,6 +254,32 @@ class ResponsesEvents(Events):
             self.frame({"type": "error", "message": "no", "code": "x"})])
 
 
+class FewLooksTest(unittest.TestCase):
+    """What needs no look at each event, and what it gives."""
+
+    def test_deltas_with_an_id_each_are_not_looked_into_one_by_one(self) -> None:
+        events = ResponsesEvents(random.Random(1))
+        begin = events.begin() + events.delta()
+        block = b"".join(events.about("output_text.delta", delta="x", item_id="%d" % number * 99)
+                         for number in range(400))
+        stream = cp.RESPONSES.stream("m", {}, cp.Request("m", key="k", now=7))
+        stream.feed(begin)
+        with mock.patch.object(stream, "_mend", side_effect=stream._mend) as looks:
+            out = stream.feed(block)
+        self.assertEqual(out.count(b'"item_id":"i0"'), 400)
+        self.assertLess(looks.call_count, 60)           # a few are not as most are
+
+    def test_a_chat_that_begins_with_a_text_has_the_role_once(self) -> None:
+        events = ChatEvents(random.Random(1))
+        more: dict[str, object]
+        for more in ({}, {"role": "assistant"}):
+            with self.subTest(more):
+                stream = cp.CHAT.stream("m", {}, cp.Request("m", key="k", now=7))
+                out = b"".join(stream.feed(events.chunk(dict({"content": "x"}, **more)))
+                               for _ in range(3))
+                self.assertEqual(out.count(b'"role"'), 1)
+
+
 class AnyOrderTest(unittest.TestCase):
     ROUNDS = 60 if SLOW else 16
 
