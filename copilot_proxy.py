@@ -2390,8 +2390,6 @@ class BodyEdit:
     has changed, too."""
 
     added: frozenset[str] = frozenset()  # nearly always this one
-    changed = False
-    is_rewritten = False
 
     def __init__(
         self,
@@ -2403,6 +2401,7 @@ class BodyEdit:
         self.body = body
         self.go_on = go_on  # asked between long steps: may raise ClientGone
         self.is_words = is_words  # a conversation of roles and texts, nothing else
+        self.changed = self.is_rewritten = False
         if losses is None:
             losses = Losses()
         self.losses = losses
