@@ -395,7 +395,7 @@ class AttackTest(SharedCase):
                 self.assertEqual(reply.status, 200, reply.body)
                 self.assertIn(b"4 ....", reply.body)
                 served += 1
-        self.assertLess(len(wrong), 4)
+        self.assertLess(len(wrong), len(ATTACKS) * rounds // 8)
         for attack in wrong:                    # a busy machine may have sent it too slowly
             self.check(attack, self.attack(attack))
         self.assertGreater(served, 2)

@@ -354,6 +354,12 @@ class DatabaseTest(HistoryCase):
             self.assertEqual(self.rows(1, proxy)[0]["model"], "gpt-4.1")
             self.assertEqual(os.listdir(proxy.data_dir), [])
 
+    def wait_for_tries(self, proxy: Proxy) -> None:
+        """Until the history has paused three times, after tries that failed."""
+        hurry = proxy.app.ledger.history._hurry
+        with mock.patch.object(hurry, "wait", wraps=hurry.wait) as wait:
+            wait_until(lambda: wait.call_count >= 3)
+
     def test_a_locked_file_delays_nothing_and_loses_nothing(self) -> None:
         self.ask()
         self.rows(1)
@@ -365,7 +371,7 @@ class DatabaseTest(HistoryCase):
             self.ask()
         self.assertLess(time.monotonic() - began, 5)
         wait_until(lambda: "locked" in (self.stats()["history"]["problem"] or ""))
-        time.sleep(0.3)
+        self.wait_for_tries(self.proxy)
         self.assertEqual(self.proxy.log_text().count("no history is written"), 1)
         lock.execute("COMMIT")
         self.rows(11)
@@ -465,7 +471,7 @@ class DatabaseTest(HistoryCase):
             for _ in range(20):
                 self.ask(proxy)
             wait_until(lambda: self.stats(proxy)["history"]["problem"])
-            time.sleep(0.2)
+            self.wait_for_tries(proxy)
             self.assertEqual(proxy.log_text().count("no history is written"), 1)
             with mock.patch.object(cp, "HISTORY_WAIT_S", 0.05):
                 self.assertEqual(proxy.get("/history").json["rows"], [])
