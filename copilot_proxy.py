@@ -3040,8 +3040,8 @@ class RequestHead:
 
     @functools.cached_property
     def keep_alive(self) -> bool:
-        wish = self.headers.get("connection", "").lower()
-        return "close" not in wish and (self.minor == 1 or "keep-alive" in wish)
+        wanted = self.headers.get("connection", "").lower()
+        return "close" not in wanted and (self.minor == 1 or "keep-alive" in wanted)
 
     def body_form(self, length: str | None) -> tuple[int, bool]:
         """(length, is chunked) of a request with this head and this Content-Length.
@@ -3885,7 +3885,7 @@ def restore_names(data: bytes, names: Mapping[bytes, bytes]) -> bytes:
     answer."""
     if not names:
         return data
-    return _SHORT_NAME.sub(lambda found: names.get(found.group(), found.group()), data)
+    return _SHORT_NAME.sub(lambda match: names.get(match.group(), match.group()), data)
 
 
 _REPORT_FIELDS = ("usage", "copilot_usage", "copilot_quota_snapshots")
@@ -14564,11 +14564,11 @@ class Plan:
         if isinstance(self.pipeline, TranslatedStream):
             return self.pipeline.tell(events)
         assert self.loop is not None
-        told = self.loop.add_events(events)
-        if not told:
+        shown_events = self.loop.add_events(events)
+        if not shown_events:
             return b""
         filters = event_filters(self.request, self.meter)
-        response = fold(pass_through(filters, told))
+        response = fold(pass_through(filters, shown_events))
         self.answer = self.client.encode_response(response, self.request)
         return dumps(self.answer)
 
@@ -15424,31 +15424,31 @@ class LearnedRepairs:
         of the table knows how."""
         if not isinstance(error, UpstreamError) or not error.answered:
             return False
-        said = "code=%s param=%s %s" % (error.code or "", error.param or "-", error)
-        said = said[:REPAIR_TEXT_CHARS]  # patterns may look far ahead
+        text = "code=%s param=%s %s" % (error.code or "", error.param or "-", error)
+        text = text[:REPAIR_TEXT_CHARS]  # patterns may look far ahead
         return any(
-            self._apply(repair, plan, said)
+            self._apply(repair, plan, text)
             for repair in REPAIRS
             if error.status in repair.statuses and error.code not in repair.unless
         )
 
     @staticmethod
-    def _apply(repair: Repair, plan: Plan, said: str) -> bool:
+    def _apply(repair: Repair, plan: Plan, text: str) -> bool:
         """Apply one row of the table to the plan. Returns True if that changed
         anything."""
         is_changed = False
-        for found in re.finditer(repair.pattern, said):
-            doubtful = is_echo(found.group(), plan.edit.body)
+        for match in re.finditer(repair.pattern, text):
+            doubtful = is_echo(match.group(), plan.edit.body)
             if doubtful and repair.name == "tool":  # it may teach at once, see `avoid`
                 continue
-            plan.repairs.quote(*[word for word in found.groups() if word is not None])
+            plan.repairs.quote(*[word for word in match.groups() if word is not None])
             if not repair.patch(plan, *plan.repairs.words):
                 continue
 
             is_changed = True
             plan.repairs.names.append(repair.name)
             doubtful = (
-                doubtful or repair.name == "field" and bool(_CONDITION.search(said))
+                doubtful or repair.name == "field" and bool(_CONDITION.search(text))
             )
             has_words = repair.keeps == FOR_MODEL or bool(plan.repairs.words)
             if repair.keeps != ONCE and has_words and not doubtful:
@@ -18214,11 +18214,8 @@ def explain_refusal(token: CopilotToken, error: UpstreamError) -> UpstreamError:
 def override(headers: Headers, own: Mapping[str, str]) -> Headers:
     """Merge the user's own headers over these. Names are compared without case."""
     lower = {name.lower() for name in own}
-    if own:
-        kept = {k: v for k, v in headers.items() if k.lower() not in lower}
-    else:
-        kept = headers
-    return dict(kept, **own)
+    others = {k: v for k, v in headers.items() if k.lower() not in lower}
+    return {**others, **own}
 
 
 class GitHub:
@@ -18449,11 +18446,12 @@ class GitHub:
             )
 
         if "rate limit" in text.lower():
+            retry_headers = {}
             if "retry-after" in headers:
-                kept = {"retry-after": headers["retry-after"]}
-            else:
-                kept = {}
-            return RateLimited(f"GitHub limits calls to {host}: {text}", headers=kept)
+                retry_headers["retry-after"] = headers["retry-after"]
+            return RateLimited(
+                f"GitHub limits calls to {host}: {text}", headers=retry_headers
+            )
 
         if is_machine and status in (403, 404):
             return AuthError(
@@ -18559,9 +18557,8 @@ class DeviceLogin:
 
         while time.monotonic() < deadline:
             left = deadline - time.monotonic()
-            if self.stop.wait(
-                min(interval + self._margin_s, left)
-            ):  # first sleep, then ask
+            # first sleep, then ask
+            if self.stop.wait(min(interval + self._margin_s, left)):
                 return ""
 
             answer = run(self._github.poll(code))
@@ -18569,8 +18566,8 @@ class DeviceLogin:
             if answer.get("access_token"):
                 return str(answer["access_token"])
             if problem == "slow_down":
-                wish = number_or(answer.get("interval"), 0, 0, MAX_POLL_S)
-                interval = min(max(interval + 5, wish), MAX_POLL_S)
+                wanted_s = number_or(answer.get("interval"), 0, 0, MAX_POLL_S)
+                interval = min(max(interval + 5, wanted_s), MAX_POLL_S)
             elif problem == "expired_token":
                 return None
             elif problem == "access_denied":
@@ -19904,11 +19901,11 @@ def fold_rows(link: Any) -> bool:
     """Add the next ROWS_FOLDED rows to `sums`. Returns False if there are not so many."""
     with link:
         link.execute("BEGIN IMMEDIATE")  # another process may do the same
-        found = link.execute(
+        last_row = link.execute(
             "SELECT n FROM requests WHERE %s ORDER BY n LIMIT 1 OFFSET %d"
             % (IS_NEW, ROWS_FOLDED - 1)
         ).fetchone()
-        if found is None:
+        if last_row is None:
             return False
         # both in one statement: what is new is looked up once
         link.execute(
@@ -19917,7 +19914,7 @@ def fold_rows(link: Any) -> bool:
             f"FROM requests WHERE {IS_NEW} AND n <= ?1 GROUP BY 2, 3, 4, 5 UNION ALL "
             f"SELECT ?1, {LOCAL_HOUR}, NULL, NULL, NULL, session, {SUMS} FROM requests "
             f"WHERE {IS_NEW} AND n <= ?1 AND session IS NOT NULL GROUP BY 2, 6",
-            found,
+            last_row,
         )
 
     return True
@@ -20184,11 +20181,11 @@ class History:
         answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         def job(link: Any) -> None:
-            found = None
+            result = None
             try:
-                found = work(link) if link else None
+                result = work(link) if link else None
             finally:
-                answer.put(found)
+                answer.put(result)
 
         self.ask(job)
         with contextlib.suppress(queue.Empty):
@@ -20198,10 +20195,10 @@ class History:
     def query(self, sql: str, *values: Any) -> list[Json]:
         """The rows of a query as objects; [] if they are not there within
         HISTORY_WAIT_S."""
-        found: list[Json] | None = self.read(
+        rows: list[Json] | None = self.read(
             lambda link: objects(link.execute(sql, values))
         )
-        return found or []
+        return rows or []
 
     def close(self) -> None:
         """Write the queued rows and end the thread."""
@@ -20274,7 +20271,7 @@ class History:
         while self._jobs:
             self._jobs.popleft()(link)
         while self._rows:
-            rows = [self._rows[at] for at in range(len(self._rows))]
+            rows = [self._rows[index] for index in range(len(self._rows))]
             with link:
                 insert_rows(link, rows)
                 if secrets.randbelow(1000) < len(rows):  # now and then
@@ -20670,14 +20667,16 @@ class Budget:
         """Is anything limited?"""
         return bool(self._limits)
 
-    async def admit(self, payer: str, wish: str | None, running: int = 0) -> None:
-        """Return if another call may be sent. wish: the header that limits this payer;
-        running: nano-AIU that its request has spent so far. Raises RateLimited,
-        BadRequest."""
-        if wish is None and not self._limits:
+    async def admit(
+        self, payer: str, limit_header: str | None, running: int = 0
+    ) -> None:
+        """Return if another call may be sent. limit_header: the session's limit as its
+        client set it, or None; running: nano-AIU that its request has spent so far.
+        Raises RateLimited, BadRequest."""
+        if limit_header is None and not self._limits:
             return
-        limit = text_number_or_none(wish)
-        if wish is not None and (limit is None or limit < 0):
+        limit = text_number_or_none(limit_header)
+        if limit_header is not None and (limit is None or limit < 0):
             raise BadRequest(
                 "x-copilot-proxy-budget: say how many credits this session may spend"
             )
@@ -20690,7 +20689,9 @@ class Budget:
             await wait(Pause(BUDGET_LOOK_S))
         self.loaded.set()  # a locked file delays no other request
 
-        for line in self._lines({"": running, payer: running}, ("", wish and payer)):
+        for line in self._lines(
+            {"": running, payer: running}, ("", limit_header and payer)
+        ):
             if line["state"] != "spent":
                 continue
             text = (
@@ -26854,8 +26855,8 @@ async def alpha_search(exchange: HttpExchange) -> None:
     search = SearchQuery(
         "\n".join(queries), search_tool(dict(settings, filters=filters))
     )
-    found, _ = await Job.search(exchange, await account_for(exchange), search)
-    output = with_sources(found.text, found.sources)
+    findings, _ = await Job.search(exchange, await account_for(exchange), search)
+    output = with_sources(findings.text, findings.sources)
     exchange.reply_json({"output": output, "encrypted_output": None})
 
 
@@ -27800,16 +27801,12 @@ def served_endpoints(model: Model) -> list[str]:
 
 def model_entry(model: Model) -> Json:
     """One model in a form that the SDKs of both OpenAI and Anthropic can parse."""
-    found = re.search(r"(20\d\d)-(\d\d)-(\d\d)", str(model.entry.get("version") or ""))
-    if found:
-        created = moment_or_none(found.group())
-    else:
-        created = None
-    # unknown, as Anthropic says it
-    if found and created:
-        date = found.group()
-    else:
-        date = "1970-01-01"
+    match = re.search(r"(20\d\d)-(\d\d)-(\d\d)", str(model.entry.get("version") or ""))
+    date, created = "1970-01-01", None  # unknown, as Anthropic writes it
+    if match:
+        created = moment_or_none(match.group())
+    if match and created:
+        date = match.group()
 
     return {
         "id": model.id,
@@ -28245,8 +28242,8 @@ async def fetch_values(
 ) -> list[bytes]:
     """The vector of each request, in Google's form."""
     texts = [
-        content_text(request, "requests[%d]" % at)
-        for at, request in enumerate(requests)
+        content_text(request, "requests[%d]" % number)
+        for number, request in enumerate(requests)
     ]
     sizes = [camel_keys(request).get("outputDimensionality") for request in requests]
     body = without_none(
