@@ -1426,9 +1426,8 @@ def number_or_none(
     value: Any, least: float = -MAX_COUNT, most: float = MAX_COUNT
 ) -> float | None:
     """A JSON number from `least` to `most`, unchanged; None for anything else."""
-    if (
-        type(value) in (int, float) and least <= value <= most
-    ):  # false for what is no number
+    # NaN compares as false
+    if type(value) in (int, float) and least <= value <= most:
         return value  # type: ignore[no-any-return]
     return None
 
@@ -3169,9 +3168,8 @@ def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
     status, reason = parse_status_line(line[:MAX_TARGET_BYTES])
     fields_ = _PLAIN_FIELD.findall(rest)
     headers: Headers = {name.lower(): value.strip() for name, value in fields_}
-    if len(headers) == rest.count("\n") + bool(
-        rest
-    ):  # nearly always: each line is a field
+    lines = rest.count("\n") + bool(rest)
+    if len(headers) == lines:  # nearly always: each line is a field
         return status, reason, headers
 
     headers = {}
@@ -10440,9 +10438,8 @@ class MessagesEncoder(StreamEncoder):
             self._waiting[index].append(event)
             return b""
         out = [super().feed(event)]
-        while (
-            self._waiting and self._active < 0
-        ):  # the next part, those behind it if whole
+        # the next part, and those behind it that are complete
+        while self._waiting and self._active < 0:
             out += map(super().feed, self._waiting.pop(next(iter(self._waiting))))
         if len(out) == 1:
             return out[0]
@@ -17661,9 +17658,8 @@ class UpstreamResponse:
         """Read the body for a bounded time and up to `limit` bytes; the rest is
         discarded."""
         body = bytearray()
-        with contextlib.suppress(
-            UpstreamError
-        ):  # cut, or silent: the beginning must do
+        # if the body is cut or silent its beginning must do
+        with contextlib.suppress(UpstreamError):
             await self._read_until(body, limit, math.inf, total_s)
         return bytes(body[:limit])
 
@@ -20220,10 +20216,8 @@ class History:
         while True:
             try:
                 self._serve(sqlite3)
-            except (
-                sqlite3.OperationalError,
-                OSError,
-            ) as error:  # locked, full, unreachable
+            except (sqlite3.OperationalError, OSError) as error:
+                # it is locked, full or unreachable
                 self._fail("%s: %s" % (self.path, error))
             except sqlite3.Error as error:
                 aside = "%s.bad-%d" % (self.path, time.time_ns())
