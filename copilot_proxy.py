@@ -11793,9 +11793,10 @@ class ThinkingFilter:
 
 
 class StopCutter:
-    """Ends an answer at a stop sequence if the upstream cannot. A sequence may arrive
-    in several deltas, so the end of a text that could be the beginning of one is held
-    back until that is decided. Only texts are searched."""
+    """Ends an answer at a stop sequence if the upstream cannot.
+
+    A sequence may arrive in several deltas, so the end of a text that could be the
+    beginning of one is held back until that is decided. Only texts are searched."""
 
     def __init__(self, sequences: list[str], meter: UsageMeter) -> None:
         self._sequences = [sequence for sequence in sequences if sequence]
@@ -12810,10 +12811,11 @@ def is_plain(body: Json, client: Dialect) -> bool:
 
 
 def normalise(edit: BodyEdit, client: Dialect, model: Model) -> None:
-    """Make a request uniform in its own dialect. Raises BadRequest. Most conversations
-    are in shape already and are looked at once; those of words alone need no care later
-    either. A dialect that only clients speak is translated in any case, by a reader
-    that is lenient enough."""
+    """Make a request uniform in its own dialect. Raises BadRequest.
+
+    Most conversations are in shape already and are looked at once; those of words alone
+    need no care later either. A dialect that only clients speak is translated in any
+    case, by a reader that is lenient enough."""
     if not client.path:
         return
     if is_plain(edit.body, client):
@@ -21345,9 +21347,10 @@ class Notes:
     _room = MAX_NOTE_CHARS - len("+1000000000 more")
 
     def add(self, names: set[str], more: int = 0) -> set[str]:
-        """Add names. Returns those that are listed now and were not before. more: the
-        number of further changes without a name. Names may be added again; they are not
-        counted twice."""
+        """Add names. Returns those that are listed now and were not before.
+
+        more: the number of further changes without a name. Names may be added again;
+        they are not counted twice."""
         fresh = set()
         for name in sorted(names - self.names):
             self._room -= len(name) + len(", ")
@@ -25978,9 +25981,10 @@ def add_fields(data: bytes, fields_: Json) -> bytes:
 
 
 def fit_model(data: bytes, edit: BodyEdit, model_id: str) -> bytes:
-    """Returns the body to send. It is the client's own bytes if only the model's id was
-    changed or fields were added: serialising 1 MB of JSON would take 4 ms, in which no
-    stream moves."""
+    """Returns the body to send.
+
+    It is the client's own bytes if only the model's id was changed or fields were
+    added: serialising 1 MB of JSON would take 4 ms, in which no stream moves."""
     asked = edit.body["model"]
     if not edit.is_rewritten and asked != model_id:
         places = list(re.finditer(rb'"model"\s*:\s*' + re.escape(dumps(asked)), data))
@@ -27678,6 +27682,15 @@ def approvals(exchange: HttpExchange) -> None:
     exchange.reply_json(approval.decide(exchange.argument, state))
 
 
+def is_vector(value: Any) -> bool:
+    """Is this a list of finite numbers?"""
+    return isinstance(value, list) and all(
+        # infinity and NaN differ from themselves by NaN, and no integer is too large for this
+        type(number) in (int, float) and number - number == 0
+        for number in value
+    )
+
+
 def read_embeddings(
     answer: bytes, wanted: int, counts: Json, meter: UsageMeter
 ) -> list[Json]:
@@ -27690,14 +27703,7 @@ def read_embeddings(
     if value.get("error"):
         raise reported_error(value)
     items = [
-        item
-        for item in as_list(value.get("data"))
-        if isinstance(item, dict)
-        and isinstance(item.get("embedding"), list)
-        and all(
-            type(number) in (int, float) and number - number == 0  # finite
-            for number in item["embedding"]
-        )
+        item for item in dicts_in(value, "data") if is_vector(item.get("embedding"))
     ]
     if len(items) != wanted:
         raise UpstreamError(
@@ -30144,8 +30150,10 @@ ROUTES["/connect/*"] = {"GET": connect}
 
 def say(text: str = "") -> None:
     """Print lines for a person and flush them at once, because start scripts wait for
-    them. Text from outside is escaped here; use `printable` first if it must not begin
-    a line. Raises ClientGone if nobody reads (models | head), ProxyError if writing
+    them.
+
+    Text from outside is escaped here; use `printable` first if it must not begin a
+    line. Raises ClientGone if nobody reads (models | head), ProxyError if writing
     fails."""
     try:
         sys.stdout.write(visible(text, keep="\n\t") + "\n")
