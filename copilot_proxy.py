@@ -22263,6 +22263,15 @@ class Accounts:
         """Serve everybody without a key, whatever the file of keys holds."""
         self.keys = KeyFile("", "", ())
 
+    @staticmethod
+    def _offered_keys(headers: Headers) -> list[str]:
+        """The keys and tokens that these headers hold."""
+        offered = [headers[name] for name in KEY_HEADERS if name in headers]
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            offered.append(bearer.strip())
+        return offered
+
     def identify(self, headers: Headers, address: str) -> Caller:
         """Returns the caller who sends these headers; without keys every caller is the
         operator.
@@ -22270,35 +22279,26 @@ class Accounts:
         Raises AuthError for a missing or wrong key, RateLimited if many wrong ones came
         from one address."""
         keys = self.keys.all()
-        offered = [headers[name] for name in KEY_HEADERS if name in headers]
-        scheme, _, bearer = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer":
-            offered.append(bearer.strip())
+        offered = self._offered_keys(headers)
+        valid: list[Key] = []
         if keys:
             valid = [key for key in map(self.keys.find, offered) if key]
-        else:
-            valid = []
-        if not valid and (
-            self.keys.is_closed or any(text.startswith(KEY_PREFIX) for text in offered)
-        ):
+        is_ours = any(text.startswith(KEY_PREFIX) for text in offered)
+        if not valid and (self.keys.is_closed or is_ours):
             raise self._wrong_key(offered, address)
 
-        issued = next((key for key in valid if key.token), None)
-        if issued:
-            token = issued.token
-        else:
-            token = next(filter(_GITHUB_KEY.fullmatch, offered), "")
-        if not token:
-            key_id = valid[0].id if valid else ""
-            return Caller(address, True, True, key_id)
-
-        account = self.of_token(token, issued.login if issued else "")
         is_operator = any(not key.token for key in valid)
-        if valid:
-            key_id = (issued or valid[0]).id
-        else:
-            key_id = account.id
-        return Caller(address, True, is_operator, key_id, account)
+        for key in valid:
+            if key.token:
+                account = self.of_token(key.token, key.login)
+                return Caller(address, True, is_operator, key.id, account)
+
+        key_id = valid[0].id if valid else ""
+        token = next(filter(_GITHUB_KEY.fullmatch, offered), "")
+        if not token:
+            return Caller(address, True, True, key_id)
+        account = self.of_token(token, "")
+        return Caller(address, True, is_operator, key_id or account.id, account)
 
     def _wrong_key(self, offered: list[str], address: str) -> AuthError:
         """Returns the refusal of a missing or wrong key. Raises RateLimited if many
@@ -31808,16 +31808,17 @@ def setup_client(app: App, flags: argparse.Namespace, url: str) -> int:
         fill_file(recipe, row, values, models, app.environ) for row in recipe.files
     ]
 
-    if flags.write and not write_settings(recipe, files, flags.yes):
-        return 1
     steps: list[Json] = []
-    if not flags.write and not flags.check:
+    if flags.write:
+        if not write_settings(recipe, files, flags.yes):
+            return 1
+    elif not flags.check:
         shell = (flags.shell or shell_of(app.environ)).replace("zsh", "bash")
         steps = setup_steps(recipe, values, shell, files)
-    for step in steps:
-        say("%s: %s:\n\n%s\n" % (recipe.about, step["title"], step["text"]))
-    if steps and files:
-        say("'setup %s --write' merges it into what is there.\n" % flags.client)
+        for step in steps:
+            say("%s: %s:\n\n%s\n" % (recipe.about, step["title"], step["text"]))
+        if steps and files:
+            say("'setup %s --write' merges it into what is there.\n" % flags.client)
 
     if recipe.note and (flags.write or not flags.check):
         say(recipe.note % values)
