@@ -2027,7 +2027,7 @@ class Usage:
     cache_write: int = 0
     output: int = 0
     reasoning: int = 0
-    searches: int | None = None  # of the web; None where the model asked for none
+    searches: int | None = None  # of the web; None if the model asked for none
 
     @classmethod
     def of(cls, counts: Mapping[str, int]) -> Usage:
@@ -2398,7 +2398,7 @@ class BodyEdit:
         is_words: bool = False,
     ) -> None:
         self.body = body
-        self.go_on = go_on  # asked between long steps: may raise ClientGone
+        self.go_on = go_on  # called between long steps; may raise ClientGone
         self.is_words = is_words  # a conversation of roles and texts, nothing else
         self.changed = self.is_rewritten = False
         if losses is None:
@@ -3177,7 +3177,7 @@ def parse_response_head(raw: bytes) -> tuple[int, str, Headers]:
     for line in rest.split("\n"):
         before, colon, value = line.partition(":")
         if line[:1] in (" ", "\t"):
-            before, value = "", line  # goes on with the line above
+            before, value = "", line  # continues the line above
         elif not colon or not _TOKEN.match(before.encode("latin-1")):
             name = ""
             continue
@@ -4462,7 +4462,7 @@ class StreamDecoder:
         self._open: dict[int, Part] = {}  # index -> skeleton
         self._empty: set[int] = set()  # parts without any delta so far
         self._blanks: dict[int, int] = {}  # index -> run of white space in arguments
-        self._stop_word = "stop"  # why it stopped, as the parts so far tell it
+        self._stop_word = "stop"  # the stop reason, as far as the parts show it
         self._template = DeltaTemplate()  # of the last delta
         self._template_index = -1  # ... and its part
 
@@ -5227,7 +5227,7 @@ FOREIGN_STATE = "minted by another dialect"
 UNSIGNED_STATE = "without a signature of the upstream"
 NO_COUNTERPART = "no counterpart in the model's dialect"
 OUTPUT_TOOL = "structured_output"
-ERROR_PREFIX = "Error: "  # tells of is_error where the dialect has no field for it
+ERROR_PREFIX = "Error: "  # stands for is_error in dialects without such a field
 FALLBACK_MAX_TOKENS = 8192  # Messages demands a limit; for models that list none
 MAX_STOP_SEQUENCES = 4  # of OpenAI's models
 MAX_WATCHED_STOPS, MAX_STOP_CHARS = 32, 256  # that the proxy itself watches for
@@ -6525,7 +6525,7 @@ class ChatCall:
         self.number = number
         if self.id:
             delta["id"] = self.id
-        delta.setdefault("type", "function")  # openai's Node SDK insists
+        delta.setdefault("type", "function")  # openai's Node SDK requires it
 
     def add(self, delta: Json) -> Json:
         """Join a delta to those that wait. Returns {} while the call still has no name."""
@@ -7859,7 +7859,7 @@ def mend_response_usage(answer: Json) -> None:
     if missing:
         complete = openai_usage(Usage.of(read_usage(usage)), "input", "output")
         usage.update((key, complete[key]) for key in missing)
-    # openai 3.52 insists
+    # openai 3.52 requires it
     usage["input_tokens_details"].setdefault("cache_write_tokens", 0)
 
 
@@ -8217,7 +8217,9 @@ class Responses(Dialect):
         if isinstance(limit, int) and limit < 16:
             edit.set(body, "max_output_tokens", 16)  # OpenAI's own minimum
         wanted, include = "reasoning.encrypted_content", as_list(body.get("include"))
-        if model.efforts and wanted not in include:  # needed to go on without a store
+        if (
+            model.efforts and wanted not in include
+        ):  # needed to continue without a store
             edit.set(body, "include", include + [wanted])
         prepare_tools(
             edit, lambda tool: tool.get("type") not in (None, *_REFUSED_TOOLS)
@@ -9144,7 +9146,7 @@ class ResponsesEncoder(StreamEncoder):
         if event.stop == "refusal" and any(
             isinstance(p, Text) and p.refusal for p in parts
         ):
-            raw = "completed"  # said in words, as OpenAI's own do
+            raw = "completed"  # put into words, as OpenAI's own do
         whole = raw == "completed"
         self.answer.update(
             output=output,
@@ -10006,7 +10008,9 @@ class Messages(Dialect):
 
     def decode_request(self, body: Json) -> Request:
         if "thread" in body:
-            self.prepare(BodyEdit(body), Model(""))  # refuses it as clients want
+            self.prepare(
+                BodyEdit(body), Model("")
+            )  # raises the refusal that clients expect
         thinking = as_object(body.get("thinking")).get("type")
         choice = as_object(body.get("tool_choice"))
         own: Json = {
