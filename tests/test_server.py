@@ -732,6 +732,7 @@ class UnreachableTest(ProxyCase):
 
     def test_a_login_that_github_does_not_know_is_401_in_the_dialect(self) -> None:
         self.fake.github_tokens.clear()
+        self.fake.device.interval = 3600             # nobody logs in meanwhile
         with second_proxy(self) as proxy:
             for path, make in REQUESTS:
                 reply = proxy.post(path, make("a"))
