@@ -21400,14 +21400,13 @@ class AskedFor:
     label: its name in the history, '' if it is not recorded; agent: the client program;
     at: unix time; began: monotonic; is_look: it comes from the open page or a monitor."""
 
-    key = ""  # the id of the client's key, or ''
-    session: str | None = None  # a short name of the conversation
-    model = ""  # as the client wrote it, or ''
-    streamed = False
-
     def __init__(
         self, method: str, path: str, headers: Headers, at: float, began: float
     ) -> None:
+        self.key = ""  # the id of the client's key, or ''
+        self.session: str | None = None  # a short name of the conversation
+        self.model = ""  # as the client wrote it, or ''
+        self.streamed = False
         self.method = method
         self.path = path
         self.at = at
@@ -21452,18 +21451,17 @@ class RequestRecord:
     #: one for each answer of the upstream
     meters: list[UsageMeter] = field(default_factory=list)
 
-    # values that the class holds until they change
-    route = "local"  # local, passthrough or translated
-    path = ""  # the upstream's
-    initiator = ""
-    status = 0  # 0 until the answer begins
-    error = ""  # the kind of error
-    failure = ""  # the error in words
-    sent_ms = 0.0
-    first_byte_ms = 0.0
-    total_ms = 0.0  # 0 while it runs
-    received_bytes = 0  # of a stream, so far
-    beside = 0  # nano-AIU that its web searches cost; those have rows of their own
+    route: str = "local"  # local, passthrough or translated
+    path: str = ""  # the upstream's
+    initiator: str = ""
+    status: int = 0  # 0 until the answer begins
+    error: str = ""  # the kind of error
+    failure: str = ""  # the error in words
+    sent_ms: float = 0.0
+    first_byte_ms: float = 0.0
+    total_ms: float = 0.0  # 0 while it runs
+    received_bytes: int = 0  # of a stream, so far
+    beside: int = 0  # nano-AIU that its web searches cost; those have rows of their own
 
     def begin_search(self, headers: Headers, at: float) -> RequestRecord:
         """Returns the record of a search for this request: it is recorded as a request
@@ -26318,9 +26316,10 @@ class Job:
         self.loop: SearchLoop | None = None  # None where no search may be made
         self.last: Plan | None = None  # the plan before; its stream can report an error
         self.uploads = 0  # images that were sent by URL, see Attachments
+
+        # set by `take`
         self.copilot: Account
         self.model: Model
-
         self.attempts: Attempts
 
     @classmethod
