@@ -4026,14 +4026,14 @@ class StreamRelay:
     def restart(self) -> StreamRelay:
         """A new relay for the same client, for another try of the upstream."""
         fresh = self._copy()
-        fresh.serve_like(self)
+        fresh.take_over_from(self)
         return fresh
 
     def call_at_end(self, keep: Callable[[str, bytes], None] | None) -> None:
         """Call `keep` with the final object's id and bytes."""
         self.on_final = keep
 
-    def serve_like(self, other: StreamRelay) -> None:
+    def take_over_from(self, other: StreamRelay) -> None:
         """Take over from another relay what the client needs."""
         self.on_final = other.on_final
         self.names = other.names
@@ -8025,7 +8025,7 @@ class ResponsesStream(StreamRelay):
             self.mend_response(event["response"], kind)
 
         if kind in ("error", "response.failed", "response.cancelled"):
-            return self._told_failure(event, kind)
+            return self._pass_failure_on(event, kind)
         if self._is_nameless(event, kind, index):
             return b""
         if kind == "response.output_item.done" and _is_reasoning(event.get("item")):
@@ -8116,7 +8116,7 @@ class ResponsesStream(StreamRelay):
         }
         return self._render(delta) + self._render(event)
 
-    def _told_failure(self, event: Json, kind: str) -> bytes:
+    def _pass_failure_on(self, event: Json, kind: str) -> bytes:
         """The upstream's own failure event, with the code that Codex understands."""
         answer = as_object(event.get("response"))
         error = reported_error(answer or event)
@@ -9303,7 +9303,7 @@ class MessagesStream(StreamRelay):
     def _mend_event(self, event: Json, raw: bytes) -> bytes:
         kind = str(event.get("type"))
         if kind == "error" or isinstance(event.get("error"), dict):
-            return self._told_failure(event, raw)
+            return self._pass_failure_on(event, raw)
         if kind == "ping":
             return raw
         if kind == "content_block_stop" and "thinking" in self._kind:
@@ -9355,7 +9355,7 @@ class MessagesStream(StreamRelay):
                 holder["usage"].setdefault("input_tokens", known.input)
         return before != (holder.get("model"), holder.get("usage"))
 
-    def _told_failure(self, event: Json, raw: bytes) -> bytes:
+    def _pass_failure_on(self, event: Json, raw: bytes) -> bytes:
         """The upstream's own words stay where its type is the one of Anthropic."""
         error = reported_error(event)
         inner = as_object(event.get("error"))
@@ -12141,9 +12141,9 @@ class TranslatedStream(StreamRelay):
         if self.loop is not None:
             events = self.loop.take(events)
             self.has_content = self.has_content or self.is_waiting
-        return self.tell(events)
+        return self.encode(events)
 
-    def tell(self, events: Iterable[Event]) -> bytes:
+    def encode(self, events: Iterable[Event]) -> bytes:
         """Encode neutral events for the client."""
         encoder = self._encoder
         if self._filters:
@@ -12215,7 +12215,7 @@ class TranslatedStream(StreamRelay):
         failure = UpstreamError(str(error), error.status, error.code)
         if error.overflow:
             failure.set_overflow(*error.overflow)
-        return self.tell([StreamError(failure)])
+        return self.encode([StreamError(failure)])
 
 
 def parse_answer(data: bytes) -> Json:
@@ -14550,7 +14550,7 @@ class Plan:
 
         response = read_answer(self.upstream, data, is_stream, self.request, self.meter)
         if isinstance(self.pipeline, TranslatedStream):
-            return self.pipeline.tell(unfold(response))
+            return self.pipeline.encode(unfold(response))
         self.answer = self.client.encode_response(response, self.request)
         return dumps(self.answer)
 
@@ -14565,7 +14565,7 @@ class Plan:
         """The client's bytes for the next part of an answer with searches; for a whole
         answer all of them, once the last event has arrived. Raises UpstreamError."""
         if isinstance(self.pipeline, TranslatedStream):
-            return self.pipeline.tell(events)
+            return self.pipeline.encode(events)
         assert self.loop is not None
         shown_events = self.loop.add_events(events)
         if not shown_events:
@@ -16700,7 +16700,7 @@ class Signal(Wait):
         if wake is not None:
             wake()
 
-    def _tell(self, wake: Callable[[], Any]) -> None:
+    def _call_when_set(self, wake: Callable[[], Any]) -> None:
         """Wake the waiting coroutine. No lock is needed: `set` writes and then reads,
         and so does the waiting side, so one of them wakes it."""
         self._wake = wake
@@ -16708,11 +16708,11 @@ class Signal(Wait):
             wake()
 
     def begin(self, loop: Any, task: Any) -> None:
-        self._tell(lambda: loop.wake(task, self, True))
+        self._call_when_set(lambda: loop.wake(task, self, True))
 
     def block(self) -> bool:
         event = threading.Event()
-        self._tell(event.set)
+        self._call_when_set(event.set)
         return event.wait(None if self.timeout_s == math.inf else self.timeout_s)
 
 
@@ -18042,15 +18042,15 @@ class ImageFetcher:
         self.timeout_s = IMAGE_TIMEOUT_S
         self._tls_context = tls_context
         # URL -> image, the most recently used one last
-        self._kept: collections.OrderedDict[str, tuple[str, str]]
-        self._kept = collections.OrderedDict()
-        self._kept_bytes = 0
+        self._images: collections.OrderedDict[str, tuple[str, str]]
+        self._images = collections.OrderedDict()
+        self._images_bytes = 0
 
     async def fetch(self, url: str) -> tuple[str, str]:
         """Fetch an image: (media type, base64). Raises BadRequest."""
-        if url in self._kept:
-            self._kept.move_to_end(url)
-            return self._kept[url]
+        if url in self._images:
+            self._images.move_to_end(url)
+            return self._images[url]
         try:
             data = await within(self.timeout_s, self._download(url))
             kind = next(
@@ -18070,13 +18070,13 @@ class ImageFetcher:
         return found
 
     def _keep(self, url: str, image: tuple[str, str]) -> None:
-        if url in self._kept:  # fetched twice at a time
+        if url in self._images:  # fetched twice at a time
             return
-        self._kept[url] = image
-        self._kept_bytes += len(url) + len(image[1])
-        while self._kept_bytes > IMAGE_CACHE_BYTES:
-            old_url, old = self._kept.popitem(last=False)
-            self._kept_bytes -= len(old_url) + len(old[1])
+        self._images[url] = image
+        self._images_bytes += len(url) + len(image[1])
+        while self._images_bytes > IMAGE_CACHE_BYTES:
+            old_url, old = self._images.popitem(last=False)
+            self._images_bytes -= len(old_url) + len(old[1])
 
     async def _download(self, url: str) -> bytes:
         connection = self._connection_to(urllib.parse.urlsplit(url))
@@ -20090,7 +20090,7 @@ class Events:
     def __init__(self) -> None:
         self.readers: list[EventReader] = []
 
-    def tell(self, event: str, value: Any) -> None:
+    def publish(self, event: str, value: Any) -> None:
         """Publish an event to every reader; cheap if there is none."""
         if self.readers:
             frame = Frame(event, dumps(value)).encode()
@@ -21496,14 +21496,14 @@ class RequestRecord:
         """Set who began the request, if it is known beforehand: 'user' or 'agent'."""
         self.initiator = initiator
 
-    def go_up(self, route: str, path: str, initiator: str = "") -> None:
+    def note_sent(self, route: str, path: str, initiator: str = "") -> None:
         """Record that the request is sent to this path of the upstream."""
         self.route = route
         self.path = path
         self.initiator = initiator
         self.sent_ms = self.elapsed_ms()
 
-    def hear(self, headers: Headers, meter: UsageMeter) -> None:
+    def note_answer(self, headers: Headers, meter: UsageMeter) -> None:
         """Record that the upstream has begun to answer; the meter continues to count."""
         self.upstream_id = headers.get("x-github-request-id")
         self.meters.append(meter)
@@ -21730,7 +21730,9 @@ class Ledger:
         self.events, self.stats = Events(), Stats()
         self.bodies = BodyLog(settings.log_bodies, log)
         self.history = History(path, log)
-        self.budget = Budget(settings.budget, lambda: clock()[1], log, self.events.tell)
+        self.budget = Budget(
+            settings.budget, lambda: clock()[1], log, self.events.publish
+        )
         self.running: dict[str, RequestRecord] = {}
         self._ids: list[str] = []  # of requests that are still to come
         self._ended: collections.deque[RequestRecord] = collections.deque()
@@ -21756,7 +21758,7 @@ class Ledger:
         """Publish to the page that a request was sent upstream, or that its answer has
         begun."""
         if record.asked.label and self.events.readers:
-            self.events.tell("request", record.running_row())
+            self.events.publish("request", record.running_row())
 
     def end(self, record: RequestRecord) -> None:
         """Note that a request has ended. `settle` records it a moment later, or at once
@@ -21815,7 +21817,7 @@ class Ledger:
             row["message"] = record.failure or None  # not among the columns
             self.recent.appendleft(row)
             if self.events.readers:
-                self.events.tell("request", shown(row))
+                self.events.publish("request", shown(row))
 
         if not self._log.isEnabledFor(level):
             return ""
@@ -21899,7 +21901,7 @@ class Ledger:
         for scope in account.limits.see(reports, source):
             self._log.info("the limit of %s is over: the account has room again", scope)
         if self.events.readers:
-            self.events.tell("quota", {"lanes": self.lanes(account.id)})
+            self.events.publish("quota", {"lanes": self.lanes(account.id)})
 
     def lanes(self, wanted: str = "") -> list[Json]:
         """Returns the latest report of each lane, of the account with the id `wanted`
@@ -21963,7 +21965,7 @@ class Admission:
         settings: Settings,
         log: logging.Logger,
         budget: Budget,
-        tell: Callable[[str, Any], None],
+        publish: Callable[[str, Any], None],
     ) -> None:
         self._budget = budget
         self._is_limited = bool(
@@ -21979,7 +21981,7 @@ class Admission:
             "(--requests-per-minute)" % settings.requests_per_minute
         )
         self.gate = Gate(settings.max_concurrency)
-        self.approval = Approval(settings.manual, log, tell)
+        self.approval = Approval(settings.manual, log, publish)
 
     async def admit(self, ticket: Ticket, calls: int = 1) -> Headers:
         """Return when the request may be sent. Returns headers for its answer.
@@ -22508,7 +22510,7 @@ class App:
         folder = settings.data_dir or default_data_dir(self.environ)
         self.ledger = Ledger(settings, folder, self.log, clock)
         self.admission = Admission(
-            settings, self.log, self.ledger.budget, self.ledger.events.tell
+            settings, self.log, self.ledger.budget, self.ledger.events.publish
         )
         services = Services(
             settings,
@@ -23030,7 +23032,7 @@ class WebSocket:
             headers.pop(name, None)
         self.head = RequestHead(SOCKET_METHOD, head.target, 1, headers)
         self.endpoint = endpoint
-        self.kept = ResponseStore(SOCKET_KEPT)
+        self.store = ResponseStore(SOCKET_KEPT)
         self.is_over = False
         self._client = client
         self._decoder = SocketDecoder()
@@ -23714,7 +23716,7 @@ class SocketExchange(HttpExchange):
     @property
     def store(self) -> ResponseStore:
         """The store of answers on this connection."""
-        return self.socket.kept
+        return self.socket.store
 
     def reply(
         self, body: bytes, status: int = 200, kind: str = "application/json"
@@ -23784,7 +23786,7 @@ def is_within(address: str, networks: list[Any]) -> bool:
     return False
 
 
-def as_seen(
+def client_view(
     head: RequestHead, peer: str, settings: Settings, scheme: str
 ) -> tuple[str, str, str]:
     """Returns (host, scheme, address of the client) as the client sees them.
@@ -24398,7 +24400,7 @@ class Handler:
         of the client, whether no page of another origin has sent this).  Raises
         BadRequest 403."""
         headers, settings = exchange.head.headers, self._app.settings
-        host, scheme, address = as_seen(
+        host, scheme, address = client_view(
             exchange.head, exchange.client.address, settings, self._scheme
         )
         target_host = split_target(exchange.head.target)[0]
@@ -26407,7 +26409,9 @@ class Job:
                 call = await self.prepare_call()
             except ProxyError as error:
                 forget_frames(error)
-                if self.last is None or not await self.tell(self.last, error):
+                if self.last is None or not await self.report_in_stream(
+                    self.last, error
+                ):
                     raise
                 return None
             plan = self.last = self.plan
@@ -26421,7 +26425,7 @@ class Job:
                 forget_frames(error)
                 if await self.remedy(plan, error):
                     continue
-                if not await self.tell(plan, error):
+                if not await self.report_in_stream(plan, error):
                     raise
                 return None
 
@@ -26473,7 +26477,7 @@ class Job:
                 return None
             await admit_next(self.exchange)
         except ProxyError as error:
-            if await self.tell(plan, error):
+            if await self.report_in_stream(plan, error):
                 return None
             raise
 
@@ -26676,7 +26680,7 @@ class Job:
             ledger.note_changes(record, losses, self.repaired)
             record.ask(model)
 
-        record.go_up(
+        record.note_sent(
             "translated" if plan.is_translated else "passthrough",
             plan.upstream.path,
             record.initiator or plan.headers["X-Initiator"],
@@ -26705,7 +26709,7 @@ class Job:
         if plan.repairs.lessons:
             self.copilot.memory.learn(plan)
         exchange.headers.update(passed_headers(answer.headers))
-        self.record.hear(answer.headers, plan.meter)
+        self.record.note_answer(answer.headers, plan.meter)
         return answer
 
     async def open(self, plan: Plan, answer: UpstreamResponse) -> None:
@@ -26776,7 +26780,7 @@ class Job:
             self.body, self.plan = body, None
         return True
 
-    async def tell(self, plan: Plan, error: ProxyError) -> bool:
+    async def report_in_stream(self, plan: Plan, error: ProxyError) -> bool:
         """Report an error inside the stream. Returns False if there is no stream, so
         that the error must be raised instead. Raises ClientGone."""
         if error.overflow == (0, 0):
@@ -27051,7 +27055,7 @@ async def fetch_count(
 
     body = await answer.read_all(MAX_ERROR_BYTES, GITHUB_TIMEOUT_S, SMALL_ANSWER_S)
     counted = count_or_zero(as_object(loads(body)).get("input_tokens"))
-    exchange.record.go_up("passthrough", "")
+    exchange.record.note_sent("passthrough", "")
     return counted
 
 
@@ -27729,7 +27733,7 @@ async def fetch_vectors(
     check_endpoint(model, "/embeddings")
     hint = "; token arrays cannot be decoded here"
     texts = read_strings(body.get("input"), "input", MAX_EMBEDDINGS, hint)
-    exchange.record.go_up("passthrough", "/embeddings")
+    exchange.record.note_sent("passthrough", "/embeddings")
     batch = model.limit("max_inputs")
     if batch < 1:
         batch = EMBEDDING_BATCH
@@ -27750,7 +27754,7 @@ async def fetch_vectors(
         answer = await copilot.send(call)
         exchange.headers.update(passed_headers(answer.headers))
         meter = UsageMeter()
-        exchange.record.hear(answer.headers, meter)
+        exchange.record.note_answer(answer.headers, meter)
         data = await answer.read_all()
         work = functools.partial(write_batch, data, len(part["input"]), meter)
         await exchange.compute(work, len(data))

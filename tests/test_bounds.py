@@ -664,7 +664,7 @@ class LinkedImageTest(ProxyCase):
         fetcher = self.proxy.app.images
         for number in range(12):
             self.proxy.post("/v1/chat/completions", self.body(self.turn("/%d" % number)))
-        kept = sum(len(data) for _, data in fetcher._kept.values())
+        kept = sum(len(data) for _, data in fetcher._images.values())
         self.assertLess(kept, 16 * 1024 * 1024)
         self.proxy.post("/v1/chat/completions", self.body(self.turn("/11")))
         self.assertEqual(self.images.asked.count("/11"), 1)

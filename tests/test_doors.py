@@ -1038,7 +1038,7 @@ class TrustedProxyTest(SharedCase):
     def seen(self, peer: str, **headers: str) -> tuple[str, str, str]:
         fields = {name.replace("_", "-"): value for name, value in headers.items()}
         head = cp.RequestHead("GET", "/", 1, dict({"host": "inside:80"}, **fields))
-        return cp.as_seen(head, peer, self.proxy.settings, "http")
+        return cp.client_view(head, peer, self.proxy.settings, "http")
 
     def test_only_a_trusted_proxy_is_believed(self) -> None:
         told = dict(x_forwarded_host="proxy.example", x_forwarded_proto="https",

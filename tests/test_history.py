@@ -578,7 +578,7 @@ class EventTest(HistoryCase):
             for reader in readers[1:]:
                 if at:
                     cp.run(reader.get(1.0))
-            events.tell("request", {"at": at})
+            events.publish("request", {"at": at})
         self.assertNotIn(readers[0], events.readers)
         self.assertEqual(events.readers, readers[1:])
 

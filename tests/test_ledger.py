@@ -62,7 +62,7 @@ class LedgerTest(unittest.TestCase):
         record.begin_answer(200)
         meter = cp.UsageMeter()
         meter.take({"usage": {"prompt_tokens": 7, "completion_tokens": 1}})
-        record.hear({}, meter)
+        record.note_answer({}, meter)
         self.end(record, self.begin())
         self.assertEqual(account.stats.group("totals")["input"], 7)
         self.assertEqual(account.stats.group("totals")["requests"], 1)
@@ -79,7 +79,7 @@ class LedgerTest(unittest.TestCase):
             meter = cp.UsageMeter()
             meter.take({"usage": {"input_tokens": 10 ** number, "cache_creation": {
                 "ephemeral_1h_input_tokens": 1}}})
-            record.hear({}, meter)
+            record.note_answer({}, meter)
         self.end(*records)
         self.assertEqual([one.stats.group("totals") for one in accounts],
                          [{"input": 10101, "requests": 3, "errors": 1},

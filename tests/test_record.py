@@ -54,7 +54,7 @@ class RecordTest(unittest.TestCase):
         made = record()
         for _ in range(2):
             meter = cp.UsageMeter()
-            made.hear({}, meter)
+            made.note_answer({}, meter)
             meter.take({"usage": {"prompt_tokens": 10, "completion_tokens": 2}})
         made.meters[0].counts["cache_write_1h"] = 5  # a part of another count, no column
         row = made.row()
