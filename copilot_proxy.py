@@ -4541,6 +4541,8 @@ class StreamDecoder:
             return []  # this is seen fast, and the last frame is mostly the odd one
 
         start = block[: block.find(b"data: ") + 6]
+        if b"\n\n" in start:
+            return []  # the first frame is written in another way
         steady = self._steady_block(block)
         texts = self._template.match_all(steady, start, b"\n\n")
         try:
