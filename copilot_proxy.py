@@ -23269,8 +23269,8 @@ def set_up_memory() -> None:
 
 
 def give_back_memory() -> None:
-    """Return free memory to the system, because glibc would hold the 12 MB that
-    compiling this file took, and those of large requests."""
+    """Return free memory to the system, because glibc would hold what compiling this
+    file took, some 50 MB, and that of large requests."""
     with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
         import ctypes
 
@@ -32483,7 +32483,7 @@ def flush_output() -> None:
 def run_script() -> None:
     """Run the command line of a script.
 
-    Python keeps the syntax tree of a script, 14 MB here, until its last line has run.
+    Python keeps what it made of a script, some 50 MB here, until its last line has run.
     So `start` continues in a thread of its own and lets the script end. From 3.12 on an
     ended script can begin no more threads, and the memory stays taken."""
     if sys.argv[1:2] != ["start"]:
