@@ -17142,6 +17142,7 @@ class HttpConnection(Connection):
     is_idle = False  # in the pool
     received = b""
     has_more = False
+    broken_by: tuple[Any, ...] = ()  # the OSError to raise at the next look
 
     def __init__(self, host: str, names: HostNames | ImageFetcher) -> None:
         where = urllib.parse.urlsplit("//" + host)
@@ -17310,7 +17311,10 @@ class HttpConnection(Connection):
     def receive_now(self) -> bytes | None:
         """Non-blocking receive: None if no data is available, b"" at the end. Raises
         OSError. A TLS socket returns one record at a time, so a full one may be
-        followed by others, full or not."""
+        followed by others, full or not. What came before a reset is returned first: it
+        may be the whole answer."""
+        if self.broken_by:
+            raise OSError(*self.broken_by)
         more = receive_now(self.sock)
         if more is None or len(more) < RECORD_BYTES and len(more) < READ_BYTES:
             self.has_more = False
@@ -17318,11 +17322,15 @@ class HttpConnection(Connection):
 
         parts, size = [more], len(more)
         while more and size < READ_BYTES:
-            more = receive_now(self.sock)
+            try:
+                more = receive_now(self.sock)
+            except OSError as error:
+                self.broken_by = error.args
+                break
             if more:
                 parts.append(more)
                 size += len(more)
-        self.has_more = more is not None  # b"" will show the next time
+        self.has_more = more is not None  # the end will show the next time
         return b"".join(parts)
 
     async def exchange(self, request: UpstreamRequest, pool: Pool) -> UpstreamResponse:
