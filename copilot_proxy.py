@@ -1216,15 +1216,15 @@ def _is_deep(value: Any) -> bool:
     return True
 
 
-def _room_of(data: bytes) -> int:
+def _room_of(marks: bytes) -> int:
     """About how many bytes the values between these marks need in a 64-bit Python:
     lists, objects and their entries, without the characters of texts."""
     return (
-        data.count(b"[") * 72
-        + data.count(b"{") * 232
-        + data.count(b":") * 100
-        + data.count(b",") * 36
-        + data.count(b'"') * 14
+        marks.count(b"[") * 72
+        + marks.count(b"{") * 232
+        + marks.count(b":") * 100
+        + marks.count(b",") * 36
+        + marks.count(b'"') * 14
     )
 
 
@@ -1250,11 +1250,10 @@ def _outside_texts(data: bytes) -> Iterator[bytes]:
         is_inside ^= len(parts) % 2 == 0
 
 
-def _has_many_escapes(data: bytes, most: int) -> bool:
-    """Does one text hold more escapes than this? The json module makes an object of
-    each escape, and of the characters between two, before it joins them."""
-    if data.count(b"\\") <= most:
-        return False
+def _check_escapes(data: bytes, most: int) -> None:
+    """Refuse a JSON text if one text in it holds more escapes than this. The json module
+    makes an object of each escape, and of the characters between two, before it joins
+    them. Raises TooManyValues."""
     escapes, is_inside = 0, False
     for piece in _json_pieces(data):
         for index, part in enumerate(piece.split(b'"')):
@@ -1263,8 +1262,7 @@ def _has_many_escapes(data: bytes, most: int) -> bool:
             if is_inside and len(part) > 1:
                 escapes += part.count(b"\\")
                 if escapes > most:
-                    return True
-    return False
+                    raise TooManyValues("a text in it holds too many escapes")
 
 
 _FOUR_BYTES = re.compile(rb"[\xf0-\xf4][\x80-\xbf]{3}")  # of UTF-8: an emoji
@@ -1297,12 +1295,26 @@ def decode_json(data: bytes) -> str:
     return data.decode("utf-8")
 
 
+#: what stands between the values of a JSON text, or begins an escape in one
+_MARKS = b'[{:,"\\'
+_NO_MARKS = bytes(byte for byte in range(256) if byte not in _MARKS)
+
+
 def _check_marks(data: bytes, room_bytes: int) -> None:
     """Refuse a JSON text because of the marks between its values. First all marks are
     counted, also those inside texts, which is quick; then, if need be, only those that
     matter. Raises ValueError, see `loads`."""
-    if _room_of(data) <= room_bytes:
+    room = escapes = 0
+    for start in range(0, len(data), JSON_PIECE_BYTES):
+        marks = data[start : start + JSON_PIECE_BYTES].translate(None, _NO_MARKS)
+        room += _room_of(marks)
+        escapes += marks.count(b"\\")
+    most_escapes = room_bytes // JSON_ESCAPE_BYTES
+    if escapes > most_escapes:
+        _check_escapes(data, most_escapes)
+    if room <= room_bytes:
         return
+
     room = depth = 0
     for piece in _outside_texts(data):
         depth += piece.count(b"[") + piece.count(b"{")
@@ -1324,8 +1336,6 @@ def loads(
     beside its texts."""
     if len(data) > JSON_CHECK_BYTES:
         _check_marks(data, room_bytes)
-        if _has_many_escapes(data, room_bytes // JSON_ESCAPE_BYTES):
-            raise TooManyValues("a text in it holds too many escapes")
     if decode is _decode and len(data) > MAX_INT_DIGITS and _has_long_digits(data):
         decode = _decode_digits
 
@@ -1333,7 +1343,9 @@ def loads(
         value = decode(decode_json(data))
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    may_be_deep = data.count(b"[") + data.count(b"{") > MAX_JSON_DEPTH
+    # a look at a small value takes longer than to count its brackets
+    is_large = len(data) > JSON_CHECK_BYTES
+    may_be_deep = is_large or data.count(b"[") + data.count(b"{") > MAX_JSON_DEPTH
     if may_be_deep and _is_deep(value):
         raise ValueError("nested too deeply")
     return value
