@@ -24781,7 +24781,10 @@ class Server(ThreadingHTTPServer):
         self._stop_listening()
         if any(not client.is_used for client in self.loop.clients.copy()):
             time.sleep(SHUTDOWN_ACCEPT_S)  # serve clients that have just connected
+        looked = threading.Event()
         self.loop.post(self._close_idle)
+        self.loop.post(looked.set)
+        looked.wait(5)
         if not self._wait_idle(grace_s):
             self.loop.post(self._end_running)
             self._wait_idle(1.0)
@@ -24813,8 +24816,10 @@ class Server(ThreadingHTTPServer):
         self.server_close()
 
     def _close_idle(self) -> None:
-        """Close the connections that serve no request now."""
+        """Close the connections that serve no request now, and have sent none."""
         for client in list(self.loop.clients):
+            if client.is_idle and not client.is_asking and client.waiter is None:
+                client.on_event(selectors.EVENT_READ)  # what has come since the last look
             if client.is_idle and not client.is_asking:
                 client.dismiss()
 
