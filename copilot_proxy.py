@@ -24819,7 +24819,9 @@ class Server(ThreadingHTTPServer):
         """Close the connections that serve no request now, and have sent none."""
         for client in list(self.loop.clients):
             if client.is_idle and not client.is_asking and client.waiter is None:
-                client.on_event(selectors.EVENT_READ)  # what has come since the last look
+                client.on_event(
+                    selectors.EVENT_READ
+                )  # what has come since the last look
             if client.is_idle and not client.is_asking:
                 client.dismiss()
 
