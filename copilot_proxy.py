@@ -30889,11 +30889,11 @@ def cmd_start(app: App, flags: argparse.Namespace) -> int:
         app.login.begin()
     start_extras(app, server.url)
 
-    time.sleep(0.1)
+    time.sleep(SIGNAL_LOOK_S)
     spare_collector()
     give_back_memory()
     while not interrupts:
-        time.sleep(0.1)
+        time.sleep(SIGNAL_LOOK_S)
     prompt.close()
     running = server.running()
     if running and settings.grace:

@@ -16,7 +16,7 @@ from typing import Any
 import copilot_proxy
 
 #: fields of Settings that no flag sets: how long the program waits before it asks once more
-PAUSES = dict(poll_margin_s=0.01, token_retry_s=(0.05, 0.1), hiccup_pause_s=0.01)
+PAUSES = dict(poll_margin_s=0.01, token_retry_s=(0.02, 0.05), hiccup_pause_s=0.002)
 load_settings = copilot_proxy.load_settings
 
 
@@ -56,5 +56,5 @@ def run_command(words: tuple[str, ...], environ: dict[str, str], folder: str,
     sys.stderr = open(2, "w", errors="backslashreplace", buffering=1, closefd=False)
     sys.argv = ["copilot_proxy.py", *words]
     copilot_proxy.load_settings = load_impatient
-    copilot_proxy.SIGNAL_LOOK_S = 0.01
+    copilot_proxy.SIGNAL_LOOK_S = copilot_proxy.LOGIN_LOOK_S = 0.01
     copilot_proxy.run_script()

@@ -100,13 +100,15 @@ logging.getLogger("copilot_proxy").propagate = False
 def wait_until(condition: Callable[[], Any], what: str = "", timeout_s: float = DEADLINE_S) -> Any:
     """The first true value of `condition()`.  Raises AssertionError after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
+    pause_s = 0.0005                            # most of them are a moment away
     while True:
         value = condition()
         if value:
             return value
         if time.monotonic() > deadline:
             raise AssertionError("did not happen in time: %s" % (what or condition))
-        time.sleep(0.005)
+        time.sleep(pause_s)
+        pause_s = min(1.5 * pause_s, 0.005)
 
 
 def stand_still(read: Callable[[], Any], what: str, for_s: float = 0.15) -> None:
@@ -280,7 +282,7 @@ class Proxy:
         self.app = cp.App(self.settings, environ or {}, clock or cp.read_clock)
         self.server = cp.Server(self.app, cp.ROUTES, "127.0.0.1", self.settings.port)
         loop = self.server.loop                 # looks at its deadlines once a second, else
-        loop._tick_s = min(loop._tick_s, 0.05)
+        loop._tick_s = min(loop._tick_s, 0.02)
         self.logs: list[logging.LogRecord] = []
         self._handler = _ListHandler(self.logs)
 
