@@ -22712,6 +22712,11 @@ class ClientConnection(Connection):
         self._watch()
         self.wake()
 
+    def look(self) -> None:
+        """Read what has come since the loop's last look, if a request is expected."""
+        if self.is_idle and self._news is not None:
+            self.on_event(selectors.EVENT_READ)
+
     def wake(self) -> None:
         """Resume the coroutine if it waits for news."""
         news, self._news = self._news, None
@@ -24818,10 +24823,7 @@ class Server(ThreadingHTTPServer):
     def _close_idle(self) -> None:
         """Close the connections that serve no request now, and have sent none."""
         for client in list(self.loop.clients):
-            if client.is_idle and not client.is_asking and client.waiter is None:
-                client.on_event(
-                    selectors.EVENT_READ
-                )  # what has come since the last look
+            client.look()
             if client.is_idle and not client.is_asking:
                 client.dismiss()
 
