@@ -45,6 +45,7 @@ Section of copilot_proxy.py and the test_*.py that hold it (new ones: see their 
 from __future__ import annotations
 
 import atexit
+import concurrent.futures
 import contextlib
 import copy
 import functools
@@ -122,6 +123,13 @@ def stand_still(read: Callable[[], Any], what: str, for_s: float = 0.15) -> None
         return bool(time.monotonic() - state[1] >= for_s)
 
     wait_until(is_still, what)
+
+
+def side_by_side(work: Callable[[Any], Any], rows: Iterable[Any]) -> list[Any]:
+    """What `work` makes of each row, all at one time: they wait together."""
+    rows = list(rows)
+    with concurrent.futures.ThreadPoolExecutor(len(rows)) as pool:
+        return list(pool.map(work, rows))
 
 
 def pass_time(seconds: float) -> None:

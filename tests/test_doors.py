@@ -1179,9 +1179,11 @@ class TlsTest(TlsCase):
         with unittest.mock.patch.object(cp, "HANDSHAKE_S", 0.1):
             with second_proxy(self, tls_cert=CERTIFICATE,            # type: ignore[arg-type]
                               keepalive_s=0.1) as proxy:
-                for hello in (b"", b"\x16", bytes.fromhex("16030100c8010000c40303")):
-                    client = self.client(proxy)
+                hellos = b"", b"\x16", bytes.fromhex("16030100c8010000c40303")
+                clients = [self.client(proxy) for _ in hellos]
+                for client, hello in zip(clients, hellos):
                     client.send(hello)
+                for client in clients:
                     self.assertTrue(client.is_closed())
 
     def test_rubbish_is_closed_and_the_log_stays_quiet(self) -> None:

@@ -6,7 +6,7 @@ import json
 import unittest
 from typing import Any
 
-from support import KEY, Proxy, cp, long_run
+from support import KEY, Proxy, cp, long_run, side_by_side
 from cases import SharedCase
 from client_wire import (GeminiWriter, Grid, Laws, gemini_pieces, read_gemini, stream_of,
                          whole_gemini)
@@ -395,9 +395,11 @@ class RouteTest(SharedCase):
 
     def test_silence_is_filled_with_what_googles_sdk_can_read(self) -> None:
         with Proxy(self.fake, keepalive_s=0.02) as proxy:
-            for query, is_array in (("?alt=sse", False), ("", True)):
-                reply = proxy.post("/v1beta/models/%s:streamGenerateContent%s" % (GPT, query),
-                                   one({"text": "hi @@events=3 delay_ms=50@@"}))
+            rows = ("?alt=sse", False), ("", True)
+            replies = side_by_side(lambda row: proxy.post(
+                "/v1beta/models/%s:streamGenerateContent%s" % (GPT, row[0]),
+                one({"text": "hi @@events=2 delay_ms=70@@"})), rows)
+            for (query, is_array), reply in zip(rows, replies):
                 self.assertIn(b"\n\n\n" if query else b"\n\n", reply.body)
                 whole_gemini(gemini_pieces(reply.body, is_array))
 

@@ -553,9 +553,10 @@ class IdleTest(LoopCase):
 
     def test_an_idle_connection_is_closed_after_a_stream_and_after_a_whole_answer(self) -> None:
         with second_proxy(self, idle_client_s=0.05, keepalive_s=0.1) as proxy:  # type: ignore
-            for stream in (True, False):
-                client = self.client(proxy)
+            clients = [self.client(proxy), self.client(proxy)]
+            for client, stream in zip(clients, (True, False)):
                 client.ask(post(CHAT_PATH, chat("a", stream=stream)))
+            for client in clients:
                 self.assertTrue(client.is_closed())
             wait_until(lambda: not proxy.server.loop.clients, "the clients are forgotten")
             stream_ = self.open(chat("@@events=5 stall=2@@", stream=True), proxy=proxy)
@@ -614,17 +615,18 @@ class SilenceTest(LoopCase):
     def test_pings_do_not_hide_an_upstream_that_is_silent_for_too_long(self) -> None:
         with second_proxy(self, keepalive_s=0.03,                     # type: ignore[arg-type]
                           answer_timeout_s=0.12 * self.slower) as proxy:
-            for path, make in REQUESTS:
+            self.aborted = self.fake.aborted
+            streams = [self.open(make("@@events=5 stall=2@@", stream=True), path, proxy)
+                       for path, make in REQUESTS]
+            for path, stream in zip(PINGS, streams):
                 with self.subTest(path):
-                    self.aborted = self.fake.aborted
-                    stream = self.open(make("@@events=5 stall=2@@", stream=True), path, proxy)
                     stream.until(PINGS[path])
                     body = stream.rest()
                     self.assert_error_end(path, body.replace(PINGS[path], b""))
-                    self.assert_aborted()
                     self.assertEqual(said(stream.client.ask(post(CHAT_PATH, chat("b")))),
                                      "Echo: b")
                     stream.client.__exit__()
+            self.assert_aborted(len(streams))
 
     @long_run
     @patient
@@ -827,7 +829,7 @@ class FaultTest(LoopCase):
             answer.close()
             boom()
 
-        with mock.patch.object(cp, "DRAIN_S", 0.2), \
+        with mock.patch.object(cp, "DRAIN_S", 0.05), \
                 mock.patch.object(cp.UpstreamResponse, "finish", close_and_fail):
             client = self.client()
             self.assertIn(b"[DONE]", client.ask(post(CHAT_PATH, chat("a", stream=True))).body)

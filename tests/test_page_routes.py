@@ -26,7 +26,7 @@ def ollama(text: str, **more: Any) -> dict[str, Any]:
 class HoldingCase(ProxyCase):
     def let_go(self) -> None:
         """What the fake holds; it may have noticed already that nobody waits for it."""
-        while not self.fake.wait_for(lambda: self.fake.holding == 0, 0.1):
+        while not self.fake.wait_for(lambda: self.fake.holding == 0, 0.02):
             self.fake.release()
 
 
@@ -144,7 +144,7 @@ class Stopping(HoldingCase):
 
 class Progress(HoldingCase):
     def test_readers_see_a_running_stream_grow(self) -> None:
-        with mock.patch.object(cp, "PAGE_PROGRESS_S", 0.05):
+        with mock.patch.object(cp, "PAGE_PROGRESS_S", 0.02):
             sock = self.proxy.connect()
             self.addCleanup(sock.close)
             sock.sendall(b"GET /history/events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")

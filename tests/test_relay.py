@@ -11,7 +11,7 @@ import unittest
 from typing import Any
 
 from support import (PATHS, REQUESTS, SLOW, ProxyCase, RawClient, chat, cp, message, patient, post,
-                     release, response, said, second_proxy, wait_until)
+                     release, response, said, second_proxy, side_by_side, wait_until)
 from fake_upstream import CHAT, EMBEDDINGS, RESPONSES, Answer, FakeUpstream
 from cases import (DELTAS, ENDINGS, PINGS, OpenStream, RelayCase, body_text, numbered,
                    stream_text)
@@ -149,7 +149,7 @@ class StreamTest(RelayCase):
 
 
 class KeepAliveTest(RelayCase):
-    settings = dict(keepalive_s=0.02)
+    settings = dict(keepalive_s=0.01)
 
     def test_silence_between_events_is_filled_with_pings(self) -> None:
         for path, make in REQUESTS:
@@ -193,8 +193,8 @@ class KeepAliveTest(RelayCase):
                     self.assertEqual(said(client.answer()), "Echo: after")
 
     def test_an_answer_that_is_not_streamed_gets_no_pings(self) -> None:
-        for path, make in REQUESTS:
-            reply = self.proxy.post(path, make("@@think_ms=70@@"))
+        for reply in side_by_side(
+                lambda row: self.proxy.post(row[0], row[1]("@@think_ms=60@@")), REQUESTS):
             self.assertTrue(reply.body.startswith(b"{"), reply.body[:50])
 
     def test_events_that_are_dropped_do_not_count_as_life(self) -> None:

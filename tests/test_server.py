@@ -14,7 +14,8 @@ import zlib
 from typing import Any
 
 from support import (PATHS, REQUESTS, ProxyCase, RawClient, chat, chunked_post, cp, get, message,
-                     post, raw_exchange, release, response, said, second_proxy, send, wait_until)
+                     post, raw_exchange, release, response, said, second_proxy, send, side_by_side,
+                     wait_until)
 from fake_upstream import CHAT, COUNT_TOKENS, MODELS, Answer, FakeUpstream
 from cases import SharedCase
 
@@ -713,13 +714,14 @@ class UnreachableTest(ProxyCase):
     def test_an_upstream_that_is_too_slow_is_504_in_the_dialect(self) -> None:
         with second_proxy(self, answer_timeout_s=0.05, head_timeout_s=0.2) as proxy:
             proxy.get("/v1/models")
-            for path, make in REQUESTS:
-                for stream in (False, True):
-                    with self.subTest(path=path, stream=stream):
-                        self.fake.script(PATHS[path], Answer(status=0, hold=True))
-                        reply = proxy.post(path, make("a", stream=stream))
-                        self.assertEqual(reply.status, 504, reply.body)
-                        self.assertEqual("type" in reply.json, path == "/v1/messages")
+            rows = [(path, make("a", stream=stream))
+                    for path, make in REQUESTS for stream in (False, True)]
+            for path, _ in rows:
+                self.fake.script(PATHS[path], Answer(status=0, hold=True))
+            for row, reply in zip(rows, side_by_side(lambda row: proxy.post(*row), rows)):
+                with self.subTest(row):
+                    self.assertEqual(reply.status, 504, reply.body)
+                    self.assertEqual("type" in reply.json, row[0] == "/v1/messages")
         self.assertEqual(self.fake.count(CHAT), 2)          # and no second try
         self.assertTrue(self.fake.wait_for(lambda: self.fake.holding == 0, 1))
 

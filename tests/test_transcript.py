@@ -17,7 +17,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 from typing import Any, Iterator
 
-from support import SLOW, Proxy, ProxyCase, chat, message, response, translated, wait_until
+from support import (DEADLINE_S, SLOW, Proxy, ProxyCase, chat, message, response, translated,
+                     wait_until)
 import bench
 import copilot_proxy as cp
 import fake_upstream as fake
@@ -770,9 +771,9 @@ class FetchTest(ProxyCase):
         self.assertEqual(part["source"]["media_type"], "image/png")
 
     def test_what_cannot_be_had_is_a_clear_400(self) -> None:
-        self.fetcher.timeout_s = 0.2
         for path, word in (("/moved", "302"), ("/gone", "404"), ("/huge", "larger"),
                            ("/page", "no PNG"), ("/cut", "cut"), ("/drip", "cannot be fetched")):
+            self.fetcher.timeout_s = 0.05 if path == "/drip" else DEADLINE_S
             reply = self.proxy.post(ROUTES["chat"], self.with_image(
                 "chat", self.images.url(path), "gpt-4.1"))
             with self.subTest(path=path):

@@ -190,7 +190,7 @@ class FaultTest(UploadCase):
 
     def test_a_store_that_does_not_answer_costs_its_time_once(self) -> None:
         usual = cp.UPLOAD_S
-        cp.UPLOAD_S = 0.2                                  # type: ignore[misc]
+        cp.UPLOAD_S = 0.05                                 # type: ignore[misc]
         self.addCleanup(setattr, cp, "UPLOAD_S", usual)
         self.fake.script(UPLOAD, Answer(hold=True))
         self.ask(chat_body("gemini-3.6-flash", picture(1)))

@@ -526,12 +526,13 @@ class Life(SocketCase):
         return payload if kind == PONG else b""
 
     def test_silence_is_filled_with_pings_also_between_requests(self) -> None:
-        opened = self.ready()
-        for _ in range(2):
-            self.assertEqual(opened.read_frame(), (PING, b""))
-        opened.create(response("@@events=2 think_ms=350@@"))
-        self.assertEqual(opened.events()[-1]["type"], "response.completed")
-        self.assertGreater(opened.pings, 0)
+        with Proxy(self.fake, keepalive_s=0.04) as proxy:
+            opened = self.ready(proxy=proxy)
+            for _ in range(2):
+                self.assertEqual(opened.read_frame(), (PING, b""))
+            opened.create(response("@@events=2 think_ms=150@@"))
+            self.assertEqual(opened.events()[-1]["type"], "response.completed")
+            self.assertGreater(opened.pings, 0)
 
     def test_requests_wait_for_each_other_in_their_order(self) -> None:
         opened = self.ready()
@@ -604,7 +605,8 @@ class Life(SocketCase):
 
     def test_a_slow_message_is_given_up(self) -> None:
         beginnings = frame(TEXT, b"{}" * 500)[:100], frame(TEXT, b"{", last=False), b"\x81"
-        waiting = [(data, self.ready()) for data in beginnings]
+        proxy = self.enter(Proxy(self.fake, keepalive_s=0.05, body_stall_s=0.2))
+        waiting = [(data, self.ready(proxy=proxy)) for data in beginnings]
         for data, opened in waiting:
             opened.send(data)
         for data, opened in waiting:
@@ -665,7 +667,7 @@ class Ends(SocketCase):
     """The server ends, or the connection is too old."""
 
     def test_an_old_connection_is_told_to_come_again(self) -> None:
-        with Proxy(self.fake, socket_life_s=0.3) as proxy:
+        with Proxy(self.fake, socket_life_s=0.2) as proxy:
             opened = self.ready(proxy=proxy)
             self.assertEqual(opened.turn(response("hi"))[-1]["type"], "response.completed")
             event = opened.event()
@@ -673,13 +675,13 @@ class Ends(SocketCase):
             self.assertEqual(opened.wait_closed().code, 1000)
 
     def test_a_request_that_runs_at_the_limit_ends_first(self) -> None:
-        with Proxy(self.fake, socket_life_s=0.3) as proxy:
+        with Proxy(self.fake, socket_life_s=0.2) as proxy:
             opened = self.ready(proxy=proxy)
             began = time.monotonic()
             opened.create(response("@@events=2 stall=1@@"))
             opened.create(response("not any more"))
             self.assertTrue(self.fake.wait_for(lambda: self.fake.holding == 1))
-            wait_until(lambda: time.monotonic() - began > 0.4, "it is too old")
+            wait_until(lambda: time.monotonic() - began > 0.25, "it is too old")
             release(self.fake)
             self.assertEqual(opened.events()[-1]["type"], "response.completed")
             self.assert_error(opened.event(), 400, "websocket_connection_limit_reached")
