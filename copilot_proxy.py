@@ -22714,7 +22714,8 @@ class ClientConnection(Connection):
 
     def look(self) -> None:
         """Read what has come since the loop's last look, if a request is expected."""
-        if self.is_idle and self._news is not None:
+        is_waiting = self.is_idle and self._news is not None
+        if is_waiting and wait_ready(self, 0.0):
             self.on_event(selectors.EVENT_READ)
 
     def wake(self) -> None:
