@@ -340,6 +340,7 @@ REACTIVE_PAUSE_S = 60.0  # after a refresh that did not cure an opaque 403
 LOGIN_RETRY_S = 180.0  # between tries of a login that GitHub has refused
 CATALOGUE_AGE_S, CATALOGUE_RETRY_S = 600.0, 60.0
 HEALTH_WAIT_S = 10.0  # that `debug --health` gives a starting server
+HEALTH_PAUSE_S = 0.1  # until it asks again
 MODELS_WAIT_S = 5.0  # that `debug` gives the list of models
 MAX_MODEL_CHARS = 200
 MAX_COMPARED, COMPARED_CHARS = 200, 64  # ids of models, for the text of a 404
@@ -31377,7 +31378,7 @@ def check_health(app: App, url: str) -> int:
             if time.monotonic() > deadline:
                 raise
 
-        time.sleep(0.1)
+        time.sleep(HEALTH_PAUSE_S)
 
 
 def debug_report(app: App) -> Json:

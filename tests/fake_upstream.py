@@ -177,7 +177,7 @@ class Device:
     """Settings and state of the device flow. When `outcomes` runs dry every poll is granted."""
 
     interval: float = 0
-    expires_in: int = 900
+    expires_in: float = 900
     token: str = "ghu_fake"
     #: any of pending, slow_down, expired, denied, network, html, granted
     outcomes: Deque[str] = field(default_factory=lambda: collections.deque(["pending"]))

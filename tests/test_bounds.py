@@ -994,8 +994,8 @@ class DrippingTest(ProxyCase):
         super().setUp()
         self.over = threading.Event()
         self.addCleanup(self.over.set)
-        for name in ("ERROR_BODY_S", "SMALL_ANSWER_S"):
-            self.enter(mock.patch.object(cp, name, 0.2))
+        for name, limit_s in (("ERROR_BODY_S", 0.1), ("SMALL_ANSWER_S", 0.15)):
+            self.enter(mock.patch.object(cp, name, limit_s))
 
     def drip(self, beginning: bytes) -> Iterator[bytes]:
         """The beginning, then byte by byte until the test is over."""

@@ -58,6 +58,7 @@ class TerminalTest(CliCase):
 
     def test_the_code_is_counted_down_and_enter_copies_it_and_opens_the_page(self) -> None:
         self.fake.device.interval = 3600
+        self.fake.device.expires_in = 899.4                # the first second is a short one
         self.open("auth", "--github-url", self.fake.url, DISPLAY=":9")
         self.wait_for("FAKE-0001")
         self.wait_for("Press Enter to copy the code and to open the page.")

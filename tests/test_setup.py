@@ -394,7 +394,8 @@ class ServiceTest(SetupCase):
                 raise answer
             return answer
 
-        with unittest.mock.patch.object(cp.Upstream, "fetch_json", fetch):
+        with unittest.mock.patch.object(cp.Upstream, "fetch_json", fetch), \
+                unittest.mock.patch.object(cp, "HEALTH_PAUSE_S", 0.01):
             self.assertEqual(run_main(self.home, "debug", "--health", "http://127.0.0.1:1")[0], 0)
         self.assertEqual(answers, [])
 
