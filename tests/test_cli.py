@@ -849,8 +849,9 @@ class SecureProxyTest(unittest.TestCase):
             file.write("[req]\ndistinguished_name=dn\nx509_extensions=v3\nprompt=no\n[dn]\n"
                        "CN=Made-up company CA\n[v3]\nsubjectAltName=%s\n"
                        "basicConstraints=critical,CA:TRUE\nsubjectKeyIdentifier=hash\n" % names)
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
-                        "-keyout", cls.ca + ".key", "-out", cls.ca, "-config", config],
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+                        "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-keyout",
+                        cls.ca + ".key", "-out", cls.ca, "-config", config],
                        check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         cls.chain = os.path.join(cls.folder.name, "chain.pem")
         with open(cls.chain, "w", encoding="ascii") as file:

@@ -157,11 +157,11 @@ class SeveralCallsTest(ProxyCase):
 class WholeForStreamTest(ProxyCase):
     """A stream was asked for, and a whole answer comes, slowly."""
 
-    settings = {"keepalive_s": 0.05}
+    settings = {"keepalive_s": 0.02}
 
     def slow(self, end: bool = True) -> Answer:
         def parts() -> Iterator[bytes]:
-            time.sleep(0.12)
+            time.sleep(0.08)
             yield json.dumps({"id": "a", "object": "chat.completion", "created": 1,
                               "model": "gpt-4.1", "choices": [{
                                   "index": 0, "finish_reason": "stop",
