@@ -240,7 +240,7 @@ class HangUpTest(CliCase):
             "start", "--port", "0", "--grace", "3000", "--github-url", self.fake.url,
             "--github-token", "ghu_fake", home=self.home,
             environ=clean_environment(self.home),
-            ends=(subprocess.DEVNULL, writer, subprocess.DEVNULL), 
+            ends=(subprocess.DEVNULL, writer, subprocess.DEVNULL),
             signals=((signal.SIGHUP, handling),))
         os.close(writer)
         self.addCleanup(process.wait)
