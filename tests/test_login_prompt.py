@@ -220,6 +220,8 @@ class EndTest(CliCase):
         for model, status in (("gpt-4.1", 200), ("no-such-thing", 404), ("gpt-4.1", 200)):
             self.assertEqual(ask(url, "POST", "/v1/chat/completions",
                                  chat("hi", model)).status, status)
+        wait_until(lambda: command.output().count("POST /chat/completions") == 3,
+                   "each has ended, also for the server")
         self.assertEqual(command.stop(signal.SIGINT), 130)
         line = command.output().splitlines()[-1]
         self.assertRegex(line, r"served 3 requests, [\d.e-]+ credits in \d+ s\Z")
