@@ -723,6 +723,7 @@ class BrowserLoginTest(ProxyCase):
         state = self.start()["state"]
         self.grant(state)
         made = self.claim(state).json
+        self.proxy.settle()                # else its log line could be among the command's
         flags = ("--github-url", self.fake.url, "--data-dir", self.proxy.data_dir)
         home = self.proxy.data_dir
         code, output = run_main(home, "auth", "--list", *flags)
