@@ -79,7 +79,9 @@ class MachineTokenTest(ProxyCase):
 
     def test_an_expired_one_is_called_so(self) -> None:
         for token in ("github_pat_11BBBB_expired", "ghs_expired_0123456789"):
-            reply = self.serve(token).post("/v1/chat/completions", chat("hello"))
+            # so long that the request is there before the server itself has asked twice
+            proxy = self.serve(token, hiccup_pause_s=0.5)
+            reply = proxy.post("/v1/chat/completions", chat("hello"))
             self.assertEqual(reply.status, 401)
             self.assertIn("expired or was revoked, a workflow's ends with its job",
                           reply.json["error"]["message"])
