@@ -107,6 +107,15 @@ class ValuesTest(SharedCase):
                     peak = peak_of(lambda body=body: cp.loads(body))
                     self.assertLess(peak, MAX_FACTOR * len(body))
 
+    def test_a_text_of_too_many_escapes_is_refused(self) -> None:
+        """The parser makes an object of each escape of one text; those of several add up to
+        nothing."""
+        most = cp.JSON_ROOM_BYTES // cp.JSON_ESCAPE_BYTES
+        text = b'"%b"' % (b"\\n" * (most * 3 // 4))
+        self.assertEqual(len(cp.loads(b"[%b, %b]" % (text, text))), 2)
+        with self.assertRaisesRegex(cp.TooManyValues, "too many escapes"):
+            cp.loads(b'["%b"]' % (b"\\n" * (most + 1)))
+
     def test_a_long_history_of_short_turns_is_accepted(self) -> None:
         turns = [{"role": "user" if number % 2 else "assistant", "content": "turn %d" % number}
                  for number in range(50_000)]
